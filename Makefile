@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+TYPES := build/types
+PYTEST_ARGS ?=
+
+# On a machine without a GPU the default torch wheel brings gigabytes of CUDA libraries along;
+# TORCH_INDEX=<address of PyTorch's CPU wheels> avoids that.
+TORCH_INDEX ?=
+
+.PHONY: venv demo test checks clean
+.DELETE_ON_ERROR:
+
+venv: $(STAMP)
+
+# torch goes first and alone, so that TORCH_INDEX is asked for torch and for nothing else.
+# The stamp is written last: an interrupted installation is simply resumed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is %d.%d: Python 3.11 or newer is needed. Set PYTHON=python3.11, say." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install 'pip>=23.1'
+	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/dhellam demo
+
+# One thread per process: tests start several ranks, and their thread pools would fight for the cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu' $(PYTEST_ARGS)
+
+# mypy cannot follow `package-dir`, so it is shown the tree as it is installed, made of links.
+checks: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/lightning_dhellam
+	@ln -s "$(CURDIR)"/lightning_dhellam/* "$(CURDIR)"/kernels "$(CURDIR)"/search "$(CURDIR)"/recipes $(TYPES)/lightning_dhellam/
+	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lightning_dhellam
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find lightning_dhellam kernels search recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,6 @@
+"""Causal attention with grouped queries, as an explicit forward and backward."""
+
+from lightning_dhellam.kernels.attention.base import Backend
+from lightning_dhellam.kernels.attention.sdpa import BACKENDS, choose
+
+__all__ = ["BACKENDS", "Backend", "choose"]

@@ -1,0 +1,218 @@
+"""Which implementation of each operator runs: by device, type and what is installed, or forced.
+
+An implementation is a module with the functions of the operator's reference; of attention it is a
+`Backend`. The choice is a value, made once when a model is lowered and handed to its operators.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+Refusal = Callable[[torch.device, torch.dtype], str | None]
+"""Why a device and a type cannot be used, or None if they can."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of an operator.
+
+    Attributes:
+        load: imports it.
+        refusal: why it cannot compute on a device in a type.
+        package: what must be importable, or None.
+        extra: what to install for that.
+        automatic: whether it may be chosen without being asked for.
+    """
+
+    load: Callable[[], Any]
+    refusal: Refusal
+    package: str | None = None
+    extra: str = "lightning-dhellam[cuda]"
+    automatic: bool = True
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot be used here, or None if it can."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"it needs the package {self.package}: pip install '{self.extra}'"
+        return self.refusal(device, dtype)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementation of every operator, and what it is called.
+
+    Attributes:
+        attention: a `Backend`.
+        cross_entropy: module with `statistics`, `combine`, `backward_` and `CHUNK`.
+        dropout: module with `forward`, `forward_add`, `backward` and `fold`.
+        rms_norm: module with `forward`, `residual_forward` and `backward`.
+        rope: module with `forward`, `backward`, `split` and `Heads`.
+        swiglu: module with `forward` and `backward`.
+        names: of the backends, by operator.
+    """
+
+    attention: Any
+    cross_entropy: Any
+    dropout: Any
+    rms_norm: Any
+    rope: Any
+    swiglu: Any
+    names: Mapping[str, str]
+
+    @property
+    def fuses_residual(self) -> bool:
+        """Whether the sum of the residual stream and its norm are one operator."""
+        return self.names["rms_norm"] == "triton"
+
+    def __str__(self) -> str:
+        chosen: dict[str, list[str]] = {}
+        for operator, name in self.names.items():
+            chosen.setdefault(name, []).append(operator)
+        return "kernels: " + "; ".join(
+            f"{name} for {', '.join(operators)}" for name, operators in chosen.items()
+        )
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, forced: Mapping[str, str] | None = None
+) -> Kernels:
+    """The fastest usable implementation of each operator, unless `forced` names another.
+
+    Raises:
+        ValueError: `forced` names an unknown operator or backend, or one that cannot be used here.
+    """
+    forced = forced or {}
+    for operator in forced:
+        if operator not in CANDIDATES:
+            raise ValueError(
+                f"kernels={{{operator}: {forced[operator]}}}: there is no operator '{operator}';"
+                f" {_suggest(operator, CANDIDATES)}"
+            )
+    names = {
+        operator: _forced(operator, forced[operator], device, dtype)
+        if operator in forced
+        else _first(operator, device, dtype)
+        for operator in CANDIDATES
+    }
+    loaded = {operator: CANDIDATES[operator][name].load() for operator, name in names.items()}
+    return Kernels(**loaded, names=names)
+
+
+def available(
+    operator: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str | None]]:
+    """Every backend of `operator`, with what stands against using it here, or None."""
+    for name, candidate in CANDIDATES[operator].items():
+        yield name, candidate.obstacle(device, dtype)
+
+
+def _first(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    for name, candidate in CANDIDATES[operator].items():
+        if candidate.automatic and candidate.obstacle(device, dtype) is None:
+            return name
+    raise ValueError(f"no backend of {operator} computes {dtype} on {device.type}")
+
+
+def _forced(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    known = CANDIDATES[operator]
+    if name not in known:
+        raise ValueError(
+            f"kernels={{{operator}: {name}}}: {operator} has no backend '{name}';"
+            f" {_suggest(name, known)}"
+        )
+    obstacle = known[name].obstacle(device, dtype)
+    if obstacle is not None:
+        usable = [other for other, why in available(operator, device, dtype) if why is None]
+        raise ValueError(
+            f"kernels={{{operator}: {name}}} cannot be used here: {obstacle};"
+            f" or use {' or '.join(usable)}, or leave {operator} out"
+        )
+    return name
+
+
+def _suggest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}known: {', '.join(known)}"
+
+
+def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _for_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton compiles for GPUs, and the device is '{device.type}'"
+
+
+def _on_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cpu" else f"it runs on the CPU, and the device is {device.type}"
+
+
+def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" else f"it needs a GPU, and the device is {device.type}"
+
+
+def _on_cuda_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes float16 and bfloat16, and the activations are {_short(dtype)}"
+    return _on_cuda(device, dtype)
+
+
+def _on_ampere_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    obstacle = _on_cuda_in_16_bits(device, dtype)
+    if obstacle is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 (A100) or newer"
+    return obstacle
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _module(path: str) -> Callable[[], Any]:
+    return lambda: importlib.import_module(f"lightning_dhellam.kernels.{path}")
+
+
+def _backend(path: str, name: str) -> Callable[[], Any]:
+    return lambda: getattr(_module(f"attention.{path}")(), name)()
+
+
+def _with_triton(operator: str) -> dict[str, Candidate]:
+    # On the CPU Triton means its interpreter, which is for tests: it is used only when forced.
+    fast = Candidate(_module(f"{operator}.triton"), _for_triton, "triton")
+    return {"triton": fast, "reference": Candidate(_module(f"{operator}.reference"), _anywhere)}
+
+
+CANDIDATES: dict[str, dict[str, Candidate]] = {
+    "attention": {
+        "cudnn": Candidate(_backend("sdpa", "CudnnAttention"), _on_ampere_in_16_bits),
+        "flash_attn": Candidate(
+            _backend("flash", "FlashAttention"), _on_ampere_in_16_bits, "flash_attn"
+        ),
+        "transformer_engine": Candidate(
+            _backend("transformer_engine", "TransformerEngineAttention"),
+            _on_ampere_in_16_bits,
+            "transformer_engine",
+        ),
+        "efficient": Candidate(_backend("sdpa", "EfficientAttention"), _on_cuda),
+        "cpu": Candidate(_backend("sdpa", "CpuFlash"), _on_cpu),
+    },
+    "cross_entropy": _with_triton("cross_entropy"),
+    "dropout": _with_triton("dropout"),
+    "rms_norm": _with_triton("rms_norm"),
+    "rope": _with_triton("rope"),
+    "swiglu": _with_triton("swiglu"),
+}
+"""Backends of each operator, the fastest first."""
+
+assert list(CANDIDATES) == [field.name for field in fields(Kernels) if field.name != "names"]

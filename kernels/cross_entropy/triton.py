@@ -1,0 +1,102 @@
+"""Triton: one read of the logits for the statistics, one read and one write for the gradient.
+
+Shapes: N tokens, V columns of this rank, of which the first `valid` are vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_dhellam.kernels.cross_entropy.reference import CHUNK, combine
+from lightning_dhellam.kernels.launch import blocks
+
+__all__ = ["CHUNK", "backward_", "combine", "statistics"]
+
+_STATISTICS_BLOCK = 4096
+_BACKWARD_BLOCK = 2048
+
+
+def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor:
+    """As `reference.statistics`; a row of which every logit is -inf has the sum 0."""
+    logits, labels = logits.contiguous(), labels.contiguous()
+    rows, width = logits.shape
+    out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    _statistics[(rows,)](
+        logits, labels, out, rows, width, first, max(valid, 0),
+        ROUNDS=blocks(max(valid, 0), _STATISTICS_BLOCK), BLOCK=_STATISTICS_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def backward_(
+    logits: Tensor, labels: Tensor, lse: Tensor, weights: Tensor, first: int, valid: int
+) -> Tensor:
+    """As `reference.backward_`."""
+    assert logits.is_contiguous(), "logits are overwritten in place, so they must be contiguous"
+    labels, lse, weights = labels.contiguous(), lse.contiguous(), weights.contiguous()
+    rows, width = logits.shape
+    across = blocks(width, _BACKWARD_BLOCK)
+    _backward[(rows * across,)](
+        logits, labels, lse, weights, width, first, max(valid, 0), across,
+        BLOCK=_BACKWARD_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return logits
+
+
+@triton.jit(do_not_specialize=["first"])
+def _statistics(
+    logits: tl.tensor,
+    labels: tl.tensor,
+    out: tl.tensor,
+    rows: int,
+    width: int,
+    first: int,
+    valid: int,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * width
+    columns = tl.arange(0, BLOCK)
+    top = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(ROUNDS):
+        inside = step * BLOCK + columns < valid
+        x = tl.load(start + step * BLOCK + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x))
+        # As long as everything was -inf there is nothing to scale, and -inf - -inf is NaN.
+        origin = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(top - origin) + tl.exp(x - origin)
+        top = higher
+    label = tl.load(labels + row) - first
+    mine = (label >= 0) & (label < valid)
+    chosen = tl.load(start + label, mask=mine, other=0.0).to(tl.float32)
+    tl.store(out + row, top)
+    tl.store(out + rows + row, tl.sum(total))
+    tl.store(out + 2 * rows + row, chosen)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _backward(
+    logits: tl.tensor,
+    labels: tl.tensor,
+    lse: tl.tensor,
+    weights: tl.tensor,
+    width: int,
+    first: int,
+    valid: int,
+    across: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    row = (program // across).to(tl.int64)
+    columns = program % across * BLOCK + tl.arange(0, BLOCK)
+    label = tl.load(labels + row) - first
+    start = logits + row * width + columns
+    x = tl.load(start, mask=columns < valid, other=-float("inf")).to(tl.float32)
+    grad = tl.exp(x - tl.load(lse + row)) - tl.where(columns == label, 1.0, 0.0)
+    grad = tl.where(columns < valid, grad * tl.load(weights + row), 0.0)
+    tl.store(start, grad.to(logits.dtype.element_ty), mask=columns < width)

@@ -1,0 +1,82 @@
+"""Triton: the mask is drawn in registers, four elements from each counter."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_dhellam.kernels.dropout.philox import SPAN, threshold
+from lightning_dhellam.kernels.dropout.reference import fold
+from lightning_dhellam.kernels.launch import blocks
+
+__all__ = ["backward", "fold", "forward", "forward_add"]
+
+
+def forward(x: Tensor, p: float, key: int) -> Tensor:
+    """As `reference.forward`."""
+    return _launch(x, None, p, key)
+
+
+def forward_add(x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
+    """As `reference.forward_add`."""
+    return _launch(x, residual.contiguous(), p, key)
+
+
+def backward(dy: Tensor, p: float, key: int) -> Tensor:
+    """As `reference.backward`."""
+    return _launch(dy, None, p, key)
+
+
+def _launch(x: Tensor, residual: Tensor | None, p: float, key: int) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    _drop[(blocks(x.numel(), 4 * SPAN),)](
+        x, x if residual is None else residual, out, x.numel(), key, threshold(p), scale,
+        ADDS=residual is not None, WIDTH=SPAN, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["key", "limit"])
+def _drop(
+    x: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
+    size: int,
+    key: tl.tensor,
+    limit: int,
+    scale: float,
+    ADDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    block = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    a, b, c, d = tl.randint4x(key.to(tl.int64), block * WIDTH + lane)
+    start = block * 4 * WIDTH + lane
+    _apply(x, residual, out, start, a, size, limit, scale, ADDS)
+    _apply(x, residual, out, start + WIDTH, b, size, limit, scale, ADDS)
+    _apply(x, residual, out, start + 2 * WIDTH, c, size, limit, scale, ADDS)
+    _apply(x, residual, out, start + 3 * WIDTH, d, size, limit, scale, ADDS)
+
+
+@triton.jit
+def _apply(
+    x: tl.tensor,
+    residual: tl.tensor,
+    out: tl.tensor,
+    here: tl.tensor,
+    word: tl.tensor,
+    size: int,
+    limit: int,
+    scale: float,
+    ADDS: tl.constexpr,
+) -> None:
+    inside = here < size
+    value = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.where(word.to(tl.int64) >= limit, scale, 0.0)
+    if ADDS:
+        value += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + here, value.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,27 @@
+"""What the Triton kernels need to know of the device and of sizes, computed once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of `device`. Triton's interpreter, on the CPU, gets a few programs only."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return int(triton.next_power_of_2(size))
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)

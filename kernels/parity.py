@@ -1,0 +1,168 @@
+"""What a fast version of an operator must agree with: its reference, on fp32 copies of the inputs.
+
+Tests and benchmarks share these cases: no speed is reported for a kernel that fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.kernels import cross_entropy, dropout, rms_norm, rope, swiglu
+
+LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+"""Relative error by norm that one rounding of the result explains."""
+
+Pairs = Iterator[tuple[str, Tensor, Tensor]]
+"""Name of a tensor, what the backend made, what the reference makes."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random inputs of one case.
+
+    Attributes:
+        tokens: number of rows.
+        width: channels of a row.
+        dtype: of activations.
+        device: of all tensors.
+    """
+
+    tokens: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def normal(self, *shape: int) -> Tensor:
+        """Normal numbers in `dtype`."""
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def rows(self) -> Tensor:
+        """[tokens, width] in `dtype`."""
+        return self.normal(self.tokens, self.width)
+
+
+def errors(operator: str, backend: Any, draw: Draw) -> dict[str, float]:
+    """Relative error of each tensor that `backend` computes for `operator`.
+
+    New memory is filled with NaN, so a value that was never written gives NaN.
+    """
+    with _poisoned(), torch.no_grad():
+        return {name: _distance(a, b) for name, a, b in CASES[operator](backend, draw)}
+
+
+def check(operator: str, backend: Any, draw: Draw, slack: float = 1.0) -> list[str]:
+    """What `backend` gets wrong, one line for each tensor; `slack` multiplies the limits."""
+    limit = LIMITS[draw.dtype] * slack
+    found = errors(operator, backend, draw)
+    return [
+        f"{operator}: {name} of {draw.tokens} x {draw.width} in {draw.dtype} is off by {error:.1e},"
+        f" more than {limit:.0e}"
+        for name, error in found.items()
+        if not error <= limit
+    ]
+
+
+def _rms_norm(backend: Any, draw: Draw) -> Pairs:
+    x, dy, residual = draw.rows(), draw.rows(), draw.rows()
+    weight, eps = draw.normal(draw.width), 1e-5
+    y, rstd = backend.forward(x, weight, eps)
+    expected, expected_rstd = rms_norm.forward(x.float(), weight, eps)
+    yield "y", y, expected
+    yield "rstd", rstd, expected_rstd
+    for name, extra in (("", None), (" with residual", residual)):
+        dx, dweight = backend.backward(dy, x, weight, rstd, extra)
+        wide = None if extra is None else extra.float()
+        truth = rms_norm.backward(dy.float(), x.float(), weight, expected_rstd, wide)
+        yield f"dx{name}", dx, truth[0]
+        yield f"dweight{name}", dweight, truth[1]
+    total, y, rstd = backend.residual_forward(x, residual, weight, eps)
+    yield "sum", total, residual.float() + x.float()
+    # What is normalised is the rounded sum.
+    expected, expected_rstd = rms_norm.forward(total.float(), weight, eps)
+    yield "y of sum", y, expected
+    yield "rstd of sum", rstd, expected_rstd
+
+
+def _swiglu(backend: Any, draw: Draw) -> Pairs:
+    gate_up, dy = draw.normal(draw.tokens, 2 * draw.width), draw.rows()
+    yield "y", backend.forward(gate_up), swiglu.forward(gate_up.float())
+    grad = backend.backward(dy, gate_up)
+    yield "grad", grad, swiglu.backward(dy.float(), gate_up.float())
+
+
+def _rope(backend: Any, draw: Draw) -> Pairs:
+    groups, ratio, batch = 2, 3, 2 - draw.tokens % 2
+    size = max(2, draw.width // (groups * ratio) // 2 * 2)
+    heads = rope.Heads(groups, ratio, size)
+    length = draw.tokens // batch
+    angles = torch.outer(
+        torch.arange(length, device=draw.device), torch.rand(size // 2, device=draw.device)
+    ).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    qkv = draw.normal(length, batch, groups * (ratio + 2) * size)
+    y = backend.forward(qkv, cos, sin, heads)
+    yield "y", y, rope.forward(qkv.float(), cos, sin, heads)
+    q, k, v = rope.split(draw.normal(*qkv.shape), heads)
+    k = k.transpose(0, 1).contiguous().transpose(0, 1)
+    grad = backend.backward(q, k, v, cos, sin, heads)
+    yield "grad", grad, rope.backward(q.float(), k.float(), v.float(), cos, sin, heads)
+
+
+def _dropout(backend: Any, draw: Draw) -> Pairs:
+    x, residual, p, key = draw.rows(), draw.rows(), 0.3, 0x1234_5678_9ABC_DEF
+    yield "y", backend.forward(x, p, key), dropout.forward(x.float(), p, key)
+    y = backend.forward_add(x, residual, p, key)
+    yield "y with residual", y, dropout.forward_add(x.float(), residual.float(), p, key)
+    yield "grad", backend.backward(x, p, key), dropout.backward(x.float(), p, key)
+
+
+def _cross_entropy(backend: Any, draw: Draw) -> Pairs:
+    """A rank in the middle of the vocabulary, with padded columns and labels of other ranks."""
+    first, valid = 7, max(1, draw.width - 3)
+    logits = draw.rows() * 4
+    labels = torch.randint(0, first + draw.width, (draw.tokens,), device=draw.device)
+    weights = torch.rand(draw.tokens, device=draw.device)
+    found = backend.statistics(logits, labels, first, valid)
+    wide = logits.float()
+    # Two of the statistics are relative to the third: compare what follows from them.
+    loss, lse = cross_entropy.combine(found[None])
+    expected, expected_lse = cross_entropy.combine(
+        cross_entropy.statistics(wide, labels, first, valid)[None]
+    )
+    yield "loss", loss, expected
+    yield "lse", lse, expected_lse
+    grad = backend.backward_(logits.clone(), labels, lse, weights, first, valid)
+    yield "grad", grad, cross_entropy.backward_(wide, labels, expected_lse, weights, first, valid)
+
+
+CASES: dict[str, Callable[[Any, Draw], Pairs]] = {
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "rope": _rope,
+    "dropout": _dropout,
+    "cross_entropy": _cross_entropy,
+}
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    wide = expected.double()
+    return ((actual.double() - wide).norm() / wide.norm().clamp_min(1e-30)).item()
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)

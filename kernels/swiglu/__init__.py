@@ -1,0 +1,5 @@
+"""SwiGLU activation (Shazeer, arXiv 2002.05202)."""
+
+from lightning_dhellam.kernels.swiglu.reference import backward, forward
+
+__all__ = ["backward", "forward"]

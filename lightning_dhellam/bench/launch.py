@@ -1,0 +1,97 @@
+"""`dhellam bench launch`: what the engine adds on the host to launching an operator.
+
+The step is walked with operators that return ready-made values instead of launching anything, so
+all that is left is the engine: tapes, lanes, the ledger, the program.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_dhellam.bench.report import Report
+from lightning_dhellam.engine import Engine, cut, make_lanes
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import CausalLM, preset
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.plan import Graph, GraphPair, Operator, builder
+
+DESCRIPTION = "host time that the engine adds to an operator's own launch"
+
+COLUMNS = ("plan", "operators", "engine us", "launch us")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--plans", type=list[str], default=["sequential", "interleaved"])
+    parser.add_argument("--repeats", type=int, default=10, help="steps; the median counts")
+
+
+def run(options: Namespace) -> Report:
+    """Measure, per operator, the engine alone and the whole launch."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    model = CausalLM(
+        preset("llama-tiny", num_layers=8), ParallelContext.single(device),
+        torch.bfloat16 if on_gpu else torch.float32,
+    ).to(device)  # fmt: skip
+    for parameter in model.parameters():
+        grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.main_grad = grad  # type: ignore[attr-defined]
+    layers = lower(model).layers
+    count = 4 * sum(len(p.forward.operators) + len(p.backward.operators) for p in layers)
+    report = Report("launch", COLUMNS)
+    hollow = _Hollow()
+    for plan in options.plans:
+        real = Engine(layers, make_lanes(device), builder(plan))
+        empty = Engine([hollow.pair(p) for p in layers], make_lanes(device), builder(plan))
+        whole = _host_seconds(real, device, options.repeats)
+        alone = _host_seconds(empty, device, options.repeats)
+        row = (plan, count, alone / count * 1e6, whole / count * 1e6)
+        report.rows.append(dict(zip(COLUMNS, row, strict=True)))
+    return report
+
+
+def _host_seconds(engine: Engine, device: torch.device, repeats: int) -> float:
+    """Median host time of a step of four micro-batches, too small to wait for."""
+    tokens = torch.randint(0, 4096, (4, 65), device=device)
+    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+    times = []
+    for step in range(repeats + 2):
+        pieces = cut(batch, 1, device=device, seed=1, step=step, rank=0)
+        _synchronize(device)
+        begin = time.perf_counter()
+        engine.train(pieces)
+        times.append(time.perf_counter() - begin)
+        _synchronize(device)
+    return median(times[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Hollow:
+    """Operators with the same slots that do nothing but run once for real, to see their results."""
+
+    def pair(self, pair: GraphPair) -> GraphPair:
+        return GraphPair(self._graph(pair.forward), self._graph(pair.backward))
+
+    def _graph(self, graph: Graph) -> Graph:
+        return replace(graph, operators=tuple(self._operator(o) for o in graph.operators))
+
+    def _operator(self, operator: Operator) -> Operator:
+        known: list[Any] = []
+
+        def run(*inputs: Any) -> Any:
+            if not known:
+                known.append(operator.run(*inputs))
+            return known[0]
+
+        return replace(operator, run=run)

@@ -1,0 +1,171 @@
+"""Lightning callbacks: throughput while training, and a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.strategy import DHellamStrategy
+
+
+class ThroughputMonitor(Callback):
+    """Logs `tokens_per_second` of the whole run, and `mfu` when the device's peak is given.
+
+    MFU counts the FLOPs of the model's matrix products, attention causal-halved, three times for
+    forward and backward (PaLM, arXiv 2204.02311, appendix B, with the causal half left out).
+    Nothing waits for the device: on CUDA the times come from events that have passed.
+
+    Args:
+        window: optimizer steps that a value is averaged over.
+        peak_tflops: peak of one device, for example 989 for bf16 on an H100 or H200.
+    """
+
+    def __init__(self, window: int = 10, peak_tflops: float | None = None) -> None:
+        if window < 1:
+            raise ValueError(f"window={window} must be at least 1 optimizer step")
+        self.window = window
+        self.peak_tflops = peak_tflops
+        self._steps: deque[_Moment] = deque()
+        self.tokens_per_second = 0.0
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+    ) -> None:
+        samples, length = batch["tokens"].shape
+        self._steps.append(_Moment.now(pl_module.device, samples * length * _replicas(trainer)))
+        passed = [step for step in self._steps if step.passed]
+        if len(passed) < 2:
+            return
+        first, last = passed[max(0, len(passed) - 1 - self.window)], passed[-1]
+        while self._steps[0] is not first:
+            self._steps.popleft()
+        tokens = sum(step.tokens for step in passed[passed.index(first) + 1 :])
+        self.tokens_per_second = tokens / first.seconds_until(last)
+        pl_module.log(
+            "tokens_per_second", self.tokens_per_second, prog_bar=True, rank_zero_only=True
+        )
+        config = getattr(pl_module, "model_config", None)
+        if self.peak_tflops is not None and isinstance(config, ModelConfig):
+            flops = training_flops_per_token(config, length)
+            share = self.tokens_per_second * flops / trainer.world_size
+            pl_module.log("mfu", share / (self.peak_tflops * 1e12), rank_zero_only=True)
+
+
+class RunSummary(Callback):
+    """Prints, at the end of training, what was reached and where the run's files are."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._last: Tensor | None = None
+        self._tokens = 0
+        self._started = 0.0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+    ) -> None:
+        self._last = trainer.callback_metrics.get("train_loss")
+        if self._first is None and self._last is not None:
+            self._first = self._last.clone()
+        self._tokens += batch["tokens"].numel() * _replicas(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks
+        if self._first is None or self._last is None or not trainer.is_global_zero:
+            return
+        seconds = time.perf_counter() - self._started
+        first, last = self._first.item(), self._last.item()
+        lines = [
+            f"loss        {first:.3f} -> {last:.3f} in {trainer.global_step} steps",
+            f"tokens/s    {self._tokens / seconds:,.0f} (mean of the run, {seconds:.0f} s)",
+            f"plan        {_plan(trainer)}",
+            f"files       {folder}",
+        ]
+        validation = trainer.callback_metrics.get("val_loss")
+        if validation is not None:
+            lines.insert(1, f"validation  {validation.item():.3f}")
+        print("\n" + "\n".join(lines), flush=True)
+
+
+def training_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs of forward and backward per token of a sequence of `length`, attention causal-halved.
+
+    Two for each weight of a matrix product in forward and twice that in backward; the embedding's
+    look-up counts nothing.
+    """
+    heads = config.num_attention_heads * config.kv_channels
+    keys = config.num_query_groups * config.kv_channels
+    layer = config.hidden_size * (2 * heads + 2 * keys + 3 * config.ffn_hidden_size)
+    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
+    return 6.0 * (weights + config.num_layers * heads * length)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """The end of a step, and the tokens that it trained on."""
+
+    tokens: int
+    host: float
+    event: torch.cuda.Event | None
+
+    @classmethod
+    def now(cls, device: torch.device, tokens: int) -> _Moment:
+        event = None
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return cls(tokens, time.perf_counter(), event)
+
+    @property
+    def passed(self) -> bool:
+        return self.event is None or bool(self.event.query())
+
+    def seconds_until(self, later: _Moment) -> float:
+        if self.event is not None and later.event is not None:
+            return self.event.elapsed_time(later.event) / 1000
+        return later.host - self.host
+
+
+def _replicas(trainer: pl.Trainer) -> int:
+    """Data-parallel ranks: how many different batches a step sees."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DHellamStrategy):
+        return strategy.context.dp_size
+    return int(trainer.world_size)
+
+
+def _plan(trainer: pl.Trainer) -> str:
+    strategy = trainer.strategy
+    if not isinstance(strategy, DHellamStrategy):
+        return f"none (strategy {type(strategy).__name__})"
+    context = strategy.context
+    return (
+        f"{strategy.plan}, tensor parallel {context.tp_size}, data parallel {context.dp_size},"
+        f" {strategy.root_device.type}"
+    )

@@ -1,0 +1,162 @@
+"""Everything about a run that can be wrong, checked before any process computes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.search.planfile import named_plan
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    import torch
+
+
+def check_arguments(
+    tensor_parallel_size: int, micro_batch_size: int, plan: str, bucket_size: int | None
+) -> None:
+    """Refuse values of `DHellamStrategy`'s own arguments that no run can use."""
+    for name, value in (
+        ("tensor_parallel_size", tensor_parallel_size),
+        ("micro_batch_size", micro_batch_size),
+        ("bucket_size", bucket_size),
+    ):
+        if value is None and name == "bucket_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    named_plan(plan)
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse flags of the Trainer that cannot work with two strands, by name."""
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} conflicts with"
+            " DHellamStrategy, which accumulates over the micro-batches of each batch: leave it at"
+            " 1 and make the DataLoader's batch larger; micro_batch_size stays as it is"
+        )
+    if trainer._detect_anomaly:
+        raise ValueError(
+            "detect_anomaly=True watches autograd, which DHellamStrategy does not use: leave it at"
+            " False"
+        )
+    if trainer._accelerator_connector._layer_sync is not None:
+        raise ValueError(
+            "sync_batchnorm=True has no meaning for DHellamStrategy's layers: leave it at False"
+        )
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if type(checkpoint_io) is not TorchCheckpointIO:
+        raise ValueError(
+            f"plugins={type(checkpoint_io).__name__} would not be used: DHellamStrategy writes its"
+            " checkpoints, a folder with a file per rank, itself; leave the plugin out"
+        )
+    for callback in getattr(trainer, "callbacks", ()):
+        _check_callback(callback)
+
+
+def _check_callback(callback: pl.Callback) -> None:
+    name = type(callback).__name__
+    if (
+        isinstance(callback, GradientAccumulationScheduler)
+        and callback.going_to_accumulate_grad_batches()
+    ):
+        raise ValueError(
+            f"{name}({callback.scheduling}) conflicts with DHellamStrategy, which accumulates over"
+            " the micro-batches of each batch: leave the callback out"
+        )
+    if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        raise ValueError(
+            f"{name} replaces weights behind the optimizer, which keeps its own copies and shards"
+            " of them under DHellamStrategy: leave the callback out"
+        )
+
+
+def check_emulation(device: torch.device, processes: int) -> None:
+    """Refuse an emulated cluster where it cannot run."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"emulate=... needs a GPU, whose copy engine or SMs play the links: accelerator is"
+            f" '{device.type}'"
+        )
+    if processes != 1:
+        raise ValueError(
+            f"emulate=... plays one rank in one process, but devices x num_nodes is {processes}:"
+            " use devices=1, num_nodes=1"
+        )
+
+
+def check_module(module: Any, tensor_parallel_size: int) -> None:
+    """Refuse a module that cannot be trained with two strands."""
+    if not isinstance(module, DualStrandMixin):
+        raise ValueError(
+            f"DHellamStrategy cannot train {type(module).__name__}: make it a DualStrandMixin"
+            " (lightning_dhellam.DualStrandMixin), which says what the model is"
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__}.automatic_optimization=False: DHellamStrategy runs backward"
+            " and steps the optimizer itself; leave automatic_optimization at True"
+        )
+    if getattr(module, "model_config", None) is None:
+        raise ValueError(
+            f"{type(module).__name__} has no model_config: set self.model_config in __init__, for"
+            ' example to lightning_dhellam.models.preset("llama-3-8b")'
+        )
+    module.model_config.validate(tensor_parallel_size)
+
+
+def check_data(module: Any, data: Any, tensor_parallel_size: int) -> None:
+    """Refuse data that does not suit the model. Reads what an IndexedDataModule says of itself."""
+    config = module.model_config
+    length = getattr(data, "sequence_length", None)
+    if length is not None:
+        check_length(length, config.max_sequence_length, tensor_parallel_size)
+    vocab_size = getattr(data, "vocab_size", None)
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the data's tokenizer has {vocab_size} tokens, but the model has"
+            f" vocab_size={config.vocab_size}: set vocab_size={vocab_size}"
+            f" (model.overrides.vocab_size of a recipe), or use the model's own tokenizer"
+        )
+
+
+def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
+    """Refuse sequences that are too long, or that do not divide over the ranks."""
+    if length > longest:
+        raise ValueError(
+            f"sequence_length={length} is longer than the model's max_sequence_length={longest}:"
+            " shorten the sequences or raise max_sequence_length"
+        )
+    if length % tensor_parallel_size:
+        raise ValueError(
+            f"sequence_length={length} is not a multiple of"
+            f" tensor_parallel_size={tensor_parallel_size}: with sequence parallelism every rank"
+            " holds an equal part of each sequence; change one of them"
+        )
+
+
+def check_batch(batch: Any, longest: int, tensor_parallel_size: int, needs_labels: bool) -> None:
+    """Refuse a batch that the engine cannot cut into micro-batches."""
+    needed = ("tokens", "labels") if needs_labels else ("tokens",)
+    keys = sorted(batch) if hasattr(batch, "keys") else None
+    missing = [name for name in needed if keys is None or name not in keys]
+    if missing:
+        has = f"a mapping with {keys}" if keys is not None else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
+            " and `labels` [B, S]"
+        )
+    shapes = {name: tuple(batch[name].shape) for name in needed}
+    if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
+        raise ValueError(f"the batch has shapes {shapes}: all must be [B, S]")
+    if not shapes["tokens"][0]:
+        raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
+    check_length(shapes["tokens"][1], longest, tensor_parallel_size)

@@ -1,0 +1,135 @@
+"""The `dhellam` command."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+USAGE = """\
+usage: dhellam COMMAND [options]
+
+Train large language models under PyTorch Lightning with two micro-batches in flight.
+
+  demo                        prepare data and train a small Llama, on this machine
+  data prepare                text -> tokenizer -> Megatron indexed dataset
+  plan show FILE              print the plans of a plan file
+  bench NAME                  measure this machine; `dhellam bench --help` lists what
+  recipes                     list the recipes that ship with the package
+  fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
+
+`dhellam COMMAND --help` says more.
+"""
+LOOPS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 2 for a mistake in the configuration."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    try:
+        return _run(command, words[1:])
+    except ValueError as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        print(f"dhellam {command}: error: {mistake}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command == "data":
+        from lightning_dhellam.data.cli import data_command
+
+        return data_command(words)
+    if command == "plan":
+        return show_plan(words)
+    if command == "bench":
+        from lightning_dhellam.bench import bench_command
+
+        return bench_command(words)
+    if command == "recipes":
+        from lightning_dhellam import recipes
+
+        print("\n".join(recipes.names()))
+        return 0
+    if command == "demo":
+        from lightning_dhellam.demo import demo_command
+
+        return demo_command(words)
+    if command in LOOPS:
+        run_lightning([command, *words])
+        return 0
+    known = ("demo", "data", "plan", "bench", "recipes", *LOOPS)
+    raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
+
+
+def show_plan(words: list[str]) -> int:
+    """Print every plan of a plan file as a table."""
+    if len(words) != 2 or words[0] != "show":
+        raise ValueError(f"plan {' '.join(words)}: use 'dhellam plan show FILE'")
+    from lightning_dhellam.search.planfile import PlanFile
+
+    print(PlanFile.load(words[1]))
+    return 0
+
+
+def run_lightning(words: list[str]) -> None:
+    """LightningCLI with Lightning's subcommands: `fit --config recipe --trainer.max_steps 10`."""
+    with warnings.catch_warnings():
+        # On import Megatron-core warns about GPU extensions that are optional here.
+        warnings.simplefilter("ignore", UserWarning)
+        from lightning.pytorch import LightningDataModule, LightningModule
+        from lightning.pytorch.cli import LightningCLI
+
+        import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
+    # Lightning suspects a mistake when arguments are given that are not the process's own.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
+    LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=1234,
+        args=_with_recipes(words),
+    )
+
+
+def _with_recipes(words: list[str]) -> list[str]:
+    """Replace the name of a recipe behind `--config` by its file."""
+    from lightning_dhellam import recipes
+
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, value = word.partition("=")
+        if name == "--config" and equals and not Path(value).exists():
+            word = f"--config={recipes.find(value)}"
+        elif before == "--config" and not Path(word).exists():
+            word = str(recipes.find(word))
+        found.append(word)
+    return found
+
+
+def _mistake(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind an error: what this package raised, which needs no traceback.
+
+    jsonargparse wraps what a constructor raises, so the causes are searched.
+    """
+    here = Path(__file__).resolve().parent
+    ours = (here, *(here.parent / name for name in ("kernels", "search", "recipes")))
+    while error is not None:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if isinstance(error, ValueError) and any(map(raised_in.is_relative_to, ours)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

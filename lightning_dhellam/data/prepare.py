@@ -1,0 +1,208 @@
+"""From a corpus to a prepared dataset: tokenizer, then Megatron's .bin and .idx, all or nothing."""
+
+import json
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from tqdm import tqdm
+
+from lightning_dhellam.data.config import DEFAULT_VOCAB_SIZE, PrepareConfig
+from lightning_dhellam.data.corpus import Corpus, Document, open_corpus
+from lightning_dhellam.data.prepared import (
+    CACHE,
+    DATA,
+    FORMAT,
+    META,
+    TOKENIZER,
+    PreparedData,
+    is_prepared,
+)
+from lightning_dhellam.data.staging import staged_directory
+from lightning_dhellam.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+
+_FILES = (DATA + ".bin", DATA + ".idx")
+_BATCH_BYTES = 4 * 2**20
+
+
+def prepare(source: str | Path, output: str | Path, **options: Any) -> PreparedData:
+    """Make a prepared dataset, or return it if it already exists and was made from the same.
+
+    `options` are the further fields of PrepareConfig. The output appears whole or not at all.
+    Raises ValueError for every mistake in the input, and when `output` was made differently and
+    `overwrite` is not set.
+    """
+    config = PrepareConfig(str(source), str(output), **options)
+    corpus = open_corpus(config.source, config.json_key)
+    given = _given_tokenizer(config)
+    fingerprint = _fingerprint(config, corpus, given)
+    target = Path(output).absolute()
+    finished = _finished(target, fingerprint, config.overwrite)
+    if finished is not None:
+        return finished
+    with staged_directory(target, replace=True) as folder:
+        tokenizer = given or _train(config, corpus)
+        tokenizer.save(folder / TOKENIZER)
+        documents, tokens = _write_dataset(config, corpus, tokenizer, folder)
+        _write_meta(config, tokenizer, documents, tokens, fingerprint, folder)
+    return PreparedData.load(target)
+
+
+def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    if config.tokenizer is None:
+        return None
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise ValueError(
+            f"vocab_size={config.vocab_size}, but tokenizer={config.tokenizer} has"
+            f" {tokenizer.vocab_size} ids. Leave out --vocab_size or --tokenizer."
+        )
+    if config.append_eod and tokenizer.eod < 0:
+        raise ValueError(
+            f"tokenizer={config.tokenizer} has no end-of-document id (eos)."
+            " Pass --append_eod=false or give another tokenizer."
+        )
+    return tokenizer
+
+
+def _fingerprint(
+    config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    return {
+        "source": corpus.source if corpus.source == "stdlib" else str(corpus.root),
+        "source_files": len(corpus.files),
+        "source_bytes": corpus.size,
+        "source_sizes_and_times": corpus.digest(),
+        "json_key": config.json_key if corpus.has_jsonl else None,
+        "tokenizer": tokenizer.sha256 if tokenizer else None,
+        "vocab_size": tokenizer.vocab_size if tokenizer else _vocab_size(config),
+        "append_eod": config.append_eod,
+        "max_document_tokens": config.max_document_tokens,
+    }
+
+
+def _vocab_size(config: PrepareConfig) -> int:
+    return DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
+
+
+def _finished(target: Path, fingerprint: dict[str, Any], overwrite: bool) -> PreparedData | None:
+    """The dataset at `target` if it is finished and the same; None if it is to be made."""
+    if not is_prepared(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(
+                f"output={target} exists and is not a prepared dataset."
+                " Choose another --output or remove it."
+            )
+        return None
+    if overwrite:
+        foreign = {file.name for file in target.iterdir()} - {META, TOKENIZER, CACHE, *_FILES}
+        if foreign:
+            raise ValueError(
+                f"output={target} also holds {', '.join(sorted(foreign))}, which --overwrite would"
+                " remove. Choose another --output or move these away."
+            )
+        return None
+    prepared = PreparedData.load(target)
+    for name, now in fingerprint.items():
+        before = prepared.fingerprint.get(name)
+        if before != now:
+            raise ValueError(
+                f"output={target} was prepared with {name}={before}, now {name}={now}."
+                " Pass --overwrite to replace it or choose another --output."
+            )
+    return replace(prepared, reused=True)
+
+
+def _train(config: PrepareConfig, corpus: Corpus) -> Tokenizer:
+    documents = _with_progress(config, corpus, "reading")
+    return train_tokenizer(
+        (document.text for document in documents), _vocab_size(config), SAMPLE_BYTES
+    )
+
+
+def _write_dataset(
+    config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, folder: Path
+) -> tuple[int, int]:
+    """Write data.bin and data.idx. Returns the number of documents and of tokens."""
+    prefix = str(folder / DATA)
+    builder = IndexedDatasetBuilder(
+        prefix + ".bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
+    )
+    documents = tokens = 0
+    try:
+        for batch in _batches(_with_progress(config, corpus, "tokenizing")):
+            for ids in tokenizer.encode_many([d.text for d in batch], config.threads):
+                if config.append_eod:
+                    ids.append(tokenizer.eod)
+                limit = config.max_document_tokens or len(ids)
+                for start in range(0, len(ids), limit):
+                    piece = numpy.asarray(ids[start : start + limit])
+                    builder.add_document(piece, [len(piece)])
+                    documents += 1
+                tokens += len(ids)
+        builder.finalize(prefix + ".idx")
+    finally:
+        builder.data_file.close()
+    return documents, tokens
+
+
+def _write_meta(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    documents: int,
+    tokens: int,
+    fingerprint: dict[str, Any],
+    folder: Path,
+) -> None:
+    meta = {
+        "format": FORMAT,
+        "source": config.source,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": documents,
+        "tokens": tokens,
+        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "fingerprint": fingerprint,
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("lightning-dhellam", "megatron-core", "sentencepiece"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _with_progress(config: PrepareConfig, corpus: Corpus, name: str) -> Iterator[Document]:
+    with tqdm(
+        total=corpus.size,
+        desc=name,
+        unit="B",
+        unit_scale=True,
+        disable=None if config.progress else True,
+    ) as bar:
+        for document in corpus.documents():
+            yield document
+            bar.update(document.source_bytes)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.source_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

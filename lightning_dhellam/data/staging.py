@@ -1,0 +1,79 @@
+"""Nothing half-written: build aside, then rename."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_directory(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its name when the block ends without error.
+
+    On an error the sibling is removed and `target` is untouched. If `target` exists by the end
+    (another process was first) it stays and the sibling is removed, unless `replace` is set.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        _sync_files(partial)
+        if replace and target.exists():
+            _swap(partial, target)
+        else:
+            _claim(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _claim(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _swap(partial: Path, target: Path) -> None:
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    try:
+        target.rename(old / target.name)
+        try:
+            partial.rename(target)
+        except BaseException:
+            (old / target.name).rename(target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_files(folder: Path) -> None:
+    # A rename can reach the disk before the data does; then a power cut leaves empty files.
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,169 @@
+"""Issues the operators of a plan: a short interpreter, the dispatch is data.
+
+Two layers of two micro-batches, `interleaved`. A layer's first gather waits only for its input,
+so it may run under what the previous pair of layers still computes:
+
+    compute  | norm  dgrad  qkv  attention.grad  attention  wgrad | norm  dgrad ...
+    tp       |   gather     grad_gather     scatter               |  gather ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.profiler import record_function
+
+from lightning_dhellam.engine.lanes import Lanes
+from lightning_dhellam.engine.tape import Slot, Tape
+from lightning_dhellam.plan import Graph, Issue, Operator, Plan, Strand, validate
+
+OnGradient = Callable[[tuple[Any, ...]], None]
+"""Called with the parameters whose gradient an operator has just been given to add to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One operator of a program.
+
+    Attributes:
+        operator: what runs.
+        strand: of its micro-batch.
+        lag: 1 when it belongs to the previous pair of layers.
+        reads: each slot once.
+        crosses: whether an operator of another lane reads what it writes.
+        label: its name in traces.
+    """
+
+    operator: Operator
+    strand: Strand
+    lag: int
+    reads: tuple[str, ...]
+    crosses: bool
+    label: str
+
+
+Observer = Callable[[Entry, list[Any]], None]
+"""Called with each operator and the values that it is about to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A plan bound to the graphs of one pair of layers.
+
+    Attributes:
+        plan: pairs of layers with the same one can leave work to each other.
+        entries: one for each row; None is a barrier.
+        leaves: whether some of its operators are left for the next pair.
+    """
+
+    plan: Plan
+    entries: tuple[Entry | None, ...]
+    leaves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A program and the tapes of the micro-batches that it is carried out for."""
+
+    program: Program
+    tapes: Mapping[Strand, Tape]
+
+
+def bind(
+    plan: Plan, forward: Graph | None, backward: Graph | None, follows: Graph | None = None
+) -> Program:
+    """Bind a plan to the graphs that it was made for.
+
+    `follows` is the backward graph of forward's own layer: it reads what forward saves.
+
+    Raises:
+        PlanError: the plan does not fit the graphs.
+    """
+    validate(plan, forward, backward)
+    graphs = {Strand.FORWARD: (forward, follows), Strand.BACKWARD: (backward, None)}
+    entries = tuple(
+        _entry(row, *graphs[row.strand]) if isinstance(row, Issue) else None for row in plan.rows
+    )
+    return Program(plan, entries, any(row.lag for row in plan.issues))
+
+
+def _entry(row: Issue, graph: Graph | None, follows: Graph | None) -> Entry:
+    assert graph is not None
+    operator = graph.by_name[row.operator]
+    readers = (*graph.operators, *(follows.operators if follows else ()))
+    foreign = {slot for o in readers if o.lane is not operator.lane for slot in o.reads}
+    foreign.update(graph.outputs)
+    return Entry(
+        operator,
+        row.strand,
+        row.lag,
+        tuple(dict.fromkeys(operator.reads)),
+        not foreign.isdisjoint(operator.writes),
+        f"{row.strand}/{operator.name}",
+    )
+
+
+class Executor:
+    """Runs programs on lanes.
+
+    Args:
+        lanes: of this rank's device.
+    """
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes = lanes
+        self.observer: Observer | None = None
+
+    def run(
+        self, job: Job, previous: Job | None = None, on_gradient: OnGradient | None = None
+    ) -> None:
+        """Issue the operators of `job`, and what `previous`, of the same plan, left for it."""
+        for index, entry in enumerate(job.program.entries):
+            if entry is None:
+                self.lanes.barrier()
+            elif not entry.lag:
+                self._trace(entry, job.tapes, on_gradient)
+            elif previous is not None:
+                left = previous.program.entries[index]
+                assert left is not None
+                self._trace(left, previous.tapes, on_gradient)
+
+    def finish(self, job: Job, on_gradient: OnGradient | None = None) -> None:
+        """Issue what `job` has left for a next pair that does not come."""
+        for entry in job.program.entries:
+            if entry is not None and entry.lag:
+                self._trace(entry, job.tapes, on_gradient)
+
+    def _trace(
+        self, entry: Entry, tapes: Mapping[Strand, Tape], on_gradient: OnGradient | None
+    ) -> None:
+        try:
+            if torch.autograd._profiler_enabled():
+                with record_function(entry.label):
+                    self._issue(entry, tapes[entry.strand])
+            else:
+                self._issue(entry, tapes[entry.strand])
+        except Exception as error:
+            error.add_note(f"raised by operator {entry.label}")
+            raise
+        if on_gradient is not None and entry.operator.accumulates:
+            on_gradient(entry.operator.accumulates)
+
+    def _issue(self, entry: Entry, tape: Tape) -> None:
+        operator = entry.operator
+        inputs = [tape[name] for name in operator.reads]
+        if self.observer is not None:
+            self.observer(entry, [slot.value for slot in inputs])
+        result, mark = self.lanes.launch(operator, inputs, entry.crosses)
+        values = result if len(operator.writes) > 1 else (result,) * len(operator.writes)
+        for name, value in zip(operator.writes, values, strict=True):
+            slot = Slot(value, mark)
+            if tape.put(name, slot):
+                self.lanes.born(slot)
+        for name in entry.reads:
+            last = tape.read(name)
+            if last is not None:
+                self.lanes.release(last)

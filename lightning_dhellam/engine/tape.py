@@ -1,0 +1,149 @@
+"""Slots of one micro-batch in one layer, and when they are freed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.plan import BATCH_PREFIX, Lane
+
+
+class Mark(NamedTuple):
+    """A point on a lane: the end of one operator.
+
+    Attributes:
+        lane: on which the operator ran.
+        number: how many operators the lane had run then.
+        done: a CUDA event, a gloo work, or None where nobody has to wait.
+        seen: what the lane knew of the other lanes then (CUDA).
+    """
+
+    lane: Lane
+    number: int
+    done: Any
+    seen: dict[Lane, int] | None
+
+
+@dataclass(slots=True)
+class Slot:
+    """A value, where it was made, and who still needs it.
+
+    Attributes:
+        value: a tensor, or anything else that an operator writes.
+        mark: the end of the operator that writes it. Its memory belongs to that lane.
+        holders: tapes that hold it: two while one layer hands it to the next.
+        uses: last number of each other lane on which it was read.
+    """
+
+    value: Any
+    mark: Mark
+    holders: int = 0
+    uses: dict[Lane, int] = field(default_factory=dict)
+
+
+@dataclass
+class Ledger:
+    """Counts the slots and bytes that are live, by storage: views share theirs."""
+
+    slots: int = 0
+    bytes: int = 0
+    peak_slots: int = 0
+    peak_bytes: int = 0
+    _storages: Counter[int] = field(default_factory=Counter)
+
+    def add(self, slot: Slot) -> None:
+        """A slot came to life."""
+        self.slots += 1
+        for tensor in tensors(slot.value):
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] += 1
+            if self._storages[storage.data_ptr()] == 1:
+                self.bytes += storage.nbytes()
+        self.peak_slots = max(self.peak_slots, self.slots)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def remove(self, slot: Slot) -> None:
+        """A slot lost its last reader."""
+        self.slots -= 1
+        for tensor in tensors(slot.value):
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] -= 1
+            if self._storages[storage.data_ptr()] == 0:
+                del self._storages[storage.data_ptr()]
+                self.bytes -= storage.nbytes()
+
+    def shared(self, tensor: Tensor) -> bool:
+        """Whether a live slot uses the storage of `tensor`."""
+        return tensor.untyped_storage().data_ptr() in self._storages
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors with at least one dimension in a slot's value."""
+    if isinstance(value, torch.Tensor):
+        if value.dim():
+            yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+class Tape:
+    """The slots of one micro-batch in one layer.
+
+    Args:
+        readers: how many readers each slot has, over both directions.
+        batch: the tape of the micro-batch itself, with its tokens and labels.
+    """
+
+    __slots__ = ("_batch", "_left", "_slots")
+
+    def __init__(self, readers: Counter[str], batch: Tape | None = None) -> None:
+        self._left = Counter(readers)
+        self._slots: dict[str, Slot] = {}
+        self._batch = batch
+
+    def __getitem__(self, name: str) -> Slot:
+        if self._batch is not None and name.startswith(BATCH_PREFIX):
+            return self._batch[name]
+        return self._slots[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the live slots."""
+        return tuple(self._slots)
+
+    def put(self, name: str, slot: Slot) -> bool:
+        """Hold `slot` under `name`. Returns whether anybody will read it."""
+        if not self._left[name]:
+            return False
+        self._slots[name] = slot
+        slot.holders += 1
+        return True
+
+    def read(self, name: str) -> Slot | None:
+        """Count one reader off. Returns the slot when that was the last of its last holder."""
+        if name.startswith(BATCH_PREFIX):
+            return None
+        self._left[name] -= 1
+        assert self._left[name] >= 0, f"slot {name} has more readers than its graphs say"
+        if self._left[name]:
+            return None
+        slot = self._slots.pop(name)
+        slot.holders -= 1
+        return None if slot.holders else slot
+
+    def take(self, names: tuple[str, ...]) -> list[Slot]:
+        """Count the next graph off as a reader, and return the slots for it."""
+        slots = []
+        for name in names:
+            slot = self._slots[name]
+            self._left[name] -= 1
+            if not self._left[name]:
+                del self._slots[name]
+                slot.holders -= 1
+            slots.append(slot)
+        return slots

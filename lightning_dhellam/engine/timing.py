@@ -1,0 +1,115 @@
+"""Times single operators on this rank's lanes, alone and two at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lightning_dhellam.engine.lanes import CudaLanes, Lanes
+from lightning_dhellam.parallel.collectives import Pending
+from lightning_dhellam.plan import Lane, Operator
+
+_HEAD_START = 200_000
+"""Cycles that the device idles while the host issues a measurement: about 0.1 ms."""
+
+
+class Subject(NamedTuple):
+    """An operator, and values for it to read."""
+
+    operator: Operator
+    values: Sequence[Any]
+
+
+class OperatorTimer:
+    """Times operators. Every rank must ask for the same measurements in the same order.
+
+    Args:
+        lanes: of this rank's device.
+        group: ranks over which a time is the largest; None for this rank's own.
+        repeats: samples of each measurement.
+        warmup: runs before them.
+    """
+
+    def __init__(
+        self, lanes: Lanes, group: dist.ProcessGroup | None, *, repeats: int = 7, warmup: int = 2
+    ) -> None:
+        self._lanes = lanes
+        self._group = group
+        self._repeats = repeats
+        self._warmup = warmup
+        self._time = self._on_cuda if isinstance(lanes, CudaLanes) else self._on_cpu
+
+    def alone(self, subject: Subject) -> list[float]:
+        """Seconds of each run while nothing else runs."""
+        (samples,) = self._samples([subject])
+        return samples
+
+    def beside(self, communication: Subject, compute: Subject) -> tuple[list[float], list[float]]:
+        """Seconds of each from their common start to its own end."""
+        first, second = self._samples([communication, compute])
+        return first, second
+
+    def _samples(self, subjects: Sequence[Subject]) -> list[list[float]]:
+        with torch.no_grad():
+            for _ in range(self._warmup):
+                self._time(subjects)
+            rows = [self._time(subjects) for _ in range(self._repeats)]
+        samples = torch.tensor(rows, dtype=torch.float64)
+        if self._group is not None and self._group.size() > 1:
+            samples = samples.to(self._device)
+            dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=self._group)
+        return [[float(value) for value in column] for column in samples.t()]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._lanes.device if isinstance(self._lanes, CudaLanes) else torch.device("cpu")
+
+    def _on_cpu(self, subjects: Sequence[Subject]) -> list[float]:
+        """Communication first, then compute inline; a thread notes when the work is done."""
+        if self._group is not None:
+            dist.barrier(self._group)
+        ends: dict[int, float] = {}
+        watchers = []
+        start = time.perf_counter()
+        for index, (operator, values) in enumerate(subjects):
+            result = operator.run(*values)
+            if isinstance(result, Pending) and result.work is not None:
+                watcher = threading.Thread(target=_note, args=(result.work.wait, ends, index))
+                watcher.start()
+                watchers.append(watcher)
+            else:
+                ends[index] = time.perf_counter()
+        for watcher in watchers:
+            watcher.join()
+        return [ends[index] - start for index in range(len(subjects))]
+
+    def _on_cuda(self, subjects: Sequence[Subject]) -> list[float]:
+        """All start behind one event, which the device reaches when all have been issued."""
+        assert isinstance(self._lanes, CudaLanes)
+        compute = self._lanes.stream(Lane.COMPUTE)
+        go = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(compute):
+            torch.cuda._sleep(_HEAD_START)
+            go.record()
+        ends = []
+        for operator, values in subjects:
+            stream = self._lanes.stream(operator.lane)
+            end = torch.cuda.Event(enable_timing=True)
+            stream.wait_event(go)
+            with torch.cuda.stream(stream):
+                operator.run(*values)
+                end.record()
+            ends.append(end)
+        for end in ends:
+            end.synchronize()
+        return [go.elapsed_time(end) / 1000 for end in ends]
+
+
+def _note(wait: Callable[[], Any], ends: dict[int, float], index: int) -> None:
+    wait()
+    ends[index] = time.perf_counter()

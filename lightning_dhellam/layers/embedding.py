@@ -1,0 +1,69 @@
+"""The vocabulary-parallel embedding as operators.
+
+forward   lookup|scatter  dropout
+backward  dropout  gather|weight gradient
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dhellam.kernels import embedding
+from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
+from lightning_dhellam.plan import GraphPair, Strand
+
+SALT = (-1, 0)
+"""Counters of the dropout after the embedding: no layer has these."""
+
+
+def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> GraphPair:
+    """Lower Megatron-core's VocabParallelEmbedding `words`, with dropout `p` after it."""
+    weight, first = words.weight, words.vocab_start_index
+    dropout = kernels.dropout
+    forward = GraphWriter("embedding", Strand.FORWARD, sizes)
+    forward.compute(
+        "embedding.lookup",
+        ("batch.tokens",),
+        {"found" if sizes.tp > 1 or p else "y": sizes.whole},
+        lambda tokens: embedding.forward(tokens, weight, first),
+        moved=2 * sizes.whole,
+    )
+    if sizes.tp > 1:
+        forward.scatter("embedding.scatter", "found", "embedded" if p else "y", sizes.hidden)
+    if p:
+        forward.compute(
+            "embedding.dropout",
+            ("embedded" if sizes.tp > 1 else "found", "batch.key"),
+            {"y": sizes.shard},
+            lambda x, key: x if key is None else dropout.forward(x, p, dropout.fold(key, *SALT)),
+            moved=2 * sizes.shard,
+        )
+
+    backward = GraphWriter("embedding", Strand.BACKWARD, sizes)
+    grad = "dy"
+    if p:
+        grad = "d_embedded"
+        backward.compute(
+            "embedding.dropout.grad",
+            ("dy", "batch.key"),
+            {grad: sizes.shard},
+            lambda dy, key: dropout.backward(dy, p, dropout.fold(key, *SALT)),
+            moved=2 * sizes.shard,
+        )
+    grad = backward.gather("embedding.grad_gather", grad, "d_found", sizes.hidden)
+
+    def run(dy: Tensor, tokens: Tensor) -> None:
+        embedding.accumulate_wgrad(main_grad(weight), dy, tokens, first)
+
+    backward.compute(
+        "embedding.wgrad",
+        (grad, "batch.tokens"),
+        {},
+        run,
+        moved=3 * sizes.whole,
+        accumulates=(weight,),
+    )
+    return GraphPair(forward.graph({}, ("y",)), backward.graph({"dy": sizes.shard}, ()))

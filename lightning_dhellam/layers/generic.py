@@ -1,0 +1,80 @@
+"""A user's own module as one operator in each direction, under autograd.
+
+For blocks that no lowering knows: they join the strands, but nothing inside them is scheduled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lightning_dhellam.kernels import dropout
+from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
+from lightning_dhellam.plan import GraphPair, Strand
+
+
+def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
+    """Lower a module that maps hidden states [S / TP, B, H] to the same shape.
+
+    Its random numbers are seeded by the counters of step, micro-batch and layer, so plans do not
+    change them. What autograd keeps for backward is one slot, whose size is not predicted.
+    """
+    parameters = tuple(p for p in module.parameters() if p.requires_grad)
+    for parameter in parameters:
+        # Megatron's mark of a weight that every TP rank holds and uses on its own tokens only.
+        parameter.sequence_parallel = sizes.tp > 1  # type: ignore[attr-defined]
+    name = type(module).__name__
+    forward = GraphWriter(name, Strand.FORWARD, sizes)
+
+    def run(x: Tensor, key: int | None) -> tuple[Tensor, Any]:
+        seed = None if key is None else dropout.fold(key, index)
+        with torch.enable_grad(), _seeded(x.device, seed):
+            leaf = x.detach().requires_grad_()
+            y = module(leaf)
+        return y.detach(), (leaf, y)
+
+    forward.compute(
+        "module",
+        ("x", "batch.key"),
+        {"y": sizes.shard, "autograd": 0.0},
+        run,
+        moved=8 * sizes.shard,
+    )
+    backward = GraphWriter(name, Strand.BACKWARD, sizes)
+
+    def run_grad(dy: Tensor, graph: Any) -> Tensor:
+        leaf, y = graph
+        dx, *grads = torch.autograd.grad(y, [leaf, *parameters], dy, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                main_grad(parameter).add_(grad)
+        return torch.zeros_like(dy) if dx is None else dx
+
+    backward.compute(
+        "module.grad",
+        ("dy", "autograd"),
+        {"dx": sizes.shard},
+        run_grad,
+        moved=16 * sizes.shard,
+        accumulates=parameters,
+    )
+    return GraphPair(
+        forward.graph({"x": sizes.shard}, ("y",)), backward.graph({"dy": sizes.shard}, ("dx",))
+    )
+
+
+@contextmanager
+def _seeded(device: torch.device, key: int | None) -> Iterator[None]:
+    """Random numbers from `key`, and the generators' states as they were afterwards."""
+    if key is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key)
+        yield

@@ -1,0 +1,296 @@
+"""Final norm, output layer and vocabulary-parallel cross-entropy as operators.
+
+    forward   norm  gather|output  statistics|gather  combine
+    backward  loss gradient  data gradient|scatter  (regather|) weight gradient  norm gradient
+
+The ranks exchange three numbers per token, once. Logits stay in the type of activations between
+forward and backward; where that type is fp32 they are computed again in backward, a chunk of
+tokens at a time, so that fp32 logits of a whole micro-batch never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lightning_dhellam.kernels import cross_entropy, linear
+from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
+from lightning_dhellam.parallel import collectives
+from lightning_dhellam.parallel.emulate import EmulatedLink
+from lightning_dhellam.plan import Graph, GraphPair, Strand
+
+Loss = Callable[[Tensor, Any], Tensor]
+"""A user's loss: logits [B, S, V] and the micro-batch to a scalar, under autograd."""
+
+
+@dataclass(frozen=True)
+class HeadLowering:
+    """Everything that the operators of the head are made from.
+
+    Attributes:
+        norm: the final norm.
+        weight: of the output layer, [V_rank, H]; the embedding's when tied.
+        vocab_size: without padding.
+        sizes: of slots and costs.
+        kernels: what computes the operators.
+        regather: gather the normalised hidden states again in backward, instead of keeping them.
+        loss: a user's loss, or None for cross-entropy.
+    """
+
+    norm: Any
+    weight: torch.nn.Parameter
+    vocab_size: int
+    sizes: Sizes
+    kernels: Kernels
+    regather: bool
+    loss: Loss | None = None
+
+    @property
+    def first(self) -> int:
+        """Vocabulary index of this rank's first column."""
+        return self.sizes.context.tp_rank * self.weight.shape[0]
+
+    @property
+    def valid(self) -> int:
+        """Columns of this rank that are vocabulary and not padding."""
+        return max(0, min(self.weight.shape[0], self.vocab_size - self.first))
+
+    def lower(self) -> GraphPair:
+        """Both directions, with the loss as output of forward and no input of backward."""
+        if self.loss is not None:
+            return GraphPair(self._custom_forward(), self._custom_backward())
+        if self.sizes.dtype is torch.float32:
+            return GraphPair(self._chunked_forward(), self._chunked_backward())
+        return GraphPair(self._forward(), self._backward())
+
+    def lower_logits(self) -> Graph:
+        """Forward only: logits [B, S, V] of the whole vocabulary, for prediction."""
+        w = self._begin("logits")
+        self._all_logits(w, self._normalised(w))
+        return w.graph({"x": self.sizes.shard}, ("logits_whole",))
+
+    def _begin(self, name: str = "head") -> GraphWriter:
+        return GraphWriter(name, Strand.FORWARD, self.sizes)
+
+    def _normalised(self, w: GraphWriter) -> str:
+        w.compute(
+            "final.norm",
+            ("x",),
+            {"final_norm": self.sizes.shard, "final_rstd": self.sizes.statistic},
+            lambda x: self.kernels.rms_norm.forward(x, self.norm.weight, self.norm.eps),
+            moved=2 * self.sizes.shard,
+        )
+        return w.gather("output.gather", "final_norm", "final_norm_full", self.sizes.hidden)
+
+    def _forward(self) -> Graph:
+        w = self._begin()
+        w.gemm("output.gemm", self._normalised(w), "logits", self.weight)
+        w.compute(
+            "loss.statistics",
+            ("logits", "batch.labels"),
+            {"statistics": 12.0},
+            lambda logits, labels: self.kernels.cross_entropy.statistics(
+                logits.flatten(0, 1), labels.flatten(), self.first, self.valid
+            ),
+            moved=self.sizes.wide(self.weight.shape[0]),
+        )
+        return self._combine(w)
+
+    def _chunked_forward(self) -> Graph:
+        w = self._begin()
+
+        def run(x: Tensor, labels: Tensor) -> Tensor:
+            chunks = zip(_chunks(x.flatten(0, 1)), _chunks(labels.flatten()), strict=True)
+            parts = [
+                self.kernels.cross_entropy.statistics(
+                    linear.forward(rows, self.weight), chunk, self.first, self.valid
+                )
+                for rows, chunk in chunks
+            ]
+            return torch.cat(parts, dim=1)
+
+        w.compute(
+            "output.statistics",
+            (self._normalised(w), "batch.labels"),
+            {"statistics": 12.0},
+            run,
+            flops=2 * self.weight.numel(),
+        )
+        return self._combine(w)
+
+    def _combine(self, w: GraphWriter) -> Graph:
+        """From each rank's statistics to the loss: what the ranks exchange is three numbers."""
+        read, ranks = "statistics", self.sizes.tp
+        if ranks > 1:
+            launch = collectives.all_gather
+            size = 12.0 * ranks
+            read = w.collective("loss.gather", read, "statistics_all", launch, size, size - 12.0)
+
+        def run(statistics: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            loss, lse = self.kernels.cross_entropy.combine(statistics.view(ranks, 3, -1))
+            return (loss * weights.flatten()).sum(), lse
+
+        w.compute(
+            "loss.combine", (read, "batch.weights"), {"loss": 0.0, "lse": 4.0}, run, moved=100.0
+        )
+        return w.graph({"x": self.sizes.shard}, ("loss",))
+
+    def _backward(self) -> Graph:
+        w = GraphWriter("head", Strand.BACKWARD, self.sizes)
+        width = self.sizes.wide(self.weight.shape[0])
+
+        def run(logits: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> Tensor:
+            flat = (logits.flatten(0, 1), labels.flatten(), lse, weights.flatten())
+            grad: Tensor
+            grad = self.kernels.cross_entropy.backward_(*flat, self.first, self.valid)
+            return grad.view(logits.shape)
+
+        w.compute(
+            "loss.grad",
+            ("logits", "batch.labels", "lse", "batch.weights"),
+            {"d_logits": width},
+            run,
+            moved=2 * width,
+        )
+        return self._output_backward(w)
+
+    def _output_backward(self, w: GraphWriter) -> Graph:
+        """From `d_logits` to `dx`."""
+        w.dgrad("output.dgrad", "d_logits", "d_final_norm_full", self.weight)
+        grad = self._scattered(w)
+        w.wgrad("output.wgrad", "d_logits", self._whole(w), self.weight)
+        return self._norm_grad(w, grad)
+
+    def _chunked_backward(self) -> Graph:
+        w = GraphWriter("head", Strand.BACKWARD, self.sizes)
+
+        def run(x: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> Tensor:
+            out = torch.empty_like(x)
+            labels, weights = labels.flatten(), weights.flatten()
+            flat = (x.flatten(0, 1), labels, lse, weights, out.flatten(0, 1))
+            for rows, label, total, weight, part in zip(*map(_chunks, flat), strict=True):
+                logits = linear.forward(rows, self.weight)
+                flat_chunk = (logits, label, total, weight, self.first, self.valid)
+                grad = self.kernels.cross_entropy.backward_(*flat_chunk)
+                part.copy_(linear.dgrad(grad, self.weight))
+                linear.accumulate_wgrad(main_grad(self.weight), grad, rows)
+            return out
+
+        w.compute(
+            "output.grad",
+            (self._whole(w), "batch.labels", "lse", "batch.weights"),
+            {"d_final_norm_full": self.sizes.whole},
+            run,
+            flops=6 * self.weight.numel(),
+            accumulates=(self.weight,),
+        )
+        return self._norm_grad(w, self._scattered(w))
+
+    def _scattered(self, w: GraphWriter) -> str:
+        return w.scatter(
+            "output.grad_scatter", "d_final_norm_full", "d_final_norm", self.sizes.hidden
+        )
+
+    def _whole(self, w: GraphWriter) -> str:
+        """The slot of normalised hidden states of every token, in backward."""
+        if self.regather:
+            return w.gather("output.regather", "final_norm", "final_norm_again", self.sizes.hidden)
+        return "final_norm_full" if self.sizes.tp > 1 else "final_norm"
+
+    def _norm_grad(self, w: GraphWriter, grad: str) -> Graph:
+        weight = self.norm.weight
+
+        def run(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+            dx: Tensor
+            dx, dweight = self.kernels.rms_norm.backward(dy, x, weight, rstd)
+            main_grad(weight).add_(dweight)
+            return dx
+
+        w.compute(
+            "final.norm.grad",
+            (grad, "x", "final_rstd"),
+            {"dx": self.sizes.shard},
+            run,
+            moved=3 * self.sizes.shard,
+            accumulates=(weight,),
+        )
+        return w.graph({}, ("dx",))
+
+    def _all_logits(self, w: GraphWriter, read: str) -> None:
+        """Add the slot `logits_whole` [B, S, V]: every column, in the batch's own layout."""
+        columns = self.weight.shape[0]
+        w.gemm("output.gemm", read, "logits", self.weight)
+        read = "logits"
+        if self.sizes.tp > 1:
+            mine = self.sizes.wide(columns)
+            size = mine * self.sizes.tp
+            read = w.collective(
+                "logits.gather", read, "logits_of_ranks", _gather_ranks, size, size - mine
+            )
+
+        def run(logits: Tensor) -> Tensor:
+            ranks = logits.view(-1, *logits.shape[-3:])
+            whole = ranks.permute(2, 1, 0, 3).flatten(2)
+            return whole[..., : self.vocab_size].contiguous()
+
+        whole = self.sizes.wide(self.vocab_size)
+        w.compute("logits.arrange", (read,), {"logits_whole": whole}, run, moved=2 * whole)
+
+    def _custom_forward(self) -> Graph:
+        w = self._begin()
+        self._all_logits(w, self._normalised(w))
+        loss = self.loss
+        assert loss is not None
+
+        def run(logits: Tensor, batch: Any, share: float) -> tuple[Tensor, Any]:
+            with torch.enable_grad():
+                leaf = logits.detach().requires_grad_()
+                value = loss(leaf, batch) * share
+            return value.detach().float(), (leaf, value)
+
+        w.compute(
+            "loss.custom",
+            ("logits_whole", "batch.data", "batch.share"),
+            {"loss": 0.0, "loss_graph": self.sizes.wide(self.vocab_size)},
+            run,
+            moved=4 * self.sizes.wide(self.vocab_size),
+        )
+        return w.graph({"x": self.sizes.shard}, ("loss",))
+
+    def _custom_backward(self) -> Graph:
+        w = GraphWriter("head", Strand.BACKWARD, self.sizes)
+        columns, first, valid = self.weight.shape[0], self.first, self.valid
+
+        def run(graph: Any) -> Tensor:
+            leaf, value = graph
+            (grad,) = torch.autograd.grad(value, [leaf])
+            mine = grad.new_zeros(*grad.shape[:2], columns)
+            mine[..., :valid] = grad[..., first : first + valid]
+            return mine.transpose(0, 1).contiguous()
+
+        w.compute(
+            "loss.custom.grad",
+            ("loss_graph",),
+            {"d_logits": self.sizes.wide(columns)},
+            run,
+            moved=4 * self.sizes.wide(self.vocab_size),
+        )
+        return self._output_backward(w)
+
+
+def _gather_ranks(
+    logits: Tensor, group: ProcessGroup, link: EmulatedLink | None = None
+) -> collectives.Pending:
+    """Logits [S, B, V_rank] of every rank: [R, S, B, V_rank]."""
+    return collectives.all_gather(logits[None], group, link)
+
+
+def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
+    """Split the tokens of `flat` [N, ...]."""
+    return flat.split(cross_entropy.CHUNK)

@@ -1,0 +1,192 @@
+"""Writes the operators of one graph, with nominal costs and slot sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from lightning_dhellam.kernels import linear
+from lightning_dhellam.parallel import collectives
+from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.plan import Graph, Lane, Operator, Strand
+
+# Nominal rates of one H200 with NVLink, measured or from the data sheet. Plans that are made
+# without a profile depend on the ratios only.
+_FLOPS = 700e12
+_MEMORY = 4.0e12
+_LINK = 300e9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What sizes of slots and costs of operators follow from.
+
+    Attributes:
+        context: groups and sizes of this rank.
+        dtype: of activations.
+        hidden: channels of the residual stream.
+    """
+
+    context: ParallelContext
+    dtype: torch.dtype
+    hidden: int
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share a layer."""
+        return self.context.tp_size
+
+    def wide(self, channels: int) -> float:
+        """Bytes per token of a slot that holds every token of the micro-batch."""
+        return channels * self.dtype.itemsize
+
+    @property
+    def whole(self) -> float:
+        """Bytes per token of hidden states of every token."""
+        return self.wide(self.hidden)
+
+    @property
+    def shard(self) -> float:
+        """Bytes per token of hidden states split along the sequence (sequence parallelism)."""
+        return self.whole / self.tp
+
+    @property
+    def statistic(self) -> float:
+        """Bytes per token of one fp32 number per token, split along the sequence."""
+        return 4 / self.tp
+
+
+@dataclass
+class GraphWriter:
+    """Collects operators in default order and makes the frozen graph."""
+
+    name: str
+    direction: Strand
+    sizes: Sizes
+    operators: list[Operator] = field(default_factory=list)
+    bytes_per_token: dict[str, float] = field(default_factory=dict)
+
+    def compute(
+        self,
+        name: str,
+        reads: tuple[str, ...],
+        writes: Mapping[str, float],
+        run: Callable[..., Any],
+        *,
+        flops: float = 0.0,
+        moved: float = 0.0,
+        accumulates: tuple[Parameter, ...] = (),
+    ) -> None:
+        """Add a compute operator.
+
+        Args:
+            name: unique in the graph.
+            reads: slots in the order of `run`'s arguments.
+            writes: slots in the order of `run`'s results, with their bytes per token.
+            run: launches it.
+            flops: floating-point operations per token, for the nominal cost.
+            moved: bytes read and written per token, for the nominal cost.
+            accumulates: parameters whose gradient it adds to.
+        """
+        cost = max(flops / _FLOPS, moved / _MEMORY)
+        self._add(Operator(name, Lane.COMPUTE, reads, tuple(writes), run, cost, accumulates))
+        self.bytes_per_token.update(writes)
+
+    def gather(self, name: str, read: str, write: str, channels: int) -> str:
+        """Gather `read` along the sequence over the TP ranks. Returns the slot to read then.
+
+        Without TP there is nothing to gather: no operator is added, and `read` is returned.
+        """
+        if self.sizes.tp == 1:
+            return read
+        size = self.sizes.wide(channels)
+        return self.collective(
+            name, read, write, collectives.all_gather, size, crossing=size - size / self.sizes.tp
+        )
+
+    def scatter(self, name: str, read: str, write: str, channels: int) -> str:
+        """Sum `read` over the TP ranks and keep this rank's part of the sequence."""
+        if self.sizes.tp == 1:
+            return read
+        whole = self.sizes.wide(channels)
+        size = whole / self.sizes.tp
+        return self.collective(
+            name, read, write, collectives.reduce_scatter, size, crossing=whole - size
+        )
+
+    def collective(
+        self,
+        name: str,
+        read: str,
+        write: str,
+        launch: Callable[..., collectives.Pending],
+        size: float,
+        crossing: float,
+    ) -> str:
+        """Add a collective of the TP group.
+
+        Its result has `size` bytes per token, of which `crossing` came over this rank's link.
+        Returns the slot that it writes.
+        """
+        context = self.sizes.context
+        group, link = context.groups.tp, context.links.get("tp")
+
+        def run(x: torch.Tensor) -> collectives.Pending:
+            return launch(x, group, link)
+
+        self._add(Operator(name, Lane.TP, (read,), (write,), run, crossing / _LINK))
+        self.bytes_per_token[write] = size
+        return write
+
+    def gemm(self, name: str, read: str, write: str, weight: Parameter) -> None:
+        """Add `write = read @ weight.T`."""
+        out_features, in_features = weight.shape
+        self.compute(
+            name,
+            (read,),
+            {write: self.sizes.wide(out_features)},
+            lambda x: linear.forward(x, weight),
+            flops=2 * in_features * out_features,
+        )
+
+    def dgrad(self, name: str, read: str, write: str, weight: Parameter) -> None:
+        """Add `write = read @ weight`: the gradient by a linear layer's input."""
+        out_features, in_features = weight.shape
+        self.compute(
+            name,
+            (read,),
+            {write: self.sizes.wide(in_features)},
+            lambda dy: linear.dgrad(dy, weight),
+            flops=2 * in_features * out_features,
+        )
+
+    def wgrad(self, name: str, grad: str, read: str, weight: Parameter) -> None:
+        """Add `main_grad += grad.T @ read`: the weight gradient of a linear layer."""
+        out_features, in_features = weight.shape
+        self.compute(
+            name,
+            (grad, read),
+            {},
+            lambda dy, x: linear.accumulate_wgrad(main_grad(weight), dy, x),
+            flops=2 * in_features * out_features,
+            accumulates=(weight,),
+        )
+
+    def graph(self, inputs: Mapping[str, float], outputs: tuple[str, ...]) -> Graph:
+        """The frozen graph. `inputs` are handed over, with their bytes per token."""
+        sizes = {**inputs, **self.bytes_per_token}
+        operators = tuple(self.operators)
+        return Graph(self.name, self.direction, operators, tuple(inputs), outputs, sizes)
+
+    def _add(self, operator: Operator) -> None:
+        self.operators.append(operator)
+
+
+def main_grad(parameter: Parameter) -> torch.Tensor:
+    """Megatron's gradient buffer of `parameter`, to which operators add in place."""
+    grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return grad

@@ -1,0 +1,8 @@
+"""Language models of stock Megatron-core modules, their presets and Hugging Face weights."""
+
+from lightning_dhellam.models.causal_lm import CausalLM
+from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.huggingface import export_llama, import_llama
+from lightning_dhellam.models.presets import PRESETS, preset
+
+__all__ = ["PRESETS", "CausalLM", "ModelConfig", "export_llama", "import_llama", "preset"]

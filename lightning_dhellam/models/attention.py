@@ -1,0 +1,67 @@
+"""Causal attention through torch's fused kernels: Megatron's own stores the [S, S] scores."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class SdpaCoreAttention(nn.Module):
+    """``core_attention`` of a Megatron layer spec; grouped queries, causal mask, no dropout."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        unsupported = {
+            f"attn_mask_type={attn_mask_type.name}": attn_mask_type is not AttnMaskType.causal,
+            f"attention_dropout={dropout}": dropout != 0.0,
+            f"context_parallel_size={config.context_parallel_size}": (
+                config.context_parallel_size > 1
+            ),
+            f"window_size={config.window_size}": config.window_size is not None,
+            f"softmax_type={config.softmax_type!r}": config.softmax_type != "vanilla",
+            "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
+        }
+        for name, present in unsupported.items():
+            if present:
+                raise ValueError(f"{name} is not supported by SdpaCoreAttention: causal only")
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """``query`` [S, B, heads, D], ``key`` and ``value`` [S, B, groups, D] to
+        [S, B, heads * D]. The mask is always causal; ``attention_mask`` is not read."""
+        assert attention_bias is None and packed_seq_params is None
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)

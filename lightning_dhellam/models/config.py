@@ -1,0 +1,180 @@
+"""The shape of a Llama-family model, checked, and its translation to Megatron's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lightning_dhellam.parallel.context import ParallelContext
+
+# Rows of the vocabulary that one rank's GEMM works on come in multiples of this many.
+_VOCABULARY_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and initialisation of one model; immutable, valid once constructed.
+
+    Raises ValueError, naming the field, when the numbers do not fit together.
+    """
+
+    num_layers: int
+    """Number of transformer layers."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int
+    """Width of the gated MLP (Hugging Face: intermediate_size)."""
+
+    num_attention_heads: int
+    """Number of query heads."""
+
+    num_query_groups: int
+    """Number of key/value heads; each serves num_attention_heads / num_query_groups queries."""
+
+    vocab_size: int
+    """Number of tokens of the tokenizer; any number, padding for the hardware is added."""
+
+    head_dim: int | None = None
+    """Width of one attention head; hidden_size / num_attention_heads when left out."""
+
+    max_sequence_length: int = 8192
+    """Longest sequence, in tokens, that the model accepts."""
+
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+
+    rotary_base: float = 500_000.0
+    """Base period of the rotary position embedding (Hugging Face: rope_theta)."""
+
+    rope_scaling_factor: float | None = None
+    """Llama-3 scaling of the rotary frequencies (8 for Llama 3.1, 32 for 3.2); off when left out.
+    The other constants are the family's own: low 1, high 4, original context 8192."""
+
+    tie_embeddings: bool = False
+    """Whether the output layer uses the embedding's weight."""
+
+    hidden_dropout: float = 0.0
+    """Dropout probability after the embedding, attention and MLP."""
+
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        self._check_types_and_ranges()
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}: change one, or set head_dim"
+            )
+        if self.kv_channels % 2:
+            raise ValueError(
+                f"head_dim={self.kv_channels} is odd, but rotary embeddings turn pairs: make it "
+                f"even (left out, it is hidden_size / num_attention_heads)"
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_query_groups={self.num_query_groups}: every group needs as many queries"
+            )
+
+    def _check_types_and_ranges(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            counts = field.type == "int" or (field.type == "int | None" and value is not None)
+            if counts and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name}={value!r} must be an integer of at least 1")
+        if not 0.0 <= self.hidden_dropout < 1.0:
+            raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
+        for name in ("norm_epsilon", "rotary_base", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.rope_scaling_factor is not None and not self.rope_scaling_factor >= 1.0:
+            raise ValueError(
+                f"rope_scaling_factor={self.rope_scaling_factor} must be at least 1; leave it out "
+                f"to switch the scaling off"
+            )
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights, vocabulary padding not counted."""
+        attention = 2 * self.num_attention_heads + 2 * self.num_query_groups
+        layer = self.hidden_size * (
+            attention * self.kv_channels + 3 * self.ffn_hidden_size + 2  # two norms
+        )
+        tables = 1 if self.tie_embeddings else 2
+        return (
+            self.num_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
+        )
+
+    def padded_vocab_size(self, tensor_parallel_size: int) -> int:
+        """Rows of the embedding table: vocab_size rounded up so that every rank's share is whole
+        and aligned."""
+        multiple = _VOCABULARY_ALIGNMENT * tensor_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def validate(self, tensor_parallel_size: int) -> None:
+        """Raise ValueError unless the model can be cut over ``tensor_parallel_size`` ranks."""
+        for name in (
+            "num_attention_heads",
+            "num_query_groups",
+            "ffn_hidden_size",
+            "max_sequence_length",
+        ):
+            value = getattr(self, name)
+            if value % tensor_parallel_size:
+                raise ValueError(
+                    f"{name}={value} is not a multiple of "
+                    f"tensor_parallel_size={tensor_parallel_size}: every rank holds an equal "
+                    f"share; lower tensor_parallel_size or change {name}"
+                )
+
+    def transformer_config(
+        self, context: ParallelContext, dtype: torch.dtype = torch.float32
+    ) -> TransformerConfig:
+        """Megatron's configuration of this model on ``context``, weights in ``dtype``."""
+        self.validate(context.tp_size)
+        on_cpu = context.device.type == "cpu"
+        return TransformerConfig(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            normalization="RMSNorm",
+            layernorm_epsilon=self.norm_epsilon,
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            hidden_dropout=self.hidden_dropout,
+            attention_dropout=0.0,
+            init_method_std=self.init_std,
+            tensor_model_parallel_size=context.tp_size,
+            pipeline_model_parallel_size=context.pp_size,
+            context_parallel_size=context.cp_size,
+            expert_model_parallel_size=context.ep_size,
+            pipeline_dtype=dtype,
+            sequence_parallel=context.tp_size > 1,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            # On the CPU every rank draws the whole weight and keeps its share, so that the
+            # initial model does not depend on the tensor-parallel size.
+            use_cpu_initialization=on_cpu,
+            # Megatron's fusions need extensions or a compiler; the operators fuse on their own.
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            apply_rope_fusion=False,
+            cuda_graph_scope=[],
+        )

@@ -1,0 +1,190 @@
+"""What a LightningModule adds to be trained with two strands, and one that is ready to use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from lightning_dhellam.layers import Loss
+from lightning_dhellam.models import CausalLM, ModelConfig, preset
+from lightning_dhellam.parallel import ParallelContext
+
+IGNORED = -100
+
+
+class DualStrandMixin(LightningModule):
+    """Lets a LightningModule train under `DHellamStrategy`, and under any ordinary strategy.
+
+    Set `model_config` in `__init__` and write `configure_optimizers`, as for any module:
+
+        class MyModule(DualStrandMixin):
+            def __init__(self):
+                super().__init__()
+                self.model_config = preset("llama-3-8b", num_layers=8)
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=3e-4)
+
+    Batches are mappings with `tokens` [B, S] and `labels` [B, S] (already shifted; -100 does not
+    count), and optionally `loss_mask` [B, S]. Override `build_model` for other layers,
+    `compute_loss` for another loss, and any step to log something else: `batch_loss` and
+    `batch_logits` do the work under every strategy.
+    """
+
+    model_config: ModelConfig
+    model: CausalLM
+
+    def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
+        """Make this rank's part of the model. Layers may be replaced by modules of your own."""
+        return CausalLM(self.model_config, context, dtype)
+
+    def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Override for a custom loss: from `logits` [B, S, V] of a micro-batch to a scalar.
+
+        Runs under autograd on the logits. The loss of a batch is the mean over its samples of
+        what its micro-batches return.
+        """
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED
+        )
+        return losses
+
+    @property
+    def custom_loss(self) -> Loss | None:
+        """`compute_loss`, if it was overridden; otherwise the vocabulary-parallel loss is used."""
+        overridden = type(self).compute_loss is not DualStrandMixin.compute_loss
+        return self.compute_loss if overridden else None
+
+    @override
+    def configure_model(self) -> None:
+        if "model" in self._modules:
+            return
+        strategy = self.trainer.strategy
+        context = getattr(strategy, "context", None) or ParallelContext.single(self.device_now)
+        dtype = getattr(strategy, "dtype", None) or torch.get_default_dtype()
+        self.model = self.build_model(context, dtype)
+
+    @property
+    def device_now(self) -> torch.device:
+        """The device that this process trains on."""
+        return self.trainer.strategy.root_device
+
+    def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean loss over the tokens of this rank's batch that count: a scalar in fp32.
+
+        Under `DHellamStrategy` a training batch has gone forward and backward when this returns;
+        under other strategies the result carries its autograd graph.
+        """
+        engine = getattr(self.trainer.strategy, "run_batch", None)
+        if engine is not None:
+            loss: Tensor = engine(batch, backward=self.trainer.training)
+            return loss
+        if self.custom_loss is not None:
+            return self.custom_loss(self.model(batch["tokens"]), batch)
+        mask = (batch["labels"] != IGNORED).float()
+        if batch.get("loss_mask") is not None:
+            mask = mask * batch["loss_mask"]
+        losses = self.model(batch["tokens"], batch["labels"], mask)
+        return losses.sum() / mask.sum().clamp_min(1)
+
+    def batch_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits [B, S, V] of this rank's batch, without gradients."""
+        engine = getattr(self.trainer.strategy, "run_logits", None)
+        if engine is not None:
+            logits: Tensor = engine(batch)
+            return logits
+        with torch.no_grad():
+            return self.model(batch["tokens"])
+
+    @override
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss = self.batch_loss(batch)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss = self.batch_loss(batch)
+        size = batch["tokens"].shape[0]
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
+        return loss
+
+    @override
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss = self.batch_loss(batch)
+        size = batch["tokens"].shape[0]
+        self.log("test_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
+        return loss
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The most likely next token after each position, [B, S]."""
+        return self.batch_logits(batch).argmax(dim=-1)
+
+
+class LanguageModel(DualStrandMixin):
+    """A Llama from a preset, trained with AdamW, linear warm-up and cosine decay.
+
+    Args:
+        preset: name of a published or built-in shape, such as `llama-tiny` or `llama-3-8b`.
+        overrides: fields of `ModelConfig` to change, such as `{num_layers: 8}`.
+        learning_rate: the highest learning rate.
+        weight_decay: of matrices; norms are not decayed.
+        betas: of AdamW.
+        warmup_steps: optimizer steps of linear warm-up.
+        min_lr_ratio: learning rate at the end of training, as a part of the highest.
+    """
+
+    def __init__(
+        self,
+        preset: str = "llama-tiny",
+        overrides: dict[str, Any] | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 0,
+        min_lr_ratio: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model_config = make_config(preset, overrides)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        matrices = [p for p in self.parameters() if p.dim() > 1]
+        vectors = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = AdamW(
+            groups, lr=self.hparams["learning_rate"], betas=tuple(self.hparams["betas"])
+        )
+        scheduler = LambdaLR(optimizer, self._lr_factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _lr_factor(self, step: int) -> float:
+        warmup, lowest = self.hparams["warmup_steps"], self.hparams["min_lr_ratio"]
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return float(lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_config(name: str, overrides: Mapping[str, Any] | None) -> ModelConfig:
+    """The shape `name` with some fields changed."""
+    return preset(name, **(overrides or {}))

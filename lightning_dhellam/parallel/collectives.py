@@ -1,0 +1,74 @@
+"""Asynchronous collectives of one communication lane.
+
+Each starts its work and returns at once. On CUDA the work is ordered on the stream that is
+current, the lane's, and is already waited for there. On CPU the holder of the `Pending` waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dhellam.parallel.emulate import EmulatedLink
+
+# Torch 2.13 renamed both; 2.11 has only the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending(NamedTuple):
+    """A result that is still being computed.
+
+    Attributes:
+        value: what the operator writes. Not readable before `work` is waited for.
+        work: what to wait for on the host (CPU), or None when the lane's stream orders it (CUDA).
+    """
+
+    value: Any
+    work: dist.Work | None
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = None) -> Pending:
+    """Concatenate `x` [n, ...] of all ranks along dimension 0: [ranks * n, ...].
+
+    With an emulated `link` nothing arrives, but the lane is busy for as long as it would take.
+    """
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    if link is not None:
+        link.carry(out, crossing=out.nbytes - x.nbytes)
+        return Pending(out, None)
+    return _pending(out, _all_gather(out, x, group=group, async_op=True))
+
+
+def reduce_scatter(
+    x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = None
+) -> Pending:
+    """Sum `x` [ranks * n, ...] over all ranks and keep this rank's part [n, ...].
+
+    With an emulated `link` nothing is summed, but the lane is busy for as long as it would take.
+    """
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    if link is not None:
+        link.carry(out, crossing=x.nbytes - out.nbytes)
+        return Pending(out, None)
+    return _pending(out, _reduce_scatter(out, x, group=group, async_op=True))
+
+
+def _pending(out: Tensor, work: dist.Work | None) -> Pending:
+    if out.is_cuda and work is not None:
+        work.wait()  # on CUDA this only makes the lane's stream wait, never the host
+        work = None
+    return Pending(out, work)
+
+
+def same_on_all_ranks(value: str, group: dist.ProcessGroup | None) -> list[str]:
+    """Every rank's `value`, when they differ; an empty list when all ranks hold the same."""
+    if group is None or group.size() == 1:
+        return []
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return [] if len(set(values)) == 1 else values

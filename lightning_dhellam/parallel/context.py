@@ -1,0 +1,196 @@
+"""Who this process is in the cluster: one explicit value instead of Megatron's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from lightning_dhellam.parallel.cpu import megatron_device
+from lightning_dhellam.parallel.emulate import Cluster, EmulatedLink
+
+
+def check_sizes(
+    world_size: int,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+) -> None:
+    """Raise ValueError unless ``world_size`` processes can be cut into groups of these sizes."""
+    sizes = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "context_parallel_size": context_parallel_size,
+        "expert_parallel_size": expert_parallel_size,
+    }
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r} must be an integer of at least 1")
+    model_sizes = {name: size for name, size in sizes.items() if name != "expert_parallel_size"}
+    model = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
+    if world_size % model:
+        given = _spell(model_sizes)
+        raise ValueError(
+            f"{given} needs a multiple of {model} processes, but the world size is {world_size}: "
+            f"set devices × num_nodes to a multiple of {model}, or lower "
+            f"{_remedy(model_sizes)} to a divisor of {world_size}"
+        )
+    expert_model = expert_parallel_size * tensor_parallel_size * pipeline_parallel_size
+    if world_size % expert_model:
+        raise ValueError(
+            f"{_spell(sizes)}: experts are spread over groups of {expert_model} processes, which "
+            f"does not divide the world size {world_size}: lower expert_parallel_size"
+        )
+
+
+def _spell(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+
+
+def _remedy(sizes: dict[str, int]) -> str:
+    names = [name for name, size in sizes.items() if size > 1]
+    return " × ".join(names)
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The groups of this process, its rank in each, and the device it computes on.
+
+    ``links`` holds the emulated links by communicator, of an emulated cluster only.
+
+    ``groups`` is what Megatron's modules take as ``pg_collection``. ``tp_group`` and the other
+    named groups are None only when torch.distributed is not initialised; then every size is 1.
+    """
+
+    device: torch.device
+    groups: ProcessGroupCollection
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    ep_rank: int
+    ep_size: int
+    tp_group: ProcessGroup | None
+    dp_group: ProcessGroup | None
+    pp_group: ProcessGroup | None
+    cp_group: ProcessGroup | None
+    ep_group: ProcessGroup | None
+    links: Mapping[str, EmulatedLink] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls,
+        device: torch.device,
+        *,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        cluster: Cluster | None = None,
+    ) -> ParallelContext:
+        """Cut the initialised world into Megatron's groups: tensor ranks adjacent, then context,
+        data and pipeline ranks. With `cluster` the world is emulated, and its links are made.
+        Raises ValueError when the sizes do not fit the world."""
+        assert dist.is_initialized(), "torch.distributed must be initialised first"
+        check_sizes(
+            dist.get_world_size(),
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            context_parallel_size,
+            expert_parallel_size,
+        )
+        with megatron_device(device):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor_parallel_size,
+                pipeline_model_parallel_size=pipeline_parallel_size,
+                context_parallel_size=context_parallel_size,
+                expert_model_parallel_size=expert_parallel_size,
+                # A second set, of gloo groups, serves only a checkpoint format that we do not use.
+                create_gloo_process_groups=False,
+            )
+        context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
+        if cluster is None:
+            return context
+        links = {name: EmulatedLink(link, device) for name, link in cluster.links.items()}
+        return replace(context, links=links)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the other ranks do not exist, so that nothing may depend on their answers."""
+        return dist.is_initialized() and dist.get_backend() == "fake"
+
+    @classmethod
+    def single(cls, device: torch.device) -> ParallelContext:
+        """This process alone, for a model under one of Lightning's ordinary strategies.
+
+        Works with and without torch.distributed; in a larger world (DDP, say) every process is
+        rank 0 of its own groups of one, and their common training is the strategy's business.
+        """
+        group: ProcessGroup
+        if dist.is_initialized():
+            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        else:
+            group = ProcessGroup(0, 1)  # type: ignore[call-arg]
+        names = [field.name for field in fields(ProcessGroupCollection) if field.name != "hcp"]
+        return cls._of_groups(device, ProcessGroupCollection(**dict.fromkeys(names, group)))
+
+    @classmethod
+    def _of_groups(cls, device: torch.device, groups: ProcessGroupCollection) -> ParallelContext:
+        connected = dist.is_initialized()
+        values: dict[str, ProcessGroup | int | None] = {}
+        for name in ("tp", "dp", "pp", "cp", "ep"):
+            group: ProcessGroup = getattr(groups, name)
+            values[f"{name}_rank"] = group.rank()
+            values[f"{name}_size"] = group.size()
+            values[f"{name}_group"] = group if connected else None
+        return cls(
+            device=device,
+            groups=groups,
+            rank=dist.get_rank() if connected else 0,
+            world_size=dist.get_world_size() if connected else 1,
+            **values,  # type: ignore[arg-type]
+        )
+
+    @contextmanager
+    def megatron(self) -> Iterator[None]:
+        """Enter around everything that runs Megatron code for this context: construction, forward,
+        backward, reduction of gradients, optimizer step. Re-entrant; nothing remains afterwards.
+        """
+        with megatron_device(self.device):
+            if dist.is_initialized():
+                yield
+            else:
+                with _groups_without_distributed():
+                    yield
+
+    def destroy(self) -> None:
+        """Forget Megatron's global groups; torch.distributed stays up, it is not ours."""
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def _groups_without_distributed() -> Iterator[None]:
+    """Let Megatron's functions accept our groups of one while torch.distributed is down.
+
+    They drop every group they are given when `is_initialized` is false, then assert that they have
+    one; with a group of size 1 they call no collective.
+    """
+    original = dist.is_initialized
+    dist.is_initialized = lambda: True
+    try:
+        yield
+    finally:
+        dist.is_initialized = original

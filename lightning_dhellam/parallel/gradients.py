@@ -1,0 +1,99 @@
+"""Gradient buffers and their data-parallel reduction: Megatron-core's DDP, driven by operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch.nn import Module, Parameter
+
+from lightning_dhellam.parallel.context import ParallelContext
+
+OnLane = Callable[[], AbstractContextManager[None]]
+"""Enters the `dp` lane, after everything that compute was given so far."""
+
+
+class GradientBuffers:
+    """Contiguous `main_grad` buffers of a model, reduced bucket by bucket as they fill up.
+
+    Args:
+        model: every parameter that requires a gradient gets a `main_grad`.
+        config: Megatron's TransformerConfig of the model.
+        context: groups of this rank.
+        sharded: reduce-scatter for the distributed optimizer, instead of all-reduce.
+        fp32: buffers in fp32; otherwise in the type of the parameters.
+        bucket_size: parameters per bucket; None for Megatron's default.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        config: Any,
+        context: ParallelContext,
+        *,
+        sharded: bool,
+        fp32: bool,
+        bucket_size: int | None = None,
+    ) -> None:
+        self._context = context
+        self._parallel = context.dp_size > 1
+        if context.tp_size > 1:
+            _mark_partial(model)
+        with context.megatron():
+            self.ddp = DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=fp32,
+                    overlap_grad_reduce=self._parallel,
+                    use_distributed_optimizer=sharded,
+                    bucket_size=bucket_size,
+                ),
+                model,
+                pg_collection=context.groups,
+            )
+            if self._parallel:
+                self.ddp.broadcast_params()
+
+    def zero(self) -> None:
+        """Empty the buffers before a step."""
+        self.ddp.zero_grad_buffer()
+
+    def ready(self, parameters: tuple[Parameter, ...], on_lane: OnLane) -> None:
+        """Note that the gradients of `parameters` are complete.
+
+        The last one of a bucket starts the bucket's reduction on the lane that `on_lane` enters.
+        """
+        if not self._parallel:
+            return
+        with on_lane(), self._context.megatron():
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    self.ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
+
+    def finish(self) -> None:
+        """Wait for the reductions, and add up what tensor-parallel ranks hold in part.
+
+        With sequence parallelism each rank has seen only its tokens, so the gradients of norm
+        weights, and of every other weight that is not split, are partial sums.
+        """
+        if not self._parallel and self._context.tp_size == 1 and self._context.pp_size == 1:
+            return
+        with self._context.megatron(), torch.no_grad():
+            finalize_model_grads([self.ddp], pg_collection=self._context.groups)
+
+
+def _mark_partial(model: Module) -> None:
+    """Tell Megatron which gradients to add up over the tensor-parallel ranks.
+
+    It marks its own norms when it makes them; a user's block comes unmarked.
+    """
+    for parameter in model.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]

@@ -1,0 +1,166 @@
+"""Megatron-core's optimizers around the user's own torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.gradients import GradientBuffers
+
+
+def can_shard(optimizer: Optimizer) -> bool:
+    """Whether Megatron's distributed optimizer takes it: it does AdamW only."""
+    return isinstance(optimizer, torch.optim.AdamW)
+
+
+class ModelParallelOptimizer:
+    """Steps the user's optimizer on Megatron's gradient buffers.
+
+    After construction the user's optimizer holds the parameters that it really steps: fp32 master
+    weights for a 16-bit model, and with `sharded` only this rank's part of them.
+
+    Args:
+        optimizer: the user's, as `configure_optimizers` returned it.
+        buffers: of the gradients.
+        context: groups of this rank.
+        sharded: Megatron's distributed optimizer (ZeRO-1, arXiv 1910.02054).
+        master_weights: keep fp32 copies of 16-bit parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        buffers: GradientBuffers,
+        context: ParallelContext,
+        *,
+        sharded: bool,
+        master_weights: bool,
+    ) -> None:
+        self._inner = optimizer
+        self._context = context
+        self._has_masters = master_weights
+        self._sharded = sharded
+        config = OptimizerConfig(
+            bf16=master_weights,
+            use_distributed_optimizer=sharded,
+            # Clipping is done here: Megatron's reads the norm on the host in every step.
+            clip_grad=0.0,
+        )
+        for group in optimizer.param_groups:
+            # Megatron's sharded optimizer asks every group; expert parallelism will say True.
+            group.setdefault("is_expert_parallel", False)
+        with context.megatron():
+            self._megatron = _wrap(optimizer, config, buffers, context, sharded, master_weights)
+        groups = context.groups
+        self._norm_group = groups.intra_dist_opt if sharded else groups.mp
+        self._megatron.grad_stats_parallel_group = self._norm_group
+        self._megatron.tp_group = groups.tp
+        self._norm: Tensor | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the user's optimizer steps on this rank."""
+        return [p for group in self._inner.param_groups for p in group["params"]]
+
+    def prepare(self) -> None:
+        """Give every parameter its gradient from the buffers."""
+        self._norm = None
+        with self._context.megatron():
+            self._megatron.prepare_grads()
+
+    def grad_norm(self) -> Tensor:
+        """2-norm of the gradient of the whole model, the same on every rank: a scalar in fp32.
+
+        Parameters that tensor-parallel ranks hold in common count once. Not read on the host.
+        """
+        if self._norm is None:
+            with self._context.megatron():
+                grads = self._megatron.get_main_grads_for_grad_norm()
+            square = torch.zeros((), dtype=torch.float32, device=self._context.device)
+            if grads:
+                square = torch.nn.utils.get_total_norm(grads).float().square()
+            if dist.is_initialized():
+                dist.all_reduce(square, group=self._norm_group)
+            self._norm = square.sqrt()
+        return self._norm
+
+    def clip_by_norm(self, limit: float) -> None:
+        """Scale all gradients so that `grad_norm` is at most `limit`."""
+        norm = self.grad_norm()
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        self._norm = torch.clamp(norm, max=limit)
+
+    def clip_by_value(self, limit: float) -> None:
+        """Clamp every element of every gradient to `[-limit, limit]`."""
+        torch.nn.utils.clip_grad_value_(self.parameters, limit)
+        self._norm = None
+
+    def step(self) -> None:
+        """Step, and bring the model's parameters up to date on every rank."""
+        with self._context.megatron():
+            self._megatron.step_with_ready_grads()
+        for parameter in self.parameters:
+            # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
+            # next zero_grad could clear what the next step has put there.
+            parameter.grad = None
+
+    def reload(self) -> None:
+        """Take the model's parameters as they are now, after they were loaded."""
+        with self._context.megatron():
+            self._megatron.reload_model_params()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the form of `state_dict`, besides sizes and precision."""
+        return {"optimizer": type(self._inner).__name__, "distributed_optimizer": self._sharded}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: of the user's optimizer, and the master weights if there are any."""
+        masters = [p.detach() for p in self.parameters] if self._has_masters else []
+        return {"optimizer": self._inner.state_dict(), "master_weights": masters}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned on the same rank of the same topology."""
+        self._inner.load_state_dict(state["optimizer"])
+        if self._has_masters:
+            for parameter, saved in zip(self.parameters, state["master_weights"], strict=True):
+                parameter.data.copy_(saved)
+
+
+def _wrap(
+    optimizer: Optimizer,
+    config: OptimizerConfig,
+    buffers: GradientBuffers,
+    context: ParallelContext,
+    sharded: bool,
+    master_weights: bool,
+) -> MegatronOptimizer:
+    if sharded:
+        return DistributedOptimizer(
+            optimizer,
+            config,
+            grad_scaler=None,
+            init_state_fn=None,
+            model_chunks=[buffers.ddp],
+            per_model_buffers={0: buffers.ddp.buffers},
+            data_parallel_group=context.groups.dp_cp,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=context.tp_rank + context.pp_rank * context.tp_size,
+            distributed_optimizer_instance_id=0,
+        )
+    if master_weights:
+        return Float16OptimizerWithFloat16Params(optimizer, config, None, None)
+    return FP32Optimizer(optimizer, config, None)

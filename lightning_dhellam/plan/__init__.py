@@ -1,0 +1,24 @@
+"""Operators, graphs and plans as plain values. Imports no torch."""
+
+from lightning_dhellam.plan.builders import BUILDERS, Builder, builder
+from lightning_dhellam.plan.graph import BATCH_PREFIX, Graph, GraphPair
+from lightning_dhellam.plan.operator import Lane, Operator, Strand
+from lightning_dhellam.plan.plan import Barrier, Issue, Plan, PlanError
+from lightning_dhellam.plan.validate import validate
+
+__all__ = [
+    "BATCH_PREFIX",
+    "BUILDERS",
+    "Barrier",
+    "Builder",
+    "Graph",
+    "GraphPair",
+    "Issue",
+    "Lane",
+    "Operator",
+    "Plan",
+    "PlanError",
+    "Strand",
+    "builder",
+    "validate",
+]

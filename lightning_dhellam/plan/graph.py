@@ -1,0 +1,148 @@
+"""Operators of one layer, ordered by the slots that they read and write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lightning_dhellam.plan.operator import Operator, Strand
+
+BATCH_PREFIX = "batch."
+"""Slots of the micro-batch itself (tokens, labels, random key): every layer may read them."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operators of one layer in one direction.
+
+    The order of `operators` is the default order: every operator stands after those that write
+    what it reads.
+
+    Attributes:
+        name: kind of the layer, such as `transformer`. Layers of the same name share plans.
+        direction: forward or backward.
+        operators: in default order.
+        inputs: slots that the previous graph of the strand hands over (`x`, or `dy`).
+        outputs: slots handed to the next graph of the strand (`y`, or `dx`).
+        bytes_per_token: size of each slot that is handed over or written: bytes on this rank for
+            each token of the micro-batch.
+    """
+
+    name: str
+    direction: Strand
+    operators: tuple[Operator, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        known = set(self.inputs)
+        names: set[str] = set()
+        for operator in self.operators:
+            assert operator.name not in names, f"{self}: operator {operator} stands twice"
+            names.add(operator.name)
+            later = self.written & set(operator.reads) - known
+            assert not later, f"{self}: {operator} reads {sorted(later)} before it is written"
+            twice = known & set(operator.writes)
+            assert not twice, f"{self}: {operator} writes {sorted(twice)} a second time"
+            known.update(operator.writes)
+        missing = set(self.outputs) - known
+        assert not missing, f"{self}: no operator writes the output {sorted(missing)}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.direction}"
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """Every slot that an operator of this graph writes."""
+        return frozenset(slot for operator in self.operators for slot in operator.writes)
+
+    @cached_property
+    def by_name(self) -> dict[str, Operator]:
+        """Operators by name."""
+        return {operator.name: operator for operator in self.operators}
+
+    @cached_property
+    def producers(self) -> dict[str, Operator]:
+        """The operator that writes each slot."""
+        return {slot: operator for operator in self.operators for slot in operator.writes}
+
+    @cached_property
+    def predecessors(self) -> dict[str, tuple[str, ...]]:
+        """For each operator the names of those that write what it reads."""
+        return {
+            operator.name: tuple(
+                dict.fromkeys(
+                    self.producers[slot].name for slot in operator.reads if slot in self.producers
+                )
+            )
+            for operator in self.operators
+        }
+
+    @cached_property
+    def followers(self) -> dict[str, tuple[str, ...]]:
+        """For each operator the names of those that read what it writes."""
+        return {
+            operator.name: tuple(
+                name for name, before in self.predecessors.items() if operator.name in before
+            )
+            for operator in self.operators
+        }
+
+    @cached_property
+    def readers(self) -> Counter[str]:
+        """How many operators read each slot. An output counts one reader more: the next graph."""
+        counts = Counter(slot for operator in self.operators for slot in set(operator.reads))
+        counts.update(self.outputs)
+        return counts
+
+    @cached_property
+    def foreign(self) -> tuple[str, ...]:
+        """Slots read here and neither written here nor handed over: what must have been saved."""
+        own = self.written | set(self.inputs)
+        reads = (slot for operator in self.operators for slot in operator.reads)
+        return tuple(
+            dict.fromkeys(s for s in reads if s not in own and not s.startswith(BATCH_PREFIX))
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of names, lanes and slots: two graphs with the same one can share a plan."""
+        lines = [f"{self} {self.inputs} {self.outputs}"]
+        lines += [f"{o.name} {o.lane} {o.reads} {o.writes}" for o in self.operators]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class GraphPair:
+    """A layer in both directions. What backward reads of forward's slots is what is saved."""
+
+    forward: Graph
+    backward: Graph
+
+    def __post_init__(self) -> None:
+        assert self.forward.name == self.backward.name
+        assert not self.forward.foreign, f"{self.forward} reads unknown {self.forward.foreign}"
+        known = self.forward.written | set(self.forward.inputs)
+        unknown = set(self.backward.foreign) - known
+        assert not unknown, f"{self.backward} reads {sorted(unknown)}, which forward never writes"
+        clash = self.backward.written & known
+        assert not clash, f"{self.backward} writes slots of forward: {sorted(clash)}"
+
+    @property
+    def name(self) -> str:
+        """Kind of the layer."""
+        return self.forward.name
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Slots of forward that backward reads: the saved activations, derived."""
+        return self.backward.foreign
+
+    def saved_bytes(self, tokens: int) -> int:
+        """Predicted bytes of saved activations of one micro-batch of `tokens` tokens."""
+        sizes = self.forward.bytes_per_token
+        return round(sum(sizes[slot] for slot in self.saved) * tokens)

@@ -1,0 +1,64 @@
+"""The smallest schedulable unit, and the lane it occupies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Lane(StrEnum):
+    """What an operator occupies while it runs.
+
+    On CUDA a lane is a stream. On CPU `compute` runs inline and every other lane is asynchronous
+    work of a process group.
+    """
+
+    COMPUTE = "compute"
+    TP = "tp"
+    CP = "cp"
+    EP = "ep"
+    PP = "pp"
+    DP = "dp"
+    HOST = "host"
+
+
+class Strand(StrEnum):
+    """Which of the two micro-batches of a pass an operator belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One GEMM, one norm, one attention, one collective.
+
+    Attributes:
+        name: unique in its graph, dotted: `fc1.dgrad`.
+        lane: what it occupies.
+        reads: slots it needs, in the order of `run`'s arguments.
+        writes: slots it makes, in the order of `run`'s results.
+        run: launches it. Takes the values of `reads`, returns the value of `writes`: nothing,
+            one value, or a tuple. A communication operator returns a `Pending` around them.
+        cost: nominal seconds per token of the micro-batch. Only the ratio between operators
+            matters: built-in plans use it where no profile exists.
+        accumulates: the parameters whose gradient it adds to.
+    """
+
+    name: str
+    lane: Lane
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Callable[..., Any] = field(repr=False, compare=False)
+    cost: float = field(default=0.0, compare=False)
+    accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def is_communication(self) -> bool:
+        """Whether it occupies a lane other than `compute`."""
+        return self.lane is not Lane.COMPUTE
+
+    def __str__(self) -> str:
+        return self.name

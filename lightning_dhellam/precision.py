@@ -1,0 +1,102 @@
+"""What `Trainer(precision=...)` means for a dual-strand run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.plugins import (
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
+from typing_extensions import override
+
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.fabric.utilities.types import Steppable
+    from lightning.pytorch import LightningModule
+
+SUPPORTED = ("32-true", "bf16-mixed", "bf16-true")
+
+
+class DHellamPrecision(Precision):
+    """Types of weights, gradients and master weights.
+
+    | precision    | weights and activations | gradients | master weights |
+    |--------------|-------------------------|-----------|----------------|
+    | `32-true`    | fp32                    | fp32      | the weights    |
+    | `bf16-mixed` | bf16                    | fp32      | fp32           |
+    | `bf16-true`  | bf16                    | bf16      | the weights    |
+
+    Operators take their types from the model, so nothing is cast on the way and there is no
+    autocast. Raises ValueError for any other precision.
+    """
+
+    def __init__(self, precision: str) -> None:
+        if precision not in SUPPORTED:
+            raise ValueError(
+                f"Trainer(precision='{precision}') does not work with DHellamStrategy: use one of"
+                f" {', '.join(SUPPORTED)}"
+            )
+        self.precision = precision  # type: ignore[assignment]
+        self.optimizer: ModelParallelOptimizer | None = None
+
+    @classmethod
+    def of(cls, plugin: Precision) -> DHellamPrecision:
+        """Ours for the plugin that Lightning made of the Trainer's flag."""
+        if isinstance(plugin, DHellamPrecision):
+            return plugin
+        if type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
+            return cls(str(plugin.precision))
+        raise ValueError(
+            f"the precision plugin {type(plugin).__name__} does not work with DHellamStrategy: use"
+            f" Trainer(precision=...) with one of {', '.join(SUPPORTED)}"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+
+    @property
+    def fp32_gradients(self) -> bool:
+        """Whether gradients are accumulated in fp32."""
+        return self.precision != "bf16-true"
+
+    @property
+    def master_weights(self) -> bool:
+        """Whether the optimizer steps fp32 copies of the weights."""
+        return self.precision == "bf16-mixed"
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self,
+        optimizer: Steppable,
+        model: LightningModule,
+        closure: Callable[[], Any],
+        **kwargs: Any,
+    ) -> Any:
+        """Run the step, then Lightning's hooks and clipping on its gradients, then the update."""
+        assert self.optimizer is not None, "the strategy was not set up"
+        result = closure()
+        if result is None:  # training_step returned None, to skip this batch
+            return None
+        self.optimizer.prepare()
+        self._after_closure(model, optimizer)
+        self.optimizer.step()
+        return result
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        assert self.optimizer is not None, "the strategy was not set up"
+        self.optimizer.clip_by_norm(clip_val)
+
+    @override
+    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
+        assert self.optimizer is not None, "the strategy was not set up"
+        self.optimizer.clip_by_value(clip_val)

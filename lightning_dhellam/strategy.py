@@ -1,0 +1,531 @@
+"""DHellamStrategy: trains a DualStrandMixin with two micro-batches in flight on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dhellam import checks
+from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
+from lightning_dhellam.layers import lower
+from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.parallel import Cluster, ParallelContext, check_sizes
+from lightning_dhellam.parallel import checkpoint as checkpoint_files
+from lightning_dhellam.parallel.collectives import same_on_all_ranks
+from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.precision import DHellamPrecision
+from lightning_dhellam.search.planfile import named_plan
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment
+
+
+class DHellamStrategy(ParallelStrategy):
+    """Trains with two strands: while one micro-batch goes forward, another goes backward.
+
+    The batch that a DataLoader yields is this rank's share of the global batch; it is cut into
+    micro-batches. Data parallelism takes the processes that tensor parallelism leaves.
+
+    Args:
+        tensor_parallel_size: ranks that share each layer, with sequence parallelism.
+        micro_batch_size: samples that go through the layers together. Changes neither loss nor
+            gradients; the last micro-batch of a batch may be smaller.
+        plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, or the
+            path of a plan file (`.json`). Changes neither loss nor gradients.
+        distributed_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1). None: when
+            there are several, the optimizer is AdamW and the precision is not `bf16-true`.
+        kernels: backends to use by operator, such as `{attention: flash_attn}`; the fastest that
+            this machine has for all others.
+        regather: gather the input of column-parallel layers again in backward; False keeps it,
+            which saves communication and costs memory.
+        bucket_size: parameters per bucket of the data-parallel reduction.
+        seed: of weights and dropout.
+        emulate: a cluster, or the file of one, of which this process plays a single rank; links
+            take time and bring nothing, so numbers mean nothing and checkpoints are refused.
+        timeout: after which a collective that a rank does not join fails.
+
+    Raises:
+        ValueError: a value or a combination that cannot work, before any process computes.
+    """
+
+    strategy_name = "dhellam"
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        micro_batch_size: int = 1,
+        plan: str = "interleaved",
+        distributed_optimizer: bool | None = None,
+        kernels: dict[str, str] | None = None,
+        regather: bool = True,
+        bucket_size: int | None = None,
+        seed: int = 1234,
+        emulate: str | Cluster | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
+        )
+        checks.check_arguments(tensor_parallel_size, micro_batch_size, plan, bucket_size)
+        self.tensor_parallel_size = tensor_parallel_size
+        self.micro_batch_size = micro_batch_size
+        self.plan = plan
+        self.distributed_optimizer = distributed_optimizer
+        self.kernels = kernels
+        self.regather = regather
+        self.bucket_size = bucket_size
+        self.seed = seed
+        self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
+        self.num_nodes = 1
+        self._timeout = timeout
+        self._context: ParallelContext | None = None
+        self._engine: Engine | None = None
+        self._buffers: GradientBuffers | None = None
+        self._optimizer: ModelParallelOptimizer | None = None
+
+    @property
+    def context(self) -> ParallelContext:
+        """Groups and sizes of this rank."""
+        if self._context is None:
+            raise RuntimeError(
+                "DHellamStrategy.context is not known before the processes have started: use it in"
+                " `configure_model` or later"
+            )
+        return self._context
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the plans of this rank."""
+        if self._engine is None:
+            raise RuntimeError(
+                "DHellamStrategy.engine does not exist before the model: use it after `setup`"
+            )
+        return self._engine
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return self.precision_plugin.dtype
+
+    @property
+    @override
+    def precision_plugin(self) -> DHellamPrecision:
+        if self._precision_plugin is None:
+            self._precision_plugin = DHellamPrecision("32-true")
+        assert isinstance(self._precision_plugin, DHellamPrecision)
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        # None must stay None: Lightning takes anything else for a plugin that the user has chosen.
+        self._precision_plugin = DHellamPrecision.of(precision_plugin) if precision_plugin else None
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks strategies that it does not know, before it reduces logged values."""
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Samples are dealt to the data-parallel ranks; tensor-parallel ranks see the same."""
+        return {"num_replicas": self.context.dp_size, "rank": self.context.dp_rank}
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        return True
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _CheckingLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, self.check
+            )
+        processes = self.num_processes * self.num_nodes
+        if self.cluster is None:
+            check_sizes(processes, self.tensor_parallel_size)
+            return
+        check_sizes(self.cluster.world_size, self.tensor_parallel_size)
+        checks.check_emulation(self.root_device, processes)
+
+    def check(self, trainer: pl.Trainer, data: Any = None) -> None:
+        """Refuse what cannot work, before any process computes.
+
+        `data` is the data module, before the trainer has it.
+
+        Raises:
+            ValueError: with the value, the rule and the remedy.
+        """
+        checks.check_trainer(trainer)
+        checks.check_module(trainer.lightning_module, self.tensor_parallel_size)
+        data = data or getattr(trainer, "datamodule", None)
+        checks.check_data(trainer.lightning_module, data, self.tensor_parallel_size)
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"accelerator='{self.root_device.type}' does not work with DHellamStrategy: use"
+                " 'gpu' or 'cpu'"
+            )
+
+    @override
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        self.check(self.lightning_module.trainer)
+        super().setup_environment()
+        reset_seed()
+        self._set_world_ranks()
+        if self.cluster is not None:
+            self.cluster.join()
+        else:
+            self._join_processes()
+        self._context = ParallelContext.create(
+            self.root_device,
+            tensor_parallel_size=self.tensor_parallel_size,
+            cluster=self.cluster,
+        )
+
+    def _join_processes(self) -> None:
+        assert self.cluster_environment is not None
+        backend = _get_default_process_group_backend_for_device(self.root_device)
+        device_id = self.root_device if self.root_device.type == "cuda" else None
+        _init_dist_connection(
+            self.cluster_environment, backend, timeout=self._timeout, device_id=device_id
+        )
+
+    def _set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None
+        rank = self.node_rank * self.num_processes + self.local_rank
+        self.cluster_environment.set_global_rank(rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and isinstance(self.lightning_module, DualStrandMixin)
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        fitting = trainer.state.fn is TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        module = self.lightning_module
+        lowered = lower(
+            module.model, regather=self.regather, loss=module.custom_loss, kernels=self.kernels
+        )
+        rank_zero_info(str(lowered.kernels))
+        lanes = make_lanes(self.root_device)
+        self._engine = Engine(lowered.layers, lanes, named_plan(self.plan), lowered.logits)
+        self._check_plans()
+        self.setup_precision_plugin()
+        self.barrier()
+
+    def _check_plans(self) -> None:
+        """All ranks must issue the collectives of a communicator in the same order."""
+        digests = " ".join(plan.digest for plan in self.engine.plans())
+        group = None if self.context.emulated else dist.group.WORLD
+        if same_on_all_ranks(f"{self.plan}: {digests}", group):
+            raise ValueError(
+                f"plan='{self.plan}' orders the operators differently on different ranks: every"
+                " rank must run the same model, plan and version"
+            )
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            # Lightning's remedy, manual optimization, is none here.
+            if "multiple optimizers" not in str(error):
+                raise
+            raise ValueError(
+                "configure_optimizers returned several optimizers: DHellamStrategy needs exactly"
+                " one; use its parameter groups"
+            ) from None
+        (optimizer,) = self.optimizers
+        model = self._trainable(optimizer)
+        sharded = self._shards(optimizer)
+        self._buffers = GradientBuffers(
+            model,
+            model.transformer_config,
+            self.context,
+            sharded=sharded,
+            fp32=self.precision_plugin.fp32_gradients,
+            bucket_size=self.bucket_size,
+        )
+        self._optimizer = self.precision_plugin.optimizer = ModelParallelOptimizer(
+            optimizer,
+            self._buffers,
+            self.context,
+            sharded=sharded,
+            master_weights=self.precision_plugin.master_weights,
+        )
+
+    def _trainable(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The model, after checking that the optimizer steps just its parameters."""
+        module = self.lightning_module
+        assert isinstance(module, DualStrandMixin)
+        inside = {id(p): name for name, p in module.model.named_parameters() if p.requires_grad}
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        outside = [
+            name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside
+        ]
+        if outside:
+            raise ValueError(
+                f"parameter '{outside[0]}' is not part of {type(module).__name__}.model, so no"
+                " strand computes its gradient: put it into a layer of the model, or freeze it"
+            )
+        missing = [name for key, name in inside.items() if key not in stepped]
+        if missing:
+            raise ValueError(
+                f"configure_optimizers leaves out '{missing[0]}': give the optimizer every"
+                " parameter that requires a gradient, or freeze it with requires_grad_(False)"
+            )
+        return module.model
+
+    def _shards(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether Megatron's distributed optimizer is used."""
+        possible = can_shard(optimizer) and self.precision_plugin.precision != "bf16-true"
+        if self.distributed_optimizer is None:
+            return possible and self.context.dp_size > 1
+        if self.distributed_optimizer and not possible:
+            raise ValueError(
+                f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
+                f" precision='{self.precision_plugin.precision}': it needs torch.optim.AdamW and"
+                " '32-true' or 'bf16-mixed'; or leave distributed_optimizer out"
+            )
+        return self.distributed_optimizer
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.to(self.root_device)
+
+    def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
+        """Loss of this rank's batch, a scalar in fp32; with `backward`, its gradients as well."""
+        pieces = self._cut(batch, needs_labels=True)
+        if not backward:
+            return self.engine.evaluate(pieces)
+        assert self._buffers is not None, "the strategy was not set up for fitting"
+        self._buffers.zero()
+        loss = self.engine.train(pieces, self._gradient_ready)
+        self._buffers.finish()
+        return loss
+
+    def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits [B, S, V] of this rank's batch."""
+        return self.engine.predict(self._cut(batch, needs_labels=False))
+
+    def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
+        assert self._buffers is not None
+        self._buffers.ready(parameters, lambda: self.engine.lanes.on(Lane.DP))
+
+    def _cut(self, batch: Mapping[str, Any], *, needs_labels: bool) -> list[MicroBatch]:
+        module = self.lightning_module
+        assert isinstance(module, DualStrandMixin)
+        longest = module.model_config.max_sequence_length
+        checks.check_batch(batch, longest, self.tensor_parallel_size, needs_labels)
+        return cut(
+            batch,
+            self.micro_batch_size,
+            device=self.root_device,
+            seed=self.seed,
+            step=module.trainer.global_step,
+            rank=self.context.rank,
+        )
+
+    @override
+    def backward(
+        self,
+        closure_loss: Tensor,
+        optimizer: torch.optim.Optimizer | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Nothing is left to do: the gradients are already there."""
+        assert self.lightning_module is not None
+        self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # A callback such as GradientAccumulationScheduler may have changed it after the start.
+        assert self.lightning_module is not None
+        checks.check_trainer(self.lightning_module.trainer)
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        # The container places its own weights, so Lightning's default device must not interfere.
+        yield
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        if self.root_device.type == "cuda":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized() or self.cluster is not None:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
+        if isinstance(tensor, Tensor):
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        return tensor
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder with one file per rank; see `parallel.checkpoint`."""
+        if self.cluster is not None:
+            raise ValueError(
+                "this run is emulated (emulate=...): its numbers mean nothing, so it saves no"
+                " checkpoint; use Trainer(enable_checkpointing=False)"
+            )
+        if storage_options is not None:
+            raise ValueError(
+                "storage_options is not supported: DHellamStrategy writes checkpoints itself"
+            )
+        common = dict(checkpoint)
+        weights = common.pop("state_dict")
+        with_state = common.pop("optimizer_states", None) is not None
+        state = settings = None
+        if with_state and self._optimizer is not None:
+            state, settings = self._optimizer.state_dict(), self._state_settings()
+        path = Path(self.broadcast(str(filepath)))
+        checkpoint_files.save(path, self.context, common, weights, state, settings)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(str(checkpoint_path)))
+        common = checkpoint_files.load_common(path)
+        common["state_dict"] = checkpoint_files.load_weights(path, self.context)
+        fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
+        if fitting and not weights_only:
+            state = checkpoint_files.load_state(path, self.context, self._state_settings())
+            common["optimizer_states"] = [state]
+        return common
+
+    def _state_settings(self) -> dict[str, Any]:
+        assert self._optimizer is not None
+        return {"precision": self.precision_plugin.precision, **self._optimizer.settings}
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        if self._optimizer is not None:
+            self._optimizer.reload()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._optimizer is not None
+        (state,) = checkpoint["optimizer_states"]
+        self._optimizer.load_state_dict(state)
+
+    @override
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Nothing here: every rank writes its own in `save_checkpoint`."""
+        return {}
+
+    @override
+    def teardown(self) -> None:
+        self._engine = self._buffers = self._optimizer = None
+        if self._context is not None:
+            self._context.destroy()
+            self._context = None
+            if self.cluster is not None:
+                dist.destroy_process_group()
+        super().teardown()
+
+
+class _CheckingLauncher(_SubprocessScriptLauncher):
+    """Starts the other processes only after the configuration has been checked in this one."""
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        check: Callable[[pl.Trainer, Any], None],
+    ) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._check = check
+
+    @override
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: pl.Trainer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if trainer is not None:
+            data = next((given for given in args if isinstance(given, LightningDataModule)), None)
+            self._check(trainer, data)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+StrategyRegistry.register(
+    DHellamStrategy.strategy_name,
+    DHellamStrategy,
+    description="Two micro-batches in flight on every device, on Megatron-core parallel layers",
+)

@@ -1,0 +1,209 @@
+"""The machine model: how long operators take in a given order. The only copy of the rule.
+
+There is one compute lane and one lane per communicator. Each lane runs its operators in issue
+order; an operator starts when its lane is free, what it reads is there, and the host has issued
+it. While a compute operator and a communication operator run together, each proceeds at one over
+its slowdown, which depends on the two:
+
+    compute  |== fc1.gemm at 1/1.1 ==|= fc1.gemm =|
+    tp       |== grad_gather at 1/1.3 ==|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from lightning_dhellam.plan import Graph, Lane
+from lightning_dhellam.search.profile import Key, Profile
+
+_SLOWEST = 20.0
+"""A measured slowdown above this is taken for an accident of measurement."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the machine model needs to know about operators.
+
+    Attributes:
+        keys: of each operator, by graph fingerprint and operator name.
+        seconds: of each key, alone.
+        slowdowns: of communication and of compute, by communication key and compute key; 1
+            where absent, and never below.
+        launch: seconds the host needs to issue one operator.
+        inline: compute runs on the host, so that nothing is issued while it runs, and issuing
+            waits for what the operator reads. So it is on CPU.
+    """
+
+    keys: Mapping[str, Mapping[str, Key]]
+    seconds: Mapping[Key, float]
+    slowdowns: Mapping[tuple[Key, Key], tuple[float, float]] = field(default_factory=dict)
+    launch: float = 0.0
+    inline: bool = False
+
+    @classmethod
+    def of(cls, profile: Profile, *, inline: bool = False) -> Costs:
+        """Costs from measured times."""
+        alone = {row.operator: row.median for row in profile.timings if row.partner is None}
+        beside = {(row.operator, row.partner): row.median for row in profile.timings if row.partner}
+        slowdowns = {
+            (communication, compute): slowdown_of(
+                (alone[communication], alone[compute]), (together, beside[compute, communication])
+            )
+            for (communication, compute), together in beside.items()
+            if profile.lanes[communication] is not Lane.COMPUTE
+        }
+        return cls(profile.operators, alone, slowdowns, profile.launch, inline)
+
+    @classmethod
+    def nominal(cls, graphs: Iterable[Graph], tokens: int) -> Costs:
+        """Costs from the operators' nominal ones, for a micro-batch of `tokens` tokens."""
+        keys: dict[str, dict[str, Key]] = {}
+        seconds: dict[Key, float] = {}
+        for graph in graphs:
+            keys[graph.fingerprint] = {o.name: f"{graph}/{o.name}" for o in graph.operators}
+            seconds.update({f"{graph}/{o.name}": o.cost * tokens for o in graph.operators})
+        return cls(keys, seconds)
+
+    def key(self, graph: Graph, operator: str) -> Key:
+        """The key of an operator. Refuses one that was not measured."""
+        try:
+            return self.keys[graph.fingerprint][operator]
+        except KeyError:
+            raise ValueError(
+                f"operator '{operator}' of graph '{graph}' ({graph.fingerprint}) is not in the"
+                " profile: measure this model"
+            ) from None
+
+    def alone(self, graph: Graph, operator: str) -> float:
+        """Seconds of an operator while nothing else runs."""
+        return self.seconds[self.key(graph, operator)]
+
+    def without_slowdowns(self) -> Costs:
+        """The same, as if lanes did not disturb each other: never slower."""
+        return replace(self, slowdowns={})
+
+
+def slowdown_of(alone: tuple[float, float], together: tuple[float, float]) -> tuple[float, float]:
+    """The slowdowns of two operators from their times alone and started together.
+
+    The one that ends first was disturbed all the time: its slowdown is the ratio of its times.
+    The other was disturbed for so long only, and ran the rest alone.
+    """
+    first = 0 if together[0] <= together[1] else 1
+    last = 1 - first
+    shared = together[first]
+    done_meanwhile = alone[last] - (together[last] - shared)
+    factors = [1.0, 1.0]
+    factors[first] = shared / alone[first]
+    factors[last] = shared / done_meanwhile if done_meanwhile > 0 else _SLOWEST
+    low, high = (min(max(factor, 1.0), _SLOWEST) for factor in factors)
+    return low, high
+
+
+@dataclass(slots=True)
+class Score:
+    """Operators in an order that the machine model can play. Indices are those of one launch.
+
+    Attributes:
+        queues: launches of each lane in issue order; compute is the first lane.
+        seconds: of each launch, alone.
+        kinds: of each launch: its row or column in `slowdowns`.
+        waits: how many launches each one waits for.
+        followers: the launches that wait for each one.
+        issued: when the host issues each one, None if it always is early enough.
+        slowdowns: of communication and compute, by kind of communication and kind of compute.
+    """
+
+    queues: list[list[int]]
+    seconds: list[float]
+    kinds: list[int]
+    waits: list[int]
+    followers: Sequence[Sequence[int]]
+    issued: list[float] | None
+    slowdowns: Sequence[Sequence[tuple[float, float]]]
+
+
+def play(score: Score) -> tuple[list[float], list[float]]:
+    """Play a score: start and end of each launch in seconds.
+
+    From event to event, exact with changing overlaps. A launch that waits for itself through its
+    lane or its slots never starts: its times are infinite.
+    """
+    queues, seconds, kinds = score.queues, score.seconds, score.kinds
+    followers, issued, slowdowns = score.followers, score.issued, score.slowdowns
+    waits = score.waits.copy()
+    starts, ends = [inf] * len(seconds), [inf] * len(seconds)
+    lanes = range(len(queues))
+    lengths = [len(queue) for queue in queues]
+    position, running = [0] * len(queues), [-1] * len(queues)
+    left, slow = [0.0] * len(queues), [1.0] * len(queues)
+    now = 0.0
+    while True:
+        until = inf
+        for lane in lanes:
+            if running[lane] < 0 and position[lane] < lengths[lane]:
+                launch = queues[lane][position[lane]]
+                if waits[launch]:
+                    continue
+                if issued is not None and issued[launch] > now:
+                    until = min(until, issued[launch])
+                    continue
+                running[lane] = launch
+                left[lane] = seconds[launch]
+                starts[launch] = now
+                position[lane] += 1
+        step = until - now
+        computing = running[0]
+        compute_slow = 1.0
+        for lane in lanes:
+            launch = running[lane]
+            if lane and launch >= 0:
+                if computing >= 0:
+                    slow[lane], more = slowdowns[kinds[launch]][kinds[computing]]
+                    compute_slow *= more
+                else:
+                    slow[lane] = 1.0
+                step = min(step, left[lane] * slow[lane])
+        if computing >= 0:
+            slow[0] = compute_slow
+            step = min(step, left[0] * compute_slow)
+        if step == inf:
+            return starts, ends
+        now += step
+        # What ends within rounding of this moment ends now.
+        moment = step + 1e-12 * now
+        for lane in lanes:
+            launch = running[lane]
+            if launch >= 0:
+                if left[lane] * slow[lane] <= moment:
+                    ends[launch] = now
+                    running[lane] = -1
+                    for follower in followers[launch]:
+                        waits[follower] -= 1
+                else:
+                    left[lane] -= step / slow[lane]
+
+
+class Kinds:
+    """Numbers for keys, and the table of slowdowns between them."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._numbers: dict[Key, int] = {}
+
+    def number(self, key: Key) -> int:
+        """The number of `key`."""
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def table(self) -> list[list[tuple[float, float]]]:
+        """Slowdowns by number of communication and number of compute."""
+        given = self._costs.slowdowns
+        return [[given.get((a, b), (1.0, 1.0)) for b in self._numbers] for a in self._numbers]
+
+
+def lanes_of(graphs: Iterable[Graph]) -> tuple[Lane, ...]:
+    """Compute and the communication lanes that `graphs` use, in the order of `Lane`."""
+    used = {operator.lane for graph in graphs for operator in graph.operators}
+    return (Lane.COMPUTE, *(lane for lane in Lane if lane in used and lane is not Lane.COMPUTE))

@@ -1,0 +1,90 @@
+"""Files that are whole or absent, readable, and refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class FileError(ValueError):
+    """A file that cannot be used. The message says why and what to do."""
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path: Path, data: bytes) -> None:
+    """Write beside `path` and rename, so that nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only the owner may read.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """The fields of a JSON file that says `"format": version`.
+
+    Raises:
+        FileError: it is absent, broken, not a `kind`, or of another format.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read as a {kind}: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(f"{path} is not a whole {kind} ({error}): make it again") from error
+    if not isinstance(fields, dict) or "format" not in fields:
+        raise FileError(f"{path} is not a {kind}: it has no field 'format'")
+    if fields["format"] != version:
+        raise FileError(
+            f"{path} has format {fields['format']} and this version reads {version}: make it again"
+        )
+    return fields
+
+
+def put_in_lines(fields: Mapping[str, Any], flat: tuple[str, ...] = ()) -> str:
+    """JSON, indented; the entries of the lists named in `flat` take one line each."""
+    parts = []
+    for name, value in fields.items():
+        if name in flat:
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            text = f"[\n{rows}\n  ]" if value else "[]"
+        else:
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+        parts.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Each differing field with both values; fields of fields are spelt `sizes.tp`."""
+    return list(_differences(found, expected, ""))
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], at: str) -> Iterator[str]:
+    for name in dict.fromkeys([*found, *expected]):
+        mine, yours = found.get(name), expected.get(name)
+        if isinstance(mine, Mapping) and isinstance(yours, Mapping):
+            yield from _differences(mine, yours, f"{at}{name}.")
+        elif mine != yours:
+            yield f"{at}{name} is {_shown(mine)} in the file and {_shown(yours)} here"
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else repr(value)

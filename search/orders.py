@@ -1,0 +1,347 @@
+"""Issue orders of one pair of layers: which are valid, how they change, what they cost.
+
+An order is a list of operator numbers, forward graph first; a bit mask says which of them lag, that
+is, are carried out for the previous pair of layers. Orders change by moves that keep them valid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_dhellam.plan import Barrier, Graph, GraphPair, Issue, Lane, Plan, Strand
+from lightning_dhellam.search.cost import Costs, play
+from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
+
+_ROUNDS = 4
+_MORE_ROUNDS = 16
+_SETTLED = 1e-9
+
+Cost = tuple[float, float]
+"""Bytes above the limit, then seconds: compared in this order."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An issue order of a pair of layers.
+
+    Attributes:
+        order: operator numbers.
+        lagging: bit mask of the operators that lag.
+    """
+
+    order: tuple[int, ...]
+    lagging: int = 0
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a pair of layers stands when it does not repeat itself.
+
+    Attributes:
+        stop: where it stands.
+        before: pairs that come first, with their plans.
+        after: pairs that follow, with their plans.
+    """
+
+    stop: Stop
+    before: tuple[tuple[Stop, Plan], ...] = ()
+    after: tuple[tuple[Stop, Plan], ...] = ()
+
+
+class Problem:
+    """One pair of layers whose operators are to be ordered.
+
+    Args:
+        ahead: layer whose forward graph runs, or None.
+        behind: layer whose backward graph runs, or None.
+        costs: of the operators.
+        tokens: of a micro-batch, for the memory limit.
+        memory_limit: bytes that slots live at once during the pair may have, or None.
+        surroundings: None for a pair that repeats itself, whose cost is its period; else the
+            cost is the time of all of them together.
+    """
+
+    def __init__(
+        self,
+        ahead: GraphPair | None,
+        behind: GraphPair | None,
+        costs: Costs,
+        *,
+        tokens: int = 1,
+        memory_limit: float | None = None,
+        surroundings: Surroundings | None = None,
+    ) -> None:
+        self._ahead, self._behind, self._surroundings = ahead, behind, surroundings
+        self.forward = ahead.forward if ahead else None
+        self.backward = behind.backward if behind else None
+        self.costs = costs
+        graphs = [graph for graph in (self.forward, self.backward) if graph]
+        self.operators = [(graph, o) for graph in graphs for o in graph.operators]
+        self.size = len(self.operators)
+        self.cyclic = surroundings is None
+        self.memory_limit = memory_limit
+        self.memory = PairMemory(ahead, behind, tokens)
+        self.number = {(g.direction, o.name): i for i, (g, o) in enumerate(self.operators)}
+        self._relations()
+        self._stage(surroundings)
+        self.evaluations = 0
+        self._known: dict[object, Cost] = {}
+
+    def _relations(self) -> None:
+        self.before: list[tuple[int, ...]] = [
+            tuple(self.number[graph.direction, name] for name in graph.predecessors[operator.name])
+            for graph, operator in self.operators
+        ]
+        self.ancestors = [0] * self.size
+        self.descendants = [0] * self.size
+        for x, before in enumerate(self.before):
+            for y in before:
+                self.ancestors[x] |= self.ancestors[y] | 1 << y
+        for x in range(self.size):
+            for y in range(self.size):
+                if self.ancestors[x] >> y & 1:
+                    self.descendants[y] |= 1 << x
+        handing = 0
+        for x, (graph, operator) in enumerate(self.operators):
+            if graph.direction is Strand.FORWARD or set(operator.writes) & set(graph.outputs):
+                handing |= 1 << x | self.ancestors[x]
+        self.loose = ((1 << self.size) - 1) & ~handing if self.cyclic else 0
+
+    def _stage(self, surroundings: Surroundings | None) -> None:
+        self._prefix: Order = []
+        self._suffix: Order = []
+        self._base = 0
+        if surroundings is None:
+            self._walk = Walk(repeated(self._ahead, self._behind, _ROUNDS), self.costs)
+        else:
+            before, after = surroundings.before, surroundings.after
+            stops = [*(s for s, _ in before), surroundings.stop, *(s for s, _ in after)]
+            self._walk = Walk(stops, self.costs)
+            self._base = self._walk.first[len(before)]
+            order = self._walk.order(self._plans(self.plan(self.default())))
+            first = order.index(self._base)
+            self._prefix, self._suffix = order[:first], order[first + self.size :]
+        own = slice(self._base, self._base + self.size)
+        self.lane = self._walk.lane[own]
+        self.lanes = self._walk.lanes
+        self.seconds = self._walk.seconds[own]
+
+    def _plans(self, plan: Plan) -> list[Plan]:
+        """`plan` between those of the surroundings."""
+        around = self._surroundings
+        assert around is not None
+        return [*(p for _, p in around.before), plan, *(p for _, p in around.after)]
+
+    @property
+    def name(self) -> str:
+        """Of the pair: `transformer|head`."""
+        return names(self._ahead, self._behind)
+
+    def load(self) -> dict[Lane, float]:
+        """Seconds of work on each lane: of the pair, or of it and its surroundings."""
+        totals = dict.fromkeys(self.lanes, 0.0)
+        span = range(self.size) if self.cyclic else range(len(self._walk.launches))
+        for launch in span:
+            totals[self.lanes[self._walk.lane[launch]]] += self._walk.seconds[launch]
+        return totals
+
+    def default(self) -> Candidate:
+        """Forward, then backward, in the graphs' own order."""
+        return Candidate(tuple(range(self.size)))
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether only the order within each lane matters."""
+        return not (self.costs.launch or self.costs.inline or self.memory_limit is not None)
+
+    def cost(self, candidate: Candidate) -> Cost:
+        """What the candidate costs. Counts as an evaluation unless it is known."""
+        key = self._key(candidate)
+        known = self._known.get(key)
+        if known is None:
+            self.evaluations += 1
+            known = self._known[key] = (self._excess(candidate), self.seconds_of(candidate))
+        return known
+
+    def _key(self, candidate: Candidate) -> object:
+        if not self.exchangeable:
+            return candidate
+        lanes: list[list[int]] = [[] for _ in self.lanes]
+        for x in candidate.order:
+            lanes[self.lane[x]].append(x)
+        return candidate.lagging, tuple(map(tuple, lanes))
+
+    def _excess(self, candidate: Candidate) -> float:
+        if self.memory_limit is None:
+            return 0.0
+        return max(0.0, self.memory.peak(candidate) - self.memory_limit)
+
+    def seconds_of(self, candidate: Candidate) -> float:
+        """The period of a pair that repeats itself, else the time with its surroundings."""
+        if not self.cyclic:
+            own = (self._base + x for x in candidate.order)
+            order = [*self._prefix, *own, *self._suffix]
+            return max(play(self._walk.score(order))[1])
+        seconds, settled = self._period(self._walk, self._rounds(self._walk, candidate))
+        if not settled:
+            seconds, _ = self._period(self._longer, self._rounds(self._longer, candidate))
+        return seconds
+
+    def seconds_of_plan(self, plan: Plan) -> float:
+        """The same for a plan, which may have barriers."""
+        if not self.cyclic:
+            rows = self._walk.order(self._plans(plan))
+            return max(play(self._walk.score(rows))[1])
+        walk = self._longer if any(isinstance(row, Barrier) for row in plan.rows) else self._walk
+        return self._period(walk, walk.order([plan] * len(walk.stops)))[0]
+
+    @cached_property
+    def _longer(self) -> Walk:
+        return Walk(repeated(self._ahead, self._behind, _MORE_ROUNDS), self.costs)
+
+    def _rounds(self, walk: Walk, candidate: Candidate) -> Order:
+        """The launches of every round. The first has nothing left over from one before."""
+        size, lagging = self.size, candidate.lagging
+        steps = [x - size if lagging >> x & 1 else x for x in candidate.order]
+        order: Order = [base + x for base in walk.first for x in steps if base + x >= 0]
+        order.extend(walk.first[-1] + x for x in candidate.order if lagging >> x & 1)
+        return order
+
+    def _period(self, walk: Walk, order: Order) -> tuple[float, bool]:
+        """Mean time between rounds, and whether the last but one repeats the one before.
+
+        The last round is there to disturb the one before, as any round would.
+        """
+        rounds, size = len(walk.stops), self.size
+        ends = play(walk.score(order))[1]
+        last = walk.first[rounds - 2]
+        shifts = [ends[last + x] - ends[last - size + x] for x in range(size)]
+        low, high = min(shifts), max(shifts)
+        if high - low <= _SETTLED * high:
+            return high, True
+        half = rounds // 2
+        earlier = walk.first[rounds - 2 - half]
+        return max(ends[last + x] - ends[earlier + x] for x in range(size)) / half, False
+
+    def plan(self, candidate: Candidate, name: str = "auto") -> Plan:
+        """The candidate as a plan."""
+        rows = []
+        for x in candidate.order:
+            graph, operator = self.operators[x]
+            lag = candidate.lagging >> x & 1
+            rows.append(Issue(graph.direction, operator.lane, operator.name, lag=lag))
+        forward = self.forward.name if self.forward else None
+        backward = self.backward.name if self.backward else None
+        return Plan(name, forward, backward, tuple(rows))
+
+    def candidate(self, plan: Plan) -> Candidate:
+        """The order of a plan, without its barriers."""
+        rows = [(self.number[row.strand, row.operator], row.lag) for row in plan.issues]
+        return Candidate(tuple(x for x, _ in rows), sum(1 << x for x, lag in rows if lag))
+
+    def moved(self, candidate: Candidate, source: int, target: int) -> Candidate:
+        """The operator at `source` goes to `target`, and what must go along goes along."""
+        order, lagging = candidate.order, candidate.lagging
+        x = order[source]
+        same = lagging if lagging >> x & 1 else ~lagging
+        if target < source:
+            company = (self.ancestors[x] & same) | 1 << x
+            segment = order[target : source + 1]
+            taken = tuple(y for y in segment if company >> y & 1)
+            rest = tuple(y for y in segment if not company >> y & 1)
+            return Candidate((*order[:target], *taken, *rest, *order[source + 1 :]), lagging)
+        company = (self.descendants[x] & same) | 1 << x
+        segment = order[source : target + 1]
+        taken = tuple(y for y in segment if company >> y & 1)
+        rest = tuple(y for y in segment if not company >> y & 1)
+        return Candidate((*order[:source], *rest, *taken, *order[target + 1 :]), lagging)
+
+    def toggled(self, candidate: Candidate, x: int) -> Candidate:
+        """`x` begins or ceases to lag, and what must go along goes along: the same work order.
+
+        What begins to lag goes to the front, and what ceases to goes to the end, which is the
+        same place in a pair that repeats itself.
+        """
+        order, lagging = candidate.order, candidate.lagging
+        if lagging >> x & 1:
+            company = (self.ancestors[x] & lagging) | 1 << x
+        else:
+            company = (self.descendants[x] & ~lagging) | 1 << x
+        taken = tuple(y for y in order if company >> y & 1)
+        rest = tuple(y for y in order if not company >> y & 1)
+        if lagging >> x & 1:
+            return Candidate((*rest, *taken), lagging & ~company)
+        return Candidate((*taken, *rest), lagging | company)
+
+
+class PairMemory:
+    """Bytes of the slots that are live while a pair of layers is carried out, by issue order.
+
+    What the pair takes in, what it saves for later, and what it leaves for the next pair count.
+    """
+
+    def __init__(self, ahead: GraphPair | None, behind: GraphPair | None, tokens: int) -> None:
+        self._tokens = tokens
+        self._bytes: list[float] = []
+        self._writes: list[tuple[int, ...]] = []
+        self._reads: list[tuple[int, ...]] = []
+        self._writer: dict[int, int] = {}
+        self._kept: set[int] = set()
+        if ahead is not None:
+            self._add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
+        if behind is not None:
+            self._add(behind, behind.backward, set(behind.backward.outputs))
+        self._readers: dict[int, set[int]] = defaultdict(set)
+        for x, slots in enumerate(self._reads):
+            for slot in slots:
+                self._readers[slot].add(x)
+
+    def _add(self, pair: GraphPair, graph: Graph, kept: set[str]) -> None:
+        sizes = dict(pair.forward.bytes_per_token) | dict(graph.bytes_per_token)
+        handed = zip(graph.inputs, graph.outputs, strict=False)
+        sizes.update({name: sizes.get(output, 0.0) for name, output in handed})
+        numbers: dict[str, int] = {}
+        for slot in (
+            *graph.inputs,
+            *graph.foreign,
+            *(s for o in graph.operators for s in o.writes),
+        ):
+            if slot not in numbers:
+                numbers[slot] = len(self._bytes)
+                self._bytes.append(sizes.get(slot, 0.0))
+                if slot in kept:
+                    self._kept.add(numbers[slot])
+        for operator in graph.operators:
+            for slot in operator.writes:
+                self._writer[numbers[slot]] = len(self._writes)
+            self._writes.append(tuple(numbers[slot] for slot in operator.writes))
+            reads = dict.fromkeys(slot for slot in operator.reads if slot in numbers)
+            self._reads.append(tuple(numbers[slot] for slot in reads))
+
+    def peak(self, candidate: Candidate) -> float:
+        """Most bytes live at once."""
+        lagging = candidate.lagging
+        left = {slot: len(readers) for slot, readers in self._readers.items()}
+        held: dict[int, int] = {}
+        for slot, readers in self._readers.items():
+            writer = self._writer.get(slot)
+            late = sum(lagging >> x & 1 for x in readers)
+            if late and not (writer is not None and lagging >> writer & 1):
+                held[slot] = late
+        live = sum(size for slot, size in enumerate(self._bytes) if slot not in self._writer)
+        live += sum(self._bytes[slot] for slot in held)
+        peak = live
+        for x in candidate.order:
+            live += sum(self._bytes[slot] for slot in self._writes[x])
+            peak = max(peak, live)
+            late = lagging >> x & 1
+            for slot in self._reads[x]:
+                counts = held if late and slot in held else left
+                counts[slot] -= 1
+                if not counts[slot] and (counts is held or slot not in self._kept):
+                    live -= self._bytes[slot]
+            unread = (slot for slot in self._writes[x] if slot not in self._readers)
+            live -= sum(self._bytes[slot] for slot in unread if slot not in self._kept)
+        return peak * self._tokens

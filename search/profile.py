@@ -1,0 +1,292 @@
+"""Measured times of operators: typed rows, stored as JSON that a person can read.
+
+An operator is measured alone, and each communication operator beside each compute operator that
+may share its pair of layers. Operators that do the same work share one measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+from lightning_dhellam.plan import Graph, Lane, Operator
+from lightning_dhellam.search.files import (
+    FileError,
+    differences,
+    load_json,
+    put_in_lines,
+    save_text,
+)
+
+FORMAT = 1
+
+Key = str
+"""Names a measured operator: that of the first operator which does this work."""
+
+Identity = Callable[[Graph, Operator], Hashable]
+"""What an operator does, as far as its time depends on it: its kind and its shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Repeated measurements of one thing, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    def quantile(self, share: float) -> float:
+        """The value that `share` of the samples do not exceed, interpolated."""
+        ordered = sorted(self.seconds)
+        position = share * (len(ordered) - 1)
+        below = int(position)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One row of a profile.
+
+    Attributes:
+        operator: key of the operator that was timed.
+        partner: key of the operator that was started with it, None when it ran alone.
+        median: seconds from the common start to this operator's own end.
+        p20: seconds that a fifth of the samples do not exceed.
+        p80: seconds that four fifths of the samples do not exceed.
+    """
+
+    operator: Key
+    partner: Key | None
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, operator: Key, partner: Key | None, samples: Samples) -> Timing:
+        """Summarise samples. Refuses none at all, and times that are not positive."""
+        beside = f" beside '{partner}'" if partner else ""
+        if not samples.seconds:
+            raise ValueError(f"'{operator}'{beside} has no samples: measure it at least once")
+        if not all(0 < value < float("inf") for value in samples.seconds):
+            raise ValueError(
+                f"'{operator}'{beside} was timed at {min(samples.seconds)} s: times must be"
+                " positive and finite; check the clock of the measurement"
+            )
+        spread = samples.quantile(0.2), samples.quantile(0.8)
+        return cls(operator, partner, median(samples.seconds), *spread)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a profile is valid for.
+
+    Attributes:
+        device: its name.
+        versions: of the libraries that run operators, by package.
+        sizes: `world`, `tp`, `dp` and the like.
+        shapes: of the model and a micro-batch: `hidden`, `sequence`, `tokens` and the like.
+        dtype: of activations.
+        graphs: names of the profiled graphs by their fingerprints.
+    """
+
+    device: str
+    versions: Mapping[str, str]
+    sizes: Mapping[str, int]
+    shapes: Mapping[str, int]
+    dtype: str
+    graphs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Times of the operators of some graphs.
+
+    Attributes:
+        fingerprint: what it is valid for.
+        operators: key of each operator, by graph fingerprint and operator name.
+        lanes: of each key.
+        timings: alone and beside one another.
+        launch: seconds the host needs to issue one operator.
+    """
+
+    fingerprint: Fingerprint
+    operators: Mapping[str, Mapping[str, Key]]
+    lanes: Mapping[Key, Lane]
+    timings: tuple[Timing, ...]
+    launch: float = 0.0
+
+    def save(self, path: Path | str) -> None:
+        """Write it, whole or not at all."""
+        fields = {
+            "format": FORMAT,
+            "fingerprint": asdict(self.fingerprint),
+            "launch": self.launch,
+            "operators": {name: dict(keys) for name, keys in self.operators.items()},
+            "lanes": dict(self.lanes),
+            "timings": [asdict(row) for row in self.timings],
+        }
+        save_text(Path(path), put_in_lines(fields, flat=("timings",)))
+
+    @classmethod
+    def load(cls, path: Path | str, expected: Fingerprint | None = None) -> Profile:
+        """Read a profile that was measured under the conditions of `expected`.
+
+        Raises:
+            FileError: the file is not a whole profile, or another one; every differing field is
+                named with both values.
+        """
+        fields = load_json(Path(path), "profile", FORMAT)
+        try:
+            profile = cls(
+                Fingerprint(**fields["fingerprint"]),
+                fields["operators"],
+                {key: Lane(lane) for key, lane in fields["lanes"].items()},
+                tuple(Timing(**row) for row in fields["timings"]),
+                float(fields["launch"]),
+            )
+            profile._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(f"{path} is not a whole profile ({error}): measure again") from error
+        if expected is not None:
+            found = differences(asdict(profile.fingerprint), asdict(expected))
+            if found:
+                raise FileError(
+                    f"{path} was measured under other conditions: {'; '.join(found)}."
+                    " Delete it to measure again"
+                )
+        return profile
+
+    def _check(self) -> None:
+        """Every operator has a time of its own."""
+        alone = {row.operator for row in self.timings if row.partner is None}
+        needed = {key for keys in self.operators.values() for key in keys.values()}
+        missing = needed - (alone & set(self.lanes))
+        if missing:
+            raise ValueError(f"no time of '{min(missing)}'")
+
+
+@dataclass(frozen=True)
+class Target:
+    """An operator to measure, which stands for all that do the same work."""
+
+    key: Key
+    graph: Graph
+    operator: Operator
+
+
+class Bench(Protocol):
+    """Runs operators on the device and times them.
+
+    Times are of this rank or maximised over ranks, in seconds.
+    """
+
+    def alone(self, target: Target) -> Samples:
+        """Time one operator while nothing else runs."""
+
+    def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        """Start both together, and time each from the common start to its own end."""
+
+
+class BenchError(RuntimeError):
+    """An operator could not be measured. The message names it."""
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with measurements done, all measurements, and what comes next."""
+
+
+def nominal_identity(graph: Graph, operator: Operator) -> Hashable:
+    """Lane, nominal cost and sizes of what is read and written: the same for equal operators."""
+    if not operator.cost:
+        return graph.fingerprint, operator.name
+    sizes = tuple(graph.bytes_per_token.get(slot) for slot in operator.writes)
+    return operator.lane, operator.cost, len(operator.reads), sizes, bool(operator.accumulates)
+
+
+def targets(
+    graphs: Iterable[Graph], identity: Identity = nominal_identity
+) -> tuple[list[Target], dict[str, dict[str, Key]]]:
+    """What to measure, and the key of each operator by graph fingerprint and operator name."""
+    chosen: dict[Hashable, Target] = {}
+    keys: dict[str, dict[str, Key]] = {}
+    for graph in {graph.fingerprint: graph for graph in graphs}.values():
+        own = keys.setdefault(graph.fingerprint, {})
+        for operator in graph.operators:
+            target = Target(f"{graph.name}/{operator.name}", graph, operator)
+            own[operator.name] = chosen.setdefault(identity(graph, operator), target).key
+    return list(chosen.values()), keys
+
+
+def measure(
+    bench: Bench,
+    graphs: Sequence[Graph],
+    fingerprint: Fingerprint,
+    *,
+    progress: Progress | None = None,
+    identity: Identity = nominal_identity,
+    launch: float = 0.0,
+    beside: Callable[[Target, Target], bool] | None = None,
+) -> Profile:
+    """Measure every operator of `graphs` alone, and communication beside computation.
+
+    Args:
+        bench: times operators.
+        graphs: of every kind of layer, the most frequent first: operators that do the same work
+            are called by the first of them.
+        fingerprint: of the conditions.
+        progress: is told what is measured next.
+        identity: operators with equal ones are measured once.
+        launch: seconds the host needs to issue one operator.
+        beside: whether a communication and a compute operator are worth measuring together;
+            those that are not keep their speed. All by default.
+
+    Raises:
+        BenchError: names the operator that failed.
+    """
+    chosen, keys = targets(graphs, identity)
+    pairs = [
+        (communication, compute)
+        for communication in chosen
+        for compute in chosen
+        if communication.operator.is_communication and not compute.operator.is_communication
+        if beside is None or beside(communication, compute)
+    ]
+    rows: list[Timing] = []
+    work: list[tuple[Target, Target | None]] = [*((target, None) for target in chosen), *pairs]
+    for number, (target, partner) in enumerate(work):
+        label = f"{target.key} beside {partner.key}" if partner else target.key
+        if progress is not None:
+            progress(number, len(work), label)
+        rows.extend(_measure(bench, target, partner, label))
+    if progress is not None:
+        progress(len(work), len(work), "done")
+    lanes = {target.key: target.operator.lane for target in chosen}
+    return Profile(fingerprint, keys, lanes, tuple(rows), launch)
+
+
+def _measure(bench: Bench, target: Target, partner: Target | None, label: str) -> list[Timing]:
+    try:
+        if partner is None:
+            return [Timing.of(target.key, None, bench.alone(target))]
+        communication, compute = bench.beside(target, partner)
+        return [
+            Timing.of(target.key, partner.key, communication),
+            Timing.of(partner.key, target.key, compute),
+        ]
+    except Exception as error:
+        raise BenchError(f"measuring {label} failed: {error}") from error
+
+
+def perturbed(profile: Profile, draw: Callable[[], float]) -> Profile:
+    """A profile that the same measurement could have given: each time drawn from its spread.
+
+    `draw` returns numbers from 0 to 1.
+    """
+
+    def again(row: Timing) -> Timing:
+        value = row.p20 + draw() * (row.p80 - row.p20)
+        return Timing(row.operator, row.partner, value, row.p20, row.p80)
+
+    return replace(profile, timings=tuple(again(row) for row in profile.timings))

@@ -1,0 +1,294 @@
+"""Chooses the plans of a model from the costs of its operators.
+
+A pair of layers that repeats itself, as in the middle of a deep model, is ordered for its
+*period*: layer boundaries are no barriers, and weight gradients may be left for the next pair. The
+others, such as embedding beside head, are ordered between their neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Plan, validate
+from lightning_dhellam.search.bound import bounds
+from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.exact import Exact
+from lightning_dhellam.search.local import search, slim
+from lightning_dhellam.search.orders import Cost, Problem, Surroundings
+from lightning_dhellam.search.pairs import pairs
+from lightning_dhellam.search.walk import Stop, step_stops
+
+_SLACK = 0.001
+"""Share of the time that less memory may cost."""
+
+Algorithm = Literal["auto", "pairs"]
+Kind = tuple[str, str]
+"""Fingerprints of the forward and the backward graph; empty for a missing strand."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to search.
+
+    Attributes:
+        evaluations: orders whose time is computed, for a pair that repeats itself. A thousand
+            take about 0.3 s at the size of a Llama layer with tensor parallelism.
+        rare_evaluations: the same for each pair that does not.
+        exact_operators: up to so many operators the best order is proven.
+        exact_nodes: beginnings of orders that the proof may look at before it is given up.
+        seed: of the random numbers.
+    """
+
+    evaluations: int = 2500
+    rare_evaluations: int = 400
+    exact_operators: int = 12
+    exact_nodes: int = 50_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan of one pair of layers and how good it is.
+
+    Attributes:
+        name: of the pair: `transformer|head`.
+        plan: when each operator is issued.
+        seconds: period of a pair that repeats itself, else time together with its neighbours.
+        bounds: seconds that each resource needs at least, by its name.
+        repeats: whether the pair repeats itself.
+        proven: whether no valid order is better.
+        peak_bytes: of slots live at once during the pair, with the saved ones of both layers.
+        evaluations: orders whose time was computed.
+    """
+
+    name: str
+    plan: Plan
+    seconds: float
+    bounds: Mapping[str, float]
+    repeats: bool
+    proven: bool
+    peak_bytes: float
+    evaluations: int
+
+    @property
+    def resource(self) -> str:
+        """The critical resource: what sets the bound."""
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    @property
+    def bound(self) -> float:
+        """Seconds that no order can beat."""
+        return self.bounds[self.resource]
+
+    @property
+    def lane_bound(self) -> float:
+        """The bound as if lanes never disturbed each other: max(compute, each lane)."""
+        return max(self.bounds.get(lane, 0.0) for lane in Lane)
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound the plan is, as a share of the bound."""
+        return self.seconds / self.bound - 1 if self.bound else 0.0
+
+    def __str__(self) -> str:
+        quality = "optimal" if self.proven else f"{self.gap:.1%} above the bound"
+        return (
+            f"{self.name}: {self.seconds * 1e3:.3f} ms, bound {self.bound * 1e3:.3f} ms"
+            f" ({self.resource}), {quality}"
+        )
+
+
+@dataclass(frozen=True)
+class ModelSolution:
+    """The plans of every pair of layers of a model.
+
+    Attributes:
+        solutions: by the fingerprints of the graphs, those of repeating pairs first.
+    """
+
+    solutions: Mapping[Kind, Solution]
+
+    @property
+    def plans(self) -> dict[Kind, Plan]:
+        """Plans by the fingerprints of their graphs."""
+        return {kind: solution.plan for kind, solution in self.solutions.items()}
+
+    @property
+    def main(self) -> Solution:
+        """The solution that counts most: of the pair that occurs most often."""
+        return next(iter(self.solutions.values()))
+
+    def builder(self, fallback: Builder = BUILDERS["interleaved"]) -> Builder:
+        """Gives these plans to an engine; `fallback` plans graphs that are not among them."""
+        return builder_of(self.plans, fallback)
+
+
+def builder_of(plans: Mapping[Kind, Plan], fallback: Builder) -> Builder:
+    """A builder that looks plans up by the fingerprints of the graphs."""
+
+    def build(forward: Graph | None, backward: Graph | None) -> Plan:
+        plan = plans.get(kind_of(forward, backward))
+        return plan if plan is not None else fallback(forward, backward)
+
+    return build
+
+
+def kind_of(forward: Graph | None, backward: Graph | None) -> Kind:
+    """What identifies a pair of graphs."""
+    return (forward.fingerprint if forward else "", backward.fingerprint if backward else "")
+
+
+def solve_pair(
+    ahead: GraphPair | None,
+    behind: GraphPair | None,
+    costs: Costs,
+    *,
+    algorithm: Algorithm = "auto",
+    tokens: int = 1,
+    memory_limit: float | None = None,
+    budget: Budget | None = None,
+    surroundings: Surroundings | None = None,
+) -> Solution:
+    """The best order found of one layer's forward beside another's backward.
+
+    Args:
+        ahead: layer whose forward graph runs, or None.
+        behind: layer whose backward graph runs, or None.
+        costs: of the operators.
+        algorithm: `auto`, or `pairs` for the published scheme.
+        tokens: of a micro-batch.
+        memory_limit: bytes of slots live at once during the pair, with what is saved of both
+            layers and what is left for the next pair.
+        budget: how long to search.
+        surroundings: neighbours of a pair that does not repeat itself.
+
+    Raises:
+        ValueError: no order keeps the memory limit, or the algorithm is not known.
+    """
+    if algorithm not in ("auto", "pairs"):
+        raise ValueError(f"algorithm='{algorithm}' is not known: use 'auto' or 'pairs'")
+    problem = Problem(
+        ahead,
+        behind,
+        costs,
+        tokens=tokens,
+        memory_limit=memory_limit,
+        surroundings=surroundings,
+    )
+    found = bounds(problem)
+    if algorithm == "pairs":
+        plan, proven = pairs(problem), False
+    else:
+        plan, proven = _best(problem, max(found.values()), budget or Budget())
+    validate(plan, problem.forward, problem.backward)
+    peak = problem.memory.peak(problem.candidate(plan))
+    if memory_limit is not None and peak > memory_limit:
+        raise ValueError(
+            f"memory_limit={memory_limit:.0f} bytes: the least found for {problem.name} is"
+            f" {peak:.0f} bytes; raise memory_limit or make micro-batches smaller"
+        )
+    seconds = problem.seconds_of_plan(plan)
+    return Solution(
+        problem.name, plan, seconds, found, problem.cyclic, proven, peak, problem.evaluations
+    )
+
+
+def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
+    """The best of a search and the built-in plans, and whether it is proven to be the best."""
+    built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
+    starts = [problem.default(), *map(problem.candidate, built_in)]
+    evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
+    best, cost = search(problem, starts, bound, evaluations, budget.seed)
+    proven = cost[0] == 0 and cost[1] <= bound * (1 + 1e-9)
+    if not proven and problem.size <= budget.exact_operators:
+        exact = Exact(problem, best, cost, budget.exact_nodes)
+        proven = exact.run(bound)
+        best, cost = exact.best, exact.cost
+    slack = 0.0 if proven else _SLACK
+    best, cost = slim(problem, best, slack, evaluations // 4, budget.seed)
+    plan = problem.plan(best)
+    for other in built_in:
+        # Barriers pay where lanes disturb each other more than waiting costs.
+        excess = max(0.0, problem.memory.peak(problem.candidate(other)) - _limit(problem))
+        other_cost: Cost = (excess, problem.seconds_of_plan(other))
+        if other_cost < (cost[0], cost[1] * (1 - 1e-9)):
+            plan, cost, proven = (
+                Plan("auto", other.forward, other.backward, other.rows),
+                other_cost,
+                False,
+            )
+    return plan, proven
+
+
+def _limit(problem: Problem) -> float:
+    return float("inf") if problem.memory_limit is None else problem.memory_limit
+
+
+def solve(
+    layers: Sequence[GraphPair],
+    costs: Costs,
+    *,
+    algorithm: Algorithm = "auto",
+    tokens: int = 1,
+    memory_limit: float | None = None,
+    budget: Budget | None = None,
+) -> ModelSolution:
+    """The plans of every pair of layers that a training step meets.
+
+    Layers may be given in full; equal ones are solved once. Arguments and errors as for
+    `solve_pair`.
+    """
+    stops = step_stops(layers, 3)
+    kinds = [_kind(stop) for stop in stops]
+    counts = Counter(kinds)
+    repeating = {
+        kind
+        for (kind, stop), (other, following) in pairwise(zip(kinds, stops, strict=True))
+        if kind == other and stop.leads_to(following)
+    }
+    solutions: dict[Kind, Solution] = {}
+    plans: dict[Kind, Plan] = {}
+    for kind in sorted(counts, key=lambda k: (k not in repeating, "" in k, -counts[k])):
+        around = None if kind in repeating else _surroundings(stops, kinds, kind, plans)
+        stop = stops[kinds.index(kind)]
+        solutions[kind] = solve_pair(
+            stop.forward.graphs if stop.forward else None,
+            stop.backward.graphs if stop.backward else None,
+            costs,
+            algorithm=algorithm,
+            tokens=tokens,
+            memory_limit=memory_limit,
+            budget=budget,
+            surroundings=around,
+        )
+        plans[kind] = solutions[kind].plan
+    return ModelSolution(solutions)
+
+
+def _kind(stop: Stop) -> Kind:
+    forward = stop.forward.graphs.forward if stop.forward else None
+    return kind_of(forward, stop.backward.graphs.backward if stop.backward else None)
+
+
+def _surroundings(
+    stops: Sequence[Stop], kinds: Sequence[Kind], kind: Kind, plans: Mapping[Kind, Plan]
+) -> Surroundings:
+    """The last stop of this kind with its neighbours, planned as far as that was done."""
+    at = max(i for i, other in enumerate(kinds) if other == kind)
+
+    def planned(number: int) -> tuple[Stop, Plan]:
+        stop = stops[number]
+        known = plans.get(kinds[number])
+        if known is not None:
+            return stop, known
+        forward = stop.forward.graphs.forward if stop.forward else None
+        backward = stop.backward.graphs.backward if stop.backward else None
+        return stop, BUILDERS["interleaved"](forward, backward)
+
+    before = tuple(planned(i) for i in range(max(0, at - 1), at))
+    after = tuple(planned(i) for i in range(at + 1, min(len(stops), at + 3)))
+    return Surroundings(stops[at], before, after)

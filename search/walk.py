@@ -1,0 +1,273 @@
+"""From plans to the launches of a walk through pairs of layers, in issue order.
+
+A walk is a row of stops; at each one a forward graph, a backward graph or both are carried out
+by a plan. What an operator waits for follows from the slots, within a stop and between stops.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
+from lightning_dhellam.search.cost import Costs, Kinds, Score, lanes_of
+
+Order = list[int | None]
+"""Launches in issue order; None is a barrier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A micro-batch in a layer."""
+
+    micro_batch: int
+    layer: int
+    graphs: GraphPair
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A pair of layers: forward of one micro-batch beside backward of another."""
+
+    forward: Place | None
+    backward: Place | None
+
+    @property
+    def strands(self) -> Iterator[tuple[Strand, Place, Graph]]:
+        """Each strand that is here, its place and its graph."""
+        if self.forward is not None:
+            yield Strand.FORWARD, self.forward, self.forward.graphs.forward
+        if self.backward is not None:
+            yield Strand.BACKWARD, self.backward, self.backward.graphs.backward
+
+    def leads_to(self, other: Stop) -> bool:
+        """Whether `other` carries on with the same micro-batches."""
+        here, there = (
+            [(strand, place.micro_batch) for strand, place, _ in stop.strands]
+            for stop in (self, other)
+        )
+        return here == there
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One operator at one stop."""
+
+    stop: int
+    strand: Strand
+    place: Place
+    graph: Graph
+    operator: Operator
+
+
+class Walk:
+    """The launches of a row of stops, and what each waits for, whatever the plans are.
+
+    Attributes:
+        stops: in walking order.
+        launches: of each stop the forward graph's, then the backward graph's, in default order.
+        first: index of the first launch of each stop.
+        lanes: compute and the communication lanes in use.
+        lane: of each launch, an index of `lanes`.
+        seconds: of each launch, alone.
+        waits: what each launch reads, as the launches that write it.
+    """
+
+    def __init__(self, stops: Sequence[Stop], costs: Costs) -> None:
+        self.stops = tuple(stops)
+        self.launches: list[Launch] = []
+        self.first: list[int] = []
+        self.waits: list[tuple[int, ...]] = []
+        self._costs = costs
+        self._numbers: list[dict[tuple[Strand, str], int]] = []
+        self._slots = _Slots()
+        for number, stop in enumerate(self.stops):
+            self._enter(number, stop)
+        self.lanes = lanes_of(launch.graph for launch in self.launches)
+        index = {lane: number for number, lane in enumerate(self.lanes)}
+        self.lane = [index[launch.operator.lane] for launch in self.launches]
+        keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
+        self.seconds = [costs.seconds[key] for key in keys]
+        kinds = Kinds(costs)
+        self._kinds = [kinds.number(key) for key in keys]
+        self._table = kinds.table()
+        self._followers = _followers(self.waits)
+        self._counts = [len(before) for before in self.waits]
+
+    def _enter(self, number: int, stop: Stop) -> None:
+        self.first.append(len(self.launches))
+        self._numbers.append({})
+        for strand, place, graph in stop.strands:
+            self._slots.hand_in(strand, place, graph)
+            for operator in graph.operators:
+                index = len(self.launches)
+                self._numbers[-1][strand, operator.name] = index
+                self.launches.append(Launch(number, strand, place, graph, operator))
+                self.waits.append(self._slots.launch(index, place, graph, operator))
+            self._slots.hand_out(strand, place, graph)
+
+    def order(self, plans: Sequence[Plan]) -> Order:
+        """The launches in the order of one plan for each stop.
+
+        What a stop leaves for the next is issued there if both have the same plan and carry on
+        with the same micro-batches, and before the next stop otherwise.
+        """
+        order: Order = []
+        left: int | None = None
+        for number, plan in enumerate(plans):
+            same = left is not None and self.stops[left].leads_to(self.stops[number])
+            if left is not None and not (same and plans[left] == plan):
+                order.extend(self._left_over(left, plans[left]))
+                left = None
+            numbers = self._numbers[number]
+            for row in plan.rows:
+                if not isinstance(row, Issue):
+                    order.append(None)
+                elif not row.lag:
+                    order.append(numbers[row.strand, row.operator])
+                elif left is not None:
+                    order.append(self._numbers[left][row.strand, row.operator])
+            left = number if any(row.lag for row in plan.issues) else None
+        if left is not None:
+            order.extend(self._left_over(left, plans[left]))
+        return order
+
+    def _left_over(self, number: int, plan: Plan) -> Iterator[int]:
+        for row in plan.issues:
+            if row.lag:
+                yield self._numbers[number][row.strand, row.operator]
+
+    def score(self, order: Sequence[int | None]) -> Score:
+        """What the machine model plays. Launches that `order` leaves out never start."""
+        queues: list[list[int]] = [[] for _ in self.lanes]
+        lane = self.lane
+        for launch in order:
+            if launch is not None:
+                queues[lane[launch]].append(launch)
+        counts, followers = self._counts, self._followers
+        if self._costs.inline or None in order:
+            waits = self._with_host(order)
+            counts, followers = [len(before) for before in waits], _followers(waits)
+        issued = None
+        if self._costs.launch and not self._costs.inline:
+            issued = [0.0] * len(self.launches)
+            for number, launch in enumerate(x for x in order if x is not None):
+                issued[launch] = (number + 1) * self._costs.launch
+        return Score(queues, self.seconds, self._kinds, counts, followers, issued, self._table)
+
+    def _with_host(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
+        """What launches wait for when barriers, and the host if it computes, count as well."""
+        waits = list(self.waits)
+        latest: dict[int, int] = {}
+        barrier: dict[int, set[int]] = defaultdict(set)
+        gate: set[int] = set()
+        for launch in order:
+            if launch is None:
+                for lane in range(len(self.lanes)):
+                    barrier[lane] |= set(latest.values())
+                continue
+            lane = self.lane[launch]
+            before = set(waits[launch]) | barrier.pop(lane, set())
+            if self._costs.inline:
+                before |= gate
+                gate = {launch} if not lane else before
+            waits[launch] = tuple(before)
+            latest[lane] = launch
+        return waits
+
+    def peak_bytes(self, order: Sequence[int | None], tokens: int) -> float:
+        """Most bytes of slots live at once, by issue order, with `tokens` per micro-batch."""
+        return self._slots.peak(order) * tokens
+
+
+class _Slots:
+    """Who writes and who reads the slots of a walk."""
+
+    def __init__(self) -> None:
+        self._number: dict[tuple[int, int, str], int] = {}
+        self._writer: list[int] = []
+        self._bytes: list[float] = []
+        self._handed: dict[tuple[Strand, int], list[int]] = {}
+        self._reads: list[tuple[int, ...]] = []
+
+    def hand_in(self, strand: Strand, place: Place, graph: Graph) -> None:
+        handed = self._handed.get((strand, place.micro_batch), [])
+        if handed and graph.inputs:
+            for name, number in zip(graph.inputs, handed, strict=True):
+                self._number[place.micro_batch, place.layer, name] = number
+
+    def hand_out(self, strand: Strand, place: Place, graph: Graph) -> None:
+        at = place.micro_batch, place.layer
+        self._handed[strand, place.micro_batch] = [self._number[*at, s] for s in graph.outputs]
+
+    def launch(self, index: int, place: Place, graph: Graph, operator: Operator) -> tuple[int, ...]:
+        """Note what it reads and writes. Returns the launches that it waits for."""
+        at = place.micro_batch, place.layer
+        known = (self._number.get((*at, slot)) for slot in dict.fromkeys(operator.reads))
+        read = tuple(number for number in known if number is not None)
+        self._reads.append(read)
+        for slot in operator.writes:
+            self._number[*at, slot] = len(self._writer)
+            self._writer.append(index)
+            self._bytes.append(graph.bytes_per_token.get(slot, 0.0))
+        return tuple(dict.fromkeys(self._writer[number] for number in read))
+
+    def peak(self, order: Sequence[int | None]) -> float:
+        written: dict[int, list[int]] = defaultdict(list)
+        for slot, writer in enumerate(self._writer):
+            written[writer].append(slot)
+        last: dict[int, int] = {}
+        for launch in order:
+            if launch is not None:
+                last.update(dict.fromkeys((*written[launch], *self._reads[launch]), launch))
+        live = peak = 0.0
+        for launch in order:
+            if launch is not None:
+                live += sum(self._bytes[slot] for slot in written[launch])
+                peak = max(peak, live)
+                touched = {*written[launch], *self._reads[launch]}
+                live -= sum(self._bytes[slot] for slot in touched if last[slot] == launch)
+        return peak
+
+
+def _followers(waits: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    followers: list[list[int]] = [[] for _ in waits]
+    for launch, before in enumerate(waits):
+        for earlier in before:
+            followers[earlier].append(launch)
+    return followers
+
+
+def step_stops(layers: Sequence[GraphPair], micro_batches: int) -> list[Stop]:
+    """The stops of a training step on one stage.
+
+    Micro-batch k goes forward from the first layer to the last beside micro-batch k - 1, which
+    goes backward from the last layer to the first; the first goes forward alone, and the last
+    backward alone.
+    """
+    last = len(layers) - 1
+    return [
+        Stop(
+            Place(k, index, layers[index]) if k < micro_batches else None,
+            Place(k - 1, last - index, layers[last - index]) if k else None,
+        )
+        for k in range(micro_batches + 1)
+        for index in range(last + 1)
+    ]
+
+
+def repeated(ahead: GraphPair | None, behind: GraphPair | None, times: int) -> list[Stop]:
+    """The same pair of layers again and again, as in the middle of a deep model."""
+    return [
+        Stop(
+            Place(1, number, ahead) if ahead else None,
+            Place(0, times - number, behind) if behind else None,
+        )
+        for number in range(times)
+    ]
+
+
+def names(ahead: GraphPair | None, behind: GraphPair | None) -> str:
+    """How a pair of layers is called: `transformer|head`, with `-` for a missing strand."""
+    return f"{ahead.name if ahead else '-'}|{behind.name if behind else '-'}"

@@ -1,0 +1,101 @@
+"""The `dhellam` command: recipes parse, mistakes get one line, the demo runs in miniature."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_dhellam import recipes
+from lightning_dhellam.cli import main
+from lightning_dhellam.models import preset
+from lightning_dhellam.plan import Plan
+from lightning_dhellam.search.planfile import PlanFile
+
+
+def dhellam(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam.cli", *words]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_parses_against_the_real_signatures(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", name, "--print_config"])
+    assert exit_.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    model = parsed["model"]["init_args"]
+    config = preset(model["preset"], **(model["overrides"] or {}))
+    strategy = parsed["trainer"]["strategy"]["init_args"]
+    config.validate(strategy["tensor_parallel_size"])
+    assert strategy["plan"] == "interleaved"
+    assert parsed["trainer"]["devices"] % strategy["tensor_parallel_size"] == 0
+    assert parsed["data"]["init_args"]["sequence_length"] <= config.max_sequence_length
+
+
+def test_a_misspelt_key_of_a_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", "llama-tiny-2cpu", "--trainer.strategy.tensor_parallel=2"])
+    assert exit_.value.code == 2
+    assert "tensor_parallel" in capsys.readouterr().err
+
+
+def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["fitt"]) == 2
+    assert (
+        "unknown command 'fitt': use demo, data, plan, bench, recipes, fit"
+        in capsys.readouterr().err
+    )
+    assert main(["fit", "--config", "llama-tiny-2gpu"]) == 2
+    error = capsys.readouterr().err
+    assert "neither a file nor a recipe" in error and "did you mean 'llama-tiny-2cpu'" in error
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "dhellam COMMAND --help" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line_and_no_process_is_started(tmp_path: Path) -> None:
+    done = dhellam(tmp_path, "fit", "--config", "llama-tiny-2cpu")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("dhellam fit: error: ") and "dhellam data prepare" in line
+    assert "Traceback" not in done.stderr and "MEMBER" not in done.stderr
+
+
+def test_the_demo_trains_on_real_text_with_two_processes(tmp_path: Path) -> None:
+    done = dhellam(tmp_path, "demo", "--max_steps", "12", "--vocab_size", "512")
+    assert done.returncode == 0, done.stdout + done.stderr
+    loss = re.search(r"loss +(\d\.\d+) -> (\d\.\d+) in 12 steps", done.stdout)
+    assert loss, done.stdout
+    first, last = map(float, loss.groups())
+    assert abs(first - 6.238) < 0.3, "an untrained model guesses: ln(512)"
+    assert last < first - 0.3
+    assert re.search(r"tokens/s +[\d,]+ ", done.stdout)
+    assert "plan        interleaved, tensor parallel 2, data parallel 1, cpu" in done.stdout
+    files = re.search(r"files +(\S+)", done.stdout)
+    assert files and (tmp_path / files[1] / "config.yaml").is_file()
+
+
+def test_a_plan_file_is_shown_and_a_bad_one_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan.parse("plan mine: forward toy, backward -\n  0  forward   compute  gemm")
+    file = tmp_path / "plan.json"
+    PlanFile({("made-for", ""): plan}, {"made-for": "toy forward"}).save(file)
+    assert main(["plan", "show", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == str(plan)
+    file.write_text(file.read_text()[:-20])
+    assert main(["plan", "show", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+    assert main(["plan", "shown"]) == 2
+    assert "dhellam plan show FILE" in capsys.readouterr().err

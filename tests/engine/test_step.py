@@ -1,0 +1,246 @@
+"""The step around the graphs: cutting, passes, notifications, traces, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dhellam.engine import Engine, cut, make_lanes
+from lightning_dhellam.engine.executor import bind
+from lightning_dhellam.layers import Lowered, lower
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.pipeline import Pass, single_stage
+from lightning_dhellam.plan import BUILDERS, GraphPair, PlanError
+from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, prepared, train
+from tests.models.llama import SMALL, relative_error
+
+
+@pytest.fixture
+def context() -> ParallelContext:
+    return ParallelContext.single(CPU)
+
+
+@pytest.fixture
+def model(context: ParallelContext) -> CausalLM:
+    return prepared(SMALL, context)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_each_micro_batch_goes_backward_beside_the_next_ones_forward(count: int) -> None:
+    middle = [Pass(k, k - 1) for k in range(1, count)]
+    assert single_stage(count) == [Pass(0, None), *middle, Pass(None, count - 1)]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_micro_batches_no_step(count: int) -> None:
+    with pytest.raises(ValueError, match=f"micro_batches={count} must be at least 1"):
+        single_stage(count)
+
+
+def test_evaluation_is_the_loss_of_training_and_prediction_the_models_output(
+    model: CausalLM, context: ParallelContext
+) -> None:
+    batch = batch_of(SMALL, 5)
+    micro_batches = pieces(batch, 2, context)
+    engine = engine_of(lower(model))
+    loss, _ = train(engine, model, micro_batches)
+    assert torch.equal(engine.evaluate(micro_batches), loss)
+    with torch.no_grad():
+        expected = model(batch["tokens"])
+    predicted = engine.predict(micro_batches)
+    assert not predicted.requires_grad and predicted.shape == expected.shape
+    assert relative_error(predicted, expected) <= 1e-6
+    unlabelled = pieces({"tokens": batch["tokens"]}, 2, context)
+    assert torch.equal(engine.predict(unlabelled), predicted)
+
+
+def test_gradients_are_added_to_what_is_there(model: CausalLM, context: ParallelContext) -> None:
+    micro_batches = pieces(batch_of(SMALL), 2, context)
+    engine = engine_of(lower(model))
+    _, once = train(engine, model, micro_batches)
+    engine.train(micro_batches)
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.main_grad, 2 * once[name]) <= 1e-6, name
+        assert parameter.grad is None
+
+
+def test_weights_are_read_anew_in_every_step(model: CausalLM, context: ParallelContext) -> None:
+    micro_batches = pieces(batch_of(SMALL), 2, context)
+    engine = engine_of(lower(model))
+    before = engine.evaluate(micro_batches)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    fresh = engine_of(lower(model)).evaluate(micro_batches)
+    assert not torch.equal(before, fresh)
+    assert torch.equal(engine.evaluate(micro_batches), fresh)
+
+
+def test_other_lengths_and_counts_follow_each_other(
+    model: CausalLM, context: ParallelContext
+) -> None:
+    engine = engine_of(lower(model))
+    for samples, length, size in ((1, 64, 1), (3, 8, 2), (4, 16, 4)):
+        micro_batches = pieces(batch_of(SMALL, samples, length), size, context)
+        loss, _ = train(engine, model, micro_batches)
+        fresh, _ = train(engine_of(lower(model)), model, micro_batches)
+        assert torch.equal(loss, fresh)
+
+
+def test_gradients_are_announced_in_the_last_micro_batch_when_they_are_complete(
+    context: ParallelContext,
+) -> None:
+    model = prepared(replace(SMALL, tie_embeddings=True), context)
+    engine = engine_of(lower(model))
+    micro_batches = pieces(batch_of(SMALL), 1, context)
+    _, final = train(engine, model, micro_batches)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    announced: dict[str, Tensor] = {}
+    for parameter in model.parameters():
+        parameter.main_grad.zero_()
+
+    def on_gradient(parameters: tuple[Any, ...]) -> None:
+        for parameter in parameters:
+            # The last announcement of a tied weight is the one that counts.
+            announced[names[id(parameter)]] = parameter.main_grad.clone()
+
+    engine.train(micro_batches, on_gradient)
+    assert announced.keys() == final.keys()
+    assert all(torch.equal(announced[name], final[name]) for name in final)
+
+
+def test_a_profile_shows_operators_by_strand_and_name(
+    model: CausalLM, context: ParallelContext
+) -> None:
+    lowered = lower(model)
+    engine = engine_of(lowered)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.train(pieces(batch_of(SMALL, 3, 8), 1, context))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    for pair in lowered.layers:
+        layers = SMALL.num_layers if pair.name == "transformer" else 1
+        for graph in (pair.forward, pair.backward):
+            for operator in graph.operators:
+                label = f"{graph.direction}/{operator.name}"
+                assert counts.get(label) == 3 * layers, label
+
+
+def _broken(lowered: Lowered, name: str) -> Lowered:
+    """The same graphs, one operator of the transformer layers failing."""
+
+    def fail(*values: Any) -> None:
+        raise RuntimeError("the device caught fire")
+
+    def broken(pair: GraphPair) -> GraphPair:
+        graphs = []
+        for graph in (pair.forward, pair.backward):
+            operators = tuple(
+                replace(o, run=fail) if o.name == name else o for o in graph.operators
+            )
+            graphs.append(replace(graph, operators=operators))
+        return GraphPair(*graphs)
+
+    return replace(lowered, layers=tuple(map(broken, lowered.layers)))
+
+
+@pytest.mark.parametrize("name", ["forward/fc1.gemm", "backward/qkv.wgrad"])
+def test_an_error_in_an_operator_names_it(
+    name: str, model: CausalLM, context: ParallelContext
+) -> None:
+    engine = engine_of(_broken(lower(model), name.split("/")[1]))
+    with pytest.raises(RuntimeError, match="the device caught fire") as error:
+        engine.train(pieces(batch_of(SMALL), 2, context))
+    told = [str(error.value), *getattr(error.value, "__notes__", [])]
+    assert any(name in line for line in told), told
+
+
+def test_plans_lists_every_distinct_plan_in_walking_order(model: CausalLM) -> None:
+    engine = engine_of(lower(model))
+    pairs = [(plan.forward, plan.backward) for plan in engine.plans()]
+    assert pairs == [
+        ("embedding", "head"),
+        ("embedding", None),
+        (None, "head"),
+        ("transformer", "transformer"),
+        ("transformer", None),
+        (None, "transformer"),
+        ("head", "embedding"),
+        ("head", None),
+        (None, "embedding"),
+    ]
+    engine.install(BUILDERS["dhellam"])
+    assert {plan.name for plan in engine.plans()} == {"dhellam"}
+
+
+def test_a_plan_of_other_graphs_is_refused_before_anything_runs(
+    model: CausalLM, context: ParallelContext
+) -> None:
+    engine = engine_of(lower(model))
+    build = BUILDERS["interleaved"]
+    engine.install(lambda forward, backward: build(forward, None))
+    with pytest.raises(PlanError, match="made for backward graph 'None', used with 'head'"):
+        engine.plans()
+    pair = engine.layers[1]
+    plan = build(pair.forward, None)
+    with pytest.raises(PlanError, match="is never issued"):
+        bind(replace(plan, rows=plan.rows[:-1]), pair.forward, None)
+
+
+def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = batch_of(SMALL, 5, 8) | {
+        "loss_mask": torch.rand(5, 8, generator=generator),
+        "name": "not a tensor",
+        "scalar": torch.tensor(3.0),
+        "ids": torch.arange(5),
+    }
+    micro_batches = cut(batch, 2, device=CPU, seed=1, step=2, rank=3)
+    assert [piece.tokens for piece in micro_batches] == [16, 16, 8]
+    slots = [piece.slots for piece in micro_batches]
+    assert torch.equal(torch.cat([s["batch.tokens"] for s in slots]), batch["tokens"])
+    labels = torch.cat([s["batch.labels"] for s in slots], dim=1)
+    counted = batch["labels"].t() >= 0
+    assert torch.equal(labels[counted], batch["labels"].t()[counted]) and labels.min() >= 0
+    weights = torch.cat([s["batch.weights"] for s in slots], dim=1)
+    assert torch.all(weights[~counted] == 0)
+    assert weights.sum().item() == pytest.approx(1.0, rel=1e-6)
+    ratio = weights[counted] / batch["loss_mask"].t()[counted]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    assert [s["batch.share"] for s in slots] == [0.4, 0.4, 0.2]
+    data = [s["batch.data"] for s in slots]
+    assert [d["ids"].tolist() for d in data] == [[0, 1], [2, 3], [4]]
+    assert all(d["name"] == "not a tensor" and d["scalar"] == 3 for d in data)
+
+
+def test_every_micro_batch_step_rank_and_seed_has_its_own_key() -> None:
+    batch = batch_of(SMALL, 3, 8)
+    keys = {
+        piece.slots["batch.key"]
+        for seed in (1, 2)
+        for step in (0, 1)
+        for rank in (0, 1)
+        for piece in cut(batch, 1, device=CPU, seed=seed, step=step, rank=rank)
+    }
+    assert len(keys) == 2 * 2 * 2 * 3
+
+
+def test_prediction_without_its_graph_is_our_mistake(
+    model: CausalLM, context: ParallelContext
+) -> None:
+    engine = Engine(lower(model).layers, make_lanes(CPU), BUILDERS["sequential"])
+    with pytest.raises(AssertionError, match="without a graph for logits"):
+        engine.predict(pieces(batch_of(SMALL), 2, context))
+
+
+def test_the_callers_batch_is_left_as_it_was(context: ParallelContext) -> None:
+    model = CausalLM(SMALL, context, torch.bfloat16)
+    add_main_grads(model)
+    batch = batch_of(SMALL)
+    copies = {name: value.clone() for name, value in batch.items()}
+    train(engine_of(lower(model), poison=True), model, pieces(batch, 2, context))
+    assert all(torch.equal(batch[name], copies[name]) for name in batch)

@@ -1,0 +1,115 @@
+"""Triton kernels against their references: on the GPU, and in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+import torch
+
+# Triton reads it when a kernel is defined. Nothing else imports these modules on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from lightning_dhellam.kernels import cross_entropy, dropout, parity
+from lightning_dhellam.kernels.dropout.philox import philox
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPERATORS = tuple(parity.CASES)
+# Triton's interpreter cuts fp32 off to bf16 where the GPU rounds to the nearest.
+SLACK = 1.0 if torch.cuda.is_available() else 2.0
+
+
+def triton_of(operator: str) -> Any:
+    return importlib.import_module(f"lightning_dhellam.kernels.{operator}.triton")
+
+
+@pytest.mark.parametrize("dtype", list(parity.LIMITS), ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("tokens", "width"), [(5, 96), (6, 37), (3, 20)])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_triton_agrees_with_the_reference(
+    operator: str, tokens: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    draw = parity.Draw(tokens, width, dtype, DEVICE)
+    assert not parity.check(operator, triton_of(operator), draw, SLACK)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_rows_wider_than_a_block(operator: str) -> None:
+    torch.manual_seed(0)
+    draw = parity.Draw(3, 4999, torch.bfloat16, DEVICE)
+    assert not parity.check(operator, triton_of(operator), draw, SLACK)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_parity_notices_a_wrong_kernel(operator: str) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(triton_of(operator), name)
+
+            def wrong(*args: Any) -> Any:
+                result = function(*args)
+                first = result[0] if isinstance(result, tuple) else result
+                first.view(-1)[-1] = float("nan")
+                return result
+
+            return wrong
+
+    assert parity.check(operator, Broken(), parity.Draw(4, 40, torch.float32, DEVICE))
+
+
+def test_dropout_draws_the_same_bits_as_the_reference() -> None:
+    x = torch.ones(3, 2111, device=DEVICE)
+    for key in (3, 0xFEDC_BA98_7654_321):
+        for p in (0.0, 0.25, 1.0):
+            ours = triton_of("dropout").forward(x, p, key)
+            assert torch.equal(ours, dropout.forward(x, p, key)), (key, p)
+
+
+def test_philox_is_the_published_generator() -> None:
+    # Known answer of Random123 for a counter and a key of zeros.
+    words = [word.item() for word in philox(torch.zeros(1, dtype=torch.int64), 0)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_a_rank_of_padding_only() -> None:
+    """Its statistics change nothing for the other ranks, and its gradient is zero."""
+    backend = triton_of("cross_entropy")
+    logits = torch.full((4, 16), float("nan"), device=DEVICE)
+    labels = torch.arange(4, device=DEVICE)
+    nothing = backend.statistics(logits, labels, 16, 0)
+    assert torch.equal(nothing, cross_entropy.statistics(logits, labels, 16, 0))
+    grad = backend.backward_(logits, labels, labels.float(), labels.float(), 16, 0)
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_logits_of_minus_infinity() -> None:
+    """A row of which this rank's part is impossible, and one with a single possible column."""
+    backend = triton_of("cross_entropy")
+    logits = torch.full((2, 9), -torch.inf, device=DEVICE)
+    logits[1, 3] = 2.0
+    labels = torch.tensor([0, 3], device=DEVICE)
+    found = backend.statistics(logits, labels, 9, 9)
+    assert found[:, 0].tolist() == [-torch.inf, 0.0, 0.0]
+    assert found[:2, 1].tolist() == [2.0, 1.0]
+
+
+def test_results_do_not_depend_on_strides() -> None:
+    wide = torch.randn(6, 2, 80, device=DEVICE)
+    x = wide[..., ::2]
+    swiglu, rms_norm = triton_of("swiglu"), triton_of("rms_norm")
+    assert torch.equal(swiglu.forward(x), swiglu.forward(x.contiguous()))
+    weight = torch.ones(40, device=DEVICE)
+    ours, _ = rms_norm.forward(x, weight, 1e-5)
+    assert torch.equal(ours, rms_norm.forward(x.contiguous(), weight, 1e-5)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_training_sizes_on_the_gpu(operator: str) -> None:
+    draw = parity.Draw(4097, 4096, torch.bfloat16, DEVICE)
+    assert not parity.check(operator, triton_of(operator), draw)

@@ -1,0 +1,147 @@
+"""The machine model against timelines worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
+from lightning_dhellam.search.cost import Costs, Score, play, slowdown_of
+from lightning_dhellam.search.simulate import simulate, steady_state
+from lightning_dhellam.search.walk import Place, Stop, Walk
+from tests.search.graphs import toy_costs
+
+FREE = [[(1.0, 1.0)] * 2] * 2
+
+
+def _pair(slow: tuple[float, float], compute: float, communication: float) -> Score:
+    """One compute launch beside one communication launch."""
+    table = [[(1.0, 1.0)] * 2, [slow, (1.0, 1.0)]]
+    return Score([[0], [1]], [compute, communication], [0, 1], [0, 0], [[], []], None, table)
+
+
+def test_lanes_run_side_by_side_without_slowdown() -> None:
+    starts, ends = play(_pair((1.0, 1.0), 3.0, 2.0))
+    assert (starts, ends) == ([0, 0], [3, 2])
+
+
+def test_both_slow_down_while_they_overlap_and_only_then() -> None:
+    # Communication at half speed ends at 4, when compute at 1/1.25 has done 3.2 of its 5.
+    _, ends = play(_pair((2.0, 1.25), 5.0, 2.0))
+    assert ends == pytest.approx([4 + 1.8, 4])
+
+
+def test_changing_overlaps() -> None:
+    """Two compute launches under one communication launch that each slows in its own way."""
+    table = [[(1.0, 1.0)] * 3, [(1.0, 1.0)] * 3, [(2.0, 1.0), (4.0, 1.5), (1.0, 1.0)]]
+    score = Score([[0, 1], [2]], [2, 2, 2], [0, 1, 2], [0] * 3, [[]] * 3, None, table)
+    # To 2: half of the communication is done. To 5: three quarters of a second of it.
+    starts, ends = play(score)
+    assert starts == pytest.approx([0, 2, 0])
+    assert ends == pytest.approx([2, 5, 5.25])
+
+
+def test_a_launch_waits_for_its_slots_its_lane_and_the_host() -> None:
+    score = Score([[0, 2], [1]], [1, 1, 1], [0, 0, 0], [0, 1, 1], [[1], [2], []], None, FREE)
+    assert play(score) == ([0, 1, 2], [1, 2, 3])
+    score.issued = [0.5, 4, 4.5]
+    assert play(score) == ([0.5, 4, 5], [1.5, 5, 6])
+
+
+def test_launches_that_wait_for_each_other_never_start() -> None:
+    score = Score([[1, 0]], [1, 1], [0, 0], [0, 1], [[1], []], None, FREE)
+    assert play(score)[1] == [inf, inf]
+
+
+def test_slowdowns_are_found_from_times_started_together() -> None:
+    for slow in ((2.0, 1.25), (1.0, 1.0), (1.1, 3.0)):
+        for seconds in ((5.0, 2.0), (2.0, 5.0)):
+            compute, communication = seconds
+            _, ends = play(_pair(slow, compute, communication))
+            found = slowdown_of((communication, compute), (ends[1], ends[0]))
+            if found != pytest.approx(slow):
+                # The longer one alone can hide how much it slowed the shorter one down.
+                raise AssertionError(f"{slow} at {seconds}: found {found}")
+
+
+def test_noise_never_makes_lanes_faster_together() -> None:
+    assert slowdown_of((1.0, 2.0), (0.9, 1.9)) == (1.0, 1.0)
+
+
+def test_a_step_by_hand() -> None:
+    """Two passes of one layer: forward alone, then backward alone."""
+    toy, costs = toy_costs({"gather": 2.0, "wgrad": 3.0, "regather": 0.5})
+    step = simulate([toy], BUILDERS["sequential"], costs, micro_batches=1)
+    # norm 0-1 gather 1-3 gemm 3-4 scatter 4-5, grad_gather 5-6 dgrad 6-7 grad_scatter 7-8
+    # regather 8-8.5 wgrad 8.5-11.5 norm.grad 11.5-12.5
+    assert step.seconds == pytest.approx(12.5)
+    assert step.busy == pytest.approx({Lane.COMPUTE: 7.0, Lane.TP: 5.5})
+    assert step.exposed == pytest.approx({Lane.TP: 5.5})
+    assert step.utilisation[Lane.COMPUTE] == pytest.approx(7 / 12.5)
+
+
+def test_compute_waits_are_blamed_on_the_lane() -> None:
+    toy, costs = toy_costs({"scatter": 4.0})
+    step = simulate([toy], BUILDERS["interleaved"], costs, micro_batches=1)
+    assert 0 < step.waited[Lane.TP] <= step.exposed[Lane.TP]
+
+
+def test_a_barrier_costs_what_it_hides() -> None:
+    toy, costs = toy_costs({})
+    plan = BUILDERS["interleaved"](toy.forward, toy.backward)
+    strict = Plan(
+        "strict", "toy", "toy", tuple(row for issue in plan.rows for row in (issue, Barrier()))
+    )
+    assert steady_state(toy, toy, strict, costs).period == pytest.approx(10.0)
+    assert steady_state(toy, toy, plan, costs).period < 10.0
+
+
+def test_what_lags_runs_in_the_next_pair_of_the_same_plan() -> None:
+    toy, costs = toy_costs({})
+    names = [issue.operator for issue in BUILDERS["sequential"](None, toy.backward).issues]
+    names.remove("wgrad")
+    rows = [Issue(Strand.BACKWARD, Lane.COMPUTE, "wgrad", lag=1)]
+    rows += [Issue(Strand.BACKWARD, toy.backward.by_name[n].lane, n) for n in names]
+    plan = Plan("late", None, "toy", tuple(rows))
+    other = BUILDERS["sequential"](None, toy.backward)
+    stops = [Stop(None, Place(0, 2 - number, toy)) for number in range(3)]
+    walk = Walk(stops, costs)
+    order = [walk.launches[x] for x in walk.order([plan, plan, other]) if x is not None]
+    where = [(at, x.stop) for at, x in enumerate(order) if x.operator.name == "wgrad"]
+    # The first is issued with the second pair, the second before the third, which differs.
+    assert where == [(5, 0), (11, 1), (16, 2)]
+
+
+def test_the_host_limits_what_is_issued() -> None:
+    toy, costs = toy_costs({}, launch=2.0)
+    plan = BUILDERS["interleaved"](toy.forward, toy.backward)
+    assert steady_state(toy, toy, plan, costs).period == pytest.approx(20.0)
+
+
+def test_inline_compute_holds_up_the_host() -> None:
+    """What is issued behind compute starts after it, although its lane is free."""
+    toy, costs = toy_costs({"wgrad": 5.0})
+    graph = toy.backward
+    order = ["grad_gather", "regather", "wgrad", "dgrad", "grad_scatter", "norm.grad"]
+    rows = [Issue(Strand.BACKWARD, graph.by_name[name].lane, name) for name in order]
+    early = [rows[0], rows[1], rows[3], rows[4], rows[2], rows[5]]
+    times = {}
+    for inline in (False, True):
+        for name, chosen in (("late", rows), ("early", early)):
+            plan = Plan(name, None, "toy", tuple(chosen))
+            stops = [Stop(None, Place(0, 0, toy))]
+            walk = Walk(stops, replace(costs, inline=inline))
+            times[inline, name] = max(play(walk.score(walk.order([plan])))[1])
+    # gathers 0-2, wgrad 2-7, dgrad 7-8, scatter 8-9, norm 9-10
+    assert times[True, "late"] == pytest.approx(10)
+    # gathers 0-2 (dgrad is issued when the second has been), dgrad 1-2, scatter and wgrad 2-7
+    assert times[True, "early"] == pytest.approx(8)
+    assert times[False, "early"] <= times[True, "early"]
+
+
+def test_an_unknown_operator_is_named() -> None:
+    toy, costs = toy_costs({})
+    with pytest.raises(ValueError, match=r"operator 'norm' of graph 'toy forward'.*measure"):
+        Costs({}, costs.seconds).key(toy.forward, "norm")

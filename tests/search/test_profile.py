@@ -1,0 +1,171 @@
+"""Profiles: measured once per kind of operator, stored whole, refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.files import FileError
+from lightning_dhellam.search.profile import (
+    BenchError,
+    Profile,
+    Samples,
+    Timing,
+    measure,
+    perturbed,
+    targets,
+)
+from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
+
+
+def _measured(slowdowns: bool = True) -> tuple[Profile, FakeBench, Costs]:
+    graphs = graphs_of([transformer()])
+    given = costs(graphs, 370e9, slowdowns)
+    bench = FakeBench(given, spread=0.02)
+    return measure(bench, graphs, FINGERPRINT), bench, given
+
+
+def test_operators_that_do_the_same_work_are_measured_once() -> None:
+    profile, bench, _ = _measured()
+    forward, backward = graphs_of([transformer()])
+    mine, other = profile.operators[forward.fingerprint], profile.operators[backward.fingerprint]
+    assert mine["qkv.gather"] == mine["fc1.gather"] == other["fc1.regather"]
+    assert mine["qkv.gather"] == "transformer/qkv.gather"
+    assert mine["proj.scatter"] != mine["qkv.gather"]
+    assert len({mine["fc1.gemm"], other["fc1.dgrad"], other["fc1.wgrad"]}) == 3
+    assert len(bench.measured) == len(set(bench.measured)) == len(profile.lanes)
+
+
+def test_operators_without_a_nominal_cost_are_not_taken_for_equal() -> None:
+    forward = transformer().forward
+    bare = replace(forward, operators=tuple(replace(o, cost=0.0) for o in forward.operators))
+    assert len(targets([bare])[0]) == len(bare.operators)
+
+
+def test_communication_is_measured_beside_every_compute_operator() -> None:
+    profile, _, _ = _measured()
+    lanes = profile.lanes
+    beside = {
+        (row.operator, row.partner)
+        for row in profile.timings
+        if row.partner and lanes[row.operator] is Lane.TP
+    }
+    tp = [key for key, lane in lanes.items() if lane is Lane.TP]
+    compute = [key for key, lane in lanes.items() if lane is Lane.COMPUTE]
+    assert beside == {(a, b) for a in tp for b in compute}
+
+
+def test_costs_of_a_profile_are_those_of_the_machine() -> None:
+    profile, _, given = _measured()
+    found = Costs.of(profile)
+    layer = transformer()
+    for item in (layer.forward, layer.backward):
+        for operator in item.operators:
+            expected = given.alone(item, operator.name)
+            assert found.alone(item, operator.name) == pytest.approx(expected)
+    gather, gemm = "transformer/qkv.gather", "transformer/fc1.gemm"
+    # 3.2 and 1.05 go in. Both are found, as the gather ends within the GEMM.
+    assert found.slowdowns[gather, gemm] == pytest.approx((3.2, 1.05))
+
+
+def test_a_failing_operator_is_named() -> None:
+    graphs = graphs_of([transformer()])
+    bench = FakeBench(costs(graphs, 370e9), broken="attention")
+    with pytest.raises(BenchError, match="transformer/attention failed: out of memory"):
+        measure(bench, graphs, FINGERPRINT)
+
+
+def test_progress_comes_to_its_end() -> None:
+    graphs = graphs_of([transformer()])
+    seen: list[tuple[int, int, str]] = []
+    measure(
+        FakeBench(costs(graphs, 370e9)),
+        graphs,
+        FINGERPRINT,
+        progress=lambda *now: seen.append(now),
+        beside=lambda communication, compute: False,
+    )
+    assert seen[0] == (0, len(seen) - 1, "transformer/attention.norm")
+    assert seen[-1] == (len(seen) - 1, len(seen) - 1, "done")
+
+
+def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
+    profile, _, _ = _measured()
+    path = tmp_path / "runs" / "profile.json"
+    profile.save(path)
+    assert Profile.load(path, FINGERPRINT) == profile
+    assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
+    assert '{"operator": "transformer/qkv.gather", "partner": null, "median":' in path.read_text()
+
+
+def test_a_profile_of_other_conditions_is_refused_with_every_difference(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    _measured()[0].save(path)
+    here = replace(FINGERPRINT, sizes={"world": 8, "tp": 4, "dp": 2}, dtype="float32")
+    with pytest.raises(FileError) as caught:
+        Profile.load(path, here)
+    text = str(caught.value)
+    assert "sizes.tp is 8 in the file and 4 here" in text
+    assert "sizes.dp is 1 in the file and 2 here" in text
+    assert "dtype is 'bfloat16' in the file and 'float32' here" in text
+    assert "world" not in text
+
+
+def test_half_a_profile_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    _measured()[0].save(path)
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(FileError, match="not a whole profile"):
+        Profile.load(path)
+    fields = json.loads(whole)
+    fields["timings"] = fields["timings"][3:]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(FileError, match=r"no time of 'transformer/"):
+        Profile.load(path)
+    path.write_text(json.dumps(fields | {"format": 99}))
+    with pytest.raises(FileError, match="has format 99"):
+        Profile.load(path)
+    path.write_text("[]")
+    with pytest.raises(FileError, match="is not a profile"):
+        Profile.load(path)
+    with pytest.raises(FileError, match="cannot be read"):
+        Profile.load(tmp_path / "absent.json")
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, _, _ = _measured()
+    path = tmp_path / "profile.json"
+    profile.save(path)
+
+    def full_disk(handle: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        replace(profile, launch=1.0).save(path)
+    assert Profile.load(path) == profile
+    assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_samples_are_summarised_by_quantiles() -> None:
+    row = Timing.of("gemm", None, Samples((5.0, 1.0, 2.0, 4.0, 3.0, 100.0)))
+    assert (row.median, row.p20, row.p80) == (3.5, 2.0, 5.0)
+    with pytest.raises(ValueError, match="'gemm' beside 'gather' has no samples"):
+        Timing.of("gemm", "gather", Samples(()))
+    with pytest.raises(ValueError, match="positive"):
+        Timing.of("gemm", None, Samples((1.0, -1.0)))
+
+
+def test_perturbed_times_stay_within_their_spread() -> None:
+    profile, _, _ = _measured()
+    noisy = perturbed(profile, lambda: 0.25)
+    for row, before in zip(noisy.timings, profile.timings, strict=True):
+        assert before.p20 < row.median < before.median

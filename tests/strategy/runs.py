@@ -1,0 +1,126 @@
+"""Small training runs under real Lightning Trainers, on which the tests of the strategy stand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+
+from lightning_dhellam.data.loader import ResumableDataLoader, SkippingBatchSampler
+from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.strategy import DHellamStrategy
+
+LENGTH, GLOBAL_BATCH = 8, 8
+SHAPE = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=32,
+    max_sequence_length=16,
+    init_std=0.2,
+)
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Rising token sequences, so that there is something to learn; each knows its index."""
+
+    def __init__(self, samples: int = 64, length: int = LENGTH) -> None:
+        generator = torch.Generator().manual_seed(7)
+        shape = (samples, length + 1)
+        self.tokens = torch.randint(SHAPE.vocab_size, shape, generator=generator).sort().values
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.tokens[index]
+        return {"tokens": row[:-1], "labels": row[1:], "index": torch.tensor(index)}
+
+
+class Model(DualStrandMixin):
+    """The smallest Llama with AdamW."""
+
+    def __init__(self, learning_rate: float = 0.01, **changes: Any) -> None:
+        super().__init__()
+        self.model_config = replace(SHAPE, **changes)
+        self.learning_rate = learning_rate
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+class Losses(Callback):
+    """Remembers the loss of every step as it was logged."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.values.append(trainer.callback_metrics["train_loss"].item())
+
+
+def join(rank: int, world: int) -> None:
+    """Let Lightning take this process, made by `run_ranks`, for one that torchrun has started."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+
+
+def make_trainer(
+    strategy: dict[str, Any] | str, callbacks: Sequence[Callback] = (), **options: Any
+) -> Trainer:
+    """A quiet Trainer on all ranks; a dict means DHellamStrategy with these arguments."""
+    given: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": int(os.environ.get("WORLD_SIZE", 1)),
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        **options,
+    }
+    chosen = strategy if isinstance(strategy, str) else DHellamStrategy(**strategy)
+    return Trainer(strategy=chosen, callbacks=list(callbacks), **given)
+
+
+def loader(strategy: dict[str, Any] | str, samples: int = 64) -> ResumableDataLoader[Any]:
+    """Batches of this rank, in order: its share of a global batch of 8."""
+    replicas = int(os.environ.get("WORLD_SIZE", 1))
+    if not isinstance(strategy, str):
+        replicas //= strategy.get("tensor_parallel_size", 1)
+    data = Sequences(samples)
+    # Lightning's sampler shuffles what a plain DataLoader trains on; this one stays in order.
+    sampler = SkippingBatchSampler(SequentialSampler(data), GLOBAL_BATCH // replicas, False)
+    return ResumableDataLoader(data, batch_sampler=sampler)
+
+
+def train(
+    strategy: dict[str, Any] | str,
+    module: LightningModule | None = None,
+    *,
+    samples: int = 64,
+    **options: Any,
+) -> list[float]:
+    """Train for 4 steps; the mean loss of the global batch at each."""
+    losses = Losses()
+    options = {"max_steps": 4, **options}
+    callbacks = [losses, *options.pop("callbacks", ())]
+    trainer = make_trainer(strategy, callbacks, **options)
+    trainer.fit(module or Model(), loader(strategy, samples))
+    return losses.values

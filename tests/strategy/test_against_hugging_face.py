@@ -1,0 +1,150 @@
+"""Loss and every gradient of a training step against transformers' Llama, fp32, all layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from lightning_dhellam.data.loader import ResumableDataLoader, SkippingBatchSampler
+from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
+from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.parallel import ParallelContext
+from tests.models.llama import (
+    SMALL,
+    hugging_face_llama,
+    random_batch,
+    relative_error,
+    token_losses,
+)
+from tests.ranks import run_ranks
+from tests.strategy.runs import Losses, join, make_trainer
+
+SAMPLES, LENGTH = 6, 16
+CONFIGS = {
+    "untied-odd-vocabulary": replace(SMALL, vocab_size=53),
+    "tied-one-group-per-head": replace(SMALL, num_query_groups=4, tie_embeddings=True),
+    "tiny-vocabulary-tied": replace(SMALL, vocab_size=7, tie_embeddings=True),
+}
+# Processes and strategy; the micro-batches are ragged in all of them.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {"micro_batch_size": 4}),
+    "tp2": (2, {"tensor_parallel_size": 2, "micro_batch_size": 4}),
+    "tp2-kept": (2, {"tensor_parallel_size": 2, "micro_batch_size": 1, "regather": False}),
+    "dp2": (2, {"micro_batch_size": 2, "distributed_optimizer": False}),
+    "dp2-buckets": (2, {"bucket_size": 2000, "distributed_optimizer": False}),
+    "tp2-dp2": (
+        4,
+        {"tensor_parallel_size": 2, "micro_batch_size": 2, "distributed_optimizer": False},
+    ),
+    "dp2-sharded": (2, {"micro_batch_size": 2}),
+    "tp2-dp2-sharded": (4, {"tensor_parallel_size": 2, "micro_batch_size": 2}),
+}
+Outcome = tuple[float, dict[str, Tensor], dict[str, Tensor]]
+
+
+class Batch(Dataset[dict[str, Tensor]]):
+    """One global batch, some of whose labels do not count."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.tokens, self.labels = random_batch(config, SAMPLES, LENGTH)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"tokens": self.tokens[index], "labels": self.labels[index]}
+
+
+class Imported(DualStrandMixin):
+    """Hugging Face's weights, and an AdamW whose first step is plain gradient descent.
+
+    An enormous epsilon beside an equal learning rate leaves `weight - gradient`, up to 1e-9.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.model_config = config
+
+    def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
+        model = super().build_model(context, dtype)
+        import_llama(model, hugging_face_llama(self.model_config).state_dict())
+        return model
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e9, eps=1e9, weight_decay=0.0)
+
+
+def _loader(config: ModelConfig, share: int) -> DataLoader[Any]:
+    data = Batch(config)
+    sampler = SkippingBatchSampler(SequentialSampler(data), share, drop_last=False)
+    return ResumableDataLoader(data, batch_sampler=sampler)
+
+
+def _step(config: ModelConfig, strategy: dict[str, Any], replicas: int) -> Outcome:
+    """Loss, `main_grad` and what the optimizer subtracted, of one step on the global batch."""
+    losses, module = Losses(), Imported(config)
+    trainer = make_trainer(strategy, [losses], max_steps=1)
+    trainer.fit(module, _loader(config, SAMPLES // replicas))
+    model = module.model
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    gradients = {name: p.main_grad for name, p in parameters.items()}
+    before = hugging_face_llama(config).state_dict()
+    after = export_llama(model)
+    update = {name: before[name].double() - after[name].double() for name in after}
+    return losses.values[0], export_llama(model, gradients), update
+
+
+def _steps(rank: int, world: int) -> dict[tuple[str, str], Outcome]:
+    join(rank, world)
+    return {
+        (layout, name): _step(config, strategy, world // strategy.get("tensor_parallel_size", 1))
+        for layout, (size, strategy) in LAYOUTS.items()
+        for name, config in CONFIGS.items()
+        if size == world
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, str], list[Outcome]]:
+    merged: dict[tuple[str, str], list[Outcome]] = {}
+    for world in (1, 2, 4):
+        ranks = run_ranks(world, _steps, world)
+        merged |= {key: [rank[key] for rank in ranks] for key in ranks[0]}
+    return merged
+
+
+def _expected(config: ModelConfig, replicas: int) -> tuple[float, dict[str, Tensor]]:
+    """Mean over the data-parallel ranks of each one's mean over its tokens that count."""
+    reference, data = hugging_face_llama(config), Batch(config)
+    losses = token_losses(reference, data.tokens, data.labels)
+    counts = data.labels != -100
+    # The sampler deals the samples out one by one.
+    shares = [slice(rank, None, replicas) for rank in range(replicas)]
+    loss = torch.stack([losses[rows].sum() / counts[rows].sum() for rows in shares]).mean()
+    loss.backward()
+    parameters = reference.named_parameters()
+    return loss.item(), {name: p.grad for name, p in parameters if p.grad is not None}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_every_gradient(
+    outcomes: dict[tuple[str, str], list[Outcome]], layout: str, name: str
+) -> None:
+    world, strategy = LAYOUTS[layout]
+    replicas = world // strategy.get("tensor_parallel_size", 1)
+    expected_loss, expected = _expected(CONFIGS[name], replicas)
+    for loss, gradients, update in outcomes[layout, name]:
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert update.keys() == gradients.keys() == expected.keys()
+        # Weights of about 0.3 round the update to 2e-8, which shows against small gradients.
+        floor = 2e-8 * max(weight.numel() for weight in update.values()) ** 0.5
+        for key, wanted in expected.items():
+            assert (update[key] - wanted).norm() <= 1e-5 * wanted.norm() + floor, key
+            if "sharded" not in layout:  # then every rank holds the sum of its own part only
+                assert relative_error(gradients[key], wanted) <= 1e-5, key

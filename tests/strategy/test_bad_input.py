@@ -1,0 +1,421 @@
+"""Every wrong configuration is answered by one clear error, before anything trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_dhellam.data import IndexedDataModule
+from lightning_dhellam.models import preset
+from lightning_dhellam.strategy import DHellamStrategy
+from tests.ranks import run_ranks
+from tests.strategy.runs import Losses, Model, Sequences, join, make_trainer
+
+# Before processes
+
+
+def _arguments(**arguments: Any) -> Callable[[], Any]:
+    return lambda: DHellamStrategy(**arguments)
+
+
+def _trainer(strategy: dict[str, Any] | None = None, **options: Any) -> Callable[[], Any]:
+    return lambda: make_trainer(strategy or {}, **options)
+
+
+CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
+    "unknown-plan": (
+        _arguments(plan="interleave"),
+        r"plan='interleave' is not a known plan.*'sequential'.*did you mean 'interleaved'",
+    ),
+    "no-micro-batch": (_arguments(micro_batch_size=0), r"micro_batch_size=0 must be .*at least 1"),
+    "negative-micro-batch": (
+        _arguments(micro_batch_size=-2),
+        r"micro_batch_size=-2 must be .*at least 1",
+    ),
+    "true-micro-batch": (
+        _arguments(micro_batch_size=True),
+        r"micro_batch_size=True must be a whole number",
+    ),
+    "half-a-rank": (
+        _arguments(tensor_parallel_size=0.5),
+        r"tensor_parallel_size=0.5 must be a whole number",
+    ),
+    "empty-buckets": (_arguments(bucket_size=0), r"bucket_size=0 must be .*at least 1"),
+    "world-smaller-than-tp": (
+        _trainer({"tensor_parallel_size": 2}, devices=1),
+        r"tensor_parallel_size=2 needs a multiple of 2 processes.*world size is 1.*set devices",
+    ),
+    "world-does-not-divide": (
+        _trainer({"tensor_parallel_size": 2}, devices=3),
+        r"tensor_parallel_size=2 needs a multiple of 2 .*world size is 3.*lower",
+    ),
+    "nodes-do-not-divide": (
+        _trainer({"tensor_parallel_size": 4}, devices=3, num_nodes=2),
+        r"tensor_parallel_size=4 needs a multiple of 4 .*world size is 6",
+    ),
+    "half-precision": (
+        _trainer(precision="16-true"),
+        r"precision='16-true'.*use one of 32-true, bf16-mixed, bf16-true",
+    ),
+    "double-precision": (
+        _trainer(precision="64-true"),
+        r"precision='64-true'.*use one of 32-true, bf16-mixed, bf16-true",
+    ),
+    "unknown-preset": (
+        lambda: preset("llama-3-80b"),
+        r"unknown preset 'llama-3-80b': did you mean 'llama-3-8b'",
+    ),
+    "missing-dataset": (
+        lambda: IndexedDataModule("nowhere/data", 8, 4),
+        r"(?s)nowhere/data.*dhellam data prepare",
+    ),
+    "heads": (
+        lambda: Model(hidden_size=18),
+        r"hidden_size=18 is not a multiple of num_attention_heads=4: change one",
+    ),
+    "groups": (
+        lambda: Model(num_query_groups=3),
+        r"num_attention_heads=4 is not a multiple of num_query_groups=3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+def test_refused_when_constructed(name: str) -> None:
+    build, pattern = CONSTRUCTION[name]
+    with pytest.raises(ValueError, match=pattern):
+        build()
+
+
+class Manual(Model):
+    automatic_optimization = False
+
+
+class Shapeless(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model_config
+
+
+class Data(LightningDataModule):
+    """What a data module may say of itself."""
+
+    def __init__(self, **facts: int) -> None:
+        super().__init__()
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Sequences(), batch_size=8)
+
+
+def _launch(
+    *,
+    module: LightningModule | None = None,
+    strategy: dict[str, Any] | None = None,
+    data: LightningDataModule | None = None,
+    **options: Any,
+) -> Callable[[], Any]:
+    def fit() -> None:
+        trainer = make_trainer(strategy or {}, **{"devices": 2, **options})
+        if data is not None:
+            trainer.fit(module or Model(), datamodule=data)
+        else:
+            trainer.fit(module or Model(), DataLoader(Sequences(), batch_size=8))
+
+    return fit
+
+
+TP2 = {"tensor_parallel_size": 2}
+LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
+    "accumulation": (
+        _launch(accumulate_grad_batches=4),
+        r"accumulate_grad_batches=4 conflicts .*leave it at 1.*batch larger",
+    ),
+    "scheduled-accumulation": (
+        _launch(callbacks=[GradientAccumulationScheduler({9: 3})]),
+        r"GradientAccumulationScheduler.*9: 3.* conflicts .*leave the callback out",
+    ),
+    "stochastic-averaging": (
+        _launch(callbacks=[StochasticWeightAveraging(1e-2)]),
+        r"StochasticWeightAveraging replaces weights.*leave the callback out",
+    ),
+    "averaging": (
+        _launch(callbacks=[WeightAveraging()]),
+        r"WeightAveraging replaces weights.*leave the callback out",
+    ),
+    "checkpoint-plugin": (
+        _launch(plugins=[AsyncCheckpointIO()]),
+        r"plugins=AsyncCheckpointIO would not be used.*leave the plugin out",
+    ),
+    "anomalies": (_launch(detect_anomaly=True), r"detect_anomaly=True .*leave it at False"),
+    "batch-norm": (_launch(sync_batchnorm=True), r"sync_batchnorm=True .*leave it at False"),
+    "manual-optimization": (
+        _launch(module=Manual()),
+        r"Manual.automatic_optimization=False.*leave automatic_optimization at True",
+    ),
+    "no-mixin": (
+        _launch(module=BoringModel()),
+        r"cannot train BoringModel: make it a DualStrandMixin",
+    ),
+    "no-shape": (
+        _launch(module=Shapeless()),
+        r"Shapeless has no model_config: set self.model_config in __init__",
+    ),
+    "heads-over-ranks": (
+        _launch(
+            module=Model(num_attention_heads=3, hidden_size=18, num_query_groups=1),
+            strategy=TP2,
+        ),
+        r"num_attention_heads=3 is not a multiple of tensor_parallel_size=2.*lower",
+    ),
+    "groups-over-ranks": (
+        _launch(module=Model(num_query_groups=1), strategy=TP2),
+        r"num_query_groups=1 is not a multiple of tensor_parallel_size=2.*lower",
+    ),
+    "ffn-over-ranks": (
+        _launch(module=Model(ffn_hidden_size=33), strategy=TP2),
+        r"ffn_hidden_size=33 is not a multiple of tensor_parallel_size=2.*lower",
+    ),
+    "long-data": (
+        _launch(data=Data(sequence_length=32)),
+        r"sequence_length=32 is longer than .*max_sequence_length=16: shorten.*or raise",
+    ),
+    "data-over-ranks": (
+        _launch(data=Data(sequence_length=9), strategy=TP2),
+        r"sequence_length=9 is not a multiple of tensor_parallel_size=2.*change one",
+    ),
+    "large-tokenizer": (
+        _launch(data=Data(vocab_size=50)),
+        r"tokenizer has 50 tokens, but the model has vocab_size=32: set vocab_size=50",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCH)
+def test_refused_at_launch_without_any_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    fit, pattern = LAUNCH[name]
+    with pytest.raises(ValueError, match=pattern):
+        fit()
+    assert not dist.is_initialized()
+
+
+def test_other_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer({})
+    strategy = trainer.strategy
+    assert isinstance(strategy, DHellamStrategy)
+    strategy.connect(Model())
+    strategy.parallel_devices = [torch.device("mps")]
+    with pytest.raises(ValueError, match=r"accelerator='mps' does not work.*use 'gpu' or 'cpu'"):
+        strategy.check(trainer)
+
+
+def test_what_is_used_too_early_says_when_it_exists() -> None:
+    strategy = DHellamStrategy(timeout=timedelta(seconds=1))
+    with pytest.raises(RuntimeError, match="use it in `configure_model` or later"):
+        _ = strategy.context
+    with pytest.raises(RuntimeError, match="use it after `setup`"):
+        _ = strategy.engine
+
+
+# In the processes, before the first step or at the batch itself
+
+
+class TwoOptimizers(Model):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(2)]
+
+
+class NoOptimizer(Model):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class Forgetful(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.dim() > 1], lr=0.1)
+
+
+class Extra(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+
+class Sgd(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Samples(Dataset[Any]):
+    """The same sample again and again."""
+
+    def __init__(self, sample: Any) -> None:
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sample
+
+
+def _tokens(length: int) -> torch.Tensor:
+    return torch.zeros(length, dtype=torch.long)
+
+
+def _emptied(samples: list[Any]) -> dict[str, torch.Tensor]:
+    return {"tokens": torch.zeros(0, 8).long(), "labels": torch.zeros(0, 8).long()}
+
+
+# Module, strategy, sample, options of the Trainer, what the error says.
+SETUP: dict[str, tuple[type[Model], dict[str, Any], dict[str, Any], str]] = {
+    "two-optimizers": (
+        TwoOptimizers,
+        {},
+        {},
+        r"returned several optimizers: .*exactly one; use its parameter groups",
+    ),
+    "no-optimizer": (
+        NoOptimizer,
+        {},
+        {},
+        r"leaves out 'embedding.word_embeddings.weight': give the optimizer every parameter",
+    ),
+    "forgotten-parameter": (
+        Forgetful,
+        {},
+        {},
+        r"leaves out 'layers.0.input_layernorm.weight': give .*or freeze it",
+    ),
+    "parameter-outside": (
+        Extra,
+        {},
+        {},
+        r"parameter 'scale' is not part of Extra.model.*put it into a layer.*or freeze it",
+    ),
+    "sharded-sgd": (
+        Sgd,
+        {"distributed_optimizer": True},
+        {},
+        r"distributed_optimizer=True does not work with SGD.*torch.optim.AdamW.*leave",
+    ),
+    "sharded-bf16-true": (
+        Model,
+        {"distributed_optimizer": True},
+        {"precision": "bf16-true"},
+        r"distributed_optimizer=True .*precision='bf16-true'.*'32-true' or 'bf16-mixed'",
+    ),
+}
+BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no-labels": (
+        {"tokens": _tokens(8)},
+        {},
+        r"yields a mapping with \['tokens'\], without \['labels'\]: yield a mapping",
+    ),
+    "hugging-face-names": (
+        {"input_ids": _tokens(8), "labels": _tokens(8)},
+        {},
+        r"without \['tokens'\]: yield a mapping with `tokens`",
+    ),
+    "tuple": ((_tokens(8), _tokens(8)), {}, r"yields a list, without \['tokens', 'labels'\]"),
+    "shapes": (
+        {"tokens": _tokens(8), "labels": _tokens(7)},
+        {},
+        r"shapes \{'tokens': \(8, 8\), 'labels': \(8, 7\)\}: all must be \[B, S\]",
+    ),
+    "flat": (
+        {"tokens": torch.tensor(1), "labels": torch.tensor(1)},
+        {},
+        r"shapes .*all must be \[B, S\]",
+    ),
+    "long": (
+        {"tokens": _tokens(24), "labels": _tokens(24)},
+        {},
+        r"sequence_length=24 is longer than .*max_sequence_length=16: shorten",
+    ),
+    "empty": ({}, {"collate_fn": _emptied}, r"the batch has no samples: use drop_last=True"),
+}
+
+
+def _refusal(
+    module: LightningModule,
+    strategy: dict[str, Any],
+    data: DataLoader[Any],
+    options: dict[str, Any],
+    **fit: Any,
+) -> tuple[str, int]:
+    """The message, and how many steps were taken before it."""
+    losses = Losses()
+    trainer: Trainer = make_trainer(strategy, [losses], max_steps=1, **options)
+    try:
+        trainer.fit(module, data, **fit)
+    except ValueError as error:
+        return str(error), len(losses.values)
+    return "no error", len(losses.values)
+
+
+def _refusals(rank: int) -> dict[str, tuple[str, int]]:
+    join(rank, 1)
+    messages = {}
+    for name, (module, strategy, options, _) in SETUP.items():
+        data = DataLoader(Sequences(8), batch_size=8)
+        messages[name] = _refusal(module(), strategy, data, options)
+    for name, (sample, loading, _) in BATCHES.items():
+        loader: DataLoader[Any] = DataLoader(Samples(sample), batch_size=8, **loading)
+        messages[name] = _refusal(Model(), {}, loader, {})
+    loader = DataLoader(Sequences(8), batch_size=8)
+    messages["checkpoint"] = _refusal(Model(), {}, loader, {}, ckpt_path=Path(__file__))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages() -> dict[str, tuple[str, int]]:
+    (found,) = run_ranks(1, _refusals)
+    return found
+
+
+PATTERNS = {
+    **{name: case[-1] for name, case in SETUP.items()},
+    **{name: case[-1] for name, case in BATCHES.items()},
+    "checkpoint": r"test_bad_input.py is not a folder: give a folder that a run",
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_refused_before_the_first_step(messages: dict[str, tuple[str, int]], name: str) -> None:
+    message, steps = messages[name]
+    assert re.search(PATTERNS[name], message), message
+    assert steps == 0
+
+
+def _odd_sequences(rank: int) -> tuple[str, int]:
+    join(rank, 2)
+    data = DataLoader(Sequences(8, length=9), batch_size=8)
+    return _refusal(Model(), TP2, data, {})
+
+
+def test_a_sequence_that_does_not_divide_is_refused_on_every_rank() -> None:
+    for message, steps in run_ranks(2, _odd_sequences):
+        assert re.search(r"sequence_length=9 is not a multiple of tensor_parallel_size=2", message)
+        assert steps == 0

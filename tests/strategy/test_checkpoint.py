@@ -1,0 +1,265 @@
+"""Checkpoints: a restart is bitwise the run that was never interrupted, and nothing is torn."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_dhellam.strategy import DHellamStrategy
+from tests.ranks import run_ranks
+from tests.strategy.runs import Losses, Model, join, loader, make_trainer
+
+STEPS, STOP = 6, 3
+DROPOUT: dict[str, Any] = {"hidden_dropout": 0.2}
+Outcome = tuple[list[float], dict[str, torch.Tensor]]
+
+
+class Scheduled(Model):
+    """With a learning rate that changes at every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def _fit(
+    strategy: dict[str, Any], precision: Any, *callbacks: Callback, steps: int, **resume: Any
+) -> Outcome:
+    losses = Losses()
+    module = Scheduled(**DROPOUT)
+    trainer = make_trainer(
+        strategy,
+        [losses, *callbacks],
+        precision=precision,
+        max_steps=steps,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    )
+    trainer.fit(module, loader(strategy, samples=40), **resume)
+    return losses.values, {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def _keep_every_step(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, **options
+    )
+
+
+def _interrupted(strategy: dict[str, Any], precision: Any, folder: Path) -> dict[str, Outcome]:
+    straight = _fit(strategy, precision, steps=STEPS)
+    before = _fit(strategy, precision, _keep_every_step(folder), steps=STOP)
+    after = _fit(strategy, precision, steps=STEPS, ckpt_path=folder / f"step={STOP}.ckpt")
+    return {"straight": straight, "before": before, "after": after}
+
+
+RESTARTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "alone-32-true": (1, {"micro_batch_size": 3}, "32-true"),
+    "alone-bf16-mixed": (1, {"micro_batch_size": 3}, "bf16-mixed"),
+    "tp2-bf16-mixed": (2, {"tensor_parallel_size": 2, "micro_batch_size": 2}, "bf16-mixed"),
+    "tp2-bf16-true": (2, {"tensor_parallel_size": 2, "micro_batch_size": 2}, "bf16-true"),
+    "dp2-sharded-32-true": (2, {"distributed_optimizer": True}, "32-true"),
+    "dp2-sharded-bf16-mixed": (2, {"distributed_optimizer": True}, "bf16-mixed"),
+}
+
+
+class FailingSave:
+    """`torch.save` that fails on one rank for the file that only this rank writes."""
+
+    def __init__(self, rank: int, error: Exception) -> None:
+        self.rank, self.error, self.save = rank, error, torch.save
+
+    def __call__(self, value: Any, path: Path) -> None:
+        if path.name == f"state-{self.rank:05d}.pt":
+            raise self.error
+        self.save(value, path)
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@contextmanager
+def _message(kind: type[Exception], messages: dict[str, str], name: str) -> Iterator[None]:
+    messages[name] = "no error"
+    try:
+        yield
+    except kind as error:
+        messages[name] = str(error)
+
+
+def _save_with_failures(strategy: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Save once over a good checkpoint and once under a new name, while rank 1 cannot write."""
+    good, new = folder / "good.ckpt", folder / "new.ckpt"
+    messages: dict[str, str] = {}
+    contents = []
+
+    class Save(Callback):
+        def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(good)
+            contents.append(_read(good))
+            full, odd = OSError("no space left on device"), pickle.PicklingError("not this")
+            for name, path, error in (("over", good, full), ("new", new, odd)):
+                failing = FailingSave(1, error)
+                with mock.patch("torch.save", failing), _message(OSError, messages, name):
+                    trainer.save_checkpoint(path)
+            contents.append(_read(good))
+
+    _fit(strategy, "32-true", Save(), steps=1)
+    names = sorted(path.name for path in folder.iterdir())
+    return {"messages": messages, "unchanged": contents[0] == contents[1], "names": names}
+
+
+def _refusals(root: Path) -> dict[str, str]:
+    """What two ranks are told when they resume from what does not fit."""
+    sharded = root / "dp2-sharded-32-true" / f"step={STOP}.ckpt"
+    split = root / "tp2-bf16-mixed" / f"step={STOP}.ckpt"
+    thin = root / "thin"
+    keep = _keep_every_step(thin, save_weights_only=True)
+    _fit({"tensor_parallel_size": 2}, "bf16-mixed", keep, steps=1)
+    plain = root / "plain.ckpt"
+    plain.write_text("not a folder")
+    cases: dict[str, tuple[dict[str, Any], Path]] = {
+        "other-tp": ({"tensor_parallel_size": 2}, sharded),
+        "other-dp": ({}, split),
+        "weights-only": ({"tensor_parallel_size": 2}, thin / "step=1.ckpt"),
+        "file": ({"tensor_parallel_size": 2}, plain),
+        "missing": ({"tensor_parallel_size": 2}, root / "nowhere.ckpt"),
+        "other-folder": ({"tensor_parallel_size": 2}, root / "thin"),
+        "other-precision": ({"tensor_parallel_size": 2}, split),
+        "other-optimizer": ({"distributed_optimizer": False}, sharded),
+    }
+    messages: dict[str, str] = {}
+    for name, (strategy, path) in cases.items():
+        with _message(ValueError, messages, name):
+            _fit(strategy, "32-true", steps=STEPS, ckpt_path=path)
+    return messages
+
+
+def _validate_weights(root: Path) -> tuple[float, float]:
+    """Validation loss at the end of a run, and of its weights-only checkpoint."""
+    strategy = {"tensor_parallel_size": 2}
+    keep = _keep_every_step(root / "weights", save_weights_only=True)
+    trainer = make_trainer(strategy, [keep], max_steps=2, enable_checkpointing=True)
+    module = Model()
+    trainer.fit(module, loader(strategy))
+    (direct,) = trainer.validate(module, loader(strategy), verbose=False)
+    other = make_trainer(strategy)
+    path = root / "weights" / "step=2.ckpt"
+    (loaded,) = other.validate(Model(), loader(strategy), ckpt_path=path, verbose=False)
+    return direct["val_loss"], loaded["val_loss"]
+
+
+def _everything(rank: int, world: int, root: Path) -> dict[str, Any]:
+    join(rank, world)
+    outcome: dict[str, Any] = {
+        name: _interrupted(strategy, precision, root / name)
+        for name, (size, strategy, precision) in RESTARTS.items()
+        if size == world
+    }
+    if world == 2:
+        outcome["failures"] = _save_with_failures({}, root / "failures")
+        outcome["refusals"] = _refusals(root)
+        outcome["weights"] = _validate_weights(root)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def outcomes(root: Path) -> dict[int, list[dict[str, Any]]]:
+    return {world: run_ranks(world, _everything, world, root) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("name", RESTARTS)
+def test_a_restart_goes_on_bitwise(outcomes: dict[int, list[dict[str, Any]]], name: str) -> None:
+    for outcome in outcomes[RESTARTS[name][0]]:
+        straight, weights = outcome[name]["straight"]
+        assert len(straight) == STEPS and len(set(straight)) == STEPS
+        assert outcome[name]["before"][0] == straight[:STOP]
+        losses, resumed = outcome[name]["after"]
+        assert losses == straight[STOP:]
+        different = [key for key in weights if not torch.equal(weights[key], resumed[key])]
+        assert not different
+
+
+def test_a_checkpoint_is_one_folder_with_a_file_per_rank(
+    outcomes: dict[int, list[dict[str, Any]]], root: Path
+) -> None:
+    common = ["common.pt", "state-00000.pt", "state-00001.pt", "topology.json"]
+    for name, weights in (
+        ("tp2-bf16-mixed", ["weights-00000.pt", "weights-00001.pt"]),
+        ("dp2-sharded-32-true", ["weights-00000.pt"]),
+    ):
+        names = {path.name for path in (root / name).iterdir()}
+        assert names == {f"step={step}.ckpt" for step in range(1, STOP + 1)}
+        files = [path.name for path in sorted((root / name / f"step={STOP}.ckpt").iterdir())]
+        assert files == [*common, *weights]
+
+
+def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
+    outcomes: dict[int, list[dict[str, Any]]],
+) -> None:
+    for outcome in outcomes[2]:
+        failures = outcome["failures"]
+        assert failures["unchanged"]
+        assert failures["names"] == ["good.ckpt"]
+        over, new = failures["messages"]["over"], failures["messages"]["new"]
+        assert "good.ckpt was not written: rank 1: OSError: no space left on device" in over
+        assert "new.ckpt was not written: rank 1: PicklingError: not this" in new
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other-tp", ["tensor_parallel_size=1", "tensor_parallel_size=2", "same value"]),
+        ("other-dp", ["tensor_parallel_size=2", "tensor_parallel_size=1", "same value"]),
+        ("weights-only", ["holds weights only", "save_weights_only=False"]),
+        ("file", ["plain.ckpt is not a folder", "give a folder that a run"]),
+        ("missing", ["nowhere.ckpt", "not"]),
+        ("other-folder", ["has no topology.json", "give a folder that a run"]),
+        ("other-precision", ["precision=bf16-mixed", "precision=32-true", "same value"]),
+        ("other-optimizer", ["distributed_optimizer=True", "distributed_optimizer=False"]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(
+    outcomes: dict[int, list[dict[str, Any]]], name: str, words: list[str]
+) -> None:
+    for outcome in outcomes[2]:
+        message = outcome["refusals"][name]
+        assert all(word in message for word in words), message
+
+
+def test_a_weights_only_checkpoint_validates_like_the_run_that_wrote_it(
+    outcomes: dict[int, list[dict[str, Any]]],
+) -> None:
+    for outcome in outcomes[2]:
+        direct, loaded = outcome["weights"]
+        assert direct == loaded
+
+
+def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path: Path) -> None:
+    from lightning_dhellam.parallel import ParallelContext, checkpoint
+
+    context = ParallelContext.single(torch.device("cpu"))
+    path = tmp_path / "a.ckpt"
+    for value in (1, 2):
+        checkpoint.save(path, context, {"value": value}, {"w": torch.ones(2)}, None)
+        assert checkpoint.load_common(path) == {"value": value}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_saving_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="storage_options is not supported"):
+        DHellamStrategy().save_checkpoint({}, "x.ckpt", storage_options={"a": 1})

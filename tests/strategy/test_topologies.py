@@ -1,0 +1,139 @@
+"""However a run is laid out, its losses are those of one process under plain Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import ParallelContext
+from tests.ranks import run_ranks
+from tests.strategy.runs import SHAPE, Model, join, train
+
+Losses = dict[tuple[str, str], list[float]]
+
+
+class Smoothed(Model):
+    """A loss of one's own: label smoothing."""
+
+    def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), label_smoothing=0.3
+        )
+
+
+class Gate(nn.Module):
+    """A block of one's own: hidden states [S / TP, B, H] to the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.randn(SHAPE.hidden_size, SHAPE.hidden_size, generator=generator)
+        self.weight = nn.Parameter(weight * 0.2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.tanh(hidden @ self.weight)
+
+
+class Gated(Model):
+    """A model with a block that no lowering knows between its layers."""
+
+    def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
+        model = super().build_model(context, dtype)
+        model.layers.insert(1, Gate().to(context.device, dtype))
+        return model
+
+
+MODULES = {"smoothed": Smoothed, "gated": Gated, "tied": Model}
+CHANGES: dict[str, dict[str, Any]] = {"tied": {"tie_embeddings": True}}
+# What is trained, and what plain Lightning is told.
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "clip-by-norm": {"gradient_clip_val": 0.1},
+    "clip-by-value": {"gradient_clip_val": 0.003, "gradient_clip_algorithm": "value"},
+    "smaller-last-batch": {"samples": 28},
+    "smoothed": {},
+    "gated": {},
+    "tied": {"gradient_clip_val": 0.1},
+}
+# How it is trained: number of processes and strategy.
+ALONE: dict[str, dict[str, Any] | str] = {
+    "two-samples": {"micro_batch_size": 2},
+    "ragged-micro-batches": {"micro_batch_size": 3},
+    "one-micro-batch": {"micro_batch_size": 8},
+    "larger-than-the-batch": {"micro_batch_size": 100},
+    "sequential": {"micro_batch_size": 2, "plan": "sequential"},
+    "megatron": {"micro_batch_size": 2, "plan": "megatron"},
+    "dhellam": {"micro_batch_size": 2, "plan": "dhellam"},
+    "by-name": "dhellam",
+    "sharded": {"micro_batch_size": 2, "distributed_optimizer": True},
+}
+PAIR: dict[str, dict[str, Any] | str] = {
+    "ddp": "ddp",
+    "dp2": {"micro_batch_size": 2},
+    "dp2-unsharded": {"micro_batch_size": 2, "distributed_optimizer": False},
+    "dp2-small-buckets": {"bucket_size": 300},
+    "dp2-unsharded-small-buckets": {"bucket_size": 300, "distributed_optimizer": False},
+    "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3},
+    "tp2-kept": {"tensor_parallel_size": 2, "regather": False, "plan": "megatron"},
+}
+FOUR: dict[str, dict[str, Any] | str] = {
+    "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
+    "tp2-dp2-unsharded": {"tensor_parallel_size": 2, "distributed_optimizer": False},
+}
+LAYOUTS = {1: ALONE, 2: PAIR, 4: FOUR}
+# Every layout runs the default; what else could go wrong in it depends on the optimizer and
+# on the groups, so one layout of each kind runs the rest.
+THOROUGH = {"two-samples", "ddp", "dp2", "tp2", "tp2-dp2", "tp2-dp2-unsharded"}
+CASES = [
+    (world, layout, run)
+    for world, layouts in LAYOUTS.items()
+    for layout in layouts
+    for run in RUNS
+    if run == "default" or layout in THOROUGH
+]
+
+
+def _train(strategy: dict[str, Any] | str, run: str) -> list[float]:
+    module = MODULES.get(run, Model)(**CHANGES.get(run, {}))
+    return train(strategy, module, **RUNS[run])
+
+
+def _train_all(rank: int, world: int) -> Losses:
+    join(rank, world)
+    losses = {
+        (layout, run): _train(LAYOUTS[world][layout], run)
+        for size, layout, run in CASES
+        if size == world
+    }
+    if world == 1:
+        losses |= {("plain", run): _train("auto", run) for run in RUNS}
+    return losses
+
+
+@pytest.fixture(scope="module")
+def losses() -> Losses:
+    merged: Losses = {}
+    for world in LAYOUTS:
+        first, *others = run_ranks(world, _train_all, world)
+        assert all(other == first for other in others), "ranks logged different losses"
+        merged |= first
+    return merged
+
+
+@pytest.mark.parametrize(("world", "layout", "run"), CASES)
+def test_losses_are_those_of_one_plain_process(
+    losses: Losses, world: int, layout: str, run: str
+) -> None:
+    expected = losses["plain", run]
+    assert len(set(expected)) == 4
+    torch.testing.assert_close(losses[layout, run], expected, rtol=2e-6, atol=0)
+
+
+def test_the_runs_that_are_compared_are_different_runs(losses: Losses) -> None:
+    ends = {run: losses["plain", run][-1] for run in RUNS}
+    assert len(set(ends.values())) == len(ends), ends

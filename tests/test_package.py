@@ -1,0 +1,131 @@
+"""What a user gets from `pip install`: every package and recipe, and light imports."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import lightning_dhellam
+
+ROOT = Path(__file__).resolve().parents[1]
+# Installed name of each source folder, stated here again so that a change of `package-dir` shows.
+INSTALLED_AS = {
+    "lightning_dhellam": "lightning_dhellam",
+    "kernels": "lightning_dhellam/kernels",
+    "search": "lightning_dhellam/search",
+    "recipes": "lightning_dhellam/recipes",
+}
+
+
+def source_files(folder: str) -> set[Path]:
+    kept = (".py", ".typed", ".yaml", ".json", ".cu", ".cuh", ".cpp")
+    return {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in kept}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the sources, so that nothing is written next to them."""
+    copy = tmp_path_factory.mktemp("source")
+    out = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for folder in (*INSTALLED_AS, "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def run_python(code: str, cwd: Path, *path: Path) -> str:
+    """Standard output of `code`, run in `cwd` with `path` before everything installed."""
+    head = f"import sys; sys.path[:0] = {[str(p) for p in path]!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", head + code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
+    expected = {
+        Path(installed, *file.parts[1:]).as_posix()
+        for folder, installed in INSTALLED_AS.items()
+        for file in source_files(folder)
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert found == expected
+
+
+@pytest.mark.parametrize("folder", INSTALLED_AS)
+def test_every_source_folder_is_a_regular_package(folder: str) -> None:
+    holding_code = {file.parent for file in source_files(folder) if file.suffix == ".py"}
+    missing = [str(path) for path in holding_code if not (ROOT / path / "__init__.py").exists()]
+    assert not missing, f"add an __init__.py to {missing}"
+
+
+def test_wheel_imports_from_another_directory(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = """
+from importlib.resources import files
+import lightning_dhellam.kernels, lightning_dhellam.search, lightning_dhellam.recipes
+print(lightning_dhellam.kernels.__file__)
+names = [file.name for file in files("lightning_dhellam.recipes").iterdir()]
+print(*sorted(name for name in names if name.endswith(".yaml")))
+"""
+    kernels, _, recipes = run_python(code, tmp_path, site).partition("\n")
+    assert Path(kernels) == site / "lightning_dhellam/kernels/__init__.py"
+    assert recipes.split() == sorted(p.name for p in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_installed_package_imports_from_another_directory(tmp_path: Path) -> None:
+    code = "import lightning_dhellam.search as s; print(s.__name__)"
+    assert run_python(code, tmp_path) == "lightning_dhellam.search"
+
+
+def test_version_is_the_same_everywhere(wheel: Path) -> None:
+    assert metadata.version("lightning-dhellam") == lightning_dhellam.__version__
+    assert wheel.name.split("-")[1] == lightning_dhellam.__version__
+
+
+def test_tested_versions_satisfy_the_declared_ranges() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["test"]
+    for requirement in map(Requirement, declared):
+        pin = pins.get(requirement.name)
+        assert pin is not None, f"constraints.txt: no line pins {requirement.name}"
+        assert pin in requirement.specifier, f"constraints.txt: {pin} is not in {requirement}"
+
+
+def test_plan_imports_no_torch(tmp_path: Path) -> None:
+    code = "import sys, lightning_dhellam.plan; print('torch' in sys.modules)"
+    assert run_python(code, tmp_path) == "False"
+
+
+def test_public_names_are_lazy_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    code = "import sys, lightning_dhellam; print('torch' in sys.modules, *dir(lightning_dhellam))"
+    heavy, *names = run_python(code, tmp_path).split()
+    assert heavy == "False"
+    assert {"DHellamStrategy", "DualStrandMixin"} <= set(names)
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = lightning_dhellam.Nonsense
