@@ -20,8 +20,9 @@ from lightning_dhellam.search.files import (
     put_in_lines,
     save_text,
 )
+from lightning_dhellam.search.graphfile import fields_of, graph_from
 
-FORMAT = 1
+FORMAT = 2
 
 Key = str
 """Names a measured operator: that of the first operator which does this work."""
@@ -109,6 +110,7 @@ class Profile:
         lanes: of each key.
         timings: alone and beside one another.
         launch: seconds the host needs to issue one operator.
+        graphs: that were profiled, of every kind of layer the forward and the backward one.
     """
 
     fingerprint: Fingerprint
@@ -116,6 +118,7 @@ class Profile:
     lanes: Mapping[Key, Lane]
     timings: tuple[Timing, ...]
     launch: float = 0.0
+    graphs: tuple[Graph, ...] = ()
 
     def save(self, path: Path | str) -> None:
         """Write it, whole or not at all."""
@@ -126,8 +129,9 @@ class Profile:
             "operators": {name: dict(keys) for name, keys in self.operators.items()},
             "lanes": dict(self.lanes),
             "timings": [asdict(row) for row in self.timings],
+            "graphs": [fields_of(graph) for graph in self.graphs],
         }
-        save_text(Path(path), put_in_lines(fields, flat=("timings",)))
+        save_text(Path(path), put_in_lines(fields, flat=("timings", "graphs")))
 
     @classmethod
     def load(cls, path: Path | str, expected: Fingerprint | None = None) -> Profile:
@@ -145,9 +149,10 @@ class Profile:
                 {key: Lane(lane) for key, lane in fields["lanes"].items()},
                 tuple(Timing(**row) for row in fields["timings"]),
                 float(fields["launch"]),
+                tuple(graph_from(row) for row in fields["graphs"]),
             )
             profile._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise FileError(f"{path} is not a whole profile ({error}): measure again") from error
         if expected is not None:
             found = differences(asdict(profile.fingerprint), asdict(expected))
@@ -165,6 +170,9 @@ class Profile:
         missing = needed - (alone & set(self.lanes))
         if missing:
             raise ValueError(f"no time of '{min(missing)}'")
+        for graph in self.graphs:
+            if graph.fingerprint not in self.operators:
+                raise ValueError(f"graph '{graph}' is not the one that was measured")
 
 
 @dataclass(frozen=True)
@@ -263,7 +271,8 @@ def measure(
     if progress is not None:
         progress(len(work), len(work), "done")
     lanes = {target.key: target.operator.lane for target in chosen}
-    return Profile(fingerprint, keys, lanes, tuple(rows), launch)
+    distinct = tuple({graph.fingerprint: graph for graph in graphs}.values())
+    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct)
 
 
 def _measure(bench: Bench, target: Target, partner: Target | None, label: str) -> list[Timing]:
