@@ -37,12 +37,17 @@ def layers_of(profile: Profile, layers: int) -> list[GraphPair]:
 
 
 def _pairs(graphs: Sequence[Graph]) -> list[GraphPair]:
-    """Graphs of one name, which stand in the profile in the same order in both directions."""
+    """Graphs of one name, which stand in the profile in the same order in both directions.
+
+    Layers may have one forward graph and several backward ones.
+    """
     found = []
     for name in dict.fromkeys(graph.name for graph in graphs):
         of_name = [graph for graph in graphs if graph.name == name]
         forward = [graph for graph in of_name if graph.direction is Strand.FORWARD]
         backward = [graph for graph in of_name if graph.direction is Strand.BACKWARD]
+        if len(forward) == 1:
+            forward *= len(backward)
         found += [GraphPair(a, b) for a, b in zip(forward, backward, strict=False)]
     return found
 

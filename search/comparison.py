@@ -96,11 +96,11 @@ def compare(setting: Setting) -> Comparison:
     for name, make in _schedules(setting.rounds).items():
         try:
             schedule = make(setting.stages, setting.micro_batches)
-            check(schedule)
             chunks = cut(setting.layers, setting.costs, schedule.chunks)
         except ValueError as error:
             refused[name] = str(error)
             continue
+        check(schedule)
         compared[name] = _compared(setting, schedule, chunks)
     if not compared:
         raise ScheduleError(next(iter(refused.values())))

@@ -104,7 +104,7 @@ class _Stage:
     """Where a stage stands."""
 
     def __init__(self, number: int, schedule: Schedule, costs: PassCosts, link: Link) -> None:
-        self._passes = schedule.passes[number]
+        self._number, self._passes = number, schedule.passes[number]
         self._schedule, self._costs, self._link = schedule, costs, link
         self._sending = 0.0
         self._spans: list[Span] = []
@@ -121,11 +121,16 @@ class _Stage:
         first = len(self._spans)
         while not self.finished:
             works = self._passes[len(self._spans)]
-            needed = [arrived.get(b) for work in works for b in self._schedule.before(work)]
-            if None in needed:
+            before = [b for work in works for b in self._schedule.before(work)]
+            if not all(b in arrived for b in before):
                 break
-            self._do(works, [message for message in needed if message], arrived)
+            self._do(works, [self._received(b, arrived[b]) for b in before], arrived)
         return len(self._spans) - first
+
+    def _received(self, work: Work, message: _Message) -> _Message:
+        """A result of this stage's own is here when it is made, wherever else it goes."""
+        local = self._schedule.stage_of[work.chunk] == self._number
+        return _Message(message.made, message.made) if local else message
 
     def _do(self, works: Pass, needed: list[_Message], arrived: dict[Work, _Message]) -> None:
         cost = self._costs.of(works)
