@@ -67,7 +67,7 @@ def cut(layers: Sequence[GraphPair], costs: Costs, chunks: int) -> list[tuple[Gr
     if len(layers) < chunks:
         raise ValueError(
             f"{chunks} chunks need as many layers, and there are {len(layers)} with the first and"
-            " the last: take more layers or fewer stages"
+            " the last: give more (--layers) or take fewer stages (--stages)"
         )
     ends = [0, *accumulate(balanced([seconds_of(layer, costs) for layer in layers], chunks))]
     return [tuple(layers[a:b]) for a, b in pairwise(ends)]

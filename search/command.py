@@ -18,9 +18,6 @@ from lightning_dhellam.search.profile import Profile
 from lightning_dhellam.search.schedules import Pass, check, fold
 from lightning_dhellam.search.stages import Link, PipelineRun, run
 
-_LAYERS_PER_CHUNK = 4
-"""Of the simulated model, if nobody says how many layers there are."""
-
 
 def simulate_command(argv: Sequence[str]) -> int:
     """Play a step under every pipeline schedule. Prints a table, writes a picture and JSON."""
@@ -54,8 +51,7 @@ def _simulate_parser() -> ArgumentParser:
     parser.add_argument(
         "--layers",
         type=_positive,
-        help="of the model, without embedding and head; by default what the profile says, else"
-        f" {_LAYERS_PER_CHUNK} for each half of a stage",
+        help="of the model, without embedding and head; by default what the profile says",
     )
     parser.add_argument(
         "--tokens", type=_positive, help="of a micro-batch; by default what the profile says"
@@ -92,20 +88,20 @@ def _simulate_parser() -> ArgumentParser:
 
 def _setting(options: Namespace, profile: Profile) -> Setting:
     shapes = profile.fingerprint.shapes
-    tokens = options.tokens or shapes.get("tokens")
+    tokens = options.tokens or shapes.get("micro_batch_size", 0) * shapes.get("sequence_length", 0)
     if not tokens:
         raise ValueError(
             f"{options.profile} does not say how many tokens a micro-batch has: give --tokens"
         )
-    count = options.layers or shapes.get("layers") or 2 * _LAYERS_PER_CHUNK * options.stages
+    count = options.layers or shapes.get("num_layers")
+    if not count:
+        raise ValueError(f"{options.profile} does not say how many layers there are: give --layers")
     builders = dict(BUILDERS)
     if options.plans:
         builders[options.plans.name] = PlanFile.load(options.plans).builder()
-    # On CPU compute runs on the host, and nothing is issued meanwhile.
-    inline = profile.fingerprint.device.lower().startswith("cpu")
     return Setting(
         layers_of(profile, count),
-        Costs.of(profile, inline=inline),
+        Costs.of(profile),
         options.stages,
         options.micro_batches,
         tokens,

@@ -14,7 +14,7 @@ from lightning_dhellam.search.schedules import Part, Work
 from lightning_dhellam.search.stages import PipelineRun, Span
 
 _WIDTH = 16.0
-_LATE = "#f3cfa4"
+LATE = "#f3cfa4"
 """Gradients of weights that were separated from the others."""
 _THICK = 0.86
 _LETTER = 0.075
@@ -43,7 +43,7 @@ def save_pipelines(path: Path | str, runs: Mapping[str, PipelineRun], *, unit: s
     handles = [Patch(color=colour, label=f"{strand}") for strand, colour in COLOURS.items()]
     parts = {work.part for run in runs.values() for span in _spans(run) for work in span.works}
     if Part.WEIGHT in parts:
-        handles.append(Patch(color=_LATE, label="weight gradients alone"))
+        handles.append(Patch(color=LATE, label="weight gradients alone"))
     handles.append(Patch(color=IDLE, label="idle"))
     figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     save(figure, path)
@@ -94,10 +94,12 @@ def _halves(span: Span) -> Iterator[tuple[Work, float, float]]:
 
 
 def _colour(work: Work) -> str:
-    return _LATE if work.part is Part.WEIGHT else COLOURS[work.strand]
+    return LATE if work.part is Part.WEIGHT else COLOURS[work.strand]
 
 
 def _write(axis: Axes, x: float, y: float, work: Work) -> None:
     colour = INK if work.part is Part.WEIGHT else "white"
     text = str(work.micro_batch)
-    axis.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, clip_on=True)
+    label = axis.text(x, y, text, ha="center", va="center", fontsize=6, color=colour, clip_on=True)
+    # It stands inside of its bar; measuring hundreds of them would take as long as drawing.
+    label.set_in_layout(False)

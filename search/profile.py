@@ -111,6 +111,7 @@ class Profile:
         timings: alone and beside one another.
         launch: seconds the host needs to issue one operator.
         graphs: that were profiled, of every kind of layer the forward and the backward one.
+        inline: compute ran on the host, as it does on CPU; see `cost.Costs`.
     """
 
     fingerprint: Fingerprint
@@ -119,6 +120,7 @@ class Profile:
     timings: tuple[Timing, ...]
     launch: float = 0.0
     graphs: tuple[Graph, ...] = ()
+    inline: bool = False
 
     def save(self, path: Path | str) -> None:
         """Write it, whole or not at all."""
@@ -126,6 +128,7 @@ class Profile:
             "format": FORMAT,
             "fingerprint": asdict(self.fingerprint),
             "launch": self.launch,
+            "inline": self.inline,
             "operators": {name: dict(keys) for name, keys in self.operators.items()},
             "lanes": dict(self.lanes),
             "timings": [asdict(row) for row in self.timings],
@@ -150,6 +153,7 @@ class Profile:
                 tuple(Timing(**row) for row in fields["timings"]),
                 float(fields["launch"]),
                 tuple(graph_from(row) for row in fields["graphs"]),
+                bool(fields["inline"]),
             )
             profile._check()
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -235,6 +239,7 @@ def measure(
     progress: Progress | None = None,
     identity: Identity = nominal_identity,
     launch: float = 0.0,
+    inline: bool = False,
     beside: Callable[[Target, Target], bool] | None = None,
 ) -> Profile:
     """Measure every operator of `graphs` alone, and communication beside computation.
@@ -247,6 +252,7 @@ def measure(
         progress: is told what is measured next.
         identity: operators with equal ones are measured once.
         launch: seconds the host needs to issue one operator.
+        inline: compute runs on the host, as it does on CPU.
         beside: whether a communication and a compute operator are worth measuring together;
             those that are not keep their speed. All by default.
 
@@ -272,7 +278,7 @@ def measure(
         progress(len(work), len(work), "done")
     lanes = {target.key: target.operator.lane for target in chosen}
     distinct = tuple({graph.fingerprint: graph for graph in graphs}.values())
-    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct)
+    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline)
 
 
 def _measure(bench: Bench, target: Target, partner: Target | None, label: str) -> list[Timing]:
