@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import inf
 
+from lightning_dhellam.pipeline import split
 from lightning_dhellam.plan import Graph, GraphPair, Strand
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.profile import Profile
@@ -71,6 +72,35 @@ def cut(layers: Sequence[GraphPair], costs: Costs, chunks: int) -> list[tuple[Gr
         )
     ends = [0, *accumulate(balanced([seconds_of(layer, costs) for layer in layers], chunks))]
     return [tuple(layers[a:b]) for a, b in pairwise(ends)]
+
+
+def cut_folded(
+    layers: Sequence[GraphPair], costs: Costs, stages: int
+) -> list[tuple[GraphPair, ...]]:
+    """The layers in two chunks a stage as the trainer cuts them: by the time of stages.
+
+    Stage 0 has what the model begins with and what it ends with.
+
+    Raises:
+        ValueError: there are too few layers.
+    """
+    ends = not layers[0].forward.inputs, not layers[-1].backward.inputs
+    first, last = (int(end) for end in ends)
+    middle = layers[first : len(layers) - last]
+    each = seconds_of(middle[0], costs)
+    embedding, head = (
+        seconds_of(layer, costs) / each if end else 0.0
+        for layer, end in zip((layers[0], layers[-1]), ends, strict=True)
+    )
+    counts = list(split.balanced(len(middle), stages, embedding=embedding, head=head))
+    counts[0] += first
+    counts[-1] += last
+    if not all(counts):
+        raise ValueError(
+            f"{2 * stages} chunks need as many layers, and there are {len(layers)}: give more"
+            " (--layers) or take fewer stages (--stages)"
+        )
+    return [tuple(layers[part.start : part.stop]) for part in split.chunks(counts)]
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[int]:

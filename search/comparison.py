@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
-from lightning_dhellam.search.chunks import cut
+from lightning_dhellam.search.chunks import cut, cut_folded
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.files import save_text
 from lightning_dhellam.search.passes import LayerCosts
@@ -26,6 +26,7 @@ from lightning_dhellam.search.schedules import (
     one_f_one_b,
     zero_bubble_v,
 )
+from lightning_dhellam.search.schedules.folded import places
 from lightning_dhellam.search.stages import Link, PipelineRun, StageUse, run
 
 FORMAT = 1
@@ -96,7 +97,7 @@ def compare(setting: Setting) -> Comparison:
     for name, make in _schedules(setting.rounds).items():
         try:
             schedule = make(setting.stages, setting.micro_batches)
-            chunks = cut(setting.layers, setting.costs, schedule.chunks)
+            chunks = _cut(setting, schedule)
         except ValueError as error:
             refused[name] = str(error)
             continue
@@ -115,6 +116,13 @@ def _schedules(rounds: int) -> dict[str, Callable[[int, int], Schedule]]:
         "DualPipeV": dual_pipe_v,
         "fold": fold,
     }
+
+
+def _cut(setting: Setting, schedule: Schedule) -> list[tuple[GraphPair, ...]]:
+    """Chunks of equal time, or where both ends of the model share a stage, stages of equal time."""
+    if schedule.stage_of == places(setting.stages):
+        return cut_folded(setting.layers, setting.costs, setting.stages)
+    return cut(setting.layers, setting.costs, schedule.chunks)
 
 
 def _compared(

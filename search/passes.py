@@ -141,9 +141,12 @@ class LayerCosts:
         return sum(graph.bytes_per_token.get(slot, 0.0) for slot in graph.outputs) * self._tokens
 
     def _cost(self, works: Pass) -> tuple[PassCost, str]:
-        kind = tuple(
-            (work.part, tuple(layer.backward.fingerprint for layer in self.chunks[work.chunk]))
-            for work in works
+        kind = (
+            _ascends(works),
+            *(
+                (work.part, tuple(layer.backward.fingerprint for layer in self.chunks[work.chunk]))
+                for work in works
+            ),
         )
         if kind not in self._known:
             self._known[kind] = self._played(works)
@@ -179,6 +182,10 @@ class LayerCosts:
             else:
                 behind = [self._entry(work, i, layer) for i, layer in enumerate(layers)][::-1]
         nothing: Entry = (None, 0.0)
+        if _ascends(works):
+            # Both strands end together, so that the two ends of the model meet.
+            ahead = [nothing] * (len(behind) - len(ahead)) + ahead
+            behind = [nothing] * (len(ahead) - len(behind)) + behind
         for (forward, saved), (backward, freed) in zip_longest(ahead, behind, fillvalue=nothing):
             yield Stop(forward, backward), saved, freed
 
@@ -192,6 +199,12 @@ class LayerCosts:
         early, late = halves(layer)
         half, freed = (early, whole - kept) if work.part is Part.INPUT else (late, kept)
         return (Place(0, index, half) if half.backward.operators else None), freed
+
+
+def _ascends(works: Pass) -> bool:
+    """Whether two strands go up the stages: forward is in the later chunk."""
+    chunks = {work.strand: work.chunk for work in works}
+    return len(chunks) == 2 and chunks[Strand.FORWARD] > chunks[Strand.BACKWARD]
 
 
 def _bytes(layer: GraphPair) -> tuple[float, float]:

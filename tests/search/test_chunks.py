@@ -12,6 +12,7 @@ from lightning_dhellam.plan import GraphPair
 from lightning_dhellam.search.chunks import (
     balanced,
     cut,
+    cut_folded,
     halves,
     layers_of,
     seconds_of,
@@ -93,6 +94,25 @@ def test_a_heavy_head_leaves_room_for_itself() -> None:
     head, layer = seconds_of(layers[-1], given_costs), seconds_of(layers[1], given_costs)
     counts = balanced([*[layer] * 16, 3 * layer + head], 4)
     assert counts[-1] < counts[0] and sum(counts) == 17
+
+
+def test_a_fold_is_cut_by_the_time_of_its_stages() -> None:
+    """As the trainer does: stage 0 has fewer layers, as it has both ends of the model."""
+    layers = model(31)
+    known = costs(graphs_of(layers), 200e9)
+    for stages in (1, 2, 4):
+        found = cut_folded(layers, known, stages)
+        assert len(found) == 2 * stages
+        assert [layer for chunk in found for layer in chunk] == layers
+        seconds = [sum(seconds_of(layer, known) for layer in chunk) for chunk in found]
+        of_stages = [seconds[s] + seconds[-1 - s] for s in range(stages)]
+        assert max(of_stages) - min(of_stages) <= 1.5 * seconds_of(layers[1], known)
+    counts = [len(chunk) for chunk in cut_folded(layers, known, 4)]
+    assert counts[0] + counts[-1] - 2 < counts[1] + counts[-2]
+    bare = [transformer()] * 8
+    assert [len(c) for c in cut_folded(bare, costs(graphs_of(bare), 200e9), 2)] == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match="16 chunks need as many layers, and there are 15"):
+        cut_folded([transformer()] * 15, known, 8)
 
 
 @pytest.mark.parametrize("which", ["toy", "70b", "real"])

@@ -150,6 +150,20 @@ def test_layers_of_unknown_size_are_counted() -> None:
     assert passes.bytes_sent(FORWARD[0]) == 0
 
 
+def test_strands_of_unequal_length_meet_where_the_ends_of_the_model_are() -> None:
+    """Going down they begin together, and going up they end together."""
+    toy, given = toy_costs({})
+    passes = LayerCosts([[toy] * 3, [toy]], given, tokens=1)
+    down, up = ((Work.parse(f"{c}F1"), Work.parse(f"{1 - c}B0")) for c in (0, 1))
+    # Forward fills three layers, and backward frees one with the first of them.
+    assert (passes.of(down).rise, passes.of(down).change) == (2, 2)
+    # Backward frees two layers before forward fills its only one.
+    assert (passes.of(up).rise, passes.of(up).change) == (0, -2)
+    longer = LayerCosts([[toy], [toy] * 3], given, tokens=1)
+    # Backward frees its only layer with the last that forward fills.
+    assert (longer.of(up).rise, longer.of(up).change) == (3, 2)
+
+
 def test_uniform_costs() -> None:
     given = UniformCosts(1.0, 2.0, 4.0, both=6.5)
     assert [given.of(w).seconds for w in (FORWARD, INPUT, WEIGHT, BACKWARD, BOTH)] == [
