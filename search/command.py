@@ -44,7 +44,9 @@ def _simulate_parser() -> ArgumentParser:
         description="Play a training step on the stages of a pipeline, from measured times of"
         " operators, under 1F1B, interleaved 1F1B, ZB-V, DualPipeV and the fold.",
         epilog="Each pass is carried out in the fastest of the built-in orders, whatever the"
-        " schedule. The reduction of gradients and the optimizer come after, and are left out.",
+        " schedule. Passes of a stage are not overlapped with each other, and transfers between"
+        " stages disturb nothing: neither is in a profile. The reduction of gradients and the"
+        " optimizer come after, and are left out.",
     )
     _add_sizes(parser)
     parser.add_argument("--profile", type=Path, required=True, metavar="FILE")

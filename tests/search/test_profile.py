@@ -118,6 +118,14 @@ def test_a_profile_holds_its_graphs(tmp_path: Path) -> None:
             graph.operators[0].run()
 
 
+@pytest.mark.parametrize("inline", [False, True])
+def test_costs_know_where_compute_ran(tmp_path: Path, inline: bool) -> None:
+    graphs = graphs_of([transformer()])
+    path = tmp_path / "profile.json"
+    measure(FakeBench(costs(graphs, 370e9)), graphs, FINGERPRINT, inline=inline).save(path)
+    assert Costs.of(Profile.load(path)).inline is inline
+
+
 def test_a_graph_that_was_not_measured_is_not_trusted(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     _measured()[0].save(path)
