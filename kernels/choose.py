@@ -53,6 +53,8 @@ class Kernels:
         attention: a `Backend`.
         cross_entropy: module with `statistics`, `combine`, `backward_` and `CHUNK`.
         dropout: module with `forward`, `forward_add`, `backward` and `fold`.
+        gelu: module with `forward` and `backward`.
+        layer_norm: module with `forward`, `residual_forward` and `backward`.
         rms_norm: module with `forward`, `residual_forward` and `backward`.
         rope: module with `forward`, `backward`, `split` and `Heads`.
         swiglu: module with `forward` and `backward`.
@@ -62,6 +64,8 @@ class Kernels:
     attention: Any
     cross_entropy: Any
     dropout: Any
+    gelu: Any
+    layer_norm: Any
     rms_norm: Any
     rope: Any
     swiglu: Any
@@ -209,6 +213,8 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "cross_entropy": _with_triton("cross_entropy"),
     "dropout": _with_triton("dropout"),
+    "gelu": _with_triton("gelu"),
+    "layer_norm": _with_triton("layer_norm"),
     "rms_norm": _with_triton("rms_norm"),
     "rope": _with_triton("rope"),
     "swiglu": _with_triton("swiglu"),

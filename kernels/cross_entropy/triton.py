@@ -15,7 +15,9 @@ from lightning_dhellam.kernels.launch import blocks
 
 __all__ = ["CHUNK", "backward_", "combine", "statistics"]
 
-_STATISTICS_BLOCK = 4096
+_LANES, _DEEP = 512, 8
+"""Columns of one round of the statistics: each lane takes 8 neighbours, 16 bytes of 16-bit logits."""
+
 _BACKWARD_BLOCK = 2048
 
 
@@ -25,8 +27,8 @@ def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor
     rows, width = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     _statistics[(rows,)](
-        logits, labels, out, rows, width, first, max(valid, 0),
-        ROUNDS=blocks(max(valid, 0), _STATISTICS_BLOCK), BLOCK=_STATISTICS_BLOCK, num_warps=8,
+        logits, labels, out, rows, width, first, max(valid, 0), max(valid, 0) // (_LANES * _DEEP),
+        LANES=_LANES, DEEP=_DEEP, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -55,28 +57,45 @@ def _statistics(
     width: int,
     first: int,
     valid: int,
-    ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rounds: int,
+    LANES: tl.constexpr,
+    DEEP: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * width
-    columns = tl.arange(0, BLOCK)
-    top = tl.full((), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(ROUNDS):
-        inside = step * BLOCK + columns < valid
-        x = tl.load(start + step * BLOCK + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x))
-        # As long as everything was -inf there is nothing to scale, and -inf - -inf is NaN.
-        origin = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - origin) + tl.exp(x - origin)
-        top = higher
+    columns = tl.arange(0, LANES)[:, None] * DEEP + tl.arange(0, DEEP)[None, :]
+    # Each lane has a maximum of its own, so that lanes wait for each other only once, at the end.
+    top = tl.full((LANES,), -float("inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for step in range(rounds):
+        x = tl.load(start + step * LANES * DEEP + columns).to(tl.float32)
+        top, total = _include(x, top, total)
+    rest = rounds * LANES * DEEP + columns
+    x = tl.load(start + rest, mask=rest < valid, other=-float("inf")).to(tl.float32)
+    top, total = _include(x, top, total)
+    highest = tl.max(top)
+    whole = tl.sum(total * tl.exp(top - _origin(highest)))
     label = tl.load(labels + row) - first
     mine = (label >= 0) & (label < valid)
     chosen = tl.load(start + label, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out + row, top)
-    tl.store(out + rows + row, tl.sum(total))
+    tl.store(out + row, highest)
+    tl.store(out + rows + row, whole)
     tl.store(out + 2 * rows + row, chosen)
+
+
+@triton.jit
+def _include(x: tl.tensor, top: tl.tensor, total: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Maximum and sum of exponentials of each lane after `x` [LANES, DEEP]."""
+    higher = tl.maximum(top, tl.max(x, axis=1))
+    origin = _origin(higher)
+    total = total * tl.exp(top - origin) + tl.sum(tl.exp(x - origin[:, None]), axis=1)
+    return higher, total
+
+
+@triton.jit
+def _origin(top: tl.tensor) -> tl.tensor:
+    """What exponents are relative to: while all was -inf, not that, for -inf - -inf is NaN."""
+    return tl.where(top == -float("inf"), 0.0, top)
 
 
 @triton.jit(do_not_specialize=["first"])

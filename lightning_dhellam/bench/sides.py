@@ -48,9 +48,7 @@ class Shape:
                 " llama-3-8b:8:32000:8192:4"
             )
         layers, vocabulary, length, micro_batches = map(int, numbers)
-        config = preset(
-            name, num_layers=layers, vocab_size=vocabulary, max_sequence_length=length
-        )
+        config = preset(name, num_layers=layers, vocab_size=vocabulary, max_sequence_length=length)
         return cls(config, length, micro_batches)
 
     @property
