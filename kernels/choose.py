@@ -29,14 +29,14 @@ class Candidate:
         refusal: why it cannot compute on a device in a type.
         package: what must be importable, or None.
         extra: what to install for that.
-        automatic: whether it may be chosen without being asked for.
+        automatic: on which devices it may be chosen without being asked for.
     """
 
     load: Callable[[], Any]
     refusal: Refusal
     package: str | None = None
     extra: str = "lightning-dhellam[cuda]"
-    automatic: bool = True
+    automatic: Callable[[torch.device], bool] = lambda device: True
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot be used here, or None if it can."""
@@ -120,7 +120,7 @@ def available(
 
 def _first(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     for name, candidate in CANDIDATES[operator].items():
-        if candidate.automatic and candidate.obstacle(device, dtype) is None:
+        if candidate.automatic(device) and candidate.obstacle(device, dtype) is None:
             return name
     raise ValueError(f"no backend of {operator} computes {dtype} on {device.type}")
 
@@ -193,7 +193,12 @@ def _backend(path: str, name: str) -> Callable[[], Any]:
 
 def _with_triton(operator: str) -> dict[str, Candidate]:
     # On the CPU Triton means its interpreter, which is for tests: it is used only when forced.
-    fast = Candidate(_module(f"{operator}.triton"), _for_triton, "triton")
+    fast = Candidate(
+        _module(f"{operator}.triton"),
+        _for_triton,
+        "triton",
+        automatic=lambda device: device.type == "cuda",
+    )
     return {"triton": fast, "reference": Candidate(_module(f"{operator}.reference"), _anywhere)}
 
 

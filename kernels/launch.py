@@ -31,7 +31,7 @@ def row_warps(block: int) -> int:
 
 
 def row_programs(rows: int, device: torch.device) -> int:
-    """Programs that go over `rows` rows together: two to a multiprocessor, which registers allow."""
+    """Programs that share `rows` rows: two to a multiprocessor, as many as registers allow."""
     return min(rows, 2 * processors(device))
 
 

@@ -16,7 +16,7 @@ from lightning_dhellam.kernels.launch import blocks
 __all__ = ["CHUNK", "backward_", "combine", "statistics"]
 
 _LANES, _DEEP = 512, 8
-"""Columns of one round of the statistics: each lane takes 8 neighbours, 16 bytes of 16-bit logits."""
+"""Columns of a round of the statistics: each lane takes 8 neighbours, 16 bytes in 16 bits."""
 
 _BACKWARD_BLOCK = 2048
 

@@ -130,6 +130,8 @@ def _backward(
         there = here + programs.to(tl.int64) * width
         next_dy = tl.load(dy + there, mask=is_next, other=0.0)
         next_x = tl.load(x + there, mask=is_next, other=0.0)
+        if ADDS:
+            branch = tl.load(residual + here, mask=inside, other=0.0)
         mean = tl.load(statistics + 2 * row, mask=row < rows, other=0.0)
         scale = tl.load(statistics + 2 * row + 1, mask=row < rows, other=0.0)
         normal = (value - mean) * scale
@@ -137,7 +139,7 @@ def _backward(
         along = tl.sum(scaled * normal) / width
         result = scale * (scaled - tl.sum(scaled) / width - normal * along)
         if ADDS:
-            result += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
+            result += branch.to(tl.float32)
         tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
         dweight += grad * normal
         dbias += grad

@@ -126,12 +126,14 @@ def _backward(
         there = here + programs.to(tl.int64) * width
         next_dy = tl.load(dy + there, mask=is_next, other=0.0)
         next_x = tl.load(x + there, mask=is_next, other=0.0)
+        if ADDS:
+            branch = tl.load(residual + here, mask=inside, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = value * scale
         scaled = grad * factor
         result = scale * (scaled - normal * (tl.sum(scaled * normal) / width))
         if ADDS:
-            result += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
+            result += branch.to(tl.float32)
         tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
         dweight += grad * normal
         row, here, inside = row + programs, there, is_next

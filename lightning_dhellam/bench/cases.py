@@ -1,4 +1,4 @@
-"""What `dhellam bench kernels` times: operators at training sizes, with the bytes they must move."""
+"""What `dhellam bench kernels` times: operators at training sizes, and the bytes they must move."""
 
 from __future__ import annotations
 

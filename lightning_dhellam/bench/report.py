@@ -42,6 +42,7 @@ class Report:
     notes: Row = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     details: dict[str, list[Row]] = field(default_factory=dict)
+    _saved: Path | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -74,9 +75,17 @@ class Report:
             "rows": self.rows,
             **self.details,
         }
+        if self._saved not in (None, path):  # the device was not known yet, or midnight passed
+            self._remove()
+        self._saved = path
         save_text(path, json.dumps(content, indent=1) + "\n")
         save_text(path.with_suffix(".txt"), f"{now:%Y-%m-%d} {self.table()}\n")
         return path
+
+    def _remove(self) -> None:
+        assert self._saved is not None
+        for file in (self._saved, self._saved.with_suffix(".txt")):
+            file.unlink(missing_ok=True)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""What else a user could run: torch's own functions, and Liger (package liger-kernel), if installed.
+"""What else a user could run: torch's own functions, and Liger (liger-kernel) if it is installed.
 
 Liger is compared where it does the same work. Its rotary embedding neither regroups heads nor
 copies values, so it is left out. Its cross-entropy makes loss and gradient in one call that waits

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dhellam.bench.operators import operator_times
-from lightning_dhellam.bench.report import device_name, pick_device
+from lightning_dhellam.bench.report import pick_device
 from lightning_dhellam.callbacks import training_flops_per_token
 from lightning_dhellam.models import ModelConfig, import_llama, preset
 from lightning_dhellam.module import DualStrandMixin
@@ -139,7 +139,6 @@ class _Watch(pl.Callback):
         # Lightning divides the loss of a micro-batch by their number when it accumulates.
         each = torch.stack(self.losses).float().view(self.warm_up + self.steps, -1).sum(dim=1)
         return {
-            "device": device_name(self.device),
             "tokens": self.steps * self.shape.micro_batches * self.shape.length,
             "seconds": self.seconds,
             "peak GiB": self.peak or None,

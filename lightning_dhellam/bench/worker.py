@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM  # noqa: F401  imported before the job comes, not timed
 
+from lightning_dhellam.bench.report import device_name, pick_device
 from lightning_dhellam.bench.sides import Shape, Side, measure
 from lightning_dhellam.search.files import save_text
 
@@ -21,7 +22,8 @@ def main() -> int:
     if not line:
         return 0
     job = json.loads(line)
-    save_text(Path(job["result"]), json.dumps(_result(job)))
+    result = {**_result(job), "device": device_name(pick_device(job["device"]))}
+    save_text(Path(job["result"]), json.dumps(result))
     return 0
 
 

@@ -14,12 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-
-_SHORTEST = 15.0
-"""Seconds below which a job is not begun: its process would hardly reach the device."""
 
 
 class Budget:
@@ -41,11 +39,13 @@ class Workers:
         log: file that gets everything that the processes print.
         budget: for all jobs together.
         limit: seconds for one job, from the moment at which it gets its process.
+        shortest: seconds below which a job is not begun, because it would get nowhere.
     """
 
-    def __init__(self, log: Path, budget: Budget, limit: float) -> None:
+    def __init__(self, log: Path, budget: Budget, limit: float, shortest: float = 15.0) -> None:
         self._budget = budget
         self._limit = limit
+        self._shortest = shortest
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log: IO[str] = log.open("a")
         self._next: subprocess.Popen[str] | None = None
@@ -69,7 +69,7 @@ class Workers:
     def run(self, job: Mapping[str, Any], *, more: bool = True) -> dict[str, Any]:
         """The result of `job`, or `failed` with the reason. `more` says whether another follows."""
         seconds = min(self._limit, self._budget.left)
-        if seconds < _SHORTEST:
+        if seconds < self._shortest:
             return {"failed": f"not begun: {seconds:.0f} s are left of the budget"}
         process = self._next or self._start()
         self._next = self._start() if more else None
@@ -79,8 +79,8 @@ class Workers:
             process.stdin.write(json.dumps({**job, "result": str(result)}) + "\n")
             process.stdin.close()
             code = process.wait(seconds)
-        except BrokenPipeError:
-            code = process.wait(_SHORTEST)
+        except BrokenPipeError:  # it is dead already
+            code = process.wait()
         except subprocess.TimeoutExpired:
             return {"failed": f"stopped after {seconds:.0f} s"}
         finally:
@@ -103,10 +103,8 @@ class Workers:
 
 def _stop(process: subprocess.Popen[str]) -> None:
     """End a process and what it has started, such as compilers."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if process.stdin is not None and not process.stdin.closed:
         process.stdin.close()
