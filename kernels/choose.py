@@ -71,11 +71,6 @@ class Kernels:
     swiglu: Any
     names: Mapping[str, str]
 
-    @property
-    def fuses_residual(self) -> bool:
-        """Whether the sum of the residual stream and its norm are one operator."""
-        return self.names["rms_norm"] == "triton"
-
     def __str__(self) -> str:
         chosen: dict[str, list[str]] = {}
         for operator, name in self.names.items():

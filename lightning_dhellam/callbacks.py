@@ -124,7 +124,9 @@ def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """
     heads = config.num_attention_heads * config.kv_channels
     keys = config.num_query_groups * config.kv_channels
-    layer = config.hidden_size * (2 * heads + 2 * keys + 3 * config.ffn_hidden_size)
+    layer = config.hidden_size * (
+        2 * heads + 2 * keys + config.mlp_matrices * config.ffn_hidden_size
+    )
     weights = config.num_layers * layer + config.vocab_size * config.hidden_size
     return 6.0 * (weights + config.num_layers * heads * length)
 

@@ -33,8 +33,9 @@ bench() {
 seconds=$(share 15)
 echo "== tests of the kernels: $seconds s of $(left) s"
 timeout --kill-after=10 "$seconds" "$python" -m pytest -q -x --no-header -p no:cacheprovider \
-  -m gpu tests/kernels 2>&1 | tee "$folder/tests.log" | tail -n 15
+  -o addopts=--import-mode=importlib -m gpu tests/kernels 2>&1 | tee "$folder/tests.log" | tail -n 15
 
 bench throughput "$(share 62)" --budget "$(share 62)"
 bench launch "$(share 15)"
+bench gemms "$(share 25)" --budget "$(share 25)"
 bench kernels "$(left)" --budget "$(($(left) - 15))"

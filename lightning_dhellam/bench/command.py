@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench import kernels, launch, throughput
+from lightning_dhellam.bench import gemms, kernels, launch, throughput
 from lightning_dhellam.bench.report import Report
 
 
@@ -28,6 +28,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
+    "gemms": Benchmark(gemms.DESCRIPTION, gemms.add_options, gemms.run),
     "kernels": Benchmark(kernels.DESCRIPTION, kernels.add_options, kernels.run),
     "launch": Benchmark(launch.DESCRIPTION, launch.add_options, launch.run),
     "throughput": Benchmark(throughput.DESCRIPTION, throughput.add_options, throughput.run),

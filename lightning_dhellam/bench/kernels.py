@@ -124,6 +124,6 @@ def _measure(row: Row, column: str, case: Case, call: Call, device: torch.device
 def _rate(case: Case, call: Call, device: torch.device) -> float:
     """Bytes per second."""
     sets = [case.make() for _ in range(max(2, min(8, _SPREAD // case.moved + 1)))]
-    calls = [lambda arguments=arguments: call(*arguments, *case.extra) for arguments in sets]  # type: ignore[misc]
+    calls = [lambda arguments=arguments: call(*arguments, *case.extra) for arguments in sets]
     with torch.no_grad():
         return case.moved / seconds(calls, device, captured=case.captured)

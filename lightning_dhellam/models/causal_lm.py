@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
-from lightning_dhellam.models.norm import RMSNorm
+from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.spec import llama_layer_spec
 from lightning_dhellam.parallel.context import ParallelContext
 
@@ -73,7 +73,7 @@ class CausalLM(nn.Module):
             cp_group=groups.cp,
         )
         torch.manual_seed(seed + 1)
-        spec = llama_layer_spec(config.ffn_hidden_size)
+        spec = llama_layer_spec(config.ffn_hidden_size, config.normalization)
         self.layers = nn.ModuleList(
             build_module(
                 spec,
@@ -83,7 +83,8 @@ class CausalLM(nn.Module):
             )
             for number in range(1, config.num_layers + 1)
         )
-        self.final_norm = RMSNorm(self.transformer_config, config.hidden_size, config.norm_epsilon)
+        norm = NORMS[config.normalization]
+        self.final_norm = norm(self.transformer_config, config.hidden_size, config.norm_epsilon)
         torch.manual_seed(seed + 2)
         self.output_layer = ColumnParallelLinear(
             config.hidden_size,

@@ -113,6 +113,17 @@ def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert row["ours GB/s"] > 0
 
 
+def test_gemms_of_a_layer_and_the_head(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--preset=llama-tiny", "--tokens=8", "--vocabulary=[40]"]
+    assert main(["bench", "gemms", *words, f"--output={tmp_path}"]) == 0
+    rows = _report(tmp_path, "gemms")["rows"]
+    assert [(r["gemm"], r["out"], r["in"]) for r in rows] == [
+        ("qkv", 512, 256), ("proj", 256, 256), ("fc1", 1536, 256), ("fc2", 256, 768),
+        ("output 40", 40, 256),
+    ]  # fmt: skip
+    assert all(row[f"{kind} TFLOP/s"] > 0 for row in rows for kind in ("forward", "dgrad", "wgrad"))
+
+
 def test_launch_separates_the_engine_from_the_launches(tmp_path: Path) -> None:
     words = ["--device=cpu", "--repeats=2", "--plans=[interleaved]", f"--output={tmp_path}"]
     assert main(["bench", "launch", *words]) == 0
