@@ -5,6 +5,8 @@ Shapes: N tokens, V columns of this rank, of which the first `valid` are vocabul
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,8 @@ def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor
     rows, width = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     _statistics[(rows,)](
-        logits, labels, out, rows, width, first, max(valid, 0), max(valid, 0) // (_LANES * _DEEP),
-        LANES=_LANES, DEEP=_DEEP, num_warps=8,
+        logits, labels, out, rows, width // _step(width), first, max(valid, 0),
+        max(valid, 0) // (_LANES * _DEEP), STEP=_step(width), LANES=_LANES, DEEP=_DEEP, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -42,10 +44,15 @@ def backward_(
     rows, width = logits.shape
     across = blocks(width, _BACKWARD_BLOCK)
     _backward[(rows * across,)](
-        logits, labels, lse, weights, width, first, max(valid, 0), across,
-        BLOCK=_BACKWARD_BLOCK, num_warps=4,
+        logits, labels, lse, weights, width // _step(width), first, max(valid, 0), across,
+        STEP=_step(width), BLOCK=_BACKWARD_BLOCK, num_warps=4,
     )  # fmt: skip
     return logits
+
+
+def _step(width: int) -> int:
+    """What rows start at multiples of, which Triton has to know for loads of 16 bytes."""
+    return math.gcd(width, 16)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -58,11 +65,12 @@ def _statistics(
     first: int,
     valid: int,
     rounds: int,
+    STEP: tl.constexpr,
     LANES: tl.constexpr,
     DEEP: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    start = logits + row * width
+    start = logits + row * width * STEP
     columns = tl.arange(0, LANES)[:, None] * DEEP + tl.arange(0, DEEP)[None, :]
     # Each lane has a maximum of its own, so that lanes wait for each other only once, at the end.
     top = tl.full((LANES,), -float("inf"), tl.float32)
@@ -108,14 +116,23 @@ def _backward(
     first: int,
     valid: int,
     across: int,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
     row = (program // across).to(tl.int64)
     columns = program % across * BLOCK + tl.arange(0, BLOCK)
-    label = tl.load(labels + row) - first
-    start = logits + row * width + columns
-    x = tl.load(start, mask=columns < valid, other=-float("inf")).to(tl.float32)
-    grad = tl.exp(x - tl.load(lse + row)) - tl.where(columns == label, 1.0, 0.0)
-    grad = tl.where(columns < valid, grad * tl.load(weights + row), 0.0)
-    tl.store(start, grad.to(logits.dtype.element_ty), mask=columns < width)
+    hit = columns == tl.load(labels + row) - first
+    lse_here, weight = tl.load(lse + row), tl.load(weights + row)
+    here = logits + row * width * STEP + columns
+    kind = logits.dtype.element_ty
+    if (program % across + 1) * BLOCK <= valid:  # without masks, which break wide loads apart
+        grad = tl.exp(tl.load(here).to(tl.float32) - lse_here) - tl.where(hit, 1.0, 0.0)
+        tl.store(here, (grad * weight).to(kind))
+    else:
+        inside = columns < valid
+        x = tl.load(here, mask=inside, other=-float("inf")).to(tl.float32)
+        grad = tl.exp(x - lse_here) - tl.where(hit, 1.0, 0.0)
+        # Padding has no gradient.
+        grad = tl.where(inside, grad * weight, 0.0)
+        tl.store(here, grad.to(kind), mask=columns < width * STEP)

@@ -121,17 +121,17 @@ def _backward(
     dbias = tl.zeros((BLOCK,), tl.float32)
     row = program
     inside = is_column & (row < rows)
-    here = row * width + columns
-    next_dy = tl.load(dy + here, mask=inside, other=0.0)
-    next_x = tl.load(x + here, mask=inside, other=0.0)
+    next_dy = tl.load(dy + row * width + columns, mask=inside, other=0.0)
+    next_x = tl.load(x + row * width + columns, mask=inside, other=0.0)
     for _ in range(rounds):
         grad, value = next_dy.to(tl.float32), next_x.to(tl.float32)
-        is_next = is_column & (row + programs < rows)
-        there = here + programs.to(tl.int64) * width
-        next_dy = tl.load(dy + there, mask=is_next, other=0.0)
-        next_x = tl.load(x + there, mask=is_next, other=0.0)
+        inside = is_column & (row < rows)
         if ADDS:
-            branch = tl.load(residual + here, mask=inside, other=0.0)
+            branch = tl.load(residual + row * width + columns, mask=inside, other=0.0)
+        next_row = row + programs
+        is_next = is_column & (next_row < rows)
+        next_dy = tl.load(dy + next_row * width + columns, mask=is_next, other=0.0)
+        next_x = tl.load(x + next_row * width + columns, mask=is_next, other=0.0)
         mean = tl.load(statistics + 2 * row, mask=row < rows, other=0.0)
         scale = tl.load(statistics + 2 * row + 1, mask=row < rows, other=0.0)
         normal = (value - mean) * scale
@@ -140,9 +140,9 @@ def _backward(
         result = scale * (scaled - tl.sum(scaled) / width - normal * along)
         if ADDS:
             result += branch.to(tl.float32)
-        tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + row * width + columns, result.to(dx.dtype.element_ty), mask=inside)
         dweight += grad * normal
         dbias += grad
-        row, here, inside = row + programs, there, is_next
+        row = next_row
     tl.store(partial + program * width + columns, dweight, mask=is_column)
     tl.store(partial + (programs + program) * width + columns, dbias, mask=is_column)

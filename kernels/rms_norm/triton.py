@@ -117,24 +117,24 @@ def _backward(
     dweight = tl.zeros((BLOCK,), tl.float32)
     row = program
     inside = is_column & (row < rows)
-    here = row * width + columns
-    next_dy = tl.load(dy + here, mask=inside, other=0.0)
-    next_x = tl.load(x + here, mask=inside, other=0.0)
+    next_dy = tl.load(dy + row * width + columns, mask=inside, other=0.0)
+    next_x = tl.load(x + row * width + columns, mask=inside, other=0.0)
     for _ in range(rounds):
         grad, value = next_dy.to(tl.float32), next_x.to(tl.float32)
-        is_next = is_column & (row + programs < rows)
-        there = here + programs.to(tl.int64) * width
-        next_dy = tl.load(dy + there, mask=is_next, other=0.0)
-        next_x = tl.load(x + there, mask=is_next, other=0.0)
+        inside = is_column & (row < rows)
         if ADDS:
-            branch = tl.load(residual + here, mask=inside, other=0.0)
+            branch = tl.load(residual + row * width + columns, mask=inside, other=0.0)
+        next_row = row + programs
+        is_next = is_column & (next_row < rows)
+        next_dy = tl.load(dy + next_row * width + columns, mask=is_next, other=0.0)
+        next_x = tl.load(x + next_row * width + columns, mask=is_next, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = value * scale
         scaled = grad * factor
         result = scale * (scaled - normal * (tl.sum(scaled * normal) / width))
         if ADDS:
             result += branch.to(tl.float32)
-        tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + row * width + columns, result.to(dx.dtype.element_ty), mask=inside)
         dweight += grad * normal
-        row, here, inside = row + programs, there, is_next
+        row = next_row
     tl.store(partial + program * width + columns, dweight, mask=is_column)
