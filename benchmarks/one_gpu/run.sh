@@ -36,6 +36,6 @@ timeout --kill-after=10 "$seconds" "$python" -m pytest -q -x --no-header -p no:c
   -o addopts=--import-mode=importlib -m gpu tests/kernels 2>&1 | tee "$folder/tests.log" | tail -n 15
 
 bench throughput "$(share 62)" --budget "$(share 62)"
-bench launch "$(share 15)"
+bench launch 40
 bench gemms "$(share 25)" --budget "$(share 25)"
-bench kernels "$(left)" --budget "$(($(left) - 15))"
+bench kernels "$(($(left) - 20))" --budget "$(($(left) - 20))"
