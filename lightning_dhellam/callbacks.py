@@ -107,9 +107,12 @@ class RunSummary(Callback):
             f"plan        {_plan(trainer)}",
             f"files       {folder}",
         ]
+        emulated = getattr(trainer.strategy, "cluster", None)
+        if emulated is not None:
+            lines.insert(0, f"EMULATED    {emulated}; times mean something, numbers do not")
         validation = trainer.callback_metrics.get("val_loss")
         if validation is not None:
-            lines.insert(1, f"validation  {validation.item():.3f}")
+            lines.insert(1 + (emulated is not None), f"validation  {validation.item():.3f}")
         print("\n" + "\n".join(lines), flush=True)
 
 

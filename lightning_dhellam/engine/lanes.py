@@ -90,6 +90,8 @@ class CpuLanes(Lanes):
         result = operator.run(*(slot.value for slot in inputs))
         if not isinstance(result, Pending):
             return result, Mark(operator.lane, 0, None, None)
+        if result.work is None:
+            return result.value, Mark(operator.lane, 0, None, None)
         self._running = [work for work in self._running if not work.is_completed()]
         self._running.append(result.work)
         for slot in inputs:
