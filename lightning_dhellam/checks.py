@@ -16,7 +16,6 @@ from lightning_dhellam.search.planfile import named_plan
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    import torch
 
 
 def check_arguments(
