@@ -1,4 +1,4 @@
-"""Lightning callbacks: throughput while training, and a summary at the end."""
+"""Lightning callbacks: search of a plan, throughput while training, a summary at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.strategy import DHellamStrategy
+
+__all__ = ["AutoSearch", "RunSummary", "ThroughputMonitor", "training_flops_per_token"]
 
 
 class ThroughputMonitor(Callback):
@@ -167,8 +170,10 @@ def _plan(trainer: pl.Trainer) -> str:
     strategy = trainer.strategy
     if not isinstance(strategy, DHellamStrategy):
         return f"none (strategy {type(strategy).__name__})"
-    context = strategy.context
+    context, plan = strategy.context, strategy.plan_in_use
+    if strategy.plan != plan:
+        plan = f"{plan} (of {strategy.plan})"
     return (
-        f"{strategy.plan}, tensor parallel {context.tp_size}, data parallel {context.dp_size},"
+        f"{plan}, tensor parallel {context.tp_size}, data parallel {context.dp_size},"
         f" {strategy.root_device.type}"
     )

@@ -31,7 +31,8 @@ def check_arguments(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    named_plan(plan)
+    if plan != "auto":
+        named_plan(plan)
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

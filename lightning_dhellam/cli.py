@@ -15,6 +15,7 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
 
   demo                        prepare data and train a small Llama, on this machine
   data prepare                text -> tokenizer -> Megatron indexed dataset
+  search --config FILE        find the best plan of a recipe, without training it
   plan show FILE              print the plans of a plan file
   bench NAME                  measure this machine; `dhellam bench --help` lists what
   recipes                     list the recipes that ship with the package
@@ -48,6 +49,10 @@ def _run(command: str, words: list[str]) -> int:
         from lightning_dhellam.data.cli import data_command
 
         return data_command(words)
+    if command == "search":
+        from lightning_dhellam.searching import search_command
+
+        return search_command(words)
     if command == "plan":
         return show_plan(words)
     if command == "bench":
@@ -71,7 +76,7 @@ def _run(command: str, words: list[str]) -> int:
     if command in LOOPS:
         run_lightning([command, *words])
         return 0
-    known = ("demo", "data", "plan", "bench", "recipes", "clusters", *LOOPS)
+    known = ("demo", "data", "search", "plan", "bench", "recipes", "clusters", *LOOPS)
     raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
 
 

@@ -36,8 +36,9 @@ from lightning_dhellam.parallel import checkpoint as checkpoint_files
 from lightning_dhellam.parallel.collectives import same_on_all_ranks
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
-from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import DHellamPrecision
+from lightning_dhellam.profiling import conditions
 from lightning_dhellam.search.planfile import named_plan
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class DHellamStrategy(ParallelStrategy):
         tensor_parallel_size: ranks that share each layer, with sequence parallelism.
         micro_batch_size: samples that go through the layers together. Changes neither loss nor
             gradients; the last micro-batch of a batch may be smaller.
-        plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, or the
-            path of a plan file (`.json`). Changes neither loss nor gradients.
+        plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, `auto`,
+            which searches the best in the first steps (see `callbacks.AutoSearch`), or the path
+            of a plan file (`.json`). Changes neither loss nor gradients.
         distributed_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1). None: when
             there are several, the optimizer is AdamW and the precision is not `bf16-true`.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the fastest that
@@ -101,7 +103,7 @@ class DHellamStrategy(ParallelStrategy):
         checks.check_arguments(tensor_parallel_size, micro_batch_size, plan, bucket_size)
         self.tensor_parallel_size = tensor_parallel_size
         self.micro_batch_size = micro_batch_size
-        self.plan = plan
+        self.plan = self.plan_in_use = plan
         self.distributed_optimizer = distributed_optimizer
         self.kernels = kernels
         self.regather = regather
@@ -219,7 +221,12 @@ class DHellamStrategy(ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
-        self.check(self.lightning_module.trainer)
+        trainer = self.lightning_module.trainer
+        self.check(trainer)
+        if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
+            from lightning_dhellam.autosearch import AutoSearch  # which imports this module
+
+            AutoSearch.attach(trainer)
         super().setup_environment()
         reset_seed()
         self._set_world_ranks()
@@ -273,20 +280,40 @@ class DHellamStrategy(ParallelStrategy):
         )
         rank_zero_info(str(lowered.kernels))
         lanes = make_lanes(self.root_device)
-        self._engine = Engine(lowered.layers, lanes, named_plan(self.plan), lowered.logits)
-        self._check_plans()
+        # What is searched begins with the plan that it has to beat.
+        plan = "sequential" if self.plan == "auto" else self.plan
+        builder = named_plan(plan, self.conditions)
+        self._engine = Engine(lowered.layers, lanes, builder, lowered.logits)
+        self.use_plan(plan, builder)
         self.setup_precision_plugin()
         self.barrier()
 
-    def _check_plans(self) -> None:
-        """All ranks must issue the collectives of a communicator in the same order."""
+    def use_plan(self, name: str, builder: Builder) -> None:
+        """Order operators by `builder` from the next step on. Every rank must call this.
+
+        Raises:
+            ValueError: ranks would order them differently, and wait for each other forever.
+        """
+        self.engine.install(builder)
+        self.plan_in_use = name
         digests = " ".join(plan.digest for plan in self.engine.plans())
-        group = None if self.context.emulated else dist.group.WORLD
-        if same_on_all_ranks(f"{self.plan}: {digests}", group):
+        if same_on_all_ranks(f"{name}: {digests}", self.world_group):
             raise ValueError(
-                f"plan='{self.plan}' orders the operators differently on different ranks: every"
+                f"plan='{name}' orders the operators differently on different ranks: every"
                 " rank must run the same model, plan and version"
             )
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
+        """All ranks; None where the others do not exist."""
+        return None if self.context.emulated else dist.group.WORLD
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a plan file must have been made for to be used here."""
+        module = self.lightning_module
+        assert isinstance(module, DualStrandMixin)
+        return conditions(self.context, module.model_config, self.dtype, self.micro_batch_size)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -361,7 +388,7 @@ class DHellamStrategy(ParallelStrategy):
 
     def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
         """Loss of this rank's batch, a scalar in fp32; with `backward`, its gradients as well."""
-        pieces = self._cut(batch, needs_labels=True)
+        pieces = self.micro_batches(batch)
         if not backward:
             return self.engine.evaluate(pieces)
         assert self._buffers is not None, "the strategy was not set up for fitting"
@@ -372,13 +399,16 @@ class DHellamStrategy(ParallelStrategy):
 
     def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch."""
-        return self.engine.predict(self._cut(batch, needs_labels=False))
+        return self.engine.predict(self.micro_batches(batch, needs_labels=False))
 
     def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
         assert self._buffers is not None
         self._buffers.ready(parameters, lambda: self.engine.lanes.on(Lane.DP))
 
-    def _cut(self, batch: Mapping[str, Any], *, needs_labels: bool) -> list[MicroBatch]:
+    def micro_batches(
+        self, batch: Mapping[str, Any], *, needs_labels: bool = True
+    ) -> list[MicroBatch]:
+        """The batch of this rank, checked and cut."""
         module = self.lightning_module
         assert isinstance(module, DualStrandMixin)
         longest = module.model_config.max_sequence_length

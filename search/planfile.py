@@ -99,7 +99,8 @@ class PlanFile:
             raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
         except (KeyError, TypeError) as error:
             raise FileError(f"{path} is not a whole plan file ({error}): search again") from error
-        if expected_conditions is not None:
+        # A file without conditions, written by hand say, promises nothing.
+        if expected_conditions is not None and loaded.conditions:
             found = differences(loaded.conditions, expected_conditions)
             if found:
                 raise FileError(
@@ -152,10 +153,16 @@ def builder_from(
     return PlanFile.load(path, expected_conditions=expected_conditions).builder(fallback)
 
 
-def named_plan(plan: str) -> Builder:
+def named_plan(plan: str, conditions: Mapping[str, Any] | None = None) -> Builder:
     """The built-in plan of that name, or the plans of a file whose name ends in `.json`.
+
+    Args:
+        plan: name or path.
+        conditions: what a file must have been made for, if it says so.
 
     Raises:
         ValueError: an unknown name, or a file that cannot be used.
     """
-    return builder_from(plan) if plan.endswith(".json") else builder(plan)
+    if plan.endswith(".json"):
+        return builder_from(plan, expected_conditions=conditions)
+    return builder(plan)

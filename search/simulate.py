@@ -161,6 +161,11 @@ class Timeline:
             found[lane] = max(0.0, work - _overlap(spans, compute))
         return found
 
+    def between(self, first: float, last: float) -> tuple[Interval, ...]:
+        """What lies between two times, cut there, with time 0 at the first."""
+        cut = (_cut(interval, first, last) for interval in self.intervals)
+        return tuple(interval for interval in cut if interval.end > interval.start)
+
 
 def _overlap(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> float:
     """Seconds that two sorted rows of disjoint spans have in common."""
@@ -236,8 +241,7 @@ def steady_state(
     starts, ends = play(walk.score(order))
     first = min(starts[walk.first[4] : walk.first[5]])
     timeline = Timeline.of(walk, order, starts, ends)
-    cut = tuple(_cut(i, first, first + shown * period) for i in timeline.intervals)
-    rows = tuple(i for i in cut if i.end > i.start)
+    rows = timeline.between(first, first + shown * period)
     exposed = {lane: value / shown for lane, value in Timeline(rows).exposed().items()}
     return SteadyState(plan.name, period, exposed, rows)
 

@@ -16,7 +16,6 @@ from lightning_dhellam.bench.workload import Workload, whole
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan import Lane
-from lightning_dhellam.profiling import fingerprint, take_profile
 from lightning_dhellam.search.cost import Costs
 
 if TYPE_CHECKING:
@@ -59,7 +58,9 @@ class Duel:
     def measure(self) -> dict[str, Any]:
         """Profile, search, check that all sides compute the same, and time them in turn."""
         work, names = self._work, self._settings.sides
-        plans = self._plans([name for name in names if name in PLANS])
+        costs = Costs.of(work.profile(dist.group.WORLD), inline=True)
+        planned = [name for name in names if name in PLANS]
+        plans = Plans.of(work.layers, costs, planned, tokens=work.tokens)
         steps = {name: self._step(name, plans) for name in names}
         parity = self._parity(steps)
         times = in_turn(steps, self._clock, self._settings.rounds)
@@ -75,14 +76,6 @@ class Duel:
             "resource": plans.solutions["auto"].main.resource if "auto" in names else None,
             "sides": [_row(name, times[name], predicted.get(name), parity[name]) for name in names],
         }
-
-    def _plans(self, names: list[str]) -> Plans:
-        work = self._work
-        engine = work.engine()
-        context, piece = work.model.context, work.pieces[0]
-        conditions = fingerprint(engine, context, work.model.config, piece)
-        profile = take_profile(engine, piece, conditions, group=dist.group.WORLD)
-        return Plans.of(work.layers, Costs.of(profile, inline=True), names, tokens=work.tokens)
 
     def _step(self, name: str, plans: Plans) -> Callable[[], Tensor]:
         if name == MEGATRON_CORE:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -15,6 +16,8 @@ from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from lightning_dhellam.profiling import conditions, fingerprint, take_profile
+from lightning_dhellam.search.profile import Profile
 
 _SEED = 1234
 
@@ -59,6 +62,15 @@ class Workload:
     def engine(self, builder: Builder = BUILDERS["sequential"]) -> Engine:
         """Runs the plans of `builder`. Engines share the lanes and their memory."""
         return Engine(self.layers, self.lanes, builder)
+
+    def profile(self, group: dist.ProcessGroup | None = None, repeats: int = 7) -> Profile:
+        """Times of the operators, maximised over `group`."""
+        engine, piece, context = self.engine(), self.pieces[0], self.model.context
+        dtype = self.model.transformer_config.params_dtype
+        made_for = conditions(context, self.model.config, dtype, len(piece.slots["batch.tokens"]))
+        return take_profile(
+            engine, piece, fingerprint(engine, piece, made_for), group=group, repeats=repeats
+        )
 
 
 def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Workload:

@@ -4,5 +4,16 @@ from lightning_dhellam.engine.batch import MicroBatch, cut
 from lightning_dhellam.engine.lanes import Lanes, make_lanes
 from lightning_dhellam.engine.step import Engine
 from lightning_dhellam.engine.timing import OperatorTimer, Subject
+from lightning_dhellam.engine.trace import Span, Tracer
 
-__all__ = ["Engine", "Lanes", "MicroBatch", "OperatorTimer", "Subject", "cut", "make_lanes"]
+__all__ = [
+    "Engine",
+    "Lanes",
+    "MicroBatch",
+    "OperatorTimer",
+    "Span",
+    "Subject",
+    "Tracer",
+    "cut",
+    "make_lanes",
+]

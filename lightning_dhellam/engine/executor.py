@@ -18,6 +18,7 @@ from torch.autograd.profiler import record_function
 
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
+from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.plan import Graph, Issue, Operator, Plan, Strand, validate
 
 OnGradient = Callable[[tuple[Any, ...]], None]
@@ -116,6 +117,7 @@ class Executor:
     def __init__(self, lanes: Lanes) -> None:
         self.lanes = lanes
         self.observer: Observer | None = None
+        self.tracer: Tracer | None = None
 
     def run(
         self, job: Job, previous: Job | None = None, on_gradient: OnGradient | None = None
@@ -157,7 +159,8 @@ class Executor:
         inputs = [tape[name] for name in operator.reads]
         if self.observer is not None:
             self.observer(entry, [slot.value for slot in inputs])
-        result, mark = self.lanes.launch(operator, inputs, entry.crosses)
+        traced = operator if self.tracer is None else self.tracer.traced(operator)
+        result, mark = self.lanes.launch(traced, inputs, entry.crosses)
         values = result if len(operator.writes) > 1 else (result,) * len(operator.writes)
         for name, value in zip(operator.writes, values, strict=True):
             slot = Slot(value, mark)

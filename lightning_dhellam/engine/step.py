@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch
-from lightning_dhellam.engine.executor import Entry, Executor, Job, OnGradient, Program, bind
+from lightning_dhellam.engine.executor import (
+    Entry,
+    Executor,
+    Job,
+    Observer,
+    OnGradient,
+    Program,
+    bind,
+)
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
+from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.pipeline import Pass, single_stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
+
+_QUEUED = 100
+"""Operators that a device takes into its queue without holding up the host."""
 
 
 @dataclass
@@ -109,6 +125,15 @@ class Engine:
         graphs = [*(pair.forward for pair in self.layers[:-1]), self.logits]
         return torch.cat([self._forward(graphs, piece) for piece in micro_batches])
 
+    @contextmanager
+    def traced(self, device: torch.device) -> Iterator[Tracer]:
+        """Note when each operator of the steps inside starts and ends."""
+        tracer = self._executor.tracer = Tracer(self.layers, device)
+        try:
+            yield tracer
+        finally:
+            self._executor.tracer = None
+
     def capture(self, micro_batch: MicroBatch) -> dict[tuple[str, str], list[Any]]:
         """What each kind of operator reads, by graph fingerprint and operator name.
 
@@ -125,14 +150,28 @@ class Engine:
                 # Copies: some operators overwrite what they read.
                 found[key] = [v.clone() if isinstance(v, Tensor) else v for v in values]
 
-        builder, self._executor.observer = self._builder, observe
+        self._watch(micro_batch, observe)
+        return found
+
+    def issue_seconds(self, micro_batch: MicroBatch) -> float:
+        """Seconds between the launches of two operators, where the host waits for nothing.
+
+        Adds to gradients as `capture` does.
+        """
+        moments: list[float] = []
+        self._watch(micro_batch, lambda entry, values: moments.append(time.perf_counter()))
+        # Later ones may wait for room in the device's queue.
+        return median(b - a for a, b in pairwise(moments[:_QUEUED]))
+
+    def _watch(self, micro_batch: MicroBatch, observer: Observer) -> None:
+        """Show `observer` every operator of one micro-batch, with nothing overlapped."""
+        builder, self._executor.observer = self._builder, observer
         self.install(BUILDERS["sequential"])
         try:
             self.train([micro_batch])
         finally:
             self._executor.observer = None
             self.install(builder)
-        return found
 
     def _pass(self, step: Pass, walks: dict[int, Walk], on_gradient: OnGradient | None) -> None:
         """Forward from the first layer to the last, backward from the last to the first."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from lightning_dhellam.engine.lanes import CudaLanes, Lanes
-from lightning_dhellam.parallel.collectives import Pending
+from lightning_dhellam.parallel.collectives import Pending, largest
 from lightning_dhellam.plan import Lane, Operator
 
-_HEAD_START = 200_000
-"""Cycles that the device idles while the host issues a measurement: about 0.1 ms."""
+_HEAD_START = 500_000
+"""Cycles that the device idles while the host issues a measurement: about 0.3 ms."""
 
 
 class Subject(NamedTuple):
@@ -55,19 +56,22 @@ class OperatorTimer:
         return first, second
 
     def _samples(self, subjects: Sequence[Subject]) -> list[list[float]]:
+        rows: list[list[float]] = []
+        failure: Exception | None = None
         with torch.no_grad():
-            for _ in range(self._warmup):
-                self._time(subjects)
-            rows = [self._time(subjects) for _ in range(self._repeats)]
-        samples = torch.tensor(rows, dtype=torch.float64)
-        if self._group is not None and self._group.size() > 1:
-            samples = samples.to(self._device)
-            dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=self._group)
+            for _ in range(self._warmup + self._repeats):
+                # A rank that fails goes on without the operators: the others still compare times.
+                try:
+                    rows.append(self._time([] if failure else subjects))
+                except Exception as error:
+                    failure = error
+        rows = rows[self._warmup :] if failure is None else [[inf] * len(subjects)] * self._repeats
+        samples = largest(torch.tensor(rows, dtype=torch.float64), self._group)
+        if failure is not None:
+            raise failure
+        if not torch.isfinite(samples).all():
+            raise RuntimeError("it failed on another rank, whose message says why")
         return [[float(value) for value in column] for column in samples.t()]
-
-    @property
-    def _device(self) -> torch.device:
-        return self._lanes.device if isinstance(self._lanes, CudaLanes) else torch.device("cpu")
 
     def _on_cpu(self, subjects: Sequence[Subject]) -> list[float]:
         """Communication first, then compute inline; a thread notes when the work is done."""

@@ -63,6 +63,16 @@ def _pending(out: Tensor, work: dist.Work | None) -> Pending:
     return Pending(out, work)
 
 
+def largest(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest of all ranks' values, element by element; on the device that the group needs."""
+    if group is None or group.size() == 1:
+        return values
+    if dist.get_backend(group) == "nccl":
+        values = values.cuda()
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
 def same_on_all_ranks(value: str, group: dist.ProcessGroup | None) -> list[str]:
     """Every rank's `value`, when they differ; an empty list when all ranks hold the same."""
     if group is None or group.size() == 1:

@@ -151,7 +151,10 @@ def builder(name: str) -> Builder:
     if name not in BUILDERS:
         close = difflib.get_close_matches(name, BUILDERS, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"plan='{name}' is not a known plan: use one of {list(BUILDERS)}{hint}")
+        raise ValueError(
+            f"plan='{name}' is not a known plan: use one of {list(BUILDERS)}, 'auto' to search the"
+            f" best, or the path of a plan file that ends in .json{hint}"
+        )
     return BUILDERS[name]
 
 

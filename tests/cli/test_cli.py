@@ -36,7 +36,7 @@ def test_every_recipe_parses_against_the_real_signatures(
     config = preset(model["preset"], **(model["overrides"] or {}))
     strategy = parsed["trainer"]["strategy"]["init_args"]
     config.validate(strategy["tensor_parallel_size"])
-    assert strategy["plan"] == "interleaved"
+    assert strategy["plan"] == "auto"
     assert parsed["trainer"]["devices"] % strategy["tensor_parallel_size"] == 0
     assert parsed["data"]["init_args"]["sequence_length"] <= config.max_sequence_length
 
@@ -53,7 +53,7 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
 ) -> None:
     assert main(["fitt"]) == 2
     assert (
-        "unknown command 'fitt': use demo, data, plan, bench, recipes, clusters, fit"
+        "unknown command 'fitt': use demo, data, search, plan, bench, recipes, clusters, fit"
         in capsys.readouterr().err
     )
     assert main(["fit", "--config", "llama-tiny-2gpu"]) == 2
@@ -81,9 +81,14 @@ def test_the_demo_trains_on_real_text_with_two_processes(tmp_path: Path) -> None
     assert abs(first - 6.238) < 0.3, "an untrained model guesses: ln(512)"
     assert last < first - 0.3
     assert re.search(r"tokens/s +[\d,]+ ", done.stdout)
-    assert "plan        interleaved, tensor parallel 2, data parallel 1, cpu" in done.stdout
+    assert "plan        sequential (of auto), tensor parallel 2, data parallel 1" in done.stdout
     files = re.search(r"files +(\S+)", done.stdout)
     assert files and (tmp_path / files[1] / "config.yaml").is_file()
+
+
+def test_search_needs_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--rounds", "2"]) == 2
+    assert "search needs --config FILE" in capsys.readouterr().err
 
 
 def test_a_plan_file_is_shown_and_a_bad_one_refused(

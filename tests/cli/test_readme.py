@@ -36,14 +36,20 @@ def test_every_recipe_command_works_in_the_order_given(tmp_path: Path) -> None:
     assert [words[:2] for words in commands] == [
         ["dhellam", "recipes"],
         ["dhellam", "data"],
+        ["dhellam", "search"],
         ["dhellam", "fit"],
     ]
     listed = run(tmp_path, *commands[0][1:])
     assert listed.split() == recipes.names()
     assert "vocabulary 4,096" in run(tmp_path, *commands[1][1:])
-    summary = run(tmp_path, *commands[2][1:])
+    found = run(tmp_path, *commands[2][1:])
+    assert re.search(r"\* installed: '\w+'", found)
+    assert found.count("use it with --trainer.strategy.plan runs/search/plan.json") == 1
+    shown = run(tmp_path, "plan", "show", "runs/search/plan.json")
+    assert "forward transformer, backward transformer" in shown
+    summary = run(tmp_path, *commands[3][1:])
     assert re.search(r"loss +8\.\d+ -> \d\.\d+ in 10 steps", summary)
-    assert re.search(r"plan +interleaved, tensor parallel 2, data parallel 1, cpu", summary)
+    assert re.search(r"plan +runs/search/plan.json, tensor parallel 2, data parallel 1", summary)
 
 
 def test_the_two_commands_are_the_demo_and_the_makefile_runs_it() -> None:
@@ -73,7 +79,7 @@ def test_every_name_the_readme_mentions_exists() -> None:
     from lightning_dhellam.precision import SUPPORTED
 
     plans = re.findall(r"^\| `(\w+)` \|", README.split("### Plans")[1], flags=re.MULTILINE)
-    assert sorted(plans) == sorted(BUILDERS)
+    assert sorted(plans) == sorted([*BUILDERS, "auto"])
     precisions = re.findall(r"^\| `([\w-]+)` \| \w+ \| ", README, flags=re.MULTILINE)
     assert set(SUPPORTED) <= set(precisions)
     assert set(re.findall(r'preset\("([\w.-]+)"', README)) <= set(PRESETS)

@@ -1,0 +1,183 @@
+"""AutoSearch: finds the best plan in the first steps of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tqdm import tqdm
+from typing_extensions import override
+
+from lightning_dhellam.search.findings import Findings
+from lightning_dhellam.session import Options, Session
+from lightning_dhellam.strategy import DHellamStrategy
+
+
+class AutoSearch(Callback):
+    """Profiles the operators, searches plans, measures them on real steps, installs the best.
+
+    After the first training step the operators are timed on its values. The following steps try
+    the built-in and the searched plans in turn, and the fastest is used from then on, unless it
+    beats `sequential` by no more than noise. A plan changes neither loss nor gradients, so no
+    step is lost. The table, the pictures, the profile and the plan file are written to the
+    folder `search` of the run, and the numbers go to its logger.
+
+    Args:
+        rounds: steps that each of the plans is measured on.
+        profile: file of a profile to use; made if it does not exist, refused if it is of another
+            model, device or size.
+        memory_limit: bytes of activations that may be live at once in a pair of layers.
+        folder: where to write instead.
+        replay: measure by repeating the first batch, whose gradients are thrown away, instead of
+            on the steps that follow.
+
+    Raises:
+        ValueError: fewer than 1 round; a strategy other than DHellamStrategy; a profile that does
+            not fit; no order keeps `memory_limit`.
+        BenchError: an operator could not be timed; it is named.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 5,
+        profile: str | None = None,
+        memory_limit: float | None = None,
+        folder: str | None = None,
+        replay: bool = False,
+    ) -> None:
+        if rounds < 1:
+            raise ValueError(f"rounds={rounds} must be at least 1 step of each plan")
+        self.folder = folder
+        self.replay = replay
+        self._options = Options(rounds, Path(profile) if profile else None, memory_limit)
+        self._session: Session | None = None
+        self._step = ExitStack()
+        self._gradients_ready: Callable[[], None] = _nothing
+        self._over = False
+
+    @classmethod
+    def attach(cls, trainer: pl.Trainer) -> None:
+        """Give `trainer` one, unless it has one; before the others, which may stop training."""
+        callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009  set by a connector
+        if not any(isinstance(callback, cls) for callback in callbacks):
+            callbacks.insert(0, cls())
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not isinstance(trainer.strategy, DHellamStrategy):
+            raise ValueError(
+                f"AutoSearch searches plans of DHellamStrategy, but the strategy is"
+                f" {type(trainer.strategy).__name__}: use strategy=DHellamStrategy(...), or leave"
+                " AutoSearch out"
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._session = None
+        self._over = False
+
+    @override
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Mapping[str, Any],
+        batch_idx: int,
+    ) -> None:
+        if self._session is not None and not self._over:
+            self._gradients_ready = self._step.enter_context(self._session.step(batch))
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        self._gradients_ready()
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Any],
+        batch_idx: int,
+    ) -> None:
+        if self._over:
+            return
+        self._gradients_ready = _nothing
+        self._step.close()
+        if self._session is None:
+            self._session = self._begin(trainer, batch)
+        if self.replay:
+            self._repeat(trainer, batch)
+        if self._session.findings is not None:
+            self._finish(trainer, self._session.findings)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._over or self._session is None:
+            return
+        missing = self._session.steps_left
+        self._session.stop()
+        if self._session.findings is not None:
+            self._finish(trainer, self._session.findings)
+        else:
+            assert isinstance(trainer.strategy, DHellamStrategy)
+            trainer.print(
+                f"search: training ended {missing} steps before every plan was measured, so none"
+                f" was chosen: '{trainer.strategy.plan_in_use}' stays"
+            )
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._step.close()
+
+    def _begin(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> Session:
+        assert isinstance(trainer.strategy, DHellamStrategy)
+        with tqdm(
+            desc="search: profile", unit="measurement", disable=not trainer.is_global_zero
+        ) as bar:
+
+            def show(done: int, total: int, label: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(label, refresh=False)
+                bar.update(done - bar.n)
+
+            session = Session(trainer.strategy, batch, self._options, show)
+        trainer.print(
+            f"search: measuring {', '.join(session.candidates)} on the next"
+            f" {session.steps_left} steps"
+        )
+        return session
+
+    def _repeat(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
+        assert isinstance(trainer.strategy, DHellamStrategy) and self._session is not None
+        while self._session.findings is None:
+            with self._session.step(batch) as gradients_ready:
+                trainer.strategy.run_batch(batch, backward=True)
+                gradients_ready()
+
+    def _finish(self, trainer: pl.Trainer, findings: Findings) -> None:
+        self._over = True
+        # A collective: every rank asks.
+        run = self.folder or trainer.log_dir or trainer.default_root_dir
+        folder = Path(run) if self.folder else Path(run) / "search"
+        if not trainer.is_global_zero:
+            return
+        findings.write(folder)
+        for logger in trainer.loggers:
+            logger.log_metrics(findings.metrics(), trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("search", f"```\n{findings}\n```")
+        trainer.print(f"\n{findings}\n  files: {folder}")
+
+
+def _nothing() -> None:
+    pass

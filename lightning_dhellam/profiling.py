@@ -1,0 +1,166 @@
+"""Measures an engine's operators on the values of a real micro-batch, for the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from platform import processor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_dhellam.engine import Engine, MicroBatch, OperatorTimer, Subject
+from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.collectives import largest
+from lightning_dhellam.plan import Graph
+from lightning_dhellam.search.profile import (
+    BenchError,
+    Fingerprint,
+    Profile,
+    Progress,
+    Samples,
+    Target,
+    measure,
+)
+
+_PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
+_SIZES = ("tp", "pp", "cp", "ep", "dp")
+_SHAPES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+)
+
+
+def conditions(
+    context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
+) -> dict[str, Any]:
+    """What a plan is made for, as far as it is known before the first batch."""
+    shapes = {name: getattr(config, name) for name in _SHAPES}
+    return {
+        "device": device_name(context),
+        "sizes": {name: getattr(context, f"{name}_size") for name in _SIZES},
+        "shapes": {**shapes, "micro_batch_size": micro_batch_size},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def fingerprint(
+    engine: Engine, micro_batch: MicroBatch, made_for: Mapping[str, Any]
+) -> Fingerprint:
+    """What a profile of `engine` on such micro-batches is valid for; see `conditions`."""
+    batch, length = micro_batch.slots["batch.tokens"].shape
+    shapes = {**made_for["shapes"], "micro_batch_size": batch, "sequence_length": length}
+    graphs = {graph.fingerprint: str(graph) for graph in _graphs(engine)}
+    return Fingerprint(
+        made_for["device"], versions(), made_for["sizes"], shapes, made_for["dtype"], graphs
+    )
+
+
+def device_name(context: ParallelContext) -> str:
+    """The device and, of an emulated cluster, its links."""
+    if context.device.type != "cuda":
+        name = f"{processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    else:
+        name = torch.cuda.get_device_name(context.device)
+    links = ", ".join(f"{lane}: {emulated.link!r}" for lane, emulated in context.links.items())
+    return f"{name}, emulated cluster ({links})" if context.emulated else name
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that run operators, as far as they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def take_profile(
+    engine: Engine,
+    micro_batch: MicroBatch,
+    made_for: Fingerprint,
+    *,
+    group: dist.ProcessGroup | None = None,
+    repeats: int = 7,
+    progress: Progress | None = None,
+) -> Profile:
+    """Time each kind of operator alone, and communication beside computation.
+
+    Adds to gradients, so call it between a step and the next one's clearing. Every rank must.
+
+    Args:
+        engine: whose operators are timed.
+        micro_batch: what they work on.
+        made_for: its `fingerprint`.
+        group: ranks over which times are the largest; None for this rank's own.
+        repeats: samples of each measurement.
+        progress: is told what is measured next.
+
+    Raises:
+        BenchError: names the operator that failed.
+    """
+    timer = OperatorTimer(engine.lanes, group, repeats=repeats)
+    try:
+        bench = EngineBench(timer, engine.capture(micro_batch))
+        mine = torch.tensor([_launch_seconds(engine, micro_batch)], dtype=torch.float64)
+    except torch.OutOfMemoryError as error:
+        raise BenchError(
+            "there is no memory for the values that operators are timed on: make"
+            " micro_batch_size smaller, or use a built-in plan (plan='interleaved')"
+        ) from error
+    launch = float(largest(mine, group))
+    return measure(bench, _graphs(engine), made_for, progress=progress, launch=launch)
+
+
+class EngineBench:
+    """Times an engine's operators on captured values; a `search.profile.Bench`.
+
+    Args:
+        timer: of this rank's lanes.
+        captured: what each kind of operator reads; see `Engine.capture`.
+    """
+
+    def __init__(self, timer: OperatorTimer, captured: Mapping[tuple[str, str], list[Any]]) -> None:
+        self._timer = timer
+        self._captured = captured
+
+    def alone(self, target: Target) -> Samples:
+        """Time one operator while nothing else runs."""
+        return Samples(tuple(self._timer.alone(self._subject(target))))
+
+    def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        """Start both together, and time each from the common start to its own end."""
+        first, second = self._timer.beside(self._subject(communication), self._subject(compute))
+        return Samples(tuple(first)), Samples(tuple(second))
+
+    def _subject(self, target: Target) -> Subject:
+        values = self._captured[target.graph.fingerprint, target.operator.name]
+        return Subject(target.operator, values)
+
+
+def _graphs(engine: Engine) -> Sequence[Graph]:
+    """One graph of each kind, those of the most frequent layers first."""
+    counts: dict[str, int] = {}
+    kinds: dict[str, Graph] = {}
+    for pair in engine.layers:
+        for graph in (pair.forward, pair.backward):
+            kinds.setdefault(graph.fingerprint, graph)
+            counts[graph.fingerprint] = counts.get(graph.fingerprint, 0) + 1
+    return sorted(kinds.values(), key=lambda graph: -counts[graph.fingerprint])
+
+
+def _launch_seconds(engine: Engine, micro_batch: MicroBatch) -> float:
+    """Seconds the host needs to issue an operator; 0 on CPU, where operators run inline."""
+    device = micro_batch.slots["batch.tokens"].device
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    return min(engine.issue_seconds(micro_batch) for _ in range(3))

@@ -1,0 +1,289 @@
+"""A search on a strategy: profile, solve, try the candidates on steps, choose, install."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_dhellam.engine import Span
+from lightning_dhellam.parallel.collectives import largest
+from lightning_dhellam.plan import BUILDERS, Builder, Graph
+from lightning_dhellam.profiling import fingerprint, take_profile, versions
+from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.files import FileError
+from lightning_dhellam.search.findings import Findings
+from lightning_dhellam.search.planfile import PlanFile, named_plan
+from lightning_dhellam.search.profile import Profile, Progress
+from lightning_dhellam.search.report import Outcome, choose
+from lightning_dhellam.search.simulate import Interval, Simulation, simulate
+from lightning_dhellam.search.solve import Kind, ModelSolution, solve
+from lightning_dhellam.search.trials import Trials, measured
+
+if TYPE_CHECKING:
+    from lightning_dhellam.strategy import DHellamStrategy
+
+REFERENCE = "sequential"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search.
+
+    Attributes:
+        rounds: steps that each candidate is measured on.
+        profile: file that holds the profile, or will.
+        memory_limit: bytes of slots live at once in a pair of layers.
+    """
+
+    rounds: int = 5
+    profile: Path | None = None
+    memory_limit: float | None = None
+
+
+class Session:
+    """A search on one rank. Every rank runs the same.
+
+    Between two steps, of which the first one showed `batch`: profiles and solves when made, and
+    is then told of the steps that follow by `step`, until `findings` are there.
+
+    Args:
+        strategy: that trains.
+        batch: of this rank, as all that are to be measured.
+        options: how to search.
+        progress: is told of the profile's measurements.
+
+    Raises:
+        BenchError: an operator could not be timed; it is named.
+        FileError: the given profile was made for something else.
+        ValueError: no order keeps the memory limit.
+    """
+
+    def __init__(
+        self,
+        strategy: DHellamStrategy,
+        batch: Mapping[str, Any],
+        options: Options,
+        progress: Progress | None = None,
+    ) -> None:
+        self._strategy = strategy
+        self._pieces = strategy.micro_batches(batch)
+        self._shapes = _shapes(batch)
+        self._seconds: dict[str, float] = {}
+        with self._timed("profile"):
+            self._profile = self._profiled(options, progress)
+        with self._timed("solve"):
+            self._solve(options)
+        self._trials = Trials(tuple(self._builders), options.rounds)
+        self._winner = ""
+        self._reason = ""
+        self._outcomes: list[Outcome] = []
+        self._to_trace: list[str] = []
+        self._spans: dict[str, list[Span]] = {}
+        self._began = time.perf_counter()
+        self.findings: Findings | None = None
+
+    @property
+    def steps_left(self) -> int:
+        """Training steps that the search still needs at least."""
+        return self._trials.left
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the plans that are tried."""
+        return tuple(self._builders)
+
+    @contextmanager
+    def step(self, batch: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+        """Surround a training step. Gives what to call when its gradients are there."""
+        name = self._trials.next() if self._trials.left else self._to_trace[0]
+        self._strategy.use_plan(name, self._builders[name])
+        watch = _Stopwatch(self._strategy.root_device)
+        with ExitStack() as stack:
+            if not self._trials.left:
+                engine = self._strategy.engine
+                tracer = stack.enter_context(engine.traced(self._strategy.root_device))
+            watch.start()
+            yield watch.stop
+        if _shapes(batch) != self._shapes or not watch.stopped:
+            return  # of another size, or skipped: it says nothing
+        if self._trials.left:
+            self._trials.add(watch.seconds)
+            if not self._trials.left:
+                self._choose()
+        else:
+            self._spans[name] = tracer.spans()
+            self._to_trace.remove(name)
+        if not self._trials.left and not self._to_trace:
+            self._finish()
+
+    def stop(self) -> None:
+        """Training ends now: choose from what has been measured, if that is a whole round."""
+        if self._outcomes or self._trials.counted:
+            if not self._outcomes:
+                self._choose()
+            self._finish()
+        else:
+            given = self._strategy.plan
+            name = REFERENCE if given == "auto" else given
+            self._strategy.use_plan(name, self._builders[name])
+
+    def _profiled(self, options: Options, progress: Progress | None) -> Profile:
+        """Rank 0's profile file, or else a new one, which is saved there."""
+        strategy = self._strategy
+        made_for = fingerprint(strategy.engine, self._pieces[0], strategy.conditions)
+        path = options.profile
+        given: Profile | str | None = None
+        if path is not None and strategy.context.rank == 0 and path.exists():
+            try:
+                given = Profile.load(path, made_for)
+            except FileError as error:
+                given = str(error)
+        given = strategy.broadcast(given)
+        if isinstance(given, str):
+            raise FileError(given)
+        if given is not None:
+            return given
+        profile = take_profile(
+            strategy.engine,
+            self._pieces[0],
+            made_for,
+            group=strategy.world_group,
+            progress=progress,
+        )
+        if path is not None and strategy.context.rank == 0:
+            profile.save(path)
+        return profile
+
+    def _solve(self, options: Options) -> None:
+        layers = self._strategy.engine.layers
+        costs = Costs.of(self._profile, inline=self._strategy.root_device.type == "cpu")
+        tokens = self._pieces[0].tokens
+        limit = options.memory_limit
+        self._solution: ModelSolution = solve(layers, costs, tokens=tokens, memory_limit=limit)
+        published = solve(layers, costs, algorithm="pairs", tokens=tokens)
+        self._builders: dict[str, Builder] = {
+            **BUILDERS,
+            "pairs": published.builder(),
+            "auto": self._solution.builder(),
+        }
+        given = self._strategy.plan
+        if given not in self._builders:
+            self._builders[given] = named_plan(given, self._strategy.conditions)
+        self._predicted: dict[str, Simulation] = {
+            name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
+            for name, builder in self._builders.items()
+        }
+
+    def _choose(self) -> None:
+        table = torch.tensor(self._trials.table(), dtype=torch.float64)
+        table = largest(table, self._strategy.world_group)
+        predicted = [
+            Outcome(name, step.seconds, step.exposed) for name, step in self._predicted.items()
+        ]
+        self._outcomes = measured(predicted, table.tolist())
+        winner, self._reason = choose(self._outcomes, REFERENCE)
+        self._winner = winner.name
+        self._to_trace = list(dict.fromkeys((REFERENCE, self._winner)))
+        self._seconds["trials"] = time.perf_counter() - self._began
+
+    def _finish(self) -> None:
+        self._strategy.use_plan(self._winner, self._builders[self._winner])
+        self.findings = Findings(
+            self._profile,
+            self._solution,
+            self._plan_file(),
+            self._outcomes,
+            self._winner,
+            self._reason,
+            self._predicted,
+            {name: _intervals(spans) for name, spans in self._spans.items()},
+            self._seconds,
+            REFERENCE,
+        )
+
+    def _plan_file(self) -> PlanFile:
+        graphs: dict[str, Graph] = {}
+        for pair in self._strategy.engine.layers:
+            for graph in (pair.forward, pair.backward):
+                graphs[graph.fingerprint] = graph
+        builder = self._builders[self._winner]
+        kinds: Sequence[Kind] = list(self._solution.solutions)
+        return PlanFile.of(
+            {(f, b): builder(graphs.get(f), graphs.get(b)) for f, b in kinds},
+            graphs.values(),
+            conditions=self._strategy.conditions,
+            versions=versions(),
+            notes={
+                "plan": self._winner,
+                "reason": self._reason,
+                "step_ms": {
+                    o.name: {"predicted": o.predicted * 1e3, "measured": (o.measured or 0) * 1e3}
+                    for o in self._outcomes
+                },
+            },
+        )
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[part] = time.perf_counter() - start
+
+
+class _Stopwatch:
+    """Times a step without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._moments: list[Any] = []
+
+    @property
+    def stopped(self) -> bool:
+        return len(self._moments) == 2
+
+    def start(self) -> None:
+        self._moments = [self._now()]
+
+    def stop(self) -> None:
+        if len(self._moments) == 1:
+            self._moments.append(self._now())
+
+    def seconds(self) -> float:
+        start, end = self._moments
+        if not self._on_device:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    def _now(self) -> Any:
+        if not self._on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
+    first = min((span.start for span in spans), default=0.0)
+    return tuple(
+        Interval(
+            span.operator.lane,
+            span.strand,
+            span.operator.name,
+            span.layer,
+            span.micro_batch,
+            span.start - first,
+            span.end - first,
+        )
+        for span in spans
+    )
+
+
+def _shapes(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(batch["tokens"].shape)

@@ -1,0 +1,298 @@
+"""AutoSearch in real training runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_dhellam import autosearch, profiling, session
+from lightning_dhellam.callbacks import AutoSearch
+from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.search.planfile import PlanFile
+from lightning_dhellam.search.profile import BenchError, Profile
+from lightning_dhellam.strategy import DHellamStrategy
+from tests.ranks import run_ranks
+from tests.strategy.runs import GLOBAL_BATCH, Losses, Model, join, loader, make_trainer, train
+
+PLANS = ("sequential", "megatron", "dhellam", "interleaved", "pairs", "auto")
+FILES = {
+    "exposed.png",
+    "outcomes.json",
+    "plan.json",
+    "profile.json",
+    "summary.txt",
+    "timeline.png",
+    "trace.json",
+}
+ROUNDS = 1
+STEPS = 1 + len(PLANS) * (ROUNDS + 1) + 2
+"""The one that shows the values, the measured ones, two traced ones."""
+
+
+class InUse(Callback):
+    """The plan of every step."""
+
+    def __init__(self) -> None:
+        self.plans: list[str] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        assert isinstance(trainer.strategy, DHellamStrategy)
+        self.plans.append(trainer.strategy.plan_in_use)
+
+
+def searched(
+    root: Path, steps: int = STEPS + 2, strategy: Mapping[str, Any] | None = None, **search: Any
+) -> tuple[list[float], list[str]]:
+    """Train with a search: the losses, and the plan of each step."""
+    plans = InUse()
+    given = {"micro_batch_size": 3, **(strategy or {})}
+    losses = train(
+        given,
+        callbacks=[AutoSearch(rounds=ROUNDS, **search), plans],
+        max_steps=steps,
+        samples=GLOBAL_BATCH * (steps + 1),
+        default_root_dir=root,
+    )
+    return losses, plans.plans
+
+
+def on_two_ranks(rank: int, folder: Path) -> tuple[list[float], list[float], list[str]]:
+    """Losses without and with a search, and the plans of the latter."""
+    join(rank, 2)
+    strategy = {"tensor_parallel_size": 2, "micro_batch_size": 3}
+    steps = STEPS + 2
+    samples = GLOBAL_BATCH * (steps + 1)
+    model = {"hidden_dropout": 0.1}
+    plain = train(strategy, Model(**model), max_steps=steps, samples=samples)
+    plans = InUse()
+    losses = train(
+        {**strategy, "plan": "auto"},
+        Model(**model),
+        max_steps=steps,
+        samples=samples,
+        default_root_dir=folder,
+        callbacks=[AutoSearch(rounds=ROUNDS), plans],
+    )
+    return plain, losses, plans.plans
+
+
+def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(tmp_path: Path) -> None:
+    results = run_ranks(2, on_two_ranks, tmp_path)
+    for plain, losses, _ in results:
+        assert losses == plain, "the search changed the losses"
+    plans = results[0][2]
+    assert plans == results[1][2]
+    assert plans[0] == "sequential" and sorted(plans[1:7]) == sorted(PLANS)
+    assert sorted(plans[7:13]) == sorted(PLANS)
+    folder = tmp_path / "search"
+    assert {path.name for path in folder.iterdir()} == {*FILES, "overlap.png"}
+    found = json.loads((folder / "outcomes.json").read_text())
+    assert plans[-1] == found["winner"]
+    assert {row["name"] for row in found["outcomes"]} == set(PLANS)
+    assert all(row["predicted"] > 0 and row["measured"] > 0 for row in found["outcomes"])
+    profile = Profile.load(folder / "profile.json")
+    assert profile.fingerprint.sizes["tp"] == 2
+    assert {row.partner for row in profile.timings} > {None}
+    names = [
+        event["args"]["name"]
+        for event in json.loads((folder / "trace.json").read_text())["traceEvents"]
+        if event["name"] == "process_name"
+    ]
+    assert {"sequential, measured", "sequential, predicted"} <= set(names)
+
+
+def test_plan_auto_searches_and_says_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    steps = 1 + len(PLANS) * 6 + 2
+    train(
+        {"plan": "auto", "micro_batch_size": 3},
+        max_steps=steps,
+        samples=GLOBAL_BATCH * (steps + 1),
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    printed = capsys.readouterr().out
+    summary = (tmp_path / "search" / "summary.txt").read_text()
+    assert summary in printed
+    for name in PLANS:
+        assert f"\n* {name} " in summary or f"\n  {name} " in summary
+    assert "* installed: '" in summary and "over megatron" in summary
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert {f"search/{name}/measured_ms" for name in PLANS} <= logged
+
+
+def test_its_plan_file_trains_and_is_refused_elsewhere(tmp_path: Path) -> None:
+    losses, plans = searched(tmp_path)
+    file = tmp_path / "search" / "plan.json"
+    assert {path.name for path in file.parent.iterdir()} == FILES  # nothing communicates
+    assert PlanFile.load(file).notes["plan"] == plans[-1]
+    steps = len(losses)
+    samples = GLOBAL_BATCH * (steps + 1)
+    again = train({"plan": str(file), "micro_batch_size": 3}, max_steps=steps, samples=samples)
+    assert again == losses
+    with pytest.raises(ValueError, match=r"shapes.micro_batch_size is 3 in the file and 2 here"):
+        train({"plan": str(file), "micro_batch_size": 2})
+    with pytest.raises(ValueError, match=r"shapes.ffn_hidden_size is 32 in the file and 64 here"):
+        train({"plan": str(file), "micro_batch_size": 3}, Model(ffn_hidden_size=64))
+
+
+def test_a_plan_file_in_use_is_a_candidate(tmp_path: Path) -> None:
+    searched(tmp_path)
+    file = str(tmp_path / "search" / "plan.json")
+    _, plans = searched(tmp_path / "again", STEPS + 4, {"plan": file})
+    assert file in plans[1:8]
+
+
+def test_training_that_ends_too_soon_chooses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, plans = searched(tmp_path, 1 + len(PLANS))
+    assert "training ended 6 steps before every plan was measured" in capsys.readouterr().out
+    assert not (tmp_path / "search").exists() and len(plans) == 7
+
+
+def test_what_was_in_use_stays_when_nothing_is_chosen(tmp_path: Path) -> None:
+    for plan, stays in (("auto", "sequential"), ("megatron", "megatron")):
+        trainer = make_trainer(
+            {"plan": plan}, [AutoSearch()], max_steps=4, default_root_dir=tmp_path
+        )
+        used = []
+
+        class Last(Callback):
+            def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+                used.append(trainer.strategy.plan_in_use)  # type: ignore[attr-defined] # noqa: B023
+
+        trainer.callbacks.append(Last())  # type: ignore[attr-defined]
+        trainer.fit(Model(), loader({}))
+        assert used == [stays]
+
+
+def test_training_that_ends_after_a_whole_round_chooses_from_it(tmp_path: Path) -> None:
+    searched(tmp_path, STEPS - 2)
+    assert (tmp_path / "search" / "plan.json").exists()
+
+
+def test_a_replayed_search_needs_one_step(tmp_path: Path) -> None:
+    losses, plans = searched(tmp_path, 3, replay=True, folder=str(tmp_path / "here"))
+    winner = json.loads((tmp_path / "here" / "outcomes.json").read_text())["winner"]
+    assert plans[1:] == [winner, winner]
+    steps = {"max_steps": 3, "samples": GLOBAL_BATCH * 4}
+    assert losses == train({"micro_batch_size": 3}, **steps)
+
+
+def test_batches_of_another_size_are_not_measured(tmp_path: Path) -> None:
+    """An epoch of two and a half batches: the half one is trained, but says nothing."""
+    plans = InUse()
+    losses = Losses()
+    trainer = make_trainer(
+        {"micro_batch_size": 3},
+        [AutoSearch(rounds=ROUNDS), plans, losses],
+        max_epochs=8,
+        default_root_dir=tmp_path,
+    )
+    from torch.utils.data import DataLoader
+
+    from tests.strategy.runs import Sequences
+
+    data = DataLoader(Sequences(20), batch_size=GLOBAL_BATCH)
+    trainer.fit(Model(), data)
+    assert len(losses.values) == 24
+    assert (tmp_path / "search" / "plan.json").exists()
+    # The step that was not measured is repeated with the same plan.
+    assert plans.plans[2] == plans.plans[3] and plans.plans[5] == plans.plans[6]
+
+
+def test_a_profile_is_used_again_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "profile.json"
+    searched(tmp_path, 2, profile=str(file))
+    assert Profile.load(file).timings
+
+    def measured_again(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(session, "take_profile", measured_again)
+    searched(tmp_path, STEPS, profile=str(file))
+    assert (tmp_path / "search" / "plan.json").exists()
+    with pytest.raises(ValueError, match=r"shapes.micro_batch_size is 3 in the file and 2 here"):
+        searched(tmp_path, 2, {"micro_batch_size": 2}, profile=str(file))
+
+
+def fails_on_one_rank(rank: int, folder: Path) -> str:
+    """The message of a search in which an operator fails on rank 1."""
+    join(rank, 2)
+    subject = profiling.EngineBench._subject
+
+    def broken(self: Any, target: Any) -> Any:
+        found = subject(self, target)
+        if rank == 1 and target.operator.name == "fc1.dgrad":
+            return found._replace(operator=replace(found.operator, run=_broken))
+        return found
+
+    profiling.EngineBench._subject = broken  # type: ignore[method-assign]
+    with pytest.raises(BenchError) as caught:
+        train({"tensor_parallel_size": 2, "plan": "auto"}, default_root_dir=folder)
+    return str(caught.value)
+
+
+def _broken(*_: Any) -> None:
+    raise ArithmeticError("no such kernel")
+
+
+def test_an_operator_that_fails_is_named_on_every_rank(tmp_path: Path) -> None:
+    messages = run_ranks(2, fails_on_one_rank, tmp_path)
+    assert messages == [
+        "measuring transformer/fc1.dgrad failed: it failed on another rank, whose message says why",
+        "measuring transformer/fc1.dgrad failed: no such kernel",
+    ]
+    assert not list(tmp_path.rglob("profile.json"))
+
+
+def test_noise_keeps_sequential_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(outcomes: Any, table: Any) -> Any:
+        times = {"sequential": 1.0, "auto": 0.9}
+        return [replace(o, measured=times.get(o.name, 2.0), spread=0.1) for o in outcomes]
+
+    monkeypatch.setattr(session, "measured", noisy)
+    _, plans = searched(tmp_path)
+    assert plans[-1] == "sequential"
+    assert "installed: 'sequential', 'auto' beats it by 100.000 ms only" in capsys.readouterr().out
+
+
+def test_other_strategies_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"AutoSearch searches plans of DHellamStrategy"):
+        train("auto", callbacks=[AutoSearch()])
+    with pytest.raises(ValueError, match=r"rounds=0 must be at least 1"):
+        AutoSearch(rounds=0)
+
+
+def test_memory_that_no_order_keeps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"memory_limit=1 bytes: the least found"):
+        searched(tmp_path, memory_limit=1)
+
+
+def test_auto_is_attached_once_and_before_others() -> None:
+    other = InUse()
+    trainer = make_trainer({"plan": "auto"}, [other])
+    autosearch.AutoSearch.attach(trainer)
+    autosearch.AutoSearch.attach(trainer)
+    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert kinds.count(AutoSearch) == 1 and kinds.index(AutoSearch) < kinds.index(InUse)
+
+
+def test_built_in_plans_are_all_candidates() -> None:
+    assert set(BUILDERS) <= set(PLANS)
