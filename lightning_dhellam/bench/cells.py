@@ -13,6 +13,8 @@ PUBLISHED_EXPOSED = 5.4 / 16.5
 """Share of compute that Megatron exposes on 8 H200 for shape b: 21.9 - 16.5 of 16.5 ms a layer."""
 _LINK = re.compile(r"(?:copy|(?P<sms>\d+)sm):(?P<bandwidth>\d+(?:\.\d+)?)")
 _UNUSED_VOCABULARY = 512
+SLOWER = 1000
+"""Times that links are slower in a rehearsal, as its layers are smaller."""
 
 
 @dataclass(frozen=True)

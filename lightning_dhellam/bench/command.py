@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench import kernels, launch, throughput, two_hosts
+from lightning_dhellam.bench import kernels, launch, overlap, pairs, throughput, two_hosts
 from lightning_dhellam.bench.report import Report
 
 
@@ -30,6 +30,8 @@ class Benchmark:
 BENCHMARKS = {
     "kernels": Benchmark(kernels.DESCRIPTION, kernels.add_options, kernels.run),
     "launch": Benchmark(launch.DESCRIPTION, launch.add_options, launch.run),
+    "overlap": Benchmark(overlap.DESCRIPTION, overlap.add_options, overlap.run),
+    "pairs": Benchmark(pairs.DESCRIPTION, pairs.add_options, pairs.run),
     "two-hosts": Benchmark(two_hosts.DESCRIPTION, two_hosts.add_options, two_hosts.run),
     "throughput": Benchmark(throughput.DESCRIPTION, throughput.add_options, throughput.run),
 }

@@ -1,4 +1,4 @@
-"""The sides of the two-hosts benchmark: our plans and Megatron-core, on the same weights and data."""
+"""The sides of the two-hosts benchmark: our plans and Megatron-core, from the same weights."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ import json
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -52,15 +51,15 @@ def main(argv: list[str]) -> None:
         dist.destroy_process_group()
 
 
-def link_rate(group: dist.ProcessGroup, size: int = 4 << 20, repeats: int = 3) -> float:
+def link_rate(size: int = 4 << 20, repeats: int = 3) -> float:
     """Bits per second that each host receives while both send `size` bytes, the median."""
     x = torch.zeros(size, dtype=torch.uint8)
     parts = [torch.empty_like(x) for _ in range(2)]
     times = []
     for _ in range(repeats):
-        dist.barrier(group)
+        dist.barrier()
         begin = time.perf_counter()
-        dist.all_gather(parts, x, group=group)
+        dist.all_gather(parts, x)
         times.append(time.perf_counter() - begin)
     return 8 * size / sorted(times)[repeats // 2]
 
@@ -73,7 +72,7 @@ def measure(host: Host, settings: Settings) -> None:
     for rate in settings.rates:
         host.limit(rate * 1e9)
         dist.barrier()
-        achieved = link_rate(dist.group.WORLD) / 1e9
+        achieved = link_rate() / 1e9
         host.report({"rate": rate, "achieved": achieved, **duel.measure()})
 
 

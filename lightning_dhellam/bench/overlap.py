@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench.cells import Cell, cells, parse_link, shapes
+from lightning_dhellam.bench.cells import SLOWER, Cell, cells, parse_link, shapes
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.report import Report
 from lightning_dhellam.bench.stage import Effort, Stage, rank_of
@@ -35,8 +35,6 @@ COLUMNS = (
 LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""
 _PICTURED = ("a4 copy:110", "a4 16sm:200", "b4 copy:calibrated", "b4 16sm:calibrated")
-_SLOWER = 1000
-"""Times that links are slower in a rehearsal, as its layers are smaller."""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -57,20 +55,23 @@ def run(options: Namespace) -> Report:
     """Measure every cell that the budget allows, the most important first."""
     _check(options)
     device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     rehearse = device.type == "cpu"
     effort = Effort(
         tuple(options.plans), *sorted(options.micro_batches), options.rounds, options.repeats
     )
-    links = _links(options, rehearse)
+    links = _links(options)
     todo = cells(links, calibrate=options.cluster is None, levers=options.levers)
     if options.cells is not None:
         todo = [cell for cell in todo if any(cell.name.startswith(n) for n in options.cells)]
     notes = {"EMULATED": "one rank of 8, its links played: times mean something, numbers do not"}
     if rehearse:
-        notes["REHEARSAL"] = f"on a CPU, in miniature, links {_SLOWER} times slower"
+        notes["REHEARSAL"] = f"on a CPU, in miniature, links {SLOWER} times slower"
     report = Report("overlap", COLUMNS, notes)
     with rank_of(Cluster(world_size=8, links={"tp": links[0]}), 8, device) as context:
-        _measure(todo, Stage(context, shapes(rehearse), effort), report, options)
+        stage = Stage(context, shapes(rehearse), effort, SLOWER if rehearse else 1)
+        _measure(todo, stage, report, options)
     return report
 
 
@@ -88,13 +89,10 @@ def _check(options: Namespace) -> None:
         raise ValueError(f"--micro_batches {counts}: give two different numbers of at least 1")
 
 
-def _links(options: Namespace, rehearse: bool) -> list[Link]:
+def _links(options: Namespace) -> list[Link]:
     if options.cluster is not None:
         return [Cluster.load(options.cluster).links["tp"]]
-    links = [parse_link(text) for text in options.links]
-    if not rehearse:
-        return links
-    return [Link(link.bandwidth / _SLOWER, link.latency, link.sms) for link in links]
+    return [parse_link(text) for text in options.links]
 
 
 def _measure(todo: list[Cell], stage: Stage, report: Report, options: Namespace) -> None:
@@ -119,7 +117,9 @@ def _measure(todo: list[Cell], stage: Stage, report: Report, options: Namespace)
             report.notes[cell.name] = outcome.note
             print(Report(cell.name, COLUMNS, {"": outcome.note}, outcome.rows).table(), flush=True)
             if cell.name in _PICTURED:
-                outcome.draw(folder / f"overlap-{cell.name.replace(' ', '-').replace(':', '-')}.png")
+                outcome.draw(
+                    folder / f"overlap-{cell.name.replace(' ', '-').replace(':', '-')}.png"
+                )
         longest = max(longest, time.perf_counter() - started)
         report.save(folder)
     if skipped:

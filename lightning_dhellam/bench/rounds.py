@@ -1,4 +1,4 @@
-"""Times several ways to do the same step in turn, so that a drift of the machine hits them alike."""
+"""Times several ways to do the same step in turn, so that a drift of the machine hits all."""
 
 from __future__ import annotations
 

@@ -137,7 +137,9 @@ _End = tuple[Operator, tuple[str, ...], tuple[str, ...]]
 
 def _pair(name: str, forward: _End, backward: _End) -> GraphPair:
     graphs = [
-        Graph(name, direction, (operator,), inputs, outputs, dict.fromkeys((*inputs, *outputs), 0.0))
+        Graph(
+            name, direction, (operator,), inputs, outputs, dict.fromkeys((*inputs, *outputs), 0.0)
+        )
         for direction, (operator, inputs, outputs) in (
             (Strand.FORWARD, forward),
             (Strand.BACKWARD, backward),

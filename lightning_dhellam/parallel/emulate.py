@@ -9,7 +9,7 @@ nothing; times do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Link:
     def __str__(self) -> str:
         manner = f"on {self.sms} SMs" if self.sms else "by copy engine"
         return f"{self.bandwidth / 1e9:.4g} GB/s {manner}"
+
+    def slower(self, times: float) -> Link:
+        """The same with a fraction of the bandwidth."""
+        return replace(self, bandwidth=self.bandwidth / times)
 
     def seconds(self, crossing: int) -> float:
         """How long `crossing` bytes take."""
