@@ -81,6 +81,11 @@ class Cell:
         lever = f" {self.lever}" if self.lever else ""
         return f"{self.shape}{self.layers} {manner}:{rate}{lever}"
 
+    @property
+    def file_name(self) -> str:
+        """The name without what file names should not have."""
+        return self.name.replace(" ", "-").replace(":", "-")
+
 
 def parse_link(text: str) -> Link:
     """`copy:110` for a copy engine at 110 GB/s, `16sm:200` for 16 SMs at 200 GB/s.

@@ -58,9 +58,8 @@ def run(options: Namespace) -> Report:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     rehearse = device.type == "cpu"
-    effort = Effort(
-        tuple(options.plans), *sorted(options.micro_batches), options.rounds, options.repeats
-    )
+    few, many = sorted(options.micro_batches)
+    effort = Effort(tuple(options.plans), few, many, options.rounds, options.repeats)
     links = _links(options)
     todo = cells(links, calibrate=options.cluster is None, levers=options.levers)
     if options.cells is not None:
@@ -115,11 +114,10 @@ def _measure(todo: list[Cell], stage: Stage, report: Report, options: Namespace)
         else:
             report.rows += outcome.rows
             report.notes[cell.name] = outcome.note
-            print(Report(cell.name, COLUMNS, {"": outcome.note}, outcome.rows).table(), flush=True)
+            notes = {"conditions": outcome.note}
+            print(Report(cell.name, COLUMNS, notes, outcome.rows).table(), flush=True)
             if cell.name in _PICTURED:
-                outcome.draw(
-                    folder / f"overlap-{cell.name.replace(' ', '-').replace(':', '-')}.png"
-                )
+                outcome.draw(folder / f"overlap-{cell.file_name}.png")
         longest = max(longest, time.perf_counter() - started)
         report.save(folder)
     if skipped:

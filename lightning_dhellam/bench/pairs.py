@@ -112,9 +112,8 @@ def _report(profile: Profile, notes: Row) -> Report:
     kept = [j for j, key in enumerate(computes) if alone[key] >= _LEAST * longest]
     names = {j: computes[j].rsplit("/", 1)[-1] for j in kept}
     report = Report("pairs", ("collective", "alone us", *names.values()), notes)
-    report.rows.append(
-        {"collective": "(alone us)", **{names[j]: alone[computes[j]] * 1e6 for j in kept}}
-    )
+    times = {names[j]: alone[computes[j]] * 1e6 for j in kept}
+    report.rows.append({"collective": "(alone us)", **times})
     for i, key in enumerate(collectives):
         row: Row = {"collective": key.rsplit("/", 1)[-1], "alone us": alone[key] * 1e6}
         row |= {names[j]: float(shares[i, j]) for j in kept if not np.isnan(shares[i, j])}

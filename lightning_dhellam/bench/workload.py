@@ -136,16 +136,13 @@ _End = tuple[Operator, tuple[str, ...], tuple[str, ...]]
 
 
 def _pair(name: str, forward: _End, backward: _End) -> GraphPair:
-    graphs = [
-        Graph(
-            name, direction, (operator,), inputs, outputs, dict.fromkeys((*inputs, *outputs), 0.0)
-        )
-        for direction, (operator, inputs, outputs) in (
-            (Strand.FORWARD, forward),
-            (Strand.BACKWARD, backward),
-        )
-    ]
-    return GraphPair(*graphs)
+    return GraphPair(_end(name, Strand.FORWARD, forward), _end(name, Strand.BACKWARD, backward))
+
+
+def _end(name: str, direction: Strand, end: _End) -> Graph:
+    operator, inputs, outputs = end
+    sizes = dict.fromkeys((*inputs, *outputs), 0.0)
+    return Graph(name, direction, (operator,), inputs, outputs, sizes)
 
 
 def give_gradients(model: CausalLM) -> None:
