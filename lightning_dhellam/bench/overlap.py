@@ -40,6 +40,7 @@ _PICTURED = ("a4 copy:110", "a4 16sm:200", "b4 copy:calibrated", "b4 16sm:calibr
 def add_options(parser: ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to rehearse in miniature")
+    parser.add_argument("--miniature", type=bool, default=False, help="rehearse on a GPU")
     parser.add_argument("--links", type=list[str], default=list(LINKS), help="over which to train")
     parser.add_argument("--cluster", default=None, help="its link instead: a name, or a file")
     parser.add_argument("--plans", type=list[str], default=list(PLANS))
@@ -57,7 +58,7 @@ def run(options: Namespace) -> Report:
     device = torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    rehearse = device.type == "cpu"
+    rehearse = options.miniature or device.type == "cpu"
     few, many = sorted(options.micro_batches)
     effort = Effort(tuple(options.plans), few, many, options.rounds, options.repeats)
     links = _links(options)
@@ -66,7 +67,7 @@ def run(options: Namespace) -> Report:
         todo = [cell for cell in todo if any(cell.name.startswith(n) for n in options.cells)]
     notes = {"EMULATED": "one rank of 8, its links played: times mean something, numbers do not"}
     if rehearse:
-        notes["REHEARSAL"] = f"on a CPU, in miniature, links {SLOWER} times slower"
+        notes["REHEARSAL"] = f"in miniature, links {SLOWER} times slower"
     report = Report("overlap", COLUMNS, notes)
     with rank_of(Cluster(world_size=8, links={"tp": links[0]}), 8, device) as context:
         stage = Stage(context, shapes(rehearse), effort, SLOWER if rehearse else 1)

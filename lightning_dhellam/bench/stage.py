@@ -184,7 +184,7 @@ class Stage:
         return replace(cell.link, bandwidth=1 / slowness)
 
     def _layer_seconds(self, cell: Cell, steps: Sequence[Step]) -> float:
-        timed = in_turn({str(i): step for i, step in enumerate(steps)}, self._clock, 3)
+        timed = in_turn({str(i): step for i, step in enumerate(steps)}, self._clock, 2)
         return self._slope(cell, timed["0"].median, timed["1"].median)
 
     def _slope(self, cell: Cell, few: float, many: float) -> float:
