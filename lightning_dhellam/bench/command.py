@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ def bench_command(argv: Sequence[str]) -> int:
     benchmark.add_options(parser)
     options = parser.parse_args(words[1:])
     report = benchmark.run(options)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes that torchrun has started, the first one writes
     print(report.table())
     print(f"written to {report.save(Path(options.output))}")
     return 0

@@ -120,7 +120,7 @@ def _measure(todo: list[Cell], stage: Stage, report: Report, options: Namespace)
             if cell.name in _PICTURED:
                 outcome.draw(folder / f"overlap-{cell.file_name}.png")
         longest = max(longest, time.perf_counter() - started)
-        report.save(folder)
+        report.save_with_table(folder)
     if skipped:
         report.notes["not measured, for lack of time"] = ", ".join(skipped)
-        report.save(folder)
+        report.save_with_table(folder)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lightning_dhellam.search.files import save_text
+
 _PACKAGES = ("torch", "triton", "lightning", "megatron-core", "transformers", "liger-kernel")
 
 Row = dict[str, Any]
@@ -60,6 +62,12 @@ class Report:
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(content, indent=1) + "\n")
         aside.replace(path)
+        return path
+
+    def save_with_table(self, folder: Path) -> Path:
+        """The same, and the table as text beside it."""
+        path = self.save(folder)
+        save_text(path.with_suffix(".txt"), f"{self.table()}\n")
         return path
 
 

@@ -51,7 +51,7 @@ def run(options: Namespace) -> Report:
         for result in results:
             report.rows += _rows(result)
             report.notes[f"{result['rate']:g} Gbit/s"] = _lanes(result)
-            report.save(Path(options.output))
+            report.save_with_table(Path(options.output))
             print(f"{result['rate']:g} Gbit/s done", flush=True)
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_dhellam.callbacks import RunSummary
+from lightning_dhellam.callbacks import (
+    RunSummary,
+    ThroughputMonitor,
+    training_flops_per_token,
+)
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
 from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.strategy import DHellamStrategy
-from tests.strategy.runs import GLOBAL_BATCH, Model, Sequences
+from tests.strategy.runs import GLOBAL_BATCH, LENGTH, Model, Sequences
 
 CPU = torch.device("cpu")
 FAST = Link(bandwidth=1e12, latency=0.0)
@@ -134,7 +139,7 @@ def test_a_rank_of_eight_trains_marked_and_saves_no_checkpoint(
         max_steps=2,
         gradient_clip_val=1.0,
         log_every_n_steps=1,
-        callbacks=[RunSummary()],
+        callbacks=[RunSummary(), ThroughputMonitor(peak_tflops=1e-6)],
         logger=CSVLogger(tmp_path),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -150,6 +155,12 @@ def test_a_rank_of_eight_trains_marked_and_saves_no_checkpoint(
     assert "EMULATED    mine" in capsys.readouterr().out
     (logged,) = tmp_path.rglob("hparams.yaml")
     assert "emulated: 'mine: rank 0 of 8" in logged.read_text()
+    (file,) = tmp_path.rglob("metrics.csv")
+    *_, metrics = csv.DictReader(file.open())
+    assert float(metrics["emulated"]) == 1.0
+    flops = training_flops_per_token(model.model_config, LENGTH)
+    share = float(metrics["tokens_per_second"]) * flops / 8 / 1e6
+    assert float(metrics["mfu"]) == pytest.approx(share, rel=1e-4), "of one device of eight"
     with pytest.raises(ValueError, match="emulated"):
         strategy.save_checkpoint({"state_dict": {}}, tmp_path / "run.ckpt")
     assert not (tmp_path / "run.ckpt").exists()
