@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch import Tensor
 
-from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.module import IGNORED, DualStrandMixin
 from lightning_dhellam.search.planfile import named_plan
 
 if TYPE_CHECKING:
@@ -155,3 +157,25 @@ def check_batch(batch: Any, longest: int, tensor_parallel_size: int, needs_label
     if not shapes["tokens"][0]:
         raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
     check_length(shapes["tokens"][1], longest, tensor_parallel_size)
+
+
+def check_ids(batch: Any, module: DualStrandMixin) -> None:
+    """Refuse tokens and labels outside of the vocabulary, which tensor-parallel ranks would take
+    for each other's. Looks only at tensors on the host: looking elsewhere would wait."""
+    if not hasattr(batch, "get"):
+        return
+    size = module.model_config.vocab_size
+    # Labels of the user's own loss may mean anything.
+    for name in ("tokens", "labels") if module.custom_loss is None else ("tokens",):
+        ids = batch.get(name)
+        if not isinstance(ids, Tensor) or ids.device.type != "cpu":
+            continue
+        remark = ""
+        if name == "labels":
+            ids, remark = ids[ids != IGNORED], f", or {IGNORED} for what does not count"
+        low, high = (int(value) for value in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"the batch's {name} hold {low if low < 0 else high}, but the model has"
+                f" vocab_size={size}: ids must be from 0 to {size - 1}{remark}"
+            )

@@ -116,6 +116,7 @@ class DHellamStrategy(ParallelStrategy):
         self._engine: Engine | None = None
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
+        self._losses_left: int | None = None
 
     @property
     def context(self) -> ParallelContext:
@@ -386,12 +387,35 @@ class DHellamStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
 
+    @override
+    def batch_to_device(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        module = self.lightning_module
+        assert isinstance(module, DualStrandMixin)
+        checks.check_ids(batch, module)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._losses_left = 1
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._losses_left = None
+
     def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
         """Loss of this rank's batch, a scalar in fp32; with `backward`, its gradients as well."""
         pieces = self.micro_batches(batch)
         if not backward:
             return self.engine.evaluate(pieces)
         assert self._buffers is not None, "the strategy was not set up for fitting"
+        if self._losses_left == 0:
+            raise ValueError(
+                "training_step called batch_loss twice, and the second gradients would replace the"
+                " first: call it once, with one batch that holds all samples"
+            )
+        self._losses_left = 0 if self._losses_left else None
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)
         self._buffers.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,20 @@ def _emptied(samples: list[Any]) -> dict[str, torch.Tensor]:
 
 
 # Module, strategy, sample, options of the Trainer, what the error says.
+class TwoLosses(Model):
+    """Adds up the losses of two batches."""
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Any:
+        return self.batch_loss(batch) + self.batch_loss(batch)
+
+
 SETUP: dict[str, tuple[type[Model], dict[str, Any], dict[str, Any], str]] = {
+    "two-losses": (
+        TwoLosses,
+        {},
+        {},
+        r"training_step called batch_loss twice, .*: call it once",
+    ),
     "two-optimizers": (
         TwoOptimizers,
         {},
@@ -353,6 +366,21 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"tokens": _tokens(24), "labels": _tokens(24)},
         {},
         r"sequence_length=24 is longer than .*max_sequence_length=16: shorten",
+    ),
+    "tokens-too-high": (
+        {"tokens": _tokens(8) + 32, "labels": _tokens(8)},
+        {},
+        r"the batch's tokens hold 32, but the model has vocab_size=32: ids must be from 0 to 31$",
+    ),
+    "tokens-negative": (
+        {"tokens": _tokens(8) - 100, "labels": _tokens(8)},
+        {},
+        r"the batch's tokens hold -100, .* ids must be from 0 to 31$",
+    ),
+    "labels-negative": (
+        {"tokens": _tokens(8), "labels": _tokens(8) - 1},
+        {},
+        r"the batch's labels hold -1, .*from 0 to 31, or -100 for what does not count",
     ),
     "empty": ({}, {"collate_fn": _emptied}, r"the batch has no samples: use drop_last=True"),
 }
