@@ -21,7 +21,7 @@ from lightning_dhellam.bench.workload import Workload, trunk
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.link import EmulatedLink, Play
-from lightning_dhellam.plan import BUILDERS, Builder
+from lightning_dhellam.plan import BUILDERS, Builder, Lane
 from lightning_dhellam.search.cost import Costs
 
 COMPUTE, BOUND = "compute", "bound"
@@ -243,8 +243,8 @@ class Stage:
         def layer(name: str) -> float:
             return self._slope(cell, timed[f"{name} 0"].median, timed[f"{name} 1"].median)
 
-        bound = max(lane_seconds(work.layers[1:2], plans.costs).values())
         compute, megatron, tokens = layer(COMPUTE), layer("megatron"), work.tokens
+        bound = max(compute, lane_seconds(work.layers[1:2], plans.costs)[Lane.TP])
         rows: list[Row] = []
         for name in (BOUND, COMPUTE, *plans.builders):
             seconds = bound if name == BOUND else layer(name)

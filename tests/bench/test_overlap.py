@@ -52,7 +52,7 @@ def test_every_plan_of_a_cell_is_measured_and_computes_the_same(
     assert "EMULATED" in found and "REHEARSAL" in found
     assert "asked" in found["a4 copy:110"] and "search auto" in found["a4 copy:110"]
     assert (tmp_path / "overlap-a4-copy-110.png").stat().st_size > 10_000
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3, "JSON, table and picture"
     assert "a4 copy:110" in capsys.readouterr().out
 
 
@@ -168,3 +168,18 @@ def test_a_rising_function_is_inverted() -> None:
 
 def test_what_is_never_reached_ends_at_the_closest() -> None:
     assert find_rising(lambda x: min(x, 1.0), 7.0, 1.0, steps=5) >= 1.0
+
+
+def test_levers_are_compared_with_the_cell_without_them(tmp_path: Path) -> None:
+    words = ("--levers", "true", "--cells", "[a4 16sm:200,a4 8sm]", "--rounds", "1")
+    plans = ("--plans", "[sequential,megatron,auto]")
+    found = bench("overlap", tmp_path, "--links", "[16sm:200]", *words, *plans)
+    cells = {row["cell"] for row in found["rows"]}
+    assert cells == {
+        "a4 16sm:200",
+        "a4 16sm:200 searched without slowdowns",
+        "a4 16sm:200 streams of equal priority",
+        "a4 8sm:200 8 SMs",
+    }
+    for lever in ("searched without slowdowns", "streams of equal priority", "8 SMs"):
+        assert found[f"lever: {lever}"].endswith("% faster than a4 16sm:200")
