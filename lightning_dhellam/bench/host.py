@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -64,6 +65,28 @@ def link_rate(size: int = 4 << 20, repeats: int = 3) -> float:
     return 8 * size / sorted(times)[repeats // 2]
 
 
+class Strangers:
+    """How much of the machine's processors others take while both hosts measure."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    def share(self) -> float:
+        """Of all processors since the beginning. Both hosts must ask."""
+        busy, total, own = (b - a for a, b in zip(self._begin, self._now(), strict=True))
+        both = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(both)
+        return max(0.0, (busy - both.item()) / total)
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: busy and altogether of all processors, and of this process."""
+        with open("/proc/stat") as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]
+        second = os.sysconf("SC_CLK_TCK")
+        idle = ticks[3] + ticks[4]
+        return (sum(ticks) - idle) / second, sum(ticks) / second, time.process_time()
+
+
 def measure(host: Host, settings: Settings) -> None:
     """Report a result for each rate."""
     from lightning_dhellam.bench.duel import Duel
@@ -73,7 +96,10 @@ def measure(host: Host, settings: Settings) -> None:
         host.limit(rate * 1e9)
         dist.barrier()
         achieved = link_rate() / 1e9
-        host.report({"rate": rate, "achieved": achieved, **duel.measure()})
+        strangers = Strangers()
+        result = duel.measure()
+        others = strangers.share()
+        host.report({"rate": rate, "achieved": achieved, "others": others, **result})
 
 
 if __name__ == "__main__":

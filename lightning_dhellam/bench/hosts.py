@@ -55,14 +55,16 @@ def two_hosts(module: str, settings: Mapping[str, Any]) -> Iterator[Iterator[dic
 
     Yields what host 0 reports, one by one. Both processes are ended when the body is left.
     """
-    command = ["unshare", "--net", "--", sys.executable, "-m", module]
+    command = ["unshare", "--net", "--", sys.executable, "-W", "ignore", "-m", module]
+    # There are no names to look up in there, which torch would warn of.
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     hosts = [
         subprocess.Popen(
             [*command, str(rank), json.dumps(dict(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **quiet},
         )
         for rank in range(len(_ADDRESSES))
     ]

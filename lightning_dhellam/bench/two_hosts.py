@@ -31,11 +31,11 @@ SIDES = ("sequential", "megatron", "dhellam", "interleaved", "auto", "megatron-c
 def add_options(parser: ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--rates", type=list[float], default=[0.5, 1.0, 2.0], help="Gbit/s")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 256")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=768, help="a multiple of 256")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--micro_batches", type=int, default=12, help="of one sequence, to a step")
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
     parser.add_argument("--sides", type=list[str], default=list(SIDES))
 
@@ -72,7 +72,8 @@ def _lanes(result: dict[str, Any]) -> str:
     bound = max(result["compute"], result["communication"])
     return (
         f"compute {result['compute']:.3f} s, link {result['communication']:.3f} s, so the bound is"
-        f" {bound:.3f} s; limit of the plan: {result['resource']}"
+        f" {bound:.3f} s; limit of the plan: {result['resource']}; other processes took"
+        f" {result['others']:.0%} of the processors"
     )
 
 
