@@ -17,6 +17,8 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   data prepare                text -> tokenizer -> Megatron indexed dataset
   search --config FILE        find the best plan of a recipe, without training it
   plan show FILE              print the plans of a plan file
+  plan schedule               print the passes of every stage of the folded pipeline
+  simulate                    play pipeline schedules on measured times, and compare them
   bench NAME                  measure this machine; `dhellam bench --help` lists what
   recipes                     list the recipes that ship with the package
   clusters                    list the clusters that ship: what `emulate` and `--cluster` take
@@ -54,7 +56,11 @@ def _run(command: str, words: list[str]) -> int:
 
         return search_command(words)
     if command == "plan":
-        return show_plan(words)
+        return plan_command(words)
+    if command == "simulate":
+        from lightning_dhellam.search.command import simulate_command
+
+        return simulate_command(words)
     if command == "bench":
         from lightning_dhellam.bench import bench_command
 
@@ -76,14 +82,21 @@ def _run(command: str, words: list[str]) -> int:
     if command in LOOPS:
         run_lightning([command, *words])
         return 0
-    known = ("demo", "data", "search", "plan", "bench", "recipes", "clusters", *LOOPS)
+    known = ("demo", "data", "search", "plan", "simulate", "bench", "recipes", "clusters", *LOOPS)
     raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
 
 
-def show_plan(words: list[str]) -> int:
-    """Print every plan of a plan file as a table."""
+def plan_command(words: list[str]) -> int:
+    """Print every plan of a plan file as a table, or the schedule of a pipeline."""
+    if words[:1] == ["schedule"]:
+        from lightning_dhellam.search.command import schedule_command
+
+        return schedule_command(words[1:])
     if len(words) != 2 or words[0] != "show":
-        raise ValueError(f"plan {' '.join(words)}: use 'dhellam plan show FILE'")
+        raise ValueError(
+            f"plan {' '.join(words)}: use 'dhellam plan show FILE' or 'dhellam plan schedule"
+            " --stages P --micro-batches M'"
+        )
     from lightning_dhellam.search.planfile import PlanFile
 
     print(PlanFile.load(words[1]))

@@ -117,7 +117,14 @@ def take_profile(
             " micro_batch_size smaller, or use a built-in plan (plan='interleaved')"
         ) from error
     launch = float(largest(mine, group))
-    return measure(bench, _graphs(engine), made_for, progress=progress, launch=launch)
+    return measure(
+        bench,
+        _graphs(engine),
+        made_for,
+        progress=progress,
+        launch=launch,
+        inline=micro_batch.slots["batch.tokens"].device.type == "cpu",
+    )
 
 
 class EngineBench:

@@ -162,7 +162,7 @@ class Session:
 
     def _solve(self, options: Options) -> None:
         layers = self._strategy.engine.layers
-        costs = Costs.of(self._profile, inline=self._strategy.root_device.type == "cpu")
+        costs = Costs.of(self._profile)
         tokens = self._pieces[0].tokens
         limit = options.memory_limit
         self._solution: ModelSolution = solve(layers, costs, tokens=tokens, memory_limit=limit)

@@ -43,7 +43,7 @@ class Costs:
     inline: bool = False
 
     @classmethod
-    def of(cls, profile: Profile, *, inline: bool = False) -> Costs:
+    def of(cls, profile: Profile) -> Costs:
         """Costs from measured times."""
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
         beside = {(row.operator, row.partner): row.median for row in profile.timings if row.partner}
@@ -54,7 +54,7 @@ class Costs:
             for (communication, compute), together in beside.items()
             if profile.lanes[communication] is not Lane.COMPUTE
         }
-        return cls(profile.operators, alone, slowdowns, profile.launch, inline)
+        return cls(profile.operators, alone, slowdowns, profile.launch, profile.inline)
 
     @classmethod
     def nominal(cls, graphs: Iterable[Graph], tokens: int) -> Costs:

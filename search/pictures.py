@@ -20,9 +20,9 @@ from lightning_dhellam.search.profile import Key, Profile
 from lightning_dhellam.search.simulate import Interval
 
 COLOURS = {Strand.FORWARD: "#2f6db3", Strand.BACKWARD: "#e08a2c"}
-_IDLE = "#f1f1ee"
-_INK = "#2b2b2b"
-_FAINT = "#8a8a86"
+IDLE = "#f1f1ee"
+INK = "#2b2b2b"
+FAINT = "#8a8a86"
 _OVERLAP = LinearSegmentedColormap.from_list("overlap", ["#b6423a", "#f3e6c8", "#2f7d62"])
 _LETTER = 0.6 / 72
 """Width of a letter in inches per point of font size."""
@@ -51,7 +51,7 @@ class Panel:
 def save_timeline(path: Path | str, panels: Sequence[Panel]) -> None:
     """Draw timelines below each other on one scale: a row per lane, a colour per strand."""
     lanes = [_lanes(panel) for panel in panels]
-    figure = _figure(14, 0.9 + sum(0.5 + _ROW * len(rows) for rows in lanes))
+    figure = new_figure(14, 0.9 + sum(0.5 + _ROW * len(rows) for rows in lanes))
     axes = figure.subplots(
         len(panels),
         1,
@@ -63,11 +63,11 @@ def save_timeline(path: Path | str, panels: Sequence[Panel]) -> None:
     unit, scale = ("ms", 1e3) if end >= 1e-3 else ("µs", 1e6)
     for panel, rows, axis in zip(panels, lanes, axes, strict=True):
         _draw_timeline(axis, panel, rows, scale, end * scale)
-    axes[-1].set_xlabel(f"time ({unit})", color=_INK)
+    axes[-1].set_xlabel(f"time ({unit})", color=INK)
     handles = [Patch(color=colour, label=f"{s} strand") for s, colour in COLOURS.items()]
-    handles.append(Patch(color=_IDLE, label="idle"))
+    handles.append(Patch(color=IDLE, label="idle"))
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _lanes(panel: Panel) -> list[Lane]:
@@ -79,7 +79,7 @@ def _draw_timeline(axis: Axes, panel: Panel, lanes: list[Lane], scale: float, wi
     figure_width = 14 * 0.9
     for row, lane in enumerate(lanes):
         end = max(interval.end for interval in panel.intervals)
-        axis.barh(row, end * scale, height=_THICK, color=_IDLE, zorder=0)
+        axis.barh(row, end * scale, height=_THICK, color=IDLE, zorder=0)
         for interval in panel.intervals:
             if interval.lane is not lane:
                 continue
@@ -108,12 +108,12 @@ def _draw_timeline(axis: Axes, panel: Panel, lanes: list[Lane], scale: float, wi
                     clip_on=True,
                 )
     for mark in panel.marks:
-        axis.axvline(mark * scale, color=_FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
+        axis.axvline(mark * scale, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     axis.set_yticks(range(len(lanes)), [str(lane) for lane in lanes])
     axis.set_ylim(len(lanes) - 0.5, -0.5)
     axis.set_xlim(0, width)
-    axis.set_title(panel.title, loc="left", fontsize=10, color=_INK)
-    _bare(axis)
+    axis.set_title(panel.title, loc="left", fontsize=10, color=INK)
+    bare(axis)
 
 
 def _label(operator: str, room: float) -> tuple[str, int]:
@@ -159,12 +159,12 @@ def save_heat_map(path: Path | str, profile: Profile, *, least: float = 0.02) ->
     longest = max((alone[key] for key in columns), default=0.0)
     keep = [j for j, key in enumerate(columns) if alone[key] >= least * longest]
     columns, shares = [columns[j] for j in keep], shares[:, keep]
-    figure = _figure(max(6.0, 2.6 + 0.78 * len(columns)), 2.3 + 0.5 * max(1, len(rows)))
+    figure = new_figure(max(6.0, 2.6 + 0.78 * len(columns)), 2.3 + 0.5 * max(1, len(rows)))
     axis = figure.subplots()
     image = axis.imshow(shares, cmap=_OVERLAP, vmin=0, vmax=1, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
         if not np.isnan(share):
-            colour = "white" if share < 0.2 or share > 0.8 else _INK
+            colour = "white" if share < 0.2 or share > 0.8 else INK
             axis.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8.5, color=colour)
     axis.set_xticks(
         range(len(columns)), [_short(c) for c in columns], rotation=40, ha="right", fontsize=9
@@ -178,13 +178,13 @@ def save_heat_map(path: Path | str, profile: Profile, *, least: float = 0.02) ->
         f"{profile.fingerprint.device}",
         loc="left",
         fontsize=10,
-        color=_INK,
+        color=INK,
     )
-    _bare(axis)
+    bare(axis)
     axis.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=axis, fraction=0.03, pad=0.02, format=lambda x, _: f"{x:.0%}")
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _short(key: Key) -> str:
@@ -206,7 +206,7 @@ def save_exposed(
     shades = dict(zip(lanes, ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a"), strict=False))
     longest = max(steps.values())
     unit, scale = ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
-    figure = _figure(9, 1.3 + 0.5 * len(exposed))
+    figure = new_figure(9, 1.3 + 0.5 * len(exposed))
     axis = figure.subplots()
     for row, (plan, lost) in enumerate(exposed.items()):
         left = (steps[plan] - sum(lost.values())) * scale
@@ -216,32 +216,34 @@ def save_exposed(
             left += seconds * scale
         share = sum(lost.values()) / steps[plan]
         text = f"{steps[plan] * scale:.1f} {unit}, {share:.0%} exposed"
-        axis.text(left + longest * scale * 0.01, row, text, va="center", fontsize=9, color=_INK)
+        axis.text(left + longest * scale * 0.01, row, text, va="center", fontsize=9, color=INK)
     axis.set_yticks(range(len(exposed)), list(exposed))
     axis.set_ylim(len(exposed) - 0.5, -0.5)
     axis.set_xlim(0, longest * scale * 1.24)
-    axis.set_xlabel(f"time of a step ({unit})", color=_INK)
+    axis.set_xlabel(f"time of a step ({unit})", color=INK)
     handles = [Patch(color="#cfd8d3", label="compute, with hidden communication")]
     handles += [Patch(color=shades[lane], label=f"exposed {lane}") for lane in lanes]
     figure.legend(
         handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9
     )
-    _bare(axis)
-    _save(figure, path)
+    bare(axis)
+    save(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture of so many inches."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _bare(axis: Axes) -> None:
+def bare(axis: Axes) -> None:
+    """Take away what is not data."""
     axis.spines[:].set_visible(False)
-    axis.tick_params(length=0, colors=_INK)
+    axis.tick_params(length=0, colors=INK)
 
 
-def _save(figure: Figure, path: Path | str) -> None:
+def save(figure: Figure, path: Path | str) -> None:
     """Write the picture, whole or not at all."""
     data = io.BytesIO()
     figure.savefig(data, format="png")

@@ -20,8 +20,9 @@ from lightning_dhellam.search.files import (
     put_in_lines,
     save_text,
 )
+from lightning_dhellam.search.graphfile import fields_of, graph_from
 
-FORMAT = 1
+FORMAT = 2
 
 Key = str
 """Names a measured operator: that of the first operator which does this work."""
@@ -109,6 +110,8 @@ class Profile:
         lanes: of each key.
         timings: alone and beside one another.
         launch: seconds the host needs to issue one operator.
+        graphs: that were profiled, of every kind of layer the forward and the backward one.
+        inline: compute ran on the host, as it does on CPU; see `cost.Costs`.
     """
 
     fingerprint: Fingerprint
@@ -116,6 +119,8 @@ class Profile:
     lanes: Mapping[Key, Lane]
     timings: tuple[Timing, ...]
     launch: float = 0.0
+    graphs: tuple[Graph, ...] = ()
+    inline: bool = False
 
     def save(self, path: Path | str) -> None:
         """Write it, whole or not at all."""
@@ -123,11 +128,13 @@ class Profile:
             "format": FORMAT,
             "fingerprint": asdict(self.fingerprint),
             "launch": self.launch,
+            "inline": self.inline,
             "operators": {name: dict(keys) for name, keys in self.operators.items()},
             "lanes": dict(self.lanes),
             "timings": [asdict(row) for row in self.timings],
+            "graphs": [fields_of(graph) for graph in self.graphs],
         }
-        save_text(Path(path), put_in_lines(fields, flat=("timings",)))
+        save_text(Path(path), put_in_lines(fields, flat=("timings", "graphs")))
 
     @classmethod
     def load(cls, path: Path | str, expected: Fingerprint | None = None) -> Profile:
@@ -145,9 +152,11 @@ class Profile:
                 {key: Lane(lane) for key, lane in fields["lanes"].items()},
                 tuple(Timing(**row) for row in fields["timings"]),
                 float(fields["launch"]),
+                tuple(graph_from(row) for row in fields["graphs"]),
+                bool(fields["inline"]),
             )
             profile._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise FileError(f"{path} is not a whole profile ({error}): measure again") from error
         if expected is not None:
             found = differences(asdict(profile.fingerprint), asdict(expected))
@@ -165,6 +174,9 @@ class Profile:
         missing = needed - (alone & set(self.lanes))
         if missing:
             raise ValueError(f"no time of '{min(missing)}'")
+        for graph in self.graphs:
+            if graph.fingerprint not in self.operators:
+                raise ValueError(f"graph '{graph}' is not the one that was measured")
 
 
 @dataclass(frozen=True)
@@ -227,6 +239,7 @@ def measure(
     progress: Progress | None = None,
     identity: Identity = nominal_identity,
     launch: float = 0.0,
+    inline: bool = False,
     beside: Callable[[Target, Target], bool] | None = None,
 ) -> Profile:
     """Measure every operator of `graphs` alone, and communication beside computation.
@@ -239,6 +252,7 @@ def measure(
         progress: is told what is measured next.
         identity: operators with equal ones are measured once.
         launch: seconds the host needs to issue one operator.
+        inline: compute runs on the host, as it does on CPU.
         beside: whether a communication and a compute operator are worth measuring together;
             those that are not keep their speed. All by default.
 
@@ -263,7 +277,8 @@ def measure(
     if progress is not None:
         progress(len(work), len(work), "done")
     lanes = {target.key: target.operator.lane for target in chosen}
-    return Profile(fingerprint, keys, lanes, tuple(rows), launch)
+    distinct = tuple({graph.fingerprint: graph for graph in graphs}.values())
+    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline)
 
 
 def _measure(bench: Bench, target: Target, partner: Target | None, label: str) -> list[Timing]:

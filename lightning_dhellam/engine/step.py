@@ -27,7 +27,7 @@ from lightning_dhellam.engine.executor import (
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
 from lightning_dhellam.engine.trace import Tracer
-from lightning_dhellam.pipeline import Pass, single_stage
+from lightning_dhellam.pipeline import Direction, Pass, fold
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
 
 _QUEUED = 100
@@ -102,7 +102,9 @@ class Engine:
         losses: list[Tensor] = []
         final = len(micro_batches) - 1
         with torch.no_grad():
-            for step in single_stage(len(micro_batches)):
+            for step in fold(1, len(micro_batches))[0]:
+                if step.direction is Direction.ASCENDING:
+                    continue  # with one stage it is the other half of the same walk
                 if step.forward is not None:
                     walks[step.forward] = self._enter(micro_batches[step.forward])
                 notify = on_gradient if step.backward == final else None

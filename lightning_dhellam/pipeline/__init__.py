@@ -1,5 +1,28 @@
-"""The order in which a stage runs its micro-batches, as data."""
+"""The folded pipeline: its schedule as data, the split of the layers, the transfers."""
 
-from lightning_dhellam.pipeline.schedule import Pass, single_stage
+from lightning_dhellam.pipeline.schedule import (
+    Channel,
+    Direction,
+    Pass,
+    Schedule,
+    arrivals,
+    departures,
+    fold,
+    live_activations,
+    peak_activations,
+)
+from lightning_dhellam.pipeline.verify import ScheduleError, verify
 
-__all__ = ["Pass", "single_stage"]
+__all__ = [
+    "Channel",
+    "Direction",
+    "Pass",
+    "Schedule",
+    "ScheduleError",
+    "arrivals",
+    "departures",
+    "fold",
+    "live_activations",
+    "peak_activations",
+    "verify",
+]

@@ -47,6 +47,12 @@ def test_every_recipe_command_works_in_the_order_given(tmp_path: Path) -> None:
     assert found.count("use it with --trainer.strategy.plan runs/search/plan.json") == 1
     shown = run(tmp_path, "plan", "show", "runs/search/plan.json")
     assert "forward transformer, backward transformer" in shown
+    simulate, schedule = (shlex.split(line)[1:] for line in blocks("bash")[2].splitlines())
+    assert re.search(r"^fold +[\d.]+ s ", run(tmp_path, *simulate), re.MULTILINE)
+    assert "stage 3, chunks 3 and 4" in run(tmp_path, *schedule)
+    assert all(
+        (tmp_path / "runs" / file).is_file() for file in ("simulate/pipelines.png", "fold.png")
+    )
     summary = run(tmp_path, *commands[3][1:])
     assert re.search(r"loss +8\.\d+ -> \d\.\d+ in 10 steps", summary)
     assert re.search(r"plan +runs/search/plan.json, tensor parallel 2, data parallel 1", summary)

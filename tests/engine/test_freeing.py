@@ -15,7 +15,7 @@ from lightning_dhellam.engine.tape import Ledger, Mark, Slot
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.pipeline import Pass, single_stage
+from lightning_dhellam.pipeline import Direction, Pass, fold
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Issue, Lane, Operator, Plan, Strand
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, train
 from tests.models.llama import SMALL
@@ -64,7 +64,9 @@ def _walk(layers: Sequence[GraphPair], builder: Builder, micro_batches: int) -> 
     """Every launch of a step, in order."""
     last = len(layers) - 1
     plans: dict[tuple[str, str], Plan] = {}
-    for step in single_stage(micro_batches):
+    for step in fold(1, micro_batches)[0]:
+        if step.direction is Direction.ASCENDING:
+            continue  # the other half of the same walk
         previous: tuple[Plan, int] | None = None
         for index in range(last + 1):
             ahead = layers[index].forward if step.forward is not None else None

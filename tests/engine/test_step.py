@@ -14,7 +14,6 @@ from lightning_dhellam.engine.executor import bind
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.pipeline import Pass, single_stage
 from lightning_dhellam.plan import BUILDERS, GraphPair, PlanError
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, prepared, train
 from tests.models.llama import SMALL, relative_error
@@ -28,18 +27,6 @@ def context() -> ParallelContext:
 @pytest.fixture
 def model(context: ParallelContext) -> CausalLM:
     return prepared(SMALL, context)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_each_micro_batch_goes_backward_beside_the_next_ones_forward(count: int) -> None:
-    middle = [Pass(k, k - 1) for k in range(1, count)]
-    assert single_stage(count) == [Pass(0, None), *middle, Pass(None, count - 1)]
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_no_micro_batches_no_step(count: int) -> None:
-    with pytest.raises(ValueError, match=f"micro_batches={count} must be at least 1"):
-        single_stage(count)
 
 
 def test_evaluation_is_the_loss_of_training_and_prediction_the_models_output(

@@ -103,6 +103,37 @@ def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
     assert '{"operator": "transformer/qkv.gather", "partner": null, "median":' in path.read_text()
 
 
+def test_a_profile_holds_its_graphs(tmp_path: Path) -> None:
+    """All that is needed to plan and to simulate them comes back from the file."""
+    graphs = graphs_of([transformer()])
+    path = tmp_path / "profile.json"
+    measure(FakeBench(costs(graphs, 370e9)), [*graphs, *graphs], FINGERPRINT).save(path)
+    found = Profile.load(path).graphs
+    assert found == tuple(graphs)
+    for graph, before in zip(found, graphs, strict=True):
+        assert graph.fingerprint == before.fingerprint
+        assert graph.bytes_per_token == before.bytes_per_token
+        assert [o.cost for o in graph.operators] == [o.cost for o in before.operators]
+        with pytest.raises(AssertionError, match="read from a file"):
+            graph.operators[0].run()
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_costs_know_where_compute_ran(tmp_path: Path, inline: bool) -> None:
+    graphs = graphs_of([transformer()])
+    path = tmp_path / "profile.json"
+    measure(FakeBench(costs(graphs, 370e9)), graphs, FINGERPRINT, inline=inline).save(path)
+    assert Costs.of(Profile.load(path)).inline is inline
+
+
+def test_a_graph_that_was_not_measured_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    _measured()[0].save(path)
+    path.write_text(path.read_text().replace('"d_proj_full", "context"', '"d_proj_full", "qkv"'))
+    with pytest.raises(FileError, match="graph 'transformer backward' is not the one"):
+        Profile.load(path)
+
+
 def test_a_profile_of_other_conditions_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     _measured()[0].save(path)

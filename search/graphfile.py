@@ -1,0 +1,60 @@
+"""Graphs as data: enough of them to plan and to simulate, not to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_dhellam.plan import Graph, Lane, Operator, Strand
+
+
+def fields_of(graph: Graph) -> dict[str, Any]:
+    """What a JSON file holds of a graph."""
+    return {
+        "name": graph.name,
+        "direction": str(graph.direction),
+        "inputs": list(graph.inputs),
+        "outputs": list(graph.outputs),
+        "operators": [
+            {
+                "name": o.name,
+                "lane": str(o.lane),
+                "reads": list(o.reads),
+                "writes": list(o.writes),
+                "cost": o.cost,
+            }
+            for o in graph.operators
+        ],
+        "bytes_per_token": dict(graph.bytes_per_token),
+    }
+
+
+def graph_from(fields: Mapping[str, Any]) -> Graph:
+    """The graph of such fields. Its operators have names, lanes, slots and costs, no kernels.
+
+    Raises:
+        KeyError, TypeError, ValueError: fields are missing or malformed.
+    """
+    operators = tuple(
+        Operator(
+            row["name"],
+            Lane(row["lane"]),
+            tuple(row["reads"]),
+            tuple(row["writes"]),
+            _no_kernel,
+            float(row["cost"]),
+        )
+        for row in fields["operators"]
+    )
+    return Graph(
+        fields["name"],
+        Strand(fields["direction"]),
+        operators,
+        tuple(fields["inputs"]),
+        tuple(fields["outputs"]),
+        {slot: float(size) for slot, size in fields["bytes_per_token"].items()},
+    )
+
+
+def _no_kernel(*values: Any) -> None:
+    raise AssertionError("this graph was read from a file: its operators have no kernels")
