@@ -58,7 +58,7 @@ class Duel:
     def measure(self) -> dict[str, Any]:
         """Profile, search, check that all sides compute the same, and time them in turn."""
         work, names = self._work, self._settings.sides
-        costs = Costs.of(work.profile(dist.group.WORLD), inline=True)
+        costs = Costs.of(work.profile(dist.group.WORLD))
         planned = [name for name in names if name in PLANS]
         plans = Plans.of(work.layers, costs, planned, tokens=work.tokens)
         steps = {name: self._step(name, plans) for name in names}

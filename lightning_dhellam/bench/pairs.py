@@ -114,12 +114,10 @@ def _report(profile: Profile, notes: Row) -> Report:
     report = Report("pairs", ("collective", "alone us", *names.values()), notes)
     times = {names[j]: alone[computes[j]] * 1e6 for j in kept}
     report.rows.append({"collective": "(alone us)", **times})
+    slowdowns = Costs.of(profile).slowdowns
     for i, key in enumerate(collectives):
         row: Row = {"collective": key.rsplit("/", 1)[-1], "alone us": alone[key] * 1e6}
         row |= {names[j]: float(shares[i, j]) for j in kept if not np.isnan(shares[i, j])}
+        row["slowdowns"] = {b: pair for (a, b), pair in slowdowns.items() if a == key}
         report.rows.append(row)
-    slowdowns = Costs.of(profile).slowdowns
-    report.notes["slowdowns"] = {
-        f"{a} beside {b}": [round(x, 3) for x in pair] for (a, b), pair in slowdowns.items()
-    }
     return report

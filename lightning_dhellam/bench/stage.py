@@ -195,8 +195,7 @@ class Stage:
         """Of this shape and link: what they hold for does not depend on the number of layers."""
         key = (cell.shape, cell.link, cell.priority, cell.blind)
         if key not in self._searched:
-            inline = self._context.device.type == "cpu"
-            costs = Costs.of(work.profile(repeats=self._effort.repeats), inline=inline)
+            costs = Costs.of(work.profile(repeats=self._effort.repeats))
             known = costs.without_slowdowns() if cell.blind else costs
             found = Plans.of(work.layers, known, self._effort.plans, tokens=work.tokens)
             self._searched[key] = replace(found, costs=costs)

@@ -119,7 +119,7 @@ def test_nothing_stays_of_a_benchmark_that_is_killed(how: signal.Signals, tmp_pa
         both = hosts_of(benchmark.pid)
         assert until(lambda: all(map(own_network, both)))
         # Anywhere from here on; a little later the link between them exists as well.
-        time.sleep(4)
+        time.sleep(2)
         assert all(map(is_there, both)), benchmark.communicate()[1]
         benchmark.send_signal(how)
         benchmark.wait(timeout=20)
