@@ -65,9 +65,10 @@ def fingerprint(
 def device_name(context: ParallelContext) -> str:
     """The device and, of an emulated cluster, its links."""
     if context.device.type != "cuda":
-        return f"{processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(context.device)
-    links = ", ".join(f"{lane}: {emulated.link}" for lane, emulated in context.links.items())
+        name = f"{processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    else:
+        name = torch.cuda.get_device_name(context.device)
+    links = ", ".join(f"{lane}: {emulated.link!r}" for lane, emulated in context.links.items())
     return f"{name}, emulated cluster ({links})" if context.emulated else name
 
 

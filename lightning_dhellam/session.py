@@ -202,7 +202,7 @@ class Session:
             self._winner,
             self._reason,
             self._predicted,
-            {name: _intervals(spans) for name, spans in self._spans.items()},
+            {name: intervals(spans) for name, spans in self._spans.items()},
             self._seconds,
             REFERENCE,
         )
@@ -269,7 +269,8 @@ class _Stopwatch:
         return event
 
 
-def _intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
+def intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
+    """A traced step as a timeline, with time 0 at its start."""
     first = min((span.start for span in spans), default=0.0)
     return tuple(
         Interval(

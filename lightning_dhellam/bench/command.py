@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench import gemms, kernels, launch, throughput
+from lightning_dhellam.bench import (
+    gemms,
+    kernels,
+    launch,
+    overlap,
+    pairs,
+    throughput,
+    two_hosts,
+)
 from lightning_dhellam.bench.report import Report
 
 
@@ -31,6 +40,9 @@ BENCHMARKS = {
     "gemms": Benchmark(gemms.DESCRIPTION, gemms.add_options, gemms.run),
     "kernels": Benchmark(kernels.DESCRIPTION, kernels.add_options, kernels.run),
     "launch": Benchmark(launch.DESCRIPTION, launch.add_options, launch.run),
+    "overlap": Benchmark(overlap.DESCRIPTION, overlap.add_options, overlap.run),
+    "pairs": Benchmark(pairs.DESCRIPTION, pairs.add_options, pairs.run),
+    "two-hosts": Benchmark(two_hosts.DESCRIPTION, two_hosts.add_options, two_hosts.run),
     "throughput": Benchmark(throughput.DESCRIPTION, throughput.add_options, throughput.run),
 }
 
@@ -51,6 +63,8 @@ def bench_command(argv: Sequence[str]) -> int:
     benchmark.add_options(parser)
     options = parser.parse_args(words[1:])
     report = benchmark.run(options)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes that torchrun has started, the first one writes
     print(report.table())
     print(f"written to {report.save(Path(options.output))}")
     return 1 if report.failures else 0

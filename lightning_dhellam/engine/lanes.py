@@ -90,6 +90,8 @@ class CpuLanes(Lanes):
         result = operator.run(*(slot.value for slot in inputs))
         if not isinstance(result, Pending):
             return result, Mark(operator.lane, 0, None, None)
+        if result.work is None:
+            return result.value, Mark(operator.lane, 0, None, None)
         self._running = [work for work in self._running if not work.is_completed()]
         self._running.append(result.work)
         for slot in inputs:
@@ -125,20 +127,26 @@ class CudaLanes(Lanes):
 
         compute   GEMM  ---->  writes x      next gather waits for compute: x is freed here
         tp              gather reads x -->
+
+    Args:
+        device: a CUDA device.
+        poison: see `Lanes`.
+        priority: of communication streams: -1 goes before compute, 0 is its equal.
     """
 
-    def __init__(self, device: torch.device, *, poison: bool = False) -> None:
+    def __init__(self, device: torch.device, *, poison: bool = False, priority: int = -1) -> None:
         super().__init__(poison=poison)
         self.device = device
+        self._priority = priority
         self._streams = {Lane.COMPUTE: torch.cuda.current_stream(device)}
         self._numbers: dict[Lane, int] = {Lane.COMPUTE: 0}
         self._seen: dict[Lane, dict[Lane, int]] = {Lane.COMPUTE: {}}
         self._waiting: dict[Lane, list[Slot]] = {Lane.COMPUTE: []}
 
     def stream(self, lane: Lane) -> torch.cuda.Stream:
-        """The stream of `lane`, made on first use. Communication goes before compute."""
+        """The stream of `lane`, made on first use."""
         if lane not in self._streams:
-            self._streams[lane] = torch.cuda.Stream(self.device, priority=-1)
+            self._streams[lane] = torch.cuda.Stream(self.device, priority=self._priority)
             self._numbers[lane] = 0
             self._seen[lane] = {}
             self._waiting[lane] = []
@@ -227,6 +235,8 @@ class CudaLanes(Lanes):
             slot.value = None
 
 
-def make_lanes(device: torch.device, *, poison: bool = False) -> Lanes:
-    """The lanes of `device`."""
-    return CudaLanes(device, poison=poison) if device.type == "cuda" else CpuLanes(poison=poison)
+def make_lanes(device: torch.device, *, poison: bool = False, priority: int = -1) -> Lanes:
+    """The lanes of `device`; see `CudaLanes`."""
+    if device.type == "cuda":
+        return CudaLanes(device, poison=poison, priority=priority)
+    return CpuLanes(poison=poison)

@@ -23,7 +23,7 @@ from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.norm import NormLowering
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.parallel.emulate import EmulatedLink
+from lightning_dhellam.parallel.link import EmulatedLink
 from lightning_dhellam.plan import Graph, GraphPair, Strand
 
 Loss = Callable[[Tensor, Any], Tensor]

@@ -13,7 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel.cpu import megatron_device
-from lightning_dhellam.parallel.emulate import Cluster, EmulatedLink
+from lightning_dhellam.parallel.emulate import Cluster
+from lightning_dhellam.parallel.link import EmulatedLink
 
 
 def check_sizes(
