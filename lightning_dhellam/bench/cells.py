@@ -61,7 +61,6 @@ class Cell:
         link: over which tensor-parallel ranks talk.
         calibrated: choose the link's bandwidth so that Megatron exposes what was published.
         priority: of the communication streams.
-        blind: search as if operators did not slow each other down.
         lever: what is unusual about it, in words.
     """
 
@@ -70,7 +69,6 @@ class Cell:
     link: Link
     calibrated: bool = False
     priority: int = -1
-    blind: bool = False
     lever: str = ""
 
     @property
@@ -125,7 +123,6 @@ def _levers(links: Sequence[Link]) -> list[Cell]:
         return []
     link = on_sms[len(on_sms) // 2]
     return [
-        Cell("a", 4, link, blind=True, lever="searched without slowdowns"),
         Cell("a", 4, link, priority=0, lever="streams of equal priority"),
         Cell("a", 4, replace(link, sms=8), lever="8 SMs"),
         Cell("a", 4, replace(link, sms=24), lever="24 SMs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_dhellam.bench.megatron_side import MegatronSide
 from lightning_dhellam.bench.plans import PLANS, Plans, lane_seconds
-from lightning_dhellam.bench.rounds import Clock, Result, Times, in_turn, result_of
+from lightning_dhellam.bench.rounds import Clock, Result, in_turn, result_of
 from lightning_dhellam.bench.workload import Workload, whole
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
@@ -64,6 +65,7 @@ class Duel:
         steps = {name: self._step(name, plans) for name in names}
         parity = self._parity(steps)
         times = in_turn(steps, self._clock, self._settings.rounds)
+        cpu = {name: _cpu_seconds(step) for name, step in steps.items()}
         lanes = lane_seconds(work.layers, plans.costs)
         count = len(work.pieces)
         predicted = {
@@ -74,7 +76,17 @@ class Duel:
             "communication": count * lanes[Lane.TP],
             "search": plans.search_seconds.get("auto"),
             "resource": plans.solutions["auto"].main.resource if "auto" in names else None,
-            "sides": [_row(name, times[name], predicted.get(name), parity[name]) for name in names],
+            "sides": [
+                {
+                    "side": name,
+                    "seconds": times[name].median,
+                    "spread": times[name].spread,
+                    "cpu": cpu[name],
+                    "predicted": predicted.get(name),
+                    "parity": parity[name],
+                }
+                for name in names
+            ],
         }
 
     def _step(self, name: str, plans: Plans) -> Callable[[], Tensor]:
@@ -96,11 +108,8 @@ class Duel:
         return found
 
 
-def _row(name: str, times: Times, predicted: float | None, parity: float) -> dict[str, Any]:
-    return {
-        "side": name,
-        "seconds": times.median,
-        "spread": times.spread,
-        "predicted": predicted,
-        "parity": parity,
-    }
+def _cpu_seconds(step: Callable[[], Tensor]) -> float:
+    """Of all threads of this process, for a step."""
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.simulate import Simulation, simulate
-from lightning_dhellam.search.solve import ModelSolution, solve
+from lightning_dhellam.search.solve import Algorithm, ModelSolution, solve
 
 BUILT_IN = ("sequential", "megatron", "dhellam", "interleaved")
-SEARCHED = ("pairs", "auto")
+SEARCHED = ("pairs", "order", "auto")
 PLANS = (*BUILT_IN, *SEARCHED)
-"""`pairs` is the published search for pairs of blocks, `auto` ours."""
+"""`pairs` is the published search for pairs of blocks, `auto` ours; `order` is ours as if operators
+did not slow each other down."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Plans:
             if name in BUILDERS:
                 continue
             begin = time.perf_counter()
-            solutions[name] = solve(
-                layers, costs, algorithm="pairs" if name == "pairs" else "auto", tokens=tokens
-            )
+            known = costs.without_slowdowns() if name == "order" else costs
+            algorithm: Algorithm = "pairs" if name == "pairs" else "auto"
+            solutions[name] = solve(layers, known, algorithm=algorithm, tokens=tokens)
             seconds[name] = time.perf_counter() - begin
             builders[name] = solutions[name].builder()
         return cls(costs, {name: builders[name] for name in names}, solutions, seconds)

@@ -104,7 +104,7 @@ class Stage:
         self._link: EmulatedLink = context.links["tp"]
         self._clock = Clock(context.device)
         self._model: tuple[str, int, CausalLM] | None = None
-        self._searched: dict[tuple[str, Link, int, bool], Plans] = {}
+        self._searched: dict[tuple[str, Link, int], Plans] = {}
 
     def measure(self, cell: Cell) -> Outcome:
         """Profile, search, compare results, and time every plan of one cell."""
@@ -193,12 +193,12 @@ class Stage:
 
     def _plans(self, work: Workload, cell: Cell) -> Plans:
         """Of this shape and link: what they hold for does not depend on the number of layers."""
-        key = (cell.shape, cell.link, cell.priority, cell.blind)
+        key = (cell.shape, cell.link, cell.priority)
         if key not in self._searched:
             costs = Costs.of(work.profile(repeats=self._effort.repeats))
-            known = costs.without_slowdowns() if cell.blind else costs
-            found = Plans.of(work.layers, known, self._effort.plans, tokens=work.tokens)
-            self._searched[key] = replace(found, costs=costs)
+            self._searched[key] = Plans.of(
+                work.layers, costs, self._effort.plans, tokens=work.tokens
+            )
         return self._searched[key]
 
     def _parity(self, work: Workload, steps: Mapping[str, Step]) -> dict[str, float]:

@@ -5,7 +5,8 @@ limited: tensor parallel 2 with gloo. Everything is real, only slow. All sides t
 from the same weights on the same batch, in turn, on the same hosts; `megatron-core` is
 Megatron-core's own GPTModel under its own forward-backward function, the others are our plans.
 
-The bound is what the busier of compute and link needs for a step, each undisturbed.
+The bound is what the busier of compute and link needs for a step, each undisturbed. A host has one
+core, on which gloo copies, sums and sends as well: `cpu s` is what both cost it in a step.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ DESCRIPTION = "our plans and Megatron-core over a link of limited rate between t
 
 COLUMNS = (
     "Gbit/s", "achieved", "side", "step s", "spread", "over sequential", "over megatron-core",
-    "of bound", "predicted s", "error", "parity",
+    "of bound", "cpu s", "predicted s", "error", "parity",
 )  # fmt: skip
-SIDES = ("sequential", "megatron", "dhellam", "interleaved", "auto", "megatron-core")
+SIDES = (
+    "sequential", "megatron", "dhellam", "interleaved", "order", "auto", "megatron-core",
+)  # fmt: skip
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -95,6 +98,7 @@ def _row(side: Row, sides: dict[str, Row], bound: float, result: dict[str, Any])
         "over sequential": sides["sequential"]["seconds"] / seconds,
         "over megatron-core": theirs["seconds"] / seconds if theirs else None,
         "of bound": bound / seconds,
+        "cpu s": side["cpu"],
         "predicted s": predicted,
         "error": predicted / seconds - 1 if predicted is not None else None,
         "parity": side["parity"],
