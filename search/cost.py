@@ -21,6 +21,9 @@ from lightning_dhellam.search.profile import Key, Profile
 
 _INSTANT = 1e-7
 """Seconds that anything takes at least."""
+Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
+Table = Sequence[Sequence[tuple[float, float]]]
+_AT_EASE = (-inf, 0)
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
 
@@ -43,10 +46,10 @@ class Costs:
 
     keys: Mapping[str, Mapping[str, Key]]
     seconds: Mapping[Key, float]
-    slowdowns: Mapping[tuple[Key, Key], tuple[float, float]] = field(default_factory=dict)
+    slowdowns: Slowdowns = field(default_factory=dict)
     launch: float = 0.0
     inline: bool = False
-    behind: Mapping[tuple[Key, Key], tuple[float, float]] = field(default_factory=dict)
+    behind: Slowdowns = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: Profile) -> Costs:
@@ -84,7 +87,7 @@ class Costs:
         """The same, as if lanes did not disturb each other: never slower."""
         return replace(self, slowdowns={}, behind={})
 
-    def tables(self) -> tuple[Mapping[tuple[Key, Key], tuple[float, float]], ...]:
+    def tables(self) -> tuple[Slowdowns, Slowdowns]:
         """Slowdowns of communication that starts first or together, and of what starts behind."""
         return self.slowdowns, {**self.slowdowns, **self.behind}
 
@@ -139,6 +142,8 @@ class Score:
         issued: when the host issues each one, None if it always is early enough.
         slowdowns: of communication and compute, by kind of communication and kind of compute.
         behind: the same for communication that starts while the compute launch is running.
+        holds: the compute launches that wait for each launch to start. None: what could start
+            with a compute launch goes first, as if it held it.
     """
 
     queues: list[list[int]]
@@ -147,19 +152,23 @@ class Score:
     waits: list[int]
     followers: Sequence[Sequence[int]]
     issued: list[float] | None
-    slowdowns: Sequence[Sequence[tuple[float, float]]]
-    behind: Sequence[Sequence[tuple[float, float]]]
+    slowdowns: Table
+    behind: Table
+    holds: Mapping[int, Sequence[int]] | None = None
 
 
 def play(score: Score) -> tuple[list[float], list[float]]:
     """Play a score: start and end of each launch in seconds.
 
     From event to event, exact with changing overlaps. A launch that waits for itself through its
-    lane or its slots never starts: its times are infinite.
+    lane or its slots never starts: its times are infinite. Of two that may start at one moment,
+    that which waited for its own lane only is a few microseconds earlier.
     """
     queues, seconds, kinds = score.queues, score.seconds, score.kinds
     followers, issued = score.followers, score.issued
-    slowdowns, behind = score.slowdowns, score.behind
+    slowdowns, behind, holds = score.slowdowns, score.behind, score.holds
+    # When and by which lane each launch was released last.
+    released: dict[int, tuple[float, int]] = {}
     waits = score.waits.copy()
     starts, ends = [inf] * len(seconds), [inf] * len(seconds)
     lanes = range(len(queues))
@@ -168,7 +177,7 @@ def play(score: Score) -> tuple[list[float], list[float]]:
     left, slow = [0.0] * len(queues), [1.0] * len(queues)
     now = 0.0
     while True:
-        until = inf
+        until, again = inf, False
         for lane in lanes:
             if running[lane] < 0 and position[lane] < lengths[lane]:
                 launch = queues[lane][position[lane]]
@@ -181,6 +190,13 @@ def play(score: Score) -> tuple[list[float], list[float]]:
                 left[lane] = seconds[launch]
                 starts[launch] = now
                 position[lane] += 1
+                if holds is not None:
+                    for held in holds.get(launch, ()):
+                        waits[held] -= 1
+                        released[held] = now, lane
+                        again = True
+        if again:
+            continue
         step = until - now
         computing = running[0]
         compute_slow = 1.0
@@ -188,7 +204,14 @@ def play(score: Score) -> tuple[list[float], list[float]]:
             launch = running[lane]
             if lane and launch >= 0:
                 if computing >= 0:
-                    table = behind if starts[launch] > starts[computing] else slowdowns
+                    begun = starts[launch]
+                    is_later = begun > starts[computing]
+                    if holds is not None and begun == starts[computing]:
+                        # A lane learns a few microseconds later of what another has done.
+                        crossed = released.get(computing, _AT_EASE)
+                        at_ease = crossed[0] < begun or not crossed[1]
+                        is_later = at_ease and released.get(launch) == (begun, 0)
+                    table = behind if is_later else slowdowns
                     slow[lane], more = table[kinds[launch]][kinds[computing]]
                     compute_slow *= more
                 else:
@@ -210,6 +233,8 @@ def play(score: Score) -> tuple[list[float], list[float]]:
                     running[lane] = -1
                     for follower in followers[launch]:
                         waits[follower] -= 1
+                        if holds is not None:
+                            released[follower] = now, lane
                 else:
                     left[lane] -= step / slow[lane]
 
@@ -225,12 +250,13 @@ class Kinds:
         """The number of `key`."""
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def tables(self) -> list[list[list[tuple[float, float]]]]:
+    def tables(self) -> tuple[Table, Table]:
         """`Costs.tables` by number of communication and number of compute."""
-        return [
-            [[given.get((a, b), (1.0, 1.0)) for b in self._numbers] for a in self._numbers]
-            for given in self._costs.tables()
-        ]
+        together, behind = self._costs.tables()
+        return self._table(together), self._table(behind)
+
+    def _table(self, given: Slowdowns) -> Table:
+        return [[given.get((a, b), (1.0, 1.0)) for b in self._numbers] for a in self._numbers]
 
 
 def lanes_of(graphs: Iterable[Graph]) -> tuple[Lane, ...]:

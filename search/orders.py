@@ -179,7 +179,10 @@ class Problem:
         return max(0.0, self.memory.peak(candidate) - self.memory_limit)
 
     def seconds_of(self, candidate: Candidate) -> float:
-        """The period of a pair that repeats itself, else the time with its surroundings."""
+        """The period of a pair that repeats itself, else the time with its surroundings.
+
+        As if all communication went first that could: see `first`.
+        """
         if not self.cyclic:
             own = (self._base + x for x in candidate.order)
             order = [*self._prefix, *own, *self._suffix]
@@ -190,12 +193,14 @@ class Problem:
         return seconds
 
     def seconds_of_plan(self, plan: Plan) -> float:
-        """The same for a plan, which may have barriers."""
+        """The same for a plan, which may have barriers, and says what goes first."""
         if not self.cyclic:
-            rows = self._walk.order(self._plans(plan))
-            return max(play(self._walk.score(rows))[1])
+            plans = self._plans(plan)
+            score = self._walk.score(self._walk.order(plans), self._walk.first_of(plans))
+            return max(play(score)[1])
         walk = self._longer if any(isinstance(row, Barrier) for row in plan.rows) else self._walk
-        return self._period(walk, walk.order([plan] * len(walk.stops)))[0]
+        plans = [plan] * len(walk.stops)
+        return self._period(walk, walk.order(plans), walk.first_of(plans))[0]
 
     @cached_property
     def _longer(self) -> Walk:
@@ -209,13 +214,15 @@ class Problem:
         order.extend(walk.first[-1] + x for x in candidate.order if lagging >> x & 1)
         return order
 
-    def _period(self, walk: Walk, order: Order) -> tuple[float, bool]:
+    def _period(
+        self, walk: Walk, order: Order, first: frozenset[int] | None = None
+    ) -> tuple[float, bool]:
         """Mean time between rounds, and whether the last but one repeats the one before.
 
         The last round is there to disturb the one before, as any round would.
         """
         rounds, size = len(walk.stops), self.size
-        ends = play(walk.score(order))[1]
+        ends = play(walk.score(order, first))[1]
         last = walk.first[rounds - 2]
         shifts = [ends[last + x] - ends[last - size + x] for x in range(size)]
         low, high = min(shifts), max(shifts)

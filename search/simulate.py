@@ -94,7 +94,7 @@ def _simulate(stops: Sequence[Stop], builder: Builder, costs: Costs, tokens: int
     made: dict[tuple[str, str], Plan] = {}
     plans = [_plan(stop, builder, made) for stop in stops]
     order = walk.order(plans)
-    starts, ends = play(walk.score(order))
+    starts, ends = play(walk.score(order, walk.first_of(plans)))
     timeline = Timeline.of(walk, order, starts, ends)
     return Simulation(
         plans[0].name,
@@ -237,8 +237,9 @@ def steady_state(
     period = problem.seconds_of_plan(plan)
     rounds = 2 * shown + 6
     walk = Walk(repeated(ahead, behind, rounds), costs)
-    order = walk.order([plan] * rounds)
-    starts, ends = play(walk.score(order))
+    plans = [plan] * rounds
+    order = walk.order(plans)
+    starts, ends = play(walk.score(order, walk.first_of(plans)))
     first = min(starts[walk.first[4] : walk.first[5]])
     timeline = Timeline.of(walk, order, starts, ends)
     rows = timeline.between(first, first + shown * period)

@@ -17,6 +17,7 @@ from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Pl
 from lightning_dhellam.search.bound import bounds
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import Exact
+from lightning_dhellam.search.first import with_first
 from lightning_dhellam.search.local import search, slim
 from lightning_dhellam.search.orders import Cost, Problem, Surroundings
 from lightning_dhellam.search.pairs import pairs
@@ -210,7 +211,10 @@ def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
         best, cost = exact.best, exact.cost
     slack = 0.0 if proven else _SLACK
     best, cost = slim(problem, best, slack, evaluations // 4, budget.seed)
-    plan = problem.plan(best)
+    plan, seconds = with_first(problem, problem.plan(best))
+    # What the search assumed to go first may not have been worth it.
+    proven = proven and seconds <= cost[1] * (1 + 1e-9)
+    cost = cost[0], seconds
     for other in built_in:
         # Barriers pay where lanes disturb each other more than waiting costs.
         excess = max(0.0, problem.memory.peak(problem.candidate(other)) - _limit(problem))

@@ -138,8 +138,21 @@ class Walk:
             if row.lag:
                 yield self._numbers[number][row.strand, row.operator]
 
-    def score(self, order: Sequence[int | None]) -> Score:
-        """What the machine model plays. Launches that `order` leaves out never start."""
+    def first_of(self, plans: Sequence[Plan]) -> frozenset[int]:
+        """The launches that go first by one plan for each stop."""
+        return frozenset(
+            numbers[row.strand, row.operator]
+            for numbers, plan in zip(self._numbers, plans, strict=True)
+            for row in plan.issues
+            if row.first
+        )
+
+    def score(self, order: Sequence[int | None], first: frozenset[int] | None = None) -> Score:
+        """What the machine model plays. Launches that `order` leaves out never start.
+
+        `first` are the launches that begin before the compute launch that is issued next. None:
+        all communication does that could begin at the same moment, which no order can promise.
+        """
         queues: list[list[int]] = [[] for _ in self.lanes]
         lane = self.lane
         for launch in order:
@@ -154,7 +167,27 @@ class Walk:
             issued = [0.0] * len(self.launches)
             for number, launch in enumerate(x for x in order if x is not None):
                 issued[launch] = (number + 1) * self._costs.launch
-        return Score(queues, self.seconds, self._kinds, counts, followers, issued, *self._tables)
+        holds = None if first is None or self._costs.inline else self._holds(order, first)
+        if holds:
+            counts = counts.copy()
+            for held in (held for each in holds.values() for held in each):
+                counts[held] += 1
+        return Score(
+            queues, self.seconds, self._kinds, counts, followers, issued, *self._tables, holds
+        )
+
+    def _holds(self, order: Sequence[int | None], first: frozenset[int]) -> dict[int, list[int]]:
+        """The compute launches that wait for each launch of `first` to begin."""
+        holds: dict[int, list[int]] = {}
+        ahead: list[int] = []
+        for launch in order:
+            if launch in first:
+                ahead.append(launch)
+            elif launch is not None and not self.lane[launch]:
+                for other in ahead:
+                    holds.setdefault(other, []).append(launch)
+                ahead = []
+        return holds
 
     def _with_host(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
         """What launches wait for when barriers, and the host if it computes, count as well."""

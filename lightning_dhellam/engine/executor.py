@@ -35,6 +35,7 @@ class Entry:
         lag: 1 when it belongs to the previous pair of layers.
         reads: each slot once.
         crosses: whether an operator of another lane reads what it writes.
+        first: whether it begins before the compute operator that follows.
         label: its name in traces.
     """
 
@@ -43,6 +44,7 @@ class Entry:
     lag: int
     reads: tuple[str, ...]
     crosses: bool
+    first: bool
     label: str
 
 
@@ -103,6 +105,7 @@ def _entry(row: Issue, graph: Graph | None, follows: Graph | None) -> Entry:
         row.lag,
         tuple(dict.fromkeys(operator.reads)),
         not foreign.isdisjoint(operator.writes),
+        row.first,
         f"{row.strand}/{operator.name}",
     )
 
@@ -160,7 +163,7 @@ class Executor:
         if self.observer is not None:
             self.observer(entry, [slot.value for slot in inputs])
         traced = operator if self.tracer is None else self.tracer.traced(operator)
-        result, mark = self.lanes.launch(traced, inputs, entry.crosses)
+        result, mark = self.lanes.launch(traced, inputs, entry.crosses, entry.first)
         values = result if len(operator.writes) > 1 else (result,) * len(operator.writes)
         for name, value in zip(operator.writes, values, strict=True):
             slot = Slot(value, mark)

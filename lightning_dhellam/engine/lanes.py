@@ -30,11 +30,14 @@ class Lanes(ABC):
         self.poison = poison
 
     @abstractmethod
-    def launch(self, operator: Operator, inputs: Sequence[Slot], crosses: bool) -> tuple[Any, Mark]:
+    def launch(
+        self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
+    ) -> tuple[Any, Mark]:
         """Start `operator` after what its inputs wait for.
 
-        `crosses` says whether another lane will read what it writes. Returns what the operator
-        returned, and the mark of its end.
+        `crosses` says whether another lane will read what it writes; `first`, that it shall begin
+        before what `compute` is given next. Returns what the operator returned, and the mark of
+        its end.
         """
 
     @abstractmethod
@@ -83,7 +86,9 @@ class CpuLanes(Lanes):
         super().__init__(poison=poison)
         self._running: list[Any] = []
 
-    def launch(self, operator: Operator, inputs: Sequence[Slot], crosses: bool) -> tuple[Any, Mark]:
+    def launch(
+        self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
+    ) -> tuple[Any, Mark]:
         for slot in inputs:
             if slot.mark.done is not None:
                 slot.mark.done.wait()
@@ -152,11 +157,17 @@ class CudaLanes(Lanes):
             self._waiting[lane] = []
         return self._streams[lane]
 
-    def launch(self, operator: Operator, inputs: Sequence[Slot], crosses: bool) -> tuple[Any, Mark]:
+    def launch(
+        self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
+    ) -> tuple[Any, Mark]:
         lane = operator.lane
         stream = self.stream(lane)
         for slot in inputs:
             self._wait(lane, stream, slot.mark)
+        if first:
+            begins = torch.cuda.Event()
+            begins.record(stream)
+            self._streams[Lane.COMPUTE].wait_event(begins)
         values = (slot.value for slot in inputs)
         if lane is Lane.COMPUTE:
             result = operator.run(*values)

@@ -7,7 +7,7 @@ A plan prints as a table and parses back from its own print:
       1  backward  tp       fc2.grad_gather
       2  backward  compute  fc1.wgrad (previous)
       -  barrier
-      3  forward   tp       qkv.gather
+      3  forward   tp       qkv.gather (first)
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ class Issue:
 
     With `lag` 1 it is the operator of the previous pair of layers, which was left over for this
     one, so that work which nobody waits for can hide this pair's first communication.
+
+    Communication with `first` begins before the compute operator that is issued next: a kernel
+    that runs has taken the processors that it wants, and what comes later waits for its end.
     """
 
     strand: Strand
     lane: Lane
     operator: str
     lag: int = 0
+    first: bool = False
 
     def __str__(self) -> str:
-        previous = _PREVIOUS if self.lag else ""
-        return f"{self.strand:<8}  {self.lane:<7}  {self.operator}{previous}"
+        remarks = _PREVIOUS * bool(self.lag) + _FIRST * self.first
+        return f"{self.strand:<8}  {self.lane:<7}  {self.operator}{remarks}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,11 @@ class Barrier:
 Row = Issue | Barrier
 
 _HEADER = re.compile(r"plan (\S+): forward (\S+), backward (\S+)")
-_ISSUE = re.compile(r"(\d+)\s+(\S+)\s+(\S+)\s+(\S+)( \(previous\))?")
+_ISSUE = re.compile(r"(\d+)\s+(\S+)\s+(\S+)\s+(\S+)( \(previous\))?( \(first\))?")
 _BARRIER = re.compile(r"-\s+barrier")
 _NOTHING = "-"
 _PREVIOUS = " (previous)"
+_FIRST = " (first)"
 
 
 @dataclass(frozen=True)
@@ -139,14 +144,14 @@ def _parse_row(lines: list[str], index: int, line: str, issued: int) -> Row:
     match = _ISSUE.fullmatch(line)
     if match is None:
         raise _parse_error(lines, index, "expected 'NUMBER STRAND LANE OPERATOR' or '- barrier'")
-    number, strand, lane, operator, previous = match.groups()
+    number, strand, lane, operator, previous, first = match.groups()
     if int(number) != issued:
         raise _parse_error(lines, index, f"row number {number}, expected {issued}")
     if strand not in list(Strand):
         raise _parse_error(lines, index, f"strand '{strand}', expected {_choices(Strand)}")
     if lane not in list(Lane):
         raise _parse_error(lines, index, f"lane '{lane}', expected {_choices(Lane)}")
-    return Issue(Strand(strand), Lane(lane), operator, lag=1 if previous else 0)
+    return Issue(Strand(strand), Lane(lane), operator, lag=1 if previous else 0, first=bool(first))
 
 
 def _choices(values: Iterable[str]) -> str:

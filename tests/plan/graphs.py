@@ -52,7 +52,8 @@ def toy_pair() -> GraphPair:
 
 
 def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
-    """A builder of random valid plans, some with barriers, some that leave work to the next pair.
+    """A builder of random valid plans, some with barriers, some that leave work to the next
+    pair, some with communication that goes first.
 
     The same seed and graphs give the same plan, on every rank and in any order of calls.
     """
@@ -62,6 +63,7 @@ def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
         draw = random.Random(f"{seed} {[graph.fingerprint for graph in graphs]}")
         barriers = draw.choice((0.0, 0.0, 0.1, 0.4))
         lags = draw.choice((0.0, 0.0, 0.5, 1.0))
+        firsts = draw.choice((0.0, 0.3, 1.0))
         rows: list[Issue | Barrier] = []
         left = [(graph, operator) for graph in graphs for operator in graph.operators]
         lagging = {graph.direction: _lagging(graph, lags, draw) for graph in graphs}
@@ -71,7 +73,8 @@ def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
             if draw.random() < barriers:
                 rows.append(Barrier())
             lag = int(operator.name in lagging[graph.direction])
-            rows.append(Issue(graph.direction, operator.lane, operator.name, lag))
+            first = operator.is_communication and draw.random() < firsts
+            rows.append(Issue(graph.direction, operator.lane, operator.name, lag, first))
         names = (graph.name if graph else None for graph in (forward, backward))
         return Plan(f"random-{seed}", *names, tuple(rows))
 

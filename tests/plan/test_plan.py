@@ -154,6 +154,19 @@ def test_work_that_nobody_waits_for_may_be_left_to_the_next_pair() -> None:
         validate(Plan.parse(both), None, toy_pair().backward)
 
 
+def test_communication_may_go_first_and_computation_may_not() -> None:
+    text = LAGGING.replace("grad_scatter", "grad_scatter (first)")
+    plan = Plan.parse(text)
+    assert str(plan) == text
+    assert [row.operator for row in plan.issues if row.first] == ["grad_scatter"]
+    assert plan.digest != Plan.parse(LAGGING).digest
+    validate(plan, None, toy_pair().backward)
+    text = LAGGING.replace("(previous)", "(previous) (first)")
+    assert str(Plan.parse(text)) == text
+    with pytest.raises(PlanError, match="'wgrad' computes: only communication can go first"):
+        validate(Plan.parse(text), None, toy_pair().backward)
+
+
 @pytest.mark.parametrize(
     ("row", "remark"),
     [

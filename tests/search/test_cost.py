@@ -63,6 +63,34 @@ def test_what_begins_behind_has_slowdowns_of_its_own() -> None:
     assert play(score)[1] == pytest.approx([1.5, 4, 4 + 4 - 2.5 / 1.5])
 
 
+def test_what_another_lane_releases_comes_a_moment_too_late() -> None:
+    """Launch 0 computes what 2 sends, while 1 is next on the compute lane."""
+    together = [[(1.0, 1.0)] * 2, [(1.0, 1.5), (1.0, 1.0)]]
+    behind = [[(1.0, 1.0)] * 2, [(20.0, 1.0), (1.0, 1.0)]]
+
+    def ends(holds: dict[int, list[int]] | None) -> list[float]:
+        waits = [0, 1 if holds else 0, 1]
+        score = Score(
+            [[0, 1], [2]], [1, 4, 2], [0, 0, 1], waits, [[2], [], []], None, together, behind, holds
+        )
+        return play(score)[1]
+
+    first = pytest.approx([1, 1 + 4 + 2 - 2 / 1.5, 3])
+    assert ends(None) == first
+    assert ends({}) == pytest.approx([1, 5, 5 + 2 - 4 / 20])
+    assert ends({2: [1]}) == first
+
+
+def test_communication_that_held_nobody_still_goes_first_on_its_own_lane() -> None:
+    """1 and 2 follow each other on their lane; what 1 brought lets compute begin beside 2."""
+    together = [[(1.0, 1.0)] * 2, [(1.0, 1.5), (1.0, 1.0)]]
+    behind = [[(1.0, 1.0)] * 2, [(20.0, 1.0), (1.0, 1.0)]]
+    score = Score(
+        [[0], [1, 2]], [4, 1, 2], [0, 1, 1], [1, 0, 0], [[], [0], []], None, together, behind, {}
+    )
+    assert play(score)[1] == pytest.approx([1 + 4 + 2 - 2 / 1.5, 1, 3])
+
+
 def test_launches_that_wait_for_each_other_never_start() -> None:
     score = Score([[1, 0]], [1, 1], [0, 0], [0, 1], [[1], []], None, FREE, FREE)
     assert play(score)[1] == [inf, inf]

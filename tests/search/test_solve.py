@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_dhellam.plan import BUILDERS, GraphPair, Plan, PlanError, validate
+from lightning_dhellam.plan import BUILDERS, GraphPair, Issue, Plan, PlanError, validate
 from lightning_dhellam.search.bound import bounds, maximum
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import closed_sets
@@ -194,6 +194,22 @@ def test_slowdowns_change_the_choice() -> None:
     knowing = solve_pair(layer, layer, given)
     blind = solve_pair(layer, layer, given.without_slowdowns())
     assert knowing.seconds < Problem(layer, layer, given).seconds_of_plan(blind.plan)
+
+
+def test_communication_goes_first_where_it_would_be_kept_waiting() -> None:
+    layer = transformer()
+    given = costs(graphs_of([layer]), 200e9, slowdowns=True)
+    strict = replace(given, behind=dict.fromkeys(given.slowdowns, (20.0, 1.0)))
+    solution = solve_pair(layer, layer, strict, tokens=TOKENS)
+    first = [row.operator for row in solution.plan.issues if row.first]
+    assert first and solution.seconds < solve_pair(layer, layer, strict, algorithm="pairs").seconds
+    problem = Problem(layer, layer, strict)
+    rows = tuple(
+        replace(row, first=False) if isinstance(row, Issue) else row for row in solution.plan.rows
+    )
+    assert problem.seconds_of_plan(replace(solution.plan, rows=rows)) > 1.02 * solution.seconds
+    # Where nothing is kept waiting, holding compute back gains nothing.
+    assert not any(row.first for row in solve_pair(layer, layer, given).plan.issues)
 
 
 def test_where_lanes_disturb_each_other_too_much_barriers_are_kept() -> None:
