@@ -115,6 +115,19 @@ class ModelConfig:
             self.num_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
         )
 
+    @property
+    def costs_in_layers(self) -> tuple[float, float]:
+        """Time of the embedding, and of the output layer with the loss, in that of a layer.
+
+        Matrix products at their FLOPs, attention over half of the longest sequence; the embedding
+        at the bytes that it moves, 10 per channel, each of which takes a GPU as long as 175 FLOPs.
+        """
+        heads = self.num_attention_heads * self.kv_channels
+        keys = self.num_query_groups * self.kv_channels
+        weights = self.hidden_size * (2 * heads + 2 * keys + 3 * self.ffn_hidden_size)
+        layer = 6.0 * (weights + heads * self.max_sequence_length)
+        return 1750 * self.hidden_size / layer, 6.0 * self.vocab_size * self.hidden_size / layer
+
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding table: vocab_size rounded up so that every rank's share is whole
         and aligned."""
@@ -159,10 +172,8 @@ class ModelConfig:
             attention_dropout=0.0,
             init_method_std=self.init_std,
             tensor_model_parallel_size=context.tp_size,
-            pipeline_model_parallel_size=context.pp_size,
             context_parallel_size=context.cp_size,
             expert_model_parallel_size=context.ep_size,
-            pipeline_dtype=dtype,
             sequence_parallel=context.tp_size > 1,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
