@@ -130,10 +130,14 @@ def largest(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return values
 
 
-def same_on_all_ranks(value: str, group: dist.ProcessGroup | None) -> list[str]:
-    """Every rank's `value`, when they differ; an empty list when all ranks hold the same."""
+def same_on_all_ranks(value: str, group: dist.ProcessGroup | None, *, stage: int = 0) -> list[str]:
+    """Every rank's `value`, when they differ; an empty list when all ranks hold the same.
+
+    Ranks of different `stage` may hold different values.
+    """
     if group is None or group.size() == 1:
         return []
     values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return [] if len(set(values)) == 1 else values
+    dist.all_gather_object(values, (stage, value), group=group)
+    stages = {stage for stage, _ in values}
+    return [] if len(set(values)) == len(stages) else [text for _, text in values]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module, Parameter
 
 from lightning_dhellam.parallel.context import ParallelContext
@@ -44,6 +47,7 @@ class GradientBuffers:
     ) -> None:
         self._context = context
         self._parallel = context.dp_size > 1
+        self._groups = _groups_of_stage(context)
         if context.tp_size > 1:
             _mark_partial(model)
         with context.megatron():
@@ -56,7 +60,7 @@ class GradientBuffers:
                     bucket_size=bucket_size,
                 ),
                 model,
-                pg_collection=context.groups,
+                pg_collection=self._groups,
             )
             if self._parallel:
                 self.ddp.broadcast_params()
@@ -83,10 +87,24 @@ class GradientBuffers:
         With sequence parallelism each rank has seen only its tokens, so the gradients of norm
         weights, and of every other weight that is not split, are partial sums.
         """
-        if not self._parallel and self._context.tp_size == 1 and self._context.pp_size == 1:
+        if not self._parallel and self._context.tp_size == 1:
             return
         with self._context.megatron(), torch.no_grad():
-            finalize_model_grads([self.ddp], pg_collection=self._context.groups)
+            finalize_model_grads([self.ddp], pg_collection=self._groups)
+
+
+def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
+    """Megatron's groups, as if this rank's pipeline stage were the only one.
+
+    Its own pipeline would add up the embedding's gradients of the first and the last stage, which
+    here are one, and would reduce the gradients of all stages but the first in a single bucket.
+    """
+    if context.pp_size == 1:
+        return context.groups
+    groups = copy(context.groups)
+    groups.pp = dist.new_group([context.rank], use_local_synchronization=True)
+    groups.embd = groups.pos_embd = None
+    return groups
 
 
 def _mark_partial(model: Module) -> None:
