@@ -102,8 +102,8 @@ def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
     if context.pp_size == 1:
         return context.groups
     groups = copy(context.groups)
-    groups.pp = dist.new_group([context.rank], use_local_synchronization=True)
-    groups.embd = groups.pos_embd = None
+    alone = dist.new_group([context.rank], use_local_synchronization=True)
+    groups.pp = groups.embd = groups.pos_embd = alone
     return groups
 
 
