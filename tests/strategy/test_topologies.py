@@ -84,7 +84,6 @@ PAIR: dict[str, dict[str, Any] | str] = {
     "pp2-ragged-micro-batches": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
     "pp2-one-micro-batch": {"pipeline_parallel_size": 2, "micro_batch_size": 8},
     "pp2-dhellam": {"pipeline_parallel_size": 2, "plan": "dhellam"},
-    "pp2-split": {"pipeline_parallel_size": 2, "pipeline_split": [0, 1, 1, 0]},
 }
 FOUR: dict[str, dict[str, Any] | str] = {
     "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
