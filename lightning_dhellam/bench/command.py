@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench import kernels, launch, throughput
+from lightning_dhellam.bench import kernels, launch, pipeline, throughput
 from lightning_dhellam.bench.report import Report
 
 
@@ -30,6 +30,7 @@ class Benchmark:
 BENCHMARKS = {
     "kernels": Benchmark(kernels.DESCRIPTION, kernels.add_options, kernels.run),
     "launch": Benchmark(launch.DESCRIPTION, launch.add_options, launch.run),
+    "pipeline": Benchmark(pipeline.DESCRIPTION, pipeline.add_options, pipeline.run),
     "throughput": Benchmark(throughput.DESCRIPTION, throughput.add_options, throughput.run),
 }
 

@@ -11,6 +11,8 @@ from lightning_dhellam.parallel.context import ParallelContext
 
 # Rows of the vocabulary that one rank's GEMM works on come in multiples of this many.
 _VOCABULARY_ALIGNMENT = 8
+# Longer contexts are for inference, or for a last phase of training.
+_TRAINING_LENGTH = 8192
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,15 @@ class ModelConfig:
     def costs_in_layers(self) -> tuple[float, float]:
         """Time of the embedding, and of the output layer with the loss, in that of a layer.
 
-        Matrix products at their FLOPs, attention over half of the longest sequence; the embedding
-        at the bytes that it moves, 10 per channel, each of which takes a GPU as long as 175 FLOPs.
+        Matrix products at their FLOPs, attention over half of a sequence as long as models are
+        mostly trained on; the embedding at the bytes that it moves, 10 per channel, each of which
+        takes a GPU as long as 175 FLOPs.
         """
+        length = min(self.max_sequence_length, _TRAINING_LENGTH)
         heads = self.num_attention_heads * self.kv_channels
         keys = self.num_query_groups * self.kv_channels
         weights = self.hidden_size * (2 * heads + 2 * keys + 3 * self.ffn_hidden_size)
-        layer = 6.0 * (weights + heads * self.max_sequence_length)
+        layer = 6.0 * (weights + heads * length)
         return 1750 * self.hidden_size / layer, 6.0 * self.vocab_size * self.hidden_size / layer
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
