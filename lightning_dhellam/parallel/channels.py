@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -19,8 +20,10 @@ ChannelKey = tuple[int, int, str]
 STRANDS = ("forward", "backward")
 
 
-def open_channels(pipeline: ProcessGroup, world_size: int) -> Mapping[ChannelKey, ProcessGroup]:
-    """The communicators of this rank's pipeline. Every rank of the world must call this."""
+def open_channels(
+    pipeline: ProcessGroup, world_size: int, device: torch.device
+) -> Mapping[ChannelKey, ProcessGroup]:
+    """The communicators of this rank's pipeline, connected. Every rank must call this."""
     stages = pipeline.size()
     if stages == 1:
         return {}
@@ -33,7 +36,22 @@ def open_channels(pipeline: ProcessGroup, world_size: int) -> Mapping[ChannelKey
         if dist.get_rank() in ranks:
             assert dist.get_process_group_ranks(pipeline) == ranks, "an unknown order of ranks"
             mine = opened
+    _connect(mine, pipeline.rank(), device)
     return mine
+
+
+def _connect(channels: Mapping[ChannelKey, ProcessGroup], stage: int, device: torch.device) -> None:
+    """Send one number through each channel.
+
+    NCCL may connect two ranks at their first transfer, and keeps both hosts waiting meanwhile. Here
+    all ranks go through the channels in the same order; in a step they do not.
+    """
+    number = torch.zeros(1, device=device)
+    for (source, target, _), group in channels.items():
+        if stage == source:
+            dist.send(number, group=group, group_dst=target)
+        elif stage == target:
+            dist.recv(number, group=group, group_src=source)
 
 
 def _open(ranks: list[int]) -> dict[ChannelKey, ProcessGroup]:

@@ -131,7 +131,7 @@ class ParallelContext:
         context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
         context = replace(
             context,
-            channels=open_channels(context.groups.pp, context.world_size),
+            channels=open_channels(context.groups.pp, context.world_size, device),
             pipeline_split=pipeline_split,
         )
         if cluster is None:
