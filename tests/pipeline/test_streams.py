@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -49,12 +50,14 @@ class Books:
         self.count = 0
         self.received: dict[Moment, Value] = {}
         self.early: list[str] = []
+        self.order: list[str] = []
 
     def knows(self, stream: int, moment: Moment) -> bool:
         return self.known[stream].get(moment[0], 0) >= moment[1]
 
     def run(self, name: str, *values: Any) -> Value:
         """An operator on the current stream."""
+        self.order.append(name)
         stream = self.current
         number = self.known[stream].get(stream, 0) + 1
         self.known[stream][stream] = number
@@ -193,6 +196,10 @@ def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
     passes = len(fold(STAGES, 5)[STAGE]) + len(fold(STAGES, 5, backward=False)[STAGE])
     assert len(books.received) > passes / 2
     assert books.early == []
+    # A send starts as soon as its tensor is there, and receives are posted before the pass.
+    pairs = list(pairwise(books.order))
+    assert {first for first, then in pairs if then == "y.send"} == {"residual"}
+    assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}
 
 
 def test_memory_of_transfers_comes_back_while_the_step_runs(
