@@ -335,6 +335,13 @@ class DHellamStrategy(ParallelStrategy):
         return None if self.context.emulated else dist.group.WORLD
 
     @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """The ranks that run the same layers; None where the others do not exist."""
+        if self.context.pp_size == 1:
+            return self.world_group
+        return self.context.groups.tp_dp_cp
+
+    @property
     def conditions(self) -> dict[str, Any]:
         """What a plan file must have been made for to be used here."""
         module = self.lightning_module

@@ -6,6 +6,7 @@ current, the lane's, and is already waited for there. On CPU the holder of the `
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -101,12 +102,14 @@ class OnceWaited:
 
     def __init__(self, work: dist.Work) -> None:
         self._work: dist.Work | None = work
+        self._lock = Lock()
 
     def wait(self) -> None:
-        """Return when the tensor has left or arrived."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        """Return when the tensor has left or arrived. Any thread may wait."""
+        with self._lock:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
 
     def is_completed(self) -> bool:
         """Whether it was waited for."""
@@ -135,9 +138,15 @@ def same_on_all_ranks(value: str, group: dist.ProcessGroup | None, *, stage: int
 
     Ranks of different `stage` may hold different values.
     """
-    if group is None or group.size() == 1:
-        return []
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, (stage, value), group=group)
+    values = of_all_ranks((stage, value), group)
     stages = {stage for stage, _ in values}
     return [] if len(set(values)) == len(stages) else [text for _, text in values]
+
+
+def of_all_ranks(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's `value`, which is any that can be pickled."""
+    if group is None or group.size() == 1:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
