@@ -79,7 +79,7 @@ class Engine:
 
     def plans(self) -> list[Plan]:
         """The plans of a training step, one for each distinct pair of graphs, in walking order."""
-        for pairs in self.stage.walks():
+        for pairs in self.stage.pairings():
             for forward, backward in pairs:
                 for pair in ((forward, backward), (forward, None), (None, backward)):
                     if pair != (None, None):

@@ -141,8 +141,11 @@ class ParallelContext:
 
     @property
     def model_rank(self) -> int:
-        """Rank among those that hold the same layers and train on this pipeline's and others'
-        samples: what the random numbers of a micro-batch depend on."""
+        """Rank within a pipeline stage, over data and tensor parallelism.
+
+        It is the same on every stage of a pipeline, so what depends on it, such as the random
+        numbers of a micro-batch, does not depend on the number of stages.
+        """
         return self.rank % (self.world_size // self.pp_size)
 
     @property

@@ -102,7 +102,7 @@ class Stage:
         from_the_end = list(zip_longest(reversed(late), early))
         return tuple(reversed(from_the_end))
 
-    def walks(self) -> Iterator[tuple[Pair, ...]]:
+    def pairings(self) -> Iterator[tuple[Pair, ...]]:
         """The pairs of every kind of leg."""
         yield self.pairs(Direction.DESCENDING)
         if not self.is_last:
