@@ -29,14 +29,14 @@ class Candidate:
         refusal: why it cannot compute on a device in a type.
         package: what must be importable, or None.
         extra: what to install for that.
-        automatic: whether it may be chosen without being asked for.
+        automatic: on which devices it may be chosen without being asked for.
     """
 
     load: Callable[[], Any]
     refusal: Refusal
     package: str | None = None
     extra: str = "lightning-dhellam[cuda]"
-    automatic: bool = True
+    automatic: Callable[[torch.device], bool] = lambda device: True
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot be used here, or None if it can."""
@@ -53,6 +53,8 @@ class Kernels:
         attention: a `Backend`.
         cross_entropy: module with `statistics`, `combine`, `backward_` and `CHUNK`.
         dropout: module with `forward`, `forward_add`, `backward` and `fold`.
+        gelu: module with `forward` and `backward`.
+        layer_norm: module with `forward`, `residual_forward` and `backward`.
         rms_norm: module with `forward`, `residual_forward` and `backward`.
         rope: module with `forward`, `backward`, `split` and `Heads`.
         swiglu: module with `forward` and `backward`.
@@ -62,15 +64,12 @@ class Kernels:
     attention: Any
     cross_entropy: Any
     dropout: Any
+    gelu: Any
+    layer_norm: Any
     rms_norm: Any
     rope: Any
     swiglu: Any
     names: Mapping[str, str]
-
-    @property
-    def fuses_residual(self) -> bool:
-        """Whether the sum of the residual stream and its norm are one operator."""
-        return self.names["rms_norm"] == "triton"
 
     def __str__(self) -> str:
         chosen: dict[str, list[str]] = {}
@@ -116,7 +115,7 @@ def available(
 
 def _first(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     for name, candidate in CANDIDATES[operator].items():
-        if candidate.automatic and candidate.obstacle(device, dtype) is None:
+        if candidate.automatic(device) and candidate.obstacle(device, dtype) is None:
             return name
     raise ValueError(f"no backend of {operator} computes {dtype} on {device.type}")
 
@@ -189,7 +188,12 @@ def _backend(path: str, name: str) -> Callable[[], Any]:
 
 def _with_triton(operator: str) -> dict[str, Candidate]:
     # On the CPU Triton means its interpreter, which is for tests: it is used only when forced.
-    fast = Candidate(_module(f"{operator}.triton"), _for_triton, "triton")
+    fast = Candidate(
+        _module(f"{operator}.triton"),
+        _for_triton,
+        "triton",
+        automatic=lambda device: device.type == "cuda",
+    )
     return {"triton": fast, "reference": Candidate(_module(f"{operator}.reference"), _anywhere)}
 
 
@@ -209,6 +213,8 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "cross_entropy": _with_triton("cross_entropy"),
     "dropout": _with_triton("dropout"),
+    "gelu": _with_triton("gelu"),
+    "layer_norm": _with_triton("layer_norm"),
     "rms_norm": _with_triton("rms_norm"),
     "rope": _with_triton("rope"),
     "swiglu": _with_triton("swiglu"),

@@ -22,6 +22,19 @@ def power_of_two(size: int) -> int:
     return int(triton.next_power_of_2(size))
 
 
+def row_warps(block: int) -> int:
+    """Warps of a program that holds a row of `block` elements in registers.
+
+    16 elements for each thread: two 16-byte loads of a 16-bit type.
+    """
+    return max(1, min(16, block // 512))
+
+
+def row_programs(rows: int, device: torch.device) -> int:
+    """Programs that share `rows` rows: two to a multiprocessor, as many as registers allow."""
+    return min(rows, 2 * processors(device))
+
+
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import cross_entropy, dropout, rms_norm, rope, swiglu
+from lightning_dhellam.kernels import (
+    cross_entropy,
+    dropout,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative error by norm that one rounding of the result explains."""
@@ -89,6 +97,34 @@ def _rms_norm(backend: Any, draw: Draw) -> Pairs:
     yield "rstd of sum", rstd, expected_rstd
 
 
+def _layer_norm(backend: Any, draw: Draw) -> Pairs:
+    # Far from zero, so that a mean that is not subtracted shows.
+    x, dy, residual = draw.rows() + 2, draw.rows(), draw.rows()
+    weight, bias, eps = draw.normal(draw.width), draw.normal(draw.width), 1e-5
+    y, statistics = backend.forward(x, weight, bias, eps)
+    expected, expected_statistics = layer_norm.forward(x.float(), weight, bias, eps)
+    yield "y", y, expected
+    yield "statistics", statistics, expected_statistics
+    for name, extra in (("", None), (" with residual", residual)):
+        found = backend.backward(dy, x, weight, statistics, extra)
+        wide = None if extra is None else extra.float()
+        truth = layer_norm.backward(dy.float(), x.float(), weight, expected_statistics, wide)
+        for part, a, b in zip(("dx", "dweight", "dbias"), found, truth, strict=True):
+            yield f"{part}{name}", a, b
+    total, y, statistics = backend.residual_forward(x, residual, weight, bias, eps)
+    yield "sum", total, residual.float() + x.float()
+    # What is normalised is the rounded sum.
+    expected, expected_statistics = layer_norm.forward(total.float(), weight, bias, eps)
+    yield "y of sum", y, expected
+    yield "statistics of sum", statistics, expected_statistics
+
+
+def _gelu(backend: Any, draw: Draw) -> Pairs:
+    x, dy = draw.rows() * 2, draw.rows()
+    yield "y", backend.forward(x), gelu.forward(x.float())
+    yield "grad", backend.backward(dy, x), gelu.backward(dy.float(), x.float())
+
+
 def _swiglu(backend: Any, draw: Draw) -> Pairs:
     gate_up, dy = draw.normal(draw.tokens, 2 * draw.width), draw.rows()
     yield "y", backend.forward(gate_up), swiglu.forward(gate_up.float())
@@ -142,6 +178,8 @@ def _cross_entropy(backend: Any, draw: Draw) -> Pairs:
 
 
 CASES: dict[str, Callable[[Any, Draw], Pairs]] = {
+    "gelu": _gelu,
+    "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "rope": _rope,

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy
 
 __all__ = ["AutoSearch", "RunSummary", "ThroughputMonitor", "training_flops_per_token"]
@@ -63,10 +64,12 @@ class ThroughputMonitor(Callback):
         pl_module.log(
             "tokens_per_second", self.tokens_per_second, prog_bar=True, rank_zero_only=True
         )
+        if _cluster(trainer) is not None:
+            pl_module.log("emulated", 1.0, rank_zero_only=True)
         config = getattr(pl_module, "model_config", None)
         if self.peak_tflops is not None and isinstance(config, ModelConfig):
             flops = training_flops_per_token(config, length)
-            share = self.tokens_per_second * flops / trainer.world_size
+            share = self.tokens_per_second * flops / _ranks(trainer)
             pl_module.log("mfu", share / (self.peak_tflops * 1e12), rank_zero_only=True)
 
 
@@ -110,9 +113,12 @@ class RunSummary(Callback):
             f"plan        {_plan(trainer)}",
             f"files       {folder}",
         ]
+        emulated = _cluster(trainer)
+        if emulated is not None:
+            lines.insert(0, f"EMULATED    {emulated}; times mean something, numbers do not")
         validation = trainer.callback_metrics.get("val_loss")
         if validation is not None:
-            lines.insert(1, f"validation  {validation.item():.3f}")
+            lines.insert(1 + (emulated is not None), f"validation  {validation.item():.3f}")
         print("\n" + "\n".join(lines), flush=True)
 
 
@@ -124,7 +130,9 @@ def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """
     heads = config.num_attention_heads * config.kv_channels
     keys = config.num_query_groups * config.kv_channels
-    layer = config.hidden_size * (2 * heads + 2 * keys + 3 * config.ffn_hidden_size)
+    layer = config.hidden_size * (
+        2 * heads + 2 * keys + config.mlp_matrices * config.ffn_hidden_size
+    )
     weights = config.num_layers * layer + config.vocab_size * config.hidden_size
     return 6.0 * (weights + config.num_layers * heads * length)
 
@@ -155,11 +163,25 @@ class _Moment:
         return later.host - self.host
 
 
+def _cluster(trainer: pl.Trainer) -> Cluster | None:
+    """The cluster that a run only pretends to be part of."""
+    strategy = trainer.strategy
+    return strategy.cluster if isinstance(strategy, DHellamStrategy) else None
+
+
 def _replicas(trainer: pl.Trainer) -> int:
     """Data-parallel ranks: how many different batches a step sees."""
     strategy = trainer.strategy
     if isinstance(strategy, DHellamStrategy):
         return strategy.context.dp_size
+    return int(trainer.world_size)
+
+
+def _ranks(trainer: pl.Trainer) -> int:
+    """Devices that share the work, of an emulated cluster as well."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DHellamStrategy):
+        return strategy.context.world_size
     return int(trainer.world_size)
 
 

@@ -95,13 +95,8 @@ def _check_callback(callback: pl.Callback) -> None:
         )
 
 
-def check_emulation(device: torch.device, processes: int) -> None:
+def check_emulation(processes: int) -> None:
     """Refuse an emulated cluster where it cannot run."""
-    if device.type != "cuda":
-        raise ValueError(
-            f"emulate=... needs a GPU, whose copy engine or SMs play the links: accelerator is"
-            f" '{device.type}'"
-        )
     if processes != 1:
         raise ValueError(
             f"emulate=... plays one rank in one process, but devices x num_nodes is {processes}:"

@@ -21,6 +21,7 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   simulate                    play pipeline schedules on measured times, and compare them
   bench NAME                  measure this machine; `dhellam bench --help` lists what
   recipes                     list the recipes that ship with the package
+  clusters                    list the clusters that ship: what `emulate` and `--cluster` take
   fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
 
 `dhellam COMMAND --help` says more.
@@ -69,6 +70,11 @@ def _run(command: str, words: list[str]) -> int:
 
         print("\n".join(recipes.names()))
         return 0
+    if command == "clusters":
+        from lightning_dhellam.recipes import clusters
+
+        print("\n".join(clusters.names()))
+        return 0
     if command == "demo":
         from lightning_dhellam.demo import demo_command
 
@@ -76,7 +82,7 @@ def _run(command: str, words: list[str]) -> int:
     if command in LOOPS:
         run_lightning([command, *words])
         return 0
-    known = ("demo", "data", "search", "plan", "simulate", "bench", "recipes", *LOOPS)
+    known = ("demo", "data", "search", "plan", "simulate", "bench", "recipes", "clusters", *LOOPS)
     raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
 
 

@@ -171,13 +171,24 @@ class LanguageModel(DualStrandMixin):
             {"params": vectors, "weight_decay": 0.0},
         ]
         optimizer = AdamW(
-            groups, lr=self.hparams["learning_rate"], betas=tuple(self.hparams["betas"])
+            groups,
+            lr=self.hparams["learning_rate"],
+            betas=tuple(self.hparams["betas"]),
+            # One pass over weights and state. Lightning's own mixed precision refuses to clip
+            # with it, so it is for DHellamStrategy on a GPU.
+            fused=True if self._steps_masters and self.device_now.type == "cuda" else None,
         )
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    @property
+    def _steps_masters(self) -> bool:
+        """Whether `DHellamStrategy` will step the optimizer."""
+        trainer = self._trainer
+        return trainer is not None and hasattr(trainer.strategy, "run_batch")
 
     def _lr_factor(self, step: int) -> float:
         warmup, lowest = self.hparams["warmup_steps"], self.hparams["min_lr_ratio"]

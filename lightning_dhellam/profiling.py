@@ -25,6 +25,8 @@ from lightning_dhellam.search.profile import (
     measure,
 )
 
+_LEAD = 20e-6
+"""Seconds in which a kernel has taken the processors that it wants."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
 _SIZES = ("tp", "pp", "cp", "ep", "dp")
 _SHAPES = (
@@ -65,9 +67,10 @@ def fingerprint(
 def device_name(context: ParallelContext) -> str:
     """The device and, of an emulated cluster, its links."""
     if context.device.type != "cuda":
-        return f"{processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(context.device)
-    links = ", ".join(f"{lane}: {emulated.link}" for lane, emulated in context.links.items())
+        name = f"{processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    else:
+        name = torch.cuda.get_device_name(context.device)
+    links = ", ".join(f"{lane}: {emulated.link!r}" for lane, emulated in context.links.items())
     return f"{name}, emulated cluster ({links})" if context.emulated else name
 
 
@@ -137,6 +140,7 @@ class EngineBench:
     def __init__(self, timer: OperatorTimer, captured: Mapping[tuple[str, str], list[Any]]) -> None:
         self._timer = timer
         self._captured = captured
+        self.lead = _LEAD if timer.on_cuda else 0.0
 
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""
@@ -145,6 +149,12 @@ class EngineBench:
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start both together, and time each from the common start to its own end."""
         first, second = self._timer.beside(self._subject(communication), self._subject(compute))
+        return Samples(tuple(first)), Samples(tuple(second))
+
+    def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        """Start communication `lead` after computation, and time each from its own start."""
+        subjects = self._subject(communication), self._subject(compute)
+        first, second = self._timer.behind(*subjects, self.lead)
         return Samples(tuple(first)), Samples(tuple(second))
 
     def _subject(self, target: Target) -> Subject:

@@ -55,8 +55,7 @@ def search_command(argv: Sequence[str]) -> int:
 _NOTHING_ELSE = (
     "--trainer.logger=false",
     "--trainer.enable_checkpointing=false",
-    "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=1",
+    "--trainer.max_steps=1",
     "--trainer.limit_val_batches=0",
     "--trainer.num_sanity_val_steps=0",
 )

@@ -203,7 +203,7 @@ class Session:
             self._winner,
             self._reason,
             self._predicted,
-            {name: _intervals(spans) for name, spans in self._spans.items()},
+            {name: intervals(spans) for name, spans in self._spans.items()},
             self._seconds,
             REFERENCE,
         )
@@ -282,7 +282,8 @@ def _of_stage(path: Path | None, context: ParallelContext) -> Path | None:
     return path.with_stem(f"{path.stem}-stage{context.pp_rank}")
 
 
-def _intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
+def intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
+    """A traced step as a timeline, with time 0 at its start."""
     first = min((span.start for span in spans), default=0.0)
     return tuple(
         Interval(

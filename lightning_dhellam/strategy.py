@@ -73,8 +73,9 @@ class DHellamStrategy(ParallelStrategy):
             which saves communication and costs memory.
         bucket_size: parameters per bucket of the data-parallel reduction.
         seed: of weights and dropout.
-        emulate: a cluster, or the file of one, of which this process plays a single rank; links
-            take time and bring nothing, so numbers mean nothing and checkpoints are refused.
+        emulate: a cluster, the file of one, or the name of one that ships (`dhellam clusters`), of
+            which this process plays a single rank; links take time and bring nothing, so numbers
+            mean nothing and checkpoints are refused.
         timeout: after which a collective that a rank does not join fails.
 
     Raises:
@@ -214,7 +215,7 @@ class DHellamStrategy(ParallelStrategy):
             check_sizes(processes, self.tensor_parallel_size, self.pipeline_parallel_size)
             return
         check_sizes(self.cluster.world_size, self.tensor_parallel_size)
-        checks.check_emulation(self.root_device, processes)
+        checks.check_emulation(processes)
 
     def check(self, trainer: pl.Trainer, data: Any = None) -> None:
         """Refuse what cannot work, before any process computes.
@@ -265,6 +266,17 @@ class DHellamStrategy(ParallelStrategy):
                 self.lightning_module.model_config, self.pipeline_parallel_size, self.pipeline_split
             ),
         )
+        if self.cluster is not None:
+            self._announce(self.cluster)
+
+    def _announce(self, cluster: Cluster) -> None:
+        """Say that the run is emulated, and how well: in the log and in the loggers' files."""
+        assert self.lightning_module is not None
+        rank_zero_info(f"EMULATED {cluster}. Times mean something, numbers do not.")
+        for name, link in self.context.links.items():
+            rank_zero_info(f"link {name}: {link.calibrated()}")
+        for logger in self.lightning_module.trainer.loggers:
+            logger.log_hyperparams({"emulated": str(cluster)})
 
     def _join_processes(self) -> None:
         assert self.cluster_environment is not None

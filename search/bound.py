@@ -63,17 +63,21 @@ def _together(problem: Problem, lane: int) -> float:
             work[problem.lane[x]][key] += problem.seconds[x]
     compute, communication = work[0], work[lane]
     total = sum(compute.values()) + sum(communication.values())
-    couples = [(a, b) for a in communication for b in compute]
-    given = problem.costs.slowdowns
-    factors = [given.get(couple, (1.0, 1.0)) for couple in couples]
+    # Both ways to begin are open to every couple.
+    columns = [
+        (a, b, table.get((a, b), (1.0, 1.0)))
+        for table in problem.costs.tables()
+        for a in communication
+        for b in compute
+    ]
     rows = [*communication, *compute]
-    used = np.zeros((len(rows), len(couples)))
-    for column, ((a, b), (slow_a, slow_b)) in enumerate(zip(couples, factors, strict=True)):
+    used = np.zeros((len(rows), len(columns)))
+    for column, (a, b, (slow_a, slow_b)) in enumerate(columns):
         used[rows.index(a), column] = 1 / slow_a
         used[len(communication) + list(compute).index(b), column] = 1 / slow_b
-    gain = np.array([1 / slow_a + 1 / slow_b - 1 for slow_a, slow_b in factors])
+    gain = np.array([1 / slow_a + 1 / slow_b - 1 for _, _, (slow_a, slow_b) in columns])
     room = np.array([*communication.values(), *compute.values()])
-    saved = maximum(gain, used, room) if couples else 0.0
+    saved = maximum(gain, used, room) if columns else 0.0
     return max(0.0, total - saved)
 
 

@@ -3,7 +3,8 @@
 There is one compute lane and one lane per communicator. Each lane runs its operators in issue
 order; an operator starts when its lane is free, what it reads is there, and the host has issued
 it. While a compute operator and a communication operator run together, each proceeds at one over
-its slowdown, which depends on the two:
+its slowdown, which depends on the two and on which of them began first: a kernel that is running
+has the processors that it needs, and one that comes later gets what is left.
 
     compute  |== fc1.gemm at 1/1.1 ==|= fc1.gemm =|
     tp       |== grad_gather at 1/1.3 ==|
@@ -18,6 +19,8 @@ from math import inf
 from lightning_dhellam.plan import Graph, Lane
 from lightning_dhellam.search.profile import Key, Profile
 
+_INSTANT = 1e-7
+"""Seconds that anything takes at least."""
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
 
@@ -31,6 +34,8 @@ class Costs:
         seconds: of each key, alone.
         slowdowns: of communication and of compute, by communication key and compute key; 1
             where absent, and never below.
+        behind: the same where communication started while the compute operator was running,
+            which may have taken all that it needs; as `slowdowns` where absent.
         launch: seconds the host needs to issue one operator.
         inline: compute runs on the host, so that nothing is issued while it runs, and issuing
             waits for what the operator reads. So it is on CPU.
@@ -41,20 +46,15 @@ class Costs:
     slowdowns: Mapping[tuple[Key, Key], tuple[float, float]] = field(default_factory=dict)
     launch: float = 0.0
     inline: bool = False
+    behind: Mapping[tuple[Key, Key], tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: Profile) -> Costs:
         """Costs from measured times."""
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
-        beside = {(row.operator, row.partner): row.median for row in profile.timings if row.partner}
-        slowdowns = {
-            (communication, compute): slowdown_of(
-                (alone[communication], alone[compute]), (together, beside[compute, communication])
-            )
-            for (communication, compute), together in beside.items()
-            if profile.lanes[communication] is not Lane.COMPUTE
-        }
-        return cls(profile.operators, alone, slowdowns, profile.launch, profile.inline)
+        together = _slowdowns(profile, alone, led=False)
+        behind = _slowdowns(profile, alone, led=True)
+        return cls(profile.operators, alone, together, profile.launch, profile.inline, behind)
 
     @classmethod
     def nominal(cls, graphs: Iterable[Graph], tokens: int) -> Costs:
@@ -82,7 +82,31 @@ class Costs:
 
     def without_slowdowns(self) -> Costs:
         """The same, as if lanes did not disturb each other: never slower."""
-        return replace(self, slowdowns={})
+        return replace(self, slowdowns={}, behind={})
+
+    def tables(self) -> tuple[Mapping[tuple[Key, Key], tuple[float, float]], ...]:
+        """Slowdowns of communication that starts first or together, and of what starts behind."""
+        return self.slowdowns, {**self.slowdowns, **self.behind}
+
+
+def _slowdowns(
+    profile: Profile, alone: Mapping[Key, float], *, led: bool
+) -> dict[tuple[Key, Key], tuple[float, float]]:
+    """From the rows in which computation was ahead, or from those in which both began at once."""
+    rows = {
+        (row.operator, row.partner): row
+        for row in profile.timings
+        if row.partner is not None and bool(row.lead) is led
+    }
+    found = {}
+    for (communication, compute), row in rows.items():
+        if compute is not None and profile.lanes[communication] is not Lane.COMPUTE:
+            other = rows[compute, communication]
+            found[communication, compute] = slowdown_of(
+                (alone[communication], max(alone[compute] - row.lead, _INSTANT)),
+                (row.median, max(other.median - row.lead, _INSTANT)),
+            )
+    return found
 
 
 def slowdown_of(alone: tuple[float, float], together: tuple[float, float]) -> tuple[float, float]:
@@ -114,6 +138,7 @@ class Score:
         followers: the launches that wait for each one.
         issued: when the host issues each one, None if it always is early enough.
         slowdowns: of communication and compute, by kind of communication and kind of compute.
+        behind: the same for communication that starts while the compute launch is running.
     """
 
     queues: list[list[int]]
@@ -123,6 +148,7 @@ class Score:
     followers: Sequence[Sequence[int]]
     issued: list[float] | None
     slowdowns: Sequence[Sequence[tuple[float, float]]]
+    behind: Sequence[Sequence[tuple[float, float]]]
 
 
 def play(score: Score) -> tuple[list[float], list[float]]:
@@ -132,7 +158,8 @@ def play(score: Score) -> tuple[list[float], list[float]]:
     lane or its slots never starts: its times are infinite.
     """
     queues, seconds, kinds = score.queues, score.seconds, score.kinds
-    followers, issued, slowdowns = score.followers, score.issued, score.slowdowns
+    followers, issued = score.followers, score.issued
+    slowdowns, behind = score.slowdowns, score.behind
     waits = score.waits.copy()
     starts, ends = [inf] * len(seconds), [inf] * len(seconds)
     lanes = range(len(queues))
@@ -161,7 +188,8 @@ def play(score: Score) -> tuple[list[float], list[float]]:
             launch = running[lane]
             if lane and launch >= 0:
                 if computing >= 0:
-                    slow[lane], more = slowdowns[kinds[launch]][kinds[computing]]
+                    table = behind if starts[launch] > starts[computing] else slowdowns
+                    slow[lane], more = table[kinds[launch]][kinds[computing]]
                     compute_slow *= more
                 else:
                     slow[lane] = 1.0
@@ -187,7 +215,7 @@ def play(score: Score) -> tuple[list[float], list[float]]:
 
 
 class Kinds:
-    """Numbers for keys, and the table of slowdowns between them."""
+    """Numbers for keys, and the tables of slowdowns between them."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
@@ -197,10 +225,12 @@ class Kinds:
         """The number of `key`."""
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def table(self) -> list[list[tuple[float, float]]]:
-        """Slowdowns by number of communication and number of compute."""
-        given = self._costs.slowdowns
-        return [[given.get((a, b), (1.0, 1.0)) for b in self._numbers] for a in self._numbers]
+    def tables(self) -> list[list[list[tuple[float, float]]]]:
+        """`Costs.tables` by number of communication and number of compute."""
+        return [
+            [[given.get((a, b), (1.0, 1.0)) for b in self._numbers] for a in self._numbers]
+            for given in self._costs.tables()
+        ]
 
 
 def lanes_of(graphs: Iterable[Graph]) -> tuple[Lane, ...]:

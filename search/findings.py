@@ -86,10 +86,11 @@ class Findings:
         from lightning_dhellam.search import pictures
 
         panels = []
+        mark = " · emulated cluster" if "emulated" in self.profile.fingerprint.device else ""
         for name in dict.fromkeys((self.reference, self.winner)):
-            panels.append(pictures.Panel(f"{name}, predicted", self._middle(name, False)))
+            panels.append(pictures.Panel(f"{name}, predicted{mark}", self._middle(name, False)))
             if name in self.measured:
-                panels.append(pictures.Panel(f"{name}, measured", self._middle(name, True)))
+                panels.append(pictures.Panel(f"{name}, measured{mark}", self._middle(name, True)))
         pictures.save_timeline(folder / "timeline.png", [p for p in panels if p.intervals])
         if any(lane is not Lane.COMPUTE for lane in self.profile.lanes.values()):
             pictures.save_heat_map(folder / "overlap.png", self.profile)

@@ -31,7 +31,7 @@ class _Blocks:
         kinds = Kinds(problem.costs)
         keys = [problem.costs.key(graph, o.name) for graph, o in problem.operators]
         self._kinds = [kinds.number(key) for key in keys]
-        self._slowdowns = kinds.table()
+        self._tables = kinds.tables()
 
     def best(self, forward: range, backward: range) -> tuple[float, tuple[int, ...]]:
         """Seconds, and the better of both orders: which strand is issued first."""
@@ -57,7 +57,7 @@ class _Blocks:
             waits,
             followers,
             None,
-            self._slowdowns,
+            *self._tables,
         )
         return max(play(score)[1])
 

@@ -138,7 +138,11 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
     and not a number where they were not measured together.
     """
     alone = {row.operator: row.median for row in profile.timings if row.partner is None}
-    beside = {(row.operator, row.partner): row.median for row in profile.timings if row.partner}
+    beside = {
+        (row.operator, row.partner): row.median
+        for row in profile.timings
+        if row.partner and not row.lead
+    }
     rows = [key for key in alone if profile.lanes[key] is not Lane.COMPUTE]
     columns = [key for key in alone if profile.lanes[key] is Lane.COMPUTE]
     shares = np.full((len(rows), len(columns)), np.nan)

@@ -24,6 +24,9 @@ from lightning_dhellam.search.graphfile import fields_of, graph_from
 
 FORMAT = 2
 
+_LEADS = 2
+"""Computation that is over so many leads after its start is not worth starting behind."""
+
 Key = str
 """Names a measured operator: that of the first operator which does this work."""
 
@@ -52,10 +55,12 @@ class Timing:
 
     Attributes:
         operator: key of the operator that was timed.
-        partner: key of the operator that was started with it, None when it ran alone.
-        median: seconds from the common start to this operator's own end.
+        partner: key of the operator that ran beside it, None when it ran alone.
+        median: seconds from this operator's own start to its end.
         p20: seconds that a fifth of the samples do not exceed.
         p80: seconds that four fifths of the samples do not exceed.
+        lead: seconds that the compute operator of the two had run when the communication was
+            started; 0 when both were started together.
     """
 
     operator: Key
@@ -63,9 +68,10 @@ class Timing:
     median: float
     p20: float
     p80: float
+    lead: float = 0.0
 
     @classmethod
-    def of(cls, operator: Key, partner: Key | None, samples: Samples) -> Timing:
+    def of(cls, operator: Key, partner: Key | None, samples: Samples, lead: float = 0.0) -> Timing:
         """Summarise samples. Refuses none at all, and times that are not positive."""
         beside = f" beside '{partner}'" if partner else ""
         if not samples.seconds:
@@ -76,7 +82,7 @@ class Timing:
                 " positive and finite; check the clock of the measurement"
             )
         spread = samples.quantile(0.2), samples.quantile(0.8)
-        return cls(operator, partner, median(samples.seconds), *spread)
+        return cls(operator, partner, median(samples.seconds), *spread, lead)
 
 
 @dataclass(frozen=True)
@@ -192,13 +198,22 @@ class Bench(Protocol):
     """Runs operators on the device and times them.
 
     Times are of this rank or maximised over ranks, in seconds.
+
+    Attributes:
+        lead: the head start that `behind` gives; 0 where communication cannot be started under
+            computation, as on a CPU, where computation holds up the host.
     """
+
+    lead: float
 
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""
 
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start both together, and time each from the common start to its own end."""
+
+    def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        """Start communication `lead` after computation, and time each from its own start."""
 
 
 class BenchError(RuntimeError):
@@ -267,13 +282,18 @@ def measure(
         if communication.operator.is_communication and not compute.operator.is_communication
         if beside is None or beside(communication, compute)
     ]
+    leads = (0.0, bench.lead) if bench.lead else (0.0,)
+    work: list[tuple[Target, Target | None, float]] = [(target, None, 0.0) for target in chosen]
+    work += [(*pair, lead) for lead in leads for pair in pairs]
     rows: list[Timing] = []
-    work: list[tuple[Target, Target | None]] = [*((target, None) for target in chosen), *pairs]
-    for number, (target, partner) in enumerate(work):
+    alone: dict[Key, float] = {}
+    for number, (target, partner, lead) in enumerate(work):
         label = f"{target.key} beside {partner.key}" if partner else target.key
         if progress is not None:
             progress(number, len(work), label)
-        rows.extend(_measure(bench, target, partner, label))
+        if partner is None or alone[partner.key] >= _LEADS * lead:
+            rows.extend(_measure(bench, target, partner, lead, label))
+        alone.setdefault(target.key, rows[-1].median)
     if progress is not None:
         progress(len(work), len(work), "done")
     lanes = {target.key: target.operator.lane for target in chosen}
@@ -281,14 +301,17 @@ def measure(
     return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline)
 
 
-def _measure(bench: Bench, target: Target, partner: Target | None, label: str) -> list[Timing]:
+def _measure(
+    bench: Bench, target: Target, partner: Target | None, lead: float, label: str
+) -> list[Timing]:
     try:
         if partner is None:
             return [Timing.of(target.key, None, bench.alone(target))]
-        communication, compute = bench.beside(target, partner)
+        together = bench.behind if lead else bench.beside
+        communication, compute = together(target, partner)
         return [
-            Timing.of(target.key, partner.key, communication),
-            Timing.of(partner.key, target.key, compute),
+            Timing.of(target.key, partner.key, communication, lead),
+            Timing.of(partner.key, target.key, compute, lead),
         ]
     except Exception as error:
         raise BenchError(f"measuring {label} failed: {error}") from error
@@ -302,6 +325,6 @@ def perturbed(profile: Profile, draw: Callable[[], float]) -> Profile:
 
     def again(row: Timing) -> Timing:
         value = row.p20 + draw() * (row.p80 - row.p20)
-        return Timing(row.operator, row.partner, value, row.p20, row.p80)
+        return replace(row, median=value)
 
     return replace(profile, timings=tuple(again(row) for row in profile.timings))

@@ -91,7 +91,7 @@ class Walk:
         self.seconds = [costs.seconds[key] for key in keys]
         kinds = Kinds(costs)
         self._kinds = [kinds.number(key) for key in keys]
-        self._table = kinds.table()
+        self._tables = kinds.tables()
         self._followers = _followers(self.waits)
         self._counts = [len(before) for before in self.waits]
 
@@ -154,7 +154,7 @@ class Walk:
             issued = [0.0] * len(self.launches)
             for number, launch in enumerate(x for x in order if x is not None):
                 issued[launch] = (number + 1) * self._costs.launch
-        return Score(queues, self.seconds, self._kinds, counts, followers, issued, self._table)
+        return Score(queues, self.seconds, self._kinds, counts, followers, issued, *self._tables)
 
     def _with_host(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
         """What launches wait for when barriers, and the host if it computes, count as well."""

@@ -5,6 +5,8 @@ Shapes: N tokens, V columns of this rank, of which the first `valid` are vocabul
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,9 @@ from lightning_dhellam.kernels.launch import blocks
 
 __all__ = ["CHUNK", "backward_", "combine", "statistics"]
 
-_STATISTICS_BLOCK = 4096
+_LANES, _DEEP = 512, 8
+"""Columns of a round of the statistics: each lane takes 8 neighbours, 16 bytes in 16 bits."""
+
 _BACKWARD_BLOCK = 2048
 
 
@@ -25,8 +29,8 @@ def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor
     rows, width = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     _statistics[(rows,)](
-        logits, labels, out, rows, width, first, max(valid, 0),
-        ROUNDS=blocks(max(valid, 0), _STATISTICS_BLOCK), BLOCK=_STATISTICS_BLOCK, num_warps=8,
+        logits, labels, out, rows, width // _step(width), first, max(valid, 0),
+        max(valid, 0) // (_LANES * _DEEP), STEP=_step(width), LANES=_LANES, DEEP=_DEEP, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -40,10 +44,15 @@ def backward_(
     rows, width = logits.shape
     across = blocks(width, _BACKWARD_BLOCK)
     _backward[(rows * across,)](
-        logits, labels, lse, weights, width, first, max(valid, 0), across,
-        BLOCK=_BACKWARD_BLOCK, num_warps=4,
+        logits, labels, lse, weights, width // _step(width), first, max(valid, 0), across,
+        STEP=_step(width), BLOCK=_BACKWARD_BLOCK, num_warps=4,
     )  # fmt: skip
     return logits
+
+
+def _step(width: int) -> int:
+    """What rows start at multiples of, which Triton has to know for loads of 16 bytes."""
+    return math.gcd(width, 16)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -55,28 +64,46 @@ def _statistics(
     width: int,
     first: int,
     valid: int,
-    ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rounds: int,
+    STEP: tl.constexpr,
+    LANES: tl.constexpr,
+    DEEP: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    start = logits + row * width
-    columns = tl.arange(0, BLOCK)
-    top = tl.full((), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(ROUNDS):
-        inside = step * BLOCK + columns < valid
-        x = tl.load(start + step * BLOCK + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x))
-        # As long as everything was -inf there is nothing to scale, and -inf - -inf is NaN.
-        origin = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - origin) + tl.exp(x - origin)
-        top = higher
+    start = logits + row * width * STEP
+    columns = tl.arange(0, LANES)[:, None] * DEEP + tl.arange(0, DEEP)[None, :]
+    # Each lane has a maximum of its own, so that lanes wait for each other only once, at the end.
+    top = tl.full((LANES,), -float("inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for step in range(rounds):
+        x = tl.load(start + step * LANES * DEEP + columns).to(tl.float32)
+        top, total = _include(x, top, total)
+    rest = rounds * LANES * DEEP + columns
+    x = tl.load(start + rest, mask=rest < valid, other=-float("inf")).to(tl.float32)
+    top, total = _include(x, top, total)
+    highest = tl.max(top)
+    whole = tl.sum(total * tl.exp(top - _origin(highest)))
     label = tl.load(labels + row) - first
     mine = (label >= 0) & (label < valid)
     chosen = tl.load(start + label, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out + row, top)
-    tl.store(out + rows + row, tl.sum(total))
+    tl.store(out + row, highest)
+    tl.store(out + rows + row, whole)
     tl.store(out + 2 * rows + row, chosen)
+
+
+@triton.jit
+def _include(x: tl.tensor, top: tl.tensor, total: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Maximum and sum of exponentials of each lane after `x` [LANES, DEEP]."""
+    higher = tl.maximum(top, tl.max(x, axis=1))
+    origin = _origin(higher)
+    total = total * tl.exp(top - origin) + tl.sum(tl.exp(x - origin[:, None]), axis=1)
+    return higher, total
+
+
+@triton.jit
+def _origin(top: tl.tensor) -> tl.tensor:
+    """What exponents are relative to: while all was -inf, not that, for -inf - -inf is NaN."""
+    return tl.where(top == -float("inf"), 0.0, top)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -89,14 +116,23 @@ def _backward(
     first: int,
     valid: int,
     across: int,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
     row = (program // across).to(tl.int64)
     columns = program % across * BLOCK + tl.arange(0, BLOCK)
-    label = tl.load(labels + row) - first
-    start = logits + row * width + columns
-    x = tl.load(start, mask=columns < valid, other=-float("inf")).to(tl.float32)
-    grad = tl.exp(x - tl.load(lse + row)) - tl.where(columns == label, 1.0, 0.0)
-    grad = tl.where(columns < valid, grad * tl.load(weights + row), 0.0)
-    tl.store(start, grad.to(logits.dtype.element_ty), mask=columns < width)
+    hit = columns == tl.load(labels + row) - first
+    lse_here, weight = tl.load(lse + row), tl.load(weights + row)
+    here = logits + row * width * STEP + columns
+    kind = logits.dtype.element_ty
+    if (program % across + 1) * BLOCK <= valid:  # without masks, which break wide loads apart
+        grad = tl.exp(tl.load(here).to(tl.float32) - lse_here) - tl.where(hit, 1.0, 0.0)
+        tl.store(here, (grad * weight).to(kind))
+    else:
+        inside = columns < valid
+        x = tl.load(here, mask=inside, other=-float("inf")).to(tl.float32)
+        grad = tl.exp(x - lse_here) - tl.where(hit, 1.0, 0.0)
+        # Padding has no gradient.
+        grad = tl.where(inside, grad * weight, 0.0)
+        tl.store(here, grad.to(kind), mask=columns < width * STEP)

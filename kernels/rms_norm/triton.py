@@ -2,6 +2,9 @@
 
 A row is held in registers, so that the statistics need no second read. The weight's gradient is
 summed per program and then over programs, in fixed order: deterministic on a given device.
+
+Backward asks for the next row before it reduces this one: with two programs to a multiprocessor
+nothing else would keep the memory busy while their threads wait for each other.
 """
 
 from __future__ import annotations
@@ -11,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_dhellam.kernels.launch import blocks, power_of_two, processors
-
-_PROGRAMS_PER_PROCESSOR = 2
+from lightning_dhellam.kernels.launch import blocks, power_of_two, row_programs, row_warps
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     block = power_of_two(width)
     _forward[(rstd.numel(),)](
-        x, x, weight, x, y, rstd, width, eps, ADDS=False, BLOCK=block, num_warps=_warps(block)
+        x, x, weight, x, y, rstd, width, eps, ADDS=False, BLOCK=block, num_warps=row_warps(block)
     )
     return y, rstd
 
@@ -40,7 +41,7 @@ def residual_forward(
     block = power_of_two(width)
     _forward[(rstd.numel(),)](
         x, residual, weight, total, y, rstd, width, eps,
-        ADDS=True, BLOCK=block, num_warps=_warps(block),
+        ADDS=True, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return total, y, rstd
 
@@ -52,21 +53,15 @@ def backward(
     dy, x = dy.contiguous(), x.contiguous()
     extra = x if residual is None else residual.contiguous()
     width, rows = x.shape[-1], rstd.numel()
-    programs = min(rows, _PROGRAMS_PER_PROCESSOR * processors(x.device))
+    programs = row_programs(rows, x.device)
     dx = torch.empty_like(x)
     partial = x.new_empty((programs, width), dtype=torch.float32)
     block = power_of_two(width)
     _backward[(programs,)](
-        dy, x, weight, rstd, extra, dx, partial, rows, width,
-        ADDS=residual is not None, ROUNDS=blocks(rows, programs), BLOCK=block,
-        num_warps=_warps(block),
+        dy, x, weight, rstd, extra, dx, partial, rows, width, blocks(rows, programs),
+        ADDS=residual is not None, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return dx, partial.sum(0)
-
-
-def _warps(block: int) -> int:
-    """16 elements, two 16-byte loads of a 16-bit type, for each thread."""
-    return max(1, min(16, block // 512))
 
 
 @triton.jit
@@ -110,26 +105,36 @@ def _backward(
     partial: tl.tensor,
     rows: int,
     width: int,
+    rounds: int,
     ADDS: tl.constexpr,
-    ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
     is_column = columns < width
     factor = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for step in range(ROUNDS):
-        row = step * tl.num_programs(0) + program
+    row = program
+    inside = is_column & (row < rows)
+    next_dy = tl.load(dy + row * width + columns, mask=inside, other=0.0)
+    next_x = tl.load(x + row * width + columns, mask=inside, other=0.0)
+    for _ in range(rounds):
+        grad, value = next_dy.to(tl.float32), next_x.to(tl.float32)
         inside = is_column & (row < rows)
-        here = row * width + columns
-        grad = tl.load(dy + here, mask=inside, other=0.0).to(tl.float32)
+        if ADDS:
+            branch = tl.load(residual + row * width + columns, mask=inside, other=0.0)
+        next_row = row + programs
+        is_next = is_column & (next_row < rows)
+        next_dy = tl.load(dy + next_row * width + columns, mask=is_next, other=0.0)
+        next_x = tl.load(x + next_row * width + columns, mask=is_next, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
-        normal = tl.load(x + here, mask=inside, other=0.0).to(tl.float32) * scale
+        normal = value * scale
         scaled = grad * factor
         result = scale * (scaled - normal * (tl.sum(scaled * normal) / width))
         if ADDS:
-            result += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
+            result += branch.to(tl.float32)
+        tl.store(dx + row * width + columns, result.to(dx.dtype.element_ty), mask=inside)
         dweight += grad * normal
+        row = next_row
     tl.store(partial + program * width + columns, dweight, mask=is_column)

@@ -1,9 +1,9 @@
 """Triton: rotation and regrouping of heads in one pass.
 
-An item is one head of one token. Its place in the grouped layout (Megatron's projection) and in
-the split layout (queries, keys, values) follow from each other, so both directions are one read
-and one write. The two halves of `cos` and `sin` [S, D] are equal, as rotary tables have them; only
-the first is read.
+A program takes one token with all its heads, so that the token's cosines and sines are read once.
+Both directions are the same walk over the heads, between the grouped layout (Megatron's
+projection) and queries, keys and values. The two halves of `cos` and `sin` [S, D] are equal, as
+rotary tables have them; only the first is read.
 """
 
 from __future__ import annotations
@@ -12,26 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_dhellam.kernels.launch import blocks, power_of_two
+from lightning_dhellam.kernels.launch import power_of_two
 from lightning_dhellam.kernels.rope.reference import Heads, split
 
 __all__ = ["Heads", "backward", "forward", "split"]
 
-_ELEMENTS = 2048
-"""Of each half that a program rotates."""
+_ELEMENTS = 1024
+"""Of each half that a program holds at a time: one 16-byte load of a 16-bit type per thread."""
 
 
 def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """As `reference.forward`."""
     qkv = qkv.contiguous()
-    s, b, width = qkv.shape
-    out = qkv.new_empty(s, b, width)
-    items = s * b * (heads.queries + 2 * heads.groups)
-    half, tile = _shape(heads)
-    _forward[(blocks(items, tile),)](
-        qkv, out, cos, sin, items, b,
-        GROUPS=heads.groups, RATIO=heads.ratio, SIZE=heads.size, HALF=half, TILE=tile, num_warps=4,
-    )  # fmt: skip
+    out = qkv.new_empty(qkv.shape)
+    _launch(qkv, split(out, heads), cos, sin, heads, forward=True)
     return out
 
 
@@ -39,71 +33,40 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads
     """As `reference.backward`; only the last dimension of the gradients must be contiguous."""
     dq, dk, dv = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq, dk, dv))
     s, b = dq.shape[:2]
-    channels = heads.queries + 2 * heads.groups
-    dqkv = dq.new_empty(s, b, channels * heads.size)
-    items = s * b * channels
-    half, tile = _shape(heads)
-    _backward[(blocks(items, tile),)](
-        dq, dk, dv, dqkv, cos, sin, items, b,
-        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        GROUPS=heads.groups, RATIO=heads.ratio, SIZE=heads.size, HALF=half, TILE=tile, num_warps=4,
-    )  # fmt: skip
+    dqkv = dq.new_empty(s, b, (heads.queries + 2 * heads.groups) * heads.size)
+    _launch(dqkv, (dq, dk, dv), cos, sin, heads, forward=False)
     return dqkv
 
 
-def _shape(heads: Heads) -> tuple[int, int]:
-    """Padded half of a head, and items of a program."""
-    half = power_of_two(heads.size // 2)
-    return half, max(1, _ELEMENTS // half)
-
-
-@triton.jit
-def _forward(
-    qkv: tl.tensor,
-    out: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    items: int,
-    batch: int,
-    GROUPS: tl.constexpr,
-    RATIO: tl.constexpr,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    TILE: tl.constexpr,
+def _launch(
+    grouped: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    heads: Heads,
+    *,
+    forward: bool,
 ) -> None:
-    CHANNELS: tl.constexpr = GROUPS * (RATIO + 2)
-    item = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    token, head = item // CHANNELS, item % CHANNELS
-    is_query = head < GROUPS * RATIO
-    other = head - GROUPS * RATIO
-    grouped = tl.where(
-        is_query,
-        head // RATIO * (RATIO + 2) + head % RATIO,
-        other % GROUPS * (RATIO + 2) + RATIO + other // GROUPS,
-    )
-    column = tl.arange(0, HALF)
-    inside = (item < items)[:, None] & (column < SIZE // 2)[None, :]
-    turns = inside & (head < GROUPS * (RATIO + 1))[:, None]
-    table = (token // batch * SIZE)[:, None] + column[None, :]
-    c = tl.load(cos + table, mask=turns, other=1.0)
-    s = tl.load(sin + table, mask=turns, other=0.0)
-    read = qkv + ((token * CHANNELS + grouped) * SIZE)[:, None] + column[None, :]
-    first = tl.load(read, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(read + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
-    write = out + (item * SIZE)[:, None] + column[None, :]
-    tl.store(write, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(write + SIZE // 2, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
+    s, b, _ = grouped.shape
+    q, k, v = parts
+    half = power_of_two(heads.size // 2)
+    most = max(1, _ELEMENTS // half)
+    _walk[(s * b,)](
+        grouped, q, k, v, cos, sin, b, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        GROUPS=heads.groups, RATIO=heads.ratio, SIZE=heads.size, HALF=half,
+        QUERIES=min(most, power_of_two(heads.queries)), KEYS=min(most, power_of_two(heads.groups)),
+        FORWARD=forward, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
-def _backward(
-    dq: tl.tensor,
-    dk: tl.tensor,
-    dv: tl.tensor,
-    dqkv: tl.tensor,
+def _walk(
+    grouped: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    items: int,
     batch: int,
     q_s: int,
     q_b: int,
@@ -118,35 +81,50 @@ def _backward(
     RATIO: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
-    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    FORWARD: tl.constexpr,
 ) -> None:
-    CHANNELS: tl.constexpr = GROUPS * (RATIO + 2)
-    item = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    token, channel = item // CHANNELS, item % CHANNELS
+    token = tl.program_id(0).to(tl.int64)
     position, sample = token // batch, token % batch
-    group, part = channel // (RATIO + 2), channel % (RATIO + 2)
-    column = tl.arange(0, HALF)
-    inside = (item < items)[:, None] & (column < SIZE // 2)[None, :]
-    turns = inside & (part <= RATIO)[:, None]
-    table = (position * SIZE)[:, None] + column[None, :]
-    c = tl.load(cos + table, mask=turns, other=1.0)
-    s = tl.load(sin + table, mask=turns, other=0.0)
-    at_q = position * q_s + sample * q_b + (group * RATIO + part) * q_h
-    at_k = position * k_s + sample * k_b + group * k_h
-    at_v = position * v_s + sample * v_b + group * v_h
-    # One pointer for the three tensors would need a cast per item; two of three loads are masked.
-    is_q = inside & (part < RATIO)[:, None]
-    is_k = inside & (part == RATIO)[:, None]
-    is_v = inside & (part > RATIO)[:, None]
-    read_q = dq + at_q[:, None] + column[None, :]
-    read_k = dk + at_k[:, None] + column[None, :]
-    read_v = dv + at_v[:, None] + column[None, :]
-    first = tl.load(read_q, mask=is_q, other=0.0).to(tl.float32)
-    first += tl.load(read_k, mask=is_k, other=0.0).to(tl.float32)
-    first += tl.load(read_v, mask=is_v, other=0.0).to(tl.float32)
-    second = tl.load(read_q + SIZE // 2, mask=is_q, other=0.0).to(tl.float32)
-    second += tl.load(read_k + SIZE // 2, mask=is_k, other=0.0).to(tl.float32)
-    second += tl.load(read_v + SIZE // 2, mask=is_v, other=0.0).to(tl.float32)
-    write = dqkv + (item * SIZE)[:, None] + column[None, :]
-    tl.store(write, (first * c + second * s).to(dqkv.dtype.element_ty), mask=inside)
-    tl.store(write + SIZE // 2, (second * c - first * s).to(dqkv.dtype.element_ty), mask=inside)
+    column = tl.arange(0, HALF)[None, :]
+    real = column < SIZE // 2
+    c = tl.load(cos + position * SIZE + column, mask=real, other=1.0)
+    s = tl.load(sin + position * SIZE + column, mask=real, other=0.0)
+    here = grouped + token * GROUPS * (RATIO + 2) * SIZE + column
+    here_q = q + position * q_s + sample * q_b + column
+    here_k = k + position * k_s + sample * k_b + column
+    here_v = v + position * v_s + sample * v_b + column
+    for first in tl.static_range(0, GROUPS * RATIO, QUERIES):
+        head = first + tl.arange(0, QUERIES)[:, None]
+        place = here + (head // RATIO * (RATIO + 2) + head % RATIO) * SIZE
+        _move(place, here_q + head * q_h, real & (head < GROUPS * RATIO), c, s, SIZE, FORWARD)
+    for first in tl.static_range(0, GROUPS, KEYS):
+        head = first + tl.arange(0, KEYS)[:, None]
+        inside = real & (head < GROUPS)
+        place = here + (head * (RATIO + 2) + RATIO) * SIZE
+        _move(place, here_k + head * k_h, inside, c, s, SIZE, FORWARD)
+        # Values do not turn: they are multiplied by 1 and 0.
+        _move(place + SIZE, here_v + head * v_h, inside, c * 0 + 1, s * 0, SIZE, FORWARD)
+
+
+@triton.jit
+def _move(
+    grouped: tl.tensor,
+    part: tl.tensor,
+    inside: tl.tensor,
+    c: tl.tensor,
+    s: tl.tensor,
+    SIZE: tl.constexpr,
+    FORWARD: tl.constexpr,
+) -> None:
+    """Turn heads on their way from `grouped` to `part`, or back on the way back."""
+    if FORWARD:
+        source, target, turn = grouped, part, s
+    else:
+        source, target, turn = part, grouped, -s
+    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
+    kind = target.dtype.element_ty
+    tl.store(target, (a * c - b * turn).to(kind), mask=inside)
+    tl.store(target + SIZE // 2, (b * c + a * turn).to(kind), mask=inside)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench.report import Report
+from lightning_dhellam.bench.report import Report, device_name, pick_device
 from lightning_dhellam.engine import Engine, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, preset
@@ -30,22 +30,22 @@ def add_options(parser: ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--plans", type=list[str], default=["sequential", "interleaved"])
     parser.add_argument("--repeats", type=int, default=10, help="steps; the median counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: Namespace) -> Report:
     """Measure, per operator, the engine alone and the whole launch."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = pick_device(options.device)
     model = CausalLM(
         preset("llama-tiny", num_layers=8), ParallelContext.single(device),
-        torch.bfloat16 if on_gpu else torch.float32,
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
     ).to(device)  # fmt: skip
     for parameter in model.parameters():
         grad = torch.zeros_like(parameter, dtype=torch.float32)
         parameter.main_grad = grad  # type: ignore[attr-defined]
     layers = lower(model).layers
     count = 4 * sum(len(p.forward.operators) + len(p.backward.operators) for p in layers)
-    report = Report("launch", COLUMNS)
+    report = Report("launch", device_name(device), COLUMNS)
     hollow = _Hollow()
     for plan in options.plans:
         real = Engine(layers, make_lanes(device), builder(plan))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_dhellam.bench.report import Report
+from lightning_dhellam.bench.report import Report, device_name
 from lightning_dhellam.models import ModelConfig, preset
 
 DESCRIPTION = "the folded pipeline against Megatron-core's 1F1B, CPU processes with gloo"
@@ -73,7 +73,7 @@ def run(options: Namespace) -> Report:
     config = preset(options.preset, num_layers=layers, tie_embeddings=False)
     settings = Settings(config, stages, options.micro_batches, options.sequence, options.steps)
     notes = {"preset": options.preset, "layers": layers, "sequence": settings.length}
-    report = Report("pipeline", COLUMNS, notes)
+    report = Report("pipeline", device_name(torch.device("cpu")), COLUMNS, notes)
     sides = _measured(settings)
     reference = sides["Megatron-core 1F1B"]
     for name, outcome in sides.items():

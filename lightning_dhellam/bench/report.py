@@ -1,4 +1,4 @@
-"""One table per benchmark: printed, and written as JSON with where and when it was measured."""
+"""One table per benchmark: printed, and written with where and when it was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "lightning", "megatron-core", "transformers", "liger-kernel")
+from lightning_dhellam.search.files import save_text
+
+_PACKAGES = (
+    "torch", "triton", "lightning", "megatron-core", "transformers", "liger-kernel",
+    "flash-attn", "transformer-engine",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -24,50 +29,96 @@ class Report:
 
     Attributes:
         name: of the benchmark.
-        columns: keys of the rows, in the order of the table.
+        device: what it was measured on.
+        columns: keys of the rows, in the order of the table. A row may hold more, for the JSON.
         notes: lines above the table, and values that belong to no row.
-        rows: one for each thing measured.
+        rows: one for each thing measured; what failed has `failed` with the reason.
+        details: more tables by name, of which each row is printed whole.
     """
 
     name: str
+    device: str
     columns: Sequence[str]
     notes: Row = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    details: dict[str, list[Row]] = field(default_factory=dict)
+    _saved: Path | None = None
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong, one line for each row."""
+        return [str(row["failed"]) for row in self.rows if "failed" in row]
 
     def table(self) -> str:
         """The notes and the rows as text."""
-        cells = [[_shown(row.get(column)) for column in self.columns] for row in self.rows]
-        lines = [list(self.columns), *cells]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         notes = [f"{name}: {_shown(value)}" for name, value in self.notes.items()]
-        table = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in lines]
-        return "\n".join([self.name, *notes, *table])
+        lines = [f"{self.name} on {self.device}", *notes, *_aligned(self.columns, self.rows)]
+        for title, rows in self.details.items():
+            lines += ["", title, *_aligned(list(rows[0]) if rows else [], rows)]
+        return "\n".join(lines)
 
     def save(self, folder: Path) -> Path:
-        """Write `<name>-<device>-<date>.json` into `folder`, whole or not at all."""
+        """Write `<name>-<device>-<date>.json` and `.txt` into `folder`. Returns the first.
+
+        Each is there whole or not at all, and saving again replaces it: reports are saved after
+        every row, so that nothing measured is lost when a later row takes the process down.
+        """
         now = datetime.now(UTC)
-        folder.mkdir(parents=True, exist_ok=True)
-        device = device_name().lower().replace(" ", "-")
-        path = folder / f"{self.name}-{device}-{now:%Y-%m-%d}.json"
+        device = self.device.lower().replace(" ", "-")
+        path = Path(folder) / f"{self.name}-{device}-{now:%Y-%m-%d}.json"
         content = {
             "benchmark": self.name,
-            "device": device_name(),
+            "device": self.device,
             "date": now.isoformat(timespec="seconds"),
             "versions": _versions(),
             **self.notes,
             "rows": self.rows,
+            **self.details,
         }
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-        aside.replace(path)
+        if self._saved not in (None, path):  # the device was not known yet, or midnight passed
+            self._remove()
+        self._saved = path
+        save_text(path, json.dumps(content, indent=1) + "\n")
+        save_text(path.with_suffix(".txt"), f"{now:%Y-%m-%d} {self.table()}\n")
         return path
 
+    def _remove(self) -> None:
+        assert self._saved is not None
+        for file in (self._saved, self._saved.with_suffix(".txt")):
+            file.unlink(missing_ok=True)
 
-def device_name() -> str:
-    """What everything is measured on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+
+def device_name(device: torch.device) -> str:
+    """What `device` is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of the option `--device`.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name not in ("cuda", "cpu"):
+        raise ValueError(f"--device={name}: use cuda, or cpu for a rehearsal")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device=cuda: there is no CUDA device here; --device=cpu rehearses the benchmark"
+        )
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The rows under their columns; below them why some are missing values."""
+    lines = [list(columns), *([_shown(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    table = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in lines]
+    reasons = [
+        f"row {number}: {row['failed']}" for number, row in enumerate(rows, 1) if "failed" in row
+    ]
+    return table + reasons
 
 
 def _versions() -> dict[str, str]:

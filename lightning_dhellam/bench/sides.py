@@ -10,19 +10,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import Namespace
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_dhellam.bench.operators import operator_times
+from lightning_dhellam.bench.report import pick_device
 from lightning_dhellam.callbacks import training_flops_per_token
 from lightning_dhellam.models import ModelConfig, import_llama, preset
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.strategy import DHellamStrategy
 
-WARM_UP = 3
-"""Optimizer steps before the clock starts: compilation, allocator, autotuning."""
+SIDES = ("ours", "eager", "compiled")
 _LEARNING_RATE = 1e-4
-_ACCELERATOR = "cuda"
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,17 @@ class Shape:
     micro_batches: int
 
     @classmethod
-    def of(cls, options: Namespace, vocabulary: int, length: int) -> Shape:
-        """From the options of the benchmark."""
-        overrides: dict[str, Any] = {"vocab_size": vocabulary}
-        if options.layers:
-            overrides["num_layers"] = options.layers
-        base = preset(options.preset)
-        overrides["max_sequence_length"] = max(length, base.max_sequence_length)
-        return cls(preset(options.preset, **overrides), length, options.micro_batches)
+    def parse(cls, text: str) -> Shape:
+        """From `preset:layers:vocabulary:sequence:micro-batches`."""
+        name, *numbers = text.split(":")
+        if len(numbers) != 4 or not all(number.isdigit() for number in numbers):
+            raise ValueError(
+                f"--cases: '{text}' is not preset:layers:vocabulary:sequence:micro-batches, such as"
+                " llama-3-8b:8:32000:8192:4"
+            )
+        layers, vocabulary, length, micro_batches = map(int, numbers)
+        config = preset(name, num_layers=layers, vocab_size=vocabulary, max_sequence_length=length)
+        return cls(config, length, micro_batches)
 
     @property
     def flops_per_token(self) -> float:
@@ -55,32 +57,36 @@ class Shape:
         return training_flops_per_token(self.config, self.length)
 
 
-@dataclass
-class Outcome:
-    """What a side reached.
+@dataclass(frozen=True)
+class Side:
+    """Who trains.
 
     Attributes:
-        tokens: trained on while the clock ran.
-        seconds: on the clock.
-        losses: of each optimizer step, from the first.
-        norm: of the gradient of the first step.
+        name: one of `SIDES`.
+        device: `cuda`, or `cpu` for a rehearsal.
+        plan: of our side.
+        operators: whether to time our side's operators after the steps.
     """
 
-    tokens: int
-    seconds: float
-    losses: list[float]
-    norm: float
+    name: str
+    device: str
+    plan: str
+    operators: bool
 
 
 class _Watch(pl.Callback):
     """Starts the clock after the warm-up and stops it after the last step."""
 
-    def __init__(self, shape: Shape, steps: int) -> None:
+    def __init__(self, shape: Shape, side: Side, warm_up: int, steps: int) -> None:
         self.shape = shape
+        self.side = side
+        self.device = pick_device(side.device)
+        self.warm_up = warm_up
         self.steps = steps
         self.losses: list[Tensor] = []
         self.norm: Tensor | None = None
-        self.begin = self.seconds = 0.0
+        self.begin = self.seconds = self.peak = 0.0
+        self.operators: list[dict[str, Any]] = []
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
@@ -91,8 +97,8 @@ class _Watch(pl.Callback):
                 assert strategy._optimizer is not None
                 self.norm = strategy._optimizer.grad_norm()
             else:
-                grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-                self.norm = torch.nn.utils.get_total_norm(grads)
+                grads = (p.grad for p in pl_module.parameters() if p.grad is not None)
+                self.norm = torch.stack([grad.float().norm() for grad in grads]).norm()
 
     def on_train_batch_end(
         self,
@@ -103,36 +109,61 @@ class _Watch(pl.Callback):
         batch_idx: int,
     ) -> None:
         self.losses.append(outputs["loss"].detach())
-        stepped = (batch_idx + 1) * len(batch["tokens"]) // self.shape.micro_batches
-        whole = (batch_idx + 1) * len(batch["tokens"]) % self.shape.micro_batches == 0
-        if whole and stepped == WARM_UP:
-            torch.cuda.synchronize()
+        samples = (batch_idx + 1) * len(batch["tokens"])
+        if samples == self.warm_up * self.shape.micro_batches:
+            self._synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             self.begin = time.perf_counter()
-        if whole and stepped == WARM_UP + self.steps:
-            torch.cuda.synchronize()
+        if samples == (self.warm_up + self.steps) * self.shape.micro_batches:
+            self._synchronize()
             self.seconds = time.perf_counter() - self.begin
+            if self.device.type == "cuda":
+                self.peak = torch.cuda.max_memory_allocated() / 2**30
+            if self.side.operators and isinstance(trainer.strategy, DHellamStrategy):
+                self._time_operators(trainer.strategy, batch)
 
-    def outcome(self) -> Outcome:
+    def _time_operators(self, strategy: DHellamStrategy, batch: Any) -> None:
+        def train() -> None:
+            strategy.run_batch(batch, backward=True)
+
+        tokens = self.shape.length
+        self.operators = operator_times(strategy.engine, train, tokens, self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def result(self) -> dict[str, Any]:
         assert self.norm is not None and self.seconds
-        tokens = self.steps * self.shape.micro_batches * self.shape.length
-        each = torch.stack(self.losses).float().view(WARM_UP + self.steps, -1).mean(dim=1)
-        return Outcome(tokens, self.seconds, each.tolist(), self.norm.item())
+        # Lightning divides the loss of a micro-batch by their number when it accumulates.
+        each = torch.stack(self.losses).float().view(self.warm_up + self.steps, -1).sum(dim=1)
+        return {
+            "tokens": self.steps * self.shape.micro_batches * self.shape.length,
+            "seconds": self.seconds,
+            "peak GiB": self.peak or None,
+            "losses": each.tolist(),
+            "grad norm": self.norm.item(),
+            "operators": self.operators,
+        }
 
 
 class _Ours(DualStrandMixin):
     """Our model with Hugging Face's initial weights."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__()
         self.model_config = shape.config
         self.shape = shape
+        self.start = device
 
     def configure_model(self) -> None:
         first = "model" not in self._modules
         super().configure_model()
         if first:
-            import_llama(self.model, _huggingface(self.shape).state_dict())
-            torch.cuda.empty_cache()
+            import_llama(self.model, _huggingface(self.shape, self.start).state_dict())
+            if self.start.type == "cuda":
+                torch.cuda.empty_cache()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self.batch_loss(batch)
@@ -144,10 +175,16 @@ class _Ours(DualStrandMixin):
 class _Theirs(pl.LightningModule):
     """`LlamaForCausalLM`, as its users train it."""
 
-    def __init__(self, shape: Shape, compiled: bool) -> None:
+    def __init__(self, shape: Shape, device: torch.device, compiled: bool) -> None:
         super().__init__()
-        self.net = _huggingface(shape)
+        self.net = _huggingface(shape, device)
         self.run = torch.compile(self.net) if compiled else self.net
+        self.frequencies = (self.net.model.rotary_emb.inv_freq.clone(),)
+
+    def on_train_start(self) -> None:
+        # Lightning's bf16-true has rounded them too: angles of late positions were off by turns.
+        (frequencies,) = self.frequencies
+        self.net.model.rotary_emb.inv_freq = frequencies
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         labels = batch["labels"]
@@ -160,38 +197,26 @@ class _Theirs(pl.LightningModule):
         return torch.optim.AdamW(self.net.parameters(), lr=_LEARNING_RATE, fused=True)
 
 
-def our_side(shape: Shape, steps: int, plan: str) -> Outcome:
-    """Under `DHellamStrategy`, one batch to an optimizer step."""
-    strategy = DHellamStrategy(micro_batch_size=1, plan=plan)
-    return _fit(_Ours(shape), shape, steps, shape.micro_batches, "bf16-mixed", strategy, 1)
-
-
-def huggingface_side(shape: Shape, steps: int, *, compiled: bool) -> Outcome:
-    """Under Lightning's single-device strategy, accumulating gradients."""
-    try:
-        module = _Theirs(shape, compiled)
-        return _fit(module, shape, steps, 1, "bf16-true", "auto", shape.micro_batches)
-    finally:
-        torch._dynamo.reset()
-
-
-def _fit(
-    module: pl.LightningModule,
-    shape: Shape,
-    steps: int,
-    samples: int,
-    precision: Any,
-    strategy: Any,
-    accumulate: int,
-) -> Outcome:
-    watch = _Watch(shape, steps)
+def measure(shape: Shape, side: Side, warm_up: int, steps: int) -> dict[str, Any]:
+    """Train, and return what the report needs: numbers, losses of all steps, times of operators."""
+    device = pick_device(side.device)
+    watch = _Watch(shape, side, warm_up, steps)
+    module: pl.LightningModule
+    if side.name == "ours":
+        # One batch to an optimizer step, which the strategy cuts.
+        module, samples, accumulate = _Ours(shape, device), shape.micro_batches, 1
+        strategy: Any = DHellamStrategy(micro_batch_size=1, plan=side.plan)
+        precision: Any = "bf16-mixed"
+    else:
+        module = _Theirs(shape, device, compiled=side.name == "compiled")
+        samples, accumulate, strategy, precision = 1, shape.micro_batches, "auto", "bf16-true"
     trainer = pl.Trainer(
-        accelerator=_ACCELERATOR,
+        accelerator=side.device,
         devices=1,
         precision=precision,
         strategy=strategy,
         accumulate_grad_batches=accumulate,
-        max_steps=WARM_UP + steps,
+        max_steps=warm_up + steps,
         callbacks=[watch],
         logger=False,
         use_distributed_sampler=False,  # it would shuffle
@@ -201,8 +226,8 @@ def _fit(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, _loader(shape, (WARM_UP + steps) * shape.micro_batches, samples))
-    return watch.outcome()
+        trainer.fit(module, _loader(shape, (warm_up + steps) * shape.micro_batches, samples))
+    return watch.result()
 
 
 def _loader(shape: Shape, count: int, samples: int) -> Iterable[dict[str, Tensor]]:
@@ -210,12 +235,13 @@ def _loader(shape: Shape, count: int, samples: int) -> Iterable[dict[str, Tensor
     size = (count, shape.length + 1)
     tokens = torch.randint(0, shape.config.vocab_size, size, generator=generator)
     rows = [{"tokens": row[:-1], "labels": row[1:]} for row in tokens]
-    return DataLoader(rows, batch_size=samples, pin_memory=True)  # type: ignore[arg-type]
+    pin = torch.cuda.is_available()
+    return DataLoader(rows, batch_size=samples, pin_memory=pin)  # type: ignore[arg-type]
 
 
-def _huggingface(shape: Shape) -> Any:
-    """A `LlamaForCausalLM` in bf16 on the GPU, the same on every call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _huggingface(shape: Shape, device: torch.device) -> Any:
+    """A `LlamaForCausalLM` in bf16 on `device`, the same on every call."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = shape.config
     scaling = config.rope_scaling_factor
@@ -238,7 +264,8 @@ def _huggingface(shape: Shape) -> Any:
         rope_parameters=rope,
         tie_word_embeddings=config.tie_embeddings,
     )
-    theirs._attn_implementation = "sdpa"
     torch.manual_seed(3)
-    with torch.device(_ACCELERATOR):
-        return LlamaForCausalLM(theirs).bfloat16()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            theirs, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )

@@ -109,8 +109,9 @@ class CpuLanes(Lanes):
         result = operator.run(*(slot.value for slot in inputs))
         if not isinstance(result, Pending):
             return result, Mark(operator.track, 0, None, None)
-        if result.work is not None:
-            self._note(operator.lane, result.work)
+        if result.work is None:
+            return result.value, Mark(operator.track, 0, None, None)
+        self._note(operator.lane, result.work)
         for slot in inputs:
             slot.uses[operator.track] = 0
         return result.value, Mark(operator.track, 0, result.work, None)
@@ -165,11 +166,17 @@ class CudaLanes(Lanes):
 
         compute   GEMM  ---->  writes x      next gather waits for compute: x is freed here
         tp              gather reads x -->
+
+    Args:
+        device: a CUDA device.
+        poison: see `Lanes`.
+        priority: of communication streams: -1 goes before compute, 0 is its equal.
     """
 
-    def __init__(self, device: torch.device, *, poison: bool = False) -> None:
+    def __init__(self, device: torch.device, *, poison: bool = False, priority: int = -1) -> None:
         super().__init__(poison=poison)
         self.device = device
+        self._priority = priority
         self._streams = {_COMPUTE: torch.cuda.current_stream(device)}
         self._numbers: dict[Track, int] = {_COMPUTE: 0}
         self._seen: dict[Track, dict[Track, int]] = {_COMPUTE: {}}
@@ -177,10 +184,10 @@ class CudaLanes(Lanes):
         self._last_pass: dict[Track, Mark] = {}
 
     def stream(self, lane: Lane, channel: str = "") -> torch.cuda.Stream:
-        """The stream of a lane or channel, made on first use. Communication goes before compute."""
+        """The stream of a lane or channel, made on first use."""
         track = Track(lane, channel)
         if track not in self._streams:
-            self._streams[track] = torch.cuda.Stream(self.device, priority=-1)
+            self._streams[track] = torch.cuda.Stream(self.device, priority=self._priority)
             self._numbers[track] = 0
             self._seen[track] = {}
             self._waiting[track] = []
@@ -283,6 +290,8 @@ class CudaLanes(Lanes):
             slot.value = None
 
 
-def make_lanes(device: torch.device, *, poison: bool = False) -> Lanes:
-    """The lanes of `device`."""
-    return CudaLanes(device, poison=poison) if device.type == "cuda" else CpuLanes(poison=poison)
+def make_lanes(device: torch.device, *, poison: bool = False, priority: int = -1) -> Lanes:
+    """The lanes of `device`; see `CudaLanes`."""
+    if device.type == "cuda":
+        return CudaLanes(device, poison=poison, priority=priority)
+    return CpuLanes(poison=poison)

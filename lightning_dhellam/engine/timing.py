@@ -18,6 +18,9 @@ from lightning_dhellam.plan import Lane, Operator
 _HEAD_START = 500_000
 """Cycles that the device idles while the host issues a measurement: about 0.3 ms."""
 
+_CYCLES = 1.7e9
+"""Of a device in a second, about."""
+
 
 class Subject(NamedTuple):
     """An operator, and values for it to read."""
@@ -43,7 +46,12 @@ class OperatorTimer:
         self._group = group
         self._repeats = repeats
         self._warmup = warmup
-        self._time = self._on_cuda if isinstance(lanes, CudaLanes) else self._on_cpu
+        self._time = self._on_cuda if self.on_cuda else self._on_cpu
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether operators run on streams."""
+        return isinstance(self._lanes, CudaLanes)
 
     def alone(self, subject: Subject) -> list[float]:
         """Seconds of each run while nothing else runs."""
@@ -55,14 +63,25 @@ class OperatorTimer:
         first, second = self._samples([communication, compute])
         return first, second
 
-    def _samples(self, subjects: Sequence[Subject]) -> list[list[float]]:
+    def behind(
+        self, communication: Subject, compute: Subject, lead: float
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of each from its own start, communication's being `lead` seconds later.
+
+        On CUDA only: on CPU computation holds up the host, which could not start anything.
+        """
+        assert isinstance(self._lanes, CudaLanes)
+        first, second = self._samples([communication, compute], lead)
+        return first, second
+
+    def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
         rows: list[list[float]] = []
         failure: Exception | None = None
         with torch.no_grad():
             for _ in range(self._warmup + self._repeats):
                 # A rank that fails goes on without the operators: the others still compare times.
                 try:
-                    rows.append(self._time([] if failure else subjects))
+                    rows.append(self._time([] if failure else subjects, lead))
                 except Exception as error:
                     failure = error
         rows = rows[self._warmup :] if failure is None else [[inf] * len(subjects)] * self._repeats
@@ -73,7 +92,7 @@ class OperatorTimer:
             raise RuntimeError("it failed on another rank, whose message says why")
         return [[float(value) for value in column] for column in samples.t()]
 
-    def _on_cpu(self, subjects: Sequence[Subject]) -> list[float]:
+    def _on_cpu(self, subjects: Sequence[Subject], lead: float) -> list[float]:
         """Communication first, then compute inline; a thread notes when the work is done."""
         if self._group is not None:
             dist.barrier(self._group)
@@ -92,26 +111,34 @@ class OperatorTimer:
             watcher.join()
         return [ends[index] - start for index in range(len(subjects))]
 
-    def _on_cuda(self, subjects: Sequence[Subject]) -> list[float]:
-        """All start behind one event, which the device reaches when all have been issued."""
+    def _on_cuda(self, subjects: Sequence[Subject], lead: float) -> list[float]:
+        """All start behind one event, which the device reaches when all have been issued;
+        communication `lead` seconds after it."""
         assert isinstance(self._lanes, CudaLanes)
         compute = self._lanes.stream(Lane.COMPUTE)
         go = torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(compute):
             torch.cuda._sleep(_HEAD_START)
             go.record()
-        ends = []
+        times = []
         for operator, values in subjects:
             stream = self._lanes.stream(*operator.track)
             end = torch.cuda.Event(enable_timing=True)
             stream.wait_event(go)
             with torch.cuda.stream(stream):
+                start = self._started_later(lead) if lead and operator.is_communication else go
                 operator.run(*values)
                 end.record()
-            ends.append(end)
-        for end in ends:
+            times.append((start, end))
+        for _, end in times:
             end.synchronize()
-        return [go.elapsed_time(end) / 1000 for end in ends]
+        return [start.elapsed_time(end) / 1000 for start, end in times]
+
+    def _started_later(self, lead: float) -> torch.cuda.Event:
+        torch.cuda._sleep(round(lead * _CYCLES))
+        start = torch.cuda.Event(enable_timing=True)
+        start.record()
+        return start
 
 
 def _note(wait: Callable[[], Any], ends: dict[int, float], index: int) -> None:

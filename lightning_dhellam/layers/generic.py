@@ -51,8 +51,9 @@ def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
         leaf, y = graph
         dx, *grads = torch.autograd.grad(y, [leaf, *parameters], dy, allow_unused=True)
         for parameter, grad in zip(parameters, grads, strict=True):
+            total = main_grad(parameter)  # which clears it, even when there is nothing to add
             if grad is not None:
-                main_grad(parameter).add_(grad)
+                total.add_(grad)
         return torch.zeros_like(dy) if dx is None else dx
 
     backward.compute(

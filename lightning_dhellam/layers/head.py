@@ -20,9 +20,10 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.kernels import cross_entropy, linear
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.norm import NormLowering
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.parallel.emulate import EmulatedLink
+from lightning_dhellam.parallel.link import EmulatedLink
 from lightning_dhellam.plan import Graph, GraphPair, Strand
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -82,8 +83,11 @@ class HeadLowering:
         w.compute(
             "final.norm",
             ("x",),
-            {"final_norm": self.sizes.shard, "final_rstd": self.sizes.statistic},
-            lambda x: self.kernels.rms_norm.forward(x, self.norm.weight, self.norm.eps),
+            {
+                "final_norm": self.sizes.shard,
+                "final_rstd": self._norm.statistics * self.sizes.statistic,
+            },
+            self._norm.forward,
             moved=2 * self.sizes.shard,
         )
         return w.gather("output.gather", "final_norm", "final_norm_full", self.sizes.hidden)
@@ -204,23 +208,19 @@ class HeadLowering:
         return "final_norm_full" if self.sizes.tp > 1 else "final_norm"
 
     def _norm_grad(self, w: GraphWriter, grad: str) -> Graph:
-        weight = self.norm.weight
-
-        def run(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-            dx: Tensor
-            dx, dweight = self.kernels.rms_norm.backward(dy, x, weight, rstd)
-            main_grad(weight).add_(dweight)
-            return dx
-
         w.compute(
             "final.norm.grad",
             (grad, "x", "final_rstd"),
             {"dx": self.sizes.shard},
-            run,
+            self._norm.backward,
             moved=3 * self.sizes.shard,
-            accumulates=(weight,),
+            accumulates=self._norm.parameters,
         )
         return w.graph({}, ("dx",))
+
+    @property
+    def _norm(self) -> NormLowering:
+        return NormLowering(self.norm, self.kernels)
 
     def _all_logits(self, w: GraphWriter, read: str) -> None:
         """Add the slot `logits_whole` [B, S, V]: every column, in the batch's own layout."""

@@ -23,7 +23,7 @@ from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "activation_func": (torch.nn.functional.silu,),
+    "activation_func": (torch.nn.functional.silu, torch.nn.functional.gelu),
     "activation_func_clamp_value": (None,),
     "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
@@ -37,7 +37,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "fp4": (None,),
     "fp8": (None,),
     "fp32_residual_connection": (False,),
-    "gated_linear_unit": (True,),
+    "gated_linear_unit": (True, False),
     "glu_linear_offset": (0.0,),
     "heterogeneous_block_specs": (False,),
     "layernorm_zero_centered_gamma": (False,),
@@ -46,7 +46,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (None,),
     "multi_latent_attention": (False,),
     "no_rope_freq": (None,),
-    "normalization": ("RMSNorm",),
+    "normalization": ("RMSNorm", "LayerNorm"),
     "num_moe_experts": (None,),
     "pipeline_model_parallel_size": (1,),
     "qk_clip": (False,),
@@ -93,6 +93,13 @@ def check_supported(config: Any) -> None:
                 f"TransformerConfig.{name}={getattr(value, '__name__', repr(value))} cannot be"
                 f" lowered to operators: use {shown}"
             )
+    silu, gated = config.activation_func is torch.nn.functional.silu, config.gated_linear_unit
+    if silu != gated:
+        raise ValueError(
+            f"TransformerConfig.gated_linear_unit={gated} with activation_func="
+            f"{config.activation_func.__name__} cannot be lowered to operators: use silu with a"
+            " gate, or gelu without one"
+        )
 
 
 def lower(

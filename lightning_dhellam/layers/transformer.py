@@ -1,4 +1,4 @@
-"""A Megatron-core `TransformerLayer` of the Llama family as operators.
+"""A Megatron-core `TransformerLayer` without biases as operators: Llama's, and GPT's MLP and norms.
 
 Shapes: S sequence, s = S / TP its part on this rank, B batch, H hidden; q, k, v heads are this
 rank's. With TP > 1 activations between the linear layers are split along the sequence, so every
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lightning_dhellam.kernels import rope
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.norm import NormLowering
 from lightning_dhellam.layers.rotary import RotaryTable
-from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
+from lightning_dhellam.layers.writer import GraphWriter, Sizes
 from lightning_dhellam.plan import GraphPair, Strand
 
 ATTENTION_SALT, MLP_SALT = 1, 2
@@ -66,51 +67,73 @@ class TransformerLowering:
     def _forward(self) -> GraphWriter:
         w = GraphWriter("transformer", Strand.FORWARD, self.sizes)
         sizes, attn, mlp = self.sizes, self.layer.self_attention, self.layer.mlp
-        self._norm(w, "attention", "x", self.layer.input_layernorm)
+        self._norm(w, "attention", "x", self._input_norm)
         read = w.gather("qkv.gather", "attention_norm", "attention_norm_full", sizes.hidden)
         w.gemm("qkv.gemm", read, "qkv", attn.linear_qkv.weight)
         self._attention(w)
         w.gemm("proj.gemm", "context", "proj_partial", attn.linear_proj.weight)
         read = w.scatter("proj.scatter", "proj_partial", "proj", sizes.hidden)
-        if self.kernels.fuses_residual and not self.dropout:
-            self._residual_norm(w, (read, "x"), "mid", self.layer.pre_mlp_layernorm)
+        if self._mlp_norm.fuses and not self.dropout:
+            self._residual_norm(w, (read, "x"), "mid", self._mlp_norm)
         else:
             self._residual(w, "attention.residual", (read, "x"), "mid", ATTENTION_SALT)
-            self._norm(w, "mlp", "mid", self.layer.pre_mlp_layernorm)
+            self._norm(w, "mlp", "mid", self._mlp_norm)
         read = w.gather("fc1.gather", "mlp_norm", "mlp_norm_full", sizes.hidden)
-        w.gemm("fc1.gemm", read, "gate_up", mlp.linear_fc1.weight)
-        width = mlp.linear_fc2.weight.shape[1]
+        fc1, fc2 = mlp.linear_fc1.weight, mlp.linear_fc2.weight
+        w.gemm("fc1.gemm", read, self._inner, fc1)
         w.compute(
-            "swiglu",
-            ("gate_up",),
-            {"act": sizes.wide(width)},
-            self.kernels.swiglu.forward,
-            moved=3 * sizes.wide(width),
+            self._activation,
+            (self._inner,),
+            {"act": sizes.wide(fc2.shape[1])},
+            getattr(self.kernels, self._activation).forward,
+            moved=sizes.wide(fc1.shape[0] + fc2.shape[1]),
         )
-        w.gemm("fc2.gemm", "act", "fc2_partial", mlp.linear_fc2.weight)
+        w.gemm("fc2.gemm", "act", "fc2_partial", fc2)
         read = w.scatter("fc2.scatter", "fc2_partial", "fc2", sizes.hidden)
         self._residual(w, "mlp.residual", (read, "mid"), "y", MLP_SALT)
         return w
 
-    def _norm(self, w: GraphWriter, name: str, read: str, norm: Any) -> None:
-        rms_norm = self.kernels.rms_norm
+    @property
+    def _input_norm(self) -> NormLowering:
+        return NormLowering(self.layer.input_layernorm, self.kernels)
+
+    @property
+    def _mlp_norm(self) -> NormLowering:
+        return NormLowering(self.layer.pre_mlp_layernorm, self.kernels)
+
+    @property
+    def _activation(self) -> str:
+        """The operator that stands between the two linear layers of the MLP."""
+        return "swiglu" if self.layer.config.gated_linear_unit else "gelu"
+
+    @property
+    def _inner(self) -> str:
+        """The slot of what the activation reads."""
+        return "gate_up" if self._activation == "swiglu" else "up"
+
+    def _norm(self, w: GraphWriter, name: str, read: str, norm: NormLowering) -> None:
         w.compute(
             f"{name}.norm",
             (read,),
-            {f"{name}_norm": self.sizes.shard, f"{name}_rstd": self.sizes.statistic},
-            lambda x: rms_norm.forward(x, norm.weight, norm.eps),
+            {f"{name}_norm": self.sizes.shard, f"{name}_rstd": self._statistic(norm)},
+            norm.forward,
             moved=2 * self.sizes.shard,
         )
 
-    def _residual_norm(self, w: GraphWriter, reads: tuple[str, str], write: str, norm: Any) -> None:
-        rms_norm, sizes = self.kernels.rms_norm, self.sizes
+    def _residual_norm(
+        self, w: GraphWriter, reads: tuple[str, str], write: str, norm: NormLowering
+    ) -> None:
+        shard = self.sizes.shard
         w.compute(
             "mlp.residual_norm",
             reads,
-            {write: sizes.shard, "mlp_norm": sizes.shard, "mlp_rstd": sizes.statistic},
-            lambda x, residual: rms_norm.residual_forward(x, residual, norm.weight, norm.eps),
-            moved=4 * sizes.shard,
+            {write: shard, "mlp_norm": shard, "mlp_rstd": self._statistic(norm)},
+            norm.residual_forward,
+            moved=4 * shard,
         )
+
+    def _statistic(self, norm: NormLowering) -> float:
+        return norm.statistics * self.sizes.statistic
 
     def _attention(self, w: GraphWriter) -> None:
         heads, scale = self.heads, self.scale
@@ -165,14 +188,14 @@ class TransformerLowering:
         w.dgrad("fc2.dgrad", grad, "d_act", fc2)
         w.wgrad("fc2.wgrad", grad, "act", fc2)
         w.compute(
-            "swiglu.grad",
-            ("d_act", "gate_up"),
-            {"d_gate_up": sizes.wide(fc1.shape[0])},
-            self.kernels.swiglu.backward,
-            moved=2.5 * sizes.wide(fc1.shape[0]),
+            f"{self._activation}.grad",
+            ("d_act", self._inner),
+            {f"d_{self._inner}": sizes.wide(fc1.shape[0])},
+            getattr(self.kernels, self._activation).backward,
+            moved=sizes.wide(2 * fc1.shape[0] + fc2.shape[1]),
         )
-        grad = self._column_backward(w, "fc1", "d_gate_up", "mlp_norm", fc1)
-        self._norm_grad(w, "mlp", grad, "mid", "dy", "d_mid", self.layer.pre_mlp_layernorm)
+        grad = self._column_backward(w, "fc1", f"d_{self._inner}", "mlp_norm", fc1)
+        self._norm_grad(w, "mlp", grad, "mid", "dy", "d_mid", self._mlp_norm)
 
         proj, qkv = attn.linear_proj.weight, attn.linear_qkv.weight
         grad = self._dropout_grad(w, "attention.dropout.grad", "d_mid", "d_proj", ATTENTION_SALT)
@@ -181,7 +204,7 @@ class TransformerLowering:
         w.wgrad("proj.wgrad", grad, "context", proj)
         self._attention_grad(w)
         grad = self._column_backward(w, "qkv", "d_qkv", "attention_norm", qkv)
-        self._norm_grad(w, "attention", grad, "x", "d_mid", "dx", self.layer.input_layernorm)
+        self._norm_grad(w, "attention", grad, "x", "d_mid", "dx", self._input_norm)
         return w.graph({"dy": self.sizes.shard}, ("dx",))
 
     def _column_backward(self, w: GraphWriter, name: str, grad: str, read: str, weight: Any) -> str:
@@ -197,23 +220,22 @@ class TransformerLowering:
         return scattered
 
     def _norm_grad(
-        self, w: GraphWriter, name: str, grad: str, x: str, residual: str, write: str, norm: Any
+        self,
+        w: GraphWriter,
+        name: str,
+        grad: str,
+        x: str,
+        residual: str,
+        write: str,
+        norm: NormLowering,
     ) -> None:
-        weight, rms_norm = norm.weight, self.kernels.rms_norm
-
-        def run(dy: Tensor, x: Tensor, rstd: Tensor, residual: Tensor) -> Tensor:
-            dx: Tensor
-            dx, dweight = rms_norm.backward(dy, x, weight, rstd, residual)
-            main_grad(weight).add_(dweight)
-            return dx
-
         w.compute(
             f"{name}.norm.grad",
             (grad, x, f"{name}_rstd", residual),
             {write: self.sizes.shard},
-            run,
+            norm.backward,
             moved=4 * self.sizes.shard,
-            accumulates=(weight,),
+            accumulates=norm.parameters,
         )
 
     def _dropout_grad(self, w: GraphWriter, name: str, read: str, write: str, salt: int) -> str:

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from lightning_dhellam.kernels import linear
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.gradients import taken_first
 from lightning_dhellam.plan import Graph, Lane, Operator, Strand
 
 # Nominal rates of one H200 with NVLink, measured or from the data sheet. Plans that are made
@@ -167,11 +168,16 @@ class GraphWriter:
     def wgrad(self, name: str, grad: str, read: str, weight: Parameter) -> None:
         """Add `main_grad += grad.T @ read`: the weight gradient of a linear layer."""
         out_features, in_features = weight.shape
+
+        def run(dy: torch.Tensor, x: torch.Tensor) -> None:
+            first = taken_first(weight)
+            linear.accumulate_wgrad(main_grad(weight), dy, x, first=first)
+
         self.compute(
             name,
             (grad, read),
             {},
-            lambda dy, x: linear.accumulate_wgrad(main_grad(weight), dy, x),
+            run,
             flops=2 * in_features * out_features,
             accumulates=(weight,),
         )
@@ -187,6 +193,11 @@ class GraphWriter:
 
 
 def main_grad(parameter: Parameter) -> torch.Tensor:
-    """Megatron's gradient buffer of `parameter`, to which operators add in place."""
+    """Megatron's gradient buffer of `parameter`, to which operators add in place.
+
+    It is cleared when this step has not added to it before.
+    """
     grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    if taken_first(parameter):
+        grad.zero_()
     return grad

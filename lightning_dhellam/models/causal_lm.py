@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lightning_dhellam.kernels.dropout import fold
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
-from lightning_dhellam.models.norm import RMSNorm
+from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.spec import llama_layer_spec
 from lightning_dhellam.models.stage import Elsewhere, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
@@ -83,9 +83,8 @@ class CausalLM(nn.Module):
             )
         self.final_norm = self.output_layer = None
         if ends:
-            self.final_norm = RMSNorm(
-                self.transformer_config, config.hidden_size, config.norm_epsilon
-            )
+            norm = NORMS[config.normalization]
+            self.final_norm = norm(self.transformer_config, config.hidden_size, config.norm_epsilon)
             _seed(context, seed, 1)
             self.output_layer = self._build_output()
 
@@ -101,7 +100,7 @@ class CausalLM(nn.Module):
     def _build_layer(self, index: int, chunk: int, seed: int) -> nn.Module:
         _seed(self.context, seed, 2 + index)
         layer = build_module(
-            llama_layer_spec(self.config.ffn_hidden_size),
+            llama_layer_spec(self.config.ffn_hidden_size, self.config.normalization),
             config=self.transformer_config,
             layer_number=index + 1,
             pg_collection=self.context.groups,

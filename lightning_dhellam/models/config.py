@@ -13,6 +13,7 @@ from lightning_dhellam.parallel.context import ParallelContext
 _VOCABULARY_ALIGNMENT = 8
 # Longer contexts are for inference, or for a last phase of training.
 _TRAINING_LENGTH = 8192
+_KINDS = {"normalization": ("RMSNorm", "LayerNorm"), "activation": ("swiglu", "gelu")}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ModelConfig:
     """Width of the residual stream."""
 
     ffn_hidden_size: int
-    """Width of the gated MLP (Hugging Face: intermediate_size)."""
+    """Width of the MLP (Hugging Face: intermediate_size)."""
 
     num_attention_heads: int
     """Number of query heads."""
@@ -62,6 +63,12 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     """Dropout probability after the embedding, attention and MLP."""
 
+    normalization: str = "RMSNorm"
+    """`RMSNorm`, or `LayerNorm`, which has a bias."""
+
+    activation: str = "swiglu"
+    """Of the MLP: `swiglu`, with a gate, or `gelu`, without."""
+
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -89,6 +96,10 @@ class ModelConfig:
             counts = field.type == "int" or (field.type == "int | None" and value is not None)
             if counts and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name}={value!r} must be an integer of at least 1")
+        for name, known in _KINDS.items():
+            if getattr(self, name) not in known:
+                choices = " or ".join(map(repr, known))
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: use {choices}")
         if not 0.0 <= self.hidden_dropout < 1.0:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
         for name in ("norm_epsilon", "rotary_base", "init_std"):
@@ -108,14 +119,17 @@ class ModelConfig:
     @property
     def parameter_count(self) -> int:
         """Number of weights, vocabulary padding not counted."""
+        norm = 1 if self.normalization == "RMSNorm" else 2
         attention = 2 * self.num_attention_heads + 2 * self.num_query_groups
-        layer = self.hidden_size * (
-            attention * self.kv_channels + 3 * self.ffn_hidden_size + 2  # two norms
-        )
+        mlp = self.mlp_matrices * self.ffn_hidden_size
+        layer = attention * self.kv_channels + mlp + 2 * norm
         tables = 1 if self.tie_embeddings else 2
-        return (
-            self.num_layers * layer + tables * self.vocab_size * self.hidden_size + self.hidden_size
-        )
+        return self.hidden_size * (self.num_layers * layer + tables * self.vocab_size + norm)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of hidden_size by ffn_hidden_size in the MLP of a layer."""
+        return 3 if self.activation == "swiglu" else 2
 
     @property
     def costs_in_layers(self) -> tuple[float, float]:
@@ -128,7 +142,8 @@ class ModelConfig:
         length = min(self.max_sequence_length, _TRAINING_LENGTH)
         heads = self.num_attention_heads * self.kv_channels
         keys = self.num_query_groups * self.kv_channels
-        weights = self.hidden_size * (2 * heads + 2 * keys + 3 * self.ffn_hidden_size)
+        mlp = self.mlp_matrices * self.ffn_hidden_size
+        weights = self.hidden_size * (2 * heads + 2 * keys + mlp)
         layer = 6.0 * (weights + heads * length)
         return 1750 * self.hidden_size / layer, 6.0 * self.vocab_size * self.hidden_size / layer
 
@@ -167,11 +182,15 @@ class ModelConfig:
             num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_query_groups,
             kv_channels=self.kv_channels,
-            normalization="RMSNorm",
+            normalization=self.normalization,
             layernorm_epsilon=self.norm_epsilon,
             add_bias_linear=False,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
+            gated_linear_unit=self.activation == "swiglu",
+            activation_func=(
+                torch.nn.functional.silu
+                if self.activation == "swiglu"
+                else torch.nn.functional.gelu
+            ),
             hidden_dropout=self.hidden_dropout,
             attention_dropout=0.0,
             init_method_std=self.init_std,

@@ -114,6 +114,11 @@ def _gather(shard: Tensor, context: ParallelContext) -> list[Tensor]:
 
 
 def _rules(config: ModelConfig, padded_vocab_size: int) -> Iterator[_Rule]:
+    if (config.normalization, config.activation) != ("RMSNorm", "swiglu"):
+        raise ValueError(
+            f"normalization='{config.normalization}', activation='{config.activation}':"
+            " LlamaForCausalLM has RMSNorm and swiglu only, so there is nothing to convert"
+        )
     table = (config.vocab_size, config.hidden_size)
     yield _vocabulary("embedding.word_embeddings.weight", _EMBEDDING, table, padded_vocab_size)
     for index in range(config.num_layers):

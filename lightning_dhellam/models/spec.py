@@ -1,4 +1,4 @@
-"""Which modules a Llama layer is made of, in Megatron's own language."""
+"""Which modules a layer is made of, in Megatron's own language."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from lightning_dhellam.models.attention import SdpaCoreAttention
-from lightning_dhellam.models.norm import RMSNorm
+from lightning_dhellam.models.norm import NORMS
 
 
-def llama_layer_spec(ffn_hidden_size: int | None = None) -> ModuleSpec:
-    """Pre-norm layer: RMSNorm, grouped-query attention, RMSNorm, gated MLP, no biases.
+def llama_layer_spec(
+    ffn_hidden_size: int | None = None, normalization: str = "RMSNorm"
+) -> ModuleSpec:
+    """Pre-norm layer: norm, grouped-query attention, norm, MLP; linear layers without biases.
 
     ``ffn_hidden_size`` only spares Megatron's warning that it reads it from its configuration.
     """
+    norm = NORMS[normalization]
     mlp_params = {} if ffn_hidden_size is None else {"ffn_hidden_size": ffn_hidden_size}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -37,7 +40,7 @@ def llama_layer_spec(ffn_hidden_size: int | None = None) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 params=mlp_params,

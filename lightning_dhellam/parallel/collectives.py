@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dhellam.parallel.emulate import EmulatedLink
+from lightning_dhellam.parallel.link import EmulatedLink
 
 # Torch 2.13 renamed both; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,8 +49,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = 
     x = x.contiguous()
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     if link is not None:
-        link.carry(out, crossing=out.nbytes - x.nbytes)
-        return Pending(out, None)
+        return Pending(out, link.carry(x, out, crossing=out.nbytes - x.nbytes))
     return _pending(out, _all_gather(out, x, group=group, async_op=True))
 
 
@@ -64,8 +63,7 @@ def reduce_scatter(
     x = x.contiguous()
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     if link is not None:
-        link.carry(out, crossing=x.nbytes - out.nbytes)
-        return Pending(out, None)
+        return Pending(out, link.carry(x, out, crossing=x.nbytes - out.nbytes))
     return _pending(out, _reduce_scatter(out, x, group=group, async_op=True))
 
 

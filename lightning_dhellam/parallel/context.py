@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel.channels import ChannelKey, open_channels
 from lightning_dhellam.parallel.cpu import megatron_device
-from lightning_dhellam.parallel.emulate import Cluster, EmulatedLink
+from lightning_dhellam.parallel.emulate import Cluster
+from lightning_dhellam.parallel.link import EmulatedLink
 
 
 def check_sizes(

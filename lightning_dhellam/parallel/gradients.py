@@ -22,6 +22,16 @@ from lightning_dhellam.parallel.context import ParallelContext
 OnLane = Callable[[], AbstractContextManager[None]]
 """Enters the `dp` lane, after everything that compute was given so far."""
 
+_OLD = "main_grad_is_old"
+
+
+def taken_first(parameter: Parameter) -> bool:
+    """Whether the `main_grad` of `parameter` is asked for the first time in this step.
+
+    Then it holds the last step's gradient, which the caller must overwrite.
+    """
+    return bool(parameter.__dict__.pop(_OLD, False))
+
 
 class GradientBuffers:
     """Contiguous `main_grad` buffers of a model, reduced bucket by bucket as they fill up.
@@ -66,8 +76,16 @@ class GradientBuffers:
                 self.ddp.broadcast_params()
 
     def zero(self) -> None:
-        """Empty the buffers before a step."""
-        self.ddp.zero_grad_buffer()
+        """Begin a step: what the buffers hold counts no more.
+
+        Nothing is cleared here. The first operator that adds to a gradient overwrites it
+        (`taken_first`), which saves a pass over all gradients and most of a second one.
+        """
+        for parameter in self.ddp.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+            setattr(parameter, _OLD, True)
+        for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
+            group.reset()
 
     def ready(self, parameters: tuple[Parameter, ...], on_lane: OnLane) -> None:
         """Note that the gradients of `parameters` are complete.
@@ -87,6 +105,9 @@ class GradientBuffers:
         With sequence parallelism each rank has seen only its tokens, so the gradients of norm
         weights, and of every other weight that is not split, are partial sums.
         """
+        for parameter in self.ddp.params_with_grad:
+            if taken_first(parameter):  # nothing was added: it took no part in this step
+                parameter.main_grad.zero_()
         if not self._parallel and self._context.tp_size == 1:
             return
         with self._context.megatron(), torch.no_grad():

@@ -55,7 +55,7 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
 ) -> None:
     assert main(["fitt"]) == 2
     assert (
-        "unknown command 'fitt': use demo, data, search, plan, simulate, bench, recipes, fit"
+        "unknown command 'fitt': use demo, data, search, plan, simulate, bench, recipes, clusters"
         in capsys.readouterr().err
     )
     assert main(["fit", "--config", "llama-tiny-2gpu"]) == 2

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam import DHellamStrategy, LanguageModel
 from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.parallel.emulate import EmulatedLink
+from lightning_dhellam.parallel.link import EmulatedLink
 
 pytestmark = pytest.mark.gpu
 

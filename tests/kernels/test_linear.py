@@ -31,6 +31,9 @@ def test_linear(
     )
     # Products of 16-bit numbers are exact in fp32, where they are summed.
     assert_close({"grad": grad}, {"grad": already.double() + dweight}, 1e-6)
+    grad.fill_(torch.nan)
+    linear.accumulate_wgrad(grad, dy, x, first=True)
+    assert_close({"grad": grad}, {"grad": dweight}, 1e-6)
 
 
 def test_sixteen_bit_gradients_accumulate_too(device: torch.device) -> None:

@@ -1,18 +1,23 @@
-"""Triton kernels against their references: on the GPU, and in Triton's interpreter on the CPU."""
+"""Triton kernels against their references: on the GPU, and in Triton's interpreter on the CPU.
+
+On the CPU `test_interpreter.py` runs this file in a process of its own: Triton decides on import
+whether it interprets, and other tests import it earlier.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-# Triton reads it when a kernel is defined. Nothing else imports these modules on the CPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
 from lightning_dhellam.kernels import cross_entropy, dropout, parity
 from lightning_dhellam.kernels.dropout.philox import philox
@@ -98,14 +103,66 @@ def test_logits_of_minus_infinity() -> None:
     assert found[:2, 1].tolist() == [2.0, 1.0]
 
 
-def test_results_do_not_depend_on_strides() -> None:
-    wide = torch.randn(6, 2, 80, device=DEVICE)
-    x = wide[..., ::2]
-    swiglu, rms_norm = triton_of("swiglu"), triton_of("rms_norm")
-    assert torch.equal(swiglu.forward(x), swiglu.forward(x.contiguous()))
-    weight = torch.ones(40, device=DEVICE)
-    ours, _ = rms_norm.forward(x, weight, 1e-5)
-    assert torch.equal(ours, rms_norm.forward(x.contiguous(), weight, 1e-5)[0])
+def _norm_results(operator: str, x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    backend = triton_of(operator)
+    parameters = [torch.ones(x.shape[-1], device=DEVICE) * n for n in (2, 3)]
+    parameters = parameters[: 2 if operator == "layer_norm" else 1]
+    forward = backend.forward(x, *parameters, 1e-5)
+    fused = backend.residual_forward(x, residual, *parameters, 1e-5)
+    return (*forward, *fused, *backend.backward(dy, x, parameters[0], forward[1], residual))
+
+
+def _rope_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    rope = triton_of("rope")
+    heads = rope.Heads(2, 3, 4)
+    cos, sin = torch.rand(2, 6, 2, device=DEVICE).repeat(1, 1, 2)
+    parts = rope.split(dy.contiguous(), heads)
+    if not x.is_contiguous():  # each with gaps of its own between samples
+        parts = tuple(torch.cat([part, part], dim=1)[:, :2] for part in parts)
+    return rope.forward(x, cos, sin, heads), rope.backward(*parts, cos, sin, heads)
+
+
+def _dropout_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    dropout = triton_of("dropout")
+    return (
+        dropout.forward(x, 0.4, 3),
+        dropout.forward_add(x, residual, 0.4, 3),
+        dropout.backward(dy, 0.4, 3),
+    )
+
+
+def _statistics(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    labels = torch.arange(24, device=DEVICE)[::2]
+    return (triton_of("cross_entropy").statistics(x.flatten(0, 1), labels, 0, 37),)
+
+
+RESULTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "cross_entropy": _statistics,
+    "dropout": _dropout_results,
+    "gelu": lambda x, dy, _: (triton_of("gelu").forward(x), triton_of("gelu").backward(dy, x)),
+    "layer_norm": partial(_norm_results, "layer_norm"),
+    "rms_norm": partial(_norm_results, "rms_norm"),
+    "rope": _rope_results,
+    "swiglu": lambda x, dy, _: (
+        triton_of("swiglu").forward(x),
+        triton_of("swiglu").backward(dy[..., :20], x),
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_results_do_not_depend_on_strides(operator: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(3, 6, 2, 80, generator=generator).to(DEVICE)
+    strided = [t[..., ::2] for t in wide]
+    assert not any(t.is_contiguous() for t in strided)
+    torch.manual_seed(1)
+    expected = RESULTS[operator](*(t.contiguous() for t in strided))
+    torch.manual_seed(1)
+    found = RESULTS[operator](*strided)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

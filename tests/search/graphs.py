@@ -191,11 +191,14 @@ FINGERPRINT = Fingerprint(
 class FakeBench:
     """Times operators by what `costs` says, with a spread around it."""
 
-    def __init__(self, given: Costs, spread: float = 0.05, broken: str = "") -> None:
+    def __init__(
+        self, given: Costs, spread: float = 0.05, broken: str = "", lead: float = 0.0
+    ) -> None:
         self.given = given
         self.spread = spread
         self.broken = broken
         self.measured: list[str] = []
+        self.lead = lead
 
     def _around(self, seconds: float) -> Samples:
         return Samples(tuple(seconds * (1 + self.spread * x) for x in (-1, -0.5, 0, 0.5, 1)))
@@ -214,6 +217,14 @@ class FakeBench:
             ),
         )
         return self._around(together[0]), self._around(together[1])
+
+    def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        names = communication.operator.name, compute.operator.name
+        first, second = (
+            self.given.alone(t.graph, t.operator.name) for t in (communication, compute)
+        )
+        together = _started_together([first, second - self.lead], self.given.behind[names])
+        return self._around(together[0]), self._around(together[1] + self.lead)
 
 
 def _started_together(alone: list[float], slow: tuple[float, float]) -> list[float]:

@@ -19,7 +19,7 @@ FREE = [[(1.0, 1.0)] * 2] * 2
 def _pair(slow: tuple[float, float], compute: float, communication: float) -> Score:
     """One compute launch beside one communication launch."""
     table = [[(1.0, 1.0)] * 2, [slow, (1.0, 1.0)]]
-    return Score([[0], [1]], [compute, communication], [0, 1], [0, 0], [[], []], None, table)
+    return Score([[0], [1]], [compute, communication], [0, 1], [0, 0], [[], []], None, table, table)
 
 
 def test_lanes_run_side_by_side_without_slowdown() -> None:
@@ -36,7 +36,7 @@ def test_both_slow_down_while_they_overlap_and_only_then() -> None:
 def test_changing_overlaps() -> None:
     """Two compute launches under one communication launch that each slows in its own way."""
     table = [[(1.0, 1.0)] * 3, [(1.0, 1.0)] * 3, [(2.0, 1.0), (4.0, 1.5), (1.0, 1.0)]]
-    score = Score([[0, 1], [2]], [2, 2, 2], [0, 1, 2], [0] * 3, [[]] * 3, None, table)
+    score = Score([[0, 1], [2]], [2, 2, 2], [0, 1, 2], [0] * 3, [[]] * 3, None, table, table)
     # To 2: half of the communication is done. To 5: three quarters of a second of it.
     starts, ends = play(score)
     assert starts == pytest.approx([0, 2, 0])
@@ -44,14 +44,27 @@ def test_changing_overlaps() -> None:
 
 
 def test_a_launch_waits_for_its_slots_its_lane_and_the_host() -> None:
-    score = Score([[0, 2], [1]], [1, 1, 1], [0, 0, 0], [0, 1, 1], [[1], [2], []], None, FREE)
+    score = Score([[0, 2], [1]], [1, 1, 1], [0, 0, 0], [0, 1, 1], [[1], [2], []], None, FREE, FREE)
     assert play(score) == ([0, 1, 2], [1, 2, 3])
     score.issued = [0.5, 4, 4.5]
     assert play(score) == ([0.5, 4, 5], [1.5, 5, 6])
 
 
+def test_what_begins_behind_has_slowdowns_of_its_own() -> None:
+    """Communication that is issued at 1 gets nothing until compute is over."""
+    together = [[(1.0, 1.0)] * 2, [(1.0, 1.5), (1.0, 1.0)]]
+    behind = [[(1.0, 1.0)] * 2, [(20.0, 1.0), (1.0, 1.0)]]
+    score = Score([[0], [1]], [4, 2], [0, 1], [0, 0], [[], []], [0, 0], together, behind)
+    assert play(score)[1] == pytest.approx([4 + 2 / 3, 2])
+    score.issued = [0, 1]
+    assert play(score)[1] == pytest.approx([4, 4 + 2 - 3 / 20])
+    # What began before compute keeps its pace, although more compute follows.
+    score = Score([[0, 2], [1]], [1, 4, 4], [0, 1, 0], [0] * 3, [[]] * 3, None, together, behind)
+    assert play(score)[1] == pytest.approx([1.5, 4, 4 + 4 - 2.5 / 1.5])
+
+
 def test_launches_that_wait_for_each_other_never_start() -> None:
-    score = Score([[1, 0]], [1, 1], [0, 0], [0, 1], [[1], []], None, FREE)
+    score = Score([[1, 0]], [1, 1], [0, 0], [0, 1], [[1], []], None, FREE, FREE)
     assert play(score)[1] == [inf, inf]
 
 

@@ -73,6 +73,28 @@ def test_costs_of_a_profile_are_those_of_the_machine() -> None:
     assert found.slowdowns[gather, gemm] == pytest.approx((3.2, 1.05))
 
 
+def test_what_starts_behind_is_measured_where_it_can_be() -> None:
+    graphs = graphs_of([transformer()])
+    given = costs(graphs, 370e9, slowdowns=True)
+    given = replace(given, behind=dict.fromkeys(given.slowdowns, (9.0, 1.02)))
+    lead = 20e-6
+    profile = measure(FakeBench(given, spread=0.0, lead=lead), graphs, FINGERPRINT)
+    found = Costs.of(profile)
+    gather, gemm, norm = (
+        f"transformer/{name}" for name in ("qkv.gather", "fc1.gemm", "attention.norm")
+    )
+    assert found.slowdowns[gather, gemm] == pytest.approx((3.2, 1.05))
+    assert found.behind[gather, gemm] == pytest.approx((9.0, 1.02))
+    assert found.alone(graphs[0], "attention.norm") < 2 * lead
+    assert (gather, norm) in found.slowdowns and (gather, norm) not in found.behind
+    assert found.tables()[1][gather, norm] == found.slowdowns[gather, norm]
+    assert measure(FakeBench(given), graphs, FINGERPRINT).timings == tuple(
+        row
+        for row in measure(FakeBench(given, lead=lead), graphs, FINGERPRINT).timings
+        if not row.lead
+    )
+
+
 def test_a_failing_operator_is_named() -> None:
     graphs = graphs_of([transformer()])
     bench = FakeBench(costs(graphs, 370e9), broken="attention")

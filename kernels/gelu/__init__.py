@@ -1,0 +1,5 @@
+"""GELU activation with the error function (Hendrycks and Gimpel, arXiv 1606.08415)."""
+
+from lightning_dhellam.kernels.gelu.reference import backward, forward
+
+__all__ = ["backward", "forward"]

@@ -1,0 +1,115 @@
+"""The sides of the two-hosts benchmark: our plans and Megatron-core, from the same weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dhellam.bench.megatron_side import MegatronSide
+from lightning_dhellam.bench.plans import PLANS, Plans, lane_seconds
+from lightning_dhellam.bench.rounds import Clock, Result, in_turn, result_of
+from lightning_dhellam.bench.workload import Workload, whole
+from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.search.cost import Costs
+
+if TYPE_CHECKING:
+    from lightning_dhellam.bench.host import Settings
+
+MEGATRON_CORE = "megatron-core"
+"""Megatron-core's own model and schedule, not our plan of the same kind."""
+_HEAD = 64
+
+
+def shape(settings: Settings) -> ModelConfig:
+    """A Llama of the asked size."""
+    return ModelConfig(
+        num_layers=settings.layers,
+        hidden_size=settings.hidden,
+        ffn_hidden_size=settings.hidden * 7 // 2,
+        num_attention_heads=settings.hidden // _HEAD,
+        num_query_groups=settings.hidden // _HEAD // 2,
+        vocab_size=settings.vocabulary,
+        max_sequence_length=settings.length,
+    )
+
+
+class Duel:
+    """One rank's part of it. torch.distributed is initialised, and spans the two hosts."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        device = torch.device("cpu")
+        context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
+        model = CausalLM(shape(settings), context)
+        generator = torch.Generator().manual_seed(5)
+        size = (settings.micro_batches, settings.length + 1)
+        tokens = torch.randint(0, settings.vocabulary, size, generator=generator)
+        batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+        self._work: Workload = whole(model, batch, 1)
+        self._theirs = MegatronSide(model, batch, 1)
+        self._clock = Clock(device, dist.group.WORLD)
+
+    def measure(self) -> dict[str, Any]:
+        """Profile, search, check that all sides compute the same, and time them in turn."""
+        work, names = self._work, self._settings.sides
+        costs = Costs.of(work.profile(dist.group.WORLD))
+        planned = [name for name in names if name in PLANS]
+        plans = Plans.of(work.layers, costs, planned, tokens=work.tokens)
+        steps = {name: self._step(name, plans) for name in names}
+        parity = self._parity(steps)
+        times = in_turn(steps, self._clock, self._settings.rounds)
+        cpu = {name: _cpu_seconds(step) for name, step in steps.items()}
+        lanes = lane_seconds(work.layers, plans.costs)
+        count = len(work.pieces)
+        predicted = {
+            name: plans.simulate(work.layers, name, count).seconds for name in plans.builders
+        }
+        return {
+            "compute": count * lanes[Lane.COMPUTE],
+            "communication": count * lanes[Lane.TP],
+            "search": plans.search_seconds.get("auto"),
+            "resource": plans.solutions["auto"].main.resource if "auto" in names else None,
+            "sides": [
+                {
+                    "side": name,
+                    "seconds": times[name].median,
+                    "spread": times[name].spread,
+                    "cpu": cpu[name],
+                    "predicted": predicted.get(name),
+                    "parity": parity[name],
+                }
+                for name in names
+            ],
+        }
+
+    def _step(self, name: str, plans: Plans) -> Callable[[], Tensor]:
+        if name == MEGATRON_CORE:
+            return self._theirs.step
+        engine = self._work.engine(plans.builders[name])
+        return lambda: engine.train(self._work.pieces)
+
+    def _parity(self, steps: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+        """How far each side is from the sequential plan: losses and gradients, Megatron's loss."""
+        parameters = self._work.parameters
+        reference = result_of(steps["sequential"], parameters)
+        found = {}
+        for name, step in steps.items():
+            if name == MEGATRON_CORE:
+                found[name] = Result(step(), ()).distance(Result(reference.loss, ()))
+            else:
+                found[name] = result_of(step, parameters).distance(reference)
+        return found
+
+
+def _cpu_seconds(step: Callable[[], Tensor]) -> float:
+    """Of all threads of this process, for a step."""
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin

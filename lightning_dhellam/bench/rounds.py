@@ -1,0 +1,110 @@
+"""Times several ways to do the same step in turn, so that a drift of the machine hits all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_dhellam.search.profile import Samples
+
+Step = Callable[[], Tensor]
+"""Does one step and returns its loss."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times a step from a common start of all ranks to the last one's end.
+
+    Attributes:
+        device: that computes.
+        group: the ranks; None for this process alone.
+    """
+
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    def seconds(self, step: Step) -> float:
+        """Of one step, the largest over the ranks."""
+        self._settle()
+        begin = time.perf_counter()
+        step()
+        self._synchronize()
+        taken = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+        if self.group is not None:
+            taken = taken.to(self.device)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=self.group)
+        return taken.item()
+
+    def _settle(self) -> None:
+        self._synchronize()
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the repetitions of one step."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """What counts."""
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance from p20 to p80."""
+        samples = Samples(self.seconds)
+        return (samples.quantile(0.8) - samples.quantile(0.2)) / 2
+
+
+def in_turn(steps: Mapping[str, Step], clock: Clock, rounds: int) -> dict[str, Times]:
+    """Run every step once in each of `rounds` rounds. A first round does not count."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            seconds = clock.seconds(step)
+            if number:
+                found[name].append(seconds)
+    return {name: Times(tuple(seconds)) for name, seconds in found.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step computes: its loss, and the gradient that it leaves for each parameter."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+    def distance(self, other: Result) -> float:
+        """0 when bitwise equal; else the largest relative error of the loss or a gradient."""
+        mine, others = (self.loss, *self.gradients), (other.loss, *other.gradients)
+        errors = [_distance(a, b) for a, b in zip(mine, others, strict=True)]
+        return max(errors)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    if torch.equal(a, b):
+        return 0.0
+    return float((a - b).float().norm() / b.float().norm().clamp_min(1e-30))
+
+
+def result_of(step: Step, parameters: Sequence[Parameter]) -> Result:
+    """What one step computes from empty gradients."""
+    grads = [parameter.main_grad for parameter in parameters]  # type: ignore[attr-defined]
+    for grad in grads:
+        grad.zero_()
+    loss = step()
+    return Result(loss.detach().clone(), tuple(grad.clone() for grad in grads))

@@ -1,0 +1,280 @@
+"""Measures cells of `dhellam bench overlap` on one rank of an emulated cluster."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lightning_dhellam.bench.calibrate import find_rising
+from lightning_dhellam.bench.cells import PUBLISHED_EXPOSED, Cell, Shape
+from lightning_dhellam.bench.plans import Plans, lane_seconds
+from lightning_dhellam.bench.report import Row
+from lightning_dhellam.bench.rounds import Clock, Step, Times, in_turn, result_of
+from lightning_dhellam.bench.views import Views
+from lightning_dhellam.bench.workload import Workload, trunk
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import Cluster, Link, ParallelContext
+from lightning_dhellam.parallel.link import EmulatedLink, Play
+from lightning_dhellam.plan import BUILDERS, Builder, Lane
+from lightning_dhellam.search.cost import Costs
+
+COMPUTE, BOUND = "compute", "bound"
+"""Rows that are no plans: collectives that take no time, and what no order can beat."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What is measured, and how often.
+
+    Attributes:
+        plans: names.
+        few: micro-batches of the shorter step.
+        many: micro-batches of the longer step.
+        rounds: in which every step is timed once.
+        repeats: samples of each operator.
+    """
+
+    plans: tuple[str, ...]
+    few: int
+    many: int
+    rounds: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one cell.
+
+    Attributes:
+        rows: of the table.
+        note: what else is to be said about it.
+        views: timelines to draw.
+    """
+
+    rows: list[Row]
+    note: str
+    views: Views
+
+    def draw(self, path: Path) -> None:
+        """Write the timelines as a picture."""
+        self.views.draw(path)
+
+
+@contextmanager
+def rank_of(cluster: Cluster, ranks: int, device: torch.device) -> Iterator[ParallelContext]:
+    """Play a rank of `cluster`, whose tensor-parallel groups have `ranks` ranks."""
+    cluster.join()
+    try:
+        context = ParallelContext.create(device, tensor_parallel_size=ranks, cluster=cluster)
+        try:
+            yield context
+        finally:
+            context.destroy()
+    finally:
+        dist.destroy_process_group()
+
+
+class Stage:
+    """Holds one model at a time, and measures cells of its shape.
+
+    Args:
+        context: of an emulated cluster.
+        shapes: by letter.
+        effort: what to measure.
+        slower: times that links are slower than their cells say.
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        shapes: Mapping[str, Shape],
+        effort: Effort,
+        slower: float = 1.0,
+    ) -> None:
+        self._context = context
+        self._shapes = shapes
+        self._effort = effort
+        self._slower = slower
+        self._link: EmulatedLink = context.links["tp"]
+        self._clock = Clock(context.device)
+        self._model: tuple[str, int, CausalLM] | None = None
+        self._searched: dict[tuple[str, Link, int], Plans] = {}
+
+    def measure(self, cell: Cell) -> Outcome:
+        """Profile, search, compare results, and time every plan of one cell."""
+        work = self._workload(cell)
+        self._link.play = Play.TIME
+        link = cell.link.slower(self._slower)
+        if cell.calibrated:
+            link = self._calibrated(work, replace(cell, link=link))
+        self._link.become(link)
+        note = f"link {self._link.calibrated(self._crossing(work))}"
+        plans = self._plans(work, replace(cell, link=link))
+        steps = {name: self._steps(work, builder) for name, builder in plans.builders.items()}
+        parity = self._parity(work, {name: pair[1] for name, pair in steps.items()})
+        peaks = {name: self._peak(work, pair[1]) for name, pair in steps.items()}
+        timed = in_turn(self._all_steps(work, steps), self._clock, self._effort.rounds)
+        rows = self._rows(cell, work, plans, timed, parity, peaks)
+        views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
+        return Outcome(rows, f"{note}. {_searched(plans)}", views)
+
+    def recover(self) -> None:
+        """Let go of what a cell that failed may have left."""
+        self._model = None
+        self._free()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self._context.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _workload(self, cell: Cell) -> Workload:
+        shape = self._shapes[cell.shape]
+        if self._model is None or self._model[0] != cell.shape or self._model[1] < cell.layers:
+            self._model = None
+            self._free()
+            on_gpu = self._context.device.type == "cuda"
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            config = replace(shape.config, num_layers=cell.layers)
+            model = CausalLM(config, self._context, dtype).to(self._context.device)
+            self._model = (cell.shape, cell.layers, model)
+        size = (shape.length, shape.micro_batch, self._effort.many)
+        return trunk(self._model[2], cell.layers, *size, priority=cell.priority)
+
+    def _steps(self, work: Workload, builder: Builder) -> tuple[Step, Step]:
+        """A short and a long step under the plans of `builder`."""
+        engine, few, many = work.engine(builder), work.pieces[: self._effort.few], work.pieces
+        return (lambda: engine.train(few)), (lambda: engine.train(many))
+
+    def _all_steps(self, work: Workload, steps: Mapping[str, tuple[Step, Step]]) -> dict[str, Step]:
+        """Short and long steps of every plan, and of compute alone."""
+        alone = self._steps(work, BUILDERS["interleaved"])
+        named = {f"{name} {i}": step for name, pair in steps.items() for i, step in enumerate(pair)}
+        for i, step in enumerate(alone):
+            named[f"{COMPUTE} {i}"] = self._silent(step)
+        return named
+
+    def _silent(self, step: Step) -> Step:
+        def run() -> torch.Tensor:
+            self._link.play = Play.NOTHING
+            try:
+                return step()
+            finally:
+                self._link.play = Play.TIME
+
+        return run
+
+    def _calibrated(self, work: Workload, cell: Cell) -> Link:
+        """The cell's link with the bandwidth at which Megatron's order exposes what it should."""
+        megatron = self._steps(work, BUILDERS["megatron"])
+        alone = tuple(self._silent(step) for step in megatron)
+        compute = self._layer_seconds(cell, alone)
+
+        def exposed(slowness: float) -> float:
+            self._link.become(replace(cell.link, bandwidth=1 / slowness))
+            return self._layer_seconds(cell, megatron) - compute
+
+        slowness = find_rising(exposed, PUBLISHED_EXPOSED * compute, 1 / cell.link.bandwidth)
+        return replace(cell.link, bandwidth=1 / slowness)
+
+    def _layer_seconds(self, cell: Cell, steps: Sequence[Step]) -> float:
+        timed = in_turn({str(i): step for i, step in enumerate(steps)}, self._clock, 2)
+        return self._slope(cell, timed["0"].median, timed["1"].median)
+
+    def _slope(self, cell: Cell, few: float, many: float) -> float:
+        """Seconds of a layer and micro-batch, from those of two steps."""
+        return (many - few) / ((self._effort.many - self._effort.few) * cell.layers)
+
+    def _plans(self, work: Workload, cell: Cell) -> Plans:
+        """Of this shape and link: what they hold for does not depend on the number of layers."""
+        key = (cell.shape, cell.link, cell.priority)
+        if key not in self._searched:
+            costs = Costs.of(work.profile(repeats=self._effort.repeats))
+            self._searched[key] = Plans.of(
+                work.layers, costs, self._effort.plans, tokens=work.tokens
+            )
+        return self._searched[key]
+
+    def _parity(self, work: Workload, steps: Mapping[str, Step]) -> dict[str, float]:
+        """How far results are from the sequential plan's, when collectives bring numbers."""
+        self._link.play = Play.ECHO
+        try:
+            reference = result_of(steps["sequential"], work.parameters)
+            return {
+                name: result_of(step, work.parameters).distance(reference)
+                for name, step in steps.items()
+            }
+        finally:
+            self._link.play = Play.TIME
+
+    def _crossing(self, work: Workload) -> tuple[int, ...]:
+        """Bytes that cross the link for a collective of these layers."""
+        shape = work.layers[1].forward.bytes_per_token
+        return (round(shape["attention_norm"] * (self._context.tp_size - 1) * work.tokens),)
+
+    def _peak(self, work: Workload, step: Step) -> float:
+        """Most bytes in use during a step: of the device, on a CPU of slots."""
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            return float(torch.cuda.max_memory_allocated())
+        work.lanes.ledger.peak_bytes = work.lanes.ledger.bytes
+        step()
+        return float(work.lanes.ledger.peak_bytes)
+
+    def _rows(
+        self,
+        cell: Cell,
+        work: Workload,
+        plans: Plans,
+        timed: Mapping[str, Times],
+        parity: Mapping[str, float],
+        peaks: Mapping[str, float],
+    ) -> list[Row]:
+        def layer(name: str) -> float:
+            return self._slope(cell, timed[f"{name} 0"].median, timed[f"{name} 1"].median)
+
+        compute, megatron, tokens = layer(COMPUTE), layer("megatron"), work.tokens
+        bound = max(compute, lane_seconds(work.layers[1:2], plans.costs)[Lane.TP])
+        rows: list[Row] = []
+        for name in (BOUND, COMPUTE, *plans.builders):
+            seconds = bound if name == BOUND else layer(name)
+            row: Row = {"cell": cell.name, "plan": name, "layer ms": seconds * 1e3}
+            row |= {"over megatron": megatron / seconds, "of bound": bound / seconds}
+            if name != BOUND:
+                step = timed[f"{name} 1"]
+                row |= {"step ms": step.median * 1e3, "spread ms": step.spread * 1e3}
+            if name in plans.builders:
+                few, many = (
+                    plans.simulate(work.layers, name, count, tokens).seconds
+                    for count in (self._effort.few, self._effort.many)
+                )
+                predicted = self._slope(cell, few, many)
+                row |= {
+                    "exposed ms": (seconds - compute) * 1e3,
+                    "predicted ms": predicted * 1e3,
+                    "error": predicted / seconds - 1,
+                    "step error": many / step.median - 1,
+                    "peak GiB": peaks[name] / 2**30,
+                    "of sequential": peaks[name] / peaks["sequential"],
+                    "parity": parity[name],
+                    "search s": plans.search_seconds.get(name),
+                }
+            rows.append(row)
+        return rows
+
+
+def _searched(plans: Plans) -> str:
+    """What the search says about its own plan."""
+    parts = [f"search {name} {s:.1f} s" for name, s in plans.search_seconds.items()]
+    if "auto" in plans.solutions:
+        parts.append(f"auto {plans.solutions['auto'].main}")
+    return "; ".join(parts)

@@ -1,0 +1,117 @@
+"""`dhellam bench two-hosts`: hiding communication over a real, slow network, against Megatron-core.
+
+Two processes in network namespaces of one machine, a core each, joined by a link whose rate is
+limited: tensor parallel 2 with gloo. Everything is real, only slow. All sides train the same Llama
+from the same weights on the same batch, in turn, on the same hosts; `megatron-core` is
+Megatron-core's own GPTModel under its own forward-backward function, the others are our plans.
+
+The bound is what the busier of compute and link needs for a step, each undisturbed. A host has one
+core, on which gloo copies, sums and sends as well: `cpu s` is what both cost it in a step.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_dhellam.bench.hosts import check_tools, two_hosts
+from lightning_dhellam.bench.report import Report, Row
+
+DESCRIPTION = "our plans and Megatron-core over a link of limited rate between two hosts (root)"
+
+COLUMNS = (
+    "Gbit/s", "achieved", "side", "step s", "spread", "over sequential", "over megatron-core",
+    "of bound", "cpu s", "predicted s", "error", "parity",
+)  # fmt: skip
+SIDES = (
+    "sequential", "megatron", "dhellam", "interleaved", "order", "auto", "megatron-core",
+)  # fmt: skip
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--rates", type=list[float], default=[0.5, 1.0, 2.0], help="Gbit/s")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=768, help="a multiple of 256")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--micro_batches", type=int, default=12, help="of one sequence, to a step")
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
+    parser.add_argument("--sides", type=list[str], default=list(SIDES))
+
+
+def run(options: Namespace) -> Report:
+    """Measure every side at every rate."""
+    check_tools()
+    _check(options)
+    names = ("rates", "layers", "hidden", "length", "micro_batches", "vocabulary", "rounds")
+    settings = {name: getattr(options, name) for name in (*names, "sides")}
+    report = Report("two-hosts", "CPU", COLUMNS, {"CPU": cpu_model(), "settings": settings})
+    with two_hosts("lightning_dhellam.bench.host", settings) as results:
+        for result in results:
+            report.rows += _rows(result)
+            report.notes[f"{result['rate']:g} Gbit/s"] = _lanes(result)
+            report.save(Path(options.output))
+            print(f"{result['rate']:g} Gbit/s done", flush=True)
+    return report
+
+
+def _check(options: Namespace) -> None:
+    unknown = [side for side in options.sides if side not in (*SIDES, "pairs")]
+    if unknown:
+        raise ValueError(f"--sides: '{unknown[0]}' is not a side: use {', '.join(SIDES)}, pairs")
+    if "sequential" not in options.sides:
+        raise ValueError("--sides: 'sequential' must be among them, all others are compared to it")
+    if options.hidden % 256:
+        raise ValueError(f"--hidden {options.hidden} must be a multiple of 256: heads of 64 on two")
+    if not all(rate > 0 for rate in options.rates):
+        raise ValueError(f"--rates {options.rates}: each must be more than 0 Gbit/s")
+
+
+def _lanes(result: dict[str, Any]) -> str:
+    bound = max(result["compute"], result["communication"])
+    return (
+        f"compute {result['compute']:.3f} s, link {result['communication']:.3f} s, so the bound is"
+        f" {bound:.3f} s; limit of the plan: {result['resource']}; other processes took"
+        f" {result['others']:.0%} of the processors"
+    )
+
+
+def _rows(result: dict[str, Any]) -> list[Row]:
+    sides = {side["side"]: side for side in result["sides"]}
+    bound = max(result["compute"], result["communication"])
+    return [_row(side, sides, bound, result) for side in result["sides"]]
+
+
+def _row(side: Row, sides: dict[str, Row], bound: float, result: dict[str, Any]) -> Row:
+    seconds, predicted = side["seconds"], side["predicted"]
+    theirs = sides.get("megatron-core")
+    return {
+        "Gbit/s": result["rate"],
+        "achieved": result["achieved"],
+        "side": side["side"],
+        "step s": seconds,
+        "spread": side["spread"],
+        "over sequential": sides["sequential"]["seconds"] / seconds,
+        "over megatron-core": theirs["seconds"] / seconds if theirs else None,
+        "of bound": bound / seconds,
+        "cpu s": side["cpu"],
+        "predicted s": predicted,
+        "error": predicted / seconds - 1 if predicted is not None else None,
+        "parity": side["parity"],
+        "compute s": result["compute"],
+        "communication s": result["communication"],
+    }
+
+
+def cpu_model() -> str:
+    """What the kernel calls this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

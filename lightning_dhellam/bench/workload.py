@@ -1,0 +1,153 @@
+"""What a benchmark trains: a rank's layers under several plans, and micro-batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from lightning_dhellam.profiling import conditions, fingerprint, take_profile
+from lightning_dhellam.search.profile import Profile
+
+_SEED = 1234
+
+
+@dataclass
+class Workload:
+    """Layers of one rank, and micro-batches to train them on.
+
+    Attributes:
+        model: whose weights are trained; every parameter has a `main_grad`.
+        layers: first to last.
+        pieces: micro-batches of the longest step that is timed.
+        priority: of communication streams, on CUDA.
+        lanes: of the device.
+    """
+
+    model: CausalLM
+    layers: Sequence[GraphPair]
+    pieces: Sequence[MicroBatch]
+    priority: int = -1
+    lanes: Lanes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lanes = make_lanes(self.model.context.device, priority=self.priority)
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """Of these layers."""
+        used = {
+            id(parameter)
+            for pair in self.layers
+            for operator in pair.backward.operators
+            for parameter in operator.accumulates
+        }
+        return [p for p in self.model.parameters() if id(p) in used]
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.pieces[0].tokens
+
+    def engine(self, builder: Builder = BUILDERS["sequential"]) -> Engine:
+        """Runs the plans of `builder`. Engines share the lanes and their memory."""
+        return Engine(self.layers, self.lanes, builder)
+
+    def profile(self, group: dist.ProcessGroup | None = None, repeats: int = 7) -> Profile:
+        """Times of the operators, maximised over `group`."""
+        engine, piece, context = self.engine(), self.pieces[0], self.model.context
+        dtype = self.model.transformer_config.params_dtype
+        made_for = conditions(context, self.model.config, dtype, len(piece.slots["batch.tokens"]))
+        return take_profile(
+            engine, piece, fingerprint(engine, piece, made_for), group=group, repeats=repeats
+        )
+
+
+def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Workload:
+    """A whole model: embedding, layers, loss head. `batch` has `tokens` and `labels` [B, S]."""
+    give_gradients(model)
+    device = model.context.device
+    pieces = cut(batch, micro_batch, device=device, seed=_SEED, step=0, rank=model.context.rank)
+    return Workload(model, lower(model).layers, pieces)
+
+
+def trunk(
+    model: CausalLM, layers: int, length: int, micro_batch: int, count: int, priority: int = -1
+) -> Workload:
+    """The first `layers` transformer layers alone: `count` micro-batches of [micro_batch, length].
+
+    They start from fixed hidden states, and their loss is a linear function of what comes out, so
+    that embedding and loss head, which have little to hide, do not blur the times.
+    """
+    give_gradients(model)
+    inner = lower(model).layers[1 : layers + 1]
+    context = model.context
+    generator = torch.Generator(context.device).manual_seed(_SEED)
+    shape = (length // context.tp_size, micro_batch, model.config.hidden_size)
+    options: dict[str, Any] = {"generator": generator, "device": context.device}
+    options["dtype"] = model.transformer_config.params_dtype
+    x, dy = torch.randn(shape, **options), torch.randn(shape, **options) / length
+    tokens = length * micro_batch
+    unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
+    slots = {"batch.key": None, "batch.tokens": unread}
+    pieces = [MicroBatch(dict(slots), tokens) for _ in range(count)]
+    return Workload(model, (_source(x), *inner, _sink(dy)), pieces, priority)
+
+
+def _source(x: Tensor) -> GraphPair:
+    """Hands out copies of the hidden states `x`, and looks at what comes back."""
+    # Every operator launches something: what takes no time at all cannot be profiled.
+    look = torch.empty((), device=x.device, dtype=torch.float32)
+
+    def grad(dy: Tensor) -> None:
+        look.copy_(dy.flatten()[0])
+
+    return _pair(
+        "source",
+        (Operator("source", Lane.COMPUTE, (), ("y",), x.clone, 1e-12), (), ("y",)),
+        (Operator("source.grad", Lane.COMPUTE, ("dy",), (), grad, 1e-12), ("dy",), ()),
+    )
+
+
+def _sink(dy: Tensor) -> GraphPair:
+    """A loss whose gradient by the hidden states is `dy`: their inner product."""
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.dot(x.flatten(), dy.flatten()).float()
+
+    return _pair(
+        "sink",
+        (Operator("sink", Lane.COMPUTE, ("x",), ("loss",), loss, 1e-12), ("x",), ("loss",)),
+        (Operator("sink.grad", Lane.COMPUTE, (), ("dx",), dy.clone, 1e-12), (), ("dx",)),
+    )
+
+
+_End = tuple[Operator, tuple[str, ...], tuple[str, ...]]
+
+
+def _pair(name: str, forward: _End, backward: _End) -> GraphPair:
+    return GraphPair(_end(name, Strand.FORWARD, forward), _end(name, Strand.BACKWARD, backward))
+
+
+def _end(name: str, direction: Strand, end: _End) -> Graph:
+    operator, inputs, outputs = end
+    sizes = dict.fromkeys((*inputs, *outputs), 0.0)
+    return Graph(name, direction, (operator,), inputs, outputs, sizes)
+
+
+def give_gradients(model: CausalLM) -> None:
+    """Give every parameter an fp32 buffer to accumulate its gradient in, if it has none."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "main_grad"):
+            grad = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.main_grad = grad  # type: ignore[attr-defined]

@@ -1,0 +1,185 @@
+"""`dhellam bench overlap` and `pairs`, rehearsed on the CPU from option to file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from lightning_dhellam.bench import bench_command
+from lightning_dhellam.bench.calibrate import find_rising
+from lightning_dhellam.bench.cells import Cell, cells, parse_link
+from lightning_dhellam.bench.overlap import LINKS
+from lightning_dhellam.bench.stage import Stage
+from lightning_dhellam.parallel import Link
+
+REHEARSE = ("--device", "cpu", "--repeats", "2")
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A benchmark leaves no process group behind."""
+    yield
+    assert not dist.is_initialized()
+
+
+def bench(name: str, folder: Path, *words: str) -> dict[str, Any]:
+    """What the benchmark has written."""
+    assert bench_command([name, *REHEARSE, *words, "--output", str(folder)]) == 0
+    (file,) = folder.glob(f"{name}-*.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_every_plan_of_a_cell_is_measured_and_computes_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bench("overlap", tmp_path, "--rounds", "1", "--links", "[copy:110]", "--cells", "[a4]")
+    rows = {row["plan"]: row for row in found["rows"]}
+    plans = {"sequential", "megatron", "dhellam", "interleaved", "pairs", "order", "auto"}
+    assert rows.keys() == {"bound", "compute", *plans}
+    for name in plans:
+        assert rows[name]["parity"] == 0.0, "plans decide when, never what"
+        assert rows[name]["predicted ms"] > 0 and rows[name]["peak GiB"] > 0
+    # 0.11 GB/s: ten collectives of 64 x 64 fp32 numbers, seven eighths of which cross.
+    communication = 10 * (10e-6 + 64 * 64 * 4 * 7 / 8 / 0.11e9) * 1e3
+    assert rows["bound"]["layer ms"] >= 0.9 * communication
+    assert rows["auto"]["search s"] > 0 and "search s" not in rows["bound"]
+    assert "EMULATED" in found and "REHEARSAL" in found
+    assert "asked" in found["a4 copy:110"] and "search auto" in found["a4 copy:110"]
+    assert (tmp_path / "overlap-a4-copy-110.png").stat().st_size > 10_000
+    assert len(list(tmp_path.iterdir())) == 3, "JSON, table and picture"
+    assert "a4 copy:110" in capsys.readouterr().out
+
+
+def test_a_calibrated_link_is_found(tmp_path: Path) -> None:
+    words = ("--links", "[16sm:200]", "--cells", "[b4]", "--plans", "[sequential,megatron]")
+    found = bench("overlap", tmp_path, "--rounds", "1", *words)
+    assert {row["cell"] for row in found["rows"]} == {"b4 16sm:calibrated"}
+    assert "on 16 SMs" in found["b4 16sm:calibrated"]
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Stage.measure
+
+    def fail(self: Stage, cell: Cell) -> Any:
+        if cell.link.sms:
+            raise RuntimeError("no such link")
+        return measure(self, cell)
+
+    monkeypatch.setattr(Stage, "measure", fail)
+    words = (
+        "--links",
+        "[16sm:200,copy:110]",
+        "--cells",
+        "[a4]",
+        "--plans",
+        "[sequential,megatron]",
+    )
+    found = bench("overlap", tmp_path, "--rounds", "1", *words)
+    assert found["FAILED a4 16sm:200"] == "RuntimeError: no such link"
+    assert {row["cell"] for row in found["rows"]} == {"a4 copy:110"}
+
+
+def test_cells_that_the_budget_does_not_allow_are_named(tmp_path: Path) -> None:
+    found = bench("overlap", tmp_path, "--budget", "-1", "--links", "[copy:110,16sm:100]")
+    assert found["rows"] == []
+    assert found["not measured, for lack of time"].startswith("a4 copy:110, a4 16sm:100, b4 copy")
+
+
+def test_the_most_important_cells_come_first() -> None:
+    links = [parse_link(text) for text in LINKS]
+    names = [cell.name for cell in cells(links, calibrate=True, levers=True)]
+    assert names == [
+        "a4 copy:110",
+        "a4 16sm:200",
+        "a4 copy:370",
+        "a4 16sm:370",
+        "a4 16sm:100",
+        "b4 copy:calibrated",
+        "b4 16sm:calibrated",
+        "a8 copy:110",
+        "a8 16sm:200",
+        "a8 copy:370",
+        "a8 16sm:370",
+        "a8 16sm:100",
+        "a4 16sm:200 streams of equal priority",
+        "a4 8sm:200 8 SMs",
+        "a4 24sm:200 24 SMs",
+    ]
+
+
+def test_links_are_written_as_they_are_read() -> None:
+    assert parse_link("copy:110") == Link(110e9)
+    assert parse_link("16sm:200.5") == Link(200.5e9, sms=16)
+    for text in ("110", "copy", "sm:200", "copy:110GB/s"):
+        with pytest.raises(ValueError, match=r"write copy:110"):
+            parse_link(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--plans", "[sequential,megatron,best]"), "--plans: 'best' is not a plan"),
+        (("--plans", "[sequential,auto]"), "--plans: 'megatron' must be among them"),
+        (("--micro_batches", "[2,2]"), r"--micro_batches \[2, 2\]: give two different"),
+        (("--links", "[fast]"), "link 'fast'"),
+        (("--cluster", "h20-node"), "did you mean 'h200-node'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench("overlap", tmp_path, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pairs_draws_what_hides_what(tmp_path: Path) -> None:
+    found = bench("pairs", tmp_path, "--cluster", "a800-node")
+    collectives = {row["collective"]: row for row in found["rows"]}
+    assert {"qkv.gather", "proj.scatter"} & collectives.keys()
+    times = collectives.pop("(alone us)")
+    assert "attention.grad" in times, "takes long enough to be shown"
+    for row in collectives.values():
+        assert row["alone us"] > 0 and 0 <= row["attention.grad"] <= 1
+        assert all(min(pair) >= 1 for pair in row["slowdowns"].values())
+    assert "emulated cluster" in found["device"] and "EMULATED" in found
+    (picture,) = tmp_path.glob("pairs-a-*.png")
+    assert picture.stat().st_size > 10_000
+
+
+def test_a_rising_function_is_inverted() -> None:
+    seen = []
+
+    def exposed(x: float) -> float:
+        seen.append(x)
+        return max(0.0, 3 * x - 5)
+
+    assert find_rising(exposed, 7.0, 1.0) == pytest.approx(4.0, rel=0.01)
+    assert len(seen) <= 10
+    assert find_rising(exposed, 7.0, 1000.0, steps=20) == pytest.approx(4.0, rel=0.01)
+
+
+def test_what_is_never_reached_ends_at_the_closest() -> None:
+    assert find_rising(lambda x: min(x, 1.0), 7.0, 1.0, steps=5) >= 1.0
+
+
+def test_levers_are_compared_with_the_cell_without_them(tmp_path: Path) -> None:
+    words = ("--levers", "true", "--cells", "[a4 16sm:200,a4 8sm]", "--rounds", "1")
+    plans = ("--plans", "[sequential,megatron,auto]")
+    found = bench("overlap", tmp_path, "--links", "[16sm:200]", *words, *plans)
+    cells = {row["cell"] for row in found["rows"]}
+    assert cells == {
+        "a4 16sm:200",
+        "a4 16sm:200 streams of equal priority",
+        "a4 8sm:200 8 SMs",
+    }
+    for lever in ("streams of equal priority", "8 SMs"):
+        assert found[f"lever: {lever}"].endswith("% faster than a4 16sm:200")

@@ -1,0 +1,48 @@
+"""Times in turn, and results compared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lightning_dhellam.bench.rounds import Clock, Result, Times, in_turn, result_of
+
+
+def test_steps_are_timed_in_turn_and_the_first_round_does_not_count() -> None:
+    ran = []
+
+    def step(name: str) -> torch.Tensor:
+        ran.append(name)
+        return torch.zeros(())
+
+    steps = {name: (lambda name=name: step(name)) for name in "ab"}
+    times = in_turn(steps, Clock(torch.device("cpu")), rounds=2)
+    assert ran == list("ababab")
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 2, "b": 2}
+    assert all(seconds > 0 for t in times.values() for seconds in t.seconds)
+
+
+def test_the_median_counts_and_the_spread_is_half_of_p20_to_p80() -> None:
+    times = Times((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert times.median == 3.0
+    assert times.spread == pytest.approx((23.2 - 1.8) / 2)
+
+
+def test_results_are_bitwise_equal_or_a_relative_error_apart() -> None:
+    one = Result(torch.tensor(2.0), (torch.tensor([3.0, 4.0]),))
+    assert one.distance(one) == 0.0
+    other = Result(torch.tensor(2.0), (torch.tensor([3.0, 4.5]),))
+    assert other.distance(one) == pytest.approx(0.1)
+
+
+def test_a_result_starts_from_empty_gradients() -> None:
+    parameter = Parameter(torch.zeros(2))
+    parameter.main_grad = torch.ones(2)  # type: ignore[attr-defined]
+
+    def step() -> torch.Tensor:
+        parameter.main_grad.add_(5)  # type: ignore[attr-defined]
+        return torch.tensor(1.0)
+
+    result = result_of(step, [parameter])
+    assert result.gradients[0].tolist() == [5.0, 5.0]

@@ -1,0 +1,143 @@
+"""Rehearsals of the benchmarks on the CPU: the whole path, at sizes that mean nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dhellam.bench import kernels as kernel_bench
+from lightning_dhellam.bench.sides import Shape
+from lightning_dhellam.bench.throughput import CASES, _jobs
+from lightning_dhellam.bench.timing import seconds
+from lightning_dhellam.bench.workers import Budget, Workers
+from lightning_dhellam.cli import main
+
+TINY = "llama-tiny:2:512:64:2"
+
+
+def _report(folder: Path, name: str) -> dict[str, Any]:
+    (file,) = folder.glob(f"{name}-*.json")
+    assert file.with_suffix(".txt").read_text().count(name) >= 1
+    report: dict[str, Any] = json.loads(file.read_text())
+    return report
+
+
+def test_throughput_trains_both_sides_to_the_same_losses(tmp_path: Path) -> None:
+    words = ["--device=cpu", f"--cases=['{TINY}']", "--sides=[ours, eager]"]
+    words += ["--steps=2", "--warm_up=1", f"--output={tmp_path}"]
+    assert main(["bench", "throughput", *words]) == 0
+    report = _report(tmp_path, "throughput")
+    ours, eager = report["rows"]
+    assert (ours["side"], eager["side"]) == ("ours", "eager")
+    assert report["device"].startswith("CPU") and report["versions"]["torch"]
+    assert ours["ratio"] == pytest.approx(ours["tokens/s"] / eager["tokens/s"])
+    assert ours["tokens/s"] == pytest.approx(2 * 2 * 64 / ours["seconds"])
+    # The same weights and batches; fp32 against bf16 master weights part slowly.
+    assert len(ours["losses"]) == len(eager["losses"]) == 3
+    assert ours["loss apart"] < 1e-3 and abs(ours["loss"] - 6.3) < 0.2
+    assert ours["grad norm"] == pytest.approx(eager["grad norm"], rel=5e-3)
+    operators = {row["operator"]: row for row in report[f"operators of {TINY}"]}
+    assert operators["forward/qkv.gemm"]["calls"] == 2 * 2
+    assert operators["backward/output.wgrad"]["ms"] > 0
+
+
+def test_a_side_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--sides=[ours, eager]", "--steps=1", "--warm_up=1"]
+    words += ["--plan=no-such-plan", f"--cases=['{TINY}']", f"--output={tmp_path}"]
+    assert main(["bench", "throughput", *words]) == 1
+    ours, eager = _report(tmp_path, "throughput")["rows"]
+    assert "no-such-plan" in ours["failed"] and "tokens/s" in eager
+
+
+def test_jobs_stop_at_their_limit_and_at_the_budget(tmp_path: Path) -> None:
+    job = {
+        "case": "llama-tiny:4:512:1024:64", "side": "eager", "device": "cpu", "plan": "sequential",
+        "warm_up": 100, "steps": 100, "operators": False,
+    }  # fmt: skip
+    with Workers(tmp_path / "log", Budget(3600), 2.0, shortest=1.0) as workers:
+        process = workers._next
+        assert process is not None
+        assert workers.run(job, more=False) == {"failed": "stopped after 2 s"}
+        assert process.returncode is not None, "it still runs"
+    with Workers(tmp_path / "log", Budget(1.0), 60.0) as workers:
+        assert workers.run(job, more=False)["failed"].startswith("not begun")
+
+
+def test_the_most_important_comes_first() -> None:
+    jobs = _jobs(CASES, ("ours", "eager", "compiled"))
+    assert jobs[:2] == [(CASES[0], "ours"), (CASES[0], "eager")]
+    assert jobs.index((CASES[0], "compiled")) < jobs.index((CASES[2], "ours"))
+    assert len(set(jobs)) == 3 * len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cases_name_real_shapes(case: str) -> None:
+    shape = Shape.parse(case)
+    assert shape.length == shape.config.max_sequence_length
+    # Six FLOPs for each weight and token, and attention.
+    assert shape.flops_per_token > 6 * (
+        shape.config.parameter_count - 2 * shape.config.vocab_size * shape.config.hidden_size
+    )
+
+
+@pytest.mark.parametrize("case", ["llama-3-8b", "llama-3-8b:8:32000:8192:x", "llama-9:1:2:3:4"])
+def test_a_case_that_is_none_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "throughput", "--device=cpu", f"--cases=['{case}']"]) == 2
+    assert case.split(":")[0] in capsys.readouterr().err
+
+
+def test_kernels_are_checked_and_timed(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--hidden=[64]", "--tokens=[16]", "--vocabulary=[100]"]
+    assert main(["bench", "kernels", *words, "--compiled=false", f"--output={tmp_path}"]) == 0
+    rows = _report(tmp_path, "kernels")["rows"]
+    names = {row["kernel"] for row in rows}
+    assert {"rms_norm grad", "rope", "gelu", "layer_norm", "loss with grad"} <= names
+    assert all(row["ours GB/s"] > 0 and row["eager GB/s"] > 0 for row in rows)
+
+
+def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(kernels: Any, operator: str, device: torch.device) -> list[str]:
+        return ["gelu: y is off"] if operator == "gelu" else []
+
+    monkeypatch.setattr(kernel_bench, "check", check)
+    words = ["--device=cpu", "--hidden=[64]", "--tokens=[16]", "--vocabulary=[]"]
+    assert main(["bench", "kernels", *words, "--compiled=false", f"--output={tmp_path}"]) == 1
+    for row in _report(tmp_path, "kernels")["rows"]:
+        if row["kernel"].startswith("gelu"):
+            assert row["failed"] == "gelu: y is off" and "ours GB/s" not in row
+        else:
+            assert row["ours GB/s"] > 0
+
+
+def test_gemms_of_a_layer_and_the_head(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--preset=llama-tiny", "--tokens=8", "--vocabulary=[40]"]
+    assert main(["bench", "gemms", *words, f"--output={tmp_path}"]) == 0
+    rows = _report(tmp_path, "gemms")["rows"]
+    assert [(r["gemm"], r["out"], r["in"]) for r in rows] == [
+        ("qkv", 512, 256), ("proj", 256, 256), ("fc1", 1536, 256), ("fc2", 256, 768),
+        ("output 40", 40, 256),
+    ]  # fmt: skip
+    assert all(row[f"{kind} TFLOP/s"] > 0 for row in rows for kind in ("forward", "dgrad", "wgrad"))
+
+
+def test_launch_separates_the_engine_from_the_launches(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--repeats=2", "--plans=[interleaved]", f"--output={tmp_path}"]
+    assert main(["bench", "launch", *words]) == 0
+    (row,) = _report(tmp_path, "launch")["rows"]
+    assert 0 < row["engine us"] < row["launch us"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_error_names_the_rehearsal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--device=cuda"]) == 2
+    assert "--device=cpu rehearses" in capsys.readouterr().err
+
+
+def test_times_are_of_one_call() -> None:
+    calls: list[int] = []
+    assert seconds([lambda: calls.append(1)] * 4, torch.device("cpu")) > 0
+    assert len(calls) % 4 == 0

@@ -1,0 +1,26 @@
+"""The GPU's way through the benchmarks of overlap, in miniature."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_dhellam.bench import bench_command
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("link", ["copy:110", "16sm:200"])
+def test_a_cell_is_measured_on_a_gpu(link: str, tmp_path: Path) -> None:
+    words = ["--miniature=true", "--rounds=1", "--repeats=2", f"--links=[{link}]", "--levers=true"]
+    assert bench_command(["overlap", *words, "--cells=[a4]", f"--output={tmp_path}"]) == 0
+    (file,) = tmp_path.glob("overlap-*.json")
+    found = json.loads(file.read_text())
+    assert not [name for name in found if name.startswith("FAILED")], found
+    rows = {row["plan"]: row for row in found["rows"] if row["cell"] == f"a4 {link}"}
+    assert rows["auto"]["peak GiB"] > 0 and rows["auto"]["layer ms"] > 0
+    # Attention's backward may add up in any order on a GPU.
+    assert max(row.get("parity", 0) for row in rows.values()) < 1e-2
+    assert any(tmp_path.glob("overlap-a4-*.png"))

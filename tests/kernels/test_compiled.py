@@ -1,0 +1,114 @@
+"""Triton's compiler takes every kernel for a Hopper GPU, with loads of 16 bytes. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dhellam.kernels import parity
+
+pytest.importorskip("triton")
+GPUTarget = importlib.import_module("triton.backends.compiler").GPUTarget
+JITFunction = importlib.import_module("triton.runtime.jit").JITFunction
+driver = importlib.import_module("triton.runtime.driver").driver
+
+ROWS, WIDTH = 8, 4096
+
+
+class Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[tuple[str, str]]]:
+    """Names and PTX of the kernels that were called: they are compiled, and not launched."""
+    found: list[tuple[str, str]] = []
+
+    def compile_(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        made = kernel.run(*args, grid=grid, warmup=True, **options)
+        assert made.asm["cubin"]
+        found.append((kernel.__name__, made.asm["ptx"]))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        JITFunction, "__getitem__", lambda self, grid: partial(compile_, self, grid)
+    )
+    monkeypatch.setattr(driver, "_active", Hopper())
+    yield found
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def _norm(backend: Any, parameters: int) -> None:
+    x, weight = _zeros(ROWS, WIDTH), _zeros(WIDTH)
+    backend.forward(x, *[weight] * parameters, 1e-5)
+    backend.residual_forward(x, x, *[weight] * parameters, 1e-5)
+    for residual in (None, x):
+        backend.backward(x, x, weight, _zeros(ROWS, parameters, dtype=torch.float32), residual)
+
+
+def _rope(backend: Any) -> None:
+    heads = backend.Heads(8, 4, 128)
+    fused, table = _zeros(ROWS, 1, 48 * 128), _zeros(ROWS, 128, dtype=torch.float32)
+    backend.forward(fused, table, table, heads)
+    parts = (part.contiguous() for part in backend.split(fused, heads))
+    backend.backward(*parts, table, table, heads)
+
+
+def _cross_entropy(backend: Any) -> None:
+    # A vocabulary that is padded to a multiple of 8, as GPT-2's is.
+    logits, labels = _zeros(ROWS, 50264), _zeros(ROWS, dtype=torch.int64)
+    number = _zeros(ROWS, dtype=torch.float32)
+    backend.statistics(logits, labels, 0, 50257)
+    backend.backward_(logits, labels, number, number, 0, 50257)
+
+
+def _dropout(backend: Any) -> None:
+    x = _zeros(ROWS, WIDTH)
+    backend.forward(x, 0.1, 1 << 40)
+    backend.forward_add(x, x, 0.1, 1 << 40)
+
+
+def _activation(backend: Any, halves: int) -> None:
+    x = _zeros(ROWS, halves * WIDTH)
+    backend.forward(x)
+    backend.backward(_zeros(ROWS, WIDTH), x)
+
+
+CALLS: dict[str, Callable[[Any], None]] = {
+    "cross_entropy": _cross_entropy,
+    "dropout": _dropout,
+    "gelu": partial(_activation, halves=1),
+    "layer_norm": partial(_norm, parameters=2),
+    "rms_norm": partial(_norm, parameters=1),
+    "rope": _rope,
+    "swiglu": partial(_activation, halves=2),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own driver compiles them")
+@pytest.mark.parametrize("operator", list(parity.CASES))
+def test_every_kernel_compiles_for_hopper(operator: str, compiled: list[tuple[str, str]]) -> None:
+    CALLS[operator](importlib.import_module(f"lightning_dhellam.kernels.{operator}.triton"))
+    assert len(compiled) >= 2
+    # Four words of a counter go to four runs of a row: 8 bytes for each thread.
+    wide = "v2.b32" if operator == "dropout" else "v4.b32"
+    for name, code in compiled:
+        assert f"ld.global.{wide}" in code, f"{operator}: {name} loads in small pieces"
