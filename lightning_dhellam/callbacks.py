@@ -192,7 +192,8 @@ def _plan(trainer: pl.Trainer) -> str:
     context, plan = strategy.context, strategy.plan_in_use
     if strategy.plan != plan:
         plan = f"{plan} (of {strategy.plan})"
+    pipeline = f" pipeline parallel {context.pp_size}," if context.pp_size > 1 else ""
     return (
         f"{plan}, tensor parallel {context.tp_size}, data parallel {context.dp_size},"
-        f" {strategy.root_device.type}"
+        f"{pipeline} {strategy.root_device.type}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import IGNORED, DualStrandMixin
 from lightning_dhellam.search.planfile import named_plan
 
@@ -21,11 +23,17 @@ if TYPE_CHECKING:
 
 
 def check_arguments(
-    tensor_parallel_size: int, micro_batch_size: int, plan: str, bucket_size: int | None
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    micro_batch_size: int,
+    plan: str,
+    bucket_size: int | None,
+    emulate: Any,
 ) -> None:
     """Refuse values of `DHellamStrategy`'s own arguments that no run can use."""
     for name, value in (
         ("tensor_parallel_size", tensor_parallel_size),
+        ("pipeline_parallel_size", pipeline_parallel_size),
         ("micro_batch_size", micro_batch_size),
         ("bucket_size", bucket_size),
     ):
@@ -35,6 +43,12 @@ def check_arguments(
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     if plan != "auto":
         named_plan(plan)
+    if emulate is not None and pipeline_parallel_size > 1:
+        raise ValueError(
+            f"emulate=... plays one rank alone, but with"
+            f" pipeline_parallel_size={pipeline_parallel_size} a stage computes only what others"
+            " send: leave pipeline_parallel_size at 1; `dhellam simulate` predicts pipelines"
+        )
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
@@ -90,7 +104,12 @@ def check_emulation(processes: int) -> None:
         )
 
 
-def check_module(module: Any, tensor_parallel_size: int) -> None:
+def check_module(
+    module: Any,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int = 1,
+    split: Sequence[int] | None = None,
+) -> None:
     """Refuse a module that cannot be trained with two strands."""
     if not isinstance(module, DualStrandMixin):
         raise ValueError(
@@ -108,6 +127,7 @@ def check_module(module: Any, tensor_parallel_size: int) -> None:
             ' example to lightning_dhellam.models.preset("llama-3-8b")'
         )
     module.model_config.validate(tensor_parallel_size)
+    pipeline_split(module.model_config, pipeline_parallel_size, split)
 
 
 def check_data(module: Any, data: Any, tensor_parallel_size: int) -> None:

@@ -43,7 +43,11 @@ class DualStrandMixin(LightningModule):
     model: CausalLM
 
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
-        """Make this rank's part of the model. Layers may be replaced by modules of your own."""
+        """Make this rank's part of the model. Layers may be replaced by modules of your own.
+
+        With pipeline parallelism every rank must put in the same modules at the same places; one
+        of your own belongs to the stage of the layer before it, and the others forget it.
+        """
         return CausalLM(self.model_config, context, dtype)
 
     def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -71,6 +75,7 @@ class DualStrandMixin(LightningModule):
         context = getattr(strategy, "context", None) or ParallelContext.single(self.device_now)
         dtype = getattr(strategy, "dtype", None) or torch.get_default_dtype()
         self.model = self.build_model(context, dtype)
+        self.model.settle()
 
     @property
     def device_now(self) -> torch.device:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_dhellam.engine import Span
-from lightning_dhellam.parallel.collectives import largest
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.collectives import largest, of_all_ranks
 from lightning_dhellam.plan import BUILDERS, Builder, Graph
 from lightning_dhellam.profiling import fingerprint, take_profile, versions
 from lightning_dhellam.search.cost import Costs
@@ -134,29 +135,29 @@ class Session:
             self._strategy.use_plan(name, self._builders[name])
 
     def _profiled(self, options: Options, progress: Progress | None) -> Profile:
-        """Rank 0's profile file, or else a new one, which is saved there."""
-        strategy = self._strategy
+        """The profile file of this stage's first rank, or else a new one, which is saved there."""
+        strategy, group = self._strategy, self._strategy.stage_group
         made_for = fingerprint(strategy.engine, self._pieces[0], strategy.conditions)
-        path = options.profile
+        path = _of_stage(options.profile, strategy.context)
         given: Profile | str | None = None
-        if path is not None and strategy.context.rank == 0 and path.exists():
+        if path is not None and strategy.context.model_rank == 0 and path.exists():
             try:
                 given = Profile.load(path, made_for)
             except FileError as error:
                 given = str(error)
-        given = strategy.broadcast(given)
-        if isinstance(given, str):
-            raise FileError(given)
-        if given is not None:
+        given = of_all_ranks(given, group)[0]
+        refusal = given if isinstance(given, str) else ""
+        refused = [text for text in of_all_ranks(refusal, strategy.world_group) if text]
+        if refused:
+            raise FileError(refused[0])
+        # Stages measure together, or none does: what operators read comes from another stage.
+        if all(of_all_ranks(given is not None, strategy.world_group)):
+            assert isinstance(given, Profile)
             return given
         profile = take_profile(
-            strategy.engine,
-            self._pieces[0],
-            made_for,
-            group=strategy.world_group,
-            progress=progress,
+            strategy.engine, self._pieces[0], made_for, group=group, progress=progress
         )
-        if path is not None and strategy.context.rank == 0:
+        if path is not None and strategy.context.model_rank == 0:
             profile.save(path)
         return profile
 
@@ -214,7 +215,7 @@ class Session:
                 graphs[graph.fingerprint] = graph
         builder = self._builders[self._winner]
         kinds: Sequence[Kind] = list(self._solution.solutions)
-        return PlanFile.of(
+        mine = PlanFile.of(
             {(f, b): builder(graphs.get(f), graphs.get(b)) for f, b in kinds},
             graphs.values(),
             conditions=self._strategy.conditions,
@@ -228,6 +229,11 @@ class Session:
                 },
             },
         )
+        # Other stages have pairs of graphs that this one has not.
+        plans, names = dict(mine.plans), dict(mine.graphs)
+        for more, others in of_all_ranks((plans, names), self._strategy.world_group):
+            plans, names = {**more, **plans}, {**others, **names}
+        return replace(mine, plans=plans, graphs=names)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -267,6 +273,13 @@ class _Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _of_stage(path: Path | None, context: ParallelContext) -> Path | None:
+    """Stages have other operators, and so each its own file."""
+    if path is None or context.pp_size == 1:
+        return path
+    return path.with_stem(f"{path.stem}-stage{context.pp_rank}")
 
 
 def intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:

@@ -30,10 +30,11 @@ from typing_extensions import override
 from lightning_dhellam import checks
 from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
+from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Cluster, ParallelContext, check_sizes
 from lightning_dhellam.parallel import checkpoint as checkpoint_files
-from lightning_dhellam.parallel.collectives import same_on_all_ranks
+from lightning_dhellam.parallel.collectives import from_first, same_on_all_ranks
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
 from lightning_dhellam.plan import Builder, Lane
@@ -51,10 +52,14 @@ class DHellamStrategy(ParallelStrategy):
     """Trains with two strands: while one micro-batch goes forward, another goes backward.
 
     The batch that a DataLoader yields is this rank's share of the global batch; it is cut into
-    micro-batches. Data parallelism takes the processes that tensor parallelism leaves.
+    micro-batches. Data parallelism takes the processes that tensor and pipeline parallelism leave.
 
     Args:
         tensor_parallel_size: ranks that share each layer, with sequence parallelism.
+        pipeline_parallel_size: stages P that share the layers, as 2P chunks: stage s has chunks s
+            and 2P-1-s. Changes neither loss nor gradients.
+        pipeline_split: layers of each of the 2P chunks; None to balance them by cost, with the
+            embedding and the output layer on stage 0 counted.
         micro_batch_size: samples that go through the layers together. Changes neither loss nor
             gradients; the last micro-batch of a batch may be smaller.
         plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, `auto`,
@@ -82,6 +87,8 @@ class DHellamStrategy(ParallelStrategy):
     def __init__(
         self,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        pipeline_split: list[int] | None = None,
         micro_batch_size: int = 1,
         plan: str = "interleaved",
         distributed_optimizer: bool | None = None,
@@ -100,8 +107,17 @@ class DHellamStrategy(ParallelStrategy):
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
         )
-        checks.check_arguments(tensor_parallel_size, micro_batch_size, plan, bucket_size)
+        checks.check_arguments(
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            micro_batch_size,
+            plan,
+            bucket_size,
+            emulate,
+        )
         self.tensor_parallel_size = tensor_parallel_size
+        self.pipeline_parallel_size = pipeline_parallel_size
+        self.pipeline_split = pipeline_split
         self.micro_batch_size = micro_batch_size
         self.plan = self.plan_in_use = plan
         self.distributed_optimizer = distributed_optimizer
@@ -174,7 +190,7 @@ class DHellamStrategy(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Samples are dealt to the data-parallel ranks; tensor-parallel ranks see the same."""
+        """Samples are dealt to the data-parallel ranks; all others of a model see the same."""
         return {"num_replicas": self.context.dp_size, "rank": self.context.dp_rank}
 
     @property
@@ -196,7 +212,7 @@ class DHellamStrategy(ParallelStrategy):
             )
         processes = self.num_processes * self.num_nodes
         if self.cluster is None:
-            check_sizes(processes, self.tensor_parallel_size)
+            check_sizes(processes, self.tensor_parallel_size, self.pipeline_parallel_size)
             return
         check_sizes(self.cluster.world_size, self.tensor_parallel_size)
         checks.check_emulation(processes)
@@ -210,7 +226,12 @@ class DHellamStrategy(ParallelStrategy):
             ValueError: with the value, the rule and the remedy.
         """
         checks.check_trainer(trainer)
-        checks.check_module(trainer.lightning_module, self.tensor_parallel_size)
+        checks.check_module(
+            trainer.lightning_module,
+            self.tensor_parallel_size,
+            self.pipeline_parallel_size,
+            self.pipeline_split,
+        )
         data = data or getattr(trainer, "datamodule", None)
         checks.check_data(trainer.lightning_module, data, self.tensor_parallel_size)
         if self.root_device.type not in ("cpu", "cuda"):
@@ -224,6 +245,7 @@ class DHellamStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         self.check(trainer)
+        assert isinstance(self.lightning_module, DualStrandMixin)
         if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
             from lightning_dhellam.autosearch import AutoSearch  # which imports this module
 
@@ -238,7 +260,11 @@ class DHellamStrategy(ParallelStrategy):
         self._context = ParallelContext.create(
             self.root_device,
             tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
             cluster=self.cluster,
+            pipeline_split=pipeline_split(
+                self.lightning_module.model_config, self.pipeline_parallel_size, self.pipeline_split
+            ),
         )
         if self.cluster is not None:
             self._announce(self.cluster)
@@ -284,10 +310,20 @@ class DHellamStrategy(ParallelStrategy):
         # What is searched begins with the plan that it has to beat.
         plan = "sequential" if self.plan == "auto" else self.plan
         builder = named_plan(plan, self.conditions)
-        self._engine = Engine(lowered.layers, lanes, builder, lowered.logits)
+        self._engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage)
+        self._check_split()
         self.use_plan(plan, builder)
         self.setup_precision_plugin()
         self.barrier()
+
+    def _check_split(self) -> None:
+        """All stages must send and receive the same micro-batches at the same places."""
+        split = self.context.pipeline_split
+        if same_on_all_ranks(str(split), self.world_group):
+            raise ValueError(
+                f"pipeline_split={list(split)} is another one on other ranks: every rank must run"
+                " the same model and split"
+            )
 
     def use_plan(self, name: str, builder: Builder) -> None:
         """Order operators by `builder` from the next step on. Every rank must call this.
@@ -298,7 +334,8 @@ class DHellamStrategy(ParallelStrategy):
         self.engine.install(builder)
         self.plan_in_use = name
         digests = " ".join(plan.digest for plan in self.engine.plans())
-        if same_on_all_ranks(f"{name}: {digests}", self.world_group):
+        stage = self.context.pp_rank
+        if same_on_all_ranks(f"{name}: {digests}", self.world_group, stage=stage):
             raise ValueError(
                 f"plan='{name}' orders the operators differently on different ranks: every"
                 " rank must run the same model, plan and version"
@@ -308,6 +345,13 @@ class DHellamStrategy(ParallelStrategy):
     def world_group(self) -> dist.ProcessGroup | None:
         """All ranks; None where the others do not exist."""
         return None if self.context.emulated else dist.group.WORLD
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """The ranks that run the same layers; None where the others do not exist."""
+        if self.context.pp_size == 1:
+            return self.world_group
+        return self.context.groups.tp_dp_cp
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -408,7 +452,7 @@ class DHellamStrategy(ParallelStrategy):
         """Loss of this rank's batch, a scalar in fp32; with `backward`, its gradients as well."""
         pieces = self.micro_batches(batch)
         if not backward:
-            return self.engine.evaluate(pieces)
+            return from_first(self.engine.evaluate(pieces), self.context.pp_group)
         assert self._buffers is not None, "the strategy was not set up for fitting"
         if self._losses_left == 0:
             raise ValueError(
@@ -419,11 +463,17 @@ class DHellamStrategy(ParallelStrategy):
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)
         self._buffers.finish()
-        return loss
+        return from_first(loss, self.context.pp_group)
 
     def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch."""
-        return self.engine.predict(self.micro_batches(batch, needs_labels=False))
+        logits = self.engine.predict(self.micro_batches(batch, needs_labels=False))
+        if self.context.pp_rank > 0:
+            module = self.lightning_module
+            assert isinstance(module, DualStrandMixin)
+            shape = (*batch["tokens"].shape, module.model_config.vocab_size)
+            logits = torch.empty(shape, dtype=self.dtype, device=self.root_device)
+        return from_first(logits, self.context.pp_group)
 
     def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
         assert self._buffers is not None
@@ -443,7 +493,7 @@ class DHellamStrategy(ParallelStrategy):
             device=self.root_device,
             seed=self.seed,
             step=module.trainer.global_step,
-            rank=self.context.rank,
+            rank=self.context.model_rank,
         )
 
     @override

@@ -15,6 +15,7 @@ from lightning_dhellam.bench import (
     launch,
     overlap,
     pairs,
+    pipeline,
     throughput,
     two_hosts,
 )
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "launch": Benchmark(launch.DESCRIPTION, launch.add_options, launch.run),
     "overlap": Benchmark(overlap.DESCRIPTION, overlap.add_options, overlap.run),
     "pairs": Benchmark(pairs.DESCRIPTION, pairs.add_options, pairs.run),
+    "pipeline": Benchmark(pipeline.DESCRIPTION, pipeline.add_options, pipeline.run),
     "two-hosts": Benchmark(two_hosts.DESCRIPTION, two_hosts.add_options, two_hosts.run),
     "throughput": Benchmark(throughput.DESCRIPTION, throughput.add_options, throughput.run),
 }

@@ -45,8 +45,8 @@ def cut(
             Every other tensor whose first dimension is B is cut as well.
         size: samples per micro-batch.
         device: where the slots are needed.
-        seed: of the run; with `step`, `rank` (of data and tensor parallelism) and the micro-batch
-            it determines all random numbers.
+        seed: of the run; with `step`, `rank` (`ParallelContext.model_rank`) and the micro-batch it
+            determines all random numbers.
     """
     tokens = batch["tokens"]
     samples = tokens.shape[0]

@@ -9,7 +9,7 @@ so it may run under what the previous pair of layers still computes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Entry:
         crosses: whether an operator of another lane reads what it writes.
         first: whether it begins before the compute operator that follows.
         label: its name in traces.
+        then: transfers that start as soon as it was issued.
     """
 
     operator: Operator
@@ -46,6 +47,7 @@ class Entry:
     crosses: bool
     first: bool
     label: str
+    then: tuple[Entry, ...] = ()
 
 
 Observer = Callable[[Entry, list[Any]], None]
@@ -107,7 +109,19 @@ def _entry(row: Issue, graph: Graph | None, follows: Graph | None) -> Entry:
         not foreign.isdisjoint(operator.writes),
         row.first,
         f"{row.strand}/{operator.name}",
+        tuple(_transfer(o, graph) for o in graph.sends if {*o.reads} & {*operator.writes}),
     )
+
+
+def receives(graph: Graph) -> tuple[Entry, ...]:
+    """The transfers that bring a graph its inputs."""
+    return tuple(_transfer(operator, graph) for operator in graph.receives)
+
+
+def _transfer(operator: Operator, graph: Graph) -> Entry:
+    label = f"{graph.direction}/{operator.name}"
+    crosses = bool(operator.writes)
+    return Entry(operator, graph.direction, 0, operator.reads, crosses, False, label)
 
 
 class Executor:
@@ -142,6 +156,11 @@ class Executor:
             if entry is not None and entry.lag:
                 self._trace(entry, job.tapes, on_gradient)
 
+    def post(self, entries: Sequence[Entry], tape: Tape) -> None:
+        """Issue receives, so that they are there when their graph's turn comes."""
+        for entry in entries:
+            self._trace(entry, {entry.strand: tape}, None)
+
     def _trace(
         self, entry: Entry, tapes: Mapping[Strand, Tape], on_gradient: OnGradient | None
     ) -> None:
@@ -156,6 +175,8 @@ class Executor:
             raise
         if on_gradient is not None and entry.operator.accumulates:
             on_gradient(entry.operator.accumulates)
+        for transfer in entry.then:
+            self._trace(transfer, tapes, None)
 
     def _issue(self, entry: Entry, tape: Tape) -> None:
         operator = entry.operator

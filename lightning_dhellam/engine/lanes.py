@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from lightning_dhellam.engine.tape import Ledger, Mark, Slot, tensors
-from lightning_dhellam.parallel.collectives import Pending
-from lightning_dhellam.plan import Lane, Operator
+from lightning_dhellam.parallel.collectives import Pending, Work
+from lightning_dhellam.plan import Lane, Operator, Track
+
+_COMPUTE = Track(Lane.COMPUTE)
 
 
 class Lanes(ABC):
@@ -35,14 +37,29 @@ class Lanes(ABC):
     ) -> tuple[Any, Mark]:
         """Start `operator` after what its inputs wait for.
 
-        `crosses` says whether another lane will read what it writes; `first`, that it shall begin
+        `crosses` says whether another track will read what it writes; `first`, that it shall begin
         before what `compute` is given next. Returns what the operator returned, and the mark of
         its end.
         """
 
     @abstractmethod
     def barrier(self) -> None:
-        """Every lane waits for every other lane."""
+        """Every lane waits for every other lane, but not for transfers between stages.
+
+        Those end when another stage has come as far, which may be waiting for this one.
+        """
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Every lane waits for everything that was issued: the step is over."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """A pass begins: take back memory that transfers of earlier passes have read.
+
+        Nothing waits for a send, so its tensor would be held until the step is over. What was
+        issued before the last pass began is waited for: long done, if no stage lags behind.
+        """
 
     @abstractmethod
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
@@ -84,7 +101,9 @@ class CpuLanes(Lanes):
 
     def __init__(self, *, poison: bool = False) -> None:
         super().__init__(poison=poison)
-        self._running: list[Any] = []
+        self._running: list[Work] = []
+        self._transfers: list[Work] = []
+        self._settled = 0
 
     def launch(
         self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
@@ -94,22 +113,41 @@ class CpuLanes(Lanes):
                 slot.mark.done.wait()
         result = operator.run(*(slot.value for slot in inputs))
         if not isinstance(result, Pending):
-            return result, Mark(operator.lane, 0, None, None)
+            return result, Mark(operator.track, 0, None, None)
         if result.work is None:
-            return result.value, Mark(operator.lane, 0, None, None)
-        self._running = [work for work in self._running if not work.is_completed()]
-        self._running.append(result.work)
+            return result.value, Mark(operator.track, 0, None, None)
+        self._note(operator.lane, result.work)
         for slot in inputs:
-            slot.uses[operator.lane] = 0
-        return result.value, Mark(operator.lane, 0, result.work, None)
+            slot.uses[operator.track] = 0
+        return result.value, Mark(operator.track, 0, result.work, None)
+
+    def _note(self, lane: Lane, work: Work) -> None:
+        if lane is Lane.PP:
+            self._transfers.append(work)
+        else:
+            self._running = [other for other in self._running if not other.is_completed()]
+            self._running.append(work)
 
     def barrier(self) -> None:
         for work in self._running:
             work.wait()
         self._running.clear()
 
+    def drain(self) -> None:
+        self.barrier()
+        for work in self._transfers:
+            work.wait()
+        self._transfers.clear()
+        self._settled = 0
+
+    def settle(self) -> None:
+        for work in self._transfers[: self._settled]:
+            work.wait()
+        del self._transfers[: self._settled]
+        self._settled = len(self._transfers)
+
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
-        mark = Mark(Lane.COMPUTE, 0, None, None)
+        mark = Mark(_COMPUTE, 0, None, None)
         return {name: Slot(value, mark) for name, value in values.items()}
 
     @contextmanager
@@ -125,10 +163,11 @@ class CpuLanes(Lanes):
 class CudaLanes(Lanes):
     """Each lane is a stream; compute is the stream that is current when the lanes are made.
 
-    A slot's memory belongs to the lane that made it, as the caching allocator sees it. When the
-    slot has had its last reader, its memory goes back only once that lane has waited for every
-    other lane that read it. Lanes wait for each other all the time, so this costs no extra
-    synchronisation, only a little delay; vector clocks tell when it is so:
+    The lane of transfers between stages has a stream for each channel. A slot's memory belongs to
+    the track that made it, as the caching allocator sees it. When the slot has had its last
+    reader, its memory goes back only once that track has waited for every other track that read
+    it. Lanes wait for each other all the time, so this costs no extra synchronisation, only a
+    little delay; vector clocks tell when it is so:
 
         compute   GEMM  ---->  writes x      next gather waits for compute: x is freed here
         tp              gather reads x -->
@@ -143,104 +182,120 @@ class CudaLanes(Lanes):
         super().__init__(poison=poison)
         self.device = device
         self._priority = priority
-        self._streams = {Lane.COMPUTE: torch.cuda.current_stream(device)}
-        self._numbers: dict[Lane, int] = {Lane.COMPUTE: 0}
-        self._seen: dict[Lane, dict[Lane, int]] = {Lane.COMPUTE: {}}
-        self._waiting: dict[Lane, list[Slot]] = {Lane.COMPUTE: []}
+        self._streams = {_COMPUTE: torch.cuda.current_stream(device)}
+        self._numbers: dict[Track, int] = {_COMPUTE: 0}
+        self._seen: dict[Track, dict[Track, int]] = {_COMPUTE: {}}
+        self._waiting: dict[Track, list[Slot]] = {_COMPUTE: []}
+        self._last_pass: dict[Track, Mark] = {}
 
-    def stream(self, lane: Lane) -> torch.cuda.Stream:
-        """The stream of `lane`, made on first use."""
-        if lane not in self._streams:
-            self._streams[lane] = torch.cuda.Stream(self.device, priority=self._priority)
-            self._numbers[lane] = 0
-            self._seen[lane] = {}
-            self._waiting[lane] = []
-        return self._streams[lane]
+    def stream(self, lane: Lane, channel: str = "") -> torch.cuda.Stream:
+        """The stream of a lane or channel, made on first use."""
+        track = Track(lane, channel)
+        if track not in self._streams:
+            self._streams[track] = torch.cuda.Stream(self.device, priority=self._priority)
+            self._numbers[track] = 0
+            self._seen[track] = {}
+            self._waiting[track] = []
+        return self._streams[track]
 
     def launch(
         self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
     ) -> tuple[Any, Mark]:
-        lane = operator.lane
-        stream = self.stream(lane)
+        track = operator.track
+        stream = self.stream(*track)
         for slot in inputs:
-            self._wait(lane, stream, slot.mark)
+            self._wait(track, stream, slot.mark)
         if first:
             begins = torch.cuda.Event()
             begins.record(stream)
-            self._streams[Lane.COMPUTE].wait_event(begins)
+            self._streams[_COMPUTE].wait_event(begins)
         values = (slot.value for slot in inputs)
-        if lane is Lane.COMPUTE:
+        if track == _COMPUTE:
             result = operator.run(*values)
         else:
             with torch.cuda.stream(stream):
                 result = operator.run(*values)
-        number = self._numbers[lane] = self._numbers[lane] + 1
+        number = self._numbers[track] = self._numbers[track] + 1
         for slot in inputs:
-            if slot.mark.lane is not lane:
-                slot.uses[lane] = number
-        mark = self._mark(lane, stream) if crosses else Mark(lane, number, None, None)
+            if slot.mark.track != track:
+                slot.uses[track] = number
+        mark = self._mark(track) if crosses else Mark(track, number, None, None)
         return (result.value if isinstance(result, Pending) else result), mark
 
     def barrier(self) -> None:
-        marks = [self._mark(lane, stream) for lane, stream in self._streams.items()]
-        for lane, stream in self._streams.items():
+        self._join([track for track in self._streams if track.lane is not Lane.PP])
+
+    def drain(self) -> None:
+        self._join(list(self._streams))
+        self._last_pass = {}
+
+    def _join(self, tracks: Sequence[Track]) -> None:
+        marks = [self._mark(track) for track in tracks]
+        for track in tracks:
             for mark in marks:
-                self._wait(lane, stream, mark)
+                self._wait(track, self._streams[track], mark)
+
+    def settle(self) -> None:
+        for track, slots in self._waiting.items():
+            users = {user for slot in slots for user in slot.uses if user in self._last_pass}
+            for user in sorted(users):
+                self._wait(track, self._streams[track], self._last_pass[user])
+        self._last_pass = {track: self._mark(track) for track in self._streams}
 
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
-        self._numbers[Lane.COMPUTE] += 1
-        mark = self._mark(Lane.COMPUTE, self._streams[Lane.COMPUTE])
+        self._numbers[_COMPUTE] += 1
+        mark = self._mark(_COMPUTE)
         return {name: Slot(value, mark) for name, value in values.items()}
 
     @contextmanager
     def on(self, lane: Lane) -> Iterator[None]:
         stream = self.stream(lane)
-        self._numbers[Lane.COMPUTE] += 1
-        self._wait(lane, stream, self._mark(Lane.COMPUTE, self._streams[Lane.COMPUTE]))
+        self._numbers[_COMPUTE] += 1
+        self._wait(Track(lane), stream, self._mark(_COMPUTE))
         with torch.cuda.stream(stream):
             yield
-        self._numbers[lane] += 1
+        self._numbers[Track(lane)] += 1
 
-    def _mark(self, lane: Lane, stream: torch.cuda.Stream) -> Mark:
+    def _mark(self, track: Track) -> Mark:
         event = torch.cuda.Event()
-        event.record(stream)
-        return Mark(lane, self._numbers[lane], event, dict(self._seen[lane]))
+        event.record(self._streams[track])
+        return Mark(track, self._numbers[track], event, dict(self._seen[track]))
 
-    def _wait(self, lane: Lane, stream: torch.cuda.Stream, mark: Mark) -> None:
-        seen = self._seen[lane]
-        if mark.lane is lane or seen.get(mark.lane, -1) >= mark.number:
+    def _wait(self, track: Track, stream: torch.cuda.Stream, mark: Mark) -> None:
+        seen = self._seen[track]
+        if mark.track == track or seen.get(mark.track, -1) >= mark.number:
             return
         assert mark.done is not None, "a slot crosses lanes without an event"
         stream.wait_event(mark.done)
         for other, number in (mark.seen or {}).items():
-            if other is not lane and seen.get(other, -1) < number:
+            if other != track and seen.get(other, -1) < number:
                 seen[other] = number
-        seen[mark.lane] = mark.number
-        if self._waiting[lane]:
-            self._collect(lane)
+        seen[mark.track] = mark.number
+        if self._waiting[track]:
+            self._collect(track)
 
-    def _collect(self, lane: Lane) -> None:
+    def _collect(self, track: Track) -> None:
         still = []
-        for slot in self._waiting[lane]:
+        for slot in self._waiting[track]:
             if self._passed(slot):
                 self._drop_on(slot)
             else:
                 still.append(slot)
-        self._waiting[lane] = still
+        self._waiting[track] = still
 
     def _passed(self, slot: Slot) -> bool:
-        seen = self._seen[slot.mark.lane]
-        return all(seen.get(lane, -1) >= number for lane, number in slot.uses.items())
+        seen = self._seen[slot.mark.track]
+        return all(seen.get(track, -1) >= number for track, number in slot.uses.items())
 
     def _free(self, slot: Slot) -> None:
         if self._passed(slot):
             self._drop_on(slot)
         else:
-            self._waiting[slot.mark.lane].append(slot)
+            self._waiting[slot.mark.track].append(slot)
 
     def _drop_on(self, slot: Slot) -> None:
         if self.poison:
-            with torch.cuda.stream(self._streams[slot.mark.lane]):
+            with torch.cuda.stream(self._streams[slot.mark.track]):
                 self._drop(slot)
         else:
             slot.value = None

@@ -1,4 +1,4 @@
-"""Walks micro-batches through the layers, two strands at a time."""
+"""Walks micro-batches through the layers of a stage, two strands at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -23,40 +23,28 @@ from lightning_dhellam.engine.executor import (
     OnGradient,
     Program,
     bind,
+    receives,
 )
 from lightning_dhellam.engine.lanes import Lanes
-from lightning_dhellam.engine.tape import Slot, Tape
 from lightning_dhellam.engine.trace import Tracer
-from lightning_dhellam.pipeline import Direction, Pass, fold
+from lightning_dhellam.engine.walk import Walks
+from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
 
 _QUEUED = 100
 """Operators that a device takes into its queue without holding up the host."""
 
 
-@dataclass
-class Walk:
-    """One micro-batch's way through the layers, forward and then backward.
-
-    Attributes:
-        batch: the tape of the micro-batch itself.
-        tapes: of each layer that it has entered.
-        carried: slots that the last graph handed over.
-    """
-
-    batch: Tape
-    tapes: dict[int, Tape] = field(default_factory=dict)
-    carried: list[Slot] = field(default_factory=list)
-
-
 class Engine:
     """Runs training and evaluation steps of one rank.
 
     Args:
-        layers: graphs of every layer, first to last; the last one's output is the loss.
+        layers: graphs of every layer of this rank, first to last. The last one's output is the
+            loss, unless it is sent to another stage.
         lanes: of this rank's device.
         builder: makes the plan of each pair of graphs.
         logits: graph that takes the last layer's place for prediction.
+        stage: this rank's place in the pipeline; None when it has all layers.
     """
 
     def __init__(
@@ -65,15 +53,22 @@ class Engine:
         lanes: Lanes,
         builder: Builder,
         logits: Graph | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.lanes = lanes
         self.logits = logits
+        self._stage = stage
         self._executor = Executor(lanes)
         self._builder = builder
         self._plans: dict[tuple[str, str], Plan] = {}
         self._programs: dict[tuple[int | None, int | None], Program] = {}
         self._evaluations: dict[int, Program] = {}
+
+    @property
+    def stage(self) -> Stage:
+        """This rank's place in the pipeline."""
+        return self._stage or Stage.alone(len(self.layers))
 
     def install(self, builder: Builder) -> None:
         """Use the plans of `builder` from the next pass on."""
@@ -84,10 +79,11 @@ class Engine:
 
     def plans(self) -> list[Plan]:
         """The plans of a training step, one for each distinct pair of graphs, in walking order."""
-        last = len(self.layers) - 1
-        for index in range(len(self.layers)):
-            for forward, backward in ((index, last - index), (index, None), (None, last - index)):
-                self._program(forward, backward)
+        for pairs in self.stage.pairings():
+            for forward, backward in pairs:
+                for pair in ((forward, backward), (forward, None), (None, backward)):
+                    if pair != (None, None):
+                        self._program(*pair)
         return list(dict.fromkeys(self._plans.values()))
 
     def train(
@@ -96,36 +92,33 @@ class Engine:
         """Forward and backward of every micro-batch. Gradients are added to `main_grad`.
 
         `on_gradient` is called for the last micro-batch only, whose additions are the last ones.
-        Returns the loss of the batch, a scalar in fp32.
+        Returns the loss of the batch, a scalar in fp32; 0 on a stage that does not have it.
         """
-        walks: dict[int, Walk] = {}
+        walks = Walks(micro_batches, self.lanes, self._readers)
         losses: list[Tensor] = []
         final = len(micro_batches) - 1
         with torch.no_grad():
-            for step in fold(1, len(micro_batches))[0]:
-                if step.direction is Direction.ASCENDING:
-                    continue  # with one stage it is the other half of the same walk
-                if step.forward is not None:
-                    walks[step.forward] = self._enter(micro_batches[step.forward])
-                notify = on_gradient if step.backward == final else None
-                self._pass(step, walks, notify)
-                if step.forward is not None:
-                    losses.append(self._leave(walks[step.forward]))
-                if step.backward is not None:
-                    del walks[step.backward]
-            self.lanes.barrier()
-            return torch.stack(losses).sum()
+            for leg in self._legs(walks, [pair.forward for pair in self.layers], backward=True):
+                self._pass(leg, walks, on_gradient if leg.backward == final else None)
+                if leg.forward is not None:
+                    losses += walks.results(leg.forward)
+                if leg.backward is not None and leg.steps[-1][1] == 0:
+                    walks.end(leg.backward)
+            return _total(losses, micro_batches)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """The loss of the batch, forward only: a scalar in fp32."""
+        """The loss of the batch, forward only: a scalar in fp32; 0 where it is not known."""
         graphs = [pair.forward for pair in self.layers]
-        return torch.stack([self._forward(graphs, piece) for piece in micro_batches]).sum()
+        return _total(self._forward(graphs, micro_batches), micro_batches)
 
     def predict(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Logits [B, S, V] of the batch, forward only."""
-        assert self.logits is not None, "the engine was made without a graph for logits"
-        graphs = [*(pair.forward for pair in self.layers[:-1]), self.logits]
-        return torch.cat([self._forward(graphs, piece) for piece in micro_batches])
+        """Logits [B, S, V] of the batch, forward only; nothing on a stage that has no head."""
+        graphs = [pair.forward for pair in self.layers]
+        if self.stage.number == 0:
+            assert self.logits is not None, "the engine was made without a graph for logits"
+            graphs[-1] = self.logits
+        logits = self._forward(graphs, micro_batches)
+        return torch.cat(logits) if logits else torch.empty(0)
 
     @contextmanager
     def traced(self, device: torch.device) -> Iterator[Tracer]:
@@ -147,7 +140,10 @@ class Engine:
         kinds = {id(operator): graph for graph in graphs for operator in graph.operators}
 
         def observe(entry: Entry, values: list[Any]) -> None:
-            key = (kinds[id(entry.operator)].fingerprint, entry.operator.name)
+            graph = kinds.get(id(entry.operator))
+            if graph is None:
+                return  # a transfer between stages
+            key = (graph.fingerprint, entry.operator.name)
             if key not in found:
                 # Copies: some operators overwrite what they read.
                 found[key] = [v.clone() if isinstance(v, Tensor) else v for v in values]
@@ -175,86 +171,91 @@ class Engine:
             self._executor.observer = None
             self.install(builder)
 
-    def _pass(self, step: Pass, walks: dict[int, Walk], on_gradient: OnGradient | None) -> None:
-        """Forward from the first layer to the last, backward from the last to the first."""
-        ahead = walks[step.forward] if step.forward is not None else None
-        behind = walks[step.backward] if step.backward is not None else None
-        last = len(self.layers) - 1
+    def _legs(self, walks: Walks, forwards: Sequence[Graph], *, backward: bool) -> Iterator[Leg]:
+        """The walks of a step. The receives of the next are hidden under this one."""
+        legs = self.stage.legs(walks.count, backward=backward)
+        self._post(walks, legs[0], forwards)
+        for index, leg in enumerate(legs):
+            self.lanes.settle()
+            for following in legs[index + 1 : index + 2]:
+                self._post(walks, following, forwards)
+            yield leg
+        # The caller's tensors, the micro-batches, must outlive every lane's use of them.
+        self.lanes.drain()
+
+    def _post(self, walks: Walks, leg: Leg, forwards: Sequence[Graph]) -> None:
+        """Issue what the first graph of each strand receives from another stage."""
+        for strand, layer in leg.begins:
+            micro_batch = leg.forward if strand is Strand.FORWARD else leg.backward
+            assert micro_batch is not None
+            graph = forwards[layer] if strand is Strand.FORWARD else self.layers[layer].backward
+            if graph.receives:
+                self._executor.post(receives(graph), walks.tape(micro_batch, layer))
+
+    def _pass(self, leg: Leg, walks: Walks, on_gradient: OnGradient | None) -> None:
+        """Forward up to the last layer of the leg, backward down to its first."""
         previous: Job | None = None
-        for index in range(last + 1):
-            job = self._enter_pair(index, ahead, behind)
+        for forward, backward in leg.steps:
+            job = self._enter_pair(walks, leg, forward, backward)
             if previous is not None and previous.program.plan is not job.program.plan:
                 self._executor.finish(previous, on_gradient)
                 previous = None
             self._executor.run(job, previous, on_gradient)
-            self._leave_pair(index, job, ahead, behind)
+            self._leave_pair(walks, leg, forward, backward)
             previous = job if job.program.leaves else None
         if previous is not None:
             self._executor.finish(previous, on_gradient)
-        if behind is not None:
-            left = {i: tape.names() for i, tape in behind.tapes.items() if tape.names()}
-            assert not left, f"slots outlive their micro-batch: {left}"
 
-    def _enter_pair(self, index: int, ahead: Walk | None, behind: Walk | None) -> Job:
-        """Forward of layer `index` beside backward of its mirror image, as far as they are."""
-        mirror = len(self.layers) - 1 - index
+    def _enter_pair(self, walks: Walks, leg: Leg, forward: int | None, backward: int | None) -> Job:
+        """Open the tapes of a pair of layers."""
         tapes = {}
-        if ahead is not None:
-            pair = self.layers[index]
-            tapes[Strand.FORWARD] = self._open(ahead, index, pair.forward, pair.backward)
-        if behind is not None:
-            tapes[Strand.BACKWARD] = behind.tapes[mirror]
-            self._hand(behind, behind.tapes[mirror], self.layers[mirror].backward)
-        program = self._program(
-            index if ahead is not None else None, mirror if behind is not None else None
-        )
-        return Job(program, tapes)
+        if forward is not None:
+            assert leg.forward is not None
+            graph = self.layers[forward].forward
+            tapes[Strand.FORWARD] = walks.enter(leg.forward, forward, graph)
+        if backward is not None:
+            assert leg.backward is not None
+            graph = self.layers[backward].backward
+            tapes[Strand.BACKWARD] = walks.enter(leg.backward, backward, graph)
+        return Job(self._program(forward, backward), tapes)
 
-    def _leave_pair(self, index: int, job: Job, ahead: Walk | None, behind: Walk | None) -> None:
-        mirror = len(self.layers) - 1 - index
-        if ahead is not None:
-            ahead.carried = job.tapes[Strand.FORWARD].take(self.layers[index].forward.outputs)
-        if behind is not None:
-            behind.carried = job.tapes[Strand.BACKWARD].take(self.layers[mirror].backward.outputs)
+    def _leave_pair(
+        self, walks: Walks, leg: Leg, forward: int | None, backward: int | None
+    ) -> None:
+        if forward is not None:
+            assert leg.forward is not None
+            walks.leave(leg.forward, forward, self.layers[forward].forward)
+        if backward is not None:
+            assert leg.backward is not None
+            walks.leave(leg.backward, backward, self.layers[backward].backward)
 
-    def _forward(self, graphs: Sequence[Graph], piece: MicroBatch) -> Tensor:
+    def _forward(
+        self, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
+    ) -> list[Tensor]:
+        """What the last graph hands over for each micro-batch, if it is the model's last."""
+        # Without a key nothing random happens: no dropout.
+        still = [replace(p, slots={**p.slots, "batch.key": None}) for p in micro_batches]
+        walks = Walks(still, self.lanes, lambda layer: Counter(graphs[layer].readers))
+        found: list[Tensor] = []
         with torch.no_grad():
-            # Without a key nothing random happens: no dropout.
-            walk = self._enter(replace(piece, slots={**piece.slots, "batch.key": None}))
-            for index, graph in enumerate(graphs):
-                tape = self._open(walk, index, graph, None)
-                self._executor.run(Job(self._evaluation(graph), {Strand.FORWARD: tape}))
-                walk.carried = tape.take(graph.outputs)
-                del walk.tapes[index]
-            # The caller's tensors, the micro-batch, must outlive every lane's use of them.
-            self.lanes.barrier()
-            return self._leave(walk)
+            for leg in self._legs(walks, graphs, backward=False):
+                assert leg.forward is not None
+                for layer, _ in leg.steps:
+                    assert layer is not None
+                    tape = walks.enter(leg.forward, layer, graphs[layer])
+                    program = self._evaluation(graphs[layer])
+                    self._executor.run(Job(program, {Strand.FORWARD: tape}))
+                    walks.leave(leg.forward, layer, graphs[layer])
+                    walks.close(leg.forward, layer)
+                found += walks.results(leg.forward)
+                if leg.steps[-1][0] == len(graphs) - 1:
+                    walks.end(leg.forward)
+        return found
 
-    def _enter(self, piece: MicroBatch) -> Walk:
-        batch = Tape(Counter(dict.fromkeys(piece.slots, 1)))
-        for name, slot in self.lanes.constants(piece.slots).items():
-            batch.put(name, slot)
-        return Walk(batch)
-
-    def _open(self, walk: Walk, index: int, graph: Graph, follows: Graph | None) -> Tape:
-        counts = graph.readers + follows.readers if follows else Counter(graph.readers)
-        tape = walk.tapes[index] = Tape(counts, walk.batch)
-        self._hand(walk, tape, graph)
-        return tape
-
-    def _hand(self, walk: Walk, tape: Tape, graph: Graph) -> None:
-        """Put what the last graph handed over on the tape of the next."""
-        for name, slot in zip(graph.inputs, walk.carried, strict=True):
-            if not tape.put(name, slot) and not slot.holders:
-                self.lanes.release(slot)
-        walk.carried = []
-
-    def _leave(self, walk: Walk) -> Tensor:
-        """The last graph's only output."""
-        (slot,) = walk.carried
-        walk.carried = []
-        value: Tensor = self.lanes.hand_out(slot)
-        return value
+    def _readers(self, layer: int) -> Counter[str]:
+        """How many readers each slot of a layer has, over both directions."""
+        pair = self.layers[layer]
+        return pair.forward.readers + pair.backward.readers
 
     def _program(self, forward: int | None, backward: int | None) -> Program:
         """The program of layer `forward` beside layer `backward`, made on first use."""
@@ -277,3 +278,11 @@ class Engine:
         if key not in self._plans:
             self._plans[key] = self._builder(forward, backward)
         return self._plans[key]
+
+
+def _total(losses: Sequence[Tensor], micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """The sum of the losses; 0 on a stage that has none."""
+    if losses:
+        return torch.stack(list(losses)).sum()
+    tokens: Tensor = micro_batches[0].slots["batch.tokens"]
+    return tokens.new_zeros((), dtype=torch.float32)

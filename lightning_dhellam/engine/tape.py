@@ -10,23 +10,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dhellam.plan import BATCH_PREFIX, Lane
+from lightning_dhellam.plan import BATCH_PREFIX, Track
 
 
 class Mark(NamedTuple):
-    """A point on a lane: the end of one operator.
+    """A point on a track: the end of one operator.
 
     Attributes:
-        lane: on which the operator ran.
-        number: how many operators the lane had run then.
+        track: on which the operator ran.
+        number: how many operators the track had run then.
         done: a CUDA event, a gloo work, or None where nobody has to wait.
-        seen: what the lane knew of the other lanes then (CUDA).
+        seen: what the track knew of the other tracks then (CUDA).
     """
 
-    lane: Lane
+    track: Track
     number: int
     done: Any
-    seen: dict[Lane, int] | None
+    seen: dict[Track, int] | None
 
 
 @dataclass(slots=True)
@@ -35,15 +35,15 @@ class Slot:
 
     Attributes:
         value: a tensor, or anything else that an operator writes.
-        mark: the end of the operator that writes it. Its memory belongs to that lane.
+        mark: the end of the operator that writes it. Its memory belongs to that track.
         holders: tapes that hold it: two while one layer hands it to the next.
-        uses: last number of each other lane on which it was read.
+        uses: last number of each other track on which it was read.
     """
 
     value: Any
     mark: Mark
     holders: int = 0
-    uses: dict[Lane, int] = field(default_factory=dict)
+    uses: dict[Track, int] = field(default_factory=dict)
 
 
 @dataclass

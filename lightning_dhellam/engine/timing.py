@@ -122,7 +122,7 @@ class OperatorTimer:
             go.record()
         times = []
         for operator, values in subjects:
-            stream = self._lanes.stream(operator.lane)
+            stream = self._lanes.stream(*operator.track)
             end = torch.cuda.Event(enable_timing=True)
             stream.wait_event(go)
             with torch.cuda.stream(stream):

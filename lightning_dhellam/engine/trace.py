@@ -51,7 +51,7 @@ class Tracer:
             id(operator): (graph.direction, index)
             for index, pair in enumerate(layers)
             for graph in (pair.forward, pair.backward)
-            for operator in graph.operators
+            for operator in (*graph.receives, *graph.operators, *graph.sends)
         }
         self._clock: _HostClock | _DeviceClock
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()

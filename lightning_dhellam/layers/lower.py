@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from lightning_dhellam.layers.embedding import lower_embedding
 from lightning_dhellam.layers.generic import lower_module
 from lightning_dhellam.layers.head import HeadLowering, Loss
 from lightning_dhellam.layers.rotary import RotaryTable
+from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import TransformerLowering
 from lightning_dhellam.layers.writer import Sizes
+from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -64,14 +66,17 @@ class Lowered:
     """Graphs of a whole model.
 
     Attributes:
-        layers: embedding, every layer, head; forward from first to last.
-        logits: the head's graph for prediction, forward only.
+        layers: embedding, every layer, head; forward from first to last. With pipeline parallelism
+            those of this rank's chunk, then those of its fold.
+        logits: the head's graph for prediction, forward only; None on a stage without head.
         kernels: what computes the operators.
+        stage: this rank's place in the pipeline.
     """
 
     layers: tuple[GraphPair, ...]
-    logits: Graph
+    logits: Graph | None
     kernels: Kernels
+    stage: Stage
 
 
 def check_supported(config: Any) -> None:
@@ -123,22 +128,38 @@ def lower(
     chosen = choose(sizes.context.device, sizes.dtype, kernels)
     rotary = RotaryTable(model.rotary, model.config.max_sequence_length)
     again = regather if callable(regather) else lambda index: regather
-    words = model.embedding.word_embeddings
-    head = HeadLowering(
-        model.final_norm,
-        model.output_weight,
-        model.config.vocab_size,
-        sizes,
-        chosen,
-        again(len(model.layers)),
-        loss,
-    )
-    layers = [
-        _lower_layer(layer, sizes, chosen, rotary, again(index), index)
-        for index, layer in enumerate(model.layers)
-    ]
-    embedding = lower_embedding(words, sizes, chosen, config.hidden_dropout)
-    return Lowered((embedding, *layers, head.lower()), head.lower_logits(), chosen)
+
+    def lowered(chunk: int) -> list[GraphPair]:
+        return [
+            _lower_layer(layer, sizes, chosen, rotary, again(index), index)
+            for index, layer in model.own_layers(chunk)
+        ]
+
+    context = sizes.context
+    early, late = context.pp_rank, 2 * context.pp_size - 1 - context.pp_rank
+    falling, rising, logits = lowered(early), lowered(late), None
+    if context.pp_rank == 0:
+        words = model.embedding.word_embeddings
+        head = _head(model, sizes, chosen, again(len(model.layers)), loss)
+        falling.insert(0, lower_embedding(words, sizes, chosen, config.hidden_dropout))
+        rising.append(head.lower())
+        logits = head.lower_logits()
+    if context.pp_size > 1:
+        falling = connect(falling, early, sizes)
+        rising = connect(rising, late, sizes)
+        if logits is not None and len(rising) == 1:
+            logits = replace(logits, receives=rising[0].forward.receives)
+    layers = (*falling, *rising)
+    stage = Stage(context.pp_rank, context.pp_size, len(layers), len(falling))
+    return Lowered(layers, logits, chosen, stage)
+
+
+def _head(
+    model: Any, sizes: Sizes, kernels: Kernels, regather: bool, loss: Loss | None
+) -> HeadLowering:
+    vocab_size = model.config.vocab_size
+    norm, weight = model.final_norm, model.output_weight
+    return HeadLowering(norm, weight, vocab_size, sizes, kernels, regather, loss)
 
 
 def _lower_layer(

@@ -19,7 +19,7 @@ from lightning_dhellam.plan import Graph, Lane, Operator, Strand
 # without a profile depend on the ratios only.
 _FLOPS = 700e12
 _MEMORY = 4.0e12
-_LINK = 300e9
+LINK_RATE = 300e9
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class GraphWriter:
         def run(x: torch.Tensor) -> collectives.Pending:
             return launch(x, group, link)
 
-        self._add(Operator(name, Lane.TP, (read,), (write,), run, crossing / _LINK))
+        self._add(Operator(name, Lane.TP, (read,), (write,), run, crossing / LINK_RATE))
         self.bytes_per_token[write] = size
         return write
 

@@ -4,5 +4,14 @@ from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.huggingface import export_llama, import_llama
 from lightning_dhellam.models.presets import PRESETS, preset
+from lightning_dhellam.models.stage import pipeline_split
 
-__all__ = ["PRESETS", "CausalLM", "ModelConfig", "export_llama", "import_llama", "preset"]
+__all__ = [
+    "PRESETS",
+    "CausalLM",
+    "ModelConfig",
+    "export_llama",
+    "import_llama",
+    "pipeline_split",
+    "preset",
+]

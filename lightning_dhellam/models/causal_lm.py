@@ -22,15 +22,21 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from lightning_dhellam.kernels.dropout import fold
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.spec import llama_layer_spec
+from lightning_dhellam.models.stage import Elsewhere, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
 
 
 class CausalLM(nn.Module):
     """Embedding, transformer layers, final norm and output layer of one rank.
+
+    With pipeline parallelism a rank builds only the layers of its own two chunks, at their places
+    in ``layers``, and the first stage the embedding, final norm and output layer, which are None on
+    all others.
 
     ``forward`` is the plain autograd path through Megatron's modules: the reference for the
     operator graphs, and how the model runs under Lightning's ordinary strategies. With tensor
@@ -54,15 +60,11 @@ class CausalLM(nn.Module):
 
     def _build(self, seed: int) -> None:
         # Each part draws from its own seed: how far the vocabulary is padded depends on the
-        # tensor-parallel size and must not shift the draws of what follows.
-        config, groups = self.config, self.context.groups
-        self.embedding = LanguageModelEmbedding(
-            config=self.transformer_config,
-            vocab_size=self.padded_vocab_size,
-            max_sequence_length=config.max_sequence_length,
-            position_embedding_type="rope",
-            tp_group=groups.tp,
-        )
+        # tensor-parallel size, and which layers are built on the pipeline stage; neither must
+        # shift the draws of what follows.
+        config, context = self.config, self.context
+        ends = context.pp_rank == 0
+        self.embedding = self._build_embedding() if ends else None
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
@@ -70,35 +72,93 @@ class CausalLM(nn.Module):
             rope_scaling=config.rope_scaling_factor is not None,
             rope_scaling_factor=config.rope_scaling_factor or 1.0,
             use_cpu_initialization=self.transformer_config.use_cpu_initialization,
-            cp_group=groups.cp,
+            cp_group=context.groups.cp,
         )
-        torch.manual_seed(seed + 1)
-        spec = llama_layer_spec(config.ffn_hidden_size, config.normalization)
-        self.layers = nn.ModuleList(
-            build_module(
-                spec,
-                config=self.transformer_config,
-                layer_number=number,
-                pg_collection=groups,
+        self.layers = nn.ModuleList()
+        for index, chunk in enumerate(chunks_of_layers(config, context)):
+            self.layers.append(
+                self._build_layer(index, chunk, seed)
+                if is_here(chunk, context)
+                else Elsewhere(chunk)
             )
-            for number in range(1, config.num_layers + 1)
+        self.final_norm = self.output_layer = None
+        if ends:
+            norm = NORMS[config.normalization]
+            self.final_norm = norm(self.transformer_config, config.hidden_size, config.norm_epsilon)
+            _seed(context, seed, 1)
+            self.output_layer = self._build_output()
+
+    def _build_embedding(self) -> LanguageModelEmbedding:
+        return LanguageModelEmbedding(
+            config=self.transformer_config,
+            vocab_size=self.padded_vocab_size,
+            max_sequence_length=self.config.max_sequence_length,
+            position_embedding_type="rope",
+            tp_group=self.context.groups.tp,
         )
-        norm = NORMS[config.normalization]
-        self.final_norm = norm(self.transformer_config, config.hidden_size, config.norm_epsilon)
-        torch.manual_seed(seed + 2)
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
+
+    def _build_layer(self, index: int, chunk: int, seed: int) -> nn.Module:
+        _seed(self.context, seed, 2 + index)
+        layer = build_module(
+            llama_layer_spec(self.config.ffn_hidden_size, self.config.normalization),
+            config=self.transformer_config,
+            layer_number=index + 1,
+            pg_collection=self.context.groups,
+        )
+        return _placed(layer, chunk)
+
+    def _build_output(self) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            self.config.hidden_size,
             self.padded_vocab_size,
             config=self.transformer_config,
             init_method=self.transformer_config.embedding_init_method,
             bias=False,
-            skip_weight_param_allocation=config.tie_embeddings,
-            tp_group=groups.tp,
+            skip_weight_param_allocation=self.config.tie_embeddings,
+            tp_group=self.context.groups.tp,
         )
+
+    def settle(self) -> None:
+        """Take the layers as they are now, after a user has put modules of their own there.
+
+        With pipeline parallelism such a module belongs to the chunk of the layer before it, and
+        other stages than that chunk's forget it. All ranks must have put in the same.
+
+        Raises:
+            ValueError: a chunk has lost its last layer.
+        """
+        if self.context.pp_size == 1:
+            return
+        chunk = 0
+        for index, layer in enumerate(self.layers):
+            chunk = getattr(layer, "pipeline_chunk", chunk)
+            here = is_here(chunk, self.context)
+            self.layers[index] = _placed(layer, chunk) if here else Elsewhere(chunk)
+        # Only the first stage has anything else, the embedding and the head.
+        for own in (self.context.pp_rank, 2 * self.context.pp_size - 1 - self.context.pp_rank):
+            if self.context.pp_rank and not self.own_layers(own):
+                raise ValueError(
+                    f"pipeline stage {self.context.pp_rank} has no layer left in chunk {own}:"
+                    " replace fewer layers in build_model, or give pipeline_split"
+                )
+
+    def own_layers(self, chunk: int) -> list[tuple[int, nn.Module]]:
+        """The layers of a chunk of this rank's stage, with their numbers in the model."""
+        if self.context.pp_size == 1:
+            # One stage has both chunks; where they meet makes no difference.
+            return list(enumerate(self.layers)) if chunk == 0 else []
+        return [pair for pair in enumerate(self.layers) if self.chunk_of(pair[0]) == chunk]
+
+    def chunk_of(self, layer: int) -> int:
+        """The chunk of the fold that a layer is part of."""
+        chunk = self.layers[layer].pipeline_chunk
+        assert isinstance(chunk, int)
+        return chunk
 
     @property
     def output_weight(self) -> nn.Parameter:
         """The weight [padded V / TP, H] of the output layer; the embedding's own when tied."""
+        assert self.embedding is not None and self.output_layer is not None
         if self.config.tie_embeddings:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight
@@ -110,9 +170,17 @@ class CausalLM(nn.Module):
 
         ``tokens`` [B, S]. ``labels`` [B, S] are the next tokens (already shifted); -100 is ignored.
         ``loss_mask`` [B, S] multiplies the losses. Raises ValueError when S exceeds
-        max_sequence_length or is not a multiple of tensor_parallel_size.
+        max_sequence_length or is not a multiple of tensor_parallel_size, and RuntimeError when
+        this rank has only a pipeline stage's layers.
         """
+        if self.context.pp_size > 1:
+            raise RuntimeError(
+                "this rank has only its pipeline stage's layers: run them under DHellamStrategy,"
+                " with batch_loss and batch_logits"
+            )
         self._check_length(tokens.size(1))
+        assert self.embedding is not None
+        assert self.final_norm is not None and self.output_layer is not None
         with self.context.megatron():
             rotary = self.rotary(tokens.size(1))
             hidden = self.embedding(tokens, None)
@@ -154,13 +222,25 @@ class CausalLM(nn.Module):
             )
 
 
+def _placed(layer: nn.Module, chunk: int) -> nn.Module:
+    layer.pipeline_chunk = chunk  # type: ignore[assignment]
+    return layer
+
+
 @contextmanager
 def _seeded(context: ParallelContext, seed: int) -> Iterator[None]:
     """Draw from generators seeded by ``seed``, then put the caller's generators back."""
     devices = [context.device] if context.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(
-            seed, tp_rank=context.tp_rank, ep_rank=context.ep_rank, etp_rank=0
-        )
+        _seed(context, seed, 0)
         yield
+
+
+def _seed(context: ParallelContext, seed: int, part: int) -> None:
+    """Seed the generators for one part of the model."""
+    # Megatron's tracker takes neighbouring seeds for neighbouring tensor ranks.
+    mixed = fold(seed, part) % 2**31
+    torch.manual_seed(mixed)
+    model_parallel_cuda_manual_seed(
+        mixed, tp_rank=context.tp_rank, ep_rank=context.ep_rank, etp_rank=0
+    )

@@ -9,7 +9,7 @@ rows), and pads the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.pipeline.split import stage_of
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -31,49 +32,76 @@ class _Rule:
     """How one of our parameters is made of Hugging Face tensors.
 
     ``join`` makes the shard of a rank from the whole tensors (rank, size); ``split`` makes the
-    whole tensors from the shards of all ranks, in rank order.
+    whole tensors from the shards of all ranks, in rank order. ``layer`` is the number of the layer
+    that the parameter is part of, None for the embedding and the head.
     """
 
     ours: str
     theirs: Mapping[str, tuple[int, ...]]
     join: Callable[[Sequence[Tensor], int, int], Tensor]
     split: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    layer: int | None = None
+
+    def stage(self, model: CausalLM) -> int:
+        """The pipeline stage that has the parameter."""
+        if self.layer is None or model.context.pp_size == 1:
+            return 0
+        return stage_of(model.chunk_of(self.layer), model.context.pp_size)
 
 
 def import_llama(model: CausalLM, state_dict: Mapping[str, Tensor]) -> None:
     """Copy a `LlamaForCausalLM` state dict into this rank's parameters.
 
-    Every rank passes the whole state dict. Nothing is written unless everything fits: raises
-    ValueError naming the missing, unexpected and mis-shaped tensors.
+    Every rank passes the whole state dict, of which it takes its layers' shards. Nothing is written
+    unless everything fits: raises ValueError naming the missing, unexpected and mis-shaped tensors.
     """
     rules = list(_rules(model.config, model.padded_vocab_size))
     _check_state_dict(model.config, rules, state_dict)
     parameters = dict(model.named_parameters())
     rank, size = model.context.tp_rank, model.context.tp_size
     with torch.no_grad():
-        for rule in rules:
+        for rule in _own(rules, model):
             whole = [state_dict[name] for name in rule.theirs]
             parameters[rule.ours].copy_(rule.join(whole, rank, size))
 
 
 def export_llama(model: CausalLM, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's weights, whole, by their names in `LlamaForCausalLM`; on every TP rank.
+    """The model's weights, whole, by their names in `LlamaForCausalLM`; on every rank.
 
     ``tensors`` exports something else of the same shapes instead, by our parameters' names: for
     example ``{name: parameter.main_grad}``. A tied output layer is left out, as in Hugging Face's
-    files. Collective over the tensor-parallel group.
+    files. Collective over the tensor-parallel and the pipeline group.
     """
     if tensors is None:
         tensors = dict(model.named_parameters())
     rules = list(_rules(model.config, model.padded_vocab_size))
-    missing = [rule.ours for rule in rules if rule.ours not in tensors]
+    missing = [rule.ours for rule in _own(rules, model) if rule.ours not in tensors]
     if missing:
         raise ValueError(f"tensors to export lack {_listed(missing)}: pass every parameter's")
     exported: dict[str, Tensor] = {}
     for rule in rules:
-        shards = _gather(tensors[rule.ours].detach(), model.context)
-        exported.update(zip(rule.theirs, rule.split(shards), strict=True))
+        exported.update(_whole(rule, model, tensors))
     return exported
+
+
+def _own(rules: list[_Rule], model: CausalLM) -> list[_Rule]:
+    """The rules of the parameters that this rank has a share of."""
+    return [rule for rule in rules if rule.stage(model) == model.context.pp_rank]
+
+
+def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a rule, from the stage that has the parameter."""
+    context, stage = model.context, rule.stage(model)
+    if stage == context.pp_rank:
+        found = rule.split(_gather(tensors[rule.ours].detach(), context))
+    else:
+        like = next(iter(tensors.values()))
+        found = [like.new_empty(shape) for shape in rule.theirs.values()]
+    if context.pp_size > 1:
+        found = [tensor.contiguous() for tensor in found]
+        for tensor in found:
+            dist.broadcast(tensor, group=context.pp_group, group_src=stage)
+    return dict(zip(rule.theirs, found, strict=True))
 
 
 def _gather(shard: Tensor, context: ParallelContext) -> list[Tensor]:
@@ -94,7 +122,8 @@ def _rules(config: ModelConfig, padded_vocab_size: int) -> Iterator[_Rule]:
     table = (config.vocab_size, config.hidden_size)
     yield _vocabulary("embedding.word_embeddings.weight", _EMBEDDING, table, padded_vocab_size)
     for index in range(config.num_layers):
-        yield from _layer_rules(config, f"layers.{index}.", f"model.layers.{index}.")
+        for rule in _layer_rules(config, f"layers.{index}.", f"model.layers.{index}."):
+            yield replace(rule, layer=index)
     yield _replicated("final_norm.weight", "model.norm.weight", (config.hidden_size,))
     if not config.tie_embeddings:
         yield _vocabulary("output_layer.weight", _HEAD, table, padded_vocab_size)

@@ -116,11 +116,12 @@ def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]
     return state
 
 
-def _topology(context: ParallelContext) -> dict[str, int]:
+def _topology(context: ParallelContext) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "tensor_parallel_size": context.tp_size,
         "pipeline_parallel_size": context.pp_size,
+        "pipeline_split": list(context.pipeline_split) if context.pp_size > 1 else None,
         "data_parallel_size": context.dp_size,
     }
 

@@ -6,7 +6,8 @@ current, the lane's, and is already waited for there. On CPU the holder of the `
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +19,16 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class Work(Protocol):
+    """Something that runs until it is waited for."""
+
+    def wait(self) -> Any:
+        """Return when it is done."""
+
+    def is_completed(self) -> bool:
+        """Whether it is known to be done."""
+
+
 class Pending(NamedTuple):
     """A result that is still being computed.
 
@@ -27,7 +38,7 @@ class Pending(NamedTuple):
     """
 
     value: Any
-    work: dist.Work | None
+    work: Work | None
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = None) -> Pending:
@@ -63,6 +74,53 @@ def _pending(out: Tensor, work: dist.Work | None) -> Pending:
     return Pending(out, work)
 
 
+def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
+    """Send `x` to the rank `peer` of `group`. Writes nothing; `x` is read until the work is done.
+
+    Sends of one group to one peer arrive in order, so a group must not carry both directions.
+    """
+    return _transfer(None, dist.isend(x.contiguous(), group=group, group_dst=peer), x.is_cuda)
+
+
+def receive(out: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
+    """Receive `out`, of the shape and type that the rank `peer` of `group` sends next."""
+    return _transfer(out, dist.irecv(out, group=group, group_src=peer), out.is_cuda)
+
+
+def _transfer(value: Tensor | None, work: dist.Work | None, on_cuda: bool) -> Pending:
+    assert work is not None, "a transfer of a group that this rank is not in"
+    if on_cuda:
+        work.wait()  # only makes the track's stream wait
+        return Pending(value, None)
+    return Pending(value, OnceWaited(work))
+
+
+class OnceWaited:
+    """A gloo transfer: it knows that it is done only by being waited for, and never twice."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work: dist.Work | None = work
+        self._lock = Lock()
+
+    def wait(self) -> None:
+        """Return when the tensor has left or arrived. Any thread may wait."""
+        with self._lock:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+
+    def is_completed(self) -> bool:
+        """Whether it was waited for."""
+        return self._work is None
+
+
+def from_first(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`value` of the first rank of `group`, on all of them; on the others it only has the shape."""
+    if group is not None and group.size() > 1:
+        dist.broadcast(value, group=group, group_src=0)
+    return value
+
+
 def largest(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The largest of all ranks' values, element by element; on the device that the group needs."""
     if group is None or group.size() == 1:
@@ -73,10 +131,20 @@ def largest(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return values
 
 
-def same_on_all_ranks(value: str, group: dist.ProcessGroup | None) -> list[str]:
-    """Every rank's `value`, when they differ; an empty list when all ranks hold the same."""
+def same_on_all_ranks(value: str, group: dist.ProcessGroup | None, *, stage: int = 0) -> list[str]:
+    """Every rank's `value`, when they differ; an empty list when all ranks hold the same.
+
+    Ranks of different `stage` may hold different values.
+    """
+    values = of_all_ranks((stage, value), group)
+    stages = {stage for stage, _ in values}
+    return [] if len(set(values)) == len(stages) else [text for _, text in values]
+
+
+def of_all_ranks(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's `value`, which is any that can be pickled."""
     if group is None or group.size() == 1:
-        return []
+        return [value]
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
-    return [] if len(set(values)) == 1 else values
+    return values

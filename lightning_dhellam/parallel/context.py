@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.parallel.channels import ChannelKey, open_channels
 from lightning_dhellam.parallel.cpu import megatron_device
 from lightning_dhellam.parallel.emulate import Cluster
 from lightning_dhellam.parallel.link import EmulatedLink
@@ -64,7 +65,9 @@ def _remedy(sizes: dict[str, int]) -> str:
 class ParallelContext:
     """The groups of this process, its rank in each, and the device it computes on.
 
-    ``links`` holds the emulated links by communicator, of an emulated cluster only.
+    ``links`` holds the emulated links by communicator, of an emulated cluster only. ``channels``
+    holds the communicators between neighbouring pipeline stages, and ``pipeline_split`` the layers
+    of each chunk if they were given.
 
     ``groups`` is what Megatron's modules take as ``pg_collection``. ``tp_group`` and the other
     named groups are None only when torch.distributed is not initialised; then every size is 1.
@@ -90,6 +93,8 @@ class ParallelContext:
     cp_group: ProcessGroup | None
     ep_group: ProcessGroup | None
     links: Mapping[str, EmulatedLink] = field(default_factory=dict)
+    channels: Mapping[ChannelKey, ProcessGroup] = field(default_factory=dict)
+    pipeline_split: tuple[int, ...] = ()
 
     @classmethod
     def create(
@@ -101,9 +106,11 @@ class ParallelContext:
         context_parallel_size: int = 1,
         expert_parallel_size: int = 1,
         cluster: Cluster | None = None,
+        pipeline_split: tuple[int, ...] = (),
     ) -> ParallelContext:
         """Cut the initialised world into Megatron's groups: tensor ranks adjacent, then context,
         data and pipeline ranks. With `cluster` the world is emulated, and its links are made.
+        `pipeline_split` gives the layers of each chunk, which otherwise the model balances.
         Raises ValueError when the sizes do not fit the world."""
         assert dist.is_initialized(), "torch.distributed must be initialised first"
         check_sizes(
@@ -123,10 +130,24 @@ class ParallelContext:
                 create_gloo_process_groups=False,
             )
         context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
+        context = replace(
+            context,
+            channels=open_channels(context.groups.pp, context.world_size, device),
+            pipeline_split=pipeline_split,
+        )
         if cluster is None:
             return context
         links = {name: EmulatedLink(link, device) for name, link in cluster.links.items()}
         return replace(context, links=links)
+
+    @property
+    def model_rank(self) -> int:
+        """Rank within a pipeline stage, over data and tensor parallelism.
+
+        It is the same on every stage of a pipeline, so what depends on it, such as the random
+        numbers of a micro-batch, does not depend on the number of stages.
+        """
+        return self.rank % (self.world_size // self.pp_size)
 
     @property
     def emulated(self) -> bool:

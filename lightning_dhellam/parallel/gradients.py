@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import Module, Parameter
 
 from lightning_dhellam.parallel.context import ParallelContext
@@ -54,6 +57,7 @@ class GradientBuffers:
     ) -> None:
         self._context = context
         self._parallel = context.dp_size > 1
+        self._groups = _groups_of_stage(context)
         if context.tp_size > 1:
             _mark_partial(model)
         with context.megatron():
@@ -66,7 +70,7 @@ class GradientBuffers:
                     bucket_size=bucket_size,
                 ),
                 model,
-                pg_collection=context.groups,
+                pg_collection=self._groups,
             )
             if self._parallel:
                 self.ddp.broadcast_params()
@@ -104,10 +108,24 @@ class GradientBuffers:
         for parameter in self.ddp.params_with_grad:
             if taken_first(parameter):  # nothing was added: it took no part in this step
                 parameter.main_grad.zero_()
-        if not self._parallel and self._context.tp_size == 1 and self._context.pp_size == 1:
+        if not self._parallel and self._context.tp_size == 1:
             return
         with self._context.megatron(), torch.no_grad():
-            finalize_model_grads([self.ddp], pg_collection=self._context.groups)
+            finalize_model_grads([self.ddp], pg_collection=self._groups)
+
+
+def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
+    """Megatron's groups, as if this rank's pipeline stage were the only one.
+
+    Its own pipeline would add up the embedding's gradients of the first and the last stage, which
+    here are one, and would reduce the gradients of all stages but the first in a single bucket.
+    """
+    if context.pp_size == 1:
+        return context.groups
+    groups = copy(context.groups)
+    alone = dist.new_group([context.rank], use_local_synchronization=True)
+    groups.pp = groups.embd = groups.pos_embd = alone
+    return groups
 
 
 def _mark_partial(model: Module) -> None:

@@ -6,7 +6,7 @@ So what goes forward and what comes backward visit the stages in the same order,
 the forward of one micro-batch together with the backward of another that is P behind it. Two
 stages, four micro-batches; digits go forward, letters backward (a is the backward of 0):
 
-    stage 0   0↓  1↓  0↑  2↓a 1↑  3↓b 2↑a  c↓ 3↑b  d↓  c↑  d↑
+    stage 0   0↓      1↓  0↑  2↓a 1↑  3↓b 2↑a  c↓ 3↑b  d↓  c↑      d↑
     stage 1       0↓  0↑  1↓  1↑  2↓a 2↑a 3↓b 3↑b  c↓  c↑  d↓  d↑
 
 The idea is DHeLlam's model folding (DHelix, arXiv 2411.15871). Imports no torch.

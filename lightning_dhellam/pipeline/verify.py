@@ -47,7 +47,7 @@ def verify(schedule: Schedule, micro_batches: int, *, backward: bool = True) -> 
     for stage, passes in enumerate(schedule):
         _check_complete(stage, len(schedule), passes, micro_batches, backward)
     sent, received = _traffic(schedule)
-    for channel in sent.keys() | received.keys():
+    for channel in dict.fromkeys((*sent, *received)):  # in the same order on every run
         out, into = ([k for k, _ in side[channel]] for side in (sent, received))
         if out != into:
             raise ScheduleError(f"channel {channel}: sends {out}, receives {into}")

@@ -2,7 +2,7 @@
 
 from lightning_dhellam.plan.builders import BUILDERS, Builder, builder
 from lightning_dhellam.plan.graph import BATCH_PREFIX, Graph, GraphPair
-from lightning_dhellam.plan.operator import Lane, Operator, Strand
+from lightning_dhellam.plan.operator import Lane, Operator, Strand, Track
 from lightning_dhellam.plan.plan import Barrier, Issue, Plan, PlanError
 from lightning_dhellam.plan.validate import validate
 
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Strand",
+    "Track",
     "builder",
     "validate",
 ]

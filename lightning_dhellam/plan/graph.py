@@ -29,6 +29,10 @@ class Graph:
         outputs: slots handed to the next graph of the strand (`y`, or `dx`).
         bytes_per_token: size of each slot that is handed over or written: bytes on this rank for
             each token of the micro-batch.
+        receives: transfers that write the inputs, which then no graph hands over. They are posted
+            a pass ahead, and are no part of a plan.
+        sends: transfers that read the outputs, which then no graph is handed. They start as soon
+            as those are there, and are no part of a plan.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     bytes_per_token: Mapping[str, float] = field(default_factory=dict, compare=False)
+    receives: tuple[Operator, ...] = ()
+    sends: tuple[Operator, ...] = ()
 
     def __post_init__(self) -> None:
         known = set(self.inputs)
@@ -51,6 +57,12 @@ class Graph:
             known.update(operator.writes)
         missing = set(self.outputs) - known
         assert not missing, f"{self}: no operator writes the output {sorted(missing)}"
+        if self.receives:
+            received = tuple(slot for o in self.receives for slot in o.writes)
+            assert received == self.inputs, f"{self} receives {received}, reads {self.inputs}"
+        if self.sends:
+            sent = tuple(slot for o in self.sends for slot in o.reads)
+            assert sent == self.outputs, f"{self} sends {sent}, writes {self.outputs}"
 
     def __str__(self) -> str:
         return f"{self.name} {self.direction}"
@@ -92,9 +104,22 @@ class Graph:
             for operator in self.operators
         }
 
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """The inputs that the previous graph of the strand hands over."""
+        return () if self.receives else self.inputs
+
+    @property
+    def handed(self) -> tuple[str, ...]:
+        """The outputs that are handed to the next graph of the strand."""
+        return () if self.sends else self.outputs
+
     @cached_property
     def readers(self) -> Counter[str]:
-        """How many operators read each slot. An output counts one reader more: the next graph."""
+        """How many operators read each slot.
+
+        An output counts one reader more: the next graph, or what sends it.
+        """
         counts = Counter(slot for operator in self.operators for slot in set(operator.reads))
         counts.update(self.outputs)
         return counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Lane(StrEnum):
@@ -22,6 +22,21 @@ class Lane(StrEnum):
     PP = "pp"
     DP = "dp"
     HOST = "host"
+
+
+class Track(NamedTuple):
+    """Where operators wait for each other: what is issued on one track runs in that order.
+
+    A lane is one track. Transfers between two stages have a track for each channel, because a
+    receive that is posted early must not hold up a send.
+
+    Attributes:
+        lane: what it occupies.
+        channel: of the transfers, empty for all other operators.
+    """
+
+    lane: Lane
+    channel: str = ""
 
 
 class Strand(StrEnum):
@@ -45,6 +60,7 @@ class Operator:
         cost: nominal seconds per token of the micro-batch. Only the ratio between operators
             matters: built-in plans use it where no profile exists.
         accumulates: the parameters whose gradient it adds to.
+        channel: of a transfer between two stages.
     """
 
     name: str
@@ -54,11 +70,17 @@ class Operator:
     run: Callable[..., Any] = field(repr=False, compare=False)
     cost: float = field(default=0.0, compare=False)
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    channel: str = ""
 
     @property
     def is_communication(self) -> bool:
         """Whether it occupies a lane other than `compute`."""
         return self.lane is not Lane.COMPUTE
+
+    @property
+    def track(self) -> Track:
+        """Where it is issued."""
+        return Track(self.lane, self.channel)
 
     def __str__(self) -> str:
         return self.name

@@ -12,7 +12,7 @@ import yaml
 
 from lightning_dhellam import recipes
 from lightning_dhellam.cli import main
-from lightning_dhellam.models import preset
+from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.plan import Plan
 from lightning_dhellam.search.planfile import PlanFile
 
@@ -35,9 +35,11 @@ def test_every_recipe_parses_against_the_real_signatures(
     model = parsed["model"]["init_args"]
     config = preset(model["preset"], **(model["overrides"] or {}))
     strategy = parsed["trainer"]["strategy"]["init_args"]
-    config.validate(strategy["tensor_parallel_size"])
+    tensor, stages = strategy["tensor_parallel_size"], strategy["pipeline_parallel_size"]
+    config.validate(tensor)
+    assert len(pipeline_split(config, stages)) == 2 * stages
     assert strategy["plan"] == "auto"
-    assert parsed["trainer"]["devices"] % strategy["tensor_parallel_size"] == 0
+    assert parsed["trainer"]["devices"] % (tensor * stages) == 0
     assert parsed["data"]["init_args"]["sequence_length"] <= config.max_sequence_length
 
 

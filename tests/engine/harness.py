@@ -45,7 +45,7 @@ def batch_of(config: ModelConfig, samples: int = 3, length: int = 16) -> dict[st
 
 def pieces(batch: Batch, size: int, context: ParallelContext, step: int = 0) -> list[MicroBatch]:
     """Micro-batches of `size` samples."""
-    return cut(batch, size, device=context.device, seed=1, step=step, rank=context.rank)
+    return cut(batch, size, device=context.device, seed=1, step=step, rank=context.model_rank)
 
 
 def engine_of(
@@ -57,7 +57,7 @@ def engine_of(
 ) -> Engine:
     """An engine for the whole model."""
     lanes = lanes or make_lanes(device, poison=poison)
-    return Engine(lowered.layers, lanes, builder, lowered.logits)
+    return Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage)
 
 
 def train(

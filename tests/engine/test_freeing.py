@@ -10,13 +10,24 @@ import pytest
 import torch
 
 from lightning_dhellam.engine.lanes import CpuLanes
-from lightning_dhellam.engine.step import Walk
 from lightning_dhellam.engine.tape import Ledger, Mark, Slot
+from lightning_dhellam.engine.walk import Walks
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.pipeline import Direction, Pass, fold
-from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Issue, Lane, Operator, Plan, Strand
+from lightning_dhellam.pipeline.stage import Leg
+from lightning_dhellam.plan import (
+    BUILDERS,
+    Builder,
+    GraphPair,
+    Issue,
+    Lane,
+    Operator,
+    Plan,
+    Strand,
+    Track,
+)
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, train
 from tests.models.llama import SMALL
 from tests.plan.graphs import random_builder
@@ -37,9 +48,11 @@ class RecordingLanes(CpuLanes):
         self.lives: list[Life] = []
         self._born: dict[int, tuple[int, str, Slot]] = {}
 
-    def launch(self, operator: Operator, inputs: Sequence[Slot], crosses: bool) -> tuple[Any, Mark]:
+    def launch(
+        self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
+    ) -> tuple[Any, Mark]:
         self.launches.append(operator.name)
-        return super().launch(operator, inputs, crosses)
+        return super().launch(operator, inputs, crosses, first)
 
     def born(self, slot: Slot) -> None:
         # The slot is kept, so that no other one can get its id.
@@ -175,8 +188,8 @@ def _saved_bytes(
     live: list[int] = []
     whole_pass = engine._pass
 
-    def watched(step: Pass, walks: dict[int, Walk], on_gradient: Any) -> None:
-        whole_pass(step, walks, on_gradient)
+    def watched(leg: Leg, walks: Walks, on_gradient: Any) -> None:
+        whole_pass(leg, walks, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
     engine._pass = watched  # type: ignore[method-assign]
@@ -224,7 +237,7 @@ def test_evaluation_and_prediction_save_nothing() -> None:
 
 def test_the_ledger_counts_shared_storage_once() -> None:
     ledger, x = Ledger(), torch.zeros(4, 3)
-    mark = Mark(Lane.COMPUTE, 0, None, None)
+    mark = Mark(Track(Lane.COMPUTE), 0, None, None)
     slots = [Slot(x, mark), Slot((x[1:], torch.zeros(2), torch.tensor(1.0)), mark), Slot(7, mark)]
     for slot in slots:
         ledger.add(slot)
@@ -238,7 +251,7 @@ def test_the_ledger_counts_shared_storage_once() -> None:
 
 def test_poison_reaches_memory_that_is_read_too_late() -> None:
     lanes = CpuLanes(poison=True)
-    mark = Mark(Lane.COMPUTE, 0, None, None)
+    mark = Mark(Track(Lane.COMPUTE), 0, None, None)
     freed, shared, index = torch.ones(3), torch.ones(3), torch.ones(3, dtype=torch.long)
     first, second = Slot((freed, shared, index), mark), Slot(shared[:1], mark)
     for slot in (first, second):

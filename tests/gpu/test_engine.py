@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lightning_dhellam.engine import Engine
-from lightning_dhellam.engine.step import Walk
+from lightning_dhellam.engine.walk import Walks
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.pipeline import Pass
+from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import add_main_grads, batch_of, differing, engine_of, pieces, train
 from tests.models.llama import hugging_face_llama, relative_error, token_losses
@@ -135,8 +135,8 @@ def test_predicted_saved_bytes_are_those_measured(dtype: torch.dtype, device: to
     live: list[int] = []
     whole_pass = engine._pass
 
-    def watched(step: Pass, walks: dict[int, Walk], on_gradient: Any) -> None:
-        whole_pass(step, walks, on_gradient)
+    def watched(leg: Leg, walks: Walks, on_gradient: Any) -> None:
+        whole_pass(leg, walks, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
     engine._pass = watched  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ CPU = torch.device("cpu")
 ODD = replace(SMALL, vocab_size=53, head_dim=6)
 
 
-def _round_trip(rank: int, tensor_parallel_size: int) -> list[str]:
+def _round_trip(rank: int, sizes: dict[str, int]) -> list[str]:
     """Names that come back changed."""
-    context = ParallelContext.create(CPU, tensor_parallel_size=tensor_parallel_size)
+    context = ParallelContext.create(CPU, **sizes)
     state = hugging_face_llama(ODD).state_dict()
     model = CausalLM(ODD, context)
     with torch.no_grad():
@@ -33,9 +34,17 @@ def _round_trip(rank: int, tensor_parallel_size: int) -> list[str]:
     return [name for name in state if not torch.equal(state[name], exported[name])]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_round_trip_is_exact(size: int) -> None:
-    assert run_ranks(size, _round_trip, size) == [[]] * size
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+)
+def test_round_trip_is_exact(sizes: dict[str, int]) -> None:
+    world = prod(sizes.values())
+    assert run_ranks(world, _round_trip, sizes) == [[]] * world
 
 
 def test_layout_of_two_ranks_is_megatrons() -> None:

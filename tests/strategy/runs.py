@@ -104,6 +104,7 @@ def loader(strategy: dict[str, Any] | str, samples: int = 64) -> ResumableDataLo
     replicas = int(os.environ.get("WORLD_SIZE", 1))
     if not isinstance(strategy, str):
         replicas //= strategy.get("tensor_parallel_size", 1)
+        replicas //= strategy.get("pipeline_parallel_size", 1)
     data = Sequences(samples)
     # Lightning's sampler shuffles what a plain DataLoader trains on; this one stays in order.
     sampler = SkippingBatchSampler(SequentialSampler(data), GLOBAL_BATCH // replicas, False)

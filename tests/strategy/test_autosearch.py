@@ -73,13 +73,15 @@ def searched(
     return losses, plans.plans
 
 
-def on_two_ranks(rank: int, folder: Path) -> tuple[list[float], list[float], list[str]]:
+def on_two_ranks(
+    rank: int, folder: Path, sizes: dict[str, int]
+) -> tuple[list[float], list[float], list[str]]:
     """Losses without and with a search, and the plans of the latter."""
     join(rank, 2)
-    strategy = {"tensor_parallel_size": 2, "micro_batch_size": 3}
+    strategy = {**sizes, "micro_batch_size": 3}
     steps = STEPS + 2
     samples = GLOBAL_BATCH * (steps + 1)
-    model = {"hidden_dropout": 0.1}
+    model = {"hidden_dropout": 0.1, "num_layers": 4}
     plain = train(strategy, Model(**model), max_steps=steps, samples=samples)
     plans = InUse()
     losses = train(
@@ -93,8 +95,11 @@ def on_two_ranks(rank: int, folder: Path) -> tuple[list[float], list[float], lis
     return plain, losses, plans.plans
 
 
-def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(tmp_path: Path) -> None:
-    results = run_ranks(2, on_two_ranks, tmp_path)
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
+    tmp_path: Path, size: str
+) -> None:
+    results = run_ranks(2, on_two_ranks, tmp_path, {size: 2})
     for plain, losses, _ in results:
         assert losses == plain, "the search changed the losses"
     plans = results[0][2]
@@ -102,14 +107,15 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(tmp_path
     assert plans[0] == "sequential" and sorted(plans[1:7]) == sorted(PLANS)
     assert sorted(plans[7:13]) == sorted(PLANS)
     folder = tmp_path / "search"
-    assert {path.name for path in folder.iterdir()} == {*FILES, "overlap.png"}
+    overlap = {"overlap.png"} if size == "tensor_parallel_size" else set()
+    assert {path.name for path in folder.iterdir()} == FILES | overlap
     found = json.loads((folder / "outcomes.json").read_text())
     assert plans[-1] == found["winner"]
     assert {row["name"] for row in found["outcomes"]} == set(PLANS)
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in found["outcomes"])
     profile = Profile.load(folder / "profile.json")
-    assert profile.fingerprint.sizes["tp"] == 2
-    assert {row.partner for row in profile.timings} > {None}
+    assert profile.fingerprint.sizes["tp" if overlap else "pp"] == 2
+    assert bool({row.partner for row in profile.timings} - {None}) == bool(overlap)
     names = [
         event["args"]["name"]
         for event in json.loads((folder / "trace.json").read_text())["traceEvents"]
@@ -305,3 +311,25 @@ def test_auto_is_attached_once_and_before_others() -> None:
 
 def test_built_in_plans_are_all_candidates() -> None:
     assert set(BUILDERS) <= set(PLANS)
+
+
+def with_profile_and_plan(rank: int, root: Path) -> tuple[list[float], list[float], list[str]]:
+    """Two searches of a pipeline with one profile, and a run with the plan that they wrote."""
+    join(rank, 2)
+    # Embedding and head stand alone on the first stage, all layers on the second.
+    strategy = {"pipeline_parallel_size": 2, "micro_batch_size": 3}
+    for name in ("first", "second"):
+        losses, _ = searched(root / name, strategy=strategy, profile=root / "profile.json")
+    plan = root / "second" / "search" / "plan.json"
+    samples = GLOBAL_BATCH * (STEPS + 3)
+    again = train({**strategy, "plan": str(plan)}, max_steps=STEPS + 2, samples=samples)
+    return losses, again, sorted(PlanFile.load(plan).graphs.values())
+
+
+def test_stages_keep_their_own_profiles_and_share_one_plan_file(tmp_path: Path) -> None:
+    for losses, again, graphs in run_ranks(2, with_profile_and_plan, tmp_path):
+        assert losses == again
+        kinds = ("embedding", "head", "transformer")
+        assert graphs == [f"{k} {way}" for k in kinds for way in ("backward", "forward")]
+    names = sorted(path.name for path in tmp_path.glob("profile*.json"))
+    assert names == ["profile-stage0.json", "profile-stage1.json"]

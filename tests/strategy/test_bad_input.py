@@ -56,6 +56,18 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         _arguments(tensor_parallel_size=0.5),
         r"tensor_parallel_size=0.5 must be a whole number",
     ),
+    "no-stage": (
+        _arguments(pipeline_parallel_size=0),
+        r"pipeline_parallel_size=0 must be .*at least 1",
+    ),
+    "emulated-stage": (
+        _arguments(pipeline_parallel_size=2, emulate="cluster.yaml"),
+        r"pipeline_parallel_size=2 a stage computes only what others send: leave .* at 1",
+    ),
+    "world-does-not-divide-by-stages": (
+        _trainer({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, devices=6),
+        r"tensor_parallel_size=2, pipeline_parallel_size=2 needs a multiple of 4 processes",
+    ),
     "empty-buckets": (_arguments(bucket_size=0), r"bucket_size=0 must be .*at least 1"),
     "world-smaller-than-tp": (
         _trainer({"tensor_parallel_size": 2}, devices=1),
@@ -192,6 +204,18 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
     "ffn-over-ranks": (
         _launch(module=Model(ffn_hidden_size=33), strategy=TP2),
         r"ffn_hidden_size=33 is not a multiple of tensor_parallel_size=2.*lower",
+    ),
+    "few-layers": (
+        _launch(strategy={"pipeline_parallel_size": 4}, devices=4),
+        r"pipeline_parallel_size=4 needs at least 6 layers.*num_layers=2: lower",
+    ),
+    "stage-without-layers": (
+        _launch(strategy={"pipeline_parallel_size": 2, "pipeline_split": [1, 0, 1, 0]}),
+        r"pipeline_split=\[1, 0, 1, 0\]: chunk 1, on stage 1, has no layers",
+    ),
+    "split-of-another-model": (
+        _launch(strategy={"pipeline_parallel_size": 2, "pipeline_split": [1, 1, 1, 1]}),
+        r"places 4 layers, and the model has num_layers=2",
     ),
     "long-data": (
         _launch(data=Data(sequence_length=32)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,6 +67,7 @@ RESTARTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "alone-bf16-mixed": (1, {"micro_batch_size": 3}, "bf16-mixed"),
     "tp2-bf16-mixed": (2, {"tensor_parallel_size": 2, "micro_batch_size": 2}, "bf16-mixed"),
     "tp2-bf16-true": (2, {"tensor_parallel_size": 2, "micro_batch_size": 2}, "bf16-true"),
+    "pp2-bf16-mixed": (2, {"pipeline_parallel_size": 2, "micro_batch_size": 2}, "bf16-mixed"),
     "dp2-sharded-32-true": (2, {"distributed_optimizer": True}, "32-true"),
     "dp2-sharded-bf16-mixed": (2, {"distributed_optimizer": True}, "bf16-mixed"),
 }
@@ -122,6 +124,7 @@ def _refusals(root: Path) -> dict[str, str]:
     """What two ranks are told when they resume from what does not fit."""
     sharded = root / "dp2-sharded-32-true" / f"step={STOP}.ckpt"
     split = root / "tp2-bf16-mixed" / f"step={STOP}.ckpt"
+    staged = root / "pp2-bf16-mixed" / f"step={STOP}.ckpt"
     thin = root / "thin"
     keep = _keep_every_step(thin, save_weights_only=True)
     _fit({"tensor_parallel_size": 2}, "bf16-mixed", keep, steps=1)
@@ -130,6 +133,7 @@ def _refusals(root: Path) -> dict[str, str]:
     cases: dict[str, tuple[dict[str, Any], Path]] = {
         "other-tp": ({"tensor_parallel_size": 2}, sharded),
         "other-dp": ({}, split),
+        "other-pp": ({}, staged),
         "weights-only": ({"tensor_parallel_size": 2}, thin / "step=1.ckpt"),
         "file": ({"tensor_parallel_size": 2}, plain),
         "missing": ({"tensor_parallel_size": 2}, root / "nowhere.ckpt"),
@@ -200,6 +204,7 @@ def test_a_checkpoint_is_one_folder_with_a_file_per_rank(
     common = ["common.pt", "state-00000.pt", "state-00001.pt", "topology.json"]
     for name, weights in (
         ("tp2-bf16-mixed", ["weights-00000.pt", "weights-00001.pt"]),
+        ("pp2-bf16-mixed", ["weights-00000.pt", "weights-00001.pt"]),
         ("dp2-sharded-32-true", ["weights-00000.pt"]),
     ):
         names = {path.name for path in (root / name).iterdir()}
@@ -225,6 +230,7 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
     [
         ("other-tp", ["tensor_parallel_size=1", "tensor_parallel_size=2", "same value"]),
         ("other-dp", ["tensor_parallel_size=2", "tensor_parallel_size=1", "same value"]),
+        ("other-pp", ["pipeline_parallel_size=2", "pipeline_parallel_size=1", "same value"]),
         ("weights-only", ["holds weights only", "save_weights_only=False"]),
         ("file", ["plain.ckpt is not a folder", "give a folder that a run"]),
         ("missing", ["nowhere.ckpt", "not"]),
@@ -258,6 +264,19 @@ def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path:
         checkpoint.save(path, context, {"value": value}, {"w": torch.ones(2)}, None)
         assert checkpoint.load_common(path) == {"value": value}
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_weights_of_another_split_are_refused(tmp_path: Path) -> None:
+    from lightning_dhellam.parallel import ParallelContext, checkpoint
+
+    single = ParallelContext.single(torch.device("cpu"))
+    context = replace(single, pp_size=2, pipeline_split=(2, 1, 1, 1))
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(path, context, {}, {"w": torch.ones(2)}, None)
+    assert checkpoint.load_weights(path, context)["w"].sum() == 2
+    other = replace(context, pipeline_split=(1, 1, 2, 1))
+    with pytest.raises(ValueError, match=r"pipeline_split=\[2, 1, 1, 1\].*\[1, 1, 2, 1\]"):
+        checkpoint.load_weights(path, other)
 
 
 def test_saving_elsewhere_is_refused() -> None:

@@ -312,6 +312,7 @@ def _logged(folder: Path, rank: int) -> list[float]:
 def _pair(rank: int, root: Path) -> dict[str, Any]:
     join(rank, 2)
     tp: dict[str, Any] = {"tensor_parallel_size": 2}
+    pp: dict[str, Any] = {"pipeline_parallel_size": 2}
     return {
         "dp": _seen({}, shuffle=False),
         "dp-shuffled": _seen({}, shuffle=True),
@@ -323,6 +324,9 @@ def _pair(rank: int, root: Path) -> dict[str, Any]:
         "logged": _logged(root / "logged", rank),
         "losses": train({}),
         "loops": _loops(tp, root / "loops"),
+        "pp-loops": _loops(pp, root / "pp-loops"),
+        "pp-shuffled": _seen(pp, shuffle=True),
+        "pp-kept": _kept(pp, root / "pp-kept"),
     }
 
 
@@ -338,8 +342,9 @@ def test_data_parallel_ranks_share_the_samples_out(pair: list[dict[str, Any]], n
     assert sorted(first + second) == list(range(16))
 
 
-def test_tensor_parallel_ranks_see_the_same_samples(pair: list[dict[str, Any]]) -> None:
-    first, second = (rank["tp-shuffled"] for rank in pair)
+@pytest.mark.parametrize("name", ["tp-shuffled", "pp-shuffled"])
+def test_ranks_of_one_model_see_the_same_samples(pair: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[name] for rank in pair)
     assert first == second
     seen = list(chain(*first))
     assert sorted(seen) == list(range(16)) and seen != sorted(seen)
@@ -361,12 +366,21 @@ def test_the_loss_of_the_global_batch_is_logged_once(pair: list[dict[str, Any]])
     assert pair[0]["logged"] == pytest.approx(pair[0]["losses"], rel=1e-6)
 
 
-def test_the_four_loops_with_tensor_parallelism(
-    alone: dict[str, Any], pair: list[dict[str, Any]]
+def test_the_best_checkpoints_of_a_pipeline_load(pair: list[dict[str, Any]]) -> None:
+    for rank in pair:
+        names, best, loaded = rank["pp-kept"]
+        assert names == ["epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"]
+        assert loaded == best
+
+
+@pytest.mark.parametrize("name", ["loops", "pp-loops"])
+def test_the_four_loops_with_model_parallelism(
+    alone: dict[str, Any], pair: list[dict[str, Any]], name: str
 ) -> None:
     plain = alone["loops"]["auto"]
     for rank in pair:
-        ours = rank["loops"]
+        ours = rank[name]
+        assert ours["shown"] == plain["shown"]
         for key in ("train", "val"):
             torch.testing.assert_close(ours[key], plain[key], rtol=2e-6, atol=0)
         assert ours["tested"]["test_loss"] == pytest.approx(plain["tested"]["test_loss"], rel=2e-6)

@@ -80,15 +80,26 @@ PAIR: dict[str, dict[str, Any] | str] = {
     "dp2-unsharded-small-buckets": {"bucket_size": 300, "distributed_optimizer": False},
     "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3},
     "tp2-kept": {"tensor_parallel_size": 2, "regather": False, "plan": "megatron"},
+    "pp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
+    "pp2-ragged-micro-batches": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
+    "pp2-one-micro-batch": {"pipeline_parallel_size": 2, "micro_batch_size": 8},
+    "pp2-dhellam": {"pipeline_parallel_size": 2, "plan": "dhellam"},
 }
 FOUR: dict[str, dict[str, Any] | str] = {
     "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
     "tp2-dp2-unsharded": {"tensor_parallel_size": 2, "distributed_optimizer": False},
+    "pp2-tp2": {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "micro_batch_size": 2},
+    "pp2-dp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
+    "pp2-dp2-unsharded-small-buckets": {
+        "pipeline_parallel_size": 2,
+        "distributed_optimizer": False,
+        "bucket_size": 300,
+    },
 }
 LAYOUTS = {1: ALONE, 2: PAIR, 4: FOUR}
 # Every layout runs the default; what else could go wrong in it depends on the optimizer and
 # on the groups, so one layout of each kind runs the rest.
-THOROUGH = {"two-samples", "ddp", "dp2", "tp2", "tp2-dp2", "tp2-dp2-unsharded"}
+THOROUGH = {"two-samples", "ddp", "dp2", "tp2", "tp2-dp2", "tp2-dp2-unsharded", "pp2", "pp2-dp2"}
 CASES = [
     (world, layout, run)
     for world, layouts in LAYOUTS.items()

@@ -1,0 +1,81 @@
+"""Transfers between pipeline stages, at the ends of a chunk's first and last graphs.
+
+    first layer   forward   x.receive | ...          backward  ... | dx.send
+    last layer    forward   ... | y.send             backward  dy.receive | ...
+
+A receive needs nothing but the shape of the micro-batch, so it can be posted at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dhellam.layers.writer import LINK_RATE, Sizes
+from lightning_dhellam.parallel import collectives
+from lightning_dhellam.pipeline.schedule import Channel
+from lightning_dhellam.pipeline.split import stage_of
+from lightning_dhellam.plan import Graph, GraphPair, Lane, Operator
+
+
+def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[GraphPair]:
+    """The layers of a chunk, with the transfers from and to the chunks on other stages."""
+    stages = sizes.context.pp_size
+    here = stage_of(chunk, stages)
+    connected = list(layers)
+    if chunk > 0 and stage_of(chunk - 1, stages) != here:
+        there = stage_of(chunk - 1, stages)
+        first = connected[0]
+        connected[0] = GraphPair(
+            _receiving(first.forward, there, here, sizes),
+            _sending(first.backward, here, there, sizes),
+        )
+    if chunk < 2 * stages - 1 and stage_of(chunk + 1, stages) != here:
+        there = stage_of(chunk + 1, stages)
+        last = connected[-1]
+        connected[-1] = GraphPair(
+            _sending(last.forward, here, there, sizes),
+            _receiving(last.backward, there, here, sizes),
+        )
+    return connected
+
+
+def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
+    (slot,) = graph.inputs
+    channel = Channel(source, here, graph.direction)
+    group, parts = sizes.context.channels[channel], sizes.tp
+    dtype, hidden = sizes.dtype, sizes.hidden
+
+    def run(tokens: Tensor) -> collectives.Pending:
+        samples, length = tokens.shape
+        out = tokens.new_empty(length // parts, samples, hidden, dtype=dtype)
+        return collectives.receive(out, source, group)
+
+    operator = _operator(f"{slot}.receive", ("batch.tokens",), (slot,), run, channel, sizes)
+    return replace(graph, receives=(operator,))
+
+
+def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
+    (slot,) = graph.outputs
+    channel = Channel(here, target, graph.direction)
+    group = sizes.context.channels[channel]
+
+    def run(x: Tensor) -> collectives.Pending:
+        return collectives.send(x, target, group)
+
+    return replace(graph, sends=(_operator(f"{slot}.send", (slot,), (), run, channel, sizes),))
+
+
+def _operator(
+    name: str,
+    reads: tuple[str, ...],
+    writes: tuple[str, ...],
+    run: Any,
+    channel: Channel,
+    sizes: Sizes,
+) -> Operator:
+    cost = sizes.shard / LINK_RATE
+    return Operator(name, Lane.PP, reads, writes, run, cost, channel=str(channel))

@@ -1,0 +1,66 @@
+"""Communicators of the transfers between neighbouring pipeline stages.
+
+Each strand has its own communicator in each direction of each edge, so that a transfer waits only
+for earlier ones of its kind: sends of a communicator and their receives are in the same order
+whatever the two ranks do otherwise, and a receive that is posted early holds up nothing else.
+Edges that share no stage share a communicator, so a rank is in eight at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+ChannelKey = tuple[int, int, str]
+"""Source stage, target stage, strand."""
+
+STRANDS = ("forward", "backward")
+
+
+def open_channels(
+    pipeline: ProcessGroup, world_size: int, device: torch.device
+) -> Mapping[ChannelKey, ProcessGroup]:
+    """The communicators of this rank's pipeline, connected. Every rank must call this."""
+    stages = pipeline.size()
+    if stages == 1:
+        return {}
+    mine: dict[ChannelKey, ProcessGroup] = {}
+    count = world_size // stages
+    for first in range(count):
+        # Pipeline ranks are the outermost of Megatron's order.
+        ranks = list(range(first, world_size, count))
+        opened = _open(ranks)
+        if dist.get_rank() in ranks:
+            assert dist.get_process_group_ranks(pipeline) == ranks, "an unknown order of ranks"
+            mine = opened
+    _connect(mine, pipeline.rank(), device)
+    return mine
+
+
+def _connect(channels: Mapping[ChannelKey, ProcessGroup], stage: int, device: torch.device) -> None:
+    """Send one number through each channel.
+
+    NCCL may connect two ranks at their first transfer, and keeps both hosts waiting meanwhile. Here
+    all ranks go through the channels in the same order; in a step they do not.
+    """
+    number = torch.zeros(1, device=device)
+    for (source, target, _), group in channels.items():
+        if stage == source:
+            dist.send(number, group=group, group_dst=target)
+        elif stage == target:
+            dist.recv(number, group=group, group_src=source)
+
+
+def _open(ranks: list[int]) -> dict[ChannelKey, ProcessGroup]:
+    stages = len(ranks)
+    opened: dict[ChannelKey, ProcessGroup] = {}
+    for strand in STRANDS:
+        for parity in range(min(2, stages - 1)):
+            down, up = dist.new_group(ranks), dist.new_group(ranks)
+            for edge in range(parity, stages - 1, 2):
+                opened[edge, edge + 1, strand] = down
+                opened[edge + 1, edge, strand] = up
+    return opened

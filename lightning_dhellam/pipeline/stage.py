@@ -1,0 +1,117 @@
+"""One rank's place in the fold: which of its layers go beside each other in which pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from typing import NamedTuple
+
+from lightning_dhellam.pipeline.schedule import Direction, Pass, Schedule, fold
+from lightning_dhellam.pipeline.verify import verify
+from lightning_dhellam.plan.operator import Strand
+
+Pair = tuple[int | None, int | None]
+"""Layers of this rank that go beside each other: one forward, one backward."""
+
+
+class Leg(NamedTuple):
+    """What a stage walks without leaving it.
+
+    Attributes:
+        pairs: the layers, in walking order.
+        forward: micro-batch that goes forward, or None.
+        backward: micro-batch that goes backward, or None.
+    """
+
+    pairs: tuple[Pair, ...]
+    forward: int | None
+    backward: int | None
+
+    @property
+    def steps(self) -> tuple[Pair, ...]:
+        """The pairs, without the layers of a strand that is absent."""
+        both = (
+            (f if self.forward is not None else None, b if self.backward is not None else None)
+            for f, b in self.pairs
+        )
+        return tuple(pair for pair in both if pair != (None, None))
+
+    @property
+    def begins(self) -> tuple[tuple[Strand, int], ...]:
+        """The strands that are there, and the first layer of each."""
+        ahead = [(Strand.FORWARD, f) for f, _ in self.steps if f is not None]
+        behind = [(Strand.BACKWARD, b) for _, b in self.steps if b is not None]
+        return (*ahead[:1], *behind[:1])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage and its layers: those of chunk `number`, then those of the fold of it.
+
+    Attributes:
+        number: of this rank's stage, from 0.
+        count: stages.
+        layers: of both chunks, embedding and head included.
+        turn: how many of them are of the first chunk.
+    """
+
+    number: int
+    count: int
+    layers: int
+    turn: int
+
+    @classmethod
+    def alone(cls, layers: int) -> Stage:
+        """The only stage, which turns nowhere."""
+        return cls(0, 1, layers, layers)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the strands turn here."""
+        return self.number == self.count - 1
+
+    def legs(self, micro_batches: int, *, backward: bool = True) -> list[Leg]:
+        """The passes of a step as walks over this stage's layers.
+
+        On the last stage nothing comes between a descending pass and the ascending one of the
+        same micro-batches, so the two are one walk.
+        """
+        schedule = proven(self.count, micro_batches, backward)
+        return [
+            Leg(self.pairs(step.direction), step.forward, step.backward)
+            for step in schedule[self.number]
+            if not self._continues(step)
+        ]
+
+    def _continues(self, step: Pass) -> bool:
+        return self.is_last and step.direction is Direction.ASCENDING
+
+    def pairs(self, direction: Direction) -> tuple[Pair, ...]:
+        """The layers of a pass, two by two; those left over have no partner.
+
+        A descending pass pairs from its first layers on and an ascending one up to its last, so
+        that the embedding and the head, where they are, meet in both.
+        """
+        if self.is_last:
+            return tuple((index, self.layers - 1 - index) for index in range(self.layers))
+        early, late = range(self.turn), range(self.turn, self.layers)
+        if direction is Direction.DESCENDING:
+            return tuple(zip_longest(early, reversed(late)))
+        from_the_end = list(zip_longest(reversed(late), early))
+        return tuple(reversed(from_the_end))
+
+    def pairings(self) -> Iterator[tuple[Pair, ...]]:
+        """The pairs of every kind of leg."""
+        yield self.pairs(Direction.DESCENDING)
+        if not self.is_last:
+            yield self.pairs(Direction.ASCENDING)
+
+
+@lru_cache(maxsize=64)
+def proven(stages: int, micro_batches: int, backward: bool = True) -> Schedule:
+    """The fold, after the proof that it can run."""
+    schedule = fold(stages, micro_batches, backward=backward)
+    verify(schedule, micro_batches, backward=backward)
+    return schedule

@@ -1,0 +1,295 @@
+"""Stages together compute what one stage does: every loss, every gradient, every logit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dhellam.engine import Engine
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import CausalLM, ModelConfig, export_llama
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.pipeline import fold, live_activations, peak_activations
+from lightning_dhellam.pipeline.stage import Leg
+from lightning_dhellam.plan import BUILDERS
+from tests.engine.harness import (
+    CPU,
+    add_main_grads,
+    batch_of,
+    differing,
+    engine_of,
+    pieces,
+    prepared,
+    reduced,
+    train,
+)
+from tests.models.llama import SMALL, hugging_face_llama, relative_error, token_losses
+from tests.plan.graphs import random_builder
+from tests.ranks import run_ranks
+
+LENGTH = 8
+CONFIG = replace(SMALL, num_layers=7, hidden_dropout=0.1)
+
+
+class Case(NamedTuple):
+    """A model and how its layers are split."""
+
+    config: ModelConfig
+    split: tuple[int, ...] = ()
+
+
+CASES: dict[int, dict[str, Case]] = {
+    2: {
+        "uneven": Case(CONFIG),
+        "tied": Case(replace(CONFIG, tie_embeddings=True)),
+        "given-split": Case(CONFIG, (3, 1, 2, 1)),
+        "only-embedding-and-head-on-the-first": Case(CONFIG, (0, 3, 4, 0)),
+    },
+    4: {
+        "uneven": Case(CONFIG),
+        "tied": Case(replace(CONFIG, num_layers=8, tie_embeddings=True)),
+        "given-split": Case(CONFIG, (0, 1, 1, 1, 1, 1, 1, 1)),
+    },
+}
+
+
+def _context(stages: int, case: Case = CASES[2]["uneven"], **sizes: int) -> ParallelContext:
+    return ParallelContext.create(
+        CPU, pipeline_parallel_size=stages, pipeline_split=case.split, **sizes
+    )
+
+
+def _model(config: ModelConfig, context: ParallelContext) -> CausalLM:
+    model = CausalLM(config, context)
+    add_main_grads(model)
+    return model
+
+
+def _counts(stages: int, name: str) -> range:
+    """Every number of micro-batches for one case; for the others one that is less than P."""
+    return range(1, 2 * stages + 4) if name == "uneven" else range(stages - 1, stages + 1)
+
+
+Outcome = dict[str, Tensor]
+
+
+def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int], Outcome]:
+    """What one rank of `stages` computes in the cases of a pipeline of `of` stages."""
+    found = {}
+    for name, case in CASES[of].items():
+        context = _context(stages, case if stages == of else Case(case.config))
+        model = _model(case.config, context)
+        engine = engine_of(lower(model), poison=True)
+        for count in _counts(of, name):
+            # The last micro-batch is smaller than the others.
+            batch = batch_of(case.config, 2 * count - (count > 1), LENGTH)
+            micro_batches = pieces(batch, 2, context)
+            loss, gradients = train(engine, model, micro_batches)
+            results = {"train": loss, "evaluate": engine.evaluate(micro_batches)}
+            results["predict"] = engine.predict(micro_batches)
+            assert engine.lanes.ledger.slots == 0
+            if context.pp_rank:
+                assert not any(result.any() for result in results.values())
+                results = {}
+            weights = {f"{n}.initial": p.detach() for n, p in model.named_parameters()}
+            found[name, count] = {**results, **gradients, **weights}
+        context.destroy()
+    return found
+
+
+def _same(name: str, case: Case, actual: Tensor, expected: Tensor) -> bool:
+    # The two gradients of a tied weight are added up in another order.
+    if case.config.tie_embeddings and name == "embedding.word_embeddings.weight":
+        return relative_error(actual, expected) <= 1e-6
+    return torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("stages", CASES)
+def test_losses_gradients_and_logits_are_those_of_one_stage(stages: int) -> None:
+    (whole,) = run_ranks(1, _outcomes, 1, stages)
+    ranks = run_ranks(stages, _outcomes, stages, stages)
+    for (name, count), expected in whole.items():
+        case = CASES[stages][name]
+        parts = [rank[name, count] for rank in ranks]
+        computed = sorted(key for part in parts for key in part)
+        assert computed == sorted(expected), f"{name}: a layer is lost or doubled"
+        wrong = [
+            key
+            for part in parts
+            for key, actual in part.items()
+            if not _same(key, case, actual, expected[key])
+        ]
+        assert not wrong, f"{name}, {count} micro-batches: {wrong}"
+
+
+def _against_hugging_face(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    case = Case(replace(SMALL, num_layers=5, tie_embeddings=True, vocab_size=53))
+    context = _context(2, case, **sizes)
+    model = prepared(case.config, context)
+    engine = engine_of(lower(model), poison=True)
+    loss, gradients = train(engine, model, pieces(batch_of(case.config, 5, LENGTH), 2, context))
+    return loss, export_llama(model, reduced(model, gradients))
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_gradients_are_hugging_faces(tensor_parallel_size: int) -> None:
+    config = replace(SMALL, num_layers=5, tie_embeddings=True, vocab_size=53)
+    reference, batch = hugging_face_llama(config), batch_of(config, 5, LENGTH)
+    losses = token_losses(reference, batch["tokens"], batch["labels"])
+    expected_loss = losses.sum() / (batch["labels"] != -100).sum()
+    expected_loss.backward()
+    sizes = {"tensor_parallel_size": tensor_parallel_size}
+    outcomes = run_ranks(2 * tensor_parallel_size, _against_hugging_face, sizes)
+    for rank, (loss, gradients) in enumerate(outcomes):
+        first = rank < tensor_parallel_size
+        assert abs(loss - expected_loss * first) <= 1e-6 * expected_loss
+        errors = {
+            name: relative_error(gradients[name], parameter.grad)
+            for name, parameter in reference.named_parameters()
+            if parameter.grad is not None
+        }
+        assert errors.keys() == gradients.keys()
+        assert max(errors.values()) <= 1e-5, errors
+
+
+def _watched(engine: Engine, after: Callable[[Leg, Any], None]) -> None:
+    whole_pass = engine._pass
+
+    def watched(leg: Leg, walks: Any, on_gradient: Any) -> None:
+        whole_pass(leg, walks, on_gradient)
+        after(leg, walks)
+
+    engine._pass = watched  # type: ignore[method-assign]
+
+
+def _on_two_stages(rank: int) -> dict[str, Any]:
+    context = _context(2)
+    config = replace(CONFIG, num_layers=8)
+    model = _model(config, context)
+    lowered = lower(model, regather=lambda index: index % 2 == 0)
+    micro_batches = pieces(batch_of(config, 5, LENGTH), 1, context)
+    engine = engine_of(lowered, builder=BUILDERS["sequential"])
+    expected = train(engine, model, micro_batches)
+    wrong = {}
+    builders = BUILDERS | {f"random-{seed}": random_builder(seed) for seed in range(20)}
+    for index, (name, builder) in enumerate(builders.items()):
+        other = engine_of(lowered, builder=builder, poison=index % 2 == 0)
+        wrong[name] = differing(train(other, model, micro_batches), expected)
+    return {"wrong": {n: w for n, w in wrong.items() if w}, "trace": _trace(engine, context)}
+
+
+Interval = tuple[str, float, float]
+
+
+def _trace(engine: Engine, context: ParallelContext) -> list[Interval]:
+    """Transfers from their start until they are known to be over, and compute operators."""
+    micro_batches = pieces(batch_of(CONFIG, 6, LENGTH), 1, context)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.train(micro_batches)
+    labels = ("forward/", "backward/", "gloo:")
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.name.startswith(labels) and not event.name.endswith((".send", ".receive"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_stages() -> list[dict[str, Any]]:
+    return run_ranks(2, _on_two_stages)
+
+
+def test_no_plan_changes_a_bit_inside_passes(two_stages: list[dict[str, Any]]) -> None:
+    assert [outcome["wrong"] for outcome in two_stages] == [{}, {}]
+
+
+def test_transfers_overlap_the_operators_of_passes(two_stages: list[dict[str, Any]]) -> None:
+    for stage, outcome in enumerate(two_stages):
+        operators = [(a, b) for name, a, b in outcome["trace"] if not name.startswith("gloo:")]
+        hidden: dict[str, list[int]] = {"gloo:send": [], "gloo:recv": []}
+        for name, start, end in outcome["trace"]:
+            if name in hidden:
+                inside = sum(start <= a and b <= end for a, b in operators)
+                hidden[name].append(inside)
+        # Six micro-batches cross this edge twice in each direction, once on each strand.
+        assert len(hidden["gloo:recv"]) == len(hidden["gloo:send"]) == 12
+        # What the first pass receives can only be waited for; what the last sends, as well.
+        first = 1 if stage else 0
+        assert sum(count == 0 for count in hidden["gloo:recv"]) == first, hidden
+        assert sum(count == 0 for count in hidden["gloo:send"]) <= 1, hidden
+        assert sum(hidden["gloo:recv"]) > 100
+
+
+def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
+    """Chunks that are held after each leg: counted, and predicted in bytes and measured."""
+    context = _context(stages)
+    config = replace(CONFIG, num_layers=2 * stages, vocab_size=8)
+    model = _model(config, context)
+    lowered = lower(model)
+    engine = engine_of(lowered)
+    micro_batches = pieces(batch_of(config, count, 16), 1, context)
+    stage, tokens = lowered.stage, micro_batches[0].tokens
+    saved = [pair.saved_bytes(tokens) for pair in lowered.layers]
+    chunk_bytes = (sum(saved[: stage.turn]), sum(saved[stage.turn :]))
+    boundary = tokens * config.hidden_size * 4
+    legs = stage.legs(count)
+    held: list[int] = []
+    bytes_of: list[tuple[int, int]] = []
+
+    def after(leg: Leg, walks: Any) -> None:
+        following = legs[legs.index(leg) + 1 :][:1]
+        posted = sum(
+            _receives(engine, strand, layer) for f in following for strand, layer in f.begins
+        )
+        kept = [0, 0]
+        for walk in walks._walks.values():
+            for half, layers in enumerate((range(stage.turn), range(stage.turn, stage.layers))):
+                open_tapes = [walk.tapes[i] for i in layers if i in walk.tapes]
+                # A tape that is there for a posted receive alone holds one slot.
+                kept[half] += any(len(tape.names()) > 1 for tape in open_tapes)
+        held.append(sum(kept))
+        expected = kept[0] * chunk_bytes[0] + kept[1] * chunk_bytes[1] + posted * boundary
+        bytes_of.append((expected, engine.lanes.ledger.bytes))
+
+    _watched(engine, after)
+    train(engine, model, micro_batches)
+    passes = fold(stages, count)[rank]
+    live = live_activations(passes)
+    predicted = live[1::2] if stage.is_last else live
+    context.destroy()
+    return {
+        "held": held,
+        "predicted": predicted,
+        "bytes": bytes_of,
+        "peak": peak_activations(passes),
+        "peak_bytes": engine.lanes.ledger.peak_bytes,
+        "chunk_bytes": chunk_bytes,
+    }
+
+
+def _receives(engine: Engine, strand: str, layer: int) -> int:
+    pair = engine.layers[layer]
+    graph = pair.forward if strand == "forward" else pair.backward
+    return len(graph.receives)
+
+
+def _all_held(rank: int) -> list[dict[str, Any]]:
+    return [_held(rank, 4, count) for count in (8, 9, 2)]
+
+
+def test_what_is_held_is_what_the_schedule_predicts_and_is_balanced() -> None:
+    outcomes = run_ranks(4, _all_held)
+    for runs in outcomes:
+        for run in runs:
+            assert run["held"] == run["predicted"]
+            assert all(expected == measured for expected, measured in run["bytes"])
+            # In a pass the forward fills what the backward frees.
+            assert run["peak_bytes"] < run["peak"] * max(run["chunk_bytes"]) * 1.3
+    for index in (0, 1):
+        assert [runs[index]["peak"] for runs in outcomes] == [9] * 4
+        assert [max(runs[index]["held"]) for runs in outcomes] == [8] * 4

@@ -1,0 +1,94 @@
+"""Layers are shared out by cost, and a split that cannot be is refused in the user's words."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_dhellam.models import pipeline_split, preset
+from lightning_dhellam.pipeline.schedule import Direction
+from lightning_dhellam.pipeline.split import balanced, check_split, chunks, stage_of
+from lightning_dhellam.pipeline.stage import Leg, Stage
+
+
+def _stages(split: tuple[int, ...]) -> list[int]:
+    """Layers of each stage."""
+    return [early + late for early, late in zip(split, reversed(split), strict=True)][
+        : len(split) // 2
+    ]
+
+
+def test_equal_layers_are_shared_out_evenly() -> None:
+    assert balanced(8, 4) == (1, 1, 1, 1, 1, 1, 1, 1)
+    assert balanced(9, 2) == (2, 2, 3, 2)
+    assert balanced(4, 1) == (2, 2)
+
+
+def test_a_costly_head_leaves_its_stage_fewer_layers() -> None:
+    assert _stages(balanced(32, 4, head=2.4)) == [6, 8, 9, 9]
+    assert balanced(16, 4, head=5.0) == (0, 2, 2, 3, 3, 3, 3, 0)
+    early, *_, late = balanced(32, 4, head=2.4)
+    assert early == late + 2
+
+
+def test_presets_count_the_embedding_and_the_head() -> None:
+    embedding, head = preset("llama-3-8b").costs_in_layers
+    assert 0 < embedding < 0.05 and 2 < head < 2.5
+    assert _stages(pipeline_split(preset("llama-3-8b"), 4)) == [6, 8, 9, 9]
+    assert pipeline_split(preset("llama-3-70b"), 2) == pipeline_split(preset("llama-3.1-70b"), 2)
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+def test_no_layer_is_lost_or_doubled_and_no_later_chunk_is_empty(stages: int) -> None:
+    for layers in range(2 * stages, 40):
+        for head in (0.0, 1.3, 6.0):
+            split = balanced(layers, stages, embedding=0.1, head=head)
+            placed = [layer for chunk in chunks(split) for layer in chunk]
+            assert placed == list(range(layers)) and len(split) == 2 * stages
+            if stages > 1:
+                assert all(split[1:-1])
+            times = [count + (0.1 + head) * (s == 0) for s, count in enumerate(_stages(split))]
+            # No worse than equal numbers of layers everywhere.
+            assert max(times) <= -(-layers // stages) + head + 0.1 + 1e-9
+
+
+def test_folds() -> None:
+    assert [stage_of(chunk, 3) for chunk in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert chunks((2, 0, 1)) == (range(2), range(2, 2), range(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ((1, 1, 2), r"pipeline_split=\[1, 1, 2\] has 3 entries: .*form 4 chunks"),
+        ((2, 0, 1, 1), r"pipeline_split=\[2, 0, 1, 1\]: chunk 1, on stage 1, has no layers"),
+        ((1, 1, 1, 2), r"places 5 layers, and the model has num_layers=4"),
+        ((-1, 2, 2, 1), r"chunk 0, on stage 0, has no layers"),
+        ((1, 1.0, 1, 1), r"must be whole numbers of layers"),
+        ((1, True, 1, 1), r"must be whole numbers of layers"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(split: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_split(split, 4, 2)
+
+
+def test_too_few_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size=4 needs at least 6 layers"):
+        balanced(5, 4)
+
+
+def test_left_over_layers_have_no_partner_and_the_ends_of_the_model_meet() -> None:
+    stage = Stage(number=0, count=2, layers=5, turn=3)
+    assert stage.pairs(Direction.DESCENDING) == ((0, 4), (1, 3), (2, None))
+    assert stage.pairs(Direction.ASCENDING) == ((None, 2), (3, 1), (4, 0))
+
+
+def test_on_the_last_stage_a_pass_goes_on_into_the_next() -> None:
+    stage = Stage(number=1, count=2, layers=3, turn=1)
+    pairs = ((0, 2), (1, 1), (2, 0))
+    legs = stage.legs(3)
+    assert legs[0] == Leg(pairs, 0, None) and legs[2] == Leg(pairs, 2, 0)
+    assert legs[0].steps == ((0, None), (1, None), (2, None))
+    assert legs[2].begins == (("forward", 0), ("backward", 2))
+    assert [leg.forward for leg in legs] == [0, 1, 2, None, None]
+    assert Stage.alone(3).legs(1) == [Leg(pairs, 0, None), Leg(pairs, None, 0)]

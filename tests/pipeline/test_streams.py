@@ -1,0 +1,229 @@
+"""What waits for what on CUDA, on streams that only keep the books.
+
+A middle stage of three walks whole steps on `CudaLanes`. Each stream knows what has happened before
+its next operator: what ran on it, and what it was told to wait for. So a read before its write, a
+memory that is used again before its last read, and a wait that nobody needs are all seen without a
+GPU, and whatever the times would be.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dhellam.engine import Engine, MicroBatch
+from lightning_dhellam.engine.lanes import CudaLanes
+from lightning_dhellam.engine.tape import Slot
+from lightning_dhellam.pipeline import peak_activations
+from lightning_dhellam.pipeline.schedule import Channel, fold
+from lightning_dhellam.pipeline.stage import Stage
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from tests.plan.graphs import random_builder
+
+STAGE, STAGES = 1, 3
+Moment = tuple[int, int]
+"""A stream and the number of an operator on it."""
+
+
+@dataclass
+class Value:
+    """What an operator writes."""
+
+    written: Moment
+    name: str
+    reads: list[Moment] = field(default_factory=list)
+
+
+class Books:
+    """All streams, and what each knows to have happened."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, dict[int, int]] = defaultdict(dict)
+        self.current = 0
+        self.count = 0
+        self.received: dict[Moment, Value] = {}
+        self.early: list[str] = []
+        self.order: list[str] = []
+
+    def knows(self, stream: int, moment: Moment) -> bool:
+        return self.known[stream].get(moment[0], 0) >= moment[1]
+
+    def run(self, name: str, *values: Any) -> Value:
+        """An operator on the current stream."""
+        self.order.append(name)
+        stream = self.current
+        number = self.known[stream].get(stream, 0) + 1
+        self.known[stream][stream] = number
+        for value in values:
+            if isinstance(value, Value):
+                assert self.knows(stream, value.written), f"{name} reads {value.name} too early"
+                value.reads.append((stream, number))
+        written = Value((stream, number), name)
+        if name.endswith(".receive"):
+            self.received[written.written] = written
+        if name.endswith(".send"):
+            self._note_needless_waits(name)
+        return written
+
+    def _note_needless_waits(self, name: str) -> None:
+        for moment, value in self.received.items():
+            if self.knows(self.current, moment) and not value.reads:
+                self.early.append(f"{name} waits for {value.name}, which nobody has read")
+
+
+def _install(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def record(self, stream: Stream) -> None:
+            self.known = dict(books.known[stream.number])
+
+    class Stream:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.number = books.count
+            books.count += 1
+
+        def wait_event(self, event: Event) -> None:
+            mine = books.known[self.number]
+            for stream, number in event.known.items():
+                mine[stream] = max(mine.get(stream, 0), number)
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, books.current = books.current, stream.number
+        yield
+        books.current = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", on)
+
+
+class CheckedLanes(CudaLanes):
+    """Refuses to free what somebody may still read, and counts what is still to be freed."""
+
+    def __init__(self, books: Books) -> None:
+        super().__init__(torch.device("cuda"))
+        self.books = books
+        self.most_waiting = 0
+
+    def _drop_on(self, slot: Slot) -> None:
+        owner = slot.value.written[0]
+        for moment in slot.value.reads:
+            assert self.books.knows(owner, moment), f"{slot.value.name} is freed too early"
+        super()._drop_on(slot)
+
+    def settle(self) -> None:
+        super().settle()
+        self.most_waiting = max(self.most_waiting, sum(map(len, self._waiting.values())))
+
+
+def _layers(books: Books) -> list[GraphPair]:
+    """Two layers in each chunk, every one with a collective in each direction."""
+
+    def operator(
+        name: str, lane: Lane, reads: tuple[str, ...], writes: tuple[str, ...], channel: str = ""
+    ) -> Operator:
+        def run(*values: Any) -> Any:
+            value = books.run(name, *values)
+            return value if writes else None
+
+        return Operator(name, lane, reads, writes, run, cost=1.0, channel=channel)
+
+    def transfer(slot: str, source: int, target: int, strand: Strand, kind: str) -> Operator:
+        channel = str(Channel(source, target, strand))
+        slots = ((slot,), ()) if kind == "send" else (("batch.tokens",), (slot,))
+        return operator(f"{slot}.{kind}", Lane.PP, *slots, channel)
+
+    def pair(before: int | None, after: int | None) -> GraphPair:
+        forward = (
+            operator("gather", Lane.TP, ("x",), ("whole",)),
+            operator("gemm", Lane.COMPUTE, ("whole",), ("act",)),
+            operator("residual", Lane.COMPUTE, ("act", "x"), ("y",)),
+        )
+        backward = (
+            operator("grad_gather", Lane.TP, ("dy",), ("d_whole",)),
+            operator("dgrad", Lane.COMPUTE, ("d_whole", "act"), ("d_act",)),
+            operator("wgrad", Lane.COMPUTE, ("d_whole", "whole"), ()),
+            operator("grad_sum", Lane.COMPUTE, ("d_act", "dy"), ("dx",)),
+        )
+        ahead, behind = Strand.FORWARD, Strand.BACKWARD
+        ends: dict[str, tuple[Operator, ...]] = {"fr": (), "fs": (), "br": (), "bs": ()}
+        if before is not None:
+            ends["fr"] = (transfer("x", before, STAGE, ahead, "receive"),)
+            ends["bs"] = (transfer("dx", STAGE, before, behind, "send"),)
+        if after is not None:
+            ends["fs"] = (transfer("y", STAGE, after, ahead, "send"),)
+            ends["br"] = (transfer("dy", after, STAGE, behind, "receive"),)
+        return GraphPair(
+            Graph("toy", ahead, forward, ("x",), ("y",), receives=ends["fr"], sends=ends["fs"]),
+            Graph("toy", behind, backward, ("dy",), ("dx",), receives=ends["br"], sends=ends["bs"]),
+        )
+
+    return [pair(0, None), pair(None, 2), pair(2, None), pair(None, 0)]
+
+
+def _step(
+    builder: Builder, count: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Books, CheckedLanes]:
+    books = Books()
+    _install(books, monkeypatch)
+    lanes = CheckedLanes(books)
+    engine = Engine(_layers(books), lanes, builder, stage=Stage(STAGE, STAGES, 4, 2))
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    pieces = [MicroBatch({"batch.tokens": tokens, "batch.key": None}, 4)] * count
+    engine.train(pieces)
+    engine.evaluate(pieces)
+    assert lanes.ledger.slots == 0
+    assert not any(lanes._waiting.values()), "memory is held beyond the step"
+    return books, lanes
+
+
+PLANS: dict[str, Builder] = BUILDERS | {f"random-{s}": random_builder(s) for s in range(20)}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books, _ = _step(PLANS[plan], 5, monkeypatch)
+    passes = len(fold(STAGES, 5)[STAGE]) + len(fold(STAGES, 5, backward=False)[STAGE])
+    assert len(books.received) > passes / 2
+    assert books.early == []
+    # A send starts as soon as its tensor is there, and receives are posted before the pass.
+    pairs = list(pairwise(books.order))
+    assert {first for first, then in pairs if then == "y.send"} == {"residual"}
+    assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}
+
+
+def test_memory_of_transfers_comes_back_while_the_step_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def most(count: int) -> int:
+        return _step(BUILDERS["interleaved"], count, monkeypatch)[1].most_waiting
+
+    short, long = most(2 * STAGES), most(8 * STAGES)
+    assert short == long <= peak_activations(fold(STAGES, 6)[STAGE])
+
+
+def _broken(
+    name: str, replacement: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> pytest.ExceptionInfo[AssertionError]:
+    monkeypatch.setattr(CudaLanes, name, replacement)
+    with pytest.raises(AssertionError) as error:
+        _step(BUILDERS["interleaved"], 5, monkeypatch)
+    return error
+
+
+def test_the_books_find_a_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "too early" in str(_broken("_wait", lambda *_: None, monkeypatch).value)
+
+
+def test_the_books_find_memory_that_is_freed_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is freed too early" in str(_broken("_passed", lambda *_: True, monkeypatch).value)
