@@ -62,7 +62,6 @@ def run(options: Namespace) -> Report:
 
     Raises:
         ValueError: stages that Megatron-core's 1F1B cannot split the layers over.
-        RuntimeError: a side computes another loss or gradient.
     """
     stages, layers = options.stages, options.layers
     if stages < 2 or layers % stages or layers < 2 * stages - 2:
@@ -78,12 +77,10 @@ def run(options: Namespace) -> Report:
     reference = sides["Megatron-core 1F1B"]
     for name, outcome in sides.items():
         error = max(_relative(outcome[k], reference[k]) for k in ("loss", "grad norm"))
-        report.rows.append(_row(name, settings, outcome) | {"error": error})
-        if error > _TOLERANCE:
-            raise RuntimeError(
-                f"{name} computes another loss or gradient than Megatron-core: {outcome} instead"
-                f" of {reference}"
-            )
+        row = _row(name, settings, outcome) | {"error": error}
+        if not error <= _TOLERANCE:
+            row["failed"] = "computes another loss or gradient than Megatron-core"
+        report.rows.append(row)
     return report
 
 
