@@ -47,13 +47,14 @@ def test_a_recipe_runs_as_a_rank_of_a_shipped_cluster(
         "data.sequence_length": "64",
         "data.split": "1,0,0",
     }
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "lightning_dhellam.cli", "fit", "--config", "llama-tiny-2cpu"]
     done = subprocess.run(
         [*command, *(f"--{name}={value}" for name, value in words.items())],
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
