@@ -31,7 +31,8 @@ class AutoSearch(Callback):
         rounds: steps that each of the plans is measured on.
         profile: file of a profile to use; made if it does not exist, refused if it is of another
             model, device or size.
-        memory_limit: bytes of activations that may be live at once in a pair of layers.
+        memory_limit: bytes of activations that may be live at once in a pair of layers; as a rule
+            those of the sequential plan and 3% of the memory of a step.
         folder: where to write instead.
         replay: measure by repeating the first batch, whose gradients are thrown away, instead of
             on the steps that follow.

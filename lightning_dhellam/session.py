@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_dhellam.strategy import DHellamStrategy
 
 REFERENCE = "sequential"
+MEMORY_SLACK = 0.03
+"""Share of the memory of a step that a searched plan may need more than the sequential one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Options:
     Attributes:
         rounds: steps that each candidate is measured on.
         profile: file that holds the profile, or will.
-        memory_limit: bytes of slots live at once in a pair of layers.
+        memory_limit: bytes of slots live at once in a pair of layers; None for what the sequential
+            plan needs and `MEMORY_SLACK` of the memory of a step.
     """
 
     rounds: int = 5
@@ -166,7 +169,13 @@ class Session:
         costs = Costs.of(self._profile)
         tokens = self._pieces[0].tokens
         limit = options.memory_limit
-        self._solution: ModelSolution = solve(layers, costs, tokens=tokens, memory_limit=limit)
+        self._solution: ModelSolution = solve(
+            layers,
+            costs,
+            tokens=tokens,
+            memory_limit=limit,
+            memory_slack=self._peak_bytes() * MEMORY_SLACK if limit is None else None,
+        )
         published = solve(layers, costs, algorithm="pairs", tokens=tokens)
         self._builders: dict[str, Builder] = {
             **BUILDERS,
@@ -180,6 +189,15 @@ class Session:
             name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
             for name, builder in self._builders.items()
         }
+
+    def _peak_bytes(self) -> float:
+        """Most memory in use so far, on the rank that used most."""
+        device = self._strategy.root_device
+        if device.type == "cuda":
+            mine = float(torch.cuda.max_memory_allocated(device))
+        else:
+            mine = float(self._strategy.engine.lanes.ledger.peak_bytes)
+        return float(largest(torch.tensor([mine]).double(), self._strategy.stage_group))
 
     def _choose(self) -> None:
         table = torch.tensor(self._trials.table(), dtype=torch.float64)

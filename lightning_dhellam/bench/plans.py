@@ -43,8 +43,9 @@ class Plans:
         names: Sequence[str] = PLANS,
         *,
         tokens: int = 1,
+        memory_slack: float | None = None,
     ) -> Plans:
-        """Take the built-in plans, and search for the others."""
+        """Take the built-in plans, and search for the others; see `solve`."""
         builders = {name: BUILDERS[name] for name in names if name in BUILDERS}
         solutions, seconds = {}, {}
         for name in names:
@@ -53,7 +54,10 @@ class Plans:
             begin = time.perf_counter()
             known = costs.without_slowdowns() if name == "order" else costs
             algorithm: Algorithm = "pairs" if name == "pairs" else "auto"
-            solutions[name] = solve(layers, known, algorithm=algorithm, tokens=tokens)
+            slack = None if name == "pairs" else memory_slack
+            solutions[name] = solve(
+                layers, known, algorithm=algorithm, tokens=tokens, memory_slack=slack
+            )
             seconds[name] = time.perf_counter() - begin
             builders[name] = solutions[name].builder()
         return cls(costs, {name: builders[name] for name in names}, solutions, seconds)

@@ -23,6 +23,7 @@ from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.plan import BUILDERS, Builder, Lane
 from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.session import MEMORY_SLACK
 
 COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""
@@ -104,7 +105,7 @@ class Stage:
         self._link: EmulatedLink = context.links["tp"]
         self._clock = Clock(context.device)
         self._model: tuple[str, int, CausalLM] | None = None
-        self._searched: dict[tuple[str, Link, int], Plans] = {}
+        self._searched: dict[tuple[str, int, Link, int], Plans] = {}
 
     def measure(self, cell: Cell) -> Outcome:
         """Profile, search, compare results, and time every plan of one cell."""
@@ -192,12 +193,17 @@ class Stage:
         return (many - few) / ((self._effort.many - self._effort.few) * cell.layers)
 
     def _plans(self, work: Workload, cell: Cell) -> Plans:
-        """Of this shape and link: what they hold for does not depend on the number of layers."""
-        key = (cell.shape, cell.link, cell.priority)
+        """Of this shape, link and number of layers, on which the memory of a step depends."""
+        key = (cell.shape, cell.layers, cell.link, cell.priority)
         if key not in self._searched:
             costs = Costs.of(work.profile(repeats=self._effort.repeats))
+            sequential = self._steps(work, BUILDERS["sequential"])[1]
             self._searched[key] = Plans.of(
-                work.layers, costs, self._effort.plans, tokens=work.tokens
+                work.layers,
+                costs,
+                self._effort.plans,
+                tokens=work.tokens,
+                memory_slack=self._peak(work, sequential) * MEMORY_SLACK,
             )
         return self._searched[key]
 

@@ -360,3 +360,16 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones() -> None:
     pair = tiny()
     with pytest.raises(ValueError, match=r"algorithm='best'.*'auto' or 'pairs'"):
         solve_pair(pair, pair, drawn_costs(pair, 0, False), algorithm="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("link", [110e9, 370e9])
+def test_memory_stays_near_that_of_the_sequential_plan(link: float) -> None:
+    layers = model(4)
+    given = costs(graphs_of(layers), link)
+    free = solve(layers, given, tokens=TOKENS)
+    slack = 0.02 * 2**30
+    found = solve(layers, given, tokens=TOKENS, memory_slack=slack)
+    assert free.main.extra_bytes > slack, "the case is not one"
+    for name, solution in found.solutions.items():
+        assert solution.extra_bytes <= max(slack, 0), name
+    assert found.main.seconds <= 1.05 * free.main.seconds
