@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 
 # The machine's cores are shared by several ranks; more threads per rank only fight each other.
 torch.set_num_threads(1)
@@ -16,3 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_a_run_stays() -> Iterator[None]:
+    """Trainers of this process leave a process group and its port behind, which processes that a
+    later test starts would take for theirs."""
+    before, joined = dict(os.environ), dist.is_initialized()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    if dist.is_initialized() and not joined:
+        dist.destroy_process_group()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -47,14 +46,6 @@ class InUse(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy)
         self.plans.append(trainer.strategy.plan_in_use)
-
-
-@pytest.fixture(autouse=True)
-def no_group_stays() -> Iterator[None]:
-    """Runs in this process leave torch.distributed initialised, as Lightning has it."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def searched(
