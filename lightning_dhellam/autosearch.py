@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm import tqdm
 from typing_extensions import override
 
+from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.search.findings import Findings
 from lightning_dhellam.session import Options, Session
 from lightning_dhellam.strategy import DHellamStrategy
+
+_PATIENCE = 10
+"""Steps in a row that may be of another size than the one that was profiled."""
+_WITHOUT = "interleaved"
+"""The plan where none can be chosen."""
 
 
 class AutoSearch(Callback):
@@ -30,7 +37,8 @@ class AutoSearch(Callback):
     Args:
         rounds: steps that each of the plans is measured on.
         profile: file of a profile to use; made if it does not exist, refused if it is of another
-            model, device or size.
+            model, device or size. In a pipeline each stage has one, `-stage0` and so on behind
+            the name.
         memory_limit: bytes of activations that may be live at once in a pair of layers; as a rule
             those of the sequential plan and 3% of the memory of a step.
         folder: where to write instead.
@@ -60,6 +68,7 @@ class AutoSearch(Callback):
         self._step = ExitStack()
         self._gradients_ready: Callable[[], None] = _nothing
         self._over = False
+        self._again = False
 
     @classmethod
     def attach(cls, trainer: pl.Trainer) -> None:
@@ -80,7 +89,7 @@ class AutoSearch(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._session = None
-        self._over = False
+        self._over = self._again = False
 
     @override
     def on_train_batch_start(
@@ -114,9 +123,11 @@ class AutoSearch(Callback):
         self._step.close()
         if self._session is None:
             self._session = self._begin(trainer, batch)
-        if self.replay:
+        elif self._session.skipped > _PATIENCE:
+            self._begin_again(trainer, batch)
+        if self.replay and not self._over:
             self._repeat(trainer, batch)
-        if self._session.findings is not None:
+        if self._session.findings is not None and not self._over:
             self._finish(trainer, self._session.findings)
 
     @override
@@ -138,7 +149,11 @@ class AutoSearch(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        self._step.close()
+        # Not `close`, which would take the step for a good one.
+        with suppress(BaseException):
+            self._step.__exit__(type(exception), exception, exception.__traceback__)
+        self._gradients_ready = _nothing
+        self._over = True
 
     def _begin(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> Session:
         assert isinstance(trainer.strategy, DHellamStrategy)
@@ -158,6 +173,20 @@ class AutoSearch(Callback):
         )
         return session
 
+    def _begin_again(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
+        """The batch that was profiled was not like the others: take this one, or give up."""
+        assert isinstance(trainer.strategy, DHellamStrategy)
+        if not self._again:
+            self._again = True
+            self._session = self._begin(trainer, batch)
+            return
+        self._over = True
+        trainer.strategy.use_plan(_WITHOUT, BUILDERS[_WITHOUT])
+        trainer.print(
+            f"search: batches differ in size from step to step, so times cannot be compared:"
+            f" '{_WITHOUT}' is used"
+        )
+
     def _repeat(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy) and self._session is not None
         while self._session.findings is None:
@@ -172,7 +201,10 @@ class AutoSearch(Callback):
         folder = Path(run) if self.folder else Path(run) / "search"
         if not trainer.is_global_zero:
             return
-        findings.write(folder)
+        try:
+            findings.write(folder)
+        except Exception as error:  # the plan is chosen and installed: training need not end here
+            rank_zero_warn(f"search: {folder} could not be written: {error}")
         for logger in trainer.loggers:
             logger.log_metrics(findings.metrics(), trainer.global_step)
             if isinstance(logger, TensorBoardLogger):

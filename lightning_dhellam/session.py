@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from lightning_dhellam.search.trials import Trials, measured
 if TYPE_CHECKING:
     from lightning_dhellam.strategy import DHellamStrategy
 
+Found = TypeVar("Found")
 REFERENCE = "sequential"
 MEMORY_SLACK = 0.03
 """Share of the memory of a step that a searched plan may need more than the sequential one."""
@@ -79,10 +80,12 @@ class Session:
         self._pieces = strategy.micro_batches(batch)
         self._shapes = _shapes(batch)
         self._seconds: dict[str, float] = {}
+        # Before the profile, which needs memory that no step does.
+        slack = None if options.memory_limit else self._peak_bytes() * MEMORY_SLACK
         with self._timed("profile"):
-            self._profile = self._profiled(options, progress)
+            self._profile = self._together(lambda: self._profiled(options, progress))
         with self._timed("solve"):
-            self._solve(options)
+            self._together(lambda: self._solve(options.memory_limit, slack))
         self._trials = Trials(tuple(self._builders), options.rounds)
         self._winner = ""
         self._reason = ""
@@ -91,6 +94,7 @@ class Session:
         self._spans: dict[str, list[Span]] = {}
         self._began = time.perf_counter()
         self.findings: Findings | None = None
+        self.skipped = 0
 
     @property
     def steps_left(self) -> int:
@@ -114,8 +118,11 @@ class Session:
                 tracer = stack.enter_context(engine.traced(self._strategy.root_device))
             watch.start()
             yield watch.stop
-        if _shapes(batch) != self._shapes or not watch.stopped:
-            return  # of another size, or skipped: it says nothing
+        counts = _shapes(batch) == self._shapes and watch.stopped
+        if not all(of_all_ranks(counts, self._strategy.world_group)):
+            self.skipped += 1
+            return  # of another size, or skipped, on some rank: it says nothing
+        self.skipped = 0
         if self._trials.left:
             self._trials.add(watch.seconds)
             if not self._trials.left:
@@ -164,17 +171,14 @@ class Session:
             profile.save(path)
         return profile
 
-    def _solve(self, options: Options) -> None:
+    def _solve(self, limit: float | None, slack: float | None) -> None:
         layers = self._strategy.engine.layers
         costs = Costs.of(self._profile)
-        tokens = self._pieces[0].tokens
-        limit = options.memory_limit
+        # Data-parallel ranks may have batches of other sizes, but need the same plan.
+        most = torch.tensor([float(self._pieces[0].tokens)])
+        tokens = int(largest(most, self._strategy.stage_group))
         self._solution: ModelSolution = solve(
-            layers,
-            costs,
-            tokens=tokens,
-            memory_limit=limit,
-            memory_slack=self._peak_bytes() * MEMORY_SLACK if limit is None else None,
+            layers, costs, tokens=tokens, memory_limit=limit, memory_slack=slack
         )
         published = solve(layers, costs, algorithm="pairs", tokens=tokens)
         self._builders: dict[str, Builder] = {
@@ -190,8 +194,24 @@ class Session:
             for name, builder in self._builders.items()
         }
 
+    def _together(self, part: Callable[[], Found]) -> Found:
+        """Do a part of the search on every rank; what fails on one is raised on all of them."""
+        failure: Exception | None = None
+        found: Found | None = None
+        try:
+            found = part()
+        except Exception as error:
+            failure = error
+        texts = of_all_ranks(str(failure) if failure else "", self._strategy.world_group)
+        if failure is not None:
+            raise failure
+        others = [text for text in texts if text]
+        if others:
+            raise RuntimeError(f"the search failed on another rank: {others[0]}")
+        return cast(Found, found)
+
     def _peak_bytes(self) -> float:
-        """Most memory in use so far, on the rank that used most."""
+        """Most memory in use so far, on the rank that used most; of slots alone on CPU."""
         device = self._strategy.root_device
         if device.type == "cuda":
             mine = float(torch.cuda.max_memory_allocated(device))

@@ -30,17 +30,24 @@ def with_first(problem: Problem, plan: Plan) -> tuple[Plan, float]:
     best, seconds = plan, problem.seconds_of_plan(plan)
     if not problem.costs.behind:
         return best, seconds
+    limit = problem.memory_limit
+    allowed = None if limit is None else max(limit, problem.memory.peak(problem.candidate(plan)))
     names = [(row.strand, row.operator) for row in plan.issues if row.lane is not row.lane.COMPUTE]
     for _ in range(_ROUNDS):
         before = seconds
         for name in names:
             for changed in _variants(problem, best, name):
                 other = problem.seconds_of_plan(changed)
-                if other < seconds * (1 - _GAIN):
+                if other < seconds * (1 - _GAIN) and _fits(problem, changed, allowed):
                     best, seconds = changed, other
         if seconds > before * (1 - _GAIN):
             break
     return best, seconds
+
+
+def _fits(problem: Problem, plan: Plan, allowed: float | None) -> bool:
+    """Whether a plan needs no more bytes than it may."""
+    return allowed is None or problem.memory.peak(problem.candidate(plan)) <= allowed
 
 
 def _variants(problem: Problem, plan: Plan, name: tuple[object, str]) -> Iterator[Plan]:

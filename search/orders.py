@@ -17,6 +17,7 @@ from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
 _ROUNDS = 4
 _MORE_ROUNDS = 16
 _SETTLED = 1e-9
+_NONE: frozenset[int] = frozenset()
 
 Cost = tuple[float, float]
 """Bytes above the limit, then seconds: compared in this order."""
@@ -181,15 +182,16 @@ class Problem:
     def seconds_of(self, candidate: Candidate) -> float:
         """The period of a pair that repeats itself, else the time with its surroundings.
 
-        As if all communication went first that could: see `first`.
+        Nothing goes first: what gains by it is found when the order is there, see `first`.
         """
         if not self.cyclic:
             own = (self._base + x for x in candidate.order)
             order = [*self._prefix, *own, *self._suffix]
-            return max(play(self._walk.score(order))[1])
-        seconds, settled = self._period(self._walk, self._rounds(self._walk, candidate))
+            return max(play(self._walk.score(order, _NONE))[1])
+        seconds, settled = self._period(self._walk, self._rounds(self._walk, candidate), _NONE)
         if not settled:
-            seconds, _ = self._period(self._longer, self._rounds(self._longer, candidate))
+            rounds = self._rounds(self._longer, candidate)
+            seconds, _ = self._period(self._longer, rounds, _NONE)
         return seconds
 
     def seconds_of_plan(self, plan: Plan) -> float:
@@ -214,9 +216,7 @@ class Problem:
         order.extend(walk.first[-1] + x for x in candidate.order if lagging >> x & 1)
         return order
 
-    def _period(
-        self, walk: Walk, order: Order, first: frozenset[int] | None = None
-    ) -> tuple[float, bool]:
+    def _period(self, walk: Walk, order: Order, first: frozenset[int]) -> tuple[float, bool]:
         """Mean time between rounds, and whether the last but one repeats the one before.
 
         The last round is there to disturb the one before, as any round would.

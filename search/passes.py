@@ -168,7 +168,8 @@ class LayerCosts:
         for name, build in self._builders.items():
             plans = [build(*_graphs(stop)) for stop in stops]
             order = walk.order(plans)
-            found.append((_timed(walk, order, works, memory), name))
+            first = walk.first_of(plans)
+            found.append((_timed(walk, order, first, works, memory), name))
         return min(found, key=lambda cost: cost[0].seconds)
 
     def _steps(self, works: Pass) -> Iterator[tuple[Stop, float, float]]:
@@ -223,8 +224,10 @@ def _graphs(stop: Stop) -> tuple[Graph | None, Graph | None]:
     return forward, backward
 
 
-def _timed(walk: Walk, order: Order, works: Pass, memory: tuple[float, float]) -> PassCost:
-    starts, ends = play(walk.score(order))
+def _timed(
+    walk: Walk, order: Order, first: frozenset[int], works: Pass, memory: tuple[float, float]
+) -> PassCost:
+    starts, ends = play(walk.score(order, first))
     compute = sum(
         end - start for start, end, lane in zip(starts, ends, walk.lane, strict=True) if not lane
     )

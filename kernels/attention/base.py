@@ -68,5 +68,6 @@ class AutogradBackend(Backend):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         leaves, graph = state
-        dq, dk, dv = torch.autograd.grad(graph, leaves, dout.view(graph.shape))
+        # The caller drops the state when it is done, and may time this more than once.
+        dq, dk, dv = torch.autograd.grad(graph, leaves, dout.view(graph.shape), retain_graph=True)
         return dq, dk, dv

@@ -49,7 +49,10 @@ def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
 
     def run_grad(dy: Tensor, graph: Any) -> Tensor:
         leaf, y = graph
-        dx, *grads = torch.autograd.grad(y, [leaf, *parameters], dy, allow_unused=True)
+        # The slot of the graph goes after its last reader; a profile reads it again and again.
+        dx, *grads = torch.autograd.grad(
+            y, [leaf, *parameters], dy, allow_unused=True, retain_graph=True
+        )
         for parameter, grad in zip(parameters, grads, strict=True):
             total = main_grad(parameter)  # which clears it, even when there is nothing to add
             if grad is not None:

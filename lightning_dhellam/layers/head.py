@@ -269,7 +269,8 @@ class HeadLowering:
 
         def run(graph: Any) -> Tensor:
             leaf, value = graph
-            (grad,) = torch.autograd.grad(value, [leaf])
+            # The slot of the graph goes after its last reader; a profile reads it again.
+            (grad,) = torch.autograd.grad(value, [leaf], retain_graph=True)
             mine = grad.new_zeros(*grad.shape[:2], columns)
             mine[..., :valid] = grad[..., first : first + valid]
             return mine.transpose(0, 1).contiguous()

@@ -207,7 +207,7 @@ def test_communication_goes_first_where_it_would_be_kept_waiting() -> None:
     rows = tuple(
         replace(row, first=False) if isinstance(row, Issue) else row for row in solution.plan.rows
     )
-    assert problem.seconds_of_plan(replace(solution.plan, rows=rows)) > 1.02 * solution.seconds
+    assert problem.seconds_of_plan(replace(solution.plan, rows=rows)) > 1.001 * solution.seconds
     # Where nothing is kept waiting, holding compute back gains nothing.
     assert not any(row.first for row in solve_pair(layer, layer, given).plan.issues)
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_dhellam import autosearch, profiling, session
 from lightning_dhellam.callbacks import AutoSearch
@@ -20,7 +23,16 @@ from lightning_dhellam.search.planfile import PlanFile
 from lightning_dhellam.search.profile import BenchError, Profile
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
-from tests.strategy.runs import GLOBAL_BATCH, Losses, Model, join, loader, make_trainer, train
+from tests.strategy.runs import (
+    GLOBAL_BATCH,
+    Losses,
+    Model,
+    Sequences,
+    join,
+    loader,
+    make_trainer,
+    train,
+)
 
 PLANS = ("sequential", "megatron", "dhellam", "interleaved", "pairs", "auto")
 FILES = {
@@ -207,16 +219,113 @@ def test_batches_of_another_size_are_not_measured(tmp_path: Path) -> None:
         max_epochs=8,
         default_root_dir=tmp_path,
     )
-    from torch.utils.data import DataLoader
-
-    from tests.strategy.runs import Sequences
-
     data = DataLoader(Sequences(20), batch_size=GLOBAL_BATCH)
     trainer.fit(Model(), data)
     assert len(losses.values) == 24
     assert (tmp_path / "search" / "plan.json").exists()
     # The step that was not measured is repeated with the same plan.
     assert plans.plans[2] == plans.plans[3] and plans.plans[5] == plans.plans[6]
+
+
+class OwnLoss(Model):
+    """A loss of the user's own."""
+
+    def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+class OwnBlock(Model):
+    """A block of the user's own between Megatron's layers."""
+
+    def build_model(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().build_model(*args, **kwargs)
+        width = self.model_config.hidden_size
+        torch.manual_seed(3)
+        model.layers.insert(1, torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU()))
+        return model
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, OwnBlock])
+def test_what_runs_under_autograd_is_profiled_too(kind: type[Model], tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "max_steps": STEPS + 1,
+        "samples": GLOBAL_BATCH * (STEPS + 2),
+        "default_root_dir": tmp_path,
+    }
+    plain = train({"micro_batch_size": 3}, kind(), **options)
+    losses = train(
+        {"micro_batch_size": 3}, kind(), callbacks=[AutoSearch(rounds=ROUNDS)], **options
+    )
+    assert losses == plain
+    assert (tmp_path / "search" / "plan.json").exists()
+
+
+def test_an_odd_first_batch_is_not_what_is_searched_for(tmp_path: Path) -> None:
+    plans = InUse()
+    trainer = make_trainer(
+        {"micro_batch_size": 3, "plan": "auto"},
+        [AutoSearch(rounds=ROUNDS), plans],
+        max_steps=STEPS + 14,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    data = Sequences(4 + GLOBAL_BATCH * (STEPS + 14))
+    batches = [range(4)]
+    starts = range(4, len(data) - GLOBAL_BATCH, GLOBAL_BATCH)
+    batches += [range(start, start + GLOBAL_BATCH) for start in starts]
+    trainer.fit(Model(), DataLoader(data, batch_sampler=batches))  # type: ignore[arg-type]
+    profile = Profile.load(tmp_path / "search" / "profile.json")
+    assert profile.fingerprint.shapes["micro_batch_size"] == 3
+    assert len(set(plans.plans)) == len(PLANS)
+
+
+def test_batches_that_always_differ_end_the_search_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = InUse()
+    trainer = make_trainer(
+        {"micro_batch_size": 3, "plan": "auto"},
+        [plans],
+        max_steps=30,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )
+    data = Sequences(31 * 32)
+    batches = [range(sum(range(n)), sum(range(n + 1))) for n in range(1, 31)]
+    trainer.fit(Model(), DataLoader(data, batch_sampler=batches))  # type: ignore[arg-type]
+    assert "batches differ in size from step to step" in capsys.readouterr().out
+    assert plans.plans[-1] == "interleaved" and not (tmp_path / "search").exists()
+
+
+class Failing(Callback):
+    """An optimizer step that goes wrong in the middle of the search."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == STEPS - 3:
+            raise ArithmeticError("the optimizer broke")
+
+
+def test_a_step_that_fails_is_not_taken_for_a_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[None] = []
+    monkeypatch.setattr(session.Session, "_choose", lambda self: chosen.append(None))
+    with pytest.raises(ArithmeticError, match="the optimizer broke"):
+        train(
+            {"micro_batch_size": 3},
+            callbacks=[AutoSearch(rounds=ROUNDS), Failing()],
+            max_steps=STEPS,
+            samples=GLOBAL_BATCH * (STEPS + 1),
+            default_root_dir=tmp_path,
+        )
+    assert not chosen
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.warns(UserWarning, match="could not be written"):
+        losses, _ = searched(tmp_path, 3, replay=True, folder=str(tmp_path / "taken" / "below"))
+    assert len(losses) == 3
 
 
 def test_a_profile_is_used_again_or_refused(
