@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.layers import lower
-from lightning_dhellam.models import CausalLM, ModelConfig, export_llama
+from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.pipeline import fold, live_activations, peak_activations
 from lightning_dhellam.pipeline.stage import Leg
-from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.plan import BUILDERS, Lane
 from tests.engine.harness import (
     CPU,
     add_main_grads,
@@ -154,6 +155,44 @@ def test_gradients_are_hugging_faces(tensor_parallel_size: int) -> None:
             if parameter.grad is not None
         }
         assert errors.keys() == gradients.keys()
+        assert max(errors.values()) <= 1e-5, errors
+
+
+def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
+    """The gradients of this stage's layers as the optimizer gets them, with two replicas."""
+    config = replace(SMALL, num_layers=5)
+    context = _context(2, Case(config))
+    assert context.dp_size == 2
+    model = CausalLM(config, context)
+    import_llama(model, hugging_face_llama(config).state_dict())
+    engine = engine_of(lower(model), poison=True)
+    buffers = GradientBuffers(model, model.transformer_config, context, sharded=False, fp32=True)
+    batch = {name: rows[context.dp_rank :: 2] for name, rows in batch_of(config, 6, LENGTH).items()}
+    for _ in range(2):  # what the first step leaves must not be in the second
+        buffers.zero()
+        engine.train(
+            pieces(batch, 2, context),
+            lambda parameters: buffers.ready(parameters, lambda: engine.lanes.on(Lane.DP)),
+        )
+        buffers.finish()
+    gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    return context.dp_rank, export_llama(model, gradients)
+
+
+def test_gradients_of_replicated_stages_are_hugging_faces() -> None:
+    config = replace(SMALL, num_layers=5)
+    reference, batch = hugging_face_llama(config), batch_of(config, 6, LENGTH)
+    for half in range(2):
+        tokens, labels = batch["tokens"][half::2], batch["labels"][half::2]
+        losses = token_losses(reference, tokens, labels)
+        (losses.sum() / (labels != -100).sum() / 2).backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    found: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
+    for replica, gradients in run_ranks(4, _on_data_parallel_stages):
+        found[replica] |= gradients
+    for gradients in found.values():
+        assert gradients.keys() == expected.keys()
+        errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
         assert max(errors.values()) <= 1e-5, errors
 
 
