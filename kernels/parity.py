@@ -173,6 +173,10 @@ def _cross_entropy(backend: Any, draw: Draw) -> Pairs:
     )
     yield "loss", loss, expected
     yield "lse", lse, expected_lse
+    of_ranks = torch.rand(3, 3, draw.tokens, device=draw.device) * 4 + 1
+    combined = zip(backend.combine(of_ranks), cross_entropy.combine(of_ranks), strict=True)
+    for name, (a, b) in zip(("combined loss", "combined lse"), combined, strict=True):
+        yield name, a, b
     grad = backend.backward_(logits.clone(), labels, lse, weights, first, valid)
     yield "grad", grad, cross_entropy.backward_(wide, labels, expected_lse, weights, first, valid)
 

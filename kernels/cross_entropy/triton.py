@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_dhellam.kernels.cross_entropy.reference import CHUNK, combine
+from lightning_dhellam.kernels.cross_entropy.reference import CHUNK
 from lightning_dhellam.kernels.launch import blocks
 
 __all__ = ["CHUNK", "backward_", "combine", "statistics"]
@@ -21,6 +21,7 @@ _LANES, _DEEP = 512, 8
 """Columns of a round of the statistics: each lane takes 8 neighbours, 16 bytes in 16 bits."""
 
 _BACKWARD_BLOCK = 2048
+_COMBINE_BLOCK = 128
 
 
 def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor:
@@ -33,6 +34,18 @@ def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor
         max(valid, 0) // (_LANES * _DEEP), STEP=_step(width), LANES=_LANES, DEEP=_DEEP, num_warps=8,
     )  # fmt: skip
     return out
+
+
+def combine(statistics_of_ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.combine`."""
+    statistics_of_ranks = statistics_of_ranks.contiguous()
+    ranks, _, rows = statistics_of_ranks.shape
+    loss, lse = statistics_of_ranks.new_empty(2, rows)
+    grid = (blocks(rows, _COMBINE_BLOCK),)
+    _combine[grid](
+        statistics_of_ranks, loss, lse, rows, RANKS=ranks, BLOCK=_COMBINE_BLOCK, num_warps=4
+    )
+    return loss, lse
 
 
 def backward_(
@@ -104,6 +117,33 @@ def _include(x: tl.tensor, top: tl.tensor, total: tl.tensor) -> tuple[tl.tensor,
 def _origin(top: tl.tensor) -> tl.tensor:
     """What exponents are relative to: while all was -inf, not that, for -inf - -inf is NaN."""
     return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def _combine(
+    statistics: tl.tensor,
+    loss: tl.tensor,
+    lse: tl.tensor,
+    rows: int,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    highest = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for rank in range(RANKS):
+        top = tl.load(statistics + 3 * rank * rows + row, mask=inside, other=-float("inf"))
+        highest = tl.maximum(highest, top)
+    total = tl.zeros((BLOCK,), tl.float32)
+    label = tl.zeros((BLOCK,), tl.float32)
+    for rank in range(RANKS):
+        here = statistics + 3 * rank * rows + row
+        top = tl.load(here, mask=inside, other=-float("inf"))
+        total += tl.load(here + rows, mask=inside, other=0.0) * tl.exp(top - _origin(highest))
+        label += tl.load(here + 2 * rows, mask=inside, other=0.0)
+    whole = _origin(highest) + tl.log(total)
+    tl.store(lse + row, whole, mask=inside)
+    tl.store(loss + row, whole - label, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first"])

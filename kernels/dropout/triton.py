@@ -54,29 +54,44 @@ def _drop(
 ) -> None:
     block = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
-    a, b, c, d = tl.randint4x(key.to(tl.int64), block * WIDTH + lane)
     start = block * 4 * WIDTH + lane
-    _apply(x, residual, out, start, a, size, limit, scale, ADDS)
-    _apply(x, residual, out, start + WIDTH, b, size, limit, scale, ADDS)
-    _apply(x, residual, out, start + 2 * WIDTH, c, size, limit, scale, ADDS)
-    _apply(x, residual, out, start + 3 * WIDTH, d, size, limit, scale, ADDS)
+    # All loads are under way while the words are drawn.
+    x0, r0 = _read(x, residual, start, size, ADDS)
+    x1, r1 = _read(x, residual, start + WIDTH, size, ADDS)
+    x2, r2 = _read(x, residual, start + 2 * WIDTH, size, ADDS)
+    x3, r3 = _read(x, residual, start + 3 * WIDTH, size, ADDS)
+    a, b, c, d = tl.randint4x(key.to(tl.int64), block * WIDTH + lane)
+    _write(out, start, x0, r0, a, size, limit, scale, ADDS)
+    _write(out, start + WIDTH, x1, r1, b, size, limit, scale, ADDS)
+    _write(out, start + 2 * WIDTH, x2, r2, c, size, limit, scale, ADDS)
+    _write(out, start + 3 * WIDTH, x3, r3, d, size, limit, scale, ADDS)
 
 
 @triton.jit
-def _apply(
-    x: tl.tensor,
-    residual: tl.tensor,
+def _read(
+    x: tl.tensor, residual: tl.tensor, here: tl.tensor, size: int, ADDS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    inside = here < size
+    value = tl.load(x + here, mask=inside, other=0.0)
+    branch = value
+    if ADDS:
+        branch = tl.load(residual + here, mask=inside, other=0.0)
+    return value, branch
+
+
+@triton.jit
+def _write(
     out: tl.tensor,
     here: tl.tensor,
+    value: tl.tensor,
+    branch: tl.tensor,
     word: tl.tensor,
     size: int,
     limit: int,
     scale: float,
     ADDS: tl.constexpr,
 ) -> None:
-    inside = here < size
-    value = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.where(word.to(tl.int64) >= limit, scale, 0.0)
+    result = value.to(tl.float32) * tl.where(word.to(tl.int64) >= limit, scale, 0.0)
     if ADDS:
-        value += tl.load(residual + here, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + here, value.to(out.dtype.element_ty), mask=inside)
+        result += branch.to(tl.float32)
+    tl.store(out + here, result.to(out.dtype.element_ty), mask=here < size)

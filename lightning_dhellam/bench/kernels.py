@@ -1,4 +1,4 @@
-"""`dhellam bench kernels`: memory-bound kernels against the bandwidth of a device copy.
+"""`dhellam bench kernels`: memory-bound kernels against a device copy of as many bytes.
 
 GB/s counts the bytes that the operator must move, each input read once and each output written
 once, for every implementation alike. An operator that fails its parity check is not timed.
@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_dhellam.bench.cases import Call, Case, all_cases
 from lightning_dhellam.bench.report import Report, Row, device_name, pick_device
 from lightning_dhellam.bench.rivals import eager_calls, liger_calls
-from lightning_dhellam.bench.timing import copy_bandwidth, seconds
+from lightning_dhellam.bench.timing import copy_bandwidth, rotations, seconds
 from lightning_dhellam.bench.workers import Budget
 from lightning_dhellam.kernels import choose, parity
 
@@ -24,11 +24,9 @@ DESCRIPTION = "memory-bound kernels: GB/s against a device copy, torch eager, co
 
 OURS = "ours GB/s"
 COLUMNS = (
-    "kernel", "tokens", "width", "ours us", OURS, "of copy",
+    "kernel", "tokens", "width", "ours us", OURS, "copy GB/s", "of copy",
     "eager GB/s", "compiled GB/s", "liger GB/s",
 )  # fmt: skip
-_SPREAD = 256 << 20
-"""Bytes that the rotated tensors of one measurement should have together: several L2 caches."""
 _SIZES = (4096, 1001)
 """Widths of the parity check: one that is wide and even, one that is neither."""
 
@@ -48,8 +46,7 @@ def run(options: Namespace) -> Report:
     budget = Budget(options.budget)
     device = pick_device(options.device)
     kernels = choose.choose(device, torch.bfloat16)
-    copy = copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (1 << 22))
-    notes = {"copy GB/s": copy / 1e9, "backends": str(kernels), "dtype": "bfloat16"}
+    notes = {"backends": str(kernels), "dtype": "bfloat16"}
     report = Report("kernels", device_name(device), COLUMNS, notes)
     cases = all_cases(options.tokens, options.hidden, options.vocabulary, device)
     wrong = {operator: check(kernels, operator, device) for operator in parity.CASES}
@@ -65,7 +62,8 @@ def run(options: Namespace) -> Report:
                 break
             _measure(row, column, case, call, device)
             if column == OURS and "failed" not in row:
-                row["ours us"] = case.moved / row[OURS] / 1e3
+                copy = copy_bandwidth(device, case.moved)
+                row |= {"ours us": case.moved / row[OURS] / 1e3, "copy GB/s": copy / 1e9}
                 row["of copy"] = f"{row[OURS] * 1e9 / copy:.0%}"
             print(f"{case.name} {case.tokens} x {case.width}: {column} {row[column]}", flush=True)
         report.save(Path(options.output))
@@ -123,7 +121,7 @@ def _measure(row: Row, column: str, case: Case, call: Call, device: torch.device
 
 def _rate(case: Case, call: Call, device: torch.device) -> float:
     """Bytes per second."""
-    sets = [case.make() for _ in range(max(2, min(8, _SPREAD // case.moved + 1)))]
+    sets = [case.make() for _ in range(rotations(case.moved))]
     calls = [lambda arguments=arguments: call(*arguments, *case.extra) for arguments in sets]
     with torch.no_grad():
         return case.moved / seconds(calls, device, captured=case.captured)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 
 _REPEATS = 7
+_SPREAD = 256 << 20
+"""Bytes that the tensors of one measurement should have together: several L2 caches."""
 
 Calls = Sequence[Callable[[], Any]]
 
@@ -57,8 +60,26 @@ def _on_cpu(calls: Calls) -> float:
     return time.perf_counter() - begin
 
 
-def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes read and written per second by a device copy of `size` bytes."""
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / seconds([lambda: target.copy_(source)] * 5, device)
+def rotations(moved: int) -> int:
+    """Sets of tensors to go through in turn, of `moved` bytes each, so that no cache helps."""
+    return max(2, min(8, _SPREAD // moved + 1))
+
+
+@cache
+def copy_bandwidth(device: torch.device, moved: int) -> float:
+    """Bytes per second of the fastest device copy that reads and writes `moved` bytes in all.
+
+    A large copy is faster than a small one, so a kernel is compared with one of its own size: by
+    the driver, whose copies of a CUDA graph reach no more than two thirds of the memory's rate on
+    an H200, or by a kernel that does next to nothing.
+    """
+    elements = max(1, moved // 4)
+    sets = [
+        torch.randn(2, elements, device=device, dtype=torch.bfloat16)
+        for _ in range(rotations(moved))
+    ]
+    ways = (
+        [lambda pair=pair: pair[1].copy_(pair[0]) for pair in sets],
+        [lambda pair=pair: torch.neg(pair[0], out=pair[1]) for pair in sets],
+    )
+    return max(4 * elements / seconds(calls, device) for calls in ways)
