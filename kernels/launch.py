@@ -7,13 +7,7 @@ from functools import cache
 import torch
 import triton
 
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of `device`. Triton's interpreter, on the CPU, gets a few programs only."""
-    if device.type != "cuda":
-        return 2
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+from lightning_dhellam.kernels.linear.processors import processors
 
 
 @cache
@@ -32,6 +26,8 @@ def row_warps(block: int) -> int:
 
 def row_programs(rows: int, device: torch.device) -> int:
     """Programs that share `rows` rows: two to a multiprocessor, as many as registers allow."""
+    if device.type != "cuda":
+        return min(rows, 4)  # Triton's interpreter
     return min(rows, 2 * processors(device))
 
 

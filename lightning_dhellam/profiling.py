@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from platform import processor
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_dhellam.parallel.collectives import largest
 from lightning_dhellam.plan import Graph
 from lightning_dhellam.search.profile import (
     BenchError,
+    Clock,
     Fingerprint,
     Profile,
     Progress,
@@ -27,6 +29,10 @@ from lightning_dhellam.search.profile import (
 
 _LEAD = 20e-6
 """Seconds in which a kernel has taken the processors that it wants."""
+_SUSTAINED = 0.25
+"""Seconds after which a device that computes has settled on a clock."""
+_PAUSE = 0.35
+"""Of a device that computes for most of the time: pauses as a share of each operator's time."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
 _SIZES = ("tp", "pp", "cp", "ep", "dp")
 _SHAPES = (
@@ -119,7 +125,7 @@ def take_profile(
             " micro_batch_size smaller, or use a built-in plan (plan='interleaved')"
         ) from error
     launch = float(largest(mine, group))
-    return measure(
+    profile = measure(
         bench,
         _graphs(engine),
         made_for,
@@ -127,6 +133,7 @@ def take_profile(
         launch=launch,
         inline=micro_batch.slots["batch.tokens"].device.type == "cpu",
     )
+    return replace(profile, clock=bench.clock(profile)) if timer.on_cuda else profile
 
 
 class EngineBench:
@@ -142,19 +149,46 @@ class EngineBench:
         self._captured = captured
         self.lead = _LEAD if timer.on_cuda else 0.0
 
+    def shrinks(self, target: Target) -> bool:
+        """Whether it can leave processors to communication, and still computes the same bits."""
+        return self._timer.same_bits(self._subject(target))
+
+    def clock(self, profile: Profile) -> Clock:
+        """Of the device while it computes as for the most frequent layer, all or most of the time.
+
+        Profiled operators run on a device that idles in between, and so at its highest clock.
+        """
+        graphs = profile.graphs[:2]
+        compute = [
+            (graph, operator)
+            for graph in graphs
+            for operator in graph.operators
+            if not operator.is_communication
+        ]
+        subjects = [Subject(o, self._captured[graph.fingerprint, o.name]) for graph, o in compute]
+        alone = {row.operator: row.median for row in profile.timings if row.partner is None}
+        once = sum(alone[profile.operators[graph.fingerprint][o.name]] for graph, o in compute)
+        full = self._timer.sustained(subjects, _SUSTAINED, 0.0)
+        paused = self._timer.sustained(subjects, _SUSTAINED, _PAUSE)
+        return Clock.through(full.seconds / once, (paused.share, paused.seconds / once))
+
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""
-        return Samples(tuple(self._timer.alone(self._subject(target))))
+        with self._timer.sharing(target.spare):
+            return Samples(tuple(self._timer.alone(self._subject(target))))
 
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start both together, and time each from the common start to its own end."""
-        first, second = self._timer.beside(self._subject(communication), self._subject(compute))
+        subjects = self._subject(communication), self._subject(compute)
+        with self._timer.sharing(compute.spare):
+            first, second = self._timer.beside(*subjects)
         return Samples(tuple(first)), Samples(tuple(second))
 
     def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start communication `lead` after computation, and time each from its own start."""
         subjects = self._subject(communication), self._subject(compute)
-        first, second = self._timer.behind(*subjects, self.lead)
+        with self._timer.sharing(compute.spare):
+            first, second = self._timer.behind(*subjects, self.lead)
         return Samples(tuple(first)), Samples(tuple(second))
 
     def _subject(self, target: Target) -> Subject:

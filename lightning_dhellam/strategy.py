@@ -306,7 +306,7 @@ class DHellamStrategy(ParallelStrategy):
             module.model, regather=self.regather, loss=module.custom_loss, kernels=self.kernels
         )
         rank_zero_info(str(lowered.kernels))
-        lanes = make_lanes(self.root_device)
+        lanes = make_lanes(self.root_device, processors=self.context.link_processors)
         # What is searched begins with the plan that it has to beat.
         plan = "sequential" if self.plan == "auto" else self.plan
         builder = named_plan(plan, self.conditions)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from lightning_dhellam.plan import Graph, Lane
-from lightning_dhellam.search.profile import Key, Profile
+from lightning_dhellam.plan import Graph, Lane, Plan
+from lightning_dhellam.search.profile import Clock, Key, Profile
 
 _INSTANT = 1e-7
 """Seconds that anything takes at least."""
@@ -39,6 +39,10 @@ class Costs:
             where absent, and never below.
         behind: the same where communication started while the compute operator was running,
             which may have taken all that it needs; as `slowdowns` where absent.
+        compute: the keys of compute operators.
+        spares: by key, that of the operator when it leaves processors to communication.
+        spare: whether those are the keys in use.
+        clock: how compute slows down as it fills more of the time.
         launch: seconds the host needs to issue one operator.
         inline: compute runs on the host, so that nothing is issued while it runs, and issuing
             waits for what the operator reads. So it is on CPU.
@@ -50,6 +54,10 @@ class Costs:
     launch: float = 0.0
     inline: bool = False
     behind: Slowdowns = field(default_factory=dict)
+    compute: frozenset[Key] = frozenset()
+    spares: Mapping[Key, Key] = field(default_factory=dict)
+    spare: bool = False
+    clock: Clock = field(default_factory=Clock)
 
     @classmethod
     def of(cls, profile: Profile) -> Costs:
@@ -57,7 +65,17 @@ class Costs:
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
         together = _slowdowns(profile, alone, led=False)
         behind = _slowdowns(profile, alone, led=True)
-        return cls(profile.operators, alone, together, profile.launch, profile.inline, behind)
+        return cls(
+            profile.operators,
+            alone,
+            together,
+            profile.launch,
+            profile.inline,
+            behind,
+            frozenset(key for key, lane in profile.lanes.items() if lane is Lane.COMPUTE),
+            profile.spares,
+            clock=profile.clock,
+        )
 
     @classmethod
     def nominal(cls, graphs: Iterable[Graph], tokens: int) -> Costs:
@@ -82,6 +100,29 @@ class Costs:
     def alone(self, graph: Graph, operator: str) -> float:
         """Seconds of an operator while nothing else runs."""
         return self.seconds[self.key(graph, operator)]
+
+    def sparing(self) -> Costs:
+        """The same with GEMMs that leave processors to communication."""
+        keys = {
+            graph: {name: self.spares.get(key, key) for name, key in own.items()}
+            for graph, own in self.keys.items()
+        }
+        return replace(self, keys=keys, spare=True)
+
+    def of_plans(self, plans: Iterable[Plan]) -> Costs:
+        """The costs of the operators as `plans` run them."""
+        return self.sparing() if any(plan.spare for plan in plans) and not self.spare else self
+
+    def clocked(self, share: float) -> Costs:
+        """The same where compute works for `share` of the time."""
+        slowdown = self.clock.slowdown(share)
+        if slowdown == 1.0:
+            return self
+        seconds = {
+            key: value * slowdown if key in self.compute else value
+            for key, value in self.seconds.items()
+        }
+        return replace(self, seconds=seconds, clock=Clock())
 
     def without_slowdowns(self) -> Costs:
         """The same, as if lanes did not disturb each other: never slower."""

@@ -163,10 +163,10 @@ class LayerCosts:
         stops = [stop for stop, _, _ in steps if stop.forward or stop.backward]
         if not stops:
             return PassCost(0.0, 0.0, {work.strand: 0.0 for work in works}, *memory), "nothing"
-        walk = Walk(stops, self._costs)
         found = []
         for name, build in self._builders.items():
             plans = [build(*_graphs(stop)) for stop in stops]
+            walk = Walk(stops, self._costs.of_plans(plans))
             order = walk.order(plans)
             first = walk.first_of(plans)
             found.append((_timed(walk, order, first, works, memory), name))

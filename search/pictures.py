@@ -143,8 +143,9 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
         for row in profile.timings
         if row.partner and not row.lead
     }
+    spare = set(profile.spares.values())
     rows = [key for key in alone if profile.lanes[key] is not Lane.COMPUTE]
-    columns = [key for key in alone if profile.lanes[key] is Lane.COMPUTE]
+    columns = [key for key in alone if profile.lanes[key] is Lane.COMPUTE and key not in spare]
     shares = np.full((len(rows), len(columns)), np.nan)
     for i, a in enumerate(rows):
         for j, b in enumerate(columns):

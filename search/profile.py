@@ -7,7 +7,8 @@ may share its pair of layers. Operators that do the same work share one measurem
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Protocol
@@ -86,6 +87,35 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """How compute slows down as it fills more of the time.
+
+    A device at its power limit lowers its clock: the less it pauses, the slower it computes. The
+    slowdown is a power of the share of time in which compute works, and never below 1.
+
+    Attributes:
+        full: slowdown where compute never pauses.
+        exponent: of the share.
+    """
+
+    full: float = 1.0
+    exponent: float = 0.5
+
+    @classmethod
+    def through(cls, full: float, paused: tuple[float, float]) -> Clock:
+        """From the slowdown without pauses, and a share of time with its slowdown."""
+        share, slowdown = paused
+        if full <= 1.0 or not 0 < share < 1:
+            return cls()
+        exponent = log(full / max(slowdown, 1.0)) / log(1 / share)
+        return cls(full, max(exponent, 0.0))
+
+    def slowdown(self, share: float) -> float:
+        """Of compute that works for `share` of the time."""
+        return float(max(1.0, self.full * min(share, 1.0) ** self.exponent))
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What a profile is valid for.
 
@@ -118,6 +148,9 @@ class Profile:
         launch: seconds the host needs to issue one operator.
         graphs: that were profiled, of every kind of layer the forward and the backward one.
         inline: compute ran on the host, as it does on CPU; see `cost.Costs`.
+        spares: the key of each operator that was measured leaving processors to communication as
+            well, and the key of those times.
+        clock: of the device, when it computes for long.
     """
 
     fingerprint: Fingerprint
@@ -127,6 +160,8 @@ class Profile:
     launch: float = 0.0
     graphs: tuple[Graph, ...] = ()
     inline: bool = False
+    spares: Mapping[Key, Key] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     def save(self, path: Path | str) -> None:
         """Write it, whole or not at all."""
@@ -135,6 +170,8 @@ class Profile:
             "fingerprint": asdict(self.fingerprint),
             "launch": self.launch,
             "inline": self.inline,
+            "clock": asdict(self.clock),
+            "spares": dict(self.spares),
             "operators": {name: dict(keys) for name, keys in self.operators.items()},
             "lanes": dict(self.lanes),
             "timings": [asdict(row) for row in self.timings],
@@ -160,6 +197,8 @@ class Profile:
                 float(fields["launch"]),
                 tuple(graph_from(row) for row in fields["graphs"]),
                 bool(fields["inline"]),
+                fields.get("spares", {}),
+                Clock(**fields.get("clock", {})),
             )
             profile._check()
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -187,11 +226,19 @@ class Profile:
 
 @dataclass(frozen=True)
 class Target:
-    """An operator to measure, which stands for all that do the same work."""
+    """An operator to measure, which stands for all that do the same work.
+
+    Attributes:
+        key: its name.
+        graph: that it is part of.
+        operator: what runs.
+        spare: whether it leaves processors to communication.
+    """
 
     key: Key
     graph: Graph
     operator: Operator
+    spare: bool = False
 
 
 class Bench(Protocol):
@@ -205,6 +252,9 @@ class Bench(Protocol):
     """
 
     lead: float
+
+    def shrinks(self, target: Target) -> bool:
+        """Whether it can leave processors to communication, and still computes the same bits."""
 
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""
@@ -275,6 +325,12 @@ def measure(
         BenchError: names the operator that failed.
     """
     chosen, keys = targets(graphs, identity)
+    sparing = {
+        target.key: replace(target, key=f"{target.key} (spare)", spare=True)
+        for target in chosen
+        if target.operator.shrinks and bench.shrinks(target)
+    }
+    chosen += sparing.values()
     pairs = [
         (communication, compute)
         for communication in chosen
@@ -298,7 +354,8 @@ def measure(
         progress(len(work), len(work), "done")
     lanes = {target.key: target.operator.lane for target in chosen}
     distinct = tuple({graph.fingerprint: graph for graph in graphs}.values())
-    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline)
+    spares = {key: target.key for key, target in sparing.items()}
+    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline, spares)
 
 
 def _measure(

@@ -11,6 +11,8 @@ from lightning_dhellam.search.orders import Problem
 from lightning_dhellam.search.walk import Order, Stop, Walk, repeated, step_stops
 
 _ROUNDING = 1e-12
+_CLOCK_ROUNDS = 6
+_CLOCK_SETTLED = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,21 @@ def simulate(
 
 
 def _simulate(stops: Sequence[Stop], builder: Builder, costs: Costs, tokens: int) -> Simulation:
-    walk = Walk(stops, costs)
     made: dict[tuple[str, str], Plan] = {}
     plans = [_plan(stop, builder, made) for stop in stops]
+    costs = costs.of_plans(plans)
+    share = 1.0
+    for _ in range(_CLOCK_ROUNDS):
+        # How busy compute is decides how fast it is, and the other way round.
+        found = _played(stops, plans, costs.clocked(share), tokens)
+        before, share = share, found.utilisation[Lane.COMPUTE]
+        if costs.clock.slowdown(before) <= costs.clock.slowdown(share) * (1 + _CLOCK_SETTLED):
+            break
+    return found
+
+
+def _played(stops: Sequence[Stop], plans: Sequence[Plan], costs: Costs, tokens: int) -> Simulation:
+    walk = Walk(stops, costs)
     order = walk.order(plans)
     starts, ends = play(walk.score(order, walk.first_of(plans)))
     timeline = Timeline.of(walk, order, starts, ends)

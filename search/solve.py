@@ -182,7 +182,7 @@ def solve_pair(
     problem = Problem(
         ahead,
         behind,
-        costs,
+        costs.clocked(_compute_share(ahead, behind, costs)),
         tokens=tokens,
         memory_limit=memory_limit,
         surroundings=surroundings,
@@ -192,6 +192,7 @@ def solve_pair(
         plan, proven = pairs(problem), False
     else:
         plan, proven = _best(problem, max(found.values()), budget or Budget())
+    plan = replace(plan, spare=costs.spare)
     validate(plan, problem.forward, problem.backward)
     peak = problem.memory.peak(problem.candidate(plan))
     if memory_limit is not None and peak > memory_limit:
@@ -211,6 +212,17 @@ def solve_pair(
         peak - problem.memory.peak(problem.candidate(sequential)),
         problem.evaluations,
     )
+
+
+def _compute_share(ahead: GraphPair | None, behind: GraphPair | None, costs: Costs) -> float:
+    """Share of the time in which compute can work at best, as far as lanes decide it."""
+    graphs = [pair.forward for pair in (ahead,) if pair] + [p.backward for p in (behind,) if p]
+    load = dict.fromkeys(Lane, 0.0)
+    for graph in graphs:
+        for operator in graph.operators:
+            load[operator.lane] += costs.alone(graph, operator.name)
+    longest = max(load.values())
+    return load[Lane.COMPUTE] / longest if longest else 1.0
 
 
 def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:

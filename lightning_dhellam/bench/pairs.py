@@ -55,7 +55,12 @@ def run(options: Namespace) -> Report:
     with _ranks(options, shape.ranks, device) as context:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         work = trunk(
-            CausalLM(shape.config, context, dtype).to(device), 1, shape.length, shape.micro_batch, 1
+            CausalLM(shape.config, context, dtype).to(device),
+            1,
+            shape.length,
+            shape.micro_batch,
+            1,
+            processors=context.link_processors,
         )
         group = None if context.emulated else dist.group.WORLD
         profile = work.profile(group, options.repeats)

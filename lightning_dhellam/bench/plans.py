@@ -13,10 +13,11 @@ from lightning_dhellam.search.simulate import Simulation, simulate
 from lightning_dhellam.search.solve import Algorithm, ModelSolution, solve
 
 BUILT_IN = ("sequential", "megatron", "dhellam", "interleaved")
-SEARCHED = ("pairs", "order", "auto")
+SEARCHED = ("pairs", "order", "auto", "spare")
 PLANS = (*BUILT_IN, *SEARCHED)
 """`pairs` is the published search for pairs of blocks, `auto` ours; `order` is ours as if operators
-did not slow each other down."""
+did not slow each other down, and with `spare` GEMMs leave processors to communication, where it
+needs any."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ class Plans:
     ) -> Plans:
         """Take the built-in plans, and search for the others; see `solve`."""
         builders = {name: BUILDERS[name] for name in names if name in BUILDERS}
+        variants = {"order": costs.without_slowdowns(), "spare": costs.sparing()}
         solutions, seconds = {}, {}
         for name in names:
-            if name in BUILDERS:
+            if name in BUILDERS or (name == "spare" and not costs.spares):
                 continue
             begin = time.perf_counter()
-            known = costs.without_slowdowns() if name == "order" else costs
+            known = variants.get(name, costs)
             algorithm: Algorithm = "pairs" if name == "pairs" else "auto"
             slack = None if name == "pairs" else memory_slack
             solutions[name] = solve(
@@ -60,7 +62,8 @@ class Plans:
             )
             seconds[name] = time.perf_counter() - begin
             builders[name] = solutions[name].builder()
-        return cls(costs, {name: builders[name] for name in names}, solutions, seconds)
+        made = {name: builders[name] for name in names if name in builders}
+        return cls(costs, made, solutions, seconds)
 
     def simulate(
         self, layers: Sequence[GraphPair], name: str, micro_batches: int, tokens: int = 1

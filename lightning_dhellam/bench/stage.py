@@ -146,7 +146,13 @@ class Stage:
             model = CausalLM(config, self._context, dtype).to(self._context.device)
             self._model = (cell.shape, cell.layers, model)
         size = (shape.length, shape.micro_batch, self._effort.many)
-        return trunk(self._model[2], cell.layers, *size, priority=cell.priority)
+        return trunk(
+            self._model[2],
+            cell.layers,
+            *size,
+            priority=cell.priority,
+            processors=cell.link.sms,
+        )
 
     def _steps(self, work: Workload, builder: Builder) -> tuple[Step, Step]:
         """A short and a long step under the plans of `builder`."""

@@ -31,6 +31,7 @@ class Workload:
         layers: first to last.
         pieces: micro-batches of the longest step that is timed.
         priority: of communication streams, on CUDA.
+        processors: that a collective occupies.
         lanes: of the device.
     """
 
@@ -38,10 +39,13 @@ class Workload:
     layers: Sequence[GraphPair]
     pieces: Sequence[MicroBatch]
     priority: int = -1
+    processors: int = 0
     lanes: Lanes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.lanes = make_lanes(self.model.context.device, priority=self.priority)
+        self.lanes = make_lanes(
+            self.model.context.device, priority=self.priority, processors=self.processors
+        )
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -78,11 +82,19 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
     give_gradients(model)
     device = model.context.device
     pieces = cut(batch, micro_batch, device=device, seed=_SEED, step=0, rank=model.context.rank)
-    return Workload(model, lower(model).layers, pieces)
+    processors = model.context.link_processors
+    return Workload(model, lower(model).layers, pieces, processors=processors)
 
 
 def trunk(
-    model: CausalLM, layers: int, length: int, micro_batch: int, count: int, priority: int = -1
+    model: CausalLM,
+    layers: int,
+    length: int,
+    micro_batch: int,
+    count: int,
+    *,
+    priority: int = -1,
+    processors: int = 0,
 ) -> Workload:
     """The first `layers` transformer layers alone: `count` micro-batches of [micro_batch, length].
 
@@ -101,7 +113,7 @@ def trunk(
     unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
     slots = {"batch.key": None, "batch.tokens": unread}
     pieces = [MicroBatch(dict(slots), tokens) for _ in range(count)]
-    return Workload(model, (_source(x), *inner, _sink(dy)), pieces, priority)
+    return Workload(model, (_source(x), *inner, _sink(dy)), pieces, priority, processors)
 
 
 def _source(x: Tensor) -> GraphPair:

@@ -140,6 +140,7 @@ class Executor:
         self, job: Job, previous: Job | None = None, on_gradient: OnGradient | None = None
     ) -> None:
         """Issue the operators of `job`, and what `previous`, of the same plan, left for it."""
+        self.lanes.share(job.program.plan.spare)
         for index, entry in enumerate(job.program.entries):
             if entry is None:
                 self.lanes.barrier()

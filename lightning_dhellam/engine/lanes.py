@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_dhellam.engine.tape import Ledger, Mark, Slot, tensors
+from lightning_dhellam.kernels.linear.processors import leave
 from lightning_dhellam.parallel.collectives import Pending, Work
 from lightning_dhellam.plan import Lane, Operator, Track
 
@@ -41,6 +42,10 @@ class Lanes(ABC):
         before what `compute` is given next. Returns what the operator returned, and the mark of
         its end.
         """
+
+    @abstractmethod
+    def share(self, spare: bool) -> None:
+        """Whether GEMMs that are launched from now on leave processors to communication."""
 
     @abstractmethod
     def barrier(self) -> None:
@@ -128,6 +133,9 @@ class CpuLanes(Lanes):
             self._running = [other for other in self._running if not other.is_completed()]
             self._running.append(work)
 
+    def share(self, spare: bool) -> None:
+        """Nothing to share: communication runs on threads of its own."""
+
     def barrier(self) -> None:
         for work in self._running:
             work.wait()
@@ -176,11 +184,21 @@ class CudaLanes(Lanes):
         device: a CUDA device.
         poison: see `Lanes`.
         priority: of communication streams: -1 goes before compute, 0 is its equal.
+        processors: that a collective occupies, which GEMMs can leave free.
     """
 
-    def __init__(self, device: torch.device, *, poison: bool = False, priority: int = -1) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        poison: bool = False,
+        priority: int = -1,
+        processors: int = 0,
+    ) -> None:
         super().__init__(poison=poison)
         self.device = device
+        self.processors = processors
+        self._spare = False
         self._priority = priority
         self._streams = {_COMPUTE: torch.cuda.current_stream(device)}
         self._numbers: dict[Track, int] = {_COMPUTE: 0}
@@ -222,10 +240,16 @@ class CudaLanes(Lanes):
         mark = self._mark(track) if crosses else Mark(track, number, None, None)
         return (result.value if isinstance(result, Pending) else result), mark
 
+    def share(self, spare: bool) -> None:
+        if spare is not self._spare and self.processors:
+            leave(self.processors if spare else 0, self.device)
+            self._spare = spare
+
     def barrier(self) -> None:
         self._join([track for track in self._streams if track.lane is not Lane.PP])
 
     def drain(self) -> None:
+        self.share(spare=False)
         self._join(list(self._streams))
         self._last_pass = {}
 
@@ -301,8 +325,10 @@ class CudaLanes(Lanes):
             slot.value = None
 
 
-def make_lanes(device: torch.device, *, poison: bool = False, priority: int = -1) -> Lanes:
+def make_lanes(
+    device: torch.device, *, poison: bool = False, priority: int = -1, processors: int = 0
+) -> Lanes:
     """The lanes of `device`; see `CudaLanes`."""
     if device.type == "cuda":
-        return CudaLanes(device, poison=poison, priority=priority)
+        return CudaLanes(device, poison=poison, priority=priority, processors=processors)
     return CpuLanes(poison=poison)

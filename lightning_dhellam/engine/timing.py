@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_dhellam.engine.lanes import CudaLanes, Lanes
+from lightning_dhellam.engine.tape import tensors
 from lightning_dhellam.parallel.collectives import Pending, largest
 from lightning_dhellam.plan import Lane, Operator
 
@@ -27,6 +29,18 @@ class Subject(NamedTuple):
 
     operator: Operator
     values: Sequence[Any]
+
+
+class Sustained(NamedTuple):
+    """What operators do that run for long.
+
+    Attributes:
+        share: of the time in which they run.
+        seconds: of each running once.
+    """
+
+    share: float
+    seconds: float
 
 
 class OperatorTimer:
@@ -53,6 +67,15 @@ class OperatorTimer:
         """Whether operators run on streams."""
         return isinstance(self._lanes, CudaLanes)
 
+    @contextmanager
+    def sharing(self, spare: bool) -> Iterator[None]:
+        """Whether GEMMs that are timed inside leave processors to communication."""
+        self._lanes.share(spare)
+        try:
+            yield
+        finally:
+            self._lanes.share(spare=False)
+
     def alone(self, subject: Subject) -> list[float]:
         """Seconds of each run while nothing else runs."""
         (samples,) = self._samples([subject])
@@ -73,6 +96,47 @@ class OperatorTimer:
         assert isinstance(self._lanes, CudaLanes)
         first, second = self._samples([communication, compute], lead)
         return first, second
+
+    def same_bits(self, subject: Subject) -> bool:
+        """Whether an operator computes the same leaving processors to communication, and not.
+
+        On every rank; where it cannot be asked to leave any, the answer is no.
+        """
+        if not (isinstance(self._lanes, CudaLanes) and self._lanes.processors):
+            return False
+        outcomes = []
+        with torch.no_grad():
+            for spare in (False, True):
+                with self.sharing(spare):
+                    outcomes.append(_outcome(subject))
+        differ = float(not all(map(torch.equal, *outcomes)))
+        return not float(largest(torch.tensor([differ]).double(), self._group))
+
+    def sustained(self, subjects: Sequence[Subject], seconds: float, pause: float) -> Sustained:
+        """Run compute operators again and again, with pauses of a share of each one's time.
+
+        For so long that the device's clock has settled; the last quarter counts. On CUDA only.
+        """
+        assert isinstance(self._lanes, CudaLanes)
+        with torch.no_grad():
+            alone = [min(self._time([subject], 0.0)) for subject in subjects]
+            rounds = max(4, round(seconds / (sum(alone) * (1 + pause))))
+            events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+            for number in range(rounds):
+                for subject, short in zip(subjects, alone, strict=True):
+                    start = _recorded()
+                    subject.operator.run(*subject.values)
+                    if number >= rounds * 3 // 4:
+                        events.append((start, _recorded()))
+                    if pause:
+                        torch.cuda._sleep(round(short * pause * _CYCLES))
+            torch.cuda.synchronize(self._lanes.device)
+        busy = sum(start.elapsed_time(end) for start, end in events) / 1000
+        whole = events[0][0].elapsed_time(events[-1][1]) / 1000
+        counted = len(events) // len(subjects)
+        found = torch.tensor([busy / whole, busy / counted], dtype=torch.float64)
+        share, each = largest(found, self._group).tolist()
+        return Sustained(share, each)
 
     def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
         rows: list[list[float]] = []
@@ -139,6 +203,28 @@ class OperatorTimer:
         start = torch.cuda.Event(enable_timing=True)
         start.record()
         return start
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _outcome(subject: Subject) -> list[torch.Tensor]:
+    """What an operator writes, and what it adds to gradients that are empty before.
+
+    The gradients are as they were afterwards.
+    """
+    buffers = [parameter.main_grad for parameter in subject.operator.accumulates]
+    before = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        buffer.zero_()
+    written = list(tensors(subject.operator.run(*subject.values)))
+    added = [buffer.clone() for buffer in buffers]
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+    return written + added
 
 
 def _note(wait: Callable[[], Any], ends: dict[int, float], index: int) -> None:

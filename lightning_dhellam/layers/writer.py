@@ -81,6 +81,7 @@ class GraphWriter:
         flops: float = 0.0,
         moved: float = 0.0,
         accumulates: tuple[Parameter, ...] = (),
+        shrinks: bool = False,
     ) -> None:
         """Add a compute operator.
 
@@ -92,9 +93,14 @@ class GraphWriter:
             flops: floating-point operations per token, for the nominal cost.
             moved: bytes read and written per token, for the nominal cost.
             accumulates: parameters whose gradient it adds to.
+            shrinks: whether it can leave processors to communication.
         """
         cost = max(flops / _FLOPS, moved / _MEMORY)
-        self._add(Operator(name, Lane.COMPUTE, reads, tuple(writes), run, cost, accumulates))
+        self._add(
+            Operator(
+                name, Lane.COMPUTE, reads, tuple(writes), run, cost, accumulates, shrinks=shrinks
+            )
+        )
         self.bytes_per_token.update(writes)
 
     def gather(self, name: str, read: str, write: str, channels: int) -> str:
@@ -152,6 +158,7 @@ class GraphWriter:
             {write: self.sizes.wide(out_features)},
             lambda x: linear.forward(x, weight),
             flops=2 * in_features * out_features,
+            shrinks=True,
         )
 
     def dgrad(self, name: str, read: str, write: str, weight: Parameter) -> None:
@@ -163,6 +170,7 @@ class GraphWriter:
             {write: self.sizes.wide(in_features)},
             lambda dy: linear.dgrad(dy, weight),
             flops=2 * in_features * out_features,
+            shrinks=True,
         )
 
     def wgrad(self, name: str, grad: str, read: str, weight: Parameter) -> None:
@@ -180,6 +188,7 @@ class GraphWriter:
             run,
             flops=2 * in_features * out_features,
             accumulates=(weight,),
+            shrinks=True,
         )
 
     def graph(self, inputs: Mapping[str, float], outputs: tuple[str, ...]) -> Graph:

@@ -150,6 +150,11 @@ class ParallelContext:
         return self.rank % (self.world_size // self.pp_size)
 
     @property
+    def link_processors(self) -> int:
+        """Multiprocessors that a collective of this rank occupies."""
+        return max((emulated.link.sms for emulated in self.links.values()), default=0)
+
+    @property
     def emulated(self) -> bool:
         """Whether the other ranks do not exist, so that nothing may depend on their answers."""
         return dist.is_initialized() and dist.get_backend() == "fake"

@@ -61,6 +61,7 @@ class Operator:
             matters: built-in plans use it where no profile exists.
         accumulates: the parameters whose gradient it adds to.
         channel: of a transfer between two stages.
+        shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Operator:
     cost: float = field(default=0.0, compare=False)
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     channel: str = ""
+    shrinks: bool = field(default=False, compare=False)
 
     @property
     def is_communication(self) -> bool:

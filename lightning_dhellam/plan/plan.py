@@ -8,6 +8,8 @@ A plan prints as a table and parses back from its own print:
       2  backward  compute  fc1.wgrad (previous)
       -  barrier
       3  forward   tp       qkv.gather (first)
+
+A plan whose GEMMs leave some processors to communication says `plan NAME, spare: forward ...`.
 """
 
 from __future__ import annotations
@@ -56,12 +58,13 @@ class Barrier:
 
 Row = Issue | Barrier
 
-_HEADER = re.compile(r"plan (\S+): forward (\S+), backward (\S+)")
+_HEADER = re.compile(r"plan (\S+?)(, spare)?: forward (\S+), backward (\S+)")
 _ISSUE = re.compile(r"(\d+)\s+(\S+)\s+(\S+)\s+(\S+)( \(previous\))?( \(first\))?")
 _BARRIER = re.compile(r"-\s+barrier")
 _NOTHING = "-"
 _PREVIOUS = " (previous)"
 _FIRST = " (first)"
+_SPARE = ", spare"
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,14 @@ class Plan:
         forward: name of the forward graph, None for a pass without forward strand.
         backward: name of the backward graph, None for a pass without backward strand.
         rows: in issue order.
+        spare: whether GEMMs leave free the processors that communication needs.
     """
 
     name: str
     forward: str | None
     backward: str | None
     rows: tuple[Row, ...]
+    spare: bool = False
 
     @property
     def issues(self) -> tuple[Issue, ...]:
@@ -103,7 +108,7 @@ class Plan:
     def _lines(self, arrow_at: int | None, remark: str) -> Iterator[str]:
         arrow = f"   <-- {remark}"
         header = (
-            f"plan {self.name}: forward {self.forward or _NOTHING},"
+            f"plan {self.name}{_SPARE * self.spare}: forward {self.forward or _NOTHING},"
             f" backward {self.backward or _NOTHING}"
         )
         yield header + arrow * (arrow_at == -1)
@@ -128,14 +133,15 @@ class Plan:
         header = _HEADER.fullmatch(lines[0]) if lines else None
         if header is None:
             raise _parse_error(lines, 0, "expected 'plan NAME: forward GRAPH, backward GRAPH'")
-        name, forward, backward = (None if g == _NOTHING else g for g in header.groups())
+        name, spare, *graphs = header.groups()
+        forward, backward = (None if graph == _NOTHING else graph for graph in graphs)
         rows: list[Row] = []
         issued = 0
         for index, line in enumerate(lines[1:], start=1):
             row = _parse_row(lines, index, line.strip(), issued)
             issued += isinstance(row, Issue)
             rows.append(row)
-        return cls(str(name), forward, backward, tuple(rows))
+        return cls(name, forward, backward, tuple(rows), spare is not None)
 
 
 def _parse_row(lines: list[str], index: int, line: str, issued: int) -> Row:

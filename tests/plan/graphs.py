@@ -53,7 +53,7 @@ def toy_pair() -> GraphPair:
 
 def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
     """A builder of random valid plans, some with barriers, some that leave work to the next
-    pair, some with communication that goes first.
+    pair, some with communication that goes first, some whose GEMMs leave processors to it.
 
     The same seed and graphs give the same plan, on every rank and in any order of calls.
     """
@@ -76,7 +76,7 @@ def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
             first = operator.is_communication and draw.random() < firsts
             rows.append(Issue(graph.direction, operator.lane, operator.name, lag, first))
         names = (graph.name if graph else None for graph in (forward, backward))
-        return Plan(f"random-{seed}", *names, tuple(rows))
+        return Plan(f"random-{seed}", *names, tuple(rows), spare=draw.random() < 0.5)
 
     return build
 

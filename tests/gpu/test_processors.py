@@ -1,0 +1,109 @@
+"""GEMMs that leave multiprocessors free: communication begins beside them, and no bit changes."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_dhellam.engine import OperatorTimer, Subject, make_lanes
+from lightning_dhellam.engine.lanes import CudaLanes
+from lightning_dhellam.kernels.linear import processors
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.parallel import Link, ParallelContext
+from lightning_dhellam.parallel.link import EmulatedLink
+from lightning_dhellam.plan import BUILDERS, Graph, Lane, Operator, Plan
+from tests.engine.harness import add_main_grads, batch_of, differing, engine_of, pieces, train
+
+pytestmark = pytest.mark.gpu
+
+FREE = 16
+CONFIG = ModelConfig(2, 2048, 4096, 16, 4, 1024, max_sequence_length=2048)
+
+
+def _target() -> int:
+    count = ctypes.c_int()
+    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+    assert not processors._cublas().cublasGetSmCountTarget(handle, ctypes.byref(count))
+    return count.value
+
+
+def _spare(forward: Graph | None, backward: Graph | None) -> Plan:
+    return replace(BUILDERS["interleaved"](forward, backward), spare=True)
+
+
+def test_a_step_leaves_processors_while_it_runs_and_computes_the_same(
+    device: torch.device,
+) -> None:
+    model = CausalLM(CONFIG, ParallelContext.single(device), torch.bfloat16)
+    add_main_grads(model)
+    lowered = lower(model)
+    batch = {name: value.to(device) for name, value in batch_of(CONFIG, 3, 2048).items()}
+    micro_batches = pieces(batch, 1, model.context)
+    lanes = make_lanes(device, processors=FREE)
+    engine = engine_of(lowered, device, BUILDERS["sequential"], lanes)
+    expected = train(engine, model, micro_batches)
+    seen: set[int] = set()
+    whole = engine._executor._issue
+
+    def watched(*args: object) -> None:
+        seen.add(_target())
+        whole(*args)  # type: ignore[arg-type]
+
+    engine._executor._issue = watched  # type: ignore[method-assign]
+    engine.install(_spare)
+    assert differing(train(engine, model, micro_batches), expected) == []
+    all_of_them = torch.cuda.get_device_properties(device).multi_processor_count
+    assert seen == {all_of_them - FREE}
+    assert _target() == 0, "GEMMs after the step have all processors"
+
+
+def test_the_timer_compares_what_operators_compute_both_ways(device: torch.device) -> None:
+    lanes = make_lanes(device, processors=FREE)
+    timer = OperatorTimer(lanes, None)
+    x, weight = (torch.randn(4096, 4096, device=device).bfloat16() for _ in range(2))
+    gemm = Operator("gemm", Lane.COMPUTE, ("x",), ("y",), lambda x: x @ weight, shrinks=True)
+    assert timer.same_bits(Subject(gemm, [x]))
+
+    def by_target(x: torch.Tensor) -> torch.Tensor:
+        return x + _target()
+
+    other = replace(gemm, run=by_target)
+    assert not timer.same_bits(Subject(other, [x]))
+    assert not OperatorTimer(make_lanes(device), None).same_bits(Subject(gemm, [x]))
+
+
+@pytest.mark.parametrize("free", [0, FREE])
+def test_communication_begins_beside_a_gemm_that_leaves_processors(
+    free: int, device: torch.device
+) -> None:
+    lanes = make_lanes(device, processors=free)
+    assert isinstance(lanes, CudaLanes)
+    link = EmulatedLink(Link(bandwidth=200e9, sms=FREE), device)
+    # Long enough that the link's 0.2 ms end within it, if they begin within it.
+    x, weight = (
+        torch.randn(8192, 8192, device=device).bfloat16(),
+        torch.empty(32768, 8192, device=device, dtype=torch.bfloat16).normal_(),
+    )
+    compute, communication = lanes.stream(Lane.COMPUTE), lanes.stream(Lane.TP)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        gemm_ends, link_ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        lanes.share(spare=True)
+        with torch.cuda.stream(compute):
+            torch.cuda._sleep(1_000_000)
+            ready = torch.cuda.Event()
+            ready.record()
+            torch.mm(x, weight.t())
+            gemm_ends.record()
+        communication.wait_event(ready)
+        with torch.cuda.stream(communication):
+            torch.cuda._sleep(100_000)  # the GEMM has begun
+            link._occupy(40 << 20, 0.2e-3)
+            link_ends.record()
+        lanes.share(spare=False)
+        torch.cuda.synchronize()
+    assert (link_ends.elapsed_time(gemm_ends) > 0) == bool(free)

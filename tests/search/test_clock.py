@@ -1,0 +1,67 @@
+"""A device that computes without pause lowers its clock, and predictions know it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_dhellam.plan import BUILDERS, Lane
+from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.profile import Clock, Profile, measure
+from lightning_dhellam.search.simulate import simulate
+from lightning_dhellam.search.solve import solve_pair
+from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
+
+THROTTLED = Clock(1.2, 0.6)
+LAYER = transformer()
+
+
+def _known(link: float, clock: Clock = THROTTLED) -> Costs:
+    profile = measure(FakeBench(costs(graphs_of([LAYER]), link)), graphs_of([LAYER]), FINGERPRINT)
+    return replace(Costs.of(profile), clock=clock)
+
+
+def test_a_clock_goes_through_what_was_measured() -> None:
+    clock = Clock.through(1.2, (0.75, 1.05))
+    assert clock.slowdown(1.0) == pytest.approx(1.2)
+    assert clock.slowdown(0.75) == pytest.approx(1.05)
+    assert clock.slowdown(0.3) == 1.0
+    # Never faster than alone, never slower than without pauses, whatever noise says.
+    assert Clock.through(0.98, (0.7, 1.0)) == Clock()
+    assert Clock.through(1.1, (1.0, 1.1)) == Clock()
+    assert Clock.through(1.1, (0.7, 1.15)).slowdown(0.5) == pytest.approx(1.1)
+
+
+def test_a_clock_comes_back_from_the_file_of_its_profile(tmp_path: Path) -> None:
+    graphs = graphs_of([LAYER])
+    profile = measure(FakeBench(costs(graphs, 200e9)), graphs, FINGERPRINT)
+    assert profile.clock == Clock()
+    replace(profile, clock=THROTTLED).save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json").clock == THROTTLED
+
+
+@pytest.mark.parametrize("plan", BUILDERS)
+@pytest.mark.parametrize("link", [60e9, 200e9, 1e15])
+def test_a_simulated_step_agrees_with_the_clock_of_its_own_share(plan: str, link: float) -> None:
+    known = _known(link)
+    step = simulate([LAYER] * 3, BUILDERS[plan], known, micro_batches=3)
+    at_ease = simulate([LAYER] * 3, BUILDERS[plan], _known(link, Clock()), micro_batches=3)
+    slowdown = THROTTLED.slowdown(step.utilisation[Lane.COMPUTE])
+    assert step.busy[Lane.COMPUTE] == pytest.approx(at_ease.busy[Lane.COMPUTE] * slowdown, rel=0.01)
+    assert step.busy[Lane.TP] == pytest.approx(at_ease.busy[Lane.TP])
+
+
+def test_the_solver_takes_compute_as_slow_as_it_will_be() -> None:
+    fast, slow = _known(1e15), _known(20e9)
+    work = sum(
+        fast.alone(graph, o.name)
+        for graph in (LAYER.forward, LAYER.backward)
+        for o in graph.operators
+        if not o.is_communication
+    )
+    found = solve_pair(LAYER, LAYER, fast)
+    assert found.bounds[Lane.COMPUTE] == pytest.approx(work * THROTTLED.full)
+    # Where the link decides, compute rests.
+    assert solve_pair(LAYER, LAYER, slow).bounds[Lane.COMPUTE] == pytest.approx(work)

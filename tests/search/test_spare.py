@@ -1,0 +1,110 @@
+"""GEMMs that leave processors to communication: measured, priced, searched and marked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan
+from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.pictures import hidden_shares
+from lightning_dhellam.search.profile import Profile, Samples, Target, measure
+from lightning_dhellam.search.simulate import simulate
+from lightning_dhellam.search.solve import Budget, solve, solve_pair
+from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, transformer
+
+SLOWER = 1.05
+"""Times that a GEMM takes longer when it leaves processors to communication."""
+
+
+class SharingBench(FakeBench):
+    """GEMMs that take all processors disturb communication, and those that leave some do not."""
+
+    def __init__(self, given: Costs, different: str = "") -> None:
+        super().__init__(given, spread=0.0)
+        self.different = different
+
+    def shrinks(self, target: Target) -> bool:
+        return target.operator.name != self.different
+
+    def alone(self, target: Target) -> Samples:
+        (seconds, *_) = super().alone(target).seconds
+        return Samples((seconds * (SLOWER if target.spare else 1.0),))
+
+    def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        if compute.spare:
+            return self.alone(communication), self.alone(compute)
+        return super().beside(communication, compute)
+
+
+def _shrinking(layer: GraphPair) -> GraphPair:
+    def shrunk(graph: Graph) -> Graph:
+        gemms = (".gemm", ".dgrad", ".wgrad")
+        operators = [replace(o, shrinks=o.name.endswith(gemms)) for o in graph.operators]
+        return replace(graph, operators=tuple(operators))
+
+    return GraphPair(shrunk(layer.forward), shrunk(layer.backward))
+
+
+LAYER = _shrinking(transformer())
+
+
+def _profile(different: str = "") -> Profile:
+    graphs = graphs_of([LAYER])
+    return measure(SharingBench(costs(graphs, 200e9, True), different), graphs, FINGERPRINT)
+
+
+def test_gemms_are_measured_both_ways_unless_their_results_differ() -> None:
+    profile = _profile()
+    gemms = {o.name for g in graphs_of([LAYER]) for o in g.operators if o.shrinks}
+    assert {key.removeprefix("transformer/") for key in profile.spares} == gemms
+    alone = {row.operator: row.median for row in profile.timings if row.partner is None}
+    for key, spare in profile.spares.items():
+        assert alone[spare] == pytest.approx(SLOWER * alone[key])
+    assert _profile("fc1.gemm").spares.keys() == profile.spares.keys() - {"transformer/fc1.gemm"}
+
+
+def test_a_heat_map_shows_operators_once() -> None:
+    _, computes, _ = hidden_shares(_profile())
+    assert computes and not [key for key in computes if "spare" in key]
+
+
+def test_a_profile_with_them_comes_back_from_its_file(tmp_path: Path) -> None:
+    profile = _profile()
+    profile.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile
+
+
+def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
+    known = Costs.of(_profile())
+    plan = BUILDERS["interleaved"](LAYER.forward, LAYER.backward)
+    assert known.of_plans([plan]) is known
+    sparing = known.of_plans([replace(plan, spare=True)])
+    gemm, norm = (known.alone(LAYER.forward, name) for name in ("fc1.gemm", "mlp.norm"))
+    assert sparing.alone(LAYER.forward, "fc1.gemm") == pytest.approx(SLOWER * gemm)
+    assert sparing.alone(LAYER.forward, "mlp.norm") == norm
+    assert sparing.of_plans([plan]) is sparing
+
+    def seconds(spare: bool) -> float:
+        def build(forward: Graph | None, backward: Graph | None) -> Plan:
+            return replace(BUILDERS["interleaved"](forward, backward), spare=spare)
+
+        return simulate([LAYER] * 3, build, known, micro_batches=3).seconds
+
+    assert seconds(spare=True) < seconds(spare=False)
+
+
+def test_what_is_searched_for_sparing_gemms_says_so() -> None:
+    layers = [_shrinking(layer) for layer in model(3)]
+    graphs = graphs_of(layers)
+    profile = measure(SharingBench(costs(graphs, 200e9, True)), graphs, FINGERPRINT)
+    known, budget = Costs.of(profile), Budget(evaluations=300, rare_evaluations=50)
+    plain = solve_pair(LAYER, LAYER, known, budget=budget)
+    sparing = solve_pair(LAYER, LAYER, known.sparing(), budget=budget)
+    assert not plain.plan.spare and sparing.plan.spare
+    assert sparing.seconds < plain.seconds
+    plans = solve(layers, known.sparing(), budget=budget).plans
+    assert all(plan.spare for plan in plans.values())
+    assert all(Plan.parse(str(plan)) == plan for plan in plans.values())
