@@ -19,7 +19,15 @@ from torch.autograd.profiler import record_function
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
 from lightning_dhellam.engine.trace import Tracer
-from lightning_dhellam.plan import Graph, Issue, Operator, Plan, Strand, validate
+from lightning_dhellam.plan import (
+    BATCH_PREFIX,
+    Graph,
+    Issue,
+    Operator,
+    Plan,
+    Strand,
+    validate,
+)
 
 OnGradient = Callable[[tuple[Any, ...]], None]
 """Called with the parameters whose gradient an operator has just been given to add to."""
@@ -33,7 +41,7 @@ class Entry:
         operator: what runs.
         strand: of its micro-batch.
         lag: 1 when it belongs to the previous pair of layers.
-        reads: each slot once.
+        reads: each slot once, without those of the micro-batch itself.
         crosses: whether an operator of another lane reads what it writes.
         first: whether it begins before the compute operator that follows.
         label: its name in traces.
@@ -105,7 +113,7 @@ def _entry(row: Issue, graph: Graph | None, follows: Graph | None) -> Entry:
         operator,
         row.strand,
         row.lag,
-        tuple(dict.fromkeys(operator.reads)),
+        _own(operator.reads),
         not foreign.isdisjoint(operator.writes),
         row.first,
         f"{row.strand}/{operator.name}",
@@ -121,7 +129,12 @@ def receives(graph: Graph) -> tuple[Entry, ...]:
 def _transfer(operator: Operator, graph: Graph) -> Entry:
     label = f"{graph.direction}/{operator.name}"
     crosses = bool(operator.writes)
-    return Entry(operator, graph.direction, 0, operator.reads, crosses, False, label)
+    reads = _own(operator.reads)
+    return Entry(operator, graph.direction, 0, reads, crosses, False, label)
+
+
+def _own(reads: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(slot for slot in dict.fromkeys(reads) if not slot.startswith(BATCH_PREFIX))
 
 
 class Executor:
@@ -186,8 +199,9 @@ class Executor:
             self.observer(entry, [slot.value for slot in inputs])
         traced = operator if self.tracer is None else self.tracer.traced(operator)
         result, mark = self.lanes.launch(traced, inputs, entry.crosses, entry.first)
-        values = result if len(operator.writes) > 1 else (result,) * len(operator.writes)
-        for name, value in zip(operator.writes, values, strict=True):
+        writes = operator.writes
+        values = result if len(writes) > 1 else (result,) * len(writes)
+        for name, value in zip(writes, values, strict=True):
             slot = Slot(value, mark)
             if tape.put(name, slot):
                 self.lanes.born(slot)

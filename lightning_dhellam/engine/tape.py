@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,27 +53,34 @@ class Ledger:
     bytes: int = 0
     peak_slots: int = 0
     peak_bytes: int = 0
-    _storages: Counter[int] = field(default_factory=Counter)
+    _storages: dict[int, int] = field(default_factory=dict)
 
     def add(self, slot: Slot) -> None:
         """A slot came to life."""
         self.slots += 1
         for tensor in tensors(slot.value):
             storage = tensor.untyped_storage()
-            self._storages[storage.data_ptr()] += 1
-            if self._storages[storage.data_ptr()] == 1:
+            place = storage.data_ptr()
+            holders = self._storages.get(place, 0)
+            self._storages[place] = holders + 1
+            if not holders:
                 self.bytes += storage.nbytes()
-        self.peak_slots = max(self.peak_slots, self.slots)
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        if self.slots > self.peak_slots:
+            self.peak_slots = self.slots
+        if self.bytes > self.peak_bytes:
+            self.peak_bytes = self.bytes
 
     def remove(self, slot: Slot) -> None:
         """A slot lost its last reader."""
         self.slots -= 1
         for tensor in tensors(slot.value):
             storage = tensor.untyped_storage()
-            self._storages[storage.data_ptr()] -= 1
-            if self._storages[storage.data_ptr()] == 0:
-                del self._storages[storage.data_ptr()]
+            place = storage.data_ptr()
+            holders = self._storages[place] - 1
+            if holders:
+                self._storages[place] = holders
+            else:
+                del self._storages[place]
                 self.bytes -= storage.nbytes()
 
     def shared(self, tensor: Tensor) -> bool:
@@ -82,14 +88,13 @@ class Ledger:
         return tensor.untyped_storage().data_ptr() in self._storages
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> tuple[Tensor, ...]:
     """The tensors with at least one dimension in a slot's value."""
     if isinstance(value, torch.Tensor):
-        if value.dim():
-            yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from tensors(item)
+        return (value,) if value.dim() else ()
+    if isinstance(value, tuple):
+        return tuple(tensor for item in value for tensor in tensors(item))
+    return ()
 
 
 class Tape:
@@ -125,12 +130,14 @@ class Tape:
         return True
 
     def read(self, name: str) -> Slot | None:
-        """Count one reader off. Returns the slot when that was the last of its last holder."""
-        if name.startswith(BATCH_PREFIX):
-            return None
-        self._left[name] -= 1
-        assert self._left[name] >= 0, f"slot {name} has more readers than its graphs say"
-        if self._left[name]:
+        """Count one reader off. Returns the slot when that was the last of its last holder.
+
+        Slots of the micro-batch itself are not counted.
+        """
+        left = self._left[name] - 1
+        assert left >= 0, f"slot {name} has more readers than its graphs say"
+        self._left[name] = left
+        if left:
             return None
         slot = self._slots.pop(name)
         slot.holders -= 1

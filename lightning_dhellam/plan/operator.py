@@ -62,6 +62,7 @@ class Operator:
         accumulates: the parameters whose gradient it adds to.
         channel: of a transfer between two stages.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
+        track: where it is issued.
     """
 
     name: str
@@ -73,16 +74,16 @@ class Operator:
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     channel: str = ""
     shrinks: bool = field(default=False, compare=False)
+    track: Track = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Looked up with every launch.
+        object.__setattr__(self, "track", Track(self.lane, self.channel))
 
     @property
     def is_communication(self) -> bool:
         """Whether it occupies a lane other than `compute`."""
         return self.lane is not Lane.COMPUTE
-
-    @property
-    def track(self) -> Track:
-        """Where it is issued."""
-        return Track(self.lane, self.channel)
 
     def __str__(self) -> str:
         return self.name
