@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +49,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     )
 
 
+def _attend_with_heads_last(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """The same on [B, S, heads, D]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return _attend(q, k, v, scale).transpose(1, 2)
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -63,8 +70,8 @@ def flash_attn_func(
 ) -> Tensor:
     """The signature of flash-attn 2.8.3: [B, S, heads, D] to the same."""
     assert causal and dropout_p == 0 and not return_attn_probs
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return _attend(q, k, v, softmax_scale).transpose(1, 2)
+    assert deterministic is torch.are_deterministic_algorithms_enabled()
+    return _attend_with_heads_last(q, k, v, softmax_scale)
 
 
 def flash_attn_4_forward(
@@ -81,10 +88,10 @@ def flash_attn_4_forward(
     assert causal and return_lse and softmax_scale is not None and out is not None
     assert out.shape == q.shape
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = torch.einsum("bshd,bthd->bhst", q, keys).float() * softmax_scale
-    future = scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    lse = scores.masked_fill(future, -torch.inf).logsumexp(dim=-1)
-    out.copy_(flash_attn_func(q, k, v, softmax_scale=softmax_scale, causal=True))
+    products = torch.einsum("bshd,bthd->bhst", q, keys).float() * softmax_scale
+    future = products.new_ones(products.shape[-2:], dtype=torch.bool).triu(1)
+    lse = products.masked_fill(future, -torch.inf).logsumexp(dim=-1)
+    out.copy_(_attend_with_heads_last(q, k, v, softmax_scale))
     return out, lse, None, None, None
 
 
@@ -101,27 +108,26 @@ def flash_attn_4_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
     """What we use of `_flash_attn_bwd` of flash-attn 4.0.0b36, on [B, S, heads, D]."""
-    assert causal and not deterministic
+    assert causal and deterministic is torch.are_deterministic_algorithms_enabled()
     expected, expected_lse, *_ = flash_attn_4_forward(
         q, k, v, softmax_scale=softmax_scale, causal=True, return_lse=True, out=torch.empty_like(q)
     )
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        again = flash_attn_func(*leaves, softmax_scale=softmax_scale, causal=True)
+        again = _attend_with_heads_last(*leaves, softmax_scale)
     return torch.autograd.grad(again, leaves, dout)
 
 
 class DotProductAttention(torch.nn.Module):
-    """The arguments of transformer-engine 2.9 that have kept their names since: [S, B, heads, D]
-    to [S, B, heads * D]."""
+    """What we use of transformer-engine 2.20.2: [S, B, heads, D] to [S, B, heads * D]."""
 
     def __init__(
         self,
         num_attention_heads: int,
         kv_channels: int,
         num_gqa_groups: int | None = None,
-        attention_dropout: float = 0.1,
+        attention_dropout: float = 0.0,
         qkv_format: str = "sbhd",
         attn_mask_type: str = "causal",
         window_size: tuple[int, int] | None = None,
@@ -131,8 +137,10 @@ class DotProductAttention(torch.nn.Module):
         assert attention_dropout == 0 and qkv_format == "sbhd" and attn_mask_type == "causal"
         self.sizes = num_attention_heads, num_gqa_groups, kv_channels
         self.scale = softmax_scale
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
 
     def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor) -> Tensor:
+        assert self.deterministic is torch.are_deterministic_algorithms_enabled()
         assert self.sizes == (query_layer.shape[2], key_layer.shape[2], key_layer.shape[3])
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_layer, key_layer, value_layer))
         return _attend(q, k, v, self.scale).permute(2, 0, 1, 3).flatten(2)
@@ -203,9 +211,21 @@ def _check(
     )
 
 
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.parametrize("shape", ["less-than-a-block", "grouped"])
 def test_what_we_make_of_the_published_interface(stand_in: Any, shape: str) -> None:
-    _check(stand_in, SHAPES[shape], torch.float32, torch.device("cpu"), 2e-6, 2e-6)
+    for ordered in (False, True):
+        with _deterministic(ordered):
+            _check(stand_in, SHAPES[shape], torch.float32, torch.device("cpu"), 2e-6, 2e-6)
 
 
 def _on_gpu(name: str, dtype: torch.dtype) -> Any:
@@ -244,14 +264,10 @@ def test_gradients_are_reproducible_where_torch_must_be(name: str) -> None:
     fused = drawn((s, b, (heads.queries + 2 * heads.groups) * heads.size), dtype, device)
     q, k, v = rope.split(fused, heads)
     dout = drawn((s, b, heads.queries * heads.size), dtype, device, 1)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = []
+    runs = []
+    with _deterministic(True):
         for _ in range(3):
             out, lse, state = backend.forward(q, k, v, 0.1)
             runs.append((out, *backend.backward(dout, q, k, v, out, lse, state, 0.1)))
-    finally:
-        torch.use_deterministic_algorithms(before)
     for again in runs[1:]:
         assert [torch.equal(a, b) for a, b in zip(runs[0], again, strict=True)] == [True] * 4
