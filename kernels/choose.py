@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+
+from lightning_dhellam.kernels import packages
 
 Refusal = Callable[[torch.device, torch.dtype], str | None]
 """Why a device and a type cannot be used, or None if they can."""
@@ -28,6 +29,7 @@ class Candidate:
         load: imports it.
         refusal: why it cannot compute on a device in a type.
         package: what must be importable, or None.
+        distribution: what must be installed, where the name to import does not tell, or None.
         extra: what to install for that.
         automatic: on which devices it may be chosen without being asked for.
     """
@@ -35,14 +37,26 @@ class Candidate:
     load: Callable[[], Any]
     refusal: Refusal
     package: str | None = None
+    distribution: str | None = None
     extra: str = "lightning-dhellam[cuda]"
     automatic: Callable[[torch.device], bool] = lambda device: True
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
+        return self._lack() or self.refusal(device, dtype)
+
+    def _lack(self) -> str | None:
+        """What is not installed as it must be, and the remedy."""
+        if self.package is not None and not packages.importable(self.package):
             return f"it needs the package {self.package}: pip install '{self.extra}'"
-        return self.refusal(device, dtype)
+        if self.distribution is not None and not packages.installed(self.distribution):
+            return f"it needs the package {self.distribution}: pip install '{self.extra}'"
+        if self.distribution is not None and not packages.whole(self.distribution):
+            return (
+                f"another package has replaced files of {self.distribution}: pip install"
+                f" --force-reinstall --no-deps {self.distribution}"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -174,6 +188,19 @@ def _on_ampere_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | Non
     return obstacle
 
 
+def _on_hopper_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    obstacle = _on_cuda_in_16_bits(device, dtype)
+    if obstacle is None:
+        capability = torch.cuda.get_device_capability(device)
+        # 12.x runs its forward, but has no deterministic backward.
+        if not (9, 0) <= capability < (12, 0):
+            return (
+                "it needs compute capability 9.0 (H100) to 11.x, and this GPU has"
+                f" {capability[0]}.{capability[1]}"
+            )
+    return obstacle
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -202,6 +229,13 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "cudnn": Candidate(_backend("sdpa", "CudnnAttention"), _on_ampere_in_16_bits),
         "flash_attn": Candidate(
             _backend("flash", "FlashAttention"), _on_ampere_in_16_bits, "flash_attn"
+        ),
+        "flash_attn_4": Candidate(
+            _backend("flash_attn_4", "FlashAttention4"),
+            _on_hopper_in_16_bits,
+            distribution="flash-attn-4",
+            extra="lightning-dhellam[flash-attn-4]",
+            automatic=lambda device: False,
         ),
         "transformer_engine": Candidate(
             _backend("transformer_engine", "TransformerEngineAttention"),

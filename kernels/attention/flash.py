@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from flash_attn import flash_attn_func
 from torch import Tensor
 
@@ -9,12 +10,19 @@ from lightning_dhellam.kernels.attention.base import AutogradBackend
 
 
 class FlashAttention(AutogradBackend):
-    """Takes grouped keys as they are; its backward is asked to be deterministic."""
+    """Takes grouped keys as they are; its backward is deterministic where torch has to be."""
 
     name = "flash_attn"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         # Its layout is [B, S, heads, D], with any strides above the last dimension.
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=True)
+        out = flash_attn_func(
+            q,
+            k,
+            v,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
         return out.transpose(0, 1).flatten(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
@@ -12,17 +13,23 @@ from lightning_dhellam.kernels.attention.base import AutogradBackend
 
 
 class TransformerEngineAttention(AutogradBackend):
-    """Takes grouped keys as they are."""
+    """Takes grouped keys as they are; its backward is deterministic where torch has to be.
+
+    Views of one tensor in which each group has several queries are none of the layouts that it
+    knows: it copies them.
+    """
 
     name = "transformer_engine"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out: Tensor = _attention(q.shape[2], k.shape[2], q.shape[3], scale)(q, k, v)
+        ordered = torch.are_deterministic_algorithms_enabled()
+        out: Tensor = _attention(q.shape[2], k.shape[2], q.shape[3], scale, ordered)(q, k, v)
         return out.flatten(2)
 
 
 @cache
-def _attention(heads: int, groups: int, size: int, scale: float) -> Any:
+def _attention(heads: int, groups: int, size: int, scale: float, ordered: bool) -> Any:
+    # It looks up `ordered` when it is made, so there is one for either answer.
     return DotProductAttention(
         heads,
         size,

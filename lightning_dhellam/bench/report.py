@@ -17,7 +17,7 @@ from lightning_dhellam.search.files import save_text
 
 _PACKAGES = (
     "torch", "triton", "lightning", "megatron-core", "transformers", "liger-kernel",
-    "flash-attn", "transformer-engine",
+    "flash-attn", "flash-attn-4", "transformer-engine",
 )  # fmt: skip
 
 Row = dict[str, Any]

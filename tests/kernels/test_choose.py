@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +57,84 @@ def test_a_forced_backend_that_is_not_installed(name: str, missing: Callable[[st
         f"kernels={{attention: {name}}} cannot be used here: it needs the package {name}: pip"
         " install 'lightning-dhellam[cuda]'; or use cpu, or leave attention out"
     )
+
+
+def test_a_folder_that_another_package_shares_is_not_a_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What is found of flash-attn 2 where only flash-attn 4 is installed.
+    shared = ModuleSpec("flash_attn", None, is_package=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: shared)
+    with pytest.raises(ValueError, match="it needs the package flash_attn: pip install"):
+        choose.choose(CPU, torch.bfloat16, {"attention": "flash_attn"})
+
+
+@pytest.fixture
+def flash_attn_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One source file of an installed flash-attn 4."""
+    source = tmp_path / "flash_attn" / "cute" / "interface.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("newer = 1\n")
+    info = tmp_path / "flash_attn_4-4.0.0b36.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: flash-attn-4\nVersion: 4.0.0b36\n")
+    (info / "RECORD").write_text("flash_attn/cute/interface.py,,10\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return source
+
+
+FORCED = "kernels={attention: flash_attn_4} cannot be used here: "
+
+
+def test_flash_attn_4_is_known_by_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    with pytest.raises(ValueError) as error:
+        choose.choose(CPU, torch.bfloat16, {"attention": "flash_attn_4"})
+    assert str(error.value) == (
+        f"{FORCED}it needs the package flash-attn-4: pip install"
+        " 'lightning-dhellam[flash-attn-4]'; or use cpu, or leave attention out"
+    )
+
+
+def test_flash_attn_4_is_refused_when_flash_attn_2_replaced_its_files(flash_attn_4: Path) -> None:
+    def message() -> str:
+        with pytest.raises(ValueError) as error:
+            choose.choose(CPU, torch.bfloat16, {"attention": "flash_attn_4"})
+        return str(error.value).removeprefix(FORCED)
+
+    assert message().startswith("it needs a GPU")
+    flash_attn_4.write_text("older = 1.0\n")
+    replaced = (
+        "another package has replaced files of flash-attn-4: pip install --force-reinstall"
+        " --no-deps flash-attn-4;"
+    )
+    assert message().startswith(replaced)
+    flash_attn_4.unlink()
+    assert message().startswith(replaced)
+
+
+@pytest.mark.parametrize(
+    ("capability", "obstacle"),
+    [
+        ((8, 0), "it needs compute capability 9.0 (H100) to 11.x, and this GPU has 8.0"),
+        ((9, 0), None),
+        ((10, 3), None),
+        ((12, 0), "it needs compute capability 9.0 (H100) to 11.x, and this GPU has 12.0"),
+    ],
+    ids=str,
+)
+def test_gpus_of_flash_attn_4(
+    capability: tuple[int, int],
+    obstacle: str | None,
+    flash_attn_4: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    assert dict(choose.available("attention", device, torch.bfloat16))["flash_attn_4"] == obstacle
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Which optional packages are there."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+
+
+def importable(package: str) -> bool:
+    """Whether `package` can be imported, and is more than a folder that others share.
+
+    flash-attn 4 lives in `flash_attn.cute`, so `flash_attn` can be found where flash-attn 2 is not
+    installed.
+    """
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def installed(distribution: str) -> bool:
+    """Whether `distribution`, as named to pip, is installed."""
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def whole(distribution: str) -> bool:
+    """Whether the files of an installed `distribution` still have the sizes that it came with.
+
+    flash-attn 2.8 brings an early `flash_attn.cute` of its own, which replaces that of flash-attn 4
+    when it is installed later.
+    """
+    files = metadata.files(distribution) or []
+    sources = [file for file in files if file.suffix == ".py" and file.size is not None]
+    return all(file.size == _size(file) for file in sources)
+
+
+def _size(file: metadata.PackagePath) -> int | None:
+    path = Path(str(file.locate()))
+    return path.stat().st_size if path.is_file() else None
