@@ -70,6 +70,11 @@ class AutoSearch(Callback):
         self._over = False
         self._again = False
 
+    @property
+    def findings(self) -> Findings | None:
+        """What the search has found; None until it is over."""
+        return self._session.findings if self._session is not None and self._over else None
+
     @classmethod
     def attach(cls, trainer: pl.Trainer) -> None:
         """Give `trainer` one, unless it has one; before the others, which may stop training."""

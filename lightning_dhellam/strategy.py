@@ -23,7 +23,11 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,6 +40,7 @@ from lightning_dhellam.parallel import Cluster, ParallelContext, check_sizes
 from lightning_dhellam.parallel import checkpoint as checkpoint_files
 from lightning_dhellam.parallel.collectives import from_first, same_on_all_ranks
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import DHellamPrecision
@@ -250,6 +255,10 @@ class DHellamStrategy(ParallelStrategy):
             from lightning_dhellam.autosearch import AutoSearch  # which imports this module
 
             AutoSearch.attach(trainer)
+        if self.root_device.type == "cuda":
+            obstacle = open_queues()
+            if obstacle:
+                rank_zero_warn(obstacle)
         super().setup_environment()
         reset_seed()
         self._set_world_ranks()

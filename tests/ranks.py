@@ -1,4 +1,4 @@
-"""Run a function on several ranks: fresh processes joined by gloo, one torch thread each."""
+"""Run a function on several ranks: fresh processes, one torch thread each, gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -39,9 +39,15 @@ class RankTraceback(Exception):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Run ``function(rank, *args)`` in ``world_size`` fresh processes and return their results.
+
+    With the backend ``nccl`` each rank has the GPU of its number.
 
     ``function`` must be importable (module level). The first exception of any rank is raised here,
     caused by a `RankTraceback`. ``timeout`` is in seconds; on failure or time-out every process is
@@ -57,7 +63,7 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world_size, store.port, timeout, sender, function, args),
+                args=(rank, world_size, store.port, timeout, backend, sender, function, args),
                 daemon=True,
             )
             process.start()
@@ -122,6 +128,7 @@ def _rank_main(
     world_size: int,
     port: int,
     timeout: float,
+    backend: str,
     sender: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -130,14 +137,19 @@ def _rank_main(
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     message: tuple[float, bytes, str | None]
+    device = None
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     try:
         store = dist.TCPStore(_HOST, port, is_master=False)
         dist.init_process_group(
-            "gloo",
+            backend,
             store=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
+            device_id=device,
         )
         # Plain pickle copies tensors by value, so nothing outlives the rank in shared memory.
         message = (time.monotonic(), pickle.dumps(function(rank, *args)), None)

@@ -16,6 +16,7 @@ from lightning_dhellam.bench import (
     overlap,
     pairs,
     pipeline,
+    several,
     throughput,
     two_hosts,
 )
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "overlap": Benchmark(overlap.DESCRIPTION, overlap.add_options, overlap.run),
     "pairs": Benchmark(pairs.DESCRIPTION, pairs.add_options, pairs.run),
     "pipeline": Benchmark(pipeline.DESCRIPTION, pipeline.add_options, pipeline.run),
+    "several": Benchmark(several.DESCRIPTION, several.add_options, several.run),
     "two-hosts": Benchmark(two_hosts.DESCRIPTION, two_hosts.add_options, two_hosts.run),
     "throughput": Benchmark(throughput.DESCRIPTION, throughput.add_options, throughput.run),
 }

@@ -47,13 +47,14 @@ class Duel:
         self._settings = settings
         device = torch.device("cpu")
         context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
-        model = CausalLM(shape(settings), context)
+        config = shape(settings)
+        model = CausalLM(config, context)
         generator = torch.Generator().manual_seed(5)
         size = (settings.micro_batches, settings.length + 1)
         tokens = torch.randint(0, settings.vocabulary, size, generator=generator)
         batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
         self._work: Workload = whole(model, batch, 1)
-        self._theirs = MegatronSide(model, batch, 1)
+        self._theirs = MegatronSide(config, context, batch, 1)
         self._clock = Clock(device, dist.group.WORLD)
 
     def measure(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Workers:
         trace: TracebackType | None,
     ) -> None:
         if self._next is not None:
-            _stop(self._next)
+            stop(self._next)
         self._log.close()
         self._folder.cleanup()
 
@@ -84,7 +84,7 @@ class Workers:
         except subprocess.TimeoutExpired:
             return {"failed": f"stopped after {seconds:.0f} s"}
         finally:
-            _stop(process)
+            stop(process)
         if not result.exists():
             return {"failed": f"its process ended with code {code} and no result"}
         found: dict[str, Any] = json.loads(result.read_text())
@@ -101,7 +101,7 @@ class Workers:
         )
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[Any]) -> None:
     """End a process and what it has started, such as compilers."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.parallel.nccl import high_priority
+
 ChannelKey = tuple[int, int, str]
 """Source stage, target stage, strand."""
 
@@ -59,7 +61,7 @@ def _open(ranks: list[int]) -> dict[ChannelKey, ProcessGroup]:
     opened: dict[ChannelKey, ProcessGroup] = {}
     for strand in STRANDS:
         for parity in range(min(2, stages - 1)):
-            down, up = dist.new_group(ranks), dist.new_group(ranks)
+            down, up = (dist.new_group(ranks, pg_options=high_priority()) for _ in range(2))
             for edge in range(parity, stages - 1, 2):
                 opened[edge, edge + 1, strand] = down
                 opened[edge + 1, edge, strand] = up

@@ -1,7 +1,8 @@
 """Asynchronous collectives of one communication lane.
 
-Each starts its work and returns at once. On CUDA the work is ordered on the stream that is
-current, the lane's, and is already waited for there. On CPU the holder of the `Pending` waits.
+Each starts its work and returns at once. On CUDA NCCL's kernel is on the stream that is current,
+the lane's, with its priority, and there is nothing to wait for. On CPU the holder of the `Pending`
+waits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = 
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     if link is not None:
         return Pending(out, link.carry(x, out, crossing=out.nbytes - x.nbytes))
-    return _pending(out, _all_gather(out, x, group=group, async_op=True))
+    return Pending(out, _all_gather(out, x, group=group, async_op=not x.is_cuda))
 
 
 def reduce_scatter(
@@ -64,14 +65,7 @@ def reduce_scatter(
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     if link is not None:
         return Pending(out, link.carry(x, out, crossing=x.nbytes - out.nbytes))
-    return _pending(out, _reduce_scatter(out, x, group=group, async_op=True))
-
-
-def _pending(out: Tensor, work: dist.Work | None) -> Pending:
-    if out.is_cuda and work is not None:
-        work.wait()  # on CUDA this only makes the lane's stream wait, never the host
-        work = None
-    return Pending(out, work)
+    return Pending(out, _reduce_scatter(out, x, group=group, async_op=not x.is_cuda))
 
 
 def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.parallel import nccl
 from lightning_dhellam.parallel.channels import ChannelKey, open_channels
 from lightning_dhellam.parallel.cpu import megatron_device
 from lightning_dhellam.parallel.emulate import Cluster
@@ -107,10 +108,12 @@ class ParallelContext:
         expert_parallel_size: int = 1,
         cluster: Cluster | None = None,
         pipeline_split: tuple[int, ...] = (),
+        tuned: bool = True,
     ) -> ParallelContext:
         """Cut the initialised world into Megatron's groups: tensor ranks adjacent, then context,
         data and pipeline ranks. With `cluster` the world is emulated, and its links are made.
         `pipeline_split` gives the layers of each chunk, which otherwise the model balances.
+        NCCL's communicators are set up for two strands (`nccl.yaml`) unless `tuned` is false.
         Raises ValueError when the sizes do not fit the world."""
         assert dist.is_initialized(), "torch.distributed must be initialised first"
         check_sizes(
@@ -120,6 +123,7 @@ class ParallelContext:
             context_parallel_size,
             expert_parallel_size,
         )
+        by_nccl = dist.get_backend() == "nccl" and tuned
         with megatron_device(device):
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tensor_parallel_size,
@@ -128,6 +132,7 @@ class ParallelContext:
                 expert_model_parallel_size=expert_parallel_size,
                 # A second set, of gloo groups, serves only a checkpoint format that we do not use.
                 create_gloo_process_groups=False,
+                nccl_communicator_config_path=str(nccl.CONFIGURATION) if by_nccl else None,
             )
         context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
         context = replace(
@@ -151,8 +156,11 @@ class ParallelContext:
 
     @property
     def link_processors(self) -> int:
-        """Multiprocessors that a collective of this rank occupies."""
-        return max((emulated.link.sms for emulated in self.links.values()), default=0)
+        """Multiprocessors that a collective of tensor parallelism occupies."""
+        if self.links:
+            return max(emulated.link.sms for emulated in self.links.values())
+        by_nccl = self.tp_group is not None and dist.get_backend(self.tp_group) == "nccl"
+        return nccl.processors() if by_nccl and self.tp_size > 1 else 0
 
     @property
     def emulated(self) -> bool:

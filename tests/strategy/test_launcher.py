@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.strategy.lost_rank import TORCHRUN, lose
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, os, sys
@@ -54,3 +58,15 @@ def test_a_wrong_configuration_is_reported_once_and_starts_no_process(tmp_path: 
     assert len(list(tmp_path.glob("process-*"))) == 1
     message = "num_attention_heads=3 is not a multiple of tensor_parallel_size=2"
     assert done.stderr.count(f"ValueError: {message}") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("victim", "launcher"), [(0, ()), (1, ()), (1, TORCHRUN)])
+def test_a_job_ends_when_a_rank_is_killed_in_a_step(
+    victim: int, launcher: tuple[str, ...], tmp_path: Path
+) -> None:
+    output, code = lose(victim, tmp_path, "cpu", *launcher)
+    assert f"rank {victim} is killed" in output
+    assert code != 0
+    # The rank that is left says that it lost its connection, unless the launcher is faster.
+    signs = ("Connection", "terminated with code -9", "Signal 9 (SIGKILL)")
+    assert any(sign in output for sign in signs), output

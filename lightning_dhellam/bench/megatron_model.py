@@ -1,0 +1,118 @@
+"""Megatron-core's own model of a rank, with the weights that ours starts from.
+
+On GPUs with transformer-engine it is made of Megatron's modules for it, with every fusion that they
+have, as Megatron's users train; elsewhere of the same modules that ours is made of.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.models.norm import RMSNorm
+from lightning_dhellam.models.spec import llama_layer_spec
+from lightning_dhellam.parallel import ParallelContext
+
+_OURS = {"decoder.final_layernorm.": "final_norm.", "decoder.layers.": "layers."}
+# Transformer-engine's linear layers have the norm before them inside.
+_INSIDE = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_FUSIONS = {
+    "apply_rope_fusion": True,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "te",
+    "gradient_accumulation_fusion": True,
+    "persist_layer_norm": True,
+}
+
+
+def uses_transformer_engine(device: torch.device) -> bool:
+    """Whether Megatron's model is made of transformer-engine's modules."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+def gpt_model(
+    shape: ModelConfig, context: ParallelContext, dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    """`GPTModel` of this rank: with pipeline parallelism an equal share of the layers, in order.
+
+    Call it inside of `context.megatron()`.
+    """
+    config = shape.transformer_config(context, dtype)
+    config.pipeline_model_parallel_size = context.pp_size
+    config.pipeline_dtype = dtype
+    spec, norm = llama_layer_spec(shape.ffn_hidden_size), RMSNorm
+    if uses_transformer_engine(context.device):
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        for name, value in _FUSIONS.items():
+            setattr(config, name, value)
+        spec, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    each = shape.num_layers // context.pp_size
+    theirs = GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=[spec] * each, layer_norm=norm),
+        vocab_size=shape.padded_vocab_size(context.tp_size),
+        max_sequence_length=shape.max_sequence_length,
+        pre_process=context.pp_rank == 0,
+        post_process=context.pp_rank == context.pp_size - 1,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rotary_base),
+        share_embeddings_and_output_weights=shape.tie_embeddings,
+        pg_collection=context.groups,
+    )
+    # All layers at once: on a stage of its own, ours would have two chunks of other layers.
+    whole = replace(context, pp_rank=0, pp_size=1, channels={}, pipeline_split=())
+    ours = dict(CausalLM(shape, whole, dtype).named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(ours[_our_name(name, each * context.pp_rank)])
+    return theirs
+
+
+def _our_name(name: str, first: int) -> str:
+    """Megatron numbers the layers of a stage from 0."""
+    for theirs, ours in _OURS.items():
+        if not name.startswith(theirs):
+            continue
+        rest = name.removeprefix(theirs)
+        if ours != "layers.":
+            return ours + rest
+        number, _, inner = rest.partition(".")
+        return f"{ours}{first + int(number)}.{_INSIDE.get(inner, inner)}"
+    return name
+
+
+def forward_step(pieces: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
+    """A micro-batch through the model, for Megatron's schedules: what it returns, and the loss."""
+    tokens, labels = next(pieces)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    return model(tokens, positions, None, labels=labels), partial(_mean)
+
+
+def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = losses.float().mean()
+    # A copy: the schedule divides the loss by the number of micro-batches in place.
+    return loss, {"loss": loss.detach().clone()}
+
+
+def cut_in_pieces(batch: dict[str, Tensor], micro_batch: int) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and labels [b, S] of each micro-batch, from those of the batch [B, S]."""
+    parts = (batch[name].split(micro_batch) for name in ("tokens", "labels"))
+    return list(zip(*parts, strict=True))

@@ -1,0 +1,91 @@
+"""The benchmark of several GPUs, rehearsed on processes of the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dhellam.bench.several import parse
+from lightning_dhellam.bench.several_job import Job
+from lightning_dhellam.cli import main
+
+WORDS = ["bench", "several", "--device=cpu", "--vocabulary=512", "--rounds=1", "--steps=1"]
+JOB = Job("ours", "a", 40, 512, 4, 2, 1, "cpu", 1, 1)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    (file,) = folder.glob("several-*.json")
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    assert not [row["failed"] for row in rows if "failed" in row]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("case", "sides"),
+    [("a:2:2:1", "megatron-core,ours,emulated"), ("a:4:2:2", "megatron-core,ours")],
+)
+def test_all_sides_train_the_same(case: str, sides: str, tmp_path: Path) -> None:
+    options = [f"--cases=['{case}']", f"--sides=[{sides}]", f"--output={tmp_path}"]
+    assert main([*WORDS, *options]) == 0
+    rows = _rows(tmp_path)
+    theirs, *others = rows
+    assert theirs["side"] == "megatron-core"
+    ours = [row for row in others if row["side"] == "ours"]
+    assert {"sequential", "megatron", "dhellam", "auto"} <= {row["plan"] for row in ours}
+    for row in ours:
+        assert row["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert row["grad norm"] == pytest.approx(theirs["grad norm"], rel=1e-4)
+        expected = theirs["step ms"] / row["step ms"]
+        assert row["over megatron-core"] == pytest.approx(expected)
+    (installed,) = [row for row in ours if "whole ms" in row]
+    assert installed["whole ms"] > 0 and installed["details"]["search"]["profile"] > 0
+    emulated = {row["plan"]: row for row in others if row["side"] == "emulated"}
+    if "emulated" in sides:
+        assert emulated["ours"]["of real"] == pytest.approx(
+            emulated["ours"]["step ms"] / installed["step ms"]
+        )
+        assert "loss" not in emulated["ours"], "an emulated rank's numbers mean nothing"
+
+
+@pytest.mark.parametrize("case", ["a:8:2", "z:8:2:1", "a:8:0:1", "a:x:2:1"])
+def test_a_case_that_is_none_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*WORDS, f"--cases=['{case}']", f"--output={tmp_path}"]) == 2
+    assert f"--cases: '{case}' is not shape:layers:tensor:pipeline" in capsys.readouterr().err
+
+
+def test_a_job_that_fails_costs_its_own_row(tmp_path: Path) -> None:
+    # The miniature has eight heads.
+    options = ["--cases=['a:1:3:1']", "--sides=[megatron-core]", f"--output={tmp_path}"]
+    assert main([*WORDS, *options]) == 1
+    (file,) = tmp_path.glob("several-*.json")
+    (row,) = json.loads(file.read_text())["rows"]
+    assert "ended with code 1: see" in row["failed"]
+    log = Path(row["failed"].rpartition("see ")[2]).read_text()
+    assert "is not a multiple of tensor_parallel_size=3" in log
+
+
+def test_layers_that_do_not_fit_are_left_out() -> None:
+    assert JOB.config(1e18).num_layers == 40
+    large, small = (JOB.config(memory).num_layers for memory in (4e6, 2e6))
+    assert 1 <= small < large < 40
+    staged = replace(JOB, tensor=1, pipeline=2)
+    assert staged.config(4e6).num_layers % 2 == 0
+    assert JOB.config(1.0).num_layers == 1, "one layer is tried in any case"
+
+
+def test_what_a_real_machine_trains_fits_by_the_published_sizes() -> None:
+    """18 bytes of state for each weight, and activations, of one H200 among two."""
+
+    class Options:
+        device, vocabulary, micro_batches, rounds, steps = "cuda", 32000, 4, 2, 3
+
+    job = parse("b:40:2:1", Options())  # type: ignore[arg-type]
+    layers = job.config(141e9).num_layers
+    assert 10 <= layers <= 22
+    assert parse("a:8:2:1", Options()).config(141e9).num_layers == 8  # type: ignore[arg-type]

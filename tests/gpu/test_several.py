@@ -1,0 +1,220 @@
+"""Several real GPUs with NCCL compute what one process does, whatever the layout and the plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import export_llama
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.plan import BUILDERS
+from tests.engine.harness import batch_of, differing, engine_of, pieces, prepared, reduced, train
+from tests.models.llama import SMALL, hugging_face_llama, relative_error, token_losses
+from tests.plan.graphs import random_builder
+from tests.ranks import run_ranks
+from tests.strategy.lost_rank import TORCHRUN, lose
+from tests.strategy.runs import join
+from tests.strategy.runs import train as train_under_lightning
+
+pytestmark = pytest.mark.gpu
+
+COUNT = torch.cuda.device_count()
+LENGTH = 64
+# Heads of 16, which every attention kernel takes.
+CONFIG = replace(
+    SMALL,
+    num_layers=5,
+    hidden_size=256,
+    ffn_hidden_size=384,
+    num_attention_heads=16,
+    num_query_groups=8,
+    vocab_size=501,
+    hidden_dropout=0.0,
+)
+LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    2: {"tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}},
+    4: {
+        "tp4": {"tensor_parallel_size": 4},
+        "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    },
+    8: {
+        "tp8": {"tensor_parallel_size": 8},
+        "tp4-pp2": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2},
+        "tp2-pp4": {"tensor_parallel_size": 2, "pipeline_parallel_size": 4},
+    },
+}
+CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+RANDOM_PLANS = 20
+
+
+def needs(world: int) -> None:
+    if world > COUNT:
+        pytest.skip(f"needs {world} GPUs, there are {COUNT}")
+
+
+def _reproducible() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True)
+
+
+def _context(rank: int, sizes: dict[str, int]) -> ParallelContext:
+    return ParallelContext.create(torch.device("cuda", rank), **sizes)
+
+
+def _batch(samples: int, device: torch.device) -> dict[str, Tensor]:
+    return {name: rows.to(device) for name, rows in batch_of(CONFIG, samples, LENGTH).items()}
+
+
+def _gradients(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    _reproducible()
+    context = _context(rank, sizes)
+    model = prepared(CONFIG, context).to(context.device)
+    engine = engine_of(lower(model), context.device, poison=True)
+    loss, gradients = train(engine, model, pieces(_batch(5, context.device), 2, context))
+    exported = export_llama(model, reduced(model, gradients))
+    return loss.cpu(), {name: gradient.cpu() for name, gradient in exported.items()}
+
+
+@pytest.mark.parametrize(("world", "layout"), CASES)
+def test_losses_and_gradients_are_hugging_faces(world: int, layout: str) -> None:
+    needs(world)
+    reference, batch = hugging_face_llama(CONFIG), batch_of(CONFIG, 5, LENGTH)
+    losses = token_losses(reference, batch["tokens"], batch["labels"])
+    expected = losses.sum() / (batch["labels"] != -100).sum()
+    expected.backward()
+    sizes = LAYOUTS[world][layout]
+    outcomes = run_ranks(world, _gradients, sizes, backend="nccl")
+    first_stage = world // sizes.get("pipeline_parallel_size", 1)
+    for rank, (loss, gradients) in enumerate(outcomes):
+        assert abs(loss - expected * (rank < first_stage)) <= 2e-6 * expected
+        errors = {
+            name: relative_error(gradients[name], parameter.grad)
+            for name, parameter in reference.named_parameters()
+            if parameter.grad is not None
+        }
+        assert errors.keys() == gradients.keys()
+        assert max(errors.values()) <= 2e-5, errors
+
+
+def _plans_that_differ(rank: int, sizes: dict[str, int]) -> dict[str, list[str]]:
+    _reproducible()
+    context = _context(rank, sizes)
+    config = replace(CONFIG, hidden_dropout=0.1)
+    model = prepared(config, context, torch.bfloat16).to(context.device)
+    lowered = lower(model)
+    micro_batches = pieces(_batch(5, context.device), 1, context)
+    engine = engine_of(lowered, context.device, BUILDERS["sequential"])
+    poisoned = engine_of(lowered, context.device, poison=True)
+    expected = train(engine, model, micro_batches)
+    wrong = {}
+    builders = BUILDERS | {f"random-{seed}": random_builder(seed) for seed in range(RANDOM_PLANS)}
+    for index, (name, builder) in enumerate(builders.items()):
+        other = poisoned if index % 2 else engine
+        other.install(builder)
+        wrong[name] = differing(train(other, model, micro_batches), expected)
+    return {name: tensors for name, tensors in wrong.items() if tensors}
+
+
+@pytest.mark.parametrize(("world", "layout"), CASES)
+def test_no_plan_changes_a_bit(world: int, layout: str) -> None:
+    needs(world)
+    outcomes = run_ranks(world, _plans_that_differ, LAYOUTS[world][layout], backend="nccl")
+    assert outcomes == [{}] * world
+
+
+Strategies = dict[str, dict[str, Any]]
+STRATEGIES: dict[int, Strategies] = {
+    2: {
+        "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3},
+        "pp2": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
+        "dp2": {"micro_batch_size": 2, "bucket_size": 300},
+        "dp2-unsharded": {"micro_batch_size": 2, "distributed_optimizer": False},
+    },
+    4: {
+        "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
+        "pp2-dp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
+        "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    },
+    8: {
+        "tp2-pp2-dp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        "dp8": {"micro_batch_size": 1},
+    },
+}
+
+
+def _trained(rank: int, world: int, strategies: Strategies) -> dict[str, list[float]]:
+    _reproducible()
+    join(rank, world)
+    options = {"accelerator": "gpu", "gradient_clip_val": 0.1}
+    return {
+        name: train_under_lightning(strategy, **options) for name, strategy in strategies.items()
+    }
+
+
+@pytest.mark.parametrize("world", STRATEGIES)
+def test_training_under_lightning_goes_as_on_one_gpu(world: int) -> None:
+    needs(world)
+    (alone,) = run_ranks(1, _trained, 1, {"one": {"micro_batch_size": 2}}, backend="nccl")
+    outcomes = run_ranks(world, _trained, world, STRATEGIES[world], backend="nccl")
+    assert len(set(alone["one"])) == 4
+    for losses in outcomes:
+        for name, found in losses.items():
+            torch.testing.assert_close(found, alone["one"], rtol=2e-5, atol=0, msg=name)
+
+
+def _searched(rank: int) -> dict[str, list[float]]:
+    _reproducible()
+    join(rank, 2)
+    options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 60, "samples": 480}
+    strategy = {"tensor_parallel_size": 2, "micro_batch_size": 3}
+    return {
+        plan: train_under_lightning({**strategy, "plan": plan}, **options)
+        for plan in ("sequential", "auto")
+    }
+
+
+def test_a_search_changes_no_loss() -> None:
+    needs(2)
+    for losses in run_ranks(2, _searched, backend="nccl", timeout=240):
+        assert len(losses["auto"]) == 60
+        assert losses["auto"] == losses["sequential"]
+
+
+def _own_plan(rank: int) -> str:
+    join(rank, 2)
+    plan = ("sequential", "megatron")[rank]
+    with pytest.raises(ValueError) as error:
+        train_under_lightning({"tensor_parallel_size": 2, "plan": plan}, accelerator="gpu")
+    return str(error.value)
+
+
+def test_ranks_with_different_orders_of_collectives_are_refused() -> None:
+    needs(2)
+    for message in run_ranks(2, _own_plan, backend="nccl"):
+        assert "orders the operators differently on different ranks" in message
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["lightning", "torchrun"])
+def test_a_job_ends_when_a_rank_is_killed_in_a_step(
+    launcher: tuple[str, ...], victim: int, tmp_path: Path
+) -> None:
+    needs(2)
+    output, code = lose(victim, tmp_path, "gpu", *launcher)
+    assert f"rank {victim} is killed" in output
+    assert code != 0
+    if launcher:
+        assert "Signal 9 (SIGKILL)" in output, output
+    elif victim:
+        assert "terminated with code -9" in output, output
+    else:
+        # Nobody watches the first process; the other one's collective runs into the time-out.
+        assert "Watchdog caught collective operation timeout" in output, output

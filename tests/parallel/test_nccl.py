@@ -1,0 +1,49 @@
+"""What NCCL and the driver are told. NCCL itself is in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from megatron.core.parallel_state import get_nccl_options
+
+from lightning_dhellam.parallel import ParallelContext, nccl
+from tests.ranks import run_ranks
+
+
+def test_megatron_reads_the_settings() -> None:
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("torch without NCCL")
+    options = get_nccl_options("tp", yaml.safe_load(nccl.CONFIGURATION.read_text()))
+    assert options.config.max_ctas == nccl.processors() > 0
+    assert options.is_high_priority_stream
+
+
+def _on_gloo(rank: int) -> tuple[object, int]:
+    context = ParallelContext.create(torch.device("cpu"), tensor_parallel_size=2)
+    return nccl.high_priority(), context.link_processors
+
+
+def test_gloo_takes_no_processors_and_has_no_priorities() -> None:
+    assert run_ranks(2, _on_gloo) == [(None, 0)] * 2
+
+
+@pytest.mark.parametrize("given", ["1", "7", "many"])
+def test_too_few_queues_are_told(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(nccl.QUEUES, given)
+    assert nccl.open_queues().startswith(f"CUDA_DEVICE_MAX_CONNECTIONS={given} lets lanes share")
+
+
+@pytest.mark.parametrize("given", ["8", "32"])
+def test_what_the_user_has_set_stays(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(nccl.QUEUES, given)
+    assert nccl.open_queues() == ""
+
+
+def test_queues_are_opened_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(nccl.os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert nccl.open_queues() == "" and environment == {}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert nccl.open_queues() == "" and environment == {nccl.QUEUES: "32"}

@@ -1,0 +1,76 @@
+"""A job of two ranks of which one is killed in the middle of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+TIMEOUT = 20
+"""Seconds after which a collective that a rank does not join fails."""
+
+SCRIPT = f"""
+import os, signal, sys
+from datetime import timedelta
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+from tests.strategy.runs import Model, Sequences, make_trainer
+
+victim, accelerator = int(sys.argv[1]), sys.argv[2]
+
+class Killed(Callback):
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_step == 2 and trainer.global_rank == victim:
+            print(f"rank {{victim}} is killed", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    strategy = {{"tensor_parallel_size": 2, "timeout": timedelta(seconds={TIMEOUT})}}
+    trainer = make_trainer(strategy, [Killed()], accelerator=accelerator, devices=2, max_steps=100)
+    trainer.fit(Model(), DataLoader(Sequences(800), batch_size=8))
+"""
+
+
+def lose(victim: int, folder: Path, accelerator: str, *launcher: str) -> tuple[str, int]:
+    """Output and exit code of the job; the processes that it started have ended by themselves."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [clean.get("PYTHONPATH")])])
+    job = subprocess.Popen(
+        [sys.executable, *launcher, str(script), str(victim), accelerator],
+        env={**clean, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        stdout=(folder / "output").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        code = job.wait(timeout=150)
+        # The first process of a job may end before those that it has started.
+        _wait_for_the_others(job.pid, seconds=4 * TIMEOUT)
+        return (folder / "output").read_text(), code
+    finally:
+        if _are_running(job.pid):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+def _wait_for_the_others(group: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while _are_running(group):
+        assert time.monotonic() < deadline, "a process of the job goes on without the others"
+        time.sleep(0.2)
+
+
+def _are_running(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
