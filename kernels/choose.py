@@ -188,6 +188,20 @@ def _on_ampere_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | Non
     return obstacle
 
 
+def _unordered_on_ampere_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    obstacle = _on_ampere_in_16_bits(device, dtype)
+    if obstacle is None and torch.are_deterministic_algorithms_enabled():
+        return (
+            "its backward adds up in an order that varies, and"
+            " torch.use_deterministic_algorithms is on"
+        )
+    return obstacle
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _on_hopper_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
     obstacle = _on_cuda_in_16_bits(device, dtype)
     if obstacle is None:
@@ -226,17 +240,20 @@ def _with_triton(operator: str) -> dict[str, Candidate]:
 
 CANDIDATES: dict[str, dict[str, Candidate]] = {
     "attention": {
-        "cudnn": Candidate(_backend("sdpa", "CudnnAttention"), _on_ampere_in_16_bits),
-        "flash_attn": Candidate(
-            _backend("flash", "FlashAttention"), _on_ampere_in_16_bits, "flash_attn"
-        ),
+        # One H200, S 8192, 32 heads on 8, D 128: forward 0.78 ms, backward 2.28; cuDNN 0.89 and
+        # 2.59; flash_attn 1.57 and 4.66.
         "flash_attn_4": Candidate(
             _backend("flash_attn_4", "FlashAttention4"),
             _on_hopper_in_16_bits,
             distribution="flash-attn-4",
             extra="lightning-dhellam[flash-attn-4]",
-            automatic=lambda device: False,
+            automatic=_is_hopper,
         ),
+        "cudnn": Candidate(_backend("sdpa", "CudnnAttention"), _unordered_on_ampere_in_16_bits),
+        "flash_attn": Candidate(
+            _backend("flash", "FlashAttention"), _on_ampere_in_16_bits, "flash_attn"
+        ),
+        "torch_flash": Candidate(_backend("sdpa", "TorchFlash"), _on_ampere_in_16_bits),
         "transformer_engine": Candidate(
             _backend("transformer_engine", "TransformerEngineAttention"),
             _on_ampere_in_16_bits,

@@ -58,7 +58,8 @@ def backward(
     _backward[(programs,)](
         dy, x, weight, statistics, extra, dx, partial, rows, width, blocks(rows, programs),
         ADDS=residual is not None, CENTRES=parameters == 2, BLOCK=block,
-        num_warps=row_warps(block),
+        # A second sum of parameters would leave registers for one program to a multiprocessor only.
+        num_warps=min(16, parameters * row_warps(block)),
     )  # fmt: skip
     return dx, partial.sum(1)
 
@@ -89,11 +90,12 @@ def _forward(
         rounded = wide.to(total.dtype.element_ty)
         tl.store(total + here, rounded, mask=inside)
         wide = rounded.to(tl.float32)
-    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if CENTRES:
         mean = tl.sum(wide) / width
         wide = tl.where(inside, wide - mean, 0.0)
     scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
+    # Asked for this late, it takes no registers while threads wait for each other.
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     result = wide * scale * factor
     if CENTRES:
         tl.store(statistics + 2 * row, mean)

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from lightning_dhellam.plan import Graph, Lane, Plan
+from lightning_dhellam.plan import Graph, Issue, Lane, Plan, Strand
+from lightning_dhellam.plan.plan import Row
 from lightning_dhellam.search.profile import Clock, Key, Profile
 
 _INSTANT = 1e-7
@@ -110,8 +111,21 @@ class Costs:
         return replace(self, keys=keys, spare=True)
 
     def of_plans(self, plans: Iterable[Plan]) -> Costs:
-        """The costs of the operators as `plans` run them."""
-        return self.sparing() if any(plan.spare for plan in plans) and not self.spare else self
+        """The costs of the operators as `plans` run them: all that can spare do, or none."""
+        spare = any(row.spare for plan in plans for row in plan.issues)
+        return self.sparing() if spare and not self.spare else self
+
+    def marked(self, plan: Plan, graphs: Mapping[Strand, Graph | None]) -> Plan:
+        """The plan with a mark at each row whose operator is to leave processors."""
+        spares = set(self.spares.values())
+
+        def mark(row: Row) -> Row:
+            graph = graphs[row.strand] if isinstance(row, Issue) else None
+            if graph is None or not isinstance(row, Issue):
+                return row
+            return replace(row, spare=self.key(graph, row.operator) in spares)
+
+        return replace(plan, rows=tuple(mark(row) for row in plan.rows)) if self.spare else plan
 
     def clocked(self, share: float) -> Costs:
         """The same where compute works for `share` of the time."""

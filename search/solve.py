@@ -14,7 +14,16 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Plan, validate
+from lightning_dhellam.plan import (
+    BUILDERS,
+    Builder,
+    Graph,
+    GraphPair,
+    Lane,
+    Plan,
+    Strand,
+    validate,
+)
 from lightning_dhellam.search.bound import bounds
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import Exact
@@ -192,7 +201,8 @@ def solve_pair(
         plan, proven = pairs(problem), False
     else:
         plan, proven = _best(problem, max(found.values()), budget or Budget())
-    plan = replace(plan, spare=costs.spare)
+    graphs = {Strand.FORWARD: problem.forward, Strand.BACKWARD: problem.backward}
+    plan = costs.marked(plan, graphs)
     validate(plan, problem.forward, problem.backward)
     peak = problem.memory.peak(problem.candidate(plan))
     if memory_limit is not None and peak > memory_limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,21 @@ class Backend(ABC):
         """Gradients by `q` [S, B, H, D], `k` and `v` [S, B, G, D] from `dout` [S, B, H*D]."""
 
 
+@dataclass
+class Recorded:
+    """What autograd has recorded of a forward.
+
+    Attributes:
+        leaves: queries, keys and values.
+        out: made from them.
+        used: whether a backward went through it.
+    """
+
+    leaves: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
+    used: bool = False
+
+
 class AutogradBackend(Backend):
     """A library whose public interface is a differentiable function: its graph is the state.
 
@@ -54,7 +70,7 @@ class AutogradBackend(Backend):
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
             out = self.attend(q, k, v, scale)
-        return out.detach(), out.new_empty(0, dtype=torch.float32), ((q, k, v), out)
+        return out.detach(), out.new_empty(0, dtype=torch.float32), Recorded((q, k, v), out)
 
     def backward(
         self,
@@ -67,7 +83,10 @@ class AutogradBackend(Backend):
         state: Any,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        leaves, graph = state
+        recorded: Recorded = state
+        recorded.used = True
         # The caller drops the state when it is done, and may time this more than once.
-        dq, dk, dv = torch.autograd.grad(graph, leaves, dout.view(graph.shape), retain_graph=True)
+        dq, dk, dv = torch.autograd.grad(
+            recorded.out, recorded.leaves, dout.view(recorded.out.shape), retain_graph=True
+        )
         return dq, dk, dv

@@ -40,7 +40,7 @@ def combine(statistics_of_ranks: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.combine`."""
     statistics_of_ranks = statistics_of_ranks.contiguous()
     ranks, _, rows = statistics_of_ranks.shape
-    loss, lse = statistics_of_ranks.new_empty(2, rows)
+    loss, lse = (statistics_of_ranks.new_empty(rows) for _ in range(2))
     grid = (blocks(rows, _COMBINE_BLOCK),)
     _combine[grid](
         statistics_of_ranks, loss, lse, rows, RANKS=ranks, BLOCK=_COMBINE_BLOCK, num_warps=4

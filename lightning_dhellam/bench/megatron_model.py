@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -65,6 +66,8 @@ def gpt_model(
             setattr(config, name, value)
         spec, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
     each = shape.num_layers // context.pp_size
+    # Its generators must exist on a GPU, whatever they draw.
+    model_parallel_cuda_manual_seed(1, tp_rank=context.tp_rank, ep_rank=0, etp_rank=0)
     theirs = GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=[spec] * each, layer_norm=norm),

@@ -44,6 +44,7 @@ class Entry:
         reads: each slot once, without those of the micro-batch itself.
         crosses: whether an operator of another lane reads what it writes.
         first: whether it begins before the compute operator that follows.
+        spare: whether it leaves processors to communication.
         label: its name in traces.
         then: transfers that start as soon as it was issued.
     """
@@ -54,6 +55,7 @@ class Entry:
     reads: tuple[str, ...]
     crosses: bool
     first: bool
+    spare: bool
     label: str
     then: tuple[Entry, ...] = ()
 
@@ -116,6 +118,7 @@ def _entry(row: Issue, graph: Graph | None, follows: Graph | None) -> Entry:
         _own(operator.reads),
         not foreign.isdisjoint(operator.writes),
         row.first,
+        row.spare,
         f"{row.strand}/{operator.name}",
         tuple(_transfer(o, graph) for o in graph.sends if {*o.reads} & {*operator.writes}),
     )
@@ -130,7 +133,7 @@ def _transfer(operator: Operator, graph: Graph) -> Entry:
     label = f"{graph.direction}/{operator.name}"
     crosses = bool(operator.writes)
     reads = _own(operator.reads)
-    return Entry(operator, graph.direction, 0, reads, crosses, False, label)
+    return Entry(operator, graph.direction, 0, reads, crosses, False, False, label)
 
 
 def _own(reads: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,7 +156,6 @@ class Executor:
         self, job: Job, previous: Job | None = None, on_gradient: OnGradient | None = None
     ) -> None:
         """Issue the operators of `job`, and what `previous`, of the same plan, left for it."""
-        self.lanes.share(job.program.plan.spare)
         for index, entry in enumerate(job.program.entries):
             if entry is None:
                 self.lanes.barrier()
@@ -197,6 +199,8 @@ class Executor:
         inputs = [tape[name] for name in operator.reads]
         if self.observer is not None:
             self.observer(entry, [slot.value for slot in inputs])
+        if not operator.is_communication:
+            self.lanes.share(entry.spare)
         traced = operator if self.tracer is None else self.tracer.traced(operator)
         result, mark = self.lanes.launch(traced, inputs, entry.crosses, entry.first)
         writes = operator.writes

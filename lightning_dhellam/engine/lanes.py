@@ -45,7 +45,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def share(self, spare: bool) -> None:
-        """Whether GEMMs that are launched from now on leave processors to communication."""
+        """Whether a GEMM that is launched next leaves processors to communication."""
 
     @abstractmethod
     def barrier(self) -> None:

@@ -8,8 +8,7 @@ A plan prints as a table and parses back from its own print:
       2  backward  compute  fc1.wgrad (previous)
       -  barrier
       3  forward   tp       qkv.gather (first)
-
-A plan whose GEMMs leave some processors to communication says `plan NAME, spare: forward ...`.
+      4  backward  compute  fc1.dgrad (spare)
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ class Issue:
     one, so that work which nobody waits for can hide this pair's first communication.
 
     Communication with `first` begins before the compute operator that is issued next: a kernel
-    that runs has taken the processors that it wants, and what comes later waits for its end.
+    that runs has taken the processors that it wants, and what comes later waits for its end. A
+    GEMM with `spare` leaves as many processors free as communication needs.
     """
 
     strand: Strand
@@ -42,9 +42,10 @@ class Issue:
     operator: str
     lag: int = 0
     first: bool = False
+    spare: bool = False
 
     def __str__(self) -> str:
-        remarks = _PREVIOUS * bool(self.lag) + _FIRST * self.first
+        remarks = _PREVIOUS * bool(self.lag) + _FIRST * self.first + _SPARE * self.spare
         return f"{self.strand:<8}  {self.lane:<7}  {self.operator}{remarks}"
 
 
@@ -58,13 +59,13 @@ class Barrier:
 
 Row = Issue | Barrier
 
-_HEADER = re.compile(r"plan (\S+?)(, spare)?: forward (\S+), backward (\S+)")
-_ISSUE = re.compile(r"(\d+)\s+(\S+)\s+(\S+)\s+(\S+)( \(previous\))?( \(first\))?")
+_HEADER = re.compile(r"plan (\S+): forward (\S+), backward (\S+)")
+_ISSUE = re.compile(r"(\d+)\s+(\S+)\s+(\S+)\s+(\S+)( \(previous\))?( \(first\))?( \(spare\))?")
 _BARRIER = re.compile(r"-\s+barrier")
 _NOTHING = "-"
 _PREVIOUS = " (previous)"
 _FIRST = " (first)"
-_SPARE = ", spare"
+_SPARE = " (spare)"
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,12 @@ class Plan:
         forward: name of the forward graph, None for a pass without forward strand.
         backward: name of the backward graph, None for a pass without backward strand.
         rows: in issue order.
-        spare: whether GEMMs leave free the processors that communication needs.
     """
 
     name: str
     forward: str | None
     backward: str | None
     rows: tuple[Row, ...]
-    spare: bool = False
 
     @property
     def issues(self) -> tuple[Issue, ...]:
@@ -108,7 +107,7 @@ class Plan:
     def _lines(self, arrow_at: int | None, remark: str) -> Iterator[str]:
         arrow = f"   <-- {remark}"
         header = (
-            f"plan {self.name}{_SPARE * self.spare}: forward {self.forward or _NOTHING},"
+            f"plan {self.name}: forward {self.forward or _NOTHING},"
             f" backward {self.backward or _NOTHING}"
         )
         yield header + arrow * (arrow_at == -1)
@@ -133,15 +132,14 @@ class Plan:
         header = _HEADER.fullmatch(lines[0]) if lines else None
         if header is None:
             raise _parse_error(lines, 0, "expected 'plan NAME: forward GRAPH, backward GRAPH'")
-        name, spare, *graphs = header.groups()
-        forward, backward = (None if graph == _NOTHING else graph for graph in graphs)
+        name, forward, backward = (None if g == _NOTHING else g for g in header.groups())
         rows: list[Row] = []
         issued = 0
         for index, line in enumerate(lines[1:], start=1):
             row = _parse_row(lines, index, line.strip(), issued)
             issued += isinstance(row, Issue)
             rows.append(row)
-        return cls(name, forward, backward, tuple(rows), spare is not None)
+        return cls(str(name), forward, backward, tuple(rows))
 
 
 def _parse_row(lines: list[str], index: int, line: str, issued: int) -> Row:
@@ -150,14 +148,15 @@ def _parse_row(lines: list[str], index: int, line: str, issued: int) -> Row:
     match = _ISSUE.fullmatch(line)
     if match is None:
         raise _parse_error(lines, index, "expected 'NUMBER STRAND LANE OPERATOR' or '- barrier'")
-    number, strand, lane, operator, previous, first = match.groups()
+    number, strand, lane, operator, previous, first, spare = match.groups()
     if int(number) != issued:
         raise _parse_error(lines, index, f"row number {number}, expected {issued}")
     if strand not in list(Strand):
         raise _parse_error(lines, index, f"strand '{strand}', expected {_choices(Strand)}")
     if lane not in list(Lane):
         raise _parse_error(lines, index, f"lane '{lane}', expected {_choices(Lane)}")
-    return Issue(Strand(strand), Lane(lane), operator, lag=1 if previous else 0, first=bool(first))
+    lag = 1 if previous else 0
+    return Issue(Strand(strand), Lane(lane), operator, lag, bool(first), bool(spare))
 
 
 def _choices(values: Iterable[str]) -> str:

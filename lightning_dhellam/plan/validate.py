@@ -47,6 +47,8 @@ def _check_row(
         raise plan.error(index, f"'{row.operator}' runs on lane '{operator.lane}'")
     if row.first and not operator.is_communication:
         raise plan.error(index, f"'{row.operator}' computes: only communication can go first")
+    if row.spare and not operator.shrinks:
+        raise plan.error(index, f"'{row.operator}' is no GEMM: only those leave processors free")
     if row.operator in done:
         raise plan.error(index, f"{row.strand} operator '{row.operator}' is issued twice")
     if row.lag:

@@ -21,7 +21,7 @@ SHAPES = {
 def _backends(device: torch.device, dtype: torch.dtype) -> list[Backend]:
     if device.type == "cpu":
         return [BACKENDS["cpu"]()]
-    names = ["efficient"] if dtype is torch.float32 else ["cudnn", "efficient"]
+    names = ["efficient"] if dtype is torch.float32 else ["cudnn", "torch_flash", "efficient"]
     return [BACKENDS[name]() for name in names]
 
 

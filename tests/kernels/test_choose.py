@@ -137,6 +137,27 @@ def test_gpus_of_flash_attn_4(
     assert dict(choose.available("attention", device, torch.bfloat16))["flash_attn_4"] == obstacle
 
 
+def test_what_a_gpu_gets_by_itself(flash_attn_4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+
+    def first(capability: tuple[int, int]) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return choose._first("attention", device, torch.bfloat16)
+
+    assert first((9, 0)) == "flash_attn_4"
+    # Not measured there.
+    assert first((10, 0)) == first((8, 0)) == "cudnn"
+    flash_attn_4.unlink()
+    assert first((9, 0)) == "cudnn"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert first((9, 0)) == "torch_flash"
+        obstacle = dict(choose.available("attention", device, torch.bfloat16))["cudnn"]
+        assert obstacle and "torch.use_deterministic_algorithms is on" in obstacle
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("forced", "message"),
     [
@@ -162,7 +183,8 @@ def test_sixteen_bit_backends_refuse_fp32() -> None:
 def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     device = torch.device("cuda", 0)
     kernels = choose.choose(device, torch.bfloat16)
-    assert kernels.names["attention"] == "cudnn"
+    usable = [n for n, why in choose.available("attention", device, torch.bfloat16) if not why]
+    assert kernels.names["attention"] == usable[0]
     assert {n for o, n in kernels.names.items() if o != "attention"} == {"triton"}
     assert choose.choose(device, torch.float32).names["attention"] == "efficient"
     forced = choose.choose(device, torch.bfloat16, {"rms_norm": "reference"})

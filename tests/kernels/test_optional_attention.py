@@ -239,7 +239,7 @@ def _on_gpu(name: str, dtype: torch.dtype) -> Any:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=["fp16", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["cudnn", *BACKENDS])
+@pytest.mark.parametrize("name", ["cudnn", "torch_flash", *BACKENDS])
 def test_results_on_a_gpu(name: str, shape: str, dtype: torch.dtype) -> None:
     # The output is rounded once after rounded probabilities; gradients of scores are rounded too,
     # and flash-attn 2 rounds those of keys once more before it adds up a group. Computed so in
@@ -255,7 +255,7 @@ def test_results_on_a_gpu(name: str, shape: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["cudnn", *BACKENDS])
+@pytest.mark.parametrize("name", ["torch_flash", *BACKENDS])
 def test_gradients_are_reproducible_where_torch_must_be(name: str) -> None:
     dtype, device, heads = torch.bfloat16, torch.device("cuda", 0), rope.Heads(1, 8, 128)
     backend = _on_gpu(name, dtype)

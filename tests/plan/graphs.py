@@ -53,7 +53,7 @@ def toy_pair() -> GraphPair:
 
 def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
     """A builder of random valid plans, some with barriers, some that leave work to the next
-    pair, some with communication that goes first, some whose GEMMs leave processors to it.
+    pair, some with communication that goes first, some with GEMMs that leave it processors.
 
     The same seed and graphs give the same plan, on every rank and in any order of calls.
     """
@@ -64,6 +64,7 @@ def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
         barriers = draw.choice((0.0, 0.0, 0.1, 0.4))
         lags = draw.choice((0.0, 0.0, 0.5, 1.0))
         firsts = draw.choice((0.0, 0.3, 1.0))
+        spares = draw.choice((0.0, 0.5, 1.0))
         rows: list[Issue | Barrier] = []
         left = [(graph, operator) for graph in graphs for operator in graph.operators]
         lagging = {graph.direction: _lagging(graph, lags, draw) for graph in graphs}
@@ -74,9 +75,10 @@ def random_builder(seed: int) -> Callable[[Graph | None, Graph | None], Plan]:
                 rows.append(Barrier())
             lag = int(operator.name in lagging[graph.direction])
             first = operator.is_communication and draw.random() < firsts
-            rows.append(Issue(graph.direction, operator.lane, operator.name, lag, first))
+            spare = operator.shrinks and draw.random() < spares
+            rows.append(Issue(graph.direction, operator.lane, operator.name, lag, first, spare))
         names = (graph.name if graph else None for graph in (forward, backward))
-        return Plan(f"random-{seed}", *names, tuple(rows), spare=draw.random() < 0.5)
+        return Plan(f"random-{seed}", *names, tuple(rows))
 
     return build
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan
+from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan, PlanError, validate
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.pictures import hidden_shares
 from lightning_dhellam.search.profile import Profile, Samples, Target, measure
@@ -49,6 +49,16 @@ def _shrinking(layer: GraphPair) -> GraphPair:
 
 
 LAYER = _shrinking(transformer())
+GEMMS = {o.name for g in graphs_of([LAYER]) for o in g.operators if o.shrinks}
+
+
+def _marked(plan: Plan) -> Plan:
+    marked = [replace(row, spare=row.operator in GEMMS) for row in plan.issues]
+    return replace(plan, rows=tuple(marked))
+
+
+def _spared(plan: Plan) -> set[str]:
+    return {row.operator for row in plan.issues if row.spare}
 
 
 def _profile(different: str = "") -> Profile:
@@ -58,8 +68,7 @@ def _profile(different: str = "") -> Profile:
 
 def test_gemms_are_measured_both_ways_unless_their_results_differ() -> None:
     profile = _profile()
-    gemms = {o.name for g in graphs_of([LAYER]) for o in g.operators if o.shrinks}
-    assert {key.removeprefix("transformer/") for key in profile.spares} == gemms
+    assert {key.removeprefix("transformer/") for key in profile.spares} == GEMMS
     alone = {row.operator: row.median for row in profile.timings if row.partner is None}
     for key, spare in profile.spares.items():
         assert alone[spare] == pytest.approx(SLOWER * alone[key])
@@ -81,7 +90,7 @@ def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
     known = Costs.of(_profile())
     plan = BUILDERS["interleaved"](LAYER.forward, LAYER.backward)
     assert known.of_plans([plan]) is known
-    sparing = known.of_plans([replace(plan, spare=True)])
+    sparing = known.of_plans([_marked(plan)])
     gemm, norm = (known.alone(LAYER.forward, name) for name in ("fc1.gemm", "mlp.norm"))
     assert sparing.alone(LAYER.forward, "fc1.gemm") == pytest.approx(SLOWER * gemm)
     assert sparing.alone(LAYER.forward, "mlp.norm") == norm
@@ -89,7 +98,8 @@ def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
 
     def seconds(spare: bool) -> float:
         def build(forward: Graph | None, backward: Graph | None) -> Plan:
-            return replace(BUILDERS["interleaved"](forward, backward), spare=spare)
+            plan = BUILDERS["interleaved"](forward, backward)
+            return _marked(plan) if spare else plan
 
         return simulate([LAYER] * 3, build, known, micro_batches=3).seconds
 
@@ -103,8 +113,22 @@ def test_what_is_searched_for_sparing_gemms_says_so() -> None:
     known, budget = Costs.of(profile), Budget(evaluations=300, rare_evaluations=50)
     plain = solve_pair(LAYER, LAYER, known, budget=budget)
     sparing = solve_pair(LAYER, LAYER, known.sparing(), budget=budget)
-    assert not plain.plan.spare and sparing.plan.spare
+    assert _spared(plain.plan) == set()
+    assert _spared(sparing.plan) == GEMMS
     assert sparing.seconds < plain.seconds
     plans = solve(layers, known.sparing(), budget=budget).plans
-    assert all(plan.spare for plan in plans.values())
+    assert all(_spared(plan) for plan in plans.values() if "transformer" in str(plan))
     assert all(Plan.parse(str(plan)) == plan for plan in plans.values())
+
+
+def test_only_gemms_that_compute_the_same_are_marked() -> None:
+    known = Costs.of(_profile("fc1.gemm"))
+    found = solve_pair(LAYER, LAYER, known.sparing(), budget=Budget(evaluations=50))
+    assert _spared(found.plan) == GEMMS - {"fc1.gemm"}
+
+
+def test_a_plan_that_marks_another_operator_is_refused() -> None:
+    plan = BUILDERS["sequential"](LAYER.forward, None)
+    rows = tuple(replace(row, spare=True) for row in plan.issues)
+    with pytest.raises(PlanError, match=r"attention\.norm' is no GEMM"):
+        validate(replace(plan, rows=rows), LAYER.forward, None)
