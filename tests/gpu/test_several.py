@@ -73,10 +73,19 @@ def _batch(samples: int, device: torch.device) -> dict[str, Tensor]:
     return {name: rows.to(device) for name, rows in batch_of(CONFIG, samples, LENGTH).items()}
 
 
+def _calm(model: torch.nn.Module) -> None:
+    """Let matrices keep the size of activations, so that rounding is not blown up by layers."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.2)
+
+
 def _gradients(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
     _reproducible()
     context = _context(rank, sizes)
     model = prepared(CONFIG, context).to(context.device)
+    _calm(model)
     engine = engine_of(lower(model), context.device, poison=True)
     loss, gradients = train(engine, model, pieces(_batch(5, context.device), 2, context))
     exported = export_llama(model, reduced(model, gradients))
@@ -101,13 +110,14 @@ def test_one_gpu_computes_what_hugging_face_does() -> None:
     needs(1)
     ((loss, gradients),) = run_ranks(1, _gradients, {}, backend="nccl")
     reference, batch = hugging_face_llama(CONFIG), batch_of(CONFIG, 5, LENGTH)
+    _calm(reference)
     losses = token_losses(reference, batch["tokens"], batch["labels"])
     expected = losses.sum() / (batch["labels"] != -100).sum()
     expected.backward()
     assert abs(loss - expected) <= 1e-5 * expected
     for name, parameter in reference.named_parameters():
         if parameter.grad is not None:
-            assert relative_error(gradients[name], parameter.grad) <= 1e-3, name
+            assert relative_error(gradients[name], parameter.grad) <= 1e-4, name
 
 
 def _plans_that_differ(rank: int, sizes: dict[str, int]) -> dict[str, list[str]]:
