@@ -34,6 +34,7 @@ _SIZES = (4096, 1001)
 
 def add_options(parser: ArgumentParser) -> None:
     """What to measure."""
+    parser.add_argument("--kernels", type=list[str], default=None, help="names of some")
     parser.add_argument("--tokens", type=list[int], default=[8192, 32768], help="rows")
     parser.add_argument("--hidden", type=list[int], default=[4096, 8192], help="model widths")
     parser.add_argument("--vocabulary", type=list[int], default=[32000, 128256], help="columns")
@@ -50,6 +51,12 @@ def run(options: Namespace) -> Report:
     notes = {"backends": str(kernels), "dtype": "bfloat16"}
     report = Report("kernels", device_name(device), COLUMNS, notes)
     cases = all_cases(options.tokens, options.hidden, options.vocabulary, device)
+    if options.kernels is not None:
+        known = dict.fromkeys(case.name for case in cases)
+        unknown = [name for name in options.kernels if name not in known]
+        if unknown:
+            raise ValueError(f"--kernels: '{unknown[0]}' is not a kernel: use {', '.join(known)}")
+        cases = [case for case in cases if case.name in options.kernels]
     wrong = {operator: check(kernels, operator, device) for operator in parity.CASES}
     rows = [_row(case, wrong[case.operator]) for case in cases]
     report.rows += rows

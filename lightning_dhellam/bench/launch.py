@@ -24,6 +24,7 @@ from lightning_dhellam.plan import Graph, GraphPair, Operator, builder
 DESCRIPTION = "host time that the engine adds to an operator's own launch"
 
 COLUMNS = ("plan", "operators", "engine us", "launch us")
+_WARM_UP = 4
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -47,29 +48,35 @@ def run(options: Namespace) -> Report:
     count = 4 * sum(len(p.forward.operators) + len(p.backward.operators) for p in layers)
     report = Report("launch", device_name(device), COLUMNS)
     hollow = _Hollow()
+    empty = [hollow.pair(pair) for pair in layers]
+    engines = {
+        (plan, kind): Engine(graphs, make_lanes(device), builder(plan))
+        for plan in options.plans
+        for kind, graphs in (("whole", layers), ("alone", empty))
+    }
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
+    for step in range(_WARM_UP + options.repeats):
+        # In turn: a host that was idle needs some steps to reach its clock.
+        for key, engine in engines.items():
+            times[key].append(_host_seconds(engine, device, step))
     for plan in options.plans:
-        real = Engine(layers, make_lanes(device), builder(plan))
-        empty = Engine([hollow.pair(p) for p in layers], make_lanes(device), builder(plan))
-        whole = _host_seconds(real, device, options.repeats)
-        alone = _host_seconds(empty, device, options.repeats)
+        whole, alone = (median(times[plan, kind][_WARM_UP:]) for kind in ("whole", "alone"))
         row = (plan, count, alone / count * 1e6, whole / count * 1e6)
         report.rows.append(dict(zip(COLUMNS, row, strict=True)))
     return report
 
 
-def _host_seconds(engine: Engine, device: torch.device, repeats: int) -> float:
-    """Median host time of a step of four micro-batches, too small to wait for."""
+def _host_seconds(engine: Engine, device: torch.device, step: int) -> float:
+    """Host time of a step of four micro-batches, too small to wait for."""
     tokens = torch.randint(0, 4096, (4, 65), device=device)
     batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
-    times = []
-    for step in range(repeats + 2):
-        pieces = cut(batch, 1, device=device, seed=1, step=step, rank=0)
-        _synchronize(device)
-        begin = time.perf_counter()
-        engine.train(pieces)
-        times.append(time.perf_counter() - begin)
-        _synchronize(device)
-    return median(times[2:])
+    pieces = cut(batch, 1, device=device, seed=1, step=step, rank=0)
+    _synchronize(device)
+    begin = time.perf_counter()
+    engine.train(pieces)
+    taken = time.perf_counter() - begin
+    _synchronize(device)
+    return taken
 
 
 def _synchronize(device: torch.device) -> None:
