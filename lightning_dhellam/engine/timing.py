@@ -61,6 +61,9 @@ class OperatorTimer:
         self._repeats = repeats
         self._warmup = warmup
         self._time = self._on_cuda if self.on_cuda else self._on_cpu
+        self._pulse: torch.Tensor | None = None
+        if isinstance(lanes, CudaLanes) and group is not None:
+            self._pulse = torch.zeros(1, device=lanes.device)
 
     @property
     def on_cuda(self) -> bool:
@@ -183,6 +186,9 @@ class OperatorTimer:
         go = torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(compute):
             torch.cuda._sleep(_HEAD_START)
+            if self._pulse is not None:
+                # Ranks are apart by as much as their hosts: let their devices meet.
+                dist.all_reduce(self._pulse, group=self._group)
             go.record()
         times = []
         for operator, values in subjects:

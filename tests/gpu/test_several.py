@@ -92,10 +92,19 @@ def _gradients(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tens
     return loss.cpu(), {name: gradient.cpu() for name, gradient in exported.items()}
 
 
+@pytest.fixture(scope="module")
+def one_gpu() -> tuple[Tensor, dict[str, Tensor]]:
+    (outcome,) = run_ranks(1, _gradients, {}, backend="nccl")
+    loss, gradients = outcome
+    return loss, gradients
+
+
 @pytest.mark.parametrize(("world", "layout"), CASES)
-def test_losses_and_gradients_are_those_of_one_gpu(world: int, layout: str) -> None:
+def test_losses_and_gradients_are_those_of_one_gpu(
+    world: int, layout: str, one_gpu: tuple[Tensor, dict[str, Tensor]]
+) -> None:
     needs(world)
-    ((expected, reference),) = run_ranks(1, _gradients, {}, backend="nccl")
+    expected, reference = one_gpu
     sizes = LAYOUTS[world][layout]
     outcomes = run_ranks(world, _gradients, sizes, backend="nccl")
     first_stage = world // sizes.get("pipeline_parallel_size", 1)
@@ -106,9 +115,10 @@ def test_losses_and_gradients_are_those_of_one_gpu(world: int, layout: str) -> N
         assert max(errors.values()) <= 1e-5, errors
 
 
-def test_one_gpu_computes_what_hugging_face_does() -> None:
-    needs(1)
-    ((loss, gradients),) = run_ranks(1, _gradients, {}, backend="nccl")
+def test_one_gpu_computes_what_hugging_face_does(
+    one_gpu: tuple[Tensor, dict[str, Tensor]],
+) -> None:
+    loss, gradients = one_gpu
     reference, batch = hugging_face_llama(CONFIG), batch_of(CONFIG, 5, LENGTH)
     _calm(reference)
     losses = token_losses(reference, batch["tokens"], batch["labels"])
