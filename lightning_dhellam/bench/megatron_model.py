@@ -1,7 +1,8 @@
 """Megatron-core's own model of a rank, with the weights that ours starts from.
 
-On GPUs with transformer-engine it is made of Megatron's modules for it, with every fusion that they
-have, as Megatron's users train; elsewhere of the same modules that ours is made of.
+On GPUs it has every fusion that is installed, as Megatron's users train: transformer-engine's
+modules, or else Megatron's own with torch's fused norm and attention. On a CPU it is made of the
+same modules that ours is made of.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lightning_dhellam.models import CausalLM, ModelConfig
@@ -29,24 +32,27 @@ _INSIDE = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-_FUSIONS = {
-    "apply_rope_fusion": True,
-    "bias_activation_fusion": True,
-    "bias_dropout_fusion": True,
-    "cross_entropy_loss_fusion": True,
-    "cross_entropy_fusion_impl": "te",
-    "gradient_accumulation_fusion": True,
-    "persist_layer_norm": True,
-}
 
 
-def uses_transformer_engine(device: torch.device) -> bool:
-    """Whether Megatron's model is made of transformer-engine's modules."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+class FusedRMSNorm(RMSNorm):
+    """Torch's fused norm, with the marks that sequence parallelism needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., hidden] to the same shape and dtype."""
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron's modules for transformer-engine can be used."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def gpt_model(
-    shape: ModelConfig, context: ParallelContext, dtype: torch.dtype = torch.float32
+    shape: ModelConfig,
+    context: ParallelContext,
+    dtype: torch.dtype = torch.float32,
+    *,
+    transformer_engine: bool = False,
 ) -> GPTModel:
     """`GPTModel` of this rank: with pipeline parallelism an equal share of the layers, in order.
 
@@ -56,15 +62,9 @@ def gpt_model(
     config.pipeline_model_parallel_size = context.pp_size
     config.pipeline_dtype = dtype
     spec, norm = llama_layer_spec(shape.ffn_hidden_size), RMSNorm
-    if uses_transformer_engine(context.device):
-        from megatron.core.extensions.transformer_engine import TENorm
-        from megatron.core.models.gpt.gpt_layer_specs import (
-            get_gpt_layer_with_transformer_engine_spec,
-        )
-
-        for name, value in _FUSIONS.items():
-            setattr(config, name, value)
-        spec, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    if context.device.type == "cuda":
+        _fuse(config, transformer_engine)
+        spec, norm = _fused_modules(shape, transformer_engine)
     each = shape.num_layers // context.pp_size
     # Its generators must exist on a GPU, whatever they draw.
     model_parallel_cuda_manual_seed(1, tp_rank=context.tp_rank, ep_rank=0, etp_rank=0)
@@ -87,6 +87,30 @@ def gpt_model(
         for name, parameter in theirs.named_parameters():
             parameter.copy_(ours[_our_name(name, each * context.pp_rank)])
     return theirs
+
+
+def _fuse(config: TransformerConfig, transformer_engine: bool) -> None:
+    config.bias_activation_fusion = True
+    config.bias_dropout_fusion = True
+    config.cross_entropy_loss_fusion = True
+    config.cross_entropy_fusion_impl = "native"
+    config.apply_rope_fusion = transformer_engine
+    fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+    config.gradient_accumulation_fusion = fused is not None
+
+
+def _fused_modules(shape: ModelConfig, transformer_engine: bool) -> tuple[ModuleSpec, Any]:
+    """The modules of a layer, and the last norm."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        return get_gpt_layer_with_transformer_engine_spec(), TENorm
+    spec = llama_layer_spec(shape.ffn_hidden_size)
+    norms = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), FusedRMSNorm)
+    return replace(spec, submodules=replace(spec.submodules, **norms)), FusedRMSNorm
 
 
 def _our_name(name: str, first: int) -> str:

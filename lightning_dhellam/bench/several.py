@@ -26,6 +26,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_dhellam.bench.cells import shapes
+from lightning_dhellam.bench.megatron_model import has_transformer_engine
 from lightning_dhellam.bench.report import Report, Row, pick_device
 from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
 from lightning_dhellam.bench.several_rank import JOB, RESULT
@@ -39,6 +40,8 @@ COLUMNS = (
     "whole MFU", "predicted ms", "error", "of real", "loss", "grad norm", "peak GiB",
 )  # fmt: skip
 _LATENCY = 10e-6
+_APEX = Path(__file__).with_name("apex")
+"""Has the GEMM that Megatron-core wants of Apex."""
 _EMULATED = "emulated"
 _FILE = "ours"
 """What an emulated rank calls the plan that ours has installed."""
@@ -109,7 +112,7 @@ def _sides(
     real: dict[str, Any] = {}
     home = folder / "several" / job.case.replace(" ", "-")
     if MEGATRON in options.sides:
-        yield MEGATRON, _done(job, home / MEGATRON, options, budget)
+        yield MEGATRON, _megatron(job, home / MEGATRON, options, budget)
     if OURS in options.sides:
         real = _done(replace(job, side=OURS), home / OURS, options, budget)
         yield OURS, dict(real)
@@ -123,6 +126,17 @@ def _sides(
             emulate={"bandwidth": bandwidth, "latency": _LATENCY, "sms": link["sms"]},
         )
         yield _EMULATED, _done(rank, home / _EMULATED, options, budget)
+
+
+def _megatron(job: Job, folder: Path, options: Namespace, budget: Budget) -> dict[str, Any]:
+    """Megatron-core with transformer-engine where that works, or else without."""
+    if job.device == "cuda" and has_transformer_engine():
+        engine = replace(job, transformer_engine=True)
+        found = _done(engine, folder / "transformer-engine", options, budget)
+        if "failed" not in found:
+            return found
+        print(f"{job.case} with transformer-engine: {found['failed']}", flush=True)
+    return _done(job, folder, options, budget)
 
 
 def _done(job: Job, folder: Path, options: Namespace, budget: Budget) -> dict[str, Any]:
@@ -139,6 +153,8 @@ def _done(job: Job, folder: Path, options: Namespace, budget: Budget) -> dict[st
     if job.side == MEGATRON:
         # What its overlap relies on, as its documentation says.
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        paths = [str(_APEX), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", *module, str(folder)],

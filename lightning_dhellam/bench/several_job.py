@@ -38,6 +38,7 @@ class Job:
         device: `cuda`, or `cpu` for a rehearsal in miniature.
         rounds: steps that the search measures each plan on.
         steps: that are timed afterwards, or of Megatron-core.
+        transformer_engine: of Megatron-core, whether its modules are used.
         plan: of ours: `auto`, or a plan file to try beside the built-in ones.
         emulate: of ours, the link of a cluster that one process plays a rank of: fields of `Link`.
     """
@@ -52,6 +53,7 @@ class Job:
     device: str
     rounds: int
     steps: int
+    transformer_engine: bool = False
     plan: str = "auto"
     emulate: Mapping[str, float] | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,12 +20,12 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_dhellam.bench.megatron_model import (
     cut_in_pieces,
     forward_step,
     gpt_model,
-    uses_transformer_engine,
 )
 from lightning_dhellam.bench.several_job import Job, memory_of
 from lightning_dhellam.models import ModelConfig
@@ -51,7 +52,7 @@ class Training:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         batch = {name: rows.to(device) for name, rows in job.batch(config).items()}
         self._pieces = cut_in_pieces(batch, job.micro_batch)
-        model = gpt_model(config, context, dtype)
+        model = gpt_model(config, context, dtype, transformer_engine=job.transformer_engine)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of what the weights were copied from
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
@@ -69,6 +70,7 @@ class Training:
             use_gloo_process_groups=False,
         )
         self._schedule = get_forward_backward_func()
+        self.fuses: bool = model.config.gradient_accumulation_fusion
 
     def gradients(self) -> Tensor | None:
         """Forward and backward of a step, with the gradients reduced. Returns the loss."""
@@ -105,7 +107,9 @@ def measure(job: Job, device: torch.device) -> dict[str, Any]:
         tuned=False,
     )
     config = job.config(memory_of(device))
-    with context.megatron():
+    # Where torch chooses itself it takes flash attention, which is half as fast.
+    attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+    with context.megatron(), attention if device.type == "cuda" else nullcontext():
         training = Training(job, config, context)
         loss = training.gradients()
         first = torch.zeros(1, device=device) if loss is None else loss.reshape(1).float()
@@ -122,7 +126,8 @@ def measure(job: Job, device: torch.device) -> dict[str, Any]:
         "step s": median(whole for _, whole in times),
         "steps s": [whole for _, whole in times],
         "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "transformer-engine": uses_transformer_engine(device),
+        "transformer-engine": job.transformer_engine,
+        "gradient accumulation fusion": training.fuses,
         "connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
     }
     context.destroy()
