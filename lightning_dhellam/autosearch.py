@@ -16,13 +16,14 @@ from typing_extensions import override
 
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.search.findings import Findings
-from lightning_dhellam.session import Options, Session
+from lightning_dhellam.session import Options, Session, use_unsearched
 from lightning_dhellam.strategy import DHellamStrategy
 
 _PATIENCE = 10
 """Steps in a row that may be of another size than the one that was profiled."""
-_WITHOUT = "interleaved"
-"""The plan where none can be chosen."""
+_FEWEST = 1 + 2 * (len(BUILDERS) + 2)
+"""Steps that a search needs at least to choose: one to profile, one round that warms up, one that
+counts, of the built-in and at least two searched plans."""
 
 
 class AutoSearch(Callback):
@@ -94,7 +95,15 @@ class AutoSearch(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._session = None
-        self._over = self._again = False
+        self._again = False
+        steps = trainer.estimated_stepping_batches
+        for_its_own_sake = self.replay or self._options.profile is not None
+        self._over = steps < _FEWEST and not for_its_own_sake
+        if self._over:
+            trainer.print(
+                f"search: {steps:.0f} steps of training are too few to choose a plan, which takes"
+                f" {_FEWEST} at least: none is searched"
+            )
 
     @override
     def on_train_batch_start(
@@ -186,10 +195,10 @@ class AutoSearch(Callback):
             self._session = self._begin(trainer, batch)
             return
         self._over = True
-        trainer.strategy.use_plan(_WITHOUT, BUILDERS[_WITHOUT])
+        use_unsearched(trainer.strategy)
         trainer.print(
-            f"search: batches differ in size from step to step, so times cannot be compared:"
-            f" '{_WITHOUT}' is used"
+            "search: batches differ in size from step to step, so times cannot be compared:"
+            f" '{trainer.strategy.plan_in_use}' is used"
         )
 
     def _repeat(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:

@@ -59,14 +59,26 @@ def conditions(
 
 
 def fingerprint(
-    engine: Engine, micro_batch: MicroBatch, made_for: Mapping[str, Any]
+    engine: Engine,
+    micro_batch: MicroBatch,
+    made_for: Mapping[str, Any],
+    kernels: Mapping[str, str],
 ) -> Fingerprint:
-    """What a profile of `engine` on such micro-batches is valid for; see `conditions`."""
+    """What a profile of `engine` on such micro-batches is valid for.
+
+    `made_for` are the `conditions`, `kernels` the backends of the operators.
+    """
     batch, length = micro_batch.slots["batch.tokens"].shape
     shapes = {**made_for["shapes"], "micro_batch_size": batch, "sequence_length": length}
     graphs = {graph.fingerprint: str(graph) for graph in _graphs(engine)}
     return Fingerprint(
-        made_for["device"], versions(), made_for["sizes"], shapes, made_for["dtype"], graphs
+        made_for["device"],
+        versions(),
+        made_for["sizes"],
+        shapes,
+        made_for["dtype"],
+        graphs,
+        dict(kernels),
     )
 
 

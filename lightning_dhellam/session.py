@@ -140,14 +140,14 @@ class Session:
                 self._choose()
             self._finish()
         else:
-            given = self._strategy.plan
-            name = REFERENCE if given == "auto" else given
-            self._strategy.use_plan(name, self._builders[name])
+            use_unsearched(self._strategy)
 
     def _profiled(self, options: Options, progress: Progress | None) -> Profile:
         """The profile file of this stage's first rank, or else a new one, which is saved there."""
         strategy, group = self._strategy, self._strategy.stage_group
-        made_for = fingerprint(strategy.engine, self._pieces[0], strategy.conditions)
+        made_for = fingerprint(
+            strategy.engine, self._pieces[0], strategy.conditions, strategy.kernels_in_use
+        )
         path = _of_stage(options.profile, strategy.context)
         given: Profile | str | None = None
         if path is not None and strategy.context.model_rank == 0 and path.exists():
@@ -283,6 +283,12 @@ class Session:
         start = time.perf_counter()
         yield
         self._seconds[part] = time.perf_counter() - start
+
+
+def use_unsearched(strategy: DHellamStrategy) -> None:
+    """Where nothing can be chosen: the plan that was given, or the one that none may be behind."""
+    name = REFERENCE if strategy.plan == "auto" else strategy.plan
+    strategy.use_plan(name, named_plan(name, strategy.conditions))
 
 
 class _Stopwatch:

@@ -127,6 +127,7 @@ class DHellamStrategy(ParallelStrategy):
         self.plan = self.plan_in_use = plan
         self.distributed_optimizer = distributed_optimizer
         self.kernels = kernels
+        self.kernels_in_use: dict[str, str] = {}
         self.regather = regather
         self.bucket_size = bucket_size
         self.seed = seed
@@ -315,6 +316,7 @@ class DHellamStrategy(ParallelStrategy):
             module.model, regather=self.regather, loss=module.custom_loss, kernels=self.kernels
         )
         rank_zero_info(str(lowered.kernels))
+        self.kernels_in_use = dict(lowered.kernels.names)
         lanes = make_lanes(self.root_device, processors=self.context.link_processors)
         # What is searched begins with the plan that it has to beat.
         plan = "sequential" if self.plan == "auto" else self.plan

@@ -126,6 +126,7 @@ class Fingerprint:
         shapes: of the model and a micro-batch: `hidden`, `sequence`, `tokens` and the like.
         dtype: of activations.
         graphs: names of the profiled graphs by their fingerprints.
+        kernels: backends of the operators, by operator.
     """
 
     device: str
@@ -134,6 +135,7 @@ class Fingerprint:
     shapes: Mapping[str, int]
     dtype: str
     graphs: Mapping[str, str]
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

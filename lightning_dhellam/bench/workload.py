@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ class Workload:
         model: whose weights are trained; every parameter has a `main_grad`.
         layers: first to last.
         pieces: micro-batches of the longest step that is timed.
+        kernels: backends of the operators.
         priority: of communication streams, on CUDA.
         processors: that a collective occupies.
         lanes: of the device.
@@ -38,6 +39,7 @@ class Workload:
     model: CausalLM
     layers: Sequence[GraphPair]
     pieces: Sequence[MicroBatch]
+    kernels: Mapping[str, str]
     priority: int = -1
     processors: int = 0
     lanes: Lanes = field(init=False)
@@ -72,9 +74,8 @@ class Workload:
         engine, piece, context = self.engine(), self.pieces[0], self.model.context
         dtype = self.model.transformer_config.params_dtype
         made_for = conditions(context, self.model.config, dtype, len(piece.slots["batch.tokens"]))
-        return take_profile(
-            engine, piece, fingerprint(engine, piece, made_for), group=group, repeats=repeats
-        )
+        conditions_of_profile = fingerprint(engine, piece, made_for, self.kernels)
+        return take_profile(engine, piece, conditions_of_profile, group=group, repeats=repeats)
 
 
 def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Workload:
@@ -82,8 +83,9 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
     give_gradients(model)
     device = model.context.device
     pieces = cut(batch, micro_batch, device=device, seed=_SEED, step=0, rank=model.context.rank)
+    lowered = lower(model)
     processors = model.context.link_processors
-    return Workload(model, lower(model).layers, pieces, processors=processors)
+    return Workload(model, lowered.layers, pieces, lowered.kernels.names, processors=processors)
 
 
 def trunk(
@@ -102,7 +104,8 @@ def trunk(
     that embedding and loss head, which have little to hide, do not blur the times.
     """
     give_gradients(model)
-    inner = lower(model).layers[1 : layers + 1]
+    lowered = lower(model)
+    inner = lowered.layers[1 : layers + 1]
     context = model.context
     generator = torch.Generator(context.device).manual_seed(_SEED)
     shape = (length // context.tp_size, micro_batch, model.config.hidden_size)
@@ -113,7 +116,8 @@ def trunk(
     unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
     slots = {"batch.key": None, "batch.tokens": unread}
     pieces = [MicroBatch(dict(slots), tokens) for _ in range(count)]
-    return Workload(model, (_source(x), *inner, _sink(dy)), pieces, priority, processors)
+    layers_and_ends = (_source(x), *inner, _sink(dy))
+    return Workload(model, layers_and_ends, pieces, lowered.kernels.names, priority, processors)
 
 
 def _source(x: Tensor) -> GraphPair:

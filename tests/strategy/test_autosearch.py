@@ -172,12 +172,34 @@ def test_a_plan_file_in_use_is_a_candidate(tmp_path: Path) -> None:
     assert file in plans[1:8]
 
 
+class Stop(Callback):
+    """Ends training after 7 steps, which nobody could know."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 1 + len(PLANS)
+
+
 def test_training_that_ends_too_soon_chooses_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, plans = searched(tmp_path, 1 + len(PLANS))
+    plans = InUse()
+    train(
+        {"micro_batch_size": 3},
+        callbacks=[AutoSearch(rounds=ROUNDS), plans, Stop()],
+        max_steps=STEPS,
+        samples=GLOBAL_BATCH * STEPS,
+        default_root_dir=tmp_path,
+    )
     assert "training ended 6 steps before every plan was measured" in capsys.readouterr().out
-    assert not (tmp_path / "search").exists() and len(plans) == 7
+    assert not (tmp_path / "search").exists() and len(plans.plans) == 7
+
+
+def test_training_that_is_too_short_is_not_profiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, plans = searched(tmp_path, 2 * len(PLANS) - 1)
+    assert "11 steps of training are too few to choose a plan" in capsys.readouterr().out
+    assert set(plans) == {"interleaved"}, "the plan that was given"
 
 
 def test_what_was_in_use_stays_when_nothing_is_chosen(tmp_path: Path) -> None:
@@ -294,7 +316,7 @@ def test_batches_that_always_differ_end_the_search_aloud(
     batches = [range(sum(range(n)), sum(range(n + 1))) for n in range(1, 31)]
     trainer.fit(Model(), DataLoader(data, batch_sampler=batches))  # type: ignore[arg-type]
     assert "batches differ in size from step to step" in capsys.readouterr().out
-    assert plans.plans[-1] == "interleaved" and not (tmp_path / "search").exists()
+    assert plans.plans[-1] == "sequential" and not (tmp_path / "search").exists()
 
 
 class Failing(Callback):
@@ -358,7 +380,12 @@ def fails_on_one_rank(rank: int, folder: Path) -> str:
 
     profiling.EngineBench._subject = broken  # type: ignore[method-assign]
     with pytest.raises(BenchError) as caught:
-        train({"tensor_parallel_size": 2, "plan": "auto"}, default_root_dir=folder)
+        train(
+            {"tensor_parallel_size": 2, "plan": "auto"},
+            max_steps=STEPS,
+            samples=GLOBAL_BATCH * STEPS,
+            default_root_dir=folder,
+        )
     return str(caught.value)
 
 
