@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lightning_dhellam.bench.report import device_name
-from lightning_dhellam.bench.several_job import MEGATRON, Job
+from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
+from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.search.files import save_text
 
 JOB, RESULT = "job.json", "result.json"
@@ -27,6 +28,8 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     job = Job.load(folder / JOB)
     device = torch.device(job.device)
+    if job.side == OURS:
+        open_queues()  # the strategy would be too late: the next lines start CUDA
     if job.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
