@@ -1,4 +1,4 @@
-"""The machine model: how long operators take in a given order. The only copy of the rule.
+"""The machine model: how long operators take in a given order. `machine` has the rule, compiled.
 
 There is one compute lane and one lane per communicator. Each lane runs its operators in issue
 order; an operator starts when its lane is free, what it reads is there, and the host has issued
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+
+import numpy as np
 
 from lightning_dhellam.plan import Graph, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
+from lightning_dhellam.search import machine
 from lightning_dhellam.search.profile import Clock, Key, Profile
 
 _INSTANT = 1e-7
 """Seconds that anything takes at least."""
 Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
 Table = Sequence[Sequence[tuple[float, float]]]
-_AT_EASE = (-inf, 0)
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
 
@@ -199,17 +200,20 @@ class Score:
         behind: the same for communication that starts while the compute launch is running.
         holds: the compute launches that wait for each launch to start. None: what could start
             with a compute launch goes first, as if it held it.
+        host: the launches in issue order where compute runs on the host, which then waits for
+            what each launch reads, and for the end of compute, before it goes on.
     """
 
-    queues: list[list[int]]
-    seconds: list[float]
-    kinds: list[int]
-    waits: list[int]
+    queues: Sequence[Sequence[int]]
+    seconds: Sequence[float]
+    kinds: Sequence[int]
+    waits: Sequence[int]
     followers: Sequence[Sequence[int]]
-    issued: list[float] | None
+    issued: Sequence[float] | None
     slowdowns: Table
     behind: Table
     holds: Mapping[int, Sequence[int]] | None = None
+    host: Sequence[int] = ()
 
 
 def play(score: Score) -> tuple[list[float], list[float]]:
@@ -219,79 +223,21 @@ def play(score: Score) -> tuple[list[float], list[float]]:
     lane or its slots never starts: its times are infinite. Of two that may start at one moment,
     that which waited for its own lane only is a few microseconds earlier.
     """
-    queues, seconds, kinds = score.queues, score.seconds, score.kinds
-    followers, issued = score.followers, score.issued
-    slowdowns, behind, holds = score.slowdowns, score.behind, score.holds
-    # When and by which lane each launch was released last.
-    released: dict[int, tuple[float, int]] = {}
-    waits = score.waits.copy()
-    starts, ends = [inf] * len(seconds), [inf] * len(seconds)
-    lanes = range(len(queues))
-    lengths = [len(queue) for queue in queues]
-    position, running = [0] * len(queues), [-1] * len(queues)
-    left, slow = [0.0] * len(queues), [1.0] * len(queues)
-    now = 0.0
-    while True:
-        until, again = inf, False
-        for lane in lanes:
-            if running[lane] < 0 and position[lane] < lengths[lane]:
-                launch = queues[lane][position[lane]]
-                if waits[launch]:
-                    continue
-                if issued is not None and issued[launch] > now:
-                    until = min(until, issued[launch])
-                    continue
-                running[lane] = launch
-                left[lane] = seconds[launch]
-                starts[launch] = now
-                position[lane] += 1
-                if holds is not None:
-                    for held in holds.get(launch, ()):
-                        waits[held] -= 1
-                        released[held] = now, lane
-                        again = True
-        if again:
-            continue
-        step = until - now
-        computing = running[0]
-        compute_slow = 1.0
-        for lane in lanes:
-            launch = running[lane]
-            if lane and launch >= 0:
-                if computing >= 0:
-                    begun = starts[launch]
-                    is_later = begun > starts[computing]
-                    if holds is not None and begun == starts[computing]:
-                        # A lane learns a few microseconds later of what another has done.
-                        crossed = released.get(computing, _AT_EASE)
-                        at_ease = crossed[0] < begun or not crossed[1]
-                        is_later = at_ease and released.get(launch) == (begun, 0)
-                    table = behind if is_later else slowdowns
-                    slow[lane], more = table[kinds[launch]][kinds[computing]]
-                    compute_slow *= more
-                else:
-                    slow[lane] = 1.0
-                step = min(step, left[lane] * slow[lane])
-        if computing >= 0:
-            slow[0] = compute_slow
-            step = min(step, left[0] * compute_slow)
-        if step == inf:
-            return starts, ends
-        now += step
-        # What ends within rounding of this moment ends now.
-        moment = step + 1e-12 * now
-        for lane in lanes:
-            launch = running[lane]
-            if launch >= 0:
-                if left[lane] * slow[lane] <= moment:
-                    ends[launch] = now
-                    running[lane] = -1
-                    for follower in followers[launch]:
-                        waits[follower] -= 1
-                        if holds is not None:
-                            released[follower] = now, lane
-                else:
-                    left[lane] -= step / slow[lane]
+    holds = score.holds or {}
+    starts, ends = machine.play(
+        machine.Rows.of(score.queues),
+        np.array(score.seconds, float),
+        np.array(score.kinds, np.int64),
+        np.array(score.waits, np.int64),
+        machine.Rows.of(score.followers),
+        np.array(score.issued or (), float),
+        np.array(score.host, np.int64),
+        np.array(score.slowdowns, float),
+        np.array(score.behind, float),
+        machine.Rows.of(holds.get(launch, ()) for launch in range(len(score.seconds))),
+        score.holds is not None,
+    )
+    return starts.tolist(), ends.tolist()
 
 
 class Kinds:

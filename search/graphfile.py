@@ -22,6 +22,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
                 "reads": list(o.reads),
                 "writes": list(o.writes),
                 "cost": o.cost,
+                "shrinks": o.shrinks,
             }
             for o in graph.operators
         ],
@@ -43,6 +44,7 @@ def graph_from(fields: Mapping[str, Any]) -> Graph:
             tuple(row["writes"]),
             _no_kernel,
             float(row["cost"]),
+            shrinks=bool(row.get("shrinks", False)),
         )
         for row in fields["operators"]
     )

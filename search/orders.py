@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_dhellam.plan import Barrier, Graph, GraphPair, Issue, Lane, Plan, Strand
-from lightning_dhellam.search.cost import Costs, play
+from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
 
 _ROUNDS = 4
@@ -30,10 +30,12 @@ class Candidate:
     Attributes:
         order: operator numbers.
         lagging: bit mask of the operators that lag.
+        first: bit mask of the communication that begins before the compute issued next.
     """
 
     order: tuple[int, ...]
     lagging: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,16 @@ class Problem:
         if not self.exchangeable:
             return candidate
         lanes: list[list[int]] = [[] for _ in self.lanes]
+        ahead: list[int] = []
         for x in candidate.order:
             lanes[self.lane[x]].append(x)
-        return candidate.lagging, tuple(map(tuple, lanes))
+            if candidate.first >> x & 1:
+                ahead.append(x)
+            elif ahead and not self.lane[x]:
+                # Where they stand among the others does not matter.
+                lanes.append([x, *sorted(ahead)])
+                ahead = []
+        return candidate.lagging, tuple(map(tuple, lanes)), tuple(ahead)
 
     def _excess(self, candidate: Candidate) -> float:
         if self.memory_limit is None:
@@ -187,7 +196,7 @@ class Problem:
         if not self.cyclic:
             own = (self._base + x for x in candidate.order)
             order = [*self._prefix, *own, *self._suffix]
-            return max(play(self._walk.score(order, _NONE))[1])
+            return max(self._walk.play(order, _NONE)[1])
         seconds, settled = self._period(self._walk, self._rounds(self._walk, candidate), _NONE)
         if not settled:
             rounds = self._rounds(self._longer, candidate)
@@ -198,8 +207,7 @@ class Problem:
         """The same for a plan, which may have barriers, and says what goes first."""
         if not self.cyclic:
             plans = self._plans(plan)
-            score = self._walk.score(self._walk.order(plans), self._walk.first_of(plans))
-            return max(play(score)[1])
+            return max(self._walk.play(self._walk.order(plans), self._walk.first_of(plans))[1])
         walk = self._longer if any(isinstance(row, Barrier) for row in plan.rows) else self._walk
         plans = [plan] * len(walk.stops)
         return self._period(walk, walk.order(plans), walk.first_of(plans))[0]
@@ -222,7 +230,7 @@ class Problem:
         The last round is there to disturb the one before, as any round would.
         """
         rounds, size = len(walk.stops), self.size
-        ends = play(walk.score(order, first))[1]
+        ends = walk.play(order, first)[1]
         last = walk.first[rounds - 2]
         shifts = [ends[last + x] - ends[last - size + x] for x in range(size)]
         low, high = min(shifts), max(shifts)

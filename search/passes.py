@@ -227,7 +227,7 @@ def _graphs(stop: Stop) -> tuple[Graph | None, Graph | None]:
 def _timed(
     walk: Walk, order: Order, first: frozenset[int], works: Pass, memory: tuple[float, float]
 ) -> PassCost:
-    starts, ends = play(walk.score(order, first))
+    starts, ends = walk.play(order, first)
     compute = sum(
         end - start for start, end, lane in zip(starts, ends, walk.lane, strict=True) if not lane
     )

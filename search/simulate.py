@@ -108,7 +108,7 @@ def _simulate(stops: Sequence[Stop], builder: Builder, costs: Costs, tokens: int
 def _played(stops: Sequence[Stop], plans: Sequence[Plan], costs: Costs, tokens: int) -> Simulation:
     walk = Walk(stops, costs)
     order = walk.order(plans)
-    starts, ends = play(walk.score(order, walk.first_of(plans)))
+    starts, ends = walk.play(order, walk.first_of(plans))
     timeline = Timeline.of(walk, order, starts, ends)
     return Simulation(
         plans[0].name,
@@ -253,7 +253,7 @@ def steady_state(
     walk = Walk(repeated(ahead, behind, rounds), costs)
     plans = [plan] * rounds
     order = walk.order(plans)
-    starts, ends = play(walk.score(order, walk.first_of(plans)))
+    starts, ends = walk.play(order, walk.first_of(plans))
     first = min(starts[walk.first[4] : walk.first[5]])
     timeline = Timeline.of(walk, order, starts, ends)
     rows = timeline.between(first, first + shown * period)

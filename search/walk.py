@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
-from lightning_dhellam.search.cost import Costs, Kinds, Score, lanes_of
+from lightning_dhellam.search.cost import Costs, Kinds, Score, lanes_of, play
+from lightning_dhellam.search.machine import Machine, Rows, perform
 
 Order = list[int | None]
 """Launches in issue order; None is a barrier."""
@@ -95,6 +99,32 @@ class Walk:
         self._followers = _followers(self.waits)
         self._counts = [len(before) for before in self.waits]
 
+    @cached_property
+    def machine(self) -> Machine:
+        """The launches as the machine model plays them, where nothing but slots is waited for."""
+        return Machine(
+            np.array(self.lane, np.int64),
+            np.array(self.seconds, float),
+            np.array(self._kinds, np.int64),
+            np.array(self._counts, np.int64),
+            Rows.of(self._followers),
+            *(np.array(table, float) for table in self._tables),
+            float(self._costs.launch),
+            self._costs.inline,
+        )
+
+    def play(
+        self, order: Order, first: frozenset[int] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Start and end of each launch in seconds, of `order` with what goes `first`: `score`."""
+        if None in order:
+            return play(self.score(order, first))
+        marks = np.zeros(len(self.launches), bool)
+        marks[list(first or ())] = True
+        launches = np.array(order, np.int64)
+        starts, ends = perform(self.machine, len(self.lanes), launches, marks, first is not None)
+        return starts.tolist(), ends.tolist()
+
     def _enter(self, number: int, stop: Stop) -> None:
         self.first.append(len(self.launches))
         self._numbers.append({})
@@ -159,8 +189,8 @@ class Walk:
             if launch is not None:
                 queues[lane[launch]].append(launch)
         counts, followers = self._counts, self._followers
-        if self._costs.inline or None in order:
-            waits = self._with_host(order)
+        if None in order:
+            waits = self._with_barriers(order)
             counts, followers = [len(before) for before in waits], _followers(waits)
         issued = None
         if self._costs.launch and not self._costs.inline:
@@ -172,8 +202,9 @@ class Walk:
             counts = counts.copy()
             for held in (held for each in holds.values() for held in each):
                 counts[held] += 1
+        host = [x for x in order if x is not None] if self._costs.inline else ()
         return Score(
-            queues, self.seconds, self._kinds, counts, followers, issued, *self._tables, holds
+            queues, self.seconds, self._kinds, counts, followers, issued, *self._tables, holds, host
         )
 
     def _holds(self, order: Sequence[int | None], first: frozenset[int]) -> dict[int, list[int]]:
@@ -189,23 +220,18 @@ class Walk:
                 ahead = []
         return holds
 
-    def _with_host(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
-        """What launches wait for when barriers, and the host if it computes, count as well."""
+    def _with_barriers(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
+        """What launches wait for when barriers count as well."""
         waits = list(self.waits)
         latest: dict[int, int] = {}
         barrier: dict[int, set[int]] = defaultdict(set)
-        gate: set[int] = set()
         for launch in order:
             if launch is None:
                 for lane in range(len(self.lanes)):
                     barrier[lane] |= set(latest.values())
                 continue
             lane = self.lane[launch]
-            before = set(waits[launch]) | barrier.pop(lane, set())
-            if self._costs.inline:
-                before |= gate
-                gate = {launch} if not lane else before
-            waits[launch] = tuple(before)
+            waits[launch] = tuple({*waits[launch], *barrier.pop(lane, ())})
             latest[lane] = launch
         return waits
 

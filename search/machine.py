@@ -1,0 +1,269 @@
+"""The rule of the machine model, compiled. The only copy of it; `cost` says what it means.
+
+A search plays tens of thousands of orders, so everything here is arrays: launches by number, and
+what varies in length by launch as one row of values with offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit  # type: ignore[import-untyped]
+
+Array = np.ndarray[Any, Any]
+
+SETTLED = 1e-9
+"""Share by which times between rounds may differ and still be the same."""
+
+
+class Rows(NamedTuple):
+    """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: Array
+    offsets: Array
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]]) -> Rows:
+        """From sequences of numbers."""
+        offsets, values = [0], []
+        for row in rows:
+            values.extend(row)
+            offsets.append(len(values))
+        return cls(np.array(values, np.int64), np.array(offsets, np.int64))
+
+
+class Machine(NamedTuple):
+    """The launches of a walk, and what plays them.
+
+    Attributes:
+        lane: of each launch; compute is 0.
+        seconds: of each launch, alone.
+        kinds: of each launch: its row or column in `slowdowns`.
+        waits: how many launches each one waits for.
+        followers: the launches that wait for each one.
+        slowdowns: of communication and of compute, by kind of communication and of compute.
+        behind: the same for communication that starts while the compute launch is running.
+        launch: seconds the host needs to issue one operator.
+        inline: compute runs on the host: see `play`.
+    """
+
+    lane: Array
+    seconds: Array
+    kinds: Array
+    waits: Array
+    followers: Rows
+    slowdowns: Array
+    behind: Array
+    launch: float
+    inline: bool
+
+
+@njit(cache=True)
+def play(  # type: ignore[no-untyped-def]
+    queues, seconds, kinds, waits, followers, issued, host, slowdowns, behind, holds, holding
+):
+    """Start and end of each launch, in seconds, from event to event.
+
+    Args:
+        queues: the launches of each lane, in issue order.
+        seconds, kinds, waits, followers, slowdowns, behind: as in `Machine`.
+        issued: when the host issues each launch; empty if it always is early enough.
+        host: the launches in issue order if compute runs on the host, which then waits for what
+            each launch reads, and for the end of compute, before it goes on; else empty.
+        holds: the launches that wait for each one to start, counted among `waits`.
+        holding: whether only those wait; else what could start with a compute launch goes first.
+    """
+    lanes = len(queues.offsets) - 1
+    count = len(seconds)
+    waits = waits.copy()
+    starts, ends = np.full(count, np.inf), np.full(count, np.inf)
+    # When and by which lane each launch was released last.
+    released, releasing = np.full(count, -np.inf), np.zeros(count, np.int64)
+    position = queues.offsets[:-1].copy()
+    running = np.full(lanes, -1)
+    left, slow = np.zeros(lanes), np.ones(lanes)
+    computes = np.zeros(count, np.bool_)
+    for at in range(queues.offsets[0], queues.offsets[1]):
+        computes[queues.values[at]] = True
+    issuing, passed = 0, np.full(count, len(host) == 0)
+    now = 0.0
+    while True:
+        while issuing < len(host) and not waits[host[issuing]]:
+            launch = host[issuing]
+            passed[launch] = True
+            if computes[launch] and ends[launch] == np.inf:
+                break
+            issuing += 1
+        until, again = np.inf, False
+        for lane in range(lanes):
+            if running[lane] >= 0 or position[lane] == queues.offsets[lane + 1]:
+                continue
+            launch = queues.values[position[lane]]
+            if waits[launch] or not passed[launch]:
+                continue
+            if len(issued) and issued[launch] > now:
+                until = min(until, issued[launch])
+                continue
+            running[lane] = launch
+            left[lane] = seconds[launch]
+            starts[launch] = now
+            position[lane] += 1
+            for at in range(holds.offsets[launch], holds.offsets[launch + 1]):
+                held = holds.values[at]
+                waits[held] -= 1
+                released[held], releasing[held] = now, lane
+                again = True
+        if again:
+            continue
+        step = until - now
+        computing = running[0]
+        compute_slow = 1.0
+        for lane in range(1, lanes):
+            launch = running[lane]
+            if launch < 0:
+                continue
+            slow[lane] = 1.0
+            if computing >= 0:
+                begun = starts[launch]
+                is_later = begun > starts[computing]
+                if holding and begun == starts[computing]:
+                    # A lane learns a few microseconds later of what another has done.
+                    at_ease = released[computing] < begun or releasing[computing] == 0
+                    is_later = at_ease and released[launch] == begun and releasing[launch] == 0
+                table = behind if is_later else slowdowns
+                slow[lane] = table[kinds[launch], kinds[computing], 0]
+                compute_slow *= table[kinds[launch], kinds[computing], 1]
+            step = min(step, left[lane] * slow[lane])
+        if computing >= 0:
+            slow[0] = compute_slow
+            step = min(step, left[0] * compute_slow)
+        if step == np.inf:
+            return starts, ends
+        now += step
+        # What ends within rounding of this moment ends now.
+        moment = step + 1e-12 * now
+        for lane in range(lanes):
+            launch = running[lane]
+            if launch < 0:
+                continue
+            if left[lane] * slow[lane] > moment:
+                left[lane] -= step / slow[lane]
+                continue
+            ends[launch] = now
+            running[lane] = -1
+            for at in range(followers.offsets[launch], followers.offsets[launch + 1]):
+                follower = followers.values[at]
+                waits[follower] -= 1
+                released[follower], releasing[follower] = now, lane
+
+
+@njit(cache=True)
+def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-def]
+    """Play launches in issue order: start and end of each.
+
+    Args:
+        machine: a `Machine`.
+        lanes: how many there are.
+        order: launches. Those left out never start.
+        first: of each launch, whether it begins before the compute launch issued next. Where
+            compute runs on the host, nothing can.
+        holding: see `play`.
+    """
+    count = len(machine.lane)
+    offsets = np.zeros(lanes + 1, np.int64)
+    for launch in order:
+        offsets[machine.lane[launch] + 1] += 1
+    offsets = np.cumsum(offsets)
+    values, filled = np.zeros(len(order), np.int64), offsets[:-1].copy()
+    waits = machine.waits.copy()
+    holder, held_by = np.zeros(count + 1, np.int64), np.full(count, -1)
+    for launch in order:
+        lane = machine.lane[launch]
+        values[filled[lane]] = launch
+        filled[lane] += 1
+    # Each launch that goes first holds the next compute launch alone.
+    following = -1
+    for at in range(len(order) - 1, -1, -1):
+        launch = order[at]
+        if not machine.lane[launch]:
+            following = launch
+        elif first[launch] and following >= 0 and not machine.inline:
+            held_by[launch] = following
+            waits[following] += 1
+    for launch in range(count):
+        holder[launch + 1] = holder[launch] + (held_by[launch] >= 0)
+    held = held_by[held_by >= 0]
+    issued = np.zeros(0)
+    if machine.launch and not machine.inline:
+        issued = np.zeros(count)
+        for number in range(len(order)):
+            issued[order[number]] = (number + 1) * machine.launch
+    return play(
+        Rows(values, offsets),
+        machine.seconds,
+        machine.kinds,
+        waits,
+        machine.followers,
+        issued,
+        order if machine.inline else order[:0],
+        machine.slowdowns,
+        machine.behind,
+        Rows(held, holder),
+        holding and not machine.inline,
+    )
+
+
+@njit(cache=True)
+def repeat(order, lagging, rounds):  # type: ignore[no-untyped-def]
+    """The launches of `rounds` times an order. What lags is carried out a round later."""
+    size = len(order)
+    launches, at = np.zeros(rounds * size, np.int64), 0
+    for number in range(rounds):
+        for x in order:
+            launch = number * size + x - (size if lagging[x] else 0)
+            # The first round has nothing left over from one before.
+            if launch >= 0:
+                launches[at] = launch
+                at += 1
+    for x in order:
+        if lagging[x]:
+            launches[at] = (rounds - 1) * size + x
+            at += 1
+    return launches
+
+
+@njit(cache=True)
+def period(machine, lanes, order, lagging, first):  # type: ignore[no-untyped-def]
+    """Mean time between rounds of an order that repeats itself, whether it is the same between
+    all of them, and when each operator starts in a round.
+
+    Args:
+        machine: of several rounds of the same launches.
+        lanes: how many there are.
+        order: operators of a round.
+        lagging: of each operator, whether it is carried out for the round before.
+        first: of each operator, whether it begins before the compute operator issued next.
+    """
+    size = len(order)
+    rounds = len(machine.lane) // size
+    marks = np.zeros(len(machine.lane), np.bool_)
+    for launch in range(len(machine.lane)):
+        marks[launch] = first[launch % size]
+    starts, ends = perform(machine, lanes, repeat(order, lagging, rounds), marks, True)
+    # The last round is there to disturb the one before, as any round would.
+    last = (rounds - 2) * size
+    low, high = np.inf, 0.0
+    begun = np.zeros(size)
+    for x in range(size):
+        shift = ends[last + x] - ends[last - size + x]
+        low, high = min(low, shift), max(high, shift)
+        begun[x] = starts[last + x - (size if lagging[x] else 0)]
+    if high - low <= SETTLED * high:
+        return high, True, begun
+    half = rounds // 2
+    mean = 0.0
+    for x in range(size):
+        mean = max(mean, (ends[last + x] - ends[last - half * size + x]) / half)
+    return mean, False, begun
