@@ -190,7 +190,7 @@ class EngineBench:
             return Samples(tuple(self._timer.alone(self._subject(target))))
 
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
-        """Start both together, and time each from the common start to its own end."""
+        """Start both, communication first, and time each from the start to its own end."""
         subjects = self._subject(communication), self._subject(compute)
         with self._timer.sharing(compute.spare):
             first, second = self._timer.beside(*subjects)

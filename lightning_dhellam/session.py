@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 REFERENCE = "sequential"
-MEMORY_SLACK = 0.03
-"""Share of the memory of a step that a searched plan may need more than the sequential one."""
+MEMORY_SLACK = 0.015
+"""Share of the memory of a step that the slots of a searched plan may take more than those of the
+sequential one. What waits for other lanes before it is freed takes about as much again."""
 
 
 @dataclass(frozen=True)

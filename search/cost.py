@@ -20,7 +20,7 @@ import numpy as np
 from lightning_dhellam.plan import Graph, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
 from lightning_dhellam.search import machine
-from lightning_dhellam.search.profile import Clock, Key, Profile
+from lightning_dhellam.search.profile import Clock, Key, Profile, spread
 
 _INSTANT = 1e-7
 """Seconds that anything takes at least."""
@@ -28,6 +28,24 @@ Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
 Table = Sequence[Sequence[tuple[float, float]]]
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
+_SAMPLES = 24
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Times that a measurement gave: `seconds`, `slowdowns` and `behind` of `Costs`."""
+
+    seconds: Mapping[Key, float]
+    slowdowns: Slowdowns
+    behind: Slowdowns
+
+    @classmethod
+    def of(cls, profile: Profile) -> Sample:
+        """The medians of a profile."""
+        alone = {row.operator: row.median for row in profile.timings if row.partner is None}
+        return cls(
+            alone, _slowdowns(profile, alone, led=False), _slowdowns(profile, alone, led=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Costs:
         spares: by key, that of the operator when it leaves processors to communication.
         spare: whether those are the keys in use.
         clock: how compute slows down as it fills more of the time.
+        samples: what other measurements could have given.
         launch: seconds the host needs to issue one operator.
         inline: compute runs on the host, so that nothing is issued while it runs, and issuing
             waits for what the operator reads. So it is on CPU.
@@ -60,23 +79,23 @@ class Costs:
     spares: Mapping[Key, Key] = field(default_factory=dict)
     spare: bool = False
     clock: Clock = field(default_factory=Clock)
+    samples: tuple[Sample, ...] = ()
 
     @classmethod
     def of(cls, profile: Profile) -> Costs:
         """Costs from measured times."""
-        alone = {row.operator: row.median for row in profile.timings if row.partner is None}
-        together = _slowdowns(profile, alone, led=False)
-        behind = _slowdowns(profile, alone, led=True)
+        measured = Sample.of(profile)
         return cls(
             profile.operators,
-            alone,
-            together,
+            measured.seconds,
+            measured.slowdowns,
             profile.launch,
             profile.inline,
-            behind,
+            measured.behind,
             frozenset(key for key, lane in profile.lanes.items() if lane is Lane.COMPUTE),
             profile.spares,
             clock=profile.clock,
+            samples=tuple(Sample.of(other) for other in spread(profile, _SAMPLES)),
         )
 
     @classmethod
@@ -133,15 +152,30 @@ class Costs:
         slowdown = self.clock.slowdown(share)
         if slowdown == 1.0:
             return self
-        seconds = {
-            key: value * slowdown if key in self.compute else value
-            for key, value in self.seconds.items()
-        }
-        return replace(self, seconds=seconds, clock=Clock())
+        seconds = self._slowed(self.seconds, slowdown)
+        samples = tuple(
+            replace(sample, seconds=self._slowed(sample.seconds, slowdown))
+            for sample in self.samples
+        )
+        return replace(self, seconds=seconds, clock=Clock(), samples=samples)
+
+    def _slowed(self, seconds: Mapping[Key, float], slowdown: float) -> dict[Key, float]:
+        return {k: v * slowdown if k in self.compute else v for k, v in seconds.items()}
 
     def without_slowdowns(self) -> Costs:
         """The same, as if lanes did not disturb each other: never slower."""
-        return replace(self, slowdowns={}, behind={})
+        samples = tuple(replace(sample, slowdowns={}, behind={}) for sample in self.samples)
+        return replace(self, slowdowns={}, behind={}, samples=samples)
+
+    @property
+    def others(self) -> tuple[Costs, ...]:
+        """The same by each of the samples."""
+        return tuple(
+            replace(
+                self, seconds=one.seconds, slowdowns=one.slowdowns, behind=one.behind, samples=()
+            )
+            for one in self.samples
+        )
 
     def tables(self) -> tuple[Slowdowns, Slowdowns]:
         """Slowdowns of communication that starts first or together, and of what starts behind."""

@@ -1,17 +1,34 @@
-"""Good orders fast: list scheduling for a start, then annealing over moves."""
+"""Good orders fast: list scheduling for a start, then parallel tempering over moves.
+
+Several orders are changed side by side, at temperatures from cold to hot; a better one moves to the
+cold. The hot ones cross what the cold ones cannot, so that it matters little where they start.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from math import exp
 
 from lightning_dhellam.search.orders import Candidate, Cost, Problem
 
 _STARTS = 60
-_TRIES = 2
-_HOT, _COLD = 0.05, 0.0005
-_REACH = 8
+_REPLICAS = 6
+_HOT, _COLD = 0.012, 0.003
+"""Temperatures as shares of the seconds of the best start."""
+_SWEEP = 10
+"""Moves of each replica between exchanges."""
+_PATIENCE = 20
+"""Moves per evaluation at most: small problems have few orders."""
+_LAG, _PLACE = 0.35, 0.15
+"""Shares of moves that let work lag, and that choose what communication goes first."""
+_FINALISTS = 200
+"""Orders that are compared more thoroughly in the end."""
+_IDLE = 1e-4
+"""Share of the time that going first must gain."""
+_FARTHER = 0.8
+"""Probability that a move goes one place farther."""
 
 
 def search(
@@ -30,21 +47,45 @@ def search(
     limit = problem.evaluations + evaluations
     found = {start: problem.cost(start) for start in starts}
     for number in range(_STARTS):
-        if problem.evaluations > limit // 4:
+        if problem.evaluations > limit - evaluations * 3 // 4:
             break
         start = list_schedule(problem, draw, number)
         found[start] = problem.cost(start)
-    ranked = sorted(found, key=lambda c: (found[c], c.order))
-    best, cost = ranked[0], found[ranked[0]]
-    share = max(1, (limit - problem.evaluations) // _TRIES)
-    for start in ranked[:_TRIES]:
-        if _reached(cost, bound):
-            break
-        stop = min(limit, problem.evaluations + share)
-        other, other_cost = anneal(problem, start, found[start], bound, stop, draw)
-        if other_cost < cost:
-            best, cost = other, other_cost
-    return best, cost
+    ranked = sorted(found, key=lambda one: (found[one], one.order))
+    return temper(problem, ranked[:_REPLICAS], bound, limit, draw)
+
+
+def temper(
+    problem: Problem, starts: list[Candidate], bound: float, limit: int, draw: random.Random
+) -> tuple[Candidate, Cost]:
+    """Parallel tempering from `starts`, the best first, until `limit` evaluations in all."""
+    here = [starts[number % len(starts)] for number in range(_REPLICAS)]
+    costs = [problem.cost(one) for one in here]
+    cost = costs[0]
+    good = {one: problem.cost(one) for one in here}
+    steps = range(_REPLICAS)
+    heat = [cost[1] * _COLD * (_HOT / _COLD) ** (step / (_REPLICAS - 1)) for step in steps]
+    moves = (limit - problem.evaluations) * _PATIENCE
+    while problem.evaluations < limit and moves > 0 and not _reached(cost, bound):
+        for step in steps:
+            for _ in range(_SWEEP):
+                there = neighbour(problem, here[step], draw)
+                then = problem.cost(there)
+                if _accept(costs[step], then, heat[step], draw):
+                    here[step], costs[step] = problem.aligned(there), then
+                    good[here[step]] = then
+                    cost = min(cost, then)
+            moves -= _SWEEP
+        for step in reversed(steps[1:]):
+            colder = step - 1
+            gain = (1 / heat[colder] - 1 / heat[step]) * (costs[colder][1] - costs[step][1])
+            fits = costs[step][0] <= costs[colder][0]
+            if fits and (gain >= 0 or draw.random() < exp(gain)):
+                here[step], here[colder] = here[colder], here[step]
+                costs[step], costs[colder] = costs[colder], costs[step]
+    ranked = sorted(good, key=lambda one: (good[one], one.order))[:_FINALISTS]
+    best = min(ranked, key=lambda one: (good[one][0], problem.seconds_on_average(one)))
+    return best, good[best]
 
 
 def _reached(cost: Cost, bound: float) -> bool:
@@ -97,33 +138,6 @@ def _ways(problem: Problem) -> list[float]:
     return ways
 
 
-def anneal(
-    problem: Problem,
-    start: Candidate,
-    cost: Cost,
-    bound: float,
-    limit: int,
-    draw: random.Random,
-) -> tuple[Candidate, Cost]:
-    """Random moves, worse ones less and less often, until `limit` evaluations in all."""
-    here, here_cost = best, best_cost = start, cost
-    begun = problem.evaluations
-    heat = here_cost[1]
-    idle = 0
-    while problem.evaluations < limit and idle < 2000 and not _reached(best_cost, bound):
-        share = (problem.evaluations - begun) / max(1, limit - begun)
-        temperature = heat * _HOT * (_COLD / _HOT) ** share
-        before = problem.evaluations
-        there = neighbour(problem, here, draw)
-        there_cost = problem.cost(there)
-        idle = idle + 1 if problem.evaluations == before else 0
-        if _accept(here_cost, there_cost, temperature, draw):
-            here, here_cost = there, there_cost
-            if here_cost < best_cost:
-                best, best_cost = here, here_cost
-    return best, best_cost
-
-
 def _accept(here: Cost, there: Cost, temperature: float, draw: random.Random) -> bool:
     if there <= here:
         return True
@@ -134,20 +148,32 @@ def _accept(here: Cost, there: Cost, temperature: float, draw: random.Random) ->
 
 def neighbour(problem: Problem, candidate: Candidate, draw: random.Random) -> Candidate:
     """A random valid order near to `candidate`."""
-    loose = [x for x in range(problem.size) if problem.loose >> x & 1]
-    if loose and draw.random() < 0.15:
-        x = draw.choice(loose)
+    kind = draw.random()
+    if problem.loose and kind < _LAG:
+        x = draw.choice(problem.loose_ones)
         candidate = problem.toggled(candidate, x)
         source = candidate.order.index(x)
         return problem.moved(candidate, source, draw.randrange(problem.size))
+    if problem.costs.behind and problem.communications and kind < _LAG + _PLACE:
+        return _placed(problem, candidate, draw.choice(problem.communications), draw)
     source = draw.randrange(problem.size)
-    lane = problem.lane[candidate.order[source]]
-    peers = [i for i, x in enumerate(candidate.order) if problem.lane[x] == lane]
-    at = peers.index(source)
-    near = [i for i in peers[max(0, at - _REACH) : at + _REACH + 1] if i != source]
-    if not near:
-        return candidate
-    return problem.moved(candidate, source, draw.choice(near))
+    reach = 1
+    while draw.random() < _FARTHER and reach < problem.size:
+        reach += 1
+    target = source + (reach if draw.random() < 0.5 else -reach)
+    return problem.moved(candidate, source, min(max(target, 0), problem.size - 1))
+
+
+def _placed(problem: Problem, candidate: Candidate, x: int, draw: random.Random) -> Candidate:
+    """Communication anywhere between its neighbours on its lane, going first or not."""
+    order = candidate.order
+    low = high = source = order.index(x)
+    while low > 0 and not problem.related(candidate, x, order[low - 1]):
+        low -= 1
+    while high < problem.size - 1 and not problem.related(candidate, x, order[high + 1]):
+        high += 1
+    moved = problem.moved(candidate, source, draw.randint(low, high))
+    return replace(moved, first=moved.first & ~(1 << x) | draw.getrandbits(1) << x)
 
 
 def slim(
@@ -173,3 +199,14 @@ def slim(
         if cost[0] <= best_cost[0] and cost[1] <= allowed:
             best, best_cost, peak = there, cost, there_peak
     return best, best_cost
+
+
+def plain(problem: Problem, candidate: Candidate) -> Candidate:
+    """The order without marks of what goes first that gain nothing."""
+    cost = problem.cost(candidate)
+    for x in range(problem.size):
+        if candidate.first >> x & 1:
+            other = replace(candidate, first=candidate.first & ~(1 << x))
+            if problem.cost(other) <= (cost[0], cost[1] * (1 + _IDLE)):
+                candidate = other
+    return candidate

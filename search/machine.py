@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit  # type: ignore[import-untyped]
+from numba import njit
 
 Array = np.ndarray[Any, Any]
 
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable[Sequence[int]]) -> Rows:
         """From sequences of numbers."""
-        offsets, values = [0], []
+        offsets, values = [0], list[int]()
         for row in rows:
             values.extend(row)
             offsets.append(len(values))

@@ -7,17 +7,26 @@ is, are carried out for the previous pair of layers. Orders change by moves that
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+import numpy as np
 
 from lightning_dhellam.plan import Barrier, Graph, GraphPair, Issue, Lane, Plan, Strand
 from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.machine import Array, Machine, period
 from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
 
 _ROUNDS = 4
 _MORE_ROUNDS = 16
-_SETTLED = 1e-9
-_NONE: frozenset[int] = frozenset()
+_FEW = 3
+"""Samples that a search looks at all the time."""
+_AHEAD = 0.25
+"""A host that issues all operators in this share of their time is never waited for: the longest
+lane needs more."""
+
+_MOMENT = 1e-9
+"""Operators that start so few seconds apart start together."""
 
 Cost = tuple[float, float]
 """Bytes above the limit, then seconds: compared in this order."""
@@ -79,18 +88,25 @@ class Problem:
         self._ahead, self._behind, self._surroundings = ahead, behind, surroundings
         self.forward = ahead.forward if ahead else None
         self.backward = behind.backward if behind else None
-        self.costs = costs
         graphs = [graph for graph in (self.forward, self.backward) if graph]
         self.operators = [(graph, o) for graph in graphs for o in graph.operators]
         self.size = len(self.operators)
         self.cyclic = surroundings is None
+        self.costs = self._heeded(costs)
         self.memory_limit = memory_limit
         self.memory = PairMemory(ahead, behind, tokens)
         self.number = {(g.direction, o.name): i for i, (g, o) in enumerate(self.operators)}
         self._relations()
         self._stage(surroundings)
         self.evaluations = 0
-        self._known: dict[object, Cost] = {}
+        self._known: dict[object, tuple[Cost, Array]] = {}
+        self._masks: dict[int, Array] = {}
+
+    def _heeded(self, costs: Costs) -> Costs:
+        """Without launches where the host runs far ahead, round after round."""
+        work = sum(costs.alone(graph, o.name) for graph, o in self.operators)
+        ahead = self.size * costs.launch <= _AHEAD * work
+        return replace(costs, launch=0.0) if self.cyclic and ahead and not costs.inline else costs
 
     def _relations(self) -> None:
         self.before: list[tuple[int, ...]] = [
@@ -111,11 +127,14 @@ class Problem:
             if graph.direction is Strand.FORWARD or set(operator.writes) & set(graph.outputs):
                 handing |= 1 << x | self.ancestors[x]
         self.loose = ((1 << self.size) - 1) & ~handing if self.cyclic else 0
+        self.loose_ones = [x for x in range(self.size) if self.loose >> x & 1]
+        self.communications = [x for x, (_, o) in enumerate(self.operators) if o.is_communication]
 
     def _stage(self, surroundings: Surroundings | None) -> None:
         self._prefix: Order = []
         self._suffix: Order = []
         self._base = 0
+        self._first: frozenset[int] = frozenset()
         if surroundings is None:
             self._walk = Walk(repeated(self._ahead, self._behind, _ROUNDS), self.costs)
         else:
@@ -123,9 +142,11 @@ class Problem:
             stops = [*(s for s, _ in before), surroundings.stop, *(s for s, _ in after)]
             self._walk = Walk(stops, self.costs)
             self._base = self._walk.first[len(before)]
-            order = self._walk.order(self._plans(self.plan(self.default())))
-            first = order.index(self._base)
-            self._prefix, self._suffix = order[:first], order[first + self.size :]
+            plans = self._plans(self.plan(self.default()))
+            order = self._walk.order(plans)
+            begin = order.index(self._base)
+            self._prefix, self._suffix = order[:begin], order[begin + self.size :]
+            self._first = self._walk.first_of(plans)
         own = slice(self._base, self._base + self.size)
         self.lane = self._walk.lane[own]
         self.lanes = self._walk.lanes
@@ -161,11 +182,35 @@ class Problem:
 
     def cost(self, candidate: Candidate) -> Cost:
         """What the candidate costs. Counts as an evaluation unless it is known."""
+        return self._evaluated(candidate)[0]
+
+    def aligned(self, candidate: Candidate) -> Candidate:
+        """The same order, issued by when operators start: moves then mean what they look like."""
+        begun = self._evaluated(candidate)[1]
+        if not (self.cyclic and self.exchangeable):
+            return candidate
+        moments = np.rint(begun / _MOMENT).tolist()
+        order = tuple(sorted(candidate.order, key=lambda x: moments[x]))
+        other = replace(candidate, order=order)
+        return other if self._valid(other) else candidate
+
+    def _valid(self, candidate: Candidate) -> bool:
+        """Whether nothing is issued before what it reads is written."""
+        done = 0
+        for x in candidate.order:
+            late = candidate.lagging if candidate.lagging >> x & 1 else ~candidate.lagging
+            if self.ancestors[x] & late & ~done:
+                return False
+            done |= 1 << x
+        return True
+
+    def _evaluated(self, candidate: Candidate) -> tuple[Cost, Array]:
         key = self._key(candidate)
         known = self._known.get(key)
         if known is None:
             self.evaluations += 1
-            known = self._known[key] = (self._excess(candidate), self.seconds_of(candidate))
+            seconds, begun = self._timed(candidate, _FEW)
+            known = self._known[key] = ((self._excess(candidate), seconds), begun)
         return known
 
     def _key(self, candidate: Candidate) -> object:
@@ -191,70 +236,98 @@ class Problem:
     def seconds_of(self, candidate: Candidate) -> float:
         """The period of a pair that repeats itself, else the time with its surroundings.
 
-        Nothing goes first: what gains by it is found when the order is there, see `first`.
+        The mean over the costs and some of what other measurements could have given.
         """
+        return self._timed(candidate, _FEW)[0]
+
+    def seconds_on_average(self, candidate: Candidate) -> float:
+        """The same over all that other measurements could have given.
+
+        Where lanes disturb each other, an order can be fast only as long as every time is exactly
+        as measured.
+        """
+        return self._timed(candidate, None)[0]
+
+    def _timed(self, candidate: Candidate, samples: int | None) -> tuple[float, Array]:
+        """Seconds by so many samples and the costs, and when each operator starts by the costs."""
+        order = np.array(candidate.order, np.int64)
+        first = self._marks(candidate.first)
         if not self.cyclic:
-            own = (self._base + x for x in candidate.order)
-            order = [*self._prefix, *own, *self._suffix]
-            return max(self._walk.play(order, _NONE)[1])
-        seconds, settled = self._period(self._walk, self._rounds(self._walk, candidate), _NONE)
+            own = (self._base + order).tolist()
+            chosen = frozenset(self._base + x for x in own if candidate.first >> x & 1)
+            starts, ends = self._walk.play(
+                [*self._prefix, *own, *self._suffix], self._first | chosen
+            )
+            return max(ends), np.array(starts)[self._base : self._base + self.size]
+        lagging = self._marks(candidate.lagging)
+        numbers = range(len(self._machines))[: None if samples is None else samples + 1]
+        found = [self._period(number, order, lagging, first) for number in numbers]
+        return sum(seconds for seconds, _ in found) / len(found), found[0][1]
+
+    def _period(
+        self, number: int, order: Array, lagging: Array, first: Array
+    ) -> tuple[float, Array]:
+        lanes = len(self.lanes)
+        seconds, settled, begun = period(self._machines[number], lanes, order, lagging, first)
         if not settled:
-            rounds = self._rounds(self._longer, candidate)
-            seconds, _ = self._period(self._longer, rounds, _NONE)
-        return seconds
+            seconds, _, _ = period(self._patient[number], lanes, order, lagging, first)
+        return seconds, begun
+
+    def _marks(self, mask: int) -> Array:
+        """A bit mask as an array."""
+        known = self._masks.get(mask)
+        if known is None:
+            bits = [bool(mask >> x & 1) for x in range(self.size)]
+            known = self._masks[mask] = np.array(bits)
+        return known
+
+    @cached_property
+    def _machines(self) -> list[Machine]:
+        return [self._walk.machine_of(costs) for costs in (self.costs, *self.costs.others)]
+
+    @cached_property
+    def _patient(self) -> list[Machine]:
+        """More rounds, for orders that take long to repeat themselves."""
+        return [self._longer.machine_of(costs) for costs in (self.costs, *self.costs.others)]
 
     def seconds_of_plan(self, plan: Plan) -> float:
-        """The same for a plan, which may have barriers, and says what goes first."""
+        """The same for a plan, which may have barriers, by the costs as measured."""
         if not self.cyclic:
             plans = self._plans(plan)
             return max(self._walk.play(self._walk.order(plans), self._walk.first_of(plans))[1])
-        walk = self._longer if any(isinstance(row, Barrier) for row in plan.rows) else self._walk
+        if not any(isinstance(row, Barrier) for row in plan.rows):
+            one = self.candidate(plan)
+            order = np.array(one.order, np.int64)
+            return self._period(0, order, self._marks(one.lagging), self._marks(one.first))[0]
+        walk = self._longer
         plans = [plan] * len(walk.stops)
-        return self._period(walk, walk.order(plans), walk.first_of(plans))[0]
+        ends = walk.play(walk.order(plans), walk.first_of(plans))[1]
+        last, half = walk.first[-2], len(walk.stops) // 2
+        return (
+            max(ends[last + x] - ends[last - half * self.size + x] for x in range(self.size)) / half
+        )
 
     @cached_property
     def _longer(self) -> Walk:
         return Walk(repeated(self._ahead, self._behind, _MORE_ROUNDS), self.costs)
-
-    def _rounds(self, walk: Walk, candidate: Candidate) -> Order:
-        """The launches of every round. The first has nothing left over from one before."""
-        size, lagging = self.size, candidate.lagging
-        steps = [x - size if lagging >> x & 1 else x for x in candidate.order]
-        order: Order = [base + x for base in walk.first for x in steps if base + x >= 0]
-        order.extend(walk.first[-1] + x for x in candidate.order if lagging >> x & 1)
-        return order
-
-    def _period(self, walk: Walk, order: Order, first: frozenset[int]) -> tuple[float, bool]:
-        """Mean time between rounds, and whether the last but one repeats the one before.
-
-        The last round is there to disturb the one before, as any round would.
-        """
-        rounds, size = len(walk.stops), self.size
-        ends = walk.play(order, first)[1]
-        last = walk.first[rounds - 2]
-        shifts = [ends[last + x] - ends[last - size + x] for x in range(size)]
-        low, high = min(shifts), max(shifts)
-        if high - low <= _SETTLED * high:
-            return high, True
-        half = rounds // 2
-        earlier = walk.first[rounds - 2 - half]
-        return max(ends[last + x] - ends[earlier + x] for x in range(size)) / half, False
 
     def plan(self, candidate: Candidate, name: str = "auto") -> Plan:
         """The candidate as a plan."""
         rows = []
         for x in candidate.order:
             graph, operator = self.operators[x]
-            lag = candidate.lagging >> x & 1
-            rows.append(Issue(graph.direction, operator.lane, operator.name, lag=lag))
+            lag, first = candidate.lagging >> x & 1, bool(candidate.first >> x & 1)
+            rows.append(Issue(graph.direction, operator.lane, operator.name, lag=lag, first=first))
         forward = self.forward.name if self.forward else None
         backward = self.backward.name if self.backward else None
         return Plan(name, forward, backward, tuple(rows))
 
     def candidate(self, plan: Plan) -> Candidate:
         """The order of a plan, without its barriers."""
-        rows = [(self.number[row.strand, row.operator], row.lag) for row in plan.issues]
-        return Candidate(tuple(x for x, _ in rows), sum(1 << x for x, lag in rows if lag))
+        rows = [(self.number[row.strand, row.operator], row) for row in plan.issues]
+        lagging = sum(1 << x for x, row in rows if row.lag)
+        first = sum(1 << x for x, row in rows if row.first)
+        return Candidate(tuple(x for x, _ in rows), lagging, first)
 
     def moved(self, candidate: Candidate, source: int, target: int) -> Candidate:
         """The operator at `source` goes to `target`, and what must go along goes along."""
@@ -266,12 +339,18 @@ class Problem:
             segment = order[target : source + 1]
             taken = tuple(y for y in segment if company >> y & 1)
             rest = tuple(y for y in segment if not company >> y & 1)
-            return Candidate((*order[:target], *taken, *rest, *order[source + 1 :]), lagging)
+            return replace(candidate, order=(*order[:target], *taken, *rest, *order[source + 1 :]))
         company = (self.descendants[x] & same) | 1 << x
         segment = order[source : target + 1]
         taken = tuple(y for y in segment if company >> y & 1)
         rest = tuple(y for y in segment if not company >> y & 1)
-        return Candidate((*order[:source], *rest, *taken, *order[target + 1 :]), lagging)
+        return replace(candidate, order=(*order[:source], *rest, *taken, *order[target + 1 :]))
+
+    def related(self, candidate: Candidate, x: int, y: int) -> bool:
+        """Whether the order of two operators matters beyond when they are issued."""
+        apart = (candidate.lagging >> x ^ candidate.lagging >> y) & 1
+        linked = (self.ancestors[x] >> y | self.ancestors[y] >> x) & 1
+        return self.lane[x] == self.lane[y] or bool(linked and not apart)
 
     def toggled(self, candidate: Candidate, x: int) -> Candidate:
         """`x` begins or ceases to lag, and what must go along goes along: the same work order.
@@ -287,8 +366,8 @@ class Problem:
         taken = tuple(y for y in order if company >> y & 1)
         rest = tuple(y for y in order if not company >> y & 1)
         if lagging >> x & 1:
-            return Candidate((*rest, *taken), lagging & ~company)
-        return Candidate((*taken, *rest), lagging | company)
+            return replace(candidate, order=(*rest, *taken), lagging=lagging & ~company)
+        return replace(candidate, order=(*taken, *rest), lagging=lagging | company)
 
 
 class PairMemory:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Strand
 from lightning_dhellam.search.chunks import halves, with_halves
-from lightning_dhellam.search.cost import Costs, play
+from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.schedules import Part, Pass, Work
 from lightning_dhellam.search.walk import Order, Place, Stop, Walk
 

@@ -6,6 +6,7 @@ may share its pair of layers. Operators that do the same work share one measurem
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import log
@@ -61,7 +62,7 @@ class Timing:
         p20: seconds that a fifth of the samples do not exceed.
         p80: seconds that four fifths of the samples do not exceed.
         lead: seconds that the compute operator of the two had run when the communication was
-            started; 0 when both were started together.
+            started; 0 when communication went first.
     """
 
     operator: Key
@@ -262,7 +263,7 @@ class Bench(Protocol):
         """Time one operator while nothing else runs."""
 
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
-        """Start both together, and time each from the common start to its own end."""
+        """Start both, communication first, and time each from the start to its own end."""
 
     def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start communication `lead` after computation, and time each from its own start."""
@@ -387,3 +388,17 @@ def perturbed(profile: Profile, draw: Callable[[], float]) -> Profile:
         return replace(row, median=value)
 
     return replace(profile, timings=tuple(again(row) for row in profile.timings))
+
+
+def spread(profile: Profile, count: int) -> list[Profile]:
+    """Profiles that the same measurement could have given, which together cover its spread.
+
+    Each time is drawn once from every part of its spread, in an order of its own. The same profile
+    gives the same ones.
+    """
+    draw = random.Random(0)
+    strata = [draw.sample(range(count), count) for _ in profile.timings]
+    return [
+        perturbed(profile, iter([(row[number] + 0.5) / count for row in strata]).__next__)
+        for number in range(count)
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_dhellam.plan import Builder, GraphPair, Lane, Plan, Strand
-from lightning_dhellam.search.cost import Costs, play
+from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.orders import Problem
 from lightning_dhellam.search.walk import Order, Stop, Walk, repeated, step_stops
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -27,18 +27,13 @@ from lightning_dhellam.plan import (
 from lightning_dhellam.search.bound import bounds
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import Exact
-from lightning_dhellam.search.first import with_first
-from lightning_dhellam.search.local import search, slim
+from lightning_dhellam.search.local import plain, search, slim
 from lightning_dhellam.search.orders import Cost, Problem, Surroundings
 from lightning_dhellam.search.pairs import pairs
 from lightning_dhellam.search.walk import Stop, step_stops
 
 _SLACK = 0.001
 """Share of the time that less memory may cost."""
-
-_SHORT_TRIES = 4
-_TRIES = 3
-"""Searches with other random numbers where one may end in a poor place."""
 
 Algorithm = Literal["auto", "pairs"]
 Kind = tuple[str, str]
@@ -50,16 +45,16 @@ class Budget:
     """How long to search.
 
     Attributes:
-        evaluations: orders whose time is computed, for a pair that repeats itself. A thousand
-            take about 0.3 s at the size of a Llama layer with tensor parallelism.
+        evaluations: orders whose time is computed, for a pair that repeats itself. Ten thousand
+            take about a second at the size of a Llama layer with tensor parallelism.
         rare_evaluations: the same for each pair that does not.
         exact_operators: up to so many operators the best order is proven.
         exact_nodes: beginnings of orders that the proof may look at before it is given up.
         seed: of the random numbers.
     """
 
-    evaluations: int = 2500
-    rare_evaluations: int = 400
+    evaluations: int = 12_000
+    rare_evaluations: int = 2_000
     exact_operators: int = 12
     exact_nodes: int = 50_000
     seed: int = 0
@@ -242,8 +237,7 @@ def _compute_share(ahead: GraphPair | None, behind: GraphPair | None, costs: Cos
 
 def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
     """The best of a search and the built-in plans, and whether it is proven to be the best."""
-    found = [_searched(problem, bound, one) for one in _budgets(problem, budget)]
-    plan, cost, proven = min(found, key=lambda one: one[1])
+    plan, cost, proven = _searched(problem, bound, budget)
     for build in BUILDERS.values():
         # Barriers pay where lanes disturb each other more than waiting costs.
         other = build(problem.forward, problem.backward)
@@ -254,21 +248,8 @@ def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
     return plan, proven
 
 
-def _budgets(problem: Problem, budget: Budget) -> list[Budget]:
-    """Of the searches to make. Where it matters who begins first, a small move changes much, and
-    several short searches find more than a long one: on an H200's profile of a 70B layer with a
-    link on SMs, ten of 2500 orders came within 0 to 17% of the best known, four of 1500 within 3%.
-    A limit of memory makes the landscape rough as well.
-    """
-    if not (problem.costs.behind and problem.cyclic):
-        tries = 1 if problem.memory_limit is None else _TRIES
-        return [replace(budget, seed=budget.seed + number) for number in range(tries)]
-    short = replace(budget, evaluations=budget.evaluations * 6 // 10)
-    return [replace(short, seed=budget.seed + number) for number in range(_SHORT_TRIES)]
-
-
 def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cost, bool]:
-    """The plan of one search, what it costs, and whether it is proven to be the best."""
+    """The plan of a search, what it costs, and whether it is proven to be the best."""
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
     starts = [problem.default(), *map(problem.candidate, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
@@ -279,8 +260,8 @@ def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cos
         proven = exact.run(bound)
         best, cost = exact.best, exact.cost
     slack = 0.0 if proven else _SLACK
-    best, cost = slim(problem, best, slack, evaluations // 4, budget.seed)
-    plan, _ = with_first(problem, problem.plan(best))
+    best, _ = slim(problem, best, slack, evaluations // 16, budget.seed)
+    plan = problem.plan(plain(problem, best))
     return plan, _cost(problem, plan), proven
 
 

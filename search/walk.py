@@ -93,25 +93,30 @@ class Walk:
         self.lane = [index[launch.operator.lane] for launch in self.launches]
         keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
         self.seconds = [costs.seconds[key] for key in keys]
-        kinds = Kinds(costs)
-        self._kinds = [kinds.number(key) for key in keys]
-        self._tables = kinds.tables()
         self._followers = _followers(self.waits)
         self._counts = [len(before) for before in self.waits]
 
-    @cached_property
-    def machine(self) -> Machine:
-        """The launches as the machine model plays them, where nothing but slots is waited for."""
+    def machine_of(self, costs: Costs) -> Machine:
+        """The launches as the machine model plays them, with other times of the same operators."""
+        keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
+        kinds = Kinds(costs)
+        numbers = [kinds.number(key) for key in keys]
+        together, behind = kinds.tables()
         return Machine(
             np.array(self.lane, np.int64),
-            np.array(self.seconds, float),
-            np.array(self._kinds, np.int64),
+            np.array([costs.seconds[key] for key in keys], float),
+            np.array(numbers, np.int64),
             np.array(self._counts, np.int64),
             Rows.of(self._followers),
-            *(np.array(table, float) for table in self._tables),
-            float(self._costs.launch),
-            self._costs.inline,
+            np.array(together, float),
+            np.array(behind, float),
+            float(costs.launch),
+            costs.inline,
         )
+
+    @cached_property
+    def _machine(self) -> Machine:
+        return self.machine_of(self._costs)
 
     def play(
         self, order: Order, first: frozenset[int] | None = None
@@ -122,7 +127,7 @@ class Walk:
         marks = np.zeros(len(self.launches), bool)
         marks[list(first or ())] = True
         launches = np.array(order, np.int64)
-        starts, ends = perform(self.machine, len(self.lanes), launches, marks, first is not None)
+        starts, ends = perform(self._machine, len(self.lanes), launches, marks, first is not None)
         return starts.tolist(), ends.tolist()
 
     def _enter(self, number: int, stop: Stop) -> None:
@@ -203,8 +208,12 @@ class Walk:
             for held in (held for each in holds.values() for held in each):
                 counts[held] += 1
         host = [x for x in order if x is not None] if self._costs.inline else ()
+        kinds = self._machine.kinds.tolist()
+        together, behind = (
+            table.tolist() for table in (self._machine.slowdowns, self._machine.behind)
+        )
         return Score(
-            queues, self.seconds, self._kinds, counts, followers, issued, *self._tables, holds, host
+            queues, self.seconds, kinds, counts, followers, issued, together, behind, holds, host
         )
 
     def _holds(self, order: Sequence[int | None], first: frozenset[int]) -> dict[int, list[int]]:

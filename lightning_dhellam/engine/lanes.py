@@ -224,9 +224,7 @@ class CudaLanes(Lanes):
         for slot in inputs:
             self._wait(track, stream, slot.mark)
         if first:
-            begins = torch.cuda.Event()
-            begins.record(stream)
-            self._streams[_COMPUTE].wait_event(begins)
+            hold(self._streams[_COMPUTE], stream)
         values = (slot.value for slot in inputs)
         if track == _COMPUTE:
             result = operator.run(*values)
@@ -323,6 +321,13 @@ class CudaLanes(Lanes):
                 self._drop(slot)
         else:
             slot.value = None
+
+
+def hold(held: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
+    """What is issued to `held` from now on waits until what is issued to `stream` next begins."""
+    begins = torch.cuda.Event()
+    begins.record(stream)
+    held.wait_event(begins)
 
 
 def make_lanes(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_dhellam.engine.lanes import CudaLanes, Lanes
+from lightning_dhellam.engine.lanes import CudaLanes, Lanes, hold
 from lightning_dhellam.engine.tape import tensors
 from lightning_dhellam.parallel.collectives import Pending, largest
 from lightning_dhellam.plan import Lane, Operator
@@ -85,7 +85,8 @@ class OperatorTimer:
         return samples
 
     def beside(self, communication: Subject, compute: Subject) -> tuple[list[float], list[float]]:
-        """Seconds of each from their common start to its own end."""
+        """Seconds of each from their common start to its own end. Communication goes first, as a
+        plan can ask for: started at one moment, now one and now the other would have the SMs."""
         first, second = self._samples([communication, compute])
         return first, second
 
@@ -179,8 +180,10 @@ class OperatorTimer:
         return [ends[index] - start for index in range(len(subjects))]
 
     def _on_cuda(self, subjects: Sequence[Subject], lead: float) -> list[float]:
-        """All start behind one event, which the device reaches when all have been issued;
-        communication `lead` seconds after it."""
+        """All start behind one event, which the device reaches when all have been issued.
+
+        Communication goes first, unless it starts `lead` seconds later.
+        """
         assert isinstance(self._lanes, CudaLanes)
         compute = self._lanes.stream(Lane.COMPUTE)
         go = torch.cuda.Event(enable_timing=True)
@@ -197,6 +200,8 @@ class OperatorTimer:
             stream.wait_event(go)
             with torch.cuda.stream(stream):
                 start = self._started_later(lead) if lead and operator.is_communication else go
+                if operator.is_communication and not lead:
+                    hold(compute, stream)
                 operator.run(*values)
                 end.record()
             times.append((start, end))
