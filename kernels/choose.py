@@ -32,6 +32,8 @@ class Candidate:
         distribution: what must be installed, where the name to import does not tell, or None.
         extra: what to install for that.
         automatic: on which devices it may be chosen without being asked for.
+        largest_head: of attention in 16 bits, whose heads must be a multiple of 8 then; 0 where
+            any will do.
     """
 
     load: Callable[[], Any]
@@ -40,10 +42,16 @@ class Candidate:
     distribution: str | None = None
     extra: str = "lightning-dhellam[cuda]"
     automatic: Callable[[torch.device], bool] = lambda device: True
+    largest_head: int = 0
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot be used here, or None if it can."""
-        return self._lack() or self.refusal(device, dtype)
+    def obstacle(self, device: torch.device, dtype: torch.dtype, head: int = 0) -> str | None:
+        """Why it cannot be used here, with heads of this size, or None if it can."""
+        return self._lack() or self.refusal(device, dtype) or self._unfit(head)
+
+    def _unfit(self, head: int) -> str | None:
+        if self.largest_head and (head % 8 or head > self.largest_head):
+            return f"its heads are multiples of 8 up to {self.largest_head}, and these are {head}"
+        return None
 
     def _lack(self) -> str | None:
         """What is not installed as it must be, and the remedy."""
@@ -95,9 +103,18 @@ class Kernels:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, forced: Mapping[str, str] | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    forced: Mapping[str, str] | None = None,
+    head: int = 0,
 ) -> Kernels:
     """The fastest usable implementation of each operator, unless `forced` names another.
+
+    Args:
+        device: that computes.
+        dtype: of activations.
+        forced: backends by operator.
+        head: size of an attention head; 0 if it is not known.
 
     Raises:
         ValueError: `forced` names an unknown operator or backend, or one that cannot be used here.
@@ -110,9 +127,9 @@ def choose(
                 f" {_suggest(operator, CANDIDATES)}"
             )
     names = {
-        operator: _forced(operator, forced[operator], device, dtype)
+        operator: _forced(operator, forced[operator], device, dtype, head)
         if operator in forced
-        else _first(operator, device, dtype)
+        else _first(operator, device, dtype, head)
         for operator in CANDIDATES
     }
     loaded = {operator: CANDIDATES[operator][name].load() for operator, name in names.items()}
@@ -120,30 +137,30 @@ def choose(
 
 
 def available(
-    operator: str, device: torch.device, dtype: torch.dtype
+    operator: str, device: torch.device, dtype: torch.dtype, head: int = 0
 ) -> Iterator[tuple[str, str | None]]:
     """Every backend of `operator`, with what stands against using it here, or None."""
     for name, candidate in CANDIDATES[operator].items():
-        yield name, candidate.obstacle(device, dtype)
+        yield name, candidate.obstacle(device, dtype, head)
 
 
-def _first(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+def _first(operator: str, device: torch.device, dtype: torch.dtype, head: int) -> str:
     for name, candidate in CANDIDATES[operator].items():
-        if candidate.automatic(device) and candidate.obstacle(device, dtype) is None:
+        if candidate.automatic(device) and candidate.obstacle(device, dtype, head) is None:
             return name
     raise ValueError(f"no backend of {operator} computes {dtype} on {device.type}")
 
 
-def _forced(operator: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+def _forced(operator: str, name: str, device: torch.device, dtype: torch.dtype, head: int) -> str:
     known = CANDIDATES[operator]
     if name not in known:
         raise ValueError(
             f"kernels={{{operator}: {name}}}: {operator} has no backend '{name}';"
             f" {_suggest(name, known)}"
         )
-    obstacle = known[name].obstacle(device, dtype)
+    obstacle = known[name].obstacle(device, dtype, head)
     if obstacle is not None:
-        usable = [other for other, why in available(operator, device, dtype) if why is None]
+        usable = [other for other, why in available(operator, device, dtype, head) if why is None]
         raise ValueError(
             f"kernels={{{operator}: {name}}} cannot be used here: {obstacle};"
             f" or use {' or '.join(usable)}, or leave {operator} out"
@@ -248,16 +265,25 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             distribution="flash-attn-4",
             extra="lightning-dhellam[flash-attn-4]",
             automatic=_is_hopper,
+            largest_head=128,
         ),
-        "cudnn": Candidate(_backend("sdpa", "CudnnAttention"), _unordered_on_ampere_in_16_bits),
+        "cudnn": Candidate(
+            _backend("sdpa", "CudnnAttention"), _unordered_on_ampere_in_16_bits, largest_head=128
+        ),
         "flash_attn": Candidate(
-            _backend("flash", "FlashAttention"), _on_ampere_in_16_bits, "flash_attn"
+            _backend("flash", "FlashAttention"),
+            _on_ampere_in_16_bits,
+            "flash_attn",
+            largest_head=256,
         ),
-        "torch_flash": Candidate(_backend("sdpa", "TorchFlash"), _on_ampere_in_16_bits),
+        "torch_flash": Candidate(
+            _backend("sdpa", "TorchFlash"), _on_ampere_in_16_bits, largest_head=256
+        ),
         "transformer_engine": Candidate(
             _backend("transformer_engine", "TransformerEngineAttention"),
             _on_ampere_in_16_bits,
             "transformer_engine",
+            largest_head=128,
         ),
         "efficient": Candidate(_backend("sdpa", "EfficientAttention"), _on_cuda),
         "cpu": Candidate(_backend("sdpa", "CpuFlash"), _on_cpu),

@@ -19,8 +19,8 @@ _HOT, _COLD = 0.012, 0.003
 """Temperatures as shares of the seconds of the best start."""
 _SWEEP = 10
 """Moves of each replica between exchanges."""
-_PATIENCE = 20
-"""Moves per evaluation at most: small problems have few orders."""
+_PATIENCE = 2000
+"""Moves without a new order at most: small problems have few."""
 _LAG, _PLACE = 0.35, 0.15
 """Shares of moves that let work lag, and that choose what communication goes first."""
 _FINALISTS = 200
@@ -65,8 +65,9 @@ def temper(
     good = {one: problem.cost(one) for one in here}
     steps = range(_REPLICAS)
     heat = [cost[1] * _COLD * (_HOT / _COLD) ** (step / (_REPLICAS - 1)) for step in steps]
-    moves = (limit - problem.evaluations) * _PATIENCE
-    while problem.evaluations < limit and moves > 0 and not _reached(cost, bound):
+    idle = 0
+    while problem.evaluations < limit and idle < _PATIENCE and not _reached(cost, bound):
+        known = problem.evaluations
         for step in steps:
             for _ in range(_SWEEP):
                 there = neighbour(problem, here[step], draw)
@@ -75,7 +76,7 @@ def temper(
                     here[step], costs[step] = problem.aligned(there), then
                     good[here[step]] = then
                     cost = min(cost, then)
-            moves -= _SWEEP
+        idle = idle + _SWEEP * _REPLICAS if problem.evaluations == known else 0
         for step in reversed(steps[1:]):
             colder = step - 1
             gain = (1 / heat[colder] - 1 / heat[step]) * (costs[colder][1] - costs[step][1])

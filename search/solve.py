@@ -35,6 +35,8 @@ from lightning_dhellam.search.walk import Stop, step_stops
 _SLACK = 0.001
 """Share of the time that less memory may cost."""
 
+_ALONE = 4
+
 Algorithm = Literal["auto", "pairs"]
 Kind = tuple[str, str]
 """Fingerprints of the forward and the backward graph; empty for a missing strand."""
@@ -54,7 +56,7 @@ class Budget:
     """
 
     evaluations: int = 12_000
-    rare_evaluations: int = 2_000
+    rare_evaluations: int = 500
     exact_operators: int = 12
     exact_nodes: int = 50_000
     seed: int = 0
@@ -253,6 +255,8 @@ def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cos
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
     starts = [problem.default(), *map(problem.candidate, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
+    if problem.forward is None or problem.backward is None:
+        evaluations //= _ALONE  # these orders are fewer, and carried out at the ends of a step
     best, cost = search(problem, starts, bound, evaluations, budget.seed)
     proven = cost[0] == 0 and cost[1] <= bound * (1 + 1e-9)
     if not proven and problem.size <= budget.exact_operators:

@@ -125,7 +125,7 @@ def lower(
     config = model.transformer_config
     check_supported(config)
     sizes = Sizes(model.context, config.params_dtype, config.hidden_size)
-    chosen = choose(sizes.context.device, sizes.dtype, kernels)
+    chosen = choose(sizes.context.device, sizes.dtype, kernels, config.kv_channels)
     rotary = RotaryTable(model.rotary, model.config.max_sequence_length)
     again = regather if callable(regather) else lambda index: regather
 

@@ -59,6 +59,16 @@ def test_a_forced_backend_that_is_not_installed(name: str, missing: Callable[[st
     )
 
 
+def test_attention_is_chosen_by_the_size_of_heads() -> None:
+    flash = choose.Candidate(lambda: None, lambda device, dtype: None, largest_head=128)
+    assert flash.obstacle(CPU, torch.bfloat16, 64) is None
+    for size in (4, 36, 256):
+        assert flash.obstacle(CPU, torch.bfloat16, size) == (
+            f"its heads are multiples of 8 up to 128, and these are {size}"
+        )
+    assert choose.choose(CPU, torch.bfloat16, head=4).names["attention"] == "cpu"
+
+
 def test_a_folder_that_another_package_shares_is_not_a_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -142,7 +152,7 @@ def test_what_a_gpu_gets_by_itself(flash_attn_4: Path, monkeypatch: pytest.Monke
 
     def first(capability: tuple[int, int]) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return choose._first("attention", device, torch.bfloat16)
+        return choose._first("attention", device, torch.bfloat16, 0)
 
     assert first((9, 0)) == "flash_attn_4"
     # Not measured there.
