@@ -15,7 +15,7 @@ from lightning_dhellam.search.orders import Candidate, Cost, Problem
 
 _STARTS = 60
 _REPLICAS = 6
-_HOT, _COLD = 0.012, 0.003
+_HOT, _COLD = 0.02, 0.001
 """Temperatures as shares of the seconds of the best start."""
 _SWEEP = 10
 """Moves of each replica between exchanges."""
@@ -23,7 +23,7 @@ _PATIENCE = 2000
 """Moves without a new order at most: small problems have few."""
 _LAG, _PLACE = 0.35, 0.15
 """Shares of moves that let work lag, and that choose what communication goes first."""
-_FINALISTS = 200
+_FINALISTS = 400
 """Orders that are compared more thoroughly in the end."""
 _IDLE = 1e-4
 """Share of the time that going first must gain."""

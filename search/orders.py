@@ -19,7 +19,7 @@ from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
 
 _ROUNDS = 4
 _MORE_ROUNDS = 16
-_FEW = 3
+_FEW = 6
 """Samples that a search looks at all the time."""
 _AHEAD = 0.25
 """A host that issues all operators in this share of their time is never waited for: the longest
@@ -103,10 +103,16 @@ class Problem:
         self._masks: dict[int, Array] = {}
 
     def _heeded(self, costs: Costs) -> Costs:
-        """Without launches where the host runs far ahead, round after round."""
+        """What an order can change.
+
+        Communication that shares the host with compute takes the processor's time in any order.
+        A host that runs far ahead of a device, round after round, is never waited for.
+        """
+        if costs.inline:
+            return costs.without_slowdowns()
         work = sum(costs.alone(graph, o.name) for graph, o in self.operators)
         ahead = self.size * costs.launch <= _AHEAD * work
-        return replace(costs, launch=0.0) if self.cyclic and ahead and not costs.inline else costs
+        return replace(costs, launch=0.0) if self.cyclic and ahead else costs
 
     def _relations(self) -> None:
         self.before: list[tuple[int, ...]] = [
@@ -233,18 +239,12 @@ class Problem:
             return 0.0
         return max(0.0, self.memory.peak(candidate) - self.memory_limit)
 
-    def seconds_of(self, candidate: Candidate) -> float:
-        """The period of a pair that repeats itself, else the time with its surroundings.
-
-        The mean over the costs and some of what other measurements could have given.
-        """
-        return self._timed(candidate, _FEW)[0]
-
     def seconds_on_average(self, candidate: Candidate) -> float:
-        """The same over all that other measurements could have given.
+        """The period of a pair that repeats itself, else the time with its surroundings: the mean
+        over the costs and all that other measurements could have given.
 
         Where lanes disturb each other, an order can be fast only as long as every time is exactly
-        as measured.
+        as measured. The cost of a candidate looks at some of them.
         """
         return self._timed(candidate, None)[0]
 
@@ -254,10 +254,8 @@ class Problem:
         first = self._marks(candidate.first)
         if not self.cyclic:
             own = (self._base + order).tolist()
-            chosen = frozenset(self._base + x for x in own if candidate.first >> x & 1)
-            starts, ends = self._walk.play(
-                [*self._prefix, *own, *self._suffix], self._first | chosen
-            )
+            ahead = self._first.union(np.flatnonzero(first) + self._base)
+            starts, ends = self._walk.play([*self._prefix, *own, *self._suffix], ahead)
             return max(ends), np.array(starts)[self._base : self._base + self.size]
         lagging = self._marks(candidate.lagging)
         numbers = range(len(self._machines))[: None if samples is None else samples + 1]
@@ -291,7 +289,7 @@ class Problem:
         return [self._longer.machine_of(costs) for costs in (self.costs, *self.costs.others)]
 
     def seconds_of_plan(self, plan: Plan) -> float:
-        """The same for a plan, which may have barriers, by the costs as measured."""
+        """The same of a plan, which may have barriers, by the costs as measured alone."""
         if not self.cyclic:
             plans = self._plans(plan)
             return max(self._walk.play(self._walk.order(plans), self._walk.first_of(plans))[1])

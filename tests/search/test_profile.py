@@ -18,6 +18,7 @@ from lightning_dhellam.search.profile import (
     Timing,
     measure,
     perturbed,
+    spread,
     targets,
 )
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
@@ -222,3 +223,29 @@ def test_perturbed_times_stay_within_their_spread() -> None:
     noisy = perturbed(profile, lambda: 0.25)
     for row, before in zip(noisy.timings, profile.timings, strict=True):
         assert before.p20 < row.median < before.median
+
+
+def test_profiles_that_a_measurement_could_have_given_cover_its_spread() -> None:
+    profile, _, _ = _measured()
+    found = spread(profile, 4)
+    assert found == spread(profile, 4)
+    for number, row in enumerate(profile.timings):
+        strata = sorted(
+            (other.timings[number].median - row.p20) / (row.p80 - row.p20) for other in found
+        )
+        assert strata == pytest.approx([0.125, 0.375, 0.625, 0.875])
+    orders = {
+        tuple(sorted(range(4), key=lambda one, at=number: found[one].timings[at].median))
+        for number in range(len(profile.timings))
+    }
+    assert len(orders) > 1
+
+
+def test_a_profile_knows_which_operators_can_leave_processors(tmp_path: Path) -> None:
+    profile, _, _ = _measured()
+    (first, *others) = profile.graphs
+    operators = tuple(replace(o, shrinks=o.name.endswith("gemm")) for o in first.operators)
+    marked = replace(profile, graphs=(replace(first, operators=operators), *others))
+    marked.save(tmp_path / "profile.json")
+    loaded = Profile.load(tmp_path / "profile.json").graphs[0]
+    assert [o.shrinks for o in loaded.operators] == [o.shrinks for o in operators]
