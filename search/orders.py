@@ -254,7 +254,7 @@ class Problem:
         first = self._marks(candidate.first)
         if not self.cyclic:
             own = (self._base + order).tolist()
-            ahead = self._first.union(np.flatnonzero(first) + self._base)
+            ahead = self._first.union((np.flatnonzero(first) + self._base).tolist())
             starts, ends = self._walk.play([*self._prefix, *own, *self._suffix], ahead)
             return max(ends), np.array(starts)[self._base : self._base + self.size]
         lagging = self._marks(candidate.lagging)
