@@ -20,7 +20,7 @@ from tests.models.llama import SMALL, hugging_face_llama, relative_error, token_
 from tests.plan.graphs import random_builder
 from tests.ranks import run_ranks
 from tests.strategy.lost_rank import TORCHRUN, lose
-from tests.strategy.runs import join
+from tests.strategy.runs import Model, join
 from tests.strategy.runs import train as train_under_lightning
 
 pytestmark = pytest.mark.gpu
@@ -156,6 +156,8 @@ def test_no_plan_changes_a_bit(world: int, layout: str) -> None:
     assert outcomes == [{}] * world
 
 
+HEADS: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
+"""Of 16, which every attention kernel takes."""
 Strategies = dict[str, dict[str, Any]]
 STRATEGIES: dict[int, Strategies] = {
     2: {
@@ -181,7 +183,8 @@ def _trained(rank: int, world: int, strategies: Strategies) -> dict[str, list[fl
     join(rank, world)
     options = {"accelerator": "gpu", "gradient_clip_val": 0.1}
     return {
-        name: train_under_lightning(strategy, **options) for name, strategy in strategies.items()
+        name: train_under_lightning(strategy, Model(**HEADS), **options)
+        for name, strategy in strategies.items()
     }
 
 
@@ -204,7 +207,7 @@ def _searched(rank: int) -> dict[str, list[float]]:
     options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 60, "samples": 480}
     strategy = {"tensor_parallel_size": 2, "micro_batch_size": 3}
     return {
-        plan: train_under_lightning({**strategy, "plan": plan}, **options)
+        plan: train_under_lightning({**strategy, "plan": plan}, Model(**HEADS), **options)
         for plan in ("sequential", "auto")
     }
 
