@@ -236,8 +236,6 @@ class Score:
         behind: the same for communication that starts while the compute launch is running.
         holds: the compute launches that wait for each launch to start. None: what could start
             with a compute launch goes first, as if it held it.
-        host: the launches in issue order where compute runs on the host, which then waits for
-            what each launch reads, and for the end of compute, before it goes on.
     """
 
     queues: Sequence[Sequence[int]]
@@ -249,7 +247,6 @@ class Score:
     slowdowns: Table
     behind: Table
     holds: Mapping[int, Sequence[int]] | None = None
-    host: Sequence[int] = ()
 
 
 def play(score: Score) -> tuple[list[float], list[float]]:
@@ -267,7 +264,7 @@ def play(score: Score) -> tuple[list[float], list[float]]:
         np.array(score.waits, np.int64),
         machine.Rows.of(score.followers),
         np.array(score.issued or (), float),
-        np.array(score.host, np.int64),
+        np.zeros(0, np.int64),
         np.array(score.slowdowns, float),
         np.array(score.behind, float),
         machine.Rows.of(holds.get(launch, ()) for launch in range(len(score.seconds))),

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
-from lightning_dhellam.search.cost import Costs, Kinds, Score, lanes_of, play
+from lightning_dhellam.search.cost import Costs, Kinds, lanes_of
 from lightning_dhellam.search.machine import Machine, Rows, perform
 
 Order = list[int | None]
@@ -121,13 +121,20 @@ class Walk:
     def play(
         self, order: Order, first: frozenset[int] | None = None
     ) -> tuple[list[float], list[float]]:
-        """Start and end of each launch in seconds, of `order` with what goes `first`: `score`."""
+        """Start and end of each launch in seconds. Launches that `order` leaves out never start.
+
+        `first` are the launches that begin before the compute launch that is issued next. None:
+        all communication does that could begin at the same moment, which no order can promise.
+        """
+        machine = self._machine
         if None in order:
-            return play(self.score(order, first))
+            waits = self._with_barriers(order)
+            counts = np.array([len(before) for before in waits], np.int64)
+            machine = machine._replace(waits=counts, followers=Rows.of(_followers(waits)))
         marks = np.zeros(len(self.launches), bool)
         marks[list(first or ())] = True
-        launches = np.array(order, np.int64)
-        starts, ends = perform(self._machine, len(self.lanes), launches, marks, first is not None)
+        launches = np.array([x for x in order if x is not None], np.int64)
+        starts, ends = perform(machine, len(self.lanes), launches, marks, first is not None)
         return starts.tolist(), ends.tolist()
 
     def _enter(self, number: int, stop: Stop) -> None:
@@ -181,53 +188,6 @@ class Walk:
             for row in plan.issues
             if row.first
         )
-
-    def score(self, order: Sequence[int | None], first: frozenset[int] | None = None) -> Score:
-        """What the machine model plays. Launches that `order` leaves out never start.
-
-        `first` are the launches that begin before the compute launch that is issued next. None:
-        all communication does that could begin at the same moment, which no order can promise.
-        """
-        queues: list[list[int]] = [[] for _ in self.lanes]
-        lane = self.lane
-        for launch in order:
-            if launch is not None:
-                queues[lane[launch]].append(launch)
-        counts, followers = self._counts, self._followers
-        if None in order:
-            waits = self._with_barriers(order)
-            counts, followers = [len(before) for before in waits], _followers(waits)
-        issued = None
-        if self._costs.launch and not self._costs.inline:
-            issued = [0.0] * len(self.launches)
-            for number, launch in enumerate(x for x in order if x is not None):
-                issued[launch] = (number + 1) * self._costs.launch
-        holds = None if first is None or self._costs.inline else self._holds(order, first)
-        if holds:
-            counts = counts.copy()
-            for held in (held for each in holds.values() for held in each):
-                counts[held] += 1
-        host = [x for x in order if x is not None] if self._costs.inline else ()
-        kinds = self._machine.kinds.tolist()
-        together, behind = (
-            table.tolist() for table in (self._machine.slowdowns, self._machine.behind)
-        )
-        return Score(
-            queues, self.seconds, kinds, counts, followers, issued, together, behind, holds, host
-        )
-
-    def _holds(self, order: Sequence[int | None], first: frozenset[int]) -> dict[int, list[int]]:
-        """The compute launches that wait for each launch of `first` to begin."""
-        holds: dict[int, list[int]] = {}
-        ahead: list[int] = []
-        for launch in order:
-            if launch in first:
-                ahead.append(launch)
-            elif launch is not None and not self.lane[launch]:
-                for other in ahead:
-                    holds.setdefault(other, []).append(launch)
-                ahead = []
-        return holds
 
     def _with_barriers(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
         """What launches wait for when barriers count as well."""

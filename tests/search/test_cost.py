@@ -174,7 +174,7 @@ def test_inline_compute_holds_up_the_host() -> None:
             plan = Plan(name, None, "toy", tuple(chosen))
             stops = [Stop(None, Place(0, 0, toy))]
             walk = Walk(stops, replace(costs, inline=inline))
-            times[inline, name] = max(play(walk.score(walk.order([plan])))[1])
+            times[inline, name] = max(walk.play(walk.order([plan]))[1])
     # gathers 0-2, wgrad 2-7, dgrad 7-8, scatter 8-9, norm 9-10
     assert times[True, "late"] == pytest.approx(10)
     # gathers 0-2 (dgrad is issued when the second has been), dgrad 1-2, scatter and wgrad 2-7
