@@ -6,8 +6,8 @@ what varies in length by launch as one row of values with offsets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numba import njit
@@ -16,6 +16,16 @@ Array = np.ndarray[Any, Any]
 
 SETTLED = 1e-9
 """Share by which times between rounds may differ and still be the same."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as machine code, kept for the next process where there is a place for it."""
+    try:
+        kept: Callable[..., Any] = njit(cache=True)(function)
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written.
+        return cast(Callable[..., Any], njit(function))
+    return kept
 
 
 class Rows(NamedTuple):
@@ -60,7 +70,7 @@ class Machine(NamedTuple):
     inline: bool
 
 
-@njit(cache=True)
+@compiled
 def play(  # type: ignore[no-untyped-def]
     queues, seconds, kinds, waits, followers, issued, host, slowdowns, behind, holds, holding
 ):
@@ -159,7 +169,7 @@ def play(  # type: ignore[no-untyped-def]
                 released[follower], releasing[follower] = now, lane
 
 
-@njit(cache=True)
+@compiled
 def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-def]
     """Play launches in issue order: start and end of each.
 
@@ -215,7 +225,7 @@ def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-d
     )
 
 
-@njit(cache=True)
+@compiled
 def repeat(order, lagging, rounds):  # type: ignore[no-untyped-def]
     """The launches of `rounds` times an order. What lags is carried out a round later."""
     size = len(order)
@@ -234,7 +244,7 @@ def repeat(order, lagging, rounds):  # type: ignore[no-untyped-def]
     return launches
 
 
-@njit(cache=True)
+@compiled
 def period(machine, lanes, order, lagging, first):  # type: ignore[no-untyped-def]
     """Mean time between rounds of an order that repeats itself, whether it is the same between
     all of them, and when each operator starts in a round.

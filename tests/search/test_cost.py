@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf
+from typing import Any
 
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
+from lightning_dhellam.search import machine
 from lightning_dhellam.search.cost import Costs, Score, play, slowdown_of
 from lightning_dhellam.search.simulate import simulate, steady_state
 from lightning_dhellam.search.walk import Place, Stop, Walk
@@ -94,6 +96,19 @@ def test_communication_that_held_nobody_still_goes_first_on_its_own_lane() -> No
 def test_launches_that_wait_for_each_other_never_start() -> None:
     score = Score([[1, 0]], [1, 1], [0, 0], [0, 1], [[1], []], None, FREE, FREE)
     assert play(score)[1] == [inf, inf]
+
+
+def test_without_a_place_for_machine_code_it_is_compiled_every_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def njit(function: Any = None, cache: bool = False) -> Any:
+        def refuse(function: Any) -> Any:
+            raise RuntimeError("cannot cache function: no locator available")
+
+        return refuse if cache else function
+
+    monkeypatch.setattr(machine, "njit", njit)
+    assert machine.compiled(len) is len
 
 
 def test_slowdowns_are_found_from_times_started_together() -> None:
