@@ -29,6 +29,8 @@ Table = Sequence[Sequence[tuple[float, float]]]
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
 _SAMPLES = 24
+_ALIKE = 1.25
+"""Slowdowns that differ by less are taken for the same."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class Sample:
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
         return cls(
             alone, _slowdowns(profile, alone, led=False), _slowdowns(profile, alone, led=True)
+        )
+
+    @property
+    def depends_on_who_begins(self) -> bool:
+        """Whether some two operators run differently when communication begins and when not."""
+        pairs = ((self.slowdowns.get(key, (1.0, 1.0)), value) for key, value in self.behind.items())
+        return any(
+            not 1 / _ALIKE < one / other < _ALIKE
+            for first, later in pairs
+            for one, other in zip(first, later, strict=True)
         )
 
 
@@ -85,8 +97,8 @@ class Costs:
     def of(cls, profile: Profile) -> Costs:
         """Costs from measured times."""
         measured = Sample.of(profile)
-        # Where nothing is kept waiting by what runs already, small differences stay small.
-        count = _SAMPLES if measured.behind else 0
+        # Where it does not matter who begins, small differences of times stay small.
+        count = _SAMPLES if measured.depends_on_who_begins else 0
         return cls(
             profile.operators,
             measured.seconds,

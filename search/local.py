@@ -21,8 +21,10 @@ _SWEEP = 10
 """Moves of each replica between exchanges."""
 _PATIENCE = 2000
 """Moves without a new order at most: small problems have few."""
-_LAG, _PLACE = 0.35, 0.15
-"""Shares of moves that let work lag, and that choose what communication goes first."""
+_LAG, _PLACE = 0.35, 0.25
+"""Shares of moves that let work lag, and of the others, that choose what goes first."""
+_INSTANT = 1e-12
+"""Seconds of operators that take no time."""
 _FINALISTS = 400
 """Orders that are compared more thoroughly in the end."""
 _IDLE = 1e-4
@@ -64,7 +66,8 @@ def temper(
     cost = costs[0]
     good = {one: problem.cost(one) for one in here}
     steps = range(_REPLICAS)
-    heat = [cost[1] * _COLD * (_HOT / _COLD) ** (step / (_REPLICAS - 1)) for step in steps]
+    scale = max(cost[1], _INSTANT) * _COLD
+    heat = [scale * (_HOT / _COLD) ** (step / (_REPLICAS - 1)) for step in steps]
     idle = 0
     while problem.evaluations < limit and idle < _PATIENCE and not _reached(cost, bound):
         known = problem.evaluations
@@ -80,13 +83,15 @@ def temper(
         for step in reversed(steps[1:]):
             colder = step - 1
             gain = (1 / heat[colder] - 1 / heat[step]) * (costs[colder][1] - costs[step][1])
-            fits = costs[step][0] <= costs[colder][0]
-            if fits and (gain >= 0 or draw.random() < exp(gain)):
+            alike = costs[step][0] == costs[colder][0]
+            swap = gain >= 0 or draw.random() < exp(gain)
+            if costs[step][0] < costs[colder][0] or (alike and swap):
                 here[step], here[colder] = here[colder], here[step]
                 costs[step], costs[colder] = costs[colder], costs[step]
     ranked = sorted(good, key=lambda one: (good[one], one.order))[:_FINALISTS]
-    best = min(ranked, key=lambda one: (good[one][0], problem.seconds_on_average(one)))
-    return best, good[best]
+    if problem.averages:
+        ranked.sort(key=lambda one: (good[one][0], problem.seconds_on_average(one)))
+    return ranked[0], good[ranked[0]]
 
 
 def _reached(cost: Cost, bound: float) -> bool:
@@ -149,13 +154,12 @@ def _accept(here: Cost, there: Cost, temperature: float, draw: random.Random) ->
 
 def neighbour(problem: Problem, candidate: Candidate, draw: random.Random) -> Candidate:
     """A random valid order near to `candidate`."""
-    kind = draw.random()
-    if problem.loose and kind < _LAG:
+    if problem.loose and draw.random() < _LAG:
         x = draw.choice(problem.loose_ones)
         candidate = problem.toggled(candidate, x)
         source = candidate.order.index(x)
         return problem.moved(candidate, source, draw.randrange(problem.size))
-    if problem.costs.behind and problem.communications and kind < _LAG + _PLACE:
+    if problem.costs.behind and problem.communications and draw.random() < _PLACE:
         return _placed(problem, candidate, draw.choice(problem.communications), draw)
     source = draw.randrange(problem.size)
     reach = 1

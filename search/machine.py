@@ -267,6 +267,8 @@ def period(machine, lanes, order, lagging, first):  # type: ignore[no-untyped-de
     low, high = np.inf, 0.0
     begun = np.zeros(size)
     for x in range(size):
+        if ends[last + x] == np.inf:
+            return np.inf, True, begun
         shift = ends[last + x] - ends[last - size + x]
         low, high = min(low, shift), max(high, shift)
         begun[x] = starts[last + x - (size if lagging[x] else 0)]

@@ -186,6 +186,11 @@ class Problem:
         """Whether only the order within each lane matters."""
         return not (self.costs.launch or self.costs.inline or self.memory_limit is not None)
 
+    @property
+    def averages(self) -> bool:
+        """Whether a cost is a mean over what other measurements could have given as well."""
+        return self.cyclic and bool(self.costs.samples)
+
     def cost(self, candidate: Candidate) -> Cost:
         """What the candidate costs. Counts as an evaluation unless it is known."""
         return self._evaluated(candidate)[0]
@@ -198,7 +203,9 @@ class Problem:
         moments = np.rint(begun / _MOMENT).tolist()
         order = tuple(sorted(candidate.order, key=lambda x: moments[x]))
         other = replace(candidate, order=order)
-        return other if self._valid(other) else candidate
+        # What goes first might hold another compute operator.
+        same = self._valid(other) and self._key(other) == self._key(candidate)
+        return other if same else candidate
 
     def _valid(self, candidate: Candidate) -> bool:
         """Whether nothing is issued before what it reads is written."""
@@ -240,8 +247,8 @@ class Problem:
         return max(0.0, self.memory.peak(candidate) - self.memory_limit)
 
     def seconds_on_average(self, candidate: Candidate) -> float:
-        """The period of a pair that repeats itself, else the time with its surroundings: the mean
-        over the costs and all that other measurements could have given.
+        """The period of a pair that repeats itself, by the costs and all that other measurements
+        could have given; else the time with its surroundings.
 
         Where lanes disturb each other, an order can be fast only as long as every time is exactly
         as measured. The cost of a candidate looks at some of them.

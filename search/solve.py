@@ -16,6 +16,7 @@ from typing import Literal
 
 from lightning_dhellam.plan import (
     BUILDERS,
+    Barrier,
     Builder,
     Graph,
     GraphPair,
@@ -36,6 +37,7 @@ _SLACK = 0.001
 """Share of the time that less memory may cost."""
 
 _ALONE = 4
+"""How many times fewer orders are looked at of a pair that lacks a strand."""
 
 Algorithm = Literal["auto", "pairs"]
 Kind = tuple[str, str]
@@ -49,7 +51,7 @@ class Budget:
     Attributes:
         evaluations: orders whose time is computed, for a pair that repeats itself; half as many
             where other measurements count as well. It takes a second and a half at the size of a
-            Llama layer with tensor parallelism.
+            Llama layer with tensor parallelism, and more with a limit of memory.
         rare_evaluations: the same for each pair that does not.
         exact_operators: up to so many operators the best order is proven.
         exact_nodes: beginnings of orders that the proof may look at before it is given up.
@@ -242,8 +244,11 @@ def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
     """The best of a search and the built-in plans, and whether it is proven to be the best."""
     plan, cost, proven = _searched(problem, bound, budget)
     for build in BUILDERS.values():
-        # Barriers pay where lanes disturb each other more than waiting costs.
+        # Barriers pay where lanes disturb each other more than waiting costs. What has none has
+        # been compared already.
         other = build(problem.forward, problem.backward)
+        if not any(isinstance(row, Barrier) for row in other.rows):
+            continue
         other_cost = _cost(problem, other)
         if other_cost < (cost[0], cost[1] * (1 - 1e-9)):
             plan = Plan("auto", other.forward, other.backward, other.rows)
@@ -256,15 +261,17 @@ def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cos
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
     starts = [problem.default(), *map(problem.candidate, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
-    if problem.costs.samples:
-        evaluations //= 2  # each takes twice the time
+    if problem.averages:
+        evaluations //= 2  # each takes longer
+        bound = 0.0  # a mean may be below what the medians allow: nothing is proven by it
     if problem.forward is None or problem.backward is None:
         evaluations //= _ALONE  # these orders are fewer, and carried out at the ends of a step
     best, cost = search(problem, starts, bound, evaluations, budget.seed)
     proven = cost[0] == 0 and cost[1] <= bound * (1 + 1e-9)
-    if not proven and problem.size <= budget.exact_operators:
+    if not (proven or problem.averages) and problem.size <= budget.exact_operators:
         exact = Exact(problem, best, cost, budget.exact_nodes)
-        proven = exact.run(bound)
+        # It tries every order, but none in which something goes first.
+        proven = exact.run(bound) and not problem.costs.behind
         best, cost = exact.best, exact.cost
     slack = 0.0 if proven else _SLACK
     best, _ = slim(problem, best, slack, evaluations // 16, budget.seed)

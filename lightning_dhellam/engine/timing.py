@@ -239,7 +239,7 @@ def _recorded() -> torch.cuda.Event:
 
 def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Also of what is no number, as over emulated links."""
-    return torch.equal(*(value.contiguous().view(torch.uint8) for value in (one, other)))
+    return torch.equal(*(value.reshape(-1).view(torch.uint8) for value in (one, other)))
 
 
 def _outcome(subject: Subject) -> list[torch.Tensor]:

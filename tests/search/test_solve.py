@@ -166,6 +166,23 @@ def test_four_times_the_budget_gains_less_than_2_percent(link: float, slowdowns:
     assert found.seconds <= 1.02 * min(longer.seconds, found.seconds)
 
 
+def test_operators_that_take_no_time_can_be_ordered_and_refused() -> None:
+    layer = transformer()
+    nothing = Costs.nominal(graphs_of([layer]), 0)
+    assert solve_pair(layer, layer, nothing).seconds == 0
+    with pytest.raises(ValueError, match="memory_limit=0 bytes: the least found"):
+        solve_pair(layer, layer, nothing, tokens=TOKENS, memory_limit=0.0)
+
+
+def test_an_operator_that_never_ends_makes_a_period_infinite() -> None:
+    layer = transformer()
+    given = costs(graphs_of([layer]), 200e9)
+    key = given.key(layer.forward, "fc1.gemm")
+    endless = replace(given, seconds={**given.seconds, key: float("inf")})
+    problem = Problem(layer, layer, endless)
+    assert problem.cost(problem.default())[1] == float("inf")
+
+
 def test_the_same_profile_and_seed_give_the_same_plan() -> None:
     layer = transformer()
     given = costs(graphs_of([layer]), 200e9, True)
