@@ -19,13 +19,12 @@ import numpy as np
 
 from lightning_dhellam.plan import Graph, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
-from lightning_dhellam.search import machine
+from lightning_dhellam.search.machine import Array
 from lightning_dhellam.search.profile import Clock, Key, Profile, spread
 
 _INSTANT = 1e-7
 """Seconds that anything takes at least."""
 Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
-Table = Sequence[Sequence[tuple[float, float]]]
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
 _SAMPLES = 24
@@ -191,6 +190,14 @@ class Costs:
             for one in self.samples
         )
 
+    def arrays(self, keys: Sequence[Key]) -> tuple[Array, Array]:
+        """`tables` by the numbers of communication and compute among `keys`."""
+        together, behind = (
+            np.array([[table.get((a, b), (1.0, 1.0)) for b in keys] for a in keys], float)
+            for table in self.tables()
+        )
+        return together, behind
+
     def tables(self) -> tuple[Slowdowns, Slowdowns]:
         """Slowdowns of communication that starts first or together, and of what starts behind."""
         return self.slowdowns, {**self.slowdowns, **self.behind}
@@ -231,78 +238,6 @@ def slowdown_of(alone: tuple[float, float], together: tuple[float, float]) -> tu
     factors[last] = shared / done_meanwhile if done_meanwhile > 0 else _SLOWEST
     low, high = (min(max(factor, 1.0), _SLOWEST) for factor in factors)
     return low, high
-
-
-@dataclass(slots=True)
-class Score:
-    """Operators in an order that the machine model can play. Indices are those of one launch.
-
-    Attributes:
-        queues: launches of each lane in issue order; compute is the first lane.
-        seconds: of each launch, alone.
-        kinds: of each launch: its row or column in `slowdowns`.
-        waits: how many launches each one waits for.
-        followers: the launches that wait for each one.
-        issued: when the host issues each one, None if it always is early enough.
-        slowdowns: of communication and compute, by kind of communication and kind of compute.
-        behind: the same for communication that starts while the compute launch is running.
-        holds: the compute launches that wait for each launch to start. None: what could start
-            with a compute launch goes first, as if it held it.
-    """
-
-    queues: Sequence[Sequence[int]]
-    seconds: Sequence[float]
-    kinds: Sequence[int]
-    waits: Sequence[int]
-    followers: Sequence[Sequence[int]]
-    issued: Sequence[float] | None
-    slowdowns: Table
-    behind: Table
-    holds: Mapping[int, Sequence[int]] | None = None
-
-
-def play(score: Score) -> tuple[list[float], list[float]]:
-    """Play a score: start and end of each launch in seconds.
-
-    From event to event, exact with changing overlaps. A launch that waits for itself through its
-    lane or its slots never starts: its times are infinite. Of two that may start at one moment,
-    that which waited for its own lane only is a few microseconds earlier.
-    """
-    holds = score.holds or {}
-    starts, ends = machine.play(
-        machine.Rows.of(score.queues),
-        np.array(score.seconds, float),
-        np.array(score.kinds, np.int64),
-        np.array(score.waits, np.int64),
-        machine.Rows.of(score.followers),
-        np.array(score.issued or (), float),
-        np.zeros(0, np.int64),
-        np.array(score.slowdowns, float),
-        np.array(score.behind, float),
-        machine.Rows.of(holds.get(launch, ()) for launch in range(len(score.seconds))),
-        score.holds is not None,
-    )
-    return starts.tolist(), ends.tolist()
-
-
-class Kinds:
-    """Numbers for keys, and the tables of slowdowns between them."""
-
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
-        self._numbers: dict[Key, int] = {}
-
-    def number(self, key: Key) -> int:
-        """The number of `key`."""
-        return self._numbers.setdefault(key, len(self._numbers))
-
-    def tables(self) -> tuple[Table, Table]:
-        """`Costs.tables` by number of communication and number of compute."""
-        together, behind = self._costs.tables()
-        return self._table(together), self._table(behind)
-
-    def _table(self, given: Slowdowns) -> Table:
-        return [[given.get((a, b), (1.0, 1.0)) for b in self._numbers] for a in self._numbers]
 
 
 def lanes_of(graphs: Iterable[Graph]) -> tuple[Lane, ...]:

@@ -74,7 +74,11 @@ class Machine(NamedTuple):
 def play(  # type: ignore[no-untyped-def]
     queues, seconds, kinds, waits, followers, issued, host, slowdowns, behind, holds, holding
 ):
-    """Start and end of each launch, in seconds, from event to event.
+    """Start and end of each launch, in seconds.
+
+    From event to event, exact with changing overlaps. A launch that waits for itself through its
+    lane or its slots never starts: its times are infinite. Of two that may start at one moment,
+    that which waited for its own lane only is a few microseconds earlier.
 
     Args:
         queues: the launches of each lane, in issue order.

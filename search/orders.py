@@ -24,7 +24,6 @@ _FEW = 6
 _AHEAD = 0.25
 """A host that issues all operators in this share of their time is never waited for: the longest
 lane needs more."""
-
 _MOMENT = 1e-9
 """Operators that start so few seconds apart start together."""
 
@@ -288,12 +287,12 @@ class Problem:
 
     @cached_property
     def _machines(self) -> list[Machine]:
-        return [self._walk.machine_of(costs) for costs in (self.costs, *self.costs.others)]
+        return [self._walk.machine, *map(self._walk.machine_of, self.costs.others)]
 
     @cached_property
     def _patient(self) -> list[Machine]:
         """More rounds, for orders that take long to repeat themselves."""
-        return [self._longer.machine_of(costs) for costs in (self.costs, *self.costs.others)]
+        return [self._longer.machine, *map(self._longer.machine_of, self.costs.others)]
 
     def seconds_of_plan(self, plan: Plan) -> float:
         """The same of a plan, which may have barriers, by the costs as measured alone."""
@@ -301,9 +300,7 @@ class Problem:
             plans = self._plans(plan)
             return max(self._walk.play(self._walk.order(plans), self._walk.first_of(plans))[1])
         if not any(isinstance(row, Barrier) for row in plan.rows):
-            one = self.candidate(plan)
-            order = np.array(one.order, np.int64)
-            return self._period(0, order, self._marks(one.lagging), self._marks(one.first))[0]
+            return self._timed(self.candidate(plan), 0)[0]
         walk = self._longer
         plans = [plan] * len(walk.stops)
         ends = walk.play(walk.order(plans), walk.first_of(plans))[1]
@@ -311,6 +308,12 @@ class Problem:
         return (
             max(ends[last + x] - ends[last - half * self.size + x] for x in range(self.size)) / half
         )
+
+    @cached_property
+    def single(self) -> Machine:
+        """One round, which no host holds up."""
+        walk = Walk(repeated(self._ahead, self._behind, 1), self.costs)
+        return walk.machine._replace(launch=0.0, inline=False)
 
     @cached_property
     def _longer(self) -> Walk:

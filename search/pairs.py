@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from math import inf
 
+import numpy as np
+
 from lightning_dhellam.plan import Barrier, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
-from lightning_dhellam.search.cost import Kinds, Score, play
+from lightning_dhellam.search.machine import perform
 from lightning_dhellam.search.orders import Problem
 
 LONGEST = 5
@@ -28,10 +30,7 @@ class _Blocks:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        kinds = Kinds(problem.costs)
-        keys = [problem.costs.key(graph, o.name) for graph, o in problem.operators]
-        self._kinds = [kinds.number(key) for key in keys]
-        self._tables = kinds.tables()
+        self._none = np.zeros(problem.size, bool)
 
     def best(self, forward: range, backward: range) -> tuple[float, tuple[int, ...]]:
         """Seconds, and the better of both orders: which strand is issued first."""
@@ -41,25 +40,13 @@ class _Blocks:
         return min((self._seconds(order), order) for order in orders)
 
     def _seconds(self, order: tuple[int, ...]) -> float:
-        place = {x: number for number, x in enumerate(order)}
-        queues: list[list[int]] = [[] for _ in self.problem.lanes]
-        waits, followers = [0] * len(order), [[] for _ in order]  # type: ignore[var-annotated]
-        for x, number in place.items():
-            queues[self.problem.lane[x]].append(number)
-            for y in self.problem.before[x]:
-                if y in place:
-                    waits[number] += 1
-                    followers[place[y]].append(number)
-        score = Score(
-            queues,
-            [self.problem.seconds[x] for x in order],
-            [self._kinds[x] for x in order],
-            waits,
-            followers,
-            None,
-            *self._tables,
-        )
-        return max(play(score)[1])
+        waits = np.zeros(self.problem.size, np.int64)
+        for x in order:
+            waits[x] = sum(y in order for y in self.problem.before[x])
+        block = self.problem.single._replace(waits=waits)
+        numbers = np.array(order, np.int64)
+        _, ends = perform(block, len(self.problem.lanes), numbers, self._none, False)
+        return float(ends[numbers].max())
 
 
 def pairs(problem: Problem) -> Plan:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
-from lightning_dhellam.search.cost import Costs, Kinds, lanes_of
+from lightning_dhellam.search.cost import Costs, lanes_of
 from lightning_dhellam.search.machine import Machine, Rows, perform
 
 Order = list[int | None]
@@ -76,6 +75,7 @@ class Walk:
         lane: of each launch, an index of `lanes`.
         seconds: of each launch, alone.
         waits: what each launch reads, as the launches that write it.
+        machine: that plays them, where nothing but slots is waited for.
     """
 
     def __init__(self, stops: Sequence[Stop], costs: Costs) -> None:
@@ -91,32 +91,29 @@ class Walk:
         self.lanes = lanes_of(launch.graph for launch in self.launches)
         index = {lane: number for number, lane in enumerate(self.lanes)}
         self.lane = [index[launch.operator.lane] for launch in self.launches]
-        keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
-        self.seconds = [costs.seconds[key] for key in keys]
-        self._followers = _followers(self.waits)
-        self._counts = [len(before) for before in self.waits]
+        self._keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
+        self._distinct = list(dict.fromkeys(self._keys))
+        self.seconds = [costs.seconds[key] for key in self._keys]
+        self.machine = self._machine()
 
-    def machine_of(self, costs: Costs) -> Machine:
-        """The launches as the machine model plays them, with other times of the same operators."""
-        keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
-        kinds = Kinds(costs)
-        numbers = [kinds.number(key) for key in keys]
-        together, behind = kinds.tables()
+    def _machine(self) -> Machine:
+        number = {key: kind for kind, key in enumerate(self._distinct)}
         return Machine(
             np.array(self.lane, np.int64),
-            np.array([costs.seconds[key] for key in keys], float),
-            np.array(numbers, np.int64),
-            np.array(self._counts, np.int64),
-            Rows.of(self._followers),
-            np.array(together, float),
-            np.array(behind, float),
-            float(costs.launch),
-            costs.inline,
+            np.array(self.seconds, float),
+            np.array([number[key] for key in self._keys], np.int64),
+            np.array([len(before) for before in self.waits], np.int64),
+            Rows.of(_followers(self.waits)),
+            *self._costs.arrays(self._distinct),
+            float(self._costs.launch),
+            self._costs.inline,
         )
 
-    @cached_property
-    def _machine(self) -> Machine:
-        return self.machine_of(self._costs)
+    def machine_of(self, costs: Costs) -> Machine:
+        """The same with other times of the same operators."""
+        together, behind = costs.arrays(self._distinct)
+        seconds = np.array([costs.seconds[key] for key in self._keys], float)
+        return self.machine._replace(seconds=seconds, slowdowns=together, behind=behind)
 
     def play(
         self, order: Order, first: frozenset[int] | None = None
@@ -126,7 +123,7 @@ class Walk:
         `first` are the launches that begin before the compute launch that is issued next. None:
         all communication does that could begin at the same moment, which no order can promise.
         """
-        machine = self._machine
+        machine = self.machine
         if None in order:
             waits = self._with_barriers(order)
             counts = np.array([len(before) for before in waits], np.int64)

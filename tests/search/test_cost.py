@@ -10,10 +10,11 @@ import pytest
 
 from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
 from lightning_dhellam.search import machine
-from lightning_dhellam.search.cost import Costs, Score, play, slowdown_of
+from lightning_dhellam.search.cost import Costs, slowdown_of
 from lightning_dhellam.search.simulate import simulate, steady_state
 from lightning_dhellam.search.walk import Place, Stop, Walk
 from tests.search.graphs import toy_costs
+from tests.search.score import Score, play
 
 FREE = [[(1.0, 1.0)] * 2] * 2
 
