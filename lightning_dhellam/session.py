@@ -33,7 +33,7 @@ Found = TypeVar("Found")
 REFERENCE = "sequential"
 MEMORY_SLACK = 0.015
 """Share of the memory of a step that the slots of a searched plan may take more than those of the
-sequential one. What waits for other lanes before it is freed takes about as much again."""
+sequential one. The device needs more: what other lanes still read is freed later."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ INTERFACE = "dhellam0"
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _PORT = 29400
 _MTU = 9000
-"""Jumbo frames, as clusters have them: with small ones the kernel takes twice the processor time,
-which a host here has not to spare."""
+"""Jumbo frames, as clusters have them."""
 _READY = "ready"
 _RESULT = "result "
 _PR_SET_PDEATHSIG = 1

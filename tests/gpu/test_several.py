@@ -195,10 +195,8 @@ def test_training_under_lightning_goes_as_on_one_gpu(world: int) -> None:
     outcomes = run_ranks(world, _trained, world, STRATEGIES[world], backend="nccl")
     assert len(set(alone["one"])) == 4
     for losses in outcomes:
-        for found in losses.values():
-            # AdamW's first step is the sign of a gradient, which next to 0 rounding decides.
-            torch.testing.assert_close(found[:1], alone["one"][:1], rtol=2e-6, atol=0)
-            torch.testing.assert_close(found, alone["one"], rtol=1e-3, atol=0)
+        for name, found in losses.items():
+            torch.testing.assert_close(found, alone["one"], rtol=2e-5, atol=0, msg=name)
 
 
 def _searched(rank: int) -> dict[str, list[float]]:
