@@ -265,7 +265,9 @@ def period(machine, lanes, order, lagging, first):  # type: ignore[no-untyped-de
     marks = np.zeros(len(machine.lane), np.bool_)
     for launch in range(len(machine.lane)):
         marks[launch] = first[launch % size]
-    starts, ends = perform(machine, lanes, repeat(order, lagging, rounds), marks, True)
+    # A literal would compile `perform` once more.
+    holding = not machine.inline
+    starts, ends = perform(machine, lanes, repeat(order, lagging, rounds), marks, holding)
     # The last round is there to disturb the one before, as any round would.
     last = (rounds - 2) * size
     low, high = np.inf, 0.0
