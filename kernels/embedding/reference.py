@@ -21,12 +21,15 @@ def accumulate_wgrad(grad: Tensor, dy: Tensor, tokens: Tensor, first: int) -> No
 
     Deterministic: `index_put_` sorts on CUDA, `index_add_` is serial on CPU.
     """
-    rows, foreign = _rows(tokens.t(), grad, first)
-    values = dy.to(grad.dtype).masked_fill(foreign[..., None], 0).flatten(0, 1)
+    rows, foreign = (found.flatten() for found in _rows(tokens.t(), grad, first))
+    values = dy.to(grad.dtype).flatten(0, 1).masked_fill(foreign[:, None], 0)
     if grad.is_cuda:
-        grad.index_put_((rows.flatten(),), values, accumulate=True)
+        # Equal rows are added one after the other: zeros of foreign tokens go to different ones.
+        anywhere = torch.arange(len(rows), device=rows.device) % len(grad)
+        rows = torch.where(foreign, anywhere, rows)
+        grad.index_put_((rows,), values, accumulate=True)
     else:
-        grad.index_add_(0, rows.flatten(), values)
+        grad.index_add_(0, rows, values)
 
 
 def _rows(tokens: Tensor, weight: Tensor, first: int) -> tuple[Tensor, Tensor]:
