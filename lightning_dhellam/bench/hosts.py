@@ -8,11 +8,9 @@ the link between them, when these end. They end with the benchmark, however it e
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_dhellam.bench.workers import end_with_parent
+
 INTERFACE = "dhellam0"
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _PORT = 29400
@@ -30,7 +30,6 @@ _MTU = 9000
 """Jumbo frames, as clusters have them."""
 _READY = "ready"
 _RESULT = "result "
-_PR_SET_PDEATHSIG = 1
 
 
 def check_tools() -> None:
@@ -119,7 +118,7 @@ class Host:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         # Nobody else would end us if the benchmark is killed.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
         print(_READY, flush=True)

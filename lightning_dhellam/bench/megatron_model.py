@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.models.attention import SdpaCoreAttention
 from lightning_dhellam.models.norm import RMSNorm
 from lightning_dhellam.models.spec import llama_layer_spec
 from lightning_dhellam.parallel import ParallelContext
@@ -107,7 +108,11 @@ def _fused_modules(shape: ModelConfig, transformer_engine: bool) -> tuple[Module
             get_gpt_layer_with_transformer_engine_spec,
         )
 
-        return get_gpt_layer_with_transformer_engine_spec(), TENorm
+        theirs = get_gpt_layer_with_transformer_engine_spec()
+        # Which of its own attentions work depends on what else is installed, and with flash-attn 4
+        # its version 2.20 computes something else. Torch has cuDNN's, its fastest on Hopper.
+        theirs.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        return theirs, TENorm
     spec = llama_layer_spec(shape.ffn_hidden_size)
     norms = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), FusedRMSNorm)
     return replace(spec, submodules=replace(spec.submodules, **norms)), FusedRMSNorm

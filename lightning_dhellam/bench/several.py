@@ -30,7 +30,7 @@ from lightning_dhellam.bench.megatron_model import has_transformer_engine
 from lightning_dhellam.bench.report import Report, Row, pick_device
 from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
 from lightning_dhellam.bench.several_rank import JOB, RESULT
-from lightning_dhellam.bench.workers import Budget, stop
+from lightning_dhellam.bench.workers import Budget, end_with_parent, stop
 from lightning_dhellam.callbacks import training_flops_per_token
 
 DESCRIPTION = "plans and Megatron-core's own step over real links of several GPUs, and emulated"
@@ -43,6 +43,8 @@ _LATENCY = 10e-6
 _APEX = Path(__file__).with_name("apex")
 """Has the GEMM that Megatron-core wants of Apex."""
 _EMULATED = "emulated"
+_SAME = {"loss": 1e-3, "grad norm": 2e-2}
+"""How far apart, of its value, the two sides may be in bf16."""
 _FILE = "ours"
 """What an emulated rank calls the plan that ours has installed."""
 
@@ -162,6 +164,7 @@ def _done(job: Job, folder: Path, options: Namespace, budget: Budget) -> dict[st
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         try:
             code = process.wait(seconds)
@@ -205,14 +208,31 @@ def _rows(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> li
 
 
 def _compare(rows: list[Row]) -> None:
-    """Of one case: over Megatron-core, and emulated over real."""
-    theirs = next((r for r in rows if r["side"] == MEGATRON and "step ms" in r), None)
-    real = {row["plan"]: row for row in rows if row["side"] == OURS and "step ms" in row}
+    """Of one case: over Megatron-core, if it trains the same, and emulated over real."""
+    timed: dict[str, list[Row]] = {side: [] for side in (MEGATRON, OURS, _EMULATED)}
     for row in rows:
-        if theirs is not None and row["side"] == OURS and "step ms" in row:
+        if "step ms" in row:
+            timed[row["side"]].append(row)
+    ours = timed[OURS]
+    for theirs in timed[MEGATRON][:1]:
+        difference = _difference(theirs, ours[0]) if ours else ""
+        if difference:
+            theirs["failed"] = f"it trains something else, so nothing is compared: {difference}"
+            continue
+        for row in ours:
             row["over megatron-core"] = theirs["step ms"] / row["step ms"]
-        if row["side"] == _EMULATED and "step ms" in row:
-            won = next((r for r in real.values() if "details" in r), None)
-            same = won if row["plan"] == _FILE else real.get(row["plan"])
-            if same is not None:
-                row["of real"] = row["step ms"] / same["step ms"]
+    real = {row["plan"]: row for row in ours}
+    real.update((_FILE, row) for row in ours if "details" in row)
+    for row in timed[_EMULATED]:
+        if row["plan"] in real:
+            row["of real"] = row["step ms"] / real[row["plan"]]["step ms"]
+
+
+def _difference(theirs: Row, ours: Row) -> str:
+    """What tells that the two sides do not train the same; nothing if they do."""
+    wrong = [
+        f"{name} {theirs[name]:.6g}, ours {ours[name]:.6g}"
+        for name, tolerance in _SAME.items()
+        if abs(theirs[name] - ours[name]) > tolerance * abs(ours[name])
+    ]
+    return "; ".join(wrong)

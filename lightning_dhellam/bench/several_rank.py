@@ -17,6 +17,7 @@ import torch
 
 from lightning_dhellam.bench.report import device_name
 from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
+from lightning_dhellam.bench.workers import end_with_parent
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.search.files import save_text
 
@@ -26,6 +27,7 @@ JOB, RESULT = "job.json", "result.json"
 def main(folder: Path) -> None:
     """Do the job in `folder`."""
     warnings.simplefilter("ignore")
+    end_with_parent()  # torchrun gives each rank a session of its own
     job = Job.load(folder / JOB)
     device = torch.device(job.device)
     if job.side == OURS:

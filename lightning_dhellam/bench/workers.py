@@ -6,6 +6,7 @@ process imports its libraries while a job runs, and touches the device only when
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Budget:
@@ -98,6 +101,7 @@ class Workers:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
 
 
@@ -108,3 +112,8 @@ def stop(process: subprocess.Popen[Any]) -> None:
     process.wait()
     if process.stdin is not None and not process.stdin.closed:
         process.stdin.close()
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that has started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_dhellam.bench.several import parse
+from lightning_dhellam.bench.several import _compare, parse
 from lightning_dhellam.bench.several_job import Job
 from lightning_dhellam.cli import main
 
@@ -68,6 +68,23 @@ def test_a_job_that_fails_costs_its_own_row(tmp_path: Path) -> None:
     assert "ended with code 1: see" in row["failed"]
     log = Path(row["failed"].rpartition("see ")[2]).read_text()
     assert "is not a multiple of tensor_parallel_size=3" in log
+
+
+def test_sides_that_train_something_else_are_not_compared() -> None:
+    def rows(norm: float) -> list[dict[str, Any]]:
+        same = {"case": "a8", "plan": "-", "step ms": 2.0, "loss": 12.0}
+        return [
+            {**same, "side": "megatron-core", "grad norm": norm},
+            {**same, "side": "ours", "step ms": 1.0, "grad norm": 14.5},
+        ]
+
+    theirs, ours = found = rows(14.49)
+    _compare(found)
+    assert ours["over megatron-core"] == 2.0 and "failed" not in theirs
+    theirs, ours = found = rows(6.5)
+    _compare(found)
+    assert "over megatron-core" not in ours
+    assert theirs["failed"].endswith("grad norm 6.5, ours 14.5")
 
 
 def test_layers_that_do_not_fit_are_left_out() -> None:
