@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,6 +47,7 @@ from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import DHellamPrecision
 from lightning_dhellam.profiling import conditions
 from lightning_dhellam.search.planfile import named_plan
+from lightning_dhellam.termination import PARENT, Termination, end_after_parent
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -138,6 +140,7 @@ class DHellamStrategy(ParallelStrategy):
         self._engine: Engine | None = None
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
+        self._termination: Termination | None = None
         self._losses_left: int | None = None
 
     @property
@@ -275,6 +278,7 @@ class DHellamStrategy(ParallelStrategy):
             pipeline_split=pipeline_split(
                 self.lightning_module.model_config, self.pipeline_parallel_size, self.pipeline_split
             ),
+            timeout=self._timeout or default_pg_timeout,
         )
         if self.cluster is not None:
             self._announce(self.cluster)
@@ -295,6 +299,7 @@ class DHellamStrategy(ParallelStrategy):
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device_id
         )
+        end_after_parent((self._timeout or default_pg_timeout).total_seconds())
 
     def _set_world_ranks(self) -> None:
         assert self.cluster_environment is not None
@@ -521,10 +526,18 @@ class DHellamStrategy(ParallelStrategy):
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        if self.world_group is not None:
+            self._termination = Termination(self.lightning_module.trainer, self.world_group)
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A callback such as GradientAccumulationScheduler may have changed it after the start.
         assert self.lightning_module is not None
         checks.check_trainer(self.lightning_module.trainer)
+        if self._termination is not None:
+            self._termination.check()
 
     @contextmanager
     @override
@@ -615,7 +628,7 @@ class DHellamStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        self._engine = self._buffers = self._optimizer = None
+        self._engine = self._buffers = self._optimizer = self._termination = None
         if self._context is not None:
             self._context.destroy()
             self._context = None
@@ -649,6 +662,14 @@ class _CheckingLauncher(_SubprocessScriptLauncher):
             data = next((given for given in args if isinstance(given, LightningDataModule)), None)
             self._check(trainer, data)
         return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    @override
+    def _call_children_scripts(self) -> None:
+        os.environ[PARENT] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[PARENT]
 
 
 StrategyRegistry.register(

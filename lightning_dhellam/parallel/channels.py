@@ -9,6 +9,7 @@ Edges that share no stage share a communicator, so a rank is in eight at most.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ STRANDS = ("forward", "backward")
 
 
 def open_channels(
-    pipeline: ProcessGroup, world_size: int, device: torch.device
+    pipeline: ProcessGroup, world_size: int, device: torch.device, timeout: timedelta
 ) -> Mapping[ChannelKey, ProcessGroup]:
     """The communicators of this rank's pipeline, connected. Every rank must call this."""
     stages = pipeline.size()
@@ -34,7 +35,7 @@ def open_channels(
     for first in range(count):
         # Pipeline ranks are the outermost of Megatron's order.
         ranks = list(range(first, world_size, count))
-        opened = _open(ranks)
+        opened = _open(ranks, timeout)
         if dist.get_rank() in ranks:
             assert dist.get_process_group_ranks(pipeline) == ranks, "an unknown order of ranks"
             mine = opened
@@ -56,12 +57,14 @@ def _connect(channels: Mapping[ChannelKey, ProcessGroup], stage: int, device: to
             dist.recv(number, group=group, group_src=source)
 
 
-def _open(ranks: list[int]) -> dict[ChannelKey, ProcessGroup]:
+def _open(ranks: list[int], timeout: timedelta) -> dict[ChannelKey, ProcessGroup]:
     stages = len(ranks)
     opened: dict[ChannelKey, ProcessGroup] = {}
     for strand in STRANDS:
         for parity in range(min(2, stages - 1)):
-            down, up = (dist.new_group(ranks, pg_options=high_priority()) for _ in range(2))
+            down, up = (
+                dist.new_group(ranks, timeout=timeout, pg_options=high_priority()) for _ in range(2)
+            )
             for edge in range(parity, stages - 1, 2):
                 opened[edge, edge + 1, strand] = down
                 opened[edge + 1, edge, strand] = up

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam.parallel import nccl
 from lightning_dhellam.parallel.channels import ChannelKey, open_channels
@@ -108,11 +110,13 @@ class ParallelContext:
         expert_parallel_size: int = 1,
         cluster: Cluster | None = None,
         pipeline_split: tuple[int, ...] = (),
+        timeout: timedelta = default_pg_timeout,
         tuned: bool = True,
     ) -> ParallelContext:
         """Cut the initialised world into Megatron's groups: tensor ranks adjacent, then context,
         data and pipeline ranks. With `cluster` the world is emulated, and its links are made.
         `pipeline_split` gives the layers of each chunk, which otherwise the model balances.
+        A collective that a rank does not join fails after `timeout`.
         NCCL's communicators are set up for two strands (`nccl.yaml`) unless `tuned` is false.
         Raises ValueError when the sizes do not fit the world."""
         assert dist.is_initialized(), "torch.distributed must be initialised first"
@@ -132,12 +136,13 @@ class ParallelContext:
                 expert_model_parallel_size=expert_parallel_size,
                 # A second set, of gloo groups, serves only a checkpoint format that we do not use.
                 create_gloo_process_groups=False,
+                distributed_timeout_minutes=timeout / timedelta(minutes=1),
                 nccl_communicator_config_path=str(nccl.CONFIGURATION) if by_nccl else None,
             )
         context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
         context = replace(
             context,
-            channels=open_channels(context.groups.pp, context.world_size, device),
+            channels=open_channels(context.groups.pp, context.world_size, device, timeout),
             pipeline_split=pipeline_split,
         )
         if cluster is None:

@@ -53,19 +53,21 @@ def lose(victim: int, folder: Path, accelerator: str, *launcher: str) -> tuple[s
     try:
         code = job.wait(timeout=150)
         # The first process of a job may end before those that it has started.
-        _wait_for_the_others(job.pid, seconds=4 * TIMEOUT)
-        return (folder / "output").read_text(), code
+        alone = _ends(job.pid, seconds=4 * TIMEOUT)
+        output = (folder / "output").read_text()
+        assert alone, f"a process of the job goes on without the others: {output}"
+        return output, code
     finally:
         if _are_running(job.pid):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
 
 
-def _wait_for_the_others(group: int, seconds: float) -> None:
+def _ends(group: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while _are_running(group):
-        assert time.monotonic() < deadline, "a process of the job goes on without the others"
+    while _are_running(group) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return not _are_running(group)
 
 
 def _are_running(group: int) -> bool:

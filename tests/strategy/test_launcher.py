@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,3 +74,95 @@ def test_a_job_ends_when_a_rank_is_killed_in_a_step(
     # The rank that is left says that it lost its connection, unless the launcher is faster.
     signs = ("Connection", "terminated with code -9", "Signal 9 (SIGKILL)")
     assert any(sign in output for sign in signs), output
+
+
+STOPPED = """
+import sys
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+from tests.strategy.runs import Model, Sequences, make_trainer
+
+class Watch(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3:
+            print(f"rank {trainer.global_rank} trains", flush=True)
+    def on_exception(self, trainer, module, error):
+        print(f"rank {trainer.global_rank} ends after {trainer.global_step} steps", flush=True)
+
+if __name__ == "__main__":
+    trainer = make_trainer({"tensor_parallel_size": 2}, [Watch()], devices=2, max_steps=100000)
+    trainer.fit(Model(), DataLoader(Sequences(80000), batch_size=8))
+"""
+
+
+def _wait_for(text: str, file: Path, count: int) -> str:
+    deadline = time.monotonic() + 60
+    while file.read_text().count(text) < count:
+        assert time.monotonic() < deadline, file.read_text()
+        time.sleep(0.1)
+    return file.read_text()
+
+
+@pytest.mark.parametrize("told", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_all_ranks_end_at_the_same_step_when_one_is_told_to(
+    told: tuple[int, ...], tmp_path: Path
+) -> None:
+    script, output = tmp_path / "script.py", tmp_path / "output"
+    script.write_text(STOPPED)
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    job = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**clean, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        stdout=output.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(" trains", output, count=2)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        processes = [job.pid, *map(int, children)]
+        for rank in told:
+            os.kill(processes[rank], signal.SIGTERM)
+        job.wait(timeout=60)
+        text = _wait_for(" steps", output, count=2)
+        first, second = re.findall(r"ends after (\d+) steps", text)
+        assert first == second
+        for rank in told:
+            assert f"[rank {rank}] SIGTERM: all ranks end before their next step" in text
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+ORPHAN = """
+import os, sys, time
+from lightning_dhellam.termination import PARENT, end_after_parent
+parent = os.getpid()
+if os.fork() == 0:
+    os.environ[PARENT] = str(parent if sys.argv[1] == "ours" else 1)
+    end_after_parent(grace=1.0)
+    print("watching", flush=True)
+    time.sleep(8)
+    print("slept", flush=True)
+    os._exit(0)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("whose", ["ours", "other"])
+def test_a_rank_ends_after_the_one_that_has_started_it(whose: str, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with output.open("w") as stream:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", ORPHAN, whose],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    _wait_for("watching", output, count=1)
+    parent.kill()
+    parent.wait()
+    text = _wait_for("so does this one" if whose == "ours" else "slept", output, count=1)
+    assert ("slept" in text) == (whose == "other")
