@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.layers import lower
-from lightning_dhellam.models import export_llama
+from lightning_dhellam.models import CausalLM, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import batch_of, differing, engine_of, pieces, prepared, reduced, train
@@ -178,12 +178,21 @@ STRATEGIES: dict[int, Strategies] = {
 }
 
 
+class SameStart(Model):
+    """With Hugging Face's weights: on a GPU, what is drawn depends on how tensors are split."""
+
+    def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
+        model = super().build_model(context, dtype)
+        import_llama(model, hugging_face_llama(self.model_config).state_dict())
+        return model
+
+
 def _trained(rank: int, world: int, strategies: Strategies) -> dict[str, list[float]]:
     _reproducible()
     join(rank, world)
     options = {"accelerator": "gpu", "gradient_clip_val": 0.1}
     return {
-        name: train_under_lightning(strategy, Model(**HEADS), **options)
+        name: train_under_lightning(strategy, SameStart(**HEADS), **options)
         for name, strategy in strategies.items()
     }
 
@@ -196,7 +205,8 @@ def test_training_under_lightning_goes_as_on_one_gpu(world: int) -> None:
     assert len(set(alone["one"])) == 4
     for losses in outcomes:
         for name, found in losses.items():
-            torch.testing.assert_close(found, alone["one"], rtol=2e-5, atol=0, msg=name)
+            errors = [abs(a / b - 1) for a, b in zip(found, alone["one"], strict=True)]
+            assert max(errors) <= 2e-5, (name, errors)
 
 
 def _searched(rank: int) -> dict[str, list[float]]:
@@ -245,5 +255,6 @@ def test_a_job_ends_when_a_rank_is_killed_in_a_step(
     elif victim:
         assert "terminated with code -9" in output, output
     else:
-        # Nobody watches the first process; the other one's collective runs into the time-out.
-        assert "Watchdog caught collective operation timeout" in output, output
+        # The other one notices itself, or its collective runs into the time-out.
+        signs = ("so does this one", "Watchdog caught collective operation timeout")
+        assert any(sign in output for sign in signs), output
