@@ -202,7 +202,7 @@ def _rows(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> li
             row["predicted ms"] = plan["predicted"] * 1e3
             row["error"] = plan["predicted"] / plan["seconds"] - 1
         if plan["plan"] == result.get("winner", "-"):
-            row |= whole | {"details": result}
+            row |= whole | {"details": result | {"winner": name}}
         rows.append(row)
     return rows
 
