@@ -35,7 +35,7 @@ def add_options(parser: ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--rates", type=list[float], default=[0.5, 1.0, 2.0], help="Gbit/s")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=768, help="a multiple of 256")
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 256")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--micro_batches", type=int, default=12, help="of one sequence, to a step")
     parser.add_argument("--vocabulary", type=int, default=2048)

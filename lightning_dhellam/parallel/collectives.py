@@ -10,6 +10,7 @@ from __future__ import annotations
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -65,7 +66,12 @@ def reduce_scatter(
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     if link is not None:
         return Pending(out, link.carry(x, out, crossing=x.nbytes - out.nbytes))
-    return Pending(out, _reduce_scatter(out, x, group=group, async_op=not x.is_cuda))
+    if x.is_cuda:
+        return Pending(out, _reduce_scatter(out, x, group=group, async_op=False))
+    # Gloo's own reduce-scatter sends twice as much as this.
+    parts = torch.empty_like(x)
+    work = dist.all_to_all_single(parts, x, group=group, async_op=True)
+    return Pending(out, Summed(work, parts.view(group.size(), *out.shape), out))
 
 
 def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
@@ -87,6 +93,35 @@ def _transfer(value: Tensor | None, work: dist.Work | None, on_cuda: bool) -> Pe
         work.wait()  # only makes the track's stream wait
         return Pending(value, None)
     return Pending(value, OnceWaited(work))
+
+
+class Summed:
+    """The sum of what has arrived from all ranks, made by the first who waits.
+
+    Args:
+        work: that brings the parts.
+        parts: [ranks, n, ...], added up in this order, which is the same in every run.
+        out: [n, ...], gets the sum.
+    """
+
+    def __init__(self, work: dist.Work, parts: Tensor, out: Tensor) -> None:
+        self._work = work
+        self._parts: Tensor | None = parts
+        self._out = out
+        self._lock = Lock()
+
+    def wait(self) -> None:
+        """Return when the sum is there. Any thread may wait."""
+        with self._lock:
+            if self._parts is not None:
+                self._work.wait()
+                with torch.no_grad():
+                    torch.sum(self._parts, dim=0, out=self._out)
+                self._parts = None
+
+    def is_completed(self) -> bool:
+        """Whether all parts have arrived."""
+        return self._work.is_completed()
 
 
 class OnceWaited:

@@ -1,0 +1,54 @@
+"""The collectives of gloo: whole results, in an order of addition that is always the same."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
+from tests.ranks import run_ranks
+
+ROWS, WIDTH = 3, 5
+
+
+def _part(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(ranks * ROWS, WIDTH, generator=generator).to(dtype)
+
+
+def _scattered(rank: int, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    whole = _part(rank, ranks, dtype)
+    before = whole.clone()
+    # Not contiguous, as a transposed activation is.
+    pending = reduce_scatter(whole.t().contiguous().t(), dist.group.WORLD)
+    assert pending.work is not None
+    waiting = [threading.Thread(target=pending.work.wait) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join()
+    pending.work.wait()
+    gathered = all_gather(pending.value, dist.group.WORLD)
+    gathered.work.wait()
+    return {
+        "mine": pending.value,
+        "all": gathered.value,
+        "completed": pending.work.is_completed(),
+        "kept": torch.equal(whole, before),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_sum_over_ranks_is_the_same_everywhere(ranks: int, dtype: torch.dtype) -> None:
+    parts = torch.stack([_part(rank, ranks, dtype) for rank in range(ranks)])
+    expected = parts.sum(0)
+    for rank, found in enumerate(run_ranks(ranks, _scattered, ranks, dtype)):
+        assert torch.equal(found["mine"], expected[rank * ROWS : (rank + 1) * ROWS])
+        assert torch.equal(found["all"], expected)
+        assert found["completed"] and found["kept"]
