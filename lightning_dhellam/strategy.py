@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import DHellamPrecision
 from lightning_dhellam.profiling import conditions
 from lightning_dhellam.search.planfile import named_plan
-from lightning_dhellam.termination import PARENT, Termination, end_after_parent
+from lightning_dhellam.termination import PARENT, Termination, watch_parent
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -141,6 +142,7 @@ class DHellamStrategy(ParallelStrategy):
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
         self._termination: Termination | None = None
+        self._parent_watch: Event | None = None
         self._losses_left: int | None = None
 
     @property
@@ -296,10 +298,11 @@ class DHellamStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         backend = _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self.root_device.type == "cuda" else None
+        # From here on this process waits for others.
+        self._parent_watch = watch_parent((self._timeout or default_pg_timeout).total_seconds())
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device_id
         )
-        end_after_parent((self._timeout or default_pg_timeout).total_seconds())
 
     def _set_world_ranks(self) -> None:
         assert self.cluster_environment is not None
@@ -312,6 +315,8 @@ class DHellamStrategy(ParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and isinstance(self.lightning_module, DualStrandMixin)
         self.accelerator.setup(trainer)
+        if self.world_group is not None:
+            self._termination = Termination(trainer, self.world_group)
         self.model_to_device()
         fitting = trainer.state.fn is TrainerFn.FITTING
         if fitting:
@@ -526,16 +531,33 @@ class DHellamStrategy(ParallelStrategy):
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @override
-    def on_train_start(self) -> None:
-        assert self.lightning_module is not None
-        if self.world_group is not None:
-            self._termination = Termination(self.lightning_module.trainer, self.world_group)
-
-    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A callback such as GradientAccumulationScheduler may have changed it after the start.
         assert self.lightning_module is not None
         checks.check_trainer(self.lightning_module.trainer)
+        self._end_if_told()
+
+    @override
+    def on_train_end(self) -> None:
+        self._end_if_told()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._end_if_told()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._end_if_told()
+
+    @override
+    def on_test_start(self) -> None:
+        self._end_if_told()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._end_if_told()
+
+    def _end_if_told(self) -> None:
         if self._termination is not None:
             self._termination.check()
 
@@ -628,6 +650,10 @@ class DHellamStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._termination is not None:
+            self._termination.close()
+        if self._parent_watch is not None:
+            self._parent_watch.set()
         self._engine = self._buffers = self._optimizer = self._termination = None
         if self._context is not None:
             self._context.destroy()

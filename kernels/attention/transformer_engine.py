@@ -23,8 +23,9 @@ class TransformerEngineAttention(AutogradBackend):
     name = "transformer_engine"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        # Its version 2.20 gives flash-attn 4 the window (-1, 0), which to that one is not "all
-        # before", and gets zeros. `flash_attn_4` is a backend of its own.
+        # With flash-attn 4 installed, its version 2.20 calls that with the window (-1, 0). There -1
+        # does not mean all tokens before, and the output is zeros. It looks up at its calls which
+        # backends it may take, so it must find this at each.
         os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
         ordered = torch.are_deterministic_algorithms_enabled()
         out: Tensor = _attention(q.shape[2], k.shape[2], q.shape[3], scale, ordered)(q, k, v)

@@ -30,7 +30,7 @@ from lightning_dhellam.bench.megatron_model import has_transformer_engine
 from lightning_dhellam.bench.report import Report, Row, pick_device
 from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
 from lightning_dhellam.bench.several_rank import JOB, RESULT
-from lightning_dhellam.bench.workers import Budget, end_with_parent, stop
+from lightning_dhellam.bench.workers import Budget, stop
 from lightning_dhellam.callbacks import training_flops_per_token
 
 DESCRIPTION = "plans and Megatron-core's own step over real links of several GPUs, and emulated"
@@ -149,8 +149,13 @@ def _done(job: Job, folder: Path, options: Namespace, budget: Budget) -> dict[st
     seconds = min(options.limit, budget.left)
     if seconds < 15:
         return {"failed": f"not begun: {seconds:.0f} s are left of the budget"}
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", "-m"]
-    module = [*(launcher if job.processes > 1 else []), "lightning_dhellam.bench.several_rank"]
+    torchrun = [
+        "lightning_dhellam.bench.torchrun",
+        "--standalone",
+        f"--nproc-per-node={job.processes}",
+        "-m",
+    ]
+    module = [*(torchrun if job.processes > 1 else []), "lightning_dhellam.bench.several_rank"]
     environment = dict(os.environ)
     if job.side == MEGATRON:
         # What its overlap relies on, as its documentation says.
@@ -164,7 +169,6 @@ def _done(job: Job, folder: Path, options: Namespace, budget: Budget) -> dict[st
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=end_with_parent,
         )
         try:
             code = process.wait(seconds)
@@ -202,7 +206,7 @@ def _rows(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> li
             row["predicted ms"] = plan["predicted"] * 1e3
             row["error"] = plan["predicted"] / plan["seconds"] - 1
         if plan["plan"] == result.get("winner", "-"):
-            row |= whole | {"details": result | {"winner": name}}
+            row |= whole | {"details": result | ({"winner": name} if "winner" in result else {})}
         rows.append(row)
     return rows
 
@@ -214,13 +218,13 @@ def _compare(rows: list[Row]) -> None:
         if "step ms" in row:
             timed[row["side"]].append(row)
     ours = timed[OURS]
-    for theirs in timed[MEGATRON][:1]:
-        difference = _difference(theirs, ours[0]) if ours else ""
-        if difference:
+    if timed[MEGATRON] and ours:
+        (theirs,) = timed[MEGATRON]
+        if difference := _difference(theirs, ours[0]):
             theirs["failed"] = f"it trains something else, so nothing is compared: {difference}"
-            continue
-        for row in ours:
-            row["over megatron-core"] = theirs["step ms"] / row["step ms"]
+        else:
+            for row in ours:
+                row["over megatron-core"] = theirs["step ms"] / row["step ms"]
     real = {row["plan"]: row for row in ours}
     real.update((_FILE, row) for row in ours if "details" in row)
     for row in timed[_EMULATED]:
@@ -233,6 +237,6 @@ def _difference(theirs: Row, ours: Row) -> str:
     wrong = [
         f"{name} {theirs[name]:.6g}, ours {ours[name]:.6g}"
         for name, tolerance in _SAME.items()
-        if abs(theirs[name] - ours[name]) > tolerance * abs(ours[name])
+        if not abs(theirs[name] - ours[name]) <= tolerance * abs(ours[name])
     ]
     return "; ".join(wrong)

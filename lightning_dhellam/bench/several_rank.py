@@ -27,7 +27,7 @@ JOB, RESULT = "job.json", "result.json"
 def main(folder: Path) -> None:
     """Do the job in `folder`."""
     warnings.simplefilter("ignore")
-    end_with_parent()  # torchrun gives each rank a session of its own
+    end_with_parent()
     job = Job.load(folder / JOB)
     device = torch.device(job.device)
     if job.side == OURS:

@@ -13,11 +13,13 @@ from transformers import LlamaForCausalLM  # noqa: F401  imported before the job
 
 from lightning_dhellam.bench.report import device_name, pick_device
 from lightning_dhellam.bench.sides import Shape, Side, measure
+from lightning_dhellam.bench.workers import end_with_parent
 from lightning_dhellam.search.files import save_text
 
 
 def main() -> int:
     """Wait for one job and do it. Returns the exit code."""
+    end_with_parent()
     line = sys.stdin.readline()
     if not line:
         return 0

@@ -101,7 +101,6 @@ class Workers:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=end_with_parent,
         )
 
 
@@ -115,5 +114,6 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process be killed when the one that has started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Let Linux kill this process when the one that has started it ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

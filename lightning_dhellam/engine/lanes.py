@@ -18,10 +18,12 @@ from lightning_dhellam.parallel.collectives import Pending, Work
 from lightning_dhellam.plan import Lane, Operator, Track
 
 _COMPUTE = Track(Lane.COMPUTE)
-_LEAD = 6800
-"""Cycles by which communication that goes first is ahead of compute: 4 µs. Without, NCCL's kernels
-lose: on two H200 (2026-11-25) a gather issued before a GEMM then takes 5.2 ms instead of 0.4, since
-the GEMM has every multiprocessor; 2 µs are enough."""
+CYCLES = 1.7e9
+"""Of a device in a second, about."""
+_LEAD = 4e-6
+"""Seconds by which communication that goes first is ahead of compute. Without, NCCL's kernels lose:
+on two H200 (2026-11-25) a gather issued before a GEMM then takes 5.2 ms instead of 0.4, since the
+GEMM has every multiprocessor; 2 µs are enough."""
 
 
 class Lanes(ABC):
@@ -328,12 +330,12 @@ class CudaLanes(Lanes):
 
 
 def hold(held: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:
-    """What `held` is given from now on waits until what `stream` is given next has begun."""
+    """Give what `stream` is given next a lead over what `held` is given from now on."""
     begins = torch.cuda.Event()
     begins.record(stream)
     held.wait_event(begins)
     with torch.cuda.stream(held):
-        torch.cuda._sleep(_LEAD)
+        torch.cuda._sleep(round(_LEAD * CYCLES))
 
 
 def make_lanes(

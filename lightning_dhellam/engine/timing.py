@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_dhellam.engine.lanes import CudaLanes, Lanes, hold
+from lightning_dhellam.engine.lanes import CYCLES, CudaLanes, Lanes, hold
 from lightning_dhellam.engine.tape import tensors
 from lightning_dhellam.parallel.collectives import Pending, largest
 from lightning_dhellam.plan import Lane, Operator
@@ -23,9 +23,6 @@ that needs more."""
 _LONGEST_HEAD_START = 32 * _HEAD_START
 _FEW_LATE = 0.25
 """Share of samples that may be taken late: medians do not see them."""
-
-_CYCLES = 1.7e9
-"""Of a device in a second, about."""
 
 
 class Subject(NamedTuple):
@@ -138,7 +135,7 @@ class OperatorTimer:
                     if number >= rounds * 3 // 4:
                         events.append((start, _recorded()))
                     if pause:
-                        torch.cuda._sleep(round(short * pause * _CYCLES))
+                        torch.cuda._sleep(round(short * pause * CYCLES))
             torch.cuda.synchronize(self._lanes.device)
         busy = sum(start.elapsed_time(end) for start, end in events) / 1000
         whole = events[0][0].elapsed_time(events[-1][1]) / 1000
@@ -225,7 +222,7 @@ class OperatorTimer:
         return [*(start.elapsed_time(end) / 1000 for start, end in times), late]
 
     def _started_later(self, lead: float) -> torch.cuda.Event:
-        torch.cuda._sleep(round(lead * _CYCLES))
+        torch.cuda._sleep(round(lead * CYCLES))
         start = torch.cuda.Event(enable_timing=True)
         start.record()
         return start

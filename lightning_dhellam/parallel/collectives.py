@@ -120,8 +120,8 @@ class Summed:
                 self._parts = None
 
     def is_completed(self) -> bool:
-        """Whether all parts have arrived."""
-        return self._work.is_completed()
+        """Whether the sum is there."""
+        return self._parts is None
 
 
 class OnceWaited:

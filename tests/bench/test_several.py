@@ -81,10 +81,11 @@ def test_sides_that_train_something_else_are_not_compared() -> None:
     theirs, ours = found = rows(14.49)
     _compare(found)
     assert ours["over megatron-core"] == 2.0 and "failed" not in theirs
-    theirs, ours = found = rows(6.5)
-    _compare(found)
-    assert "over megatron-core" not in ours
-    assert theirs["failed"].endswith("grad norm 6.5, ours 14.5")
+    for wrong in (6.5, float("nan")):
+        theirs, ours = found = rows(wrong)
+        _compare(found)
+        assert "over megatron-core" not in ours
+        assert theirs["failed"].endswith(f"grad norm {wrong:g}, ours 14.5")
 
 
 def test_layers_that_do_not_fit_are_left_out() -> None:

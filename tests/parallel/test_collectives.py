@@ -21,12 +21,14 @@ def _part(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(ranks * ROWS, WIDTH, generator=generator).to(dtype)
 
 
-def _scattered(rank: int, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+def _scattered(rank: int, ranks: int, dtype: torch.dtype, transposed: bool) -> dict[str, Any]:
     whole = _part(rank, ranks, dtype)
+    if transposed:
+        whole = whole.t().contiguous().t()
+        assert not whole.is_contiguous()
     before = whole.clone()
-    # Not contiguous, as a transposed activation is.
-    pending = reduce_scatter(whole.t().contiguous().t(), dist.group.WORLD)
-    assert pending.work is not None
+    pending = reduce_scatter(whole, dist.group.WORLD)
+    assert pending.work is not None and not pending.work.is_completed()
     waiting = [threading.Thread(target=pending.work.wait) for _ in range(3)]
     for thread in waiting:
         thread.start()
@@ -43,12 +45,21 @@ def _scattered(rank: int, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_sum_over_ranks_is_the_same_everywhere(ranks: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "transposed"),
+    [
+        (1, torch.float32, False),
+        (2, torch.bfloat16, True),
+        (3, torch.float32, True),
+        (3, torch.bfloat16, False),
+    ],
+)
+def test_a_sum_over_ranks_is_the_same_everywhere(
+    ranks: int, dtype: torch.dtype, transposed: bool
+) -> None:
     parts = torch.stack([_part(rank, ranks, dtype) for rank in range(ranks)])
     expected = parts.sum(0)
-    for rank, found in enumerate(run_ranks(ranks, _scattered, ranks, dtype)):
+    for rank, found in enumerate(run_ranks(ranks, _scattered, ranks, dtype, transposed)):
         assert torch.equal(found["mine"], expected[rank * ROWS : (rank + 1) * ROWS])
         assert torch.equal(found["all"], expected)
         assert found["completed"] and found["kept"]

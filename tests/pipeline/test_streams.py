@@ -51,6 +51,7 @@ class Books:
         self.received: dict[Moment, Value] = {}
         self.early: list[str] = []
         self.order: list[str] = []
+        self.slept: list[int] = []
 
     def knows(self, stream: int, moment: Moment) -> bool:
         return self.known[stream].get(moment[0], 0) >= moment[1]
@@ -103,6 +104,7 @@ def _install(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: books.slept.append(books.current))
 
 
 class CheckedLanes(CudaLanes):
@@ -200,6 +202,14 @@ def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
     pairs = list(pairwise(books.order))
     assert {first for first, then in pairs if then == "y.send"} == {"residual"}
     assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}
+
+
+def test_compute_gives_a_lead_to_what_goes_first_and_to_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    books, lanes = _step(PLANS["random-0"], 5, monkeypatch)
+    assert set(books.slept) == {lanes.stream(Lane.COMPUTE).number}  # type: ignore[attr-defined]
+    assert _step(BUILDERS["sequential"], 5, monkeypatch)[0].slept == []
 
 
 def test_memory_of_transfers_comes_back_while_the_step_runs(

@@ -129,7 +129,7 @@ def test_all_ranks_end_at_the_same_step_when_one_is_told_to(
         first, second = re.findall(r"ends after (\d+) steps", text)
         assert first == second
         for rank in told:
-            assert f"[rank {rank}] SIGTERM: all ranks end before their next step" in text
+            assert f"[rank {rank}] SIGTERM: all ranks end at their next step" in text
     finally:
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
@@ -138,31 +138,35 @@ def test_all_ranks_end_at_the_same_step_when_one_is_told_to(
 
 ORPHAN = """
 import os, sys, time
-from lightning_dhellam.termination import PARENT, end_after_parent
-parent = os.getpid()
+from lightning_dhellam.termination import PARENT, watch_parent
+whose, parent = sys.argv[1], os.getpid()
 if os.fork() == 0:
-    os.environ[PARENT] = str(parent if sys.argv[1] == "ours" else 1)
-    end_after_parent(grace=1.0)
+    os.environ[PARENT] = str(1 if whose == "another" else parent)
+    done = watch_parent(grace=1.0)
     print("watching", flush=True)
-    time.sleep(8)
+    if whose == "done":
+        done.set()
+    time.sleep(6)
     print("slept", flush=True)
     os._exit(0)
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("whose", ["ours", "other"])
-def test_a_rank_ends_after_the_one_that_has_started_it(whose: str, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    with output.open("w") as stream:
-        parent = subprocess.Popen(
-            [sys.executable, "-c", ORPHAN, whose],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-    _wait_for("watching", output, count=1)
+@pytest.mark.parametrize("whose", ["ours", "another", "done"])
+def test_a_rank_ends_after_the_one_that_has_started_it(whose: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, whose],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert parent.stdout is not None
+    assert "watching\n" in iter(parent.stdout.readline, "")
     parent.kill()
+    # Ends when the orphan has closed its end.
+    text = parent.stdout.read()
     parent.wait()
-    text = _wait_for("so does this one" if whose == "ours" else "slept", output, count=1)
-    assert ("slept" in text) == (whose == "other")
+    assert ("slept" in text) == (whose != "ours")
+    assert ("so does this one" in text) == (whose == "ours")
