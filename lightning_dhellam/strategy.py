@@ -537,29 +537,13 @@ class DHellamStrategy(ParallelStrategy):
         checks.check_trainer(self.lightning_module.trainer)
         self._end_if_told()
 
-    @override
-    def on_train_end(self) -> None:
-        self._end_if_told()
-
-    @override
-    def on_validation_start(self) -> None:
-        self._end_if_told()
-
-    @override
-    def on_validation_end(self) -> None:
-        self._end_if_told()
-
-    @override
-    def on_test_start(self) -> None:
-        self._end_if_told()
-
-    @override
-    def on_predict_start(self) -> None:
-        self._end_if_told()
-
     def _end_if_told(self) -> None:
         if self._termination is not None:
             self._termination.check()
+
+    # Where ranks meet outside of steps.
+    on_train_end = on_validation_start = on_validation_end = _end_if_told
+    on_test_start = on_predict_start = _end_if_told
 
     @contextmanager
     @override

@@ -36,16 +36,21 @@ if __name__ == "__main__":
 """
 
 
+def environment() -> dict[str, str]:
+    """Of a job that this process is no rank of."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [clean.get("PYTHONPATH")])])
+    return {**clean, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
 def lose(victim: int, folder: Path, accelerator: str, *launcher: str) -> tuple[str, int]:
     """Output and exit code of the job; the processes that it started have ended by themselves."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    clean = {name: value for name, value in os.environ.items() if name not in ours}
-    paths = os.pathsep.join([str(ROOT), *filter(None, [clean.get("PYTHONPATH")])])
     job = subprocess.Popen(
         [sys.executable, *launcher, str(script), str(victim), accelerator],
-        env={**clean, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=(folder / "output").open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,

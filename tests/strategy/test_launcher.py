@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.strategy.lost_rank import TORCHRUN, lose
+from tests.strategy.lost_rank import TORCHRUN, environment, lose
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -38,10 +37,9 @@ if __name__ == "__main__":
 def _run(folder: Path, heads: int) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(
         [sys.executable, str(script), str(folder), str(heads)],
-        env={**clean, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -109,11 +107,9 @@ def test_all_ranks_end_at_the_same_step_when_one_is_told_to(
 ) -> None:
     script, output = tmp_path / "script.py", tmp_path / "output"
     script.write_text(STOPPED)
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    clean = {name: value for name, value in os.environ.items() if name not in ours}
     job = subprocess.Popen(
         [sys.executable, str(script)],
-        env={**clean, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=output.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -157,7 +153,7 @@ time.sleep(60)
 def test_a_rank_ends_after_the_one_that_has_started_it(whose: str) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", ORPHAN, whose],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
