@@ -40,8 +40,9 @@ class AutoSearch(Callback):
         profile: file of a profile to use; made if it does not exist, refused if it is of another
             model, device or size. In a pipeline each stage has one, `-stage0` and so on behind
             the name.
-        memory_limit: bytes of activations that may be live at once in a pair of layers; as a rule
-            those of the sequential plan and 3% of the memory of a step.
+        memory_limit: bytes of activations that may be live at once in a pair of layers; no plan
+            that needs more is tried, but `sequential`. As a rule what that one needs and 1.5% of
+            the memory of a step, for the searched plans.
         folder: where to write instead.
         replay: measure by repeating the first batch, whose gradients are thrown away, instead of
             on the steps that follow.
@@ -181,6 +182,11 @@ class AutoSearch(Callback):
                 bar.update(done - bar.n)
 
             session = Session(trainer.strategy, batch, self._options, show)
+        for name, peak in session.left_out.items():
+            trainer.print(
+                f"search: '{name}' is not tried: it needs {peak:.0f} bytes in a pair of layers, and"
+                f" memory_limit={self._options.memory_limit:.0f}"
+            )
         trainer.print(
             f"search: measuring {', '.join(session.candidates)} on the next"
             f" {session.steps_left} steps"

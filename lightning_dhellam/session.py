@@ -23,7 +23,7 @@ from lightning_dhellam.search.planfile import PlanFile, named_plan
 from lightning_dhellam.search.profile import Profile, Progress
 from lightning_dhellam.search.report import Outcome, choose
 from lightning_dhellam.search.simulate import Interval, Simulation, simulate
-from lightning_dhellam.search.solve import Kind, ModelSolution, solve
+from lightning_dhellam.search.solve import Kind, ModelSolution, peak_bytes, solve
 from lightning_dhellam.search.trials import Trials, measured
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class Session:
         options: how to search.
         progress: is told of the profile's measurements.
 
+    Attributes:
+        left_out: plans that are not tried since they need more than the given memory limit, and
+            the bytes that they need. `sequential`, to which all are compared, is always tried.
+
     Raises:
         BenchError: an operator could not be timed; it is named.
         FileError: the given profile was made for something else.
@@ -83,6 +87,7 @@ class Session:
         self._seconds: dict[str, float] = {}
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * MEMORY_SLACK
+        self.left_out: dict[str, float] = {}
         with self._timed("profile"):
             self._profile = self._together(lambda: self._profiled(options, progress))
         with self._timed("solve"):
@@ -195,6 +200,15 @@ class Session:
         given = self._strategy.plan
         if given not in self._builders:
             self._builders[given] = named_plan(given, self._strategy.conditions)
+        if limit is not None:
+            needs = {
+                name: peak_bytes(layers, builder, costs, tokens=tokens)
+                for name, builder in self._builders.items()
+                if name != REFERENCE
+            }
+            self.left_out = {name: peak for name, peak in needs.items() if peak > limit}
+            for name in self.left_out:
+                del self._builders[name]
         self._predicted: dict[str, Simulation] = {
             name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
             for name, builder in self._builders.items()

@@ -330,6 +330,26 @@ def solve(
     return ModelSolution(solutions)
 
 
+def peak_bytes(
+    layers: Sequence[GraphPair], builder: Builder, costs: Costs, *, tokens: int = 1
+) -> float:
+    """Most bytes of slots live at once in a pair of layers of a step that `builder` orders.
+
+    Arguments as for `solve`; it is what `memory_limit` limits.
+    """
+    stops = {_kind(stop): stop for stop in step_stops(layers, 3)}
+    problems = (
+        Problem(
+            stop.forward.graphs if stop.forward else None,
+            stop.backward.graphs if stop.backward else None,
+            costs,
+            tokens=tokens,
+        )
+        for stop in stops.values()
+    )
+    return max(p.memory.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
+
+
 def _kind(stop: Stop) -> Kind:
     forward = stop.forward.graphs.forward if stop.forward else None
     return kind_of(forward, stop.backward.graphs.backward if stop.backward else None)

@@ -19,7 +19,7 @@ from lightning_dhellam.search.local import neighbour
 from lightning_dhellam.search.orders import Candidate, Problem
 from lightning_dhellam.search.profile import Profile, measure, perturbed
 from lightning_dhellam.search.simulate import simulate
-from lightning_dhellam.search.solve import Budget, solve, solve_pair
+from lightning_dhellam.search.solve import Budget, peak_bytes, solve, solve_pair
 from lightning_dhellam.search.walk import Walk, step_stops
 from tests.plan.graphs import graph
 from tests.search.brute import every_plan, lag_choices
@@ -272,6 +272,14 @@ def test_memory_stays_below_the_limit() -> None:
     tight = solve_pair(layer, layer, given, tokens=TOKENS, memory_limit=limit)
     assert tight.peak_bytes <= limit
     assert tight.seconds >= free.seconds * (1 - 1e-9)
+
+
+def test_the_most_that_a_pair_of_a_model_needs() -> None:
+    layers = model(3)
+    given = costs(graphs_of(layers), 110e9)
+    found = solve(layers, given, tokens=TOKENS, budget=Budget(evaluations=200))
+    needs = peak_bytes(layers, found.builder(), given, tokens=TOKENS)
+    assert needs == max(solution.peak_bytes for solution in found.solutions.values())
 
 
 def test_a_small_pair_with_little_memory_is_still_ordered_as_well_as_possible() -> None:

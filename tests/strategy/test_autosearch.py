@@ -427,6 +427,19 @@ def test_memory_that_no_order_keeps_is_refused(tmp_path: Path) -> None:
         searched(tmp_path, memory_limit=1)
 
 
+def test_plans_that_need_more_memory_than_allowed_are_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def peak(layers: Any, builder: Any, *args: Any, **kwargs: Any) -> float:
+        return 3e12 if builder in (BUILDERS["interleaved"], BUILDERS["sequential"]) else 1.0
+
+    monkeypatch.setattr(session, "peak_bytes", peak)
+    _, plans = searched(tmp_path, strategy={"plan": "auto"}, memory_limit=2e12)
+    assert "interleaved" not in plans and {"sequential", "dhellam", "auto"} <= set(plans)
+    said = "'interleaved' is not tried: it needs 3000000000000 bytes in a pair of layers, and"
+    assert f"{said} memory_limit=2000000000000" in capsys.readouterr().out
+
+
 def test_auto_is_attached_once_and_before_others() -> None:
     other = InUse()
     trainer = make_trainer({"plan": "auto"}, [other])
