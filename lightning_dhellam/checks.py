@@ -199,3 +199,23 @@ def check_ids(batch: Any, module: DualStrandMixin) -> None:
                 f"the batch's {name} hold {low if low < 0 else high}, but the model has"
                 f" vocab_size={size}: ids must be from 0 to {size - 1}{remark}"
             )
+
+
+def check_optimizer(module: DualStrandMixin, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that steps other parameters than those that get gradients."""
+    inside = {id(p): name for name, p in module.model.named_parameters() if p.requires_grad}
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    outside = [
+        name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside
+    ]
+    if outside:
+        raise ValueError(
+            f"parameter '{outside[0]}' is not part of {type(module).__name__}.model, so no"
+            " strand computes its gradient: put it into a layer of the model, or freeze it"
+        )
+    missing = [name for key, name in inside.items() if key not in stepped]
+    if missing:
+        raise ValueError(
+            f"configure_optimizers leaves out '{missing[0]}': give the optimizer every"
+            " parameter that requires a gradient, or freeze it with requires_grad_(False)"
+        )

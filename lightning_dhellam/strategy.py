@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +19,8 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import (
     rank_zero_info,
@@ -35,6 +32,7 @@ from typing_extensions import override
 
 from lightning_dhellam import checks
 from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
+from lightning_dhellam.launcher import CheckingLauncher
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin
@@ -48,7 +46,7 @@ from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import DHellamPrecision
 from lightning_dhellam.profiling import conditions
 from lightning_dhellam.search.planfile import named_plan
-from lightning_dhellam.termination import PARENT, Termination, watch_parent
+from lightning_dhellam.termination import Termination, watch_parent
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -136,7 +134,7 @@ class DHellamStrategy(ParallelStrategy):
         self.seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.num_nodes = 1
-        self._timeout = timeout
+        self._timeout = timeout or default_pg_timeout
         self._context: ParallelContext | None = None
         self._engine: Engine | None = None
         self._buffers: GradientBuffers | None = None
@@ -163,6 +161,12 @@ class DHellamStrategy(ParallelStrategy):
                 "DHellamStrategy.engine does not exist before the model: use it after `setup`"
             )
         return self._engine
+
+    @property
+    def _module(self) -> DualStrandMixin:
+        """What is trained; `check` has made sure that it can be."""
+        assert isinstance(self.lightning_module, DualStrandMixin)
+        return self.lightning_module
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,7 +222,7 @@ class DHellamStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _CheckingLauncher(
+            self._launcher = CheckingLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.check
             )
         processes = self.num_processes * self.num_nodes
@@ -256,7 +260,6 @@ class DHellamStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         self.check(trainer)
-        assert isinstance(self.lightning_module, DualStrandMixin)
         if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
             from lightning_dhellam.autosearch import AutoSearch  # which imports this module
 
@@ -278,20 +281,19 @@ class DHellamStrategy(ParallelStrategy):
             pipeline_parallel_size=self.pipeline_parallel_size,
             cluster=self.cluster,
             pipeline_split=pipeline_split(
-                self.lightning_module.model_config, self.pipeline_parallel_size, self.pipeline_split
+                self._module.model_config, self.pipeline_parallel_size, self.pipeline_split
             ),
-            timeout=self._timeout or default_pg_timeout,
+            timeout=self._timeout,
         )
         if self.cluster is not None:
             self._announce(self.cluster)
 
     def _announce(self, cluster: Cluster) -> None:
         """Say that the run is emulated, and how well: in the log and in the loggers' files."""
-        assert self.lightning_module is not None
         rank_zero_info(f"EMULATED {cluster}. Times mean something, numbers do not.")
         for name, link in self.context.links.items():
             rank_zero_info(f"link {name}: {link.calibrated()}")
-        for logger in self.lightning_module.trainer.loggers:
+        for logger in self._module.trainer.loggers:
             logger.log_hyperparams({"emulated": str(cluster)})
 
     def _join_processes(self) -> None:
@@ -299,7 +301,7 @@ class DHellamStrategy(ParallelStrategy):
         backend = _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self.root_device.type == "cuda" else None
         # From here on this process waits for others.
-        self._parent_watch = watch_parent((self._timeout or default_pg_timeout).total_seconds())
+        self._parent_watch = watch_parent(self._timeout.total_seconds())
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device_id
         )
@@ -313,7 +315,7 @@ class DHellamStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.accelerator is not None and isinstance(self.lightning_module, DualStrandMixin)
+        assert self.accelerator is not None
         self.accelerator.setup(trainer)
         if self.world_group is not None:
             self._termination = Termination(trainer, self.world_group)
@@ -321,7 +323,7 @@ class DHellamStrategy(ParallelStrategy):
         fitting = trainer.state.fn is TrainerFn.FITTING
         if fitting:
             self.setup_optimizers(trainer)
-        module = self.lightning_module
+        module = self._module
         lowered = lower(
             module.model, regather=self.regather, loss=module.custom_loss, kernels=self.kernels
         )
@@ -377,9 +379,8 @@ class DHellamStrategy(ParallelStrategy):
     @property
     def conditions(self) -> dict[str, Any]:
         """What a plan file must have been made for to be used here."""
-        module = self.lightning_module
-        assert isinstance(module, DualStrandMixin)
-        return conditions(self.context, module.model_config, self.dtype, self.micro_batch_size)
+        config = self._module.model_config
+        return conditions(self.context, config, self.dtype, self.micro_batch_size)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -394,7 +395,8 @@ class DHellamStrategy(ParallelStrategy):
                 " one; use its parameter groups"
             ) from None
         (optimizer,) = self.optimizers
-        model = self._trainable(optimizer)
+        checks.check_optimizer(self._module, optimizer)
+        model = self._module.model
         sharded = self._shards(optimizer)
         self._buffers = GradientBuffers(
             model,
@@ -412,28 +414,6 @@ class DHellamStrategy(ParallelStrategy):
             master_weights=self.precision_plugin.master_weights,
         )
 
-    def _trainable(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The model, after checking that the optimizer steps just its parameters."""
-        module = self.lightning_module
-        assert isinstance(module, DualStrandMixin)
-        inside = {id(p): name for name, p in module.model.named_parameters() if p.requires_grad}
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        outside = [
-            name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside
-        ]
-        if outside:
-            raise ValueError(
-                f"parameter '{outside[0]}' is not part of {type(module).__name__}.model, so no"
-                " strand computes its gradient: put it into a layer of the model, or freeze it"
-            )
-        missing = [name for key, name in inside.items() if key not in stepped]
-        if missing:
-            raise ValueError(
-                f"configure_optimizers leaves out '{missing[0]}': give the optimizer every"
-                " parameter that requires a gradient, or freeze it with requires_grad_(False)"
-            )
-        return module.model
-
     def _shards(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether Megatron's distributed optimizer is used."""
         possible = can_shard(optimizer) and self.precision_plugin.precision != "bf16-true"
@@ -449,16 +429,13 @@ class DHellamStrategy(ParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
-        assert self.lightning_module is not None
-        self.lightning_module.to(self.root_device)
+        self._module.to(self.root_device)
 
     @override
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
-        module = self.lightning_module
-        assert isinstance(module, DualStrandMixin)
-        checks.check_ids(batch, module)
+        checks.check_ids(batch, self._module)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
@@ -490,9 +467,7 @@ class DHellamStrategy(ParallelStrategy):
         """Logits [B, S, V] of this rank's batch."""
         logits = self.engine.predict(self.micro_batches(batch, needs_labels=False))
         if self.context.pp_rank > 0:
-            module = self.lightning_module
-            assert isinstance(module, DualStrandMixin)
-            shape = (*batch["tokens"].shape, module.model_config.vocab_size)
+            shape = (*batch["tokens"].shape, self._module.model_config.vocab_size)
             logits = torch.empty(shape, dtype=self.dtype, device=self.root_device)
         return from_first(logits, self.context.pp_group)
 
@@ -504,16 +479,14 @@ class DHellamStrategy(ParallelStrategy):
         self, batch: Mapping[str, Any], *, needs_labels: bool = True
     ) -> list[MicroBatch]:
         """The batch of this rank, checked and cut."""
-        module = self.lightning_module
-        assert isinstance(module, DualStrandMixin)
-        longest = module.model_config.max_sequence_length
+        longest = self._module.model_config.max_sequence_length
         checks.check_batch(batch, longest, self.tensor_parallel_size, needs_labels)
         return cut(
             batch,
             self.micro_batch_size,
             device=self.root_device,
             seed=self.seed,
-            step=module.trainer.global_step,
+            step=self._module.trainer.global_step,
             rank=self.context.model_rank,
         )
 
@@ -526,15 +499,13 @@ class DHellamStrategy(ParallelStrategy):
         **kwargs: Any,
     ) -> Tensor:
         """Nothing is left to do: the gradients are already there."""
-        assert self.lightning_module is not None
-        self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        self.precision_plugin.pre_backward(closure_loss, self._module)
+        return self.precision_plugin.post_backward(closure_loss, self._module)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A callback such as GradientAccumulationScheduler may have changed it after the start.
-        assert self.lightning_module is not None
-        checks.check_trainer(self.lightning_module.trainer)
+        checks.check_trainer(self._module.trainer)
         self._end_if_told()
 
     def _end_if_told(self) -> None:
@@ -601,11 +572,10 @@ class DHellamStrategy(ParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        assert self.lightning_module is not None
         path = Path(self.broadcast(str(checkpoint_path)))
         common = checkpoint_files.load_common(path)
         common["state_dict"] = checkpoint_files.load_weights(path, self.context)
-        fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
+        fitting = self._module.trainer.state.fn is TrainerFn.FITTING
         if fitting and not weights_only:
             state = checkpoint_files.load_state(path, self.context, self._state_settings())
             common["optimizer_states"] = [state]
@@ -645,41 +615,6 @@ class DHellamStrategy(ParallelStrategy):
             if self.cluster is not None:
                 dist.destroy_process_group()
         super().teardown()
-
-
-class _CheckingLauncher(_SubprocessScriptLauncher):
-    """Starts the other processes only after the configuration has been checked in this one."""
-
-    def __init__(
-        self,
-        cluster_environment: ClusterEnvironment,
-        num_processes: int,
-        num_nodes: int,
-        check: Callable[[pl.Trainer, Any], None],
-    ) -> None:
-        super().__init__(cluster_environment, num_processes, num_nodes)
-        self._check = check
-
-    @override
-    def launch(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        trainer: pl.Trainer | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if trainer is not None:
-            data = next((given for given in args if isinstance(given, LightningDataModule)), None)
-            self._check(trainer, data)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
-
-    @override
-    def _call_children_scripts(self) -> None:
-        os.environ[PARENT] = str(os.getpid())
-        try:
-            super()._call_children_scripts()
-        finally:
-            del os.environ[PARENT]
 
 
 StrategyRegistry.register(
