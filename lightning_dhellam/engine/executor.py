@@ -10,7 +10,7 @@ so it may run under what the previous pair of layers still computes:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class Entry:
 
 
 Observer = Callable[[Entry, list[Any]], None]
-"""Called with each operator and the values that it is about to read."""
+"""Called with each operator and the values that it is about to read: on its lane, when they are
+there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +198,12 @@ class Executor:
     def _issue(self, entry: Entry, tape: Tape) -> None:
         operator = entry.operator
         inputs = [tape[name] for name in operator.reads]
-        if self.observer is not None:
-            self.observer(entry, [slot.value for slot in inputs])
         if not operator.is_communication:
             self.lanes.share(entry.spare)
-        traced = operator if self.tracer is None else self.tracer.traced(operator)
-        result, mark = self.lanes.launch(traced, inputs, entry.crosses, entry.first)
+        launched = operator if self.tracer is None else self.tracer.traced(operator)
+        if self.observer is not None:
+            launched = _observed(launched, entry, self.observer)
+        result, mark = self.lanes.launch(launched, inputs, entry.crosses, entry.first)
         writes = operator.writes
         values = result if len(writes) > 1 else (result,) * len(writes)
         for name, value in zip(writes, values, strict=True):
@@ -213,3 +214,13 @@ class Executor:
             last = tape.read(name)
             if last is not None:
                 self.lanes.release(last)
+
+
+def _observed(operator: Operator, entry: Entry, observer: Observer) -> Operator:
+    """The same operator, which shows `observer` what it reads."""
+
+    def run(*values: Any) -> Any:
+        observer(entry, list(values))
+        return operator.run(*values)
+
+    return replace(operator, run=run)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from lightning_dhellam.engine.tape import Ledger, Mark, Slot, tensors
+from lightning_dhellam.engine.tape import Ledger, Mark, Memory, Slot, tensors
 from lightning_dhellam.kernels.linear.processors import leave
 from lightning_dhellam.parallel.collectives import Pending, Work
 from lightning_dhellam.plan import Lane, Operator, Track
@@ -103,8 +103,14 @@ class Lanes(ABC):
         if self.poison:
             for tensor in tensors(slot.value):
                 if tensor.is_floating_point() and not self.ledger.shared(tensor):
-                    tensor.fill_(torch.nan)
+                    place = tensor.untyped_storage().data_ptr()
+                    with self._owned_by(slot.borrowed.get(place, slot.memory).owner):
+                        tensor.fill_(torch.nan)
         slot.value = None
+
+    def _owned_by(self, track: Track) -> AbstractContextManager[Any]:
+        """Where memory of `track` may be overwritten when it is freed."""
+        return nullcontext()
 
 
 class CpuLanes(Lanes):
@@ -129,7 +135,8 @@ class CpuLanes(Lanes):
             return result.value, Mark(operator.track, 0, None, None)
         self._note(operator.lane, result.work)
         for slot in inputs:
-            slot.uses[operator.track] = 0
+            for memory in slot.memories:
+                memory.uses[operator.track] = 0
         return result.value, Mark(operator.track, 0, result.work, None)
 
     def _note(self, lane: Lane, work: Work) -> None:
@@ -169,7 +176,7 @@ class CpuLanes(Lanes):
         yield
 
     def _free(self, slot: Slot) -> None:
-        if self.poison and slot.uses:
+        if self.poison and any(memory.uses for memory in slot.memories):
             return  # a running work may still read it; it holds its own reference
         self._drop(slot)
 
@@ -178,10 +185,10 @@ class CudaLanes(Lanes):
     """Each lane is a stream; compute is the stream that is current when the lanes are made.
 
     The lane of transfers between stages has a stream for each channel. A slot's memory belongs to
-    the track that made it, as the caching allocator sees it. When the slot has had its last
-    reader, its memory goes back only once that track has waited for every other track that read
-    it. Lanes wait for each other all the time, so this costs no extra synchronisation, only a
-    little delay; vector clocks tell when it is so:
+    the track that made it, as the caching allocator sees it: a view's to the track that made what
+    it is a view of. When the slot has had its last reader, its memory goes back only once that
+    track has waited for every other track that read it. Lanes wait for each other all the time, so
+    this costs no extra synchronisation, only a little delay; vector clocks tell when it is so:
 
         compute   GEMM  ---->  writes x      next gather waits for compute: x is freed here
         tp              gather reads x -->
@@ -239,8 +246,9 @@ class CudaLanes(Lanes):
                 result = operator.run(*values)
         number = self._numbers[track] = self._numbers[track] + 1
         for slot in inputs:
-            if slot.mark.track != track:
-                slot.uses[track] = number
+            for memory in slot.memories:
+                if memory.owner != track:
+                    memory.uses[track] = number
         mark = self._mark(track) if crosses else Mark(track, number, None, None)
         return (result.value if isinstance(result, Pending) else result), mark
 
@@ -265,8 +273,9 @@ class CudaLanes(Lanes):
 
     def settle(self) -> None:
         for track, slots in self._waiting.items():
-            users = {user for slot in slots for user in slot.uses if user in self._last_pass}
-            for user in sorted(users):
+            memories = [m for slot in slots for m in slot.memories if m.owner == track]
+            users = {user for memory in memories for user in memory.uses}
+            for user in sorted(users & self._last_pass.keys()):
                 self._wait(track, self._streams[track], self._last_pass[user])
         self._last_pass = {track: self._mark(track) for track in self._streams}
 
@@ -303,30 +312,23 @@ class CudaLanes(Lanes):
             self._collect(track)
 
     def _collect(self, track: Track) -> None:
-        still = []
-        for slot in self._waiting[track]:
-            if self._passed(slot):
-                self._drop_on(slot)
-            else:
-                still.append(slot)
-        self._waiting[track] = still
+        slots, self._waiting[track] = self._waiting[track], []
+        for slot in slots:
+            self._free(slot)
 
-    def _passed(self, slot: Slot) -> bool:
-        seen = self._seen[slot.mark.track]
-        return all(seen.get(track, -1) >= number for track, number in slot.uses.items())
+    def _passed(self, memory: Memory) -> bool:
+        seen = self._seen[memory.owner]
+        return all(seen.get(track, -1) >= number for track, number in memory.uses.items())
 
     def _free(self, slot: Slot) -> None:
-        if self._passed(slot):
-            self._drop_on(slot)
-        else:
-            self._waiting[slot.mark.track].append(slot)
+        for memory in slot.memories:
+            if not self._passed(memory):
+                self._waiting[memory.owner].append(slot)
+                return
+        self._drop(slot)
 
-    def _drop_on(self, slot: Slot) -> None:
-        if self.poison:
-            with torch.cuda.stream(self._streams[slot.mark.track]):
-                self._drop(slot)
-        else:
-            slot.value = None
+    def _owned_by(self, track: Track) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._streams[track])
 
 
 def hold(held: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:

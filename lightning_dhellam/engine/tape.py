@@ -29,20 +29,43 @@ class Mark(NamedTuple):
 
 
 @dataclass(slots=True)
+class Memory:
+    """What the slots that share a storage have in common.
+
+    Attributes:
+        owner: the track that allocated it, and to which it goes back.
+        uses: last number of each other track on which one of the slots was read.
+    """
+
+    owner: Track
+    uses: dict[Track, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Slot:
     """A value, where it was made, and who still needs it.
 
     Attributes:
         value: a tensor, or anything else that an operator writes.
-        mark: the end of the operator that writes it. Its memory belongs to that track.
+        mark: the end of the operator that writes it.
         holders: tapes that hold it: two while one layer hands it to the next.
-        uses: last number of each other track on which it was read.
+        memory: what that operator allocated for it, on its own track.
+        borrowed: by storage, the memory of older slots of which the value has views.
     """
 
     value: Any
     mark: Mark
     holders: int = 0
-    uses: dict[Track, int] = field(default_factory=dict)
+    memory: Memory = field(init=False)
+    borrowed: dict[int, Memory] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.mark.track)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """All that the value uses."""
+        return (self.memory, *self.borrowed.values()) if self.borrowed else (self.memory,)
 
 
 @dataclass
@@ -53,18 +76,20 @@ class Ledger:
     bytes: int = 0
     peak_slots: int = 0
     peak_bytes: int = 0
-    _storages: dict[int, int] = field(default_factory=dict)
+    _storages: dict[int, tuple[int, Memory]] = field(default_factory=dict)
 
     def add(self, slot: Slot) -> None:
-        """A slot came to life."""
+        """A slot came to life. It borrows the memory of live slots that it has views of."""
         self.slots += 1
         for tensor in tensors(slot.value):
             storage = tensor.untyped_storage()
             place = storage.data_ptr()
-            holders = self._storages.get(place, 0)
-            self._storages[place] = holders + 1
+            holders, memory = self._storages.get(place, (0, slot.memory))
+            self._storages[place] = holders + 1, memory
             if not holders:
                 self.bytes += storage.nbytes()
+            elif memory is not slot.memory:
+                slot.borrowed[place] = memory
         if self.slots > self.peak_slots:
             self.peak_slots = self.slots
         if self.bytes > self.peak_bytes:
@@ -76,9 +101,9 @@ class Ledger:
         for tensor in tensors(slot.value):
             storage = tensor.untyped_storage()
             place = storage.data_ptr()
-            holders = self._storages[place] - 1
-            if holders:
-                self._storages[place] = holders
+            holders, memory = self._storages[place]
+            if holders > 1:
+                self._storages[place] = holders - 1, memory
             else:
                 del self._storages[place]
                 self.bytes -= storage.nbytes()

@@ -20,7 +20,10 @@ SALT = (-1, 0)
 
 
 def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> GraphPair:
-    """Lower Megatron-core's VocabParallelEmbedding `words`, with dropout `p` after it."""
+    """Lower Megatron-core's VocabParallelEmbedding `words`, with dropout `p` after it.
+
+    A frozen weight leaves nothing to do in backward.
+    """
     weight, first = words.weight, words.vocab_start_index
     dropout = kernels.dropout
     forward = GraphWriter("embedding", Strand.FORWARD, sizes)
@@ -43,6 +46,11 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
         )
 
     backward = GraphWriter("embedding", Strand.BACKWARD, sizes)
+    if not weight.requires_grad:
+        # The gradient still needs a reader: it is freed after its last one.
+        backward.compute("embedding.frozen", ("dy",), {}, lambda dy: None)
+        return GraphPair(forward.graph({}, ("y",)), backward.graph({"dy": sizes.shard}, ()))
+
     grad = "dy"
     if p:
         grad = "d_embedded"

@@ -23,7 +23,11 @@ def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
 
     Its random numbers are seeded by the counters of step, micro-batch and layer, so plans do not
     change them. What autograd keeps for backward is one slot, whose size is not predicted.
+
+    Raises:
+        ValueError: a parameter has another type than the hidden states.
     """
+    _check_dtype(module, sizes.dtype, index)
     parameters = tuple(p for p in module.parameters() if p.requires_grad)
     for parameter in parameters:
         # Megatron's mark of a weight that every TP rank holds and uses on its own tokens only.
@@ -70,6 +74,17 @@ def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
     return GraphPair(
         forward.graph({"x": sizes.shard}, ("y",)), backward.graph({"dy": sizes.shard}, ("dx",))
     )
+
+
+def _check_dtype(module: Module, dtype: torch.dtype, index: int) -> None:
+    """Nothing is cast on the way and there is no autocast, so autograd would fail inside."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            raise ValueError(
+                f"layer {index}, a {type(module).__name__}, has parameter '{name}' in"
+                f" {parameter.dtype}, but hidden states are in {dtype} in this run: build it in the"
+                " dtype that build_model(context, dtype) is given"
+            )
 
 
 @contextmanager

@@ -168,7 +168,8 @@ class HeadLowering:
         """From `d_logits` to `dx`."""
         w.dgrad("output.dgrad", "d_logits", "d_final_norm_full", self.weight)
         grad = self._scattered(w)
-        w.wgrad("output.wgrad", "d_logits", self._whole(w), self.weight)
+        if self.weight.requires_grad:  # or else nothing reads the hidden states again
+            w.wgrad("output.wgrad", "d_logits", self._whole(w), self.weight)
         return self._norm_grad(w, grad)
 
     def _chunked_backward(self) -> Graph:
@@ -183,7 +184,8 @@ class HeadLowering:
                 flat_chunk = (logits, label, total, weight, self.first, self.valid)
                 grad = self.kernels.cross_entropy.backward_(*flat_chunk)
                 part.copy_(linear.dgrad(grad, self.weight))
-                linear.accumulate_wgrad(main_grad(self.weight), grad, rows)
+                if self.weight.requires_grad:
+                    linear.accumulate_wgrad(main_grad(self.weight), grad, rows)
             return out
 
         w.compute(
@@ -191,7 +193,7 @@ class HeadLowering:
             (self._whole(w), "batch.labels", "lse", "batch.weights"),
             {"d_final_norm_full": self.sizes.whole},
             run,
-            flops=6 * self.weight.numel(),
+            flops=(6 if self.weight.requires_grad else 4) * self.weight.numel(),
             accumulates=(self.weight,),
         )
         return self._norm_grad(w, self._scattered(w))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +120,8 @@ def lower(
             chosen by device, type and what is installed.
 
     Raises:
-        ValueError: the configuration or a layer cannot be lowered, or a backend not be used.
+        ValueError: the configuration or a layer cannot be lowered, a backend not be used, or no
+            operator would train a parameter.
     """
     config = model.transformer_config
     check_supported(config)
@@ -150,8 +151,22 @@ def lower(
         if logits is not None and len(rising) == 1:
             logits = replace(logits, receives=rising[0].forward.receives)
     layers = (*falling, *rising)
+    _check_trained(model, layers)
     stage = Stage(context.pp_rank, context.pp_size, len(layers), len(falling))
     return Lowered(layers, logits, chosen, stage)
+
+
+def _check_trained(model: torch.nn.Module, layers: Sequence[GraphPair]) -> None:
+    """Refuse a parameter that waits for a gradient which no operator computes."""
+    operators = (operator for pair in layers for operator in pair.backward.operators)
+    trained = {id(parameter) for operator in operators for parameter in operator.accumulates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in trained:
+            raise ValueError(
+                f"parameter '{name}' requires a gradient, but no layer uses it, so it would never"
+                " be trained: use it in a layer of model.layers, or freeze it with"
+                " requires_grad_(False)"
+            )
 
 
 def _head(

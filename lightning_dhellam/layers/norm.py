@@ -60,11 +60,12 @@ class NormLowering:
     def backward(
         self, dy: Tensor, x: Tensor, statistics: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        """Gradient by `x`, plus `residual`. Adds to the gradients of the parameters."""
+        """Gradient by `x`, plus `residual`. Adds to the gradients of what is not frozen."""
         dx: Tensor
         dx, *grads = self._kernel.backward(dy, x, self.module.weight, statistics, residual)
         for parameter, grad in zip(self.parameters, grads, strict=True):
-            main_grad(parameter).add_(grad)
+            if parameter.requires_grad:  # the kernels compute all gradients at once
+                main_grad(parameter).add_(grad)
         return dx
 
     @property

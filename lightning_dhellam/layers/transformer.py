@@ -212,6 +212,8 @@ class TransformerLowering:
         hidden = self.sizes.hidden
         w.dgrad(f"{name}.dgrad", grad, f"d_{read}_full", weight)
         scattered = w.scatter(f"{name}.grad_scatter", f"d_{read}_full", f"d_{read}", hidden)
+        if not weight.requires_grad:
+            return scattered  # nothing else reads the input again
         if self.regather:
             whole = w.gather(f"{name}.regather", read, f"{read}_again", hidden)
         else:

@@ -92,14 +92,13 @@ class GraphWriter:
             run: launches it.
             flops: floating-point operations per token, for the nominal cost.
             moved: bytes read and written per token, for the nominal cost.
-            accumulates: parameters whose gradient it adds to.
+            accumulates: parameters whose gradient it adds to; frozen ones are left out.
             shrinks: whether it can leave processors to communication.
         """
         cost = max(flops / _FLOPS, moved / _MEMORY)
+        trained = tuple(p for p in accumulates if p.requires_grad)
         self._add(
-            Operator(
-                name, Lane.COMPUTE, reads, tuple(writes), run, cost, accumulates, shrinks=shrinks
-            )
+            Operator(name, Lane.COMPUTE, reads, tuple(writes), run, cost, trained, shrinks=shrinks)
         )
         self.bytes_per_token.update(writes)
 
@@ -174,7 +173,12 @@ class GraphWriter:
         )
 
     def wgrad(self, name: str, grad: str, read: str, weight: Parameter) -> None:
-        """Add `main_grad += grad.T @ read`: the weight gradient of a linear layer."""
+        """Add `main_grad += grad.T @ read`: the weight gradient of a linear layer.
+
+        A frozen weight has none: no operator is added.
+        """
+        if not weight.requires_grad:
+            return
         out_features, in_features = weight.shape
 
         def run(dy: torch.Tensor, x: torch.Tensor) -> None:
@@ -204,7 +208,7 @@ class GraphWriter:
 def main_grad(parameter: Parameter) -> torch.Tensor:
     """Megatron's gradient buffer of `parameter`, to which operators add in place.
 
-    It is cleared when this step has not added to it before.
+    It is cleared when this step has not added to it before. A frozen parameter has none.
     """
     grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
     if taken_first(parameter):

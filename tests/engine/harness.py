@@ -30,11 +30,13 @@ def prepared(
 
 
 def add_main_grads(module: torch.nn.Module) -> None:
-    """What Megatron's data parallelism does: an fp32 buffer for each gradient."""
+    """What Megatron's data parallelism does: an fp32 buffer for each gradient, none if frozen."""
     for parameter in module.parameters():
-        parameter.main_grad = torch.zeros_like(  # type: ignore[attr-defined]
-            parameter, dtype=torch.float32
-        )
+        parameter.__dict__.pop("main_grad", None)
+        if parameter.requires_grad:
+            parameter.main_grad = torch.zeros_like(  # type: ignore[attr-defined]
+                parameter, dtype=torch.float32
+            )
 
 
 def batch_of(config: ModelConfig, samples: int = 3, length: int = 16) -> dict[str, Tensor]:
@@ -64,12 +66,13 @@ def train(
     engine: Engine, model: torch.nn.Module, micro_batches: list[MicroBatch]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and every `main_grad` as this rank has it; the slots are all gone."""
-    for parameter in model.parameters():
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
         parameter.main_grad.zero_()
     loss = engine.train(micro_batches).clone()
     ledger = engine.lanes.ledger
     assert (ledger.slots, ledger.bytes) == (0, 0), "slots outlive the step"
-    return loss, {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    return loss, {name: p.main_grad.clone() for name, p in trained.items()}
 
 
 def reduced(model: CausalLM, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +83,7 @@ def reduced(model: CausalLM, gradients: Mapping[str, Tensor]) -> dict[str, Tenso
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     for name, parameter in model.named_parameters():
         is_split = getattr(parameter, "tensor_model_parallel", False)
-        if model.context.tp_size > 1 and not is_split:
+        if name in gradients and model.context.tp_size > 1 and not is_split:
             dist.all_reduce(gradients[name], group=model.context.tp_group)
     return gradients
 

@@ -249,6 +249,18 @@ def test_the_ledger_counts_shared_storage_once() -> None:
     assert (ledger.peak_slots, ledger.peak_bytes) == (3, 56)
 
 
+def test_a_view_is_in_use_as_long_as_what_it_is_a_view_of() -> None:
+    ledger, x, y = Ledger(), torch.zeros(4), torch.zeros(3)
+    received = Slot(x, Mark(Track(Lane.PP, "0-1"), 0, None, None))
+    kept = Slot((x.detach(), y), Mark(Track(Lane.COMPUTE), 0, None, None))
+    fresh = Slot(torch.zeros(2), kept.mark)
+    for slot in (received, kept, fresh):
+        ledger.add(slot)
+    assert received.memories == (received.memory,) and fresh.memories == (fresh.memory,)
+    assert [memory.owner.lane for memory in kept.memories] == [Lane.COMPUTE, Lane.PP]
+    assert kept.memories[1] is received.memory
+
+
 def test_poison_reaches_memory_that_is_read_too_late() -> None:
     lanes = CpuLanes(poison=True)
     mark = Mark(Track(Lane.COMPUTE), 0, None, None)

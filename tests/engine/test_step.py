@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine, cut, make_lanes
-from lightning_dhellam.engine.executor import bind
+from lightning_dhellam.engine.executor import Executor, Job, bind, receives
+from lightning_dhellam.engine.tape import Tape
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.plan import BUILDERS, GraphPair, PlanError
+from lightning_dhellam.parallel.collectives import Pending
+from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Lane, Operator, PlanError, Strand
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, prepared, train
 from tests.models.llama import SMALL, relative_error
 
@@ -231,3 +234,37 @@ def test_the_callers_batch_is_left_as_it_was(context: ParallelContext) -> None:
     copies = {name: value.clone() for name, value in batch.items()}
     train(engine_of(lower(model), poison=True), model, pieces(batch, 2, context))
     assert all(torch.equal(batch[name], copies[name]) for name in batch)
+
+
+class Arriving:
+    """Work whose result is there once it is waited for."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+
+    def wait(self) -> None:
+        self._value.fill_(1)
+
+    def is_completed(self) -> bool:
+        return False
+
+
+def test_an_observer_is_shown_what_has_arrived() -> None:
+    def receive(tokens: Tensor) -> Pending:
+        value = torch.full((4,), torch.nan)
+        return Pending(value, Arriving(value))
+
+    arriving = Operator("x.receive", Lane.PP, ("batch.tokens",), ("x",), receive)
+    doubling = Operator("double", Lane.COMPUTE, ("x",), ("y",), lambda x: 2 * x)
+    graph = Graph("toy", Strand.FORWARD, (doubling,), ("x",), ("y",), receives=(arriving,))
+    lanes = make_lanes(CPU)
+    batch = Tape(Counter({"batch.tokens": 1}))
+    batch.put("batch.tokens", lanes.constants({"batch.tokens": torch.zeros(1)})["batch.tokens"])
+    tape = Tape(graph.readers, batch)
+    shown: dict[str, Tensor] = {}
+    executor = Executor(lanes)
+    executor.observer = lambda entry, values: shown.update({entry.operator.name: values[0].clone()})
+    executor.post(receives(graph), tape)
+    program = bind(BUILDERS["sequential"](graph, None), graph, None)
+    executor.run(Job(program, {Strand.FORWARD: tape}))
+    assert shown["double"].eq(1).all() and tape["y"].value.eq(2).all()

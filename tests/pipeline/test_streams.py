@@ -9,7 +9,7 @@ GPU, and whatever the times would be.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_dhellam.engine import Engine, MicroBatch
+from lightning_dhellam.engine.executor import Entry
 from lightning_dhellam.engine.lanes import CudaLanes
-from lightning_dhellam.engine.tape import Slot
+from lightning_dhellam.engine.tape import Slot, tensors
 from lightning_dhellam.pipeline import peak_activations
 from lightning_dhellam.pipeline.schedule import Channel, fold
 from lightning_dhellam.pipeline.stage import Stage
@@ -34,7 +36,7 @@ Moment = tuple[int, int]
 
 @dataclass
 class Value:
-    """What an operator writes."""
+    """What an operator writes, and who has read it or a view of it."""
 
     written: Moment
     name: str
@@ -46,6 +48,7 @@ class Books:
 
     def __init__(self) -> None:
         self.known: dict[int, dict[int, int]] = defaultdict(dict)
+        self.values: dict[int, Value] = {}
         self.current = 0
         self.count = 0
         self.received: dict[Moment, Value] = {}
@@ -56,22 +59,27 @@ class Books:
     def knows(self, stream: int, moment: Moment) -> bool:
         return self.known[stream].get(moment[0], 0) >= moment[1]
 
-    def run(self, name: str, *values: Any) -> Value:
-        """An operator on the current stream."""
+    def of(self, value: Any) -> list[Value]:
+        """What is noted of the storages of a slot's value."""
+        places = [tensor.untyped_storage().data_ptr() for tensor in tensors(value)]
+        return [self.values[place] for place in places if place in self.values]
+
+    def run(self, name: str, *values: Any) -> Tensor:
+        """An operator on the current stream, which allocates what it writes."""
         self.order.append(name)
         stream = self.current
         number = self.known[stream].get(stream, 0) + 1
         self.known[stream][stream] = number
-        for value in values:
-            if isinstance(value, Value):
-                assert self.knows(stream, value.written), f"{name} reads {value.name} too early"
-                value.reads.append((stream, number))
-        written = Value((stream, number), name)
+        for value in self.of(values):
+            assert self.knows(stream, value.written), f"{name} reads {value.name} too early"
+            value.reads.append((stream, number))
+        allocated, written = torch.empty(1), Value((stream, number), name)
+        self.values[allocated.untyped_storage().data_ptr()] = written
         if name.endswith(".receive"):
             self.received[written.written] = written
         if name.endswith(".send"):
             self._note_needless_waits(name)
-        return written
+        return allocated
 
     def _note_needless_waits(self, name: str) -> None:
         for moment, value in self.received.items():
@@ -115,11 +123,12 @@ class CheckedLanes(CudaLanes):
         self.books = books
         self.most_waiting = 0
 
-    def _drop_on(self, slot: Slot) -> None:
-        owner = slot.value.written[0]
-        for moment in slot.value.reads:
-            assert self.books.knows(owner, moment), f"{slot.value.name} is freed too early"
-        super()._drop_on(slot)
+    def _drop(self, slot: Slot) -> None:
+        for value in self.books.of(slot.value):
+            owner = value.written[0]
+            for moment in value.reads:
+                assert self.books.knows(owner, moment), f"{value.name} is freed too early"
+        super()._drop(slot)
 
     def settle(self) -> None:
         super().settle()
@@ -127,13 +136,18 @@ class CheckedLanes(CudaLanes):
 
 
 def _layers(books: Books) -> list[GraphPair]:
-    """Two layers in each chunk, every one with a collective in each direction."""
+    """Two layers in each chunk, every one with a collective in each direction.
+
+    Each keeps a view of its input beside what autograd would allocate, as a user's module does.
+    """
 
     def operator(
         name: str, lane: Lane, reads: tuple[str, ...], writes: tuple[str, ...], channel: str = ""
     ) -> Operator:
         def run(*values: Any) -> Any:
             value = books.run(name, *values)
+            if "graph" in writes:
+                return value, (values[0][:], value)
             return value if writes else None
 
         return Operator(name, lane, reads, writes, run, cost=1.0, channel=channel)
@@ -147,12 +161,14 @@ def _layers(books: Books) -> list[GraphPair]:
         forward = (
             operator("gather", Lane.TP, ("x",), ("whole",)),
             operator("gemm", Lane.COMPUTE, ("whole",), ("act",)),
-            operator("residual", Lane.COMPUTE, ("act", "x"), ("y",)),
+            operator("module", Lane.COMPUTE, ("x",), ("out", "graph")),
+            operator("residual", Lane.COMPUTE, ("act", "out"), ("y",)),
         )
         backward = (
             operator("grad_gather", Lane.TP, ("dy",), ("d_whole",)),
             operator("dgrad", Lane.COMPUTE, ("d_whole", "act"), ("d_act",)),
             operator("wgrad", Lane.COMPUTE, ("d_whole", "whole"), ()),
+            operator("module.grad", Lane.COMPUTE, ("dy", "graph"), ()),
             operator("grad_sum", Lane.COMPUTE, ("d_act", "dy"), ("dx",)),
         )
         ahead, behind = Strand.FORWARD, Strand.BACKWARD
@@ -178,6 +194,13 @@ def _step(
     _install(books, monkeypatch)
     lanes = CheckedLanes(books)
     engine = Engine(_layers(books), lanes, builder, stage=Stage(STAGE, STAGES, 4, 2))
+
+    def observe(entry: Entry, values: list[Any]) -> None:
+        for value in books.of(tuple(values)):
+            known = books.knows(books.current, value.written)
+            assert known, f"{entry.label} is shown {value.name} too early"
+
+    engine._executor.observer = observe
     tokens = torch.zeros(1, 4, dtype=torch.long)
     pieces = [MicroBatch({"batch.tokens": tokens, "batch.key": None}, 4)] * count
     engine.train(pieces)
@@ -223,9 +246,9 @@ def test_memory_of_transfers_comes_back_while_the_step_runs(
 
 
 def _broken(
-    name: str, replacement: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    name: str, replacement: Any, monkeypatch: pytest.MonkeyPatch, of: type = CudaLanes
 ) -> pytest.ExceptionInfo[AssertionError]:
-    monkeypatch.setattr(CudaLanes, name, replacement)
+    monkeypatch.setattr(of, name, replacement)
     with pytest.raises(AssertionError) as error:
         _step(BUILDERS["interleaved"], 5, monkeypatch)
     return error
@@ -237,3 +260,11 @@ def test_the_books_find_a_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_books_find_memory_that_is_freed_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is freed too early" in str(_broken("_passed", lambda *_: True, monkeypatch).value)
+
+
+def test_the_books_find_a_view_that_is_freed_where_it_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = property(lambda slot: (slot.memory,))
+    error = _broken("memories", own, monkeypatch, Slot)
+    assert "x.receive is freed too early" in str(error.value)
