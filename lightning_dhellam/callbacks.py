@@ -43,6 +43,10 @@ class ThroughputMonitor(Callback):
         self.tokens_per_second = 0.0
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps.clear()
+
+    @override
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -84,6 +88,8 @@ class RunSummary(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first = self._last = None
+        self._tokens = 0
         self._started = time.perf_counter()
 
     @override

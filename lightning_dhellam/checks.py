@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,12 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.models import pipeline_split
-from lightning_dhellam.module import IGNORED, DualStrandMixin
+from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.search.planfile import named_plan
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ def check_arguments(
     plan: str,
     bucket_size: int | None,
     emulate: Any,
+    timeout: Any,
+    kernels: Any,
 ) -> None:
     """Refuse values of `DHellamStrategy`'s own arguments that no run can use."""
     for name, value in (
@@ -41,8 +46,19 @@ def check_arguments(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if not isinstance(plan, str):
+        raise ValueError(f"plan={plan!r} must be a string: the name of a plan, or a file's path")
     if plan != "auto":
         named_plan(plan)
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise ValueError(
+            f"timeout={timeout!r} must be a datetime.timedelta, such as timedelta(minutes=10)"
+        )
+    if kernels is not None and not isinstance(kernels, Mapping):
+        raise ValueError(
+            f"kernels={kernels!r} must be a mapping from operator to backend, such as"
+            " {'attention': 'flash_attn'}"
+        )
     if emulate is not None and pipeline_parallel_size > 1:
         raise ValueError(
             f"emulate=... plays one rank alone, but with"
@@ -67,6 +83,12 @@ def check_trainer(trainer: pl.Trainer) -> None:
     if trainer._accelerator_connector._layer_sync is not None:
         raise ValueError(
             "sync_batchnorm=True has no meaning for DHellamStrategy's layers: leave it at False"
+        )
+    emulated = getattr(trainer.strategy, "cluster", None) is not None
+    if emulated and trainer.checkpoint_callbacks and trainer.state.fn is TrainerFn.FITTING:
+        raise ValueError(
+            "emulate=... computes numbers that mean nothing, so it saves no checkpoint: use"
+            " Trainer(enable_checkpointing=False), and no ModelCheckpoint"
         )
     checkpoint_io = trainer.strategy.checkpoint_io
     if type(checkpoint_io) is not TorchCheckpointIO:

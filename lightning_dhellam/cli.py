@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 USAGE = """\
 usage: dhellam COMMAND [options]
@@ -25,6 +26,15 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
 
 `dhellam COMMAND --help` says more.
+"""
+PLAN_USAGE = """\
+usage: dhellam plan show FILE
+       dhellam plan schedule --stages P --micro-batches M [--output FILE]
+
+  show       print the plans of a plan file, such as that of a search
+  schedule   print the passes of every stage of the folded pipeline
+
+`dhellam plan schedule --help` says more.
 """
 LOOPS = ("fit", "validate", "test", "predict")
 
@@ -92,6 +102,9 @@ def plan_command(words: list[str]) -> int:
         from lightning_dhellam.search.command import schedule_command
 
         return schedule_command(words[1:])
+    if words in (["-h"], ["--help"], ["show", "-h"], ["show", "--help"]):
+        print(PLAN_USAGE, end="")
+        return 0
     if len(words) != 2 or words[0] != "show":
         raise ValueError(
             f"plan {' '.join(words)}: use 'dhellam plan show FILE' or 'dhellam plan schedule"
@@ -104,17 +117,45 @@ def plan_command(words: list[str]) -> int:
 
 
 def run_lightning(words: list[str]) -> None:
-    """LightningCLI with Lightning's subcommands: `fit --config recipe --trainer.max_steps 10`."""
+    """LightningCLI with Lightning's subcommands: `fit --config recipe --trainer.max_steps 10`.
+
+    Raises:
+        ValueError: a mistake in the configuration.
+    """
     with warnings.catch_warnings():
         # On import Megatron-core warns about GPU extensions that are optional here.
         warnings.simplefilter("ignore", UserWarning)
-        from lightning.pytorch import LightningDataModule, LightningModule
+        from lightning.pytorch import Callback, LightningDataModule, LightningModule
         from lightning.pytorch.cli import LightningCLI
+        from lightning.pytorch.strategies import Strategy
 
         import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
     # Lightning suspects a mistake when arguments are given that are not the process's own.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
-    LightningCLI(
+
+    class CLI(LightningCLI):
+        def instantiate_classes(self) -> None:
+            # Where a string or nothing is allowed as well as an object, jsonargparse puts what the
+            # constructor raised into the text of an error of its own, whose cause is another.
+            raised: list[ValueError] = []
+
+            def construct(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
+                try:
+                    return kind(*args, **kwargs)
+                except ValueError as error:
+                    raised.append(error)
+                    raise
+
+            for base in (Strategy, Callback):
+                self.parser.add_instantiator(construct, base)
+            try:
+                super().instantiate_classes()
+            except Exception:
+                if raised:
+                    raise raised[-1] from None
+                raise
+
+    CLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
 from lightning_dhellam.parallel import ParallelContext
 
-IGNORED = -100
+_SEED = 1234
 
 
 class DualStrandMixin(LightningModule):
@@ -48,18 +50,24 @@ class DualStrandMixin(LightningModule):
         With pipeline parallelism every rank must put in the same modules at the same places; one
         of your own belongs to the stage of the layer before it, and the others forget it.
         """
-        return CausalLM(self.model_config, context, dtype)
+        seed = getattr(self.trainer.strategy, "seed", None)
+        return CausalLM(self.model_config, context, dtype, seed_of_run() if seed is None else seed)
 
     def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Override for a custom loss: from `logits` [B, S, V] of a micro-batch to a scalar.
 
         Runs under autograd on the logits. The loss of a batch is the mean over its samples of
-        what its micro-batches return.
+        what its micro-batches return; so with a mean over tokens, `micro_batch_size` changes it
+        where samples have different numbers of tokens that count. This one is such a mean.
         """
         losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED
+            logits.flatten(0, 1).float(),
+            batch["labels"].flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         )
-        return losses
+        mask = _counts(batch)
+        return (losses * mask.flatten()).sum() / mask.sum().clamp_min(1)
 
     @property
     def custom_loss(self) -> Loss | None:
@@ -94,9 +102,7 @@ class DualStrandMixin(LightningModule):
             return loss
         if self.custom_loss is not None:
             return self.custom_loss(self.model(batch["tokens"]), batch)
-        mask = (batch["labels"] != IGNORED).float()
-        if batch.get("loss_mask") is not None:
-            mask = mask * batch["loss_mask"]
+        mask = _counts(batch)
         losses = self.model(batch["tokens"], batch["labels"], mask)
         return losses.sum() / mask.sum().clamp_min(1)
 
@@ -199,6 +205,17 @@ class LanguageModel(DualStrandMixin):
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         return float(lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _counts(batch: Mapping[str, Any]) -> Tensor:
+    """The weight of each label, [B, S] in fp32: 0 where it does not count."""
+    mask = (batch["labels"] != IGNORED).float()
+    return mask if batch.get("loss_mask") is None else mask * batch["loss_mask"]
+
+
+def seed_of_run() -> int:
+    """What `seed_everything` was given, or else 1234."""
+    return int(os.environ.get("PL_GLOBAL_SEED", _SEED))
 
 
 def make_config(name: str, overrides: Mapping[str, Any] | None) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -128,15 +129,21 @@ def take_profile(
         BenchError: names the operator that failed.
     """
     timer = OperatorTimer(engine.lanes, group, repeats=repeats)
+    failure: torch.OutOfMemoryError | None = None
+    mine = math.inf
     try:
         bench = EngineBench(timer, engine.capture(micro_batch))
-        mine = torch.tensor([_launch_seconds(engine, micro_batch)], dtype=torch.float64)
+        mine = _launch_seconds(engine, micro_batch)
     except torch.OutOfMemoryError as error:
+        failure = error
+    # A rank that raised before this would leave the others waiting for it.
+    launch = float(largest(torch.tensor([mine], dtype=torch.float64), group))
+    if math.isinf(launch):
+        where = "" if failure else " on another rank"
         raise BenchError(
-            "there is no memory for the values that operators are timed on: make"
+            f"there is no memory{where} for the values that operators are timed on: make"
             " micro_batch_size smaller, or use a built-in plan (plan='interleaved')"
-        ) from error
-    launch = float(largest(mine, group))
+        ) from failure
     profile = measure(
         bench,
         _graphs(engine),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +17,6 @@ from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins import Precision
@@ -35,10 +35,10 @@ from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
 from lightning_dhellam.launcher import CheckingLauncher
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import pipeline_split
-from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.module import DualStrandMixin, seed_of_run
 from lightning_dhellam.parallel import Cluster, ParallelContext, check_sizes
 from lightning_dhellam.parallel import checkpoint as checkpoint_files
-from lightning_dhellam.parallel.collectives import from_first, same_on_all_ranks
+from lightning_dhellam.parallel.collectives import from_first, reduced, same_on_all_ranks
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
@@ -78,7 +78,7 @@ class DHellamStrategy(ParallelStrategy):
         regather: gather the input of column-parallel layers again in backward; False keeps it,
             which saves communication and costs memory.
         bucket_size: parameters per bucket of the data-parallel reduction.
-        seed: of weights and dropout.
+        seed: of weights and dropout; None for that of `seed_everything`, or else 1234.
         emulate: a cluster, the file of one, or the name of one that ships (`dhellam clusters`), of
             which this process plays a single rank; links take time and bring nothing, so numbers
             mean nothing and checkpoints are refused.
@@ -101,7 +101,7 @@ class DHellamStrategy(ParallelStrategy):
         kernels: dict[str, str] | None = None,
         regather: bool = True,
         bucket_size: int | None = None,
-        seed: int = 1234,
+        seed: int | None = None,
         emulate: str | Cluster | None = None,
         timeout: timedelta | None = default_pg_timeout,
         accelerator: Accelerator | None = None,
@@ -113,6 +113,7 @@ class DHellamStrategy(ParallelStrategy):
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
         )
+        plan = os.fspath(plan) if isinstance(plan, os.PathLike) else plan
         checks.check_arguments(
             tensor_parallel_size,
             pipeline_parallel_size,
@@ -120,6 +121,8 @@ class DHellamStrategy(ParallelStrategy):
             plan,
             bucket_size,
             emulate,
+            timeout,
+            kernels,
         )
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
@@ -131,7 +134,7 @@ class DHellamStrategy(ParallelStrategy):
         self.kernels_in_use: dict[str, str] = {}
         self.regather = regather
         self.bucket_size = bucket_size
-        self.seed = seed
+        self._seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.num_nodes = 1
         self._timeout = timeout or default_pg_timeout
@@ -167,6 +170,11 @@ class DHellamStrategy(ParallelStrategy):
         """What is trained; `check` has made sure that it can be."""
         assert isinstance(self.lightning_module, DualStrandMixin)
         return self.lightning_module
+
+    @property
+    def seed(self) -> int:
+        """Of weights and dropout."""
+        return seed_of_run() if self._seed is None else self._seed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,6 +268,7 @@ class DHellamStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         self.check(trainer)
+        self._context = self._optimizer = None
         if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
             from lightning_dhellam.autosearch import AutoSearch  # which imports this module
 
@@ -442,7 +451,14 @@ class DHellamStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._losses_left = 1
         try:
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+            if self._losses_left and output is not None:
+                raise ValueError(
+                    "training_step returned a loss without self.batch_loss(batch), which computes"
+                    " the gradients under DHellamStrategy: call it (for a loss of your own override"
+                    " compute_loss), or return None to skip the batch"
+                )
+            return output
         finally:
             self._losses_left = None
 
@@ -541,9 +557,15 @@ class DHellamStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
+        """Over the data-parallel ranks: all ranks of a model hold the same value."""
         if isinstance(tensor, Tensor):
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+            return reduced(tensor, group or self.context.dp_group, reduce_op)
         return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        mine = torch.tensor(int(decision), device=self.root_device)
+        return bool(reduced(mine, self.world_group, "min" if all else "max"))
 
     @override
     def save_checkpoint(
@@ -575,8 +597,7 @@ class DHellamStrategy(ParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         common = checkpoint_files.load_common(path)
         common["state_dict"] = checkpoint_files.load_weights(path, self.context)
-        fitting = self._module.trainer.state.fn is TrainerFn.FITTING
-        if fitting and not weights_only:
+        if self._module.trainer.state.fn is TrainerFn.FITTING:
             state = checkpoint_files.load_state(path, self.context, self._state_settings())
             common["optimizer_states"] = [state]
         return common
@@ -608,10 +629,13 @@ class DHellamStrategy(ParallelStrategy):
             self._termination.close()
         if self._parent_watch is not None:
             self._parent_watch.set()
-        self._engine = self._buffers = self._optimizer = self._termination = None
+        if self._buffers is not None:
+            self._buffers.close()
+        self._engine = self._buffers = self._termination = None
+        # What saving a checkpoint needs stays until the next run.
+        self.precision_plugin.optimizer = None
         if self._context is not None:
             self._context.destroy()
-            self._context = None
             if self.cluster is not None:
                 dist.destroy_process_group()
         super().teardown()

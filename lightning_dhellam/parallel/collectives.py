@@ -160,6 +160,22 @@ def largest(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return values
 
 
+def reduced(value: Tensor, group: dist.ProcessGroup | None, operation: Any = "mean") -> Tensor:
+    """The `mean`, `sum`, `min` or `max` (or a `ReduceOp`) over all ranks, of the type of `value`.
+
+    Nothing waits for it on the host.
+    """
+    if group is None or group.size() == 1:
+        return value
+    mean = operation in ("mean", "avg")
+    result = value.clone()
+    name = "SUM" if mean else operation
+    dist.all_reduce(
+        result, getattr(dist.ReduceOp, name.upper()) if isinstance(name, str) else name, group
+    )
+    return (result / group.size()).to(value.dtype) if mean else result
+
+
 def same_on_all_ranks(value: str, group: dist.ProcessGroup | None, *, stage: int = 0) -> list[str]:
     """Every rank's `value`, when they differ; an empty list when all ranks hold the same.
 

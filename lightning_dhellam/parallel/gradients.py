@@ -113,6 +113,20 @@ class GradientBuffers:
         with self._context.megatron(), torch.no_grad():
             finalize_model_grads([self.ddp], pg_collection=self._groups)
 
+    def close(self) -> None:
+        """Let go of the model: it has no `main_grad` any more, and ordinary training works again.
+
+        Megatron's hooks would move what autograd computes into the buffers. They are in a cycle
+        with the buffers that Python cannot see, so nothing else would ever free either.
+        """
+        self.ddp.grad_accs.clear()
+        self.ddp.param_to_bucket_group.clear()  # so do hooks that something else keeps
+        for parameter in self.ddp.params_with_grad:
+            for name in ("main_grad", "grad_added_to_main_grad", _OLD):
+                parameter.__dict__.pop(name, None)
+        for buffer in self.ddp.buffers + self.ddp.expert_parallel_buffers:
+            buffer.grad_data.untyped_storage().resize_(0)
+
 
 def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
     """Megatron's groups, as if this rank's pipeline stage were the only one.

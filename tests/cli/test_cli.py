@@ -74,6 +74,32 @@ def test_a_mistake_is_one_line_and_no_process_is_started(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr and "MEMBER" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("strategy.plan", "interleavd", r"plan='interleavd' .* did you mean 'interleaved'\?"),
+        ("strategy.plan", "nope.json", r"nope\.json cannot be read as a plan file: .*"),
+        ("strategy.micro_batch_size", "0", r"micro_batch_size=0 must be .* at least 1"),
+        ("strategy.bucket_size", "0", r"bucket_size=0 must be .* at least 1"),
+        ("strategy.emulate", "h200-nod", r"emulate='h200-nod' .* did you mean 'h200-node'\?"),
+        (
+            "callbacks",
+            '[{"class_path": "lightning_dhellam.callbacks.ThroughputMonitor",'
+            ' "init_args": {"window": 0}}]',
+            "window=0 must be at least 1 optimizer step",
+        ),
+    ],
+)
+def test_a_bad_argument_of_the_strategy_or_a_callback_is_one_line(
+    tmp_path: Path, option: str, value: str, sentence: str
+) -> None:
+    done = dhellam(tmp_path, "fit", "--config", "llama-tiny-2cpu", f"--trainer.{option}={value}")
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Seed set")]
+    assert len(lines) == 1, done.stderr
+    assert re.fullmatch(f"dhellam fit: error: {sentence}", lines[0])
+
+
 def test_the_demo_trains_on_real_text_with_two_processes(tmp_path: Path) -> None:
     done = dhellam(tmp_path, "demo", "--max_steps", "12", "--vocab_size", "512")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,5 +130,8 @@ def test_a_plan_file_is_shown_and_a_bad_one_refused(
     file.write_text(file.read_text()[:-20])
     assert main(["plan", "show", str(file)]) == 2
     assert str(file) in capsys.readouterr().err
+    for words in (["--help"], ["show", "--help"]):
+        assert main(["plan", *words]) == 0
+        assert "usage: dhellam plan show FILE" in capsys.readouterr().out
     assert main(["plan", "shown"]) == 2
     assert "dhellam plan show FILE" in capsys.readouterr().err

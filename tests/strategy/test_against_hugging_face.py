@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
@@ -79,6 +80,18 @@ class Imported(DualStrandMixin):
         return torch.optim.AdamW(self.parameters(), lr=1e9, eps=1e9, weight_decay=0.0)
 
 
+class Gradients(Callback):
+    """The `main_grad` of every parameter, which is gone when the run is over."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DualStrandMixin)
+        parameters: dict[str, Any] = dict(pl_module.model.named_parameters())
+        self.values = {name: p.main_grad.clone() for name, p in parameters.items()}
+
+
 def _loader(config: ModelConfig, share: int) -> DataLoader[Any]:
     data = Batch(config)
     sampler = SkippingBatchSampler(SequentialSampler(data), share, drop_last=False)
@@ -87,16 +100,14 @@ def _loader(config: ModelConfig, share: int) -> DataLoader[Any]:
 
 def _step(config: ModelConfig, strategy: dict[str, Any], replicas: int) -> Outcome:
     """Loss, `main_grad` and what the optimizer subtracted, of one step on the global batch."""
-    losses, module = Losses(), Imported(config)
-    trainer = make_trainer(strategy, [losses], max_steps=1)
+    losses, module, gradients = Losses(), Imported(config), Gradients()
+    trainer = make_trainer(strategy, [losses, gradients], max_steps=1)
     trainer.fit(module, _loader(config, SAMPLES // replicas))
     model = module.model
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    gradients = {name: p.main_grad for name, p in parameters.items()}
     before = hugging_face_llama(config).state_dict()
     after = export_llama(model)
     update = {name: before[name].double() - after[name].double() for name in after}
-    return losses.values[0], export_llama(model, gradients), update
+    return losses.values[0], export_llama(model, gradients.values), update
 
 
 def _steps(rank: int, world: int) -> dict[tuple[str, str], Outcome]:

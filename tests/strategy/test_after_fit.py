@@ -1,0 +1,117 @@
+"""What a run leaves behind, and what its arguments really change."""
+
+from __future__ import annotations
+
+import gc
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dhellam import DHellamStrategy
+from tests.ranks import run_ranks
+from tests.strategy.runs import GLOBAL_BATCH, Model, join, loader, make_trainer, train
+
+
+def test_seed_decides_the_weights_and_none_takes_the_one_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def first(seed: int | None) -> float:
+        return train({"seed": seed}, max_steps=1)[0]
+
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert first(1) == first(1) != first(2)
+    assert first(None) == first(1234)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "2")
+    assert first(None) == first(2)
+
+
+def test_gradients_that_nobody_computed_are_noticed() -> None:
+    class OwnStep(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(batch["tokens"]).float().mean()  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"without self\.batch_loss\(batch\)"):
+        train({}, OwnStep(), max_steps=1)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_module_trains_under_another_strategy_afterwards(sharded: bool) -> None:
+    model = Model()
+    train({"distributed_optimizer": sharded}, model, max_steps=2)
+    gc.collect()
+    assert not any(hasattr(p, "main_grad") for p in model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer = make_trainer("auto", max_steps=1)
+    trainer.fit(model, loader("auto"))
+    changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert all(changed)
+
+
+def test_a_checkpoint_can_be_saved_after_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer({}, max_steps=2)
+    model = Model()
+    trainer.fit(model, loader({}))
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    again, other = make_trainer({}, max_steps=3), Model()
+    again.fit(other, loader({}), ckpt_path=str(tmp_path / "after.ckpt"))
+    assert again.global_step == 3
+
+
+def logged(rank: int, sizes: dict[str, int]) -> tuple[float, float]:
+    join(rank, 2)
+
+    class Counting(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            count = float(batch["tokens"].shape[0])
+            self.log("samples", count, sync_dist=True, reduce_fx="sum")
+            self.log("mean", float(rank), sync_dist=True)
+            return self.batch_loss(batch)
+
+    trainer = make_trainer(sizes, max_steps=1)
+    trainer.fit(Counting(), loader(sizes))
+    metrics = trainer.callback_metrics
+    return metrics["samples"].item(), metrics["mean"].item()
+
+
+def test_logged_values_are_reduced_over_data_parallel_ranks_only() -> None:
+    alone, copies = (run_ranks(2, logged, sizes) for sizes in ({}, {"tensor_parallel_size": 2}))
+    assert alone[0] == alone[1] and alone[0][1] == 0.5
+    assert [samples for samples, _ in copies] == [copies[0][0]] * 2
+    assert copies[0][0] == GLOBAL_BATCH
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plan": None}, "plan=None must be a string"),
+        ({"timeout": 30}, r"timeout=30 must be a datetime\.timedelta"),
+        ({"kernels": ["flash"]}, "must be a mapping from operator to backend"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DHellamStrategy(**arguments)
+    DHellamStrategy(timeout=timedelta(seconds=5))
+
+
+def test_the_mean_of_compute_loss_counts_what_the_built_in_loss_counts() -> None:
+    class Own(Model):
+        def compute_loss(self, logits: Tensor, batch: Any) -> Tensor:
+            return super().compute_loss(logits, batch)
+
+    batch = {
+        "tokens": torch.arange(12).view(2, 6),
+        "labels": torch.tensor([[1, 2, 3, -100, 4, 5]] * 2),
+        "loss_mask": torch.tensor([[1.0, 0.0, 1.0, 1.0, 1.0, 0.0]] * 2),
+    }
+    logits = torch.randn(2, 6, 32)
+    mine = Own().compute_loss(logits, batch)
+    losses = -logits.log_softmax(-1).gather(-1, batch["labels"].clamp_min(0)[..., None])[..., 0]
+    weights = (batch["labels"] >= 0) * batch["loss_mask"]
+    assert mine.item() == pytest.approx(((losses * weights).sum() / weights.sum()).item())
+    nothing = {**batch, "labels": torch.full((2, 6), -100)}
+    assert Own().compute_loss(logits, nothing).item() == 0.0
