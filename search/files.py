@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from lightning_dhellam.staging import write_atomically
 
 
 class FileError(ValueError):
@@ -20,22 +20,9 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_bytes(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename, so that nobody ever sees half a file."""
+    """Write beside `path`, whose folder is made, and rename, so that nobody sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only the owner may read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, data)
 
 
 def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:

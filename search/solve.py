@@ -102,11 +102,6 @@ class Solution:
         return self.bounds[self.resource]
 
     @property
-    def lane_bound(self) -> float:
-        """The bound as if lanes never disturbed each other: max(compute, each lane)."""
-        return max(self.bounds.get(lane, 0.0) for lane in Lane)
-
-    @property
     def gap(self) -> float:
         """How far above the bound the plan is, as a share of the bound."""
         return self.seconds / self.bound - 1 if self.bound else 0.0

@@ -23,8 +23,8 @@ from lightning_dhellam.data.prepared import (
     PreparedData,
     is_prepared,
 )
-from lightning_dhellam.data.staging import staged_directory
 from lightning_dhellam.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+from lightning_dhellam.staging import staged_directory
 
 _FILES = (DATA + ".bin", DATA + ".idx")
 _BATCH_BYTES = 4 * 2**20

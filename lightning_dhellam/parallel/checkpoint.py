@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.staging import put_in_place, sync_files
 
 TOPOLOGY = "topology.json"
 COMMON = "common.pt"
@@ -61,7 +62,8 @@ def save(
 
     def publish() -> None:
         if context.rank == 0:
-            _replace(aside, path)
+            sync_files(aside)
+            put_in_place(aside, path)
 
     for step in (clear, write, publish):
         failures = _try_together(step, context)
@@ -148,18 +150,6 @@ def _check(path: Path, mine: Mapping[str, Any]) -> None:
 
 def _weights_name(context: ParallelContext) -> str:
     return f"weights-{context.tp_rank + context.pp_rank * context.tp_size:05d}.pt"
-
-
-def _replace(aside: Path, path: Path) -> None:
-    """Put the finished folder in the place of an older one of the same name."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.is_dir():
-        path.rename(old)
-    elif path.exists():
-        path.unlink()
-    aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _try_together(step: Callable[[], None], context: ParallelContext) -> list[str]:

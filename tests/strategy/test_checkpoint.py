@@ -266,6 +266,39 @@ def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: Path) -> None:
+    from lightning_dhellam.parallel import ParallelContext, checkpoint
+
+    context = ParallelContext.single(torch.device("cpu"))
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, context, {"value": 1}, {"w": torch.ones(2)}, None)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError("no space left")
+        return rename(self, target)
+
+    with mock.patch.object(Path, "rename", refuse), pytest.raises(OSError, match="no space left"):
+        checkpoint.save(path, context, {"value": 2}, {"w": torch.ones(2)}, None)
+    assert checkpoint.load_common(path) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
+    from lightning_dhellam.parallel import ParallelContext, checkpoint
+
+    context = ParallelContext.single(torch.device("cpu"))
+    best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+    checkpoint.save(best, context, {"value": 1}, {"w": torch.ones(2)}, None)
+    last.symlink_to(best)
+    for value in (2, 3):
+        checkpoint.save(last, context, {"value": value}, {"w": torch.ones(2)}, None)
+        assert checkpoint.load_common(last) == {"value": value}
+    assert checkpoint.load_common(best) == {"value": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
 def test_weights_of_another_split_are_refused(tmp_path: Path) -> None:
     from lightning_dhellam.parallel import ParallelContext, checkpoint
 

@@ -35,9 +35,9 @@ def staged_directory(target: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
-        _sync_files(partial)
-        if replace and target.exists():
-            _swap(partial, target)
+        sync_files(partial)
+        if replace:
+            put_in_place(partial, target)
         else:
             _claim(partial, target)
     finally:
@@ -52,20 +52,29 @@ def _claim(partial: Path, target: Path) -> None:
             raise
 
 
-def _swap(partial: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give `partial` the name `target`. What had it is gone then, or has it again on an error.
+
+    Of a link, only the link is replaced.
+    """
+    if not os.path.lexists(target):
+        partial.rename(target)
+        return
     old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    kept = old / target.name
     try:
-        target.rename(old / target.name)
-        try:
-            partial.rename(target)
-        except BaseException:
-            (old / target.name).rename(target)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        target.rename(kept)
+        partial.rename(target)
+    except BaseException:
+        if os.path.lexists(kept):
+            kept.rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_files(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
+    """Bring every file of `folder` to the disk."""
     # A rename can reach the disk before the data does; then a power cut leaves empty files.
     for path in folder.rglob("*"):
         if path.is_file():
