@@ -65,6 +65,7 @@ class AutoSearch(Callback):
             raise ValueError(f"rounds={rounds} must be at least 1 step of each plan")
         self.folder = folder
         self.replay = replay
+        self._plan_file: Path | None = None
         self._options = Options(rounds, Path(profile) if profile else None, memory_limit)
         self._session: Session | None = None
         self._step = ExitStack()
@@ -77,12 +78,21 @@ class AutoSearch(Callback):
         """What the search has found; None until it is over."""
         return self._session.findings if self._session is not None and self._over else None
 
+    @property
+    def plan_file(self) -> Path | None:
+        """Where the plan was written to; None until it is, and where nothing could be written."""
+        return self._plan_file
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> AutoSearch | None:
+        """The one that `trainer` has."""
+        return next((one for one in _callbacks(trainer) if isinstance(one, cls)), None)
+
     @classmethod
     def attach(cls, trainer: pl.Trainer) -> None:
         """Give `trainer` one, unless it has one; before the others, which may stop training."""
-        callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009  set by a connector
-        if not any(isinstance(callback, cls) for callback in callbacks):
-            callbacks.insert(0, cls())
+        if cls.of(trainer) is None:
+            _callbacks(trainer).insert(0, cls())
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -95,7 +105,7 @@ class AutoSearch(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._session = None
+        self._session = self._plan_file = None
         self._again = False
         steps = trainer.estimated_stepping_batches
         for_its_own_sake = self.replay or self._options.profile is not None
@@ -221,15 +231,22 @@ class AutoSearch(Callback):
         folder = Path(run) if self.folder else Path(run) / "search"
         if not trainer.is_global_zero:
             return
+        files = ""
         try:
-            findings.write(folder)
+            self._plan_file = findings.write(folder)
+            files = f"\n  files: {folder}"
         except Exception as error:  # the plan is chosen and installed: training need not end here
             rank_zero_warn(f"search: {folder} could not be written: {error}")
         for logger in trainer.loggers:
             logger.log_metrics(findings.metrics(), trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("search", f"```\n{findings}\n```")
-        trainer.print(f"\n{findings}\n  files: {folder}")
+        trainer.print(f"\n{findings}{files}")
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009  set by a connector
+    return callbacks
 
 
 def _nothing() -> None:

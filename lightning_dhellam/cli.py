@@ -7,7 +7,12 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lightning_dhellam import __version__
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 USAGE = """\
 usage: dhellam COMMAND [options]
@@ -25,7 +30,7 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   clusters                    list the clusters that ship: what `emulate` and `--cluster` take
   fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
 
-`dhellam COMMAND --help` says more.
+`dhellam COMMAND --help` says more; `dhellam --version` says which version this is.
 """
 PLAN_USAGE = """\
 usage: dhellam plan show FILE
@@ -46,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
+    if command == "--version":
+        print(f"dhellam {__version__}")
+        return 0
     try:
         return _run(command, words[1:])
     except ValueError as error:
@@ -116,8 +124,11 @@ def plan_command(words: list[str]) -> int:
     return 0
 
 
-def run_lightning(words: list[str]) -> None:
+def run_lightning(words: list[str], save_config: bool = True) -> pl.Trainer:
     """LightningCLI with Lightning's subcommands: `fit --config recipe --trainer.max_steps 10`.
+
+    `save_config` keeps the configuration beside the logs, as Lightning does. Gives the trainer
+    when it is done.
 
     Raises:
         ValueError: a mistake in the configuration.
@@ -126,7 +137,7 @@ def run_lightning(words: list[str]) -> None:
         # On import Megatron-core warns about GPU extensions that are optional here.
         warnings.simplefilter("ignore", UserWarning)
         from lightning.pytorch import Callback, LightningDataModule, LightningModule
-        from lightning.pytorch.cli import LightningCLI
+        from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
         from lightning.pytorch.strategies import Strategy
 
         import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
@@ -155,28 +166,30 @@ def run_lightning(words: list[str]) -> None:
                     raise raised[-1] from None
                 raise
 
-    CLI(
+    done = CLI(
         LightningModule,
         LightningDataModule,
+        SaveConfigCallback if save_config else None,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=1234,
         args=_with_recipes(words),
     )
+    return done.trainer
 
 
 def _with_recipes(words: list[str]) -> list[str]:
-    """Replace the name of a recipe behind `--config` by its file."""
+    """Replace the name of a recipe behind `--config` or `-c` by its file."""
     from lightning_dhellam import recipes
 
     found = []
     for before, word in zip(["", *words], words, strict=False):
-        name, equals, value = word.partition("=")
-        if name == "--config" and equals and not Path(value).exists():
-            word = f"--config={recipes.find(value)}"
-        elif before == "--config" and not Path(word).exists():
-            word = str(recipes.find(word))
+        option, equals, value = word.partition("=")
+        if option in recipes.OPTIONS and equals and not Path(value).exists():
+            word = f"{option}={recipes.find(value, option)}"
+        elif before in recipes.OPTIONS and not Path(word).exists():
+            word = str(recipes.find(word, before))
         found.append(word)
     return found
 

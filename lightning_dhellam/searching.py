@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.recipes import OPTIONS
+from lightning_dhellam.staging import check_folder
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 USAGE = "dhellam search --config FILE_OR_RECIPE [options] [overrides as for `dhellam fit`]"
 
@@ -31,8 +39,9 @@ def search_command(argv: Sequence[str]) -> int:
         "--memory_limit", type=float, default=None, help="bytes in a pair of layers"
     )
     options, words = parser.parse_known_args(list(argv))
-    if not any(word.partition("=")[0] == "--config" for word in words):
+    if not any(word.partition("=")[0] in OPTIONS for word in words):
         raise ValueError("search needs --config FILE, or the name of a recipe: see dhellam recipes")
+    check_folder(options.output, f"--output {options.output}")
 
     from lightning_dhellam.cli import run_lightning
 
@@ -46,9 +55,27 @@ def search_command(argv: Sequence[str]) -> int:
             "replay": True,
         },
     }
-    run_lightning(["fit", *words, f"--trainer.callbacks={json.dumps([search])}", *_NOTHING_ELSE])
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"use it with --trainer.strategy.plan {options.output / 'plan.json'}")
+    callbacks = f"--trainer.callbacks={json.dumps([search])}"
+    trainer = run_lightning(["fit", *words, callbacks, *_NOTHING_ELSE], save_config=False)
+    return _report(trainer) if trainer.is_global_zero else 0
+
+
+def _report(trainer: pl.Trainer) -> int:
+    """Say how to use what was found. Returns the exit code."""
+    from lightning_dhellam.autosearch import AutoSearch
+
+    search = AutoSearch.of(trainer)
+    if search is None or search.findings is None or search.plan_file is None:
+        print(
+            "dhellam search: error: nothing was found, or it could not be written: see above",
+            file=sys.stderr,
+        )
+        return 1
+    winner = search.findings.winner
+    if winner in BUILDERS:
+        print(f"use it with --trainer.strategy.plan {winner}, or with {search.plan_file}")
+    else:
+        print(f"use it with --trainer.strategy.plan {search.plan_file}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Nothing half-written: build aside, then rename."""
+"""Nothing half-written: refuse early, build aside, then rename."""
 
 import os
 import shutil
@@ -6,6 +6,27 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_folder(folder: Path, given: str) -> None:
+    """Refuse a folder that cannot be made or written to, before there is anything to write.
+
+    `given` is what the user typed: `--output runs/search`. Raises ValueError.
+    """
+    found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not found.is_dir():
+        raise ValueError(
+            f"{given}: {found} is not a folder, and one is needed there: give another path"
+        )
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"{given}: {found} cannot be written to: give another path")
+
+
+def check_file(file: Path, given: str) -> None:
+    """Refuse a file that cannot be written, as `check_folder` does a folder."""
+    if file.is_dir():
+        raise ValueError(f"{given} is a folder, and a file is written: give the path of a file")
+    check_folder(file.parent, given)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -17,11 +17,14 @@ from lightning_dhellam.search.planfile import PlanFile
 from lightning_dhellam.search.profile import Profile
 from lightning_dhellam.search.schedules import Pass, check, fold
 from lightning_dhellam.search.stages import Link, PipelineRun, run
+from lightning_dhellam.staging import check_file, check_folder
 
 
 def simulate_command(argv: Sequence[str]) -> int:
     """Play a step under every pipeline schedule. Prints a table, writes a picture and JSON."""
     options = _simulate_parser().parse_args(argv)
+    folder: Path = options.output
+    check_folder(folder, f"--output {folder}")
     profile = Profile.load(options.profile)
     setting = _setting(options, profile)
     comparison = compare(setting)
@@ -30,7 +33,6 @@ def simulate_command(argv: Sequence[str]) -> int:
     print(f"\n{table(comparison)}")
     from lightning_dhellam.search.pipeline_pictures import save_pipelines
 
-    folder: Path = options.output
     titles = {_title(name, one.run): one.run for name, one in comparison.compared.items()}
     save_pipelines(folder / "pipelines.png", titles)
     save(folder / "pipelines.json", comparison, conditions)
@@ -141,6 +143,8 @@ def schedule_command(argv: Sequence[str]) -> int:
     _add_sizes(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to draw: a PNG file")
     options = parser.parse_args(argv)
+    if options.output is not None:
+        check_file(options.output, f"--output {options.output}")
     schedule = fold(options.stages, options.micro_batches)
     check(schedule)
     print(fold_table(options.stages, options.micro_batches))

@@ -9,6 +9,15 @@ from typing import Any
 
 from lightning_dhellam.staging import write_atomically
 
+_MARKS = {"plan file": "plans", "profile": "timings"}
+"""A field that each kind of file has, and no other kind."""
+_SPELLINGS = {
+    "sizes.tp": "tensor_parallel_size",
+    "sizes.pp": "pipeline_parallel_size",
+    "sizes.dp": "the number of data-parallel ranks",
+}
+"""What the user calls a field; those of `shapes` have the names of the model's configuration."""
+
 
 class FileError(ValueError):
     """A file that cannot be used. The message says why and what to do."""
@@ -29,7 +38,8 @@ def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The fields of a JSON file that says `"format": version`.
 
     Raises:
-        FileError: it is absent, broken, not a `kind`, or of another format.
+        FileError: it is absent, broken, not a `kind` ("plan file", "profile"), or of another
+            format.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -39,6 +49,12 @@ def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise FileError(f"{path} is not a whole {kind} ({error}): make it again") from error
     if not isinstance(fields, dict) or "format" not in fields:
         raise FileError(f"{path} is not a {kind}: it has no field 'format'")
+    for other, mark in _MARKS.items():
+        if other != kind and mark in fields:
+            raise FileError(
+                f"{path} is a {other}, but a {kind} is wanted: a search writes both, profile.json"
+                " and plan.json"
+            )
     if fields["format"] != version:
         raise FileError(
             f"{path} has format {fields['format']} and this version reads {version}: make it again"
@@ -60,7 +76,7 @@ def put_in_lines(fields: Mapping[str, Any], flat: tuple[str, ...] = ()) -> str:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Each differing field with both values; fields of fields are spelt `sizes.tp`."""
+    """Each differing field with both values, in the user's spelling where there is one."""
     return list(_differences(found, expected, ""))
 
 
@@ -70,7 +86,11 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], at: str)
         if isinstance(mine, Mapping) and isinstance(yours, Mapping):
             yield from _differences(mine, yours, f"{at}{name}.")
         elif mine != yours:
-            yield f"{at}{name} is {_shown(mine)} in the file and {_shown(yours)} here"
+            yield f"{_spelt(at + name)} is {_shown(mine)} in the file and {_shown(yours)} here"
+
+
+def _spelt(name: str) -> str:
+    return _SPELLINGS.get(name, name.removeprefix("shapes."))
 
 
 def _shown(value: Any) -> str:

@@ -67,10 +67,14 @@ class Findings:
                 found[f"{name}/measured_ms"] = outcome.measured * 1e3
         return found
 
-    def write(self, folder: Path) -> None:
-        """Write the profile, the winner's plans, the table, the trace and the pictures."""
+    def write(self, folder: Path) -> Path:
+        """Write the profile, the winner's plans, the table, the trace and the pictures.
+
+        Returns the file of the plans.
+        """
+        plan_file = folder / "plan.json"
         self.profile.save(folder / "profile.json")
-        self.plans.save(folder / "plan.json")
+        self.plans.save(plan_file)
         save_text(folder / "summary.txt", f"{self}\n")
         rows = [asdict(outcome) for outcome in self.outcomes]
         found = {"winner": self.winner, "reason": self.reason, "seconds": dict(self.seconds)}
@@ -80,6 +84,7 @@ class Findings:
             timelines[f"{name}, predicted"] = self.predicted[name].intervals
         save_trace(folder / "trace.json", timelines)
         self._draw(folder)
+        return plan_file
 
     def _draw(self, folder: Path) -> None:
         # Drawing needs matplotlib, which nothing else here does.

@@ -18,6 +18,7 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 
 from lightning_dhellam.data.prepared import CACHE, PreparedData, is_prepared, prepare_hint
 from lightning_dhellam.data.tokenizer import BareVocabulary, Tokenizer
+from lightning_dhellam.parallel.emulate import is_emulated
 from lightning_dhellam.staging import staged_directory
 
 _CHECKED_TOKENS = 2**20
@@ -230,14 +231,19 @@ def build_splits(
 
     `sizes` asks for a least number of samples; None is one pass. Collective when torch.distributed
     is initialised: rank 0 builds the index cache, the others wait and read it, so the directory
-    must be visible to all. Raises RuntimeError on these if rank 0 failed.
+    must be visible to all. Raises RuntimeError on these if rank 0 failed. A rank that is alone,
+    since its cluster is emulated, builds it whatever its number.
     """
     key = [*data.identity, sequence_length, split, seed, [sizes[part] for part in Split]]
     key.append(data.vocabulary.unique_identifiers)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     cache = data.cache / name
     config = split_config(data, sequence_length, split, seed, cache)
-    _build_cache_once(data, cache, sizes, config)
+    if is_emulated() and torch.distributed.get_rank() and not cache.is_dir():
+        # Megatron writes on rank 0 only; without a path it keeps what it builds in memory.
+        config.path_to_cache = ""
+    else:
+        _build_cache_once(data, cache, sizes, config)
     builder = BlendedMegatronDatasetBuilder(
         GPTDataset, [sizes[part] for part in Split], lambda: True, config
     )

@@ -24,7 +24,7 @@ from lightning_dhellam.data.prepared import (
     is_prepared,
 )
 from lightning_dhellam.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
-from lightning_dhellam.staging import staged_directory
+from lightning_dhellam.staging import check_folder, staged_directory
 
 _FILES = (DATA + ".bin", DATA + ".idx")
 _BATCH_BYTES = 4 * 2**20
@@ -45,6 +45,7 @@ def prepare(source: str | Path, output: str | Path, **options: Any) -> PreparedD
     finished = _finished(target, fingerprint, config.overwrite)
     if finished is not None:
         return finished
+    check_folder(target.parent, f"output={output}")
     with staged_directory(target, replace=True) as folder:
         tokenizer = given or _train(config, corpus)
         tokenizer.save(folder / TOKENIZER)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,7 @@ def import_llama(model: CausalLM, state_dict: Mapping[str, Tensor]) -> None:
     Every rank passes the whole state dict, of which it takes its layers' shards. Nothing is written
     unless everything fits: raises ValueError naming the missing, unexpected and mis-shaped tensors.
     """
+    _check_mapping("import_llama", state_dict)
     rules = list(_rules(model.config, model.padded_vocab_size))
     _check_state_dict(model.config, rules, state_dict)
     parameters = dict(model.named_parameters())
@@ -74,6 +76,7 @@ def export_llama(model: CausalLM, tensors: Mapping[str, Tensor] | None = None) -
     """
     if tensors is None:
         tensors = dict(model.named_parameters())
+    _check_mapping("export_llama", tensors)
     rules = list(_rules(model.config, model.padded_vocab_size))
     missing = [rule.ours for rule in _own(rules, model) if rule.ours not in tensors]
     if missing:
@@ -206,6 +209,17 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str) -> _Rule:
         for letter, part in zip("qkv", parts, strict=True)
     }
     return _Rule(ours, names, join, split)
+
+
+def _check_mapping(function: str, given: object) -> None:
+    # A string would be taken for a mapping from its letters.
+    if not isinstance(given, Mapping):
+        shown = repr(given) if isinstance(given, str | PathLike) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"{function} takes tensors by their names, such as a model's state_dict(), not {shown}:"
+            " load a checkpoint first, for example with"
+            " LlamaForCausalLM.from_pretrained(path).state_dict()"
+        )
 
 
 def _check_state_dict(

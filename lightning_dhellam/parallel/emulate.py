@@ -113,6 +113,11 @@ class Cluster:
         )
 
 
+def is_emulated() -> bool:
+    """Whether this process has joined a cluster of which there is no other process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "fake"
+
+
 def _known(kind: Any, given: Mapping[str, Any], path: str | Path) -> Any:
     names = [field.name for field in fields(kind)]
     unknown = sorted(set(given) - set(names))

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from lightning_dhellam import recipes
+from lightning_dhellam import __version__, cli, recipes
+from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.cli import main
 from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.plan import Plan
@@ -61,9 +63,26 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
     assert main(["fit", "--config", "llama-tiny-2gpu"]) == 2
     error = capsys.readouterr().err
     assert "neither a file nor a recipe" in error and "did you mean 'llama-tiny-2cpu'" in error
+    assert main(["fit", "-c", "llama-tiny-2gpu"]) == 2
+    assert "-c llama-tiny-2gpu is neither a file nor a recipe" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "dhellam COMMAND --help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["-c", "llama-tiny-2cpu"], ["-c=llama-tiny-2cpu"]])
+def test_a_recipe_is_found_behind_the_short_option(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *words, "--print_config"])
+    assert exit_.value.code == 0
+    assert "preset: llama-tiny" in capsys.readouterr().out
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dhellam {__version__}\n"
 
 
 def test_a_mistake_is_one_line_and_no_process_is_started(tmp_path: Path) -> None:
@@ -114,9 +133,49 @@ def test_the_demo_trains_on_real_text_with_two_processes(tmp_path: Path) -> None
     assert files and (tmp_path / files[1] / "config.yaml").is_file()
 
 
-def test_search_needs_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_needs_a_recipe_and_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["search", "--rounds", "2"]) == 2
     assert "search needs --config FILE" in capsys.readouterr().err
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    assert main(["search", "-c", "llama-tiny-2cpu", "--output", str(file)]) == 2
+    assert f"search: error: --output {file}: {file} is not a folder" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("winner", "file", "said", "code"),
+    [
+        ("auto", Path("s/plan.json"), "use it with --trainer.strategy.plan s/plan.json", 0),
+        (
+            "sequential",
+            Path("s/plan.json"),
+            "use it with --trainer.strategy.plan sequential, or with s/plan.json",
+            0,
+        ),
+        ("auto", None, "", 1),
+    ],
+)
+def test_a_search_says_how_to_use_what_it_found(
+    winner: str,
+    file: Path | None,
+    said: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Done(AutoSearch):
+        findings = SimpleNamespace(winner=winner)
+        plan_file = file
+
+    trainer = SimpleNamespace(callbacks=[Done()], is_global_zero=True)
+    monkeypatch.setattr(cli, "run_lightning", lambda *_, **__: trainer)
+    assert main(["search", "--config", "llama-tiny-2cpu"]) == code
+    printed = capsys.readouterr()
+    assert printed.out.strip() == said
+    assert ("dhellam search: error" in printed.err) is bool(code)
 
 
 def test_a_plan_file_is_shown_and_a_bad_one_refused(

@@ -44,7 +44,8 @@ def test_every_recipe_command_works_in_the_order_given(tmp_path: Path) -> None:
     assert "vocabulary 4,096" in run(tmp_path, *commands[1][1:])
     found = run(tmp_path, *commands[2][1:])
     assert re.search(r"\* installed: '\w+'", found)
-    assert found.count("use it with --trainer.strategy.plan runs/search/plan.json") == 1
+    assert len(re.findall(r"^use it with .* ?runs/search/plan\.json$", found, re.MULTILINE)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "runs"]
     shown = run(tmp_path, "plan", "show", "runs/search/plan.json")
     assert "forward transformer, backward transformer" in shown
     simulate, schedule = (shlex.split(line)[1:] for line in blocks("bash")[2].splitlines())
@@ -61,6 +62,12 @@ def test_every_recipe_command_works_in_the_order_given(tmp_path: Path) -> None:
 def test_the_two_commands_are_the_demo_and_the_makefile_runs_it() -> None:
     assert blocks("bash")[0].splitlines() == ["pip install -e .", "dhellam demo"]
     assert re.search(r"^demo:.*\n\t.*dhellam demo$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_git_ignores_what_the_commands_write() -> None:
+    outputs = re.findall(r"--output (\S+)", "".join(blocks("bash")))
+    folders = {f"/{Path(output).parts[0]}/" for output in outputs}
+    assert {"/data/", "/runs/"} <= folders <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
 def test_the_script_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

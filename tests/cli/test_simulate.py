@@ -132,6 +132,24 @@ def test_sizes_that_a_profile_does_not_know_are_counted(
     )
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--stages", "2", "--micro-batches", "8")
+    schedule = ["plan", "schedule", *sizes, "--output"]
+    for output in (f"{profile}", f"{profile}/below/it"):
+        words = ["simulate", *sizes, "--profile", str(profile), "--output", output]
+        assert main(words) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"error: --output {output}: {profile} is not a folder" in printed.err
+    assert main([*schedule, f"{profile}/x.png"]) == 2
+    assert f"--output {profile}/x.png: {profile} is not a folder" in capsys.readouterr().err
+    assert main([*schedule, str(profile.parent)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "is a folder, and a file is written" in printed.err
+
+
 def test_the_fold_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "fold.png"
     words = ["plan", "schedule", "--stages", "2", "--micro-batches", "3", "--output", str(picture)]

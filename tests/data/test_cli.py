@@ -21,6 +21,17 @@ def test_prepare_and_reuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert data_command([*argv, "--append-eod", "false", "--overwrite", "true"]) == 0
 
 
+def test_an_output_below_a_file_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some words to learn from\n" * 50)
+    assert data_command(["prepare", "--source", str(text), "--output", f"{text}/out"]) == 2
+    error = capsys.readouterr().err
+    assert f"output={text}/out: {text} is not a folder" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.data.module import IndexedDataModule, TokenBatch
 from lightning_dhellam.data.prepared import PreparedData
+from lightning_dhellam.parallel import Cluster
 
 from .conftest import TEXTS
 
@@ -130,6 +131,20 @@ def test_train_samples_repeats_the_data_shuffled_anew(
     passes = [sorted(part.flatten().tolist()) for part in drawn[:333].split(111)]
     assert not torch.equal(drawn[:111], drawn[111:222])
     assert numpy.mean([len(set(part)) for part in passes]) > 600
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_an_emulated_cluster_builds_the_index_itself(
+    module: Callable[..., IndexedDataModule], tmp_path: Path, rank: int
+) -> None:
+    expected = tokens(module().train_dataloader())
+    Cluster(world_size=4, links={}, rank=rank).join()
+    try:
+        built = module(cache_dir=tmp_path / "empty").train_dataloader()
+        found = module().train_dataloader()
+        assert torch.equal(tokens(built), expected) and torch.equal(tokens(found), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_index_cache_is_built_once(

@@ -116,6 +116,14 @@ def test_tied_model_takes_an_equal_output_layer_and_refuses_another() -> None:
         import_llama(model, state)
 
 
+@pytest.mark.parametrize("function", [import_llama, export_llama])
+def test_what_is_no_state_dict_is_refused_by_name(function: Callable[..., object]) -> None:
+    model = CausalLM(SMALL, ParallelContext.single(CPU))
+    for given, shown in (("llama.bin", "'llama.bin'"), (hugging_face_llama(SMALL), "a Llama")):
+        with pytest.raises(ValueError, match=rf"^{function.__name__} takes .*, not {shown}.*load"):
+            function(model, given)
+
+
 def test_export_of_other_tensors_needs_all_of_them() -> None:
     model = CausalLM(SMALL, ParallelContext.single(CPU))
     with pytest.raises(ValueError, match=r"lack embedding\.word_embeddings\.weight"):

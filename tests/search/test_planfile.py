@@ -11,8 +11,9 @@ import pytest
 from lightning_dhellam.plan import BUILDERS, GraphPair, PlanError
 from lightning_dhellam.search.files import FileError
 from lightning_dhellam.search.planfile import PlanFile, builder_from
+from lightning_dhellam.search.profile import Profile, measure
 from lightning_dhellam.search.solve import Budget, kind_of, solve
-from tests.search.graphs import costs, graphs_of, model
+from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model
 
 CONDITIONS = {"sizes": {"tp": 8}, "dtype": "bfloat16"}
 
@@ -80,7 +81,7 @@ def test_a_stale_file_is_refused(made: PlanFile, layers: list[GraphPair]) -> Non
 def test_a_foreign_file_is_refused(made: PlanFile, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     made.save(path)
-    with pytest.raises(FileError, match=r"sizes\.tp is 8 in the file and 2 here"):
+    with pytest.raises(FileError, match="tensor_parallel_size is 8 in the file and 2 here"):
         PlanFile.load(path, expected_conditions={"sizes": {"tp": 2}, "dtype": "bfloat16"})
 
 
@@ -98,6 +99,19 @@ def test_a_broken_file_is_refused(made: PlanFile, tmp_path: Path) -> None:
     path.write_text('{"format": 1, "plans": [{"forward": "", "backward": "", "table": ["plan"]}]}')
     with pytest.raises(FileError, match="cannot be read: not a plan"):
         PlanFile.load(path)
+
+
+def test_a_profile_and_a_plan_file_are_not_taken_for_each_other(
+    made: PlanFile, layers: list[GraphPair], tmp_path: Path
+) -> None:
+    graphs = graphs_of(layers)
+    profile, plan = tmp_path / "p.json", tmp_path / "q.json"
+    measure(FakeBench(costs(graphs, 110e9)), graphs, FINGERPRINT).save(profile)
+    made.save(plan)
+    with pytest.raises(FileError, match=r"p\.json is a profile, but a plan file is wanted"):
+        PlanFile.load(profile)
+    with pytest.raises(FileError, match=r"q\.json is a plan file, but a profile is wanted"):
+        Profile.load(plan)
 
 
 def test_an_edited_plan_that_cannot_run_is_refused_with_an_arrow(

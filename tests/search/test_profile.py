@@ -160,12 +160,16 @@ def test_a_graph_that_was_not_measured_is_not_trusted(tmp_path: Path) -> None:
 def test_a_profile_of_other_conditions_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     _measured()[0].save(path)
-    here = replace(FINGERPRINT, sizes={"world": 8, "tp": 4, "dp": 2}, dtype="float32")
+    shapes = {**FINGERPRINT.shapes, "micro_batch_size": 4}
+    here = replace(
+        FINGERPRINT, sizes={"world": 8, "tp": 4, "dp": 2}, shapes=shapes, dtype="float32"
+    )
     with pytest.raises(FileError) as caught:
         Profile.load(path, here)
     text = str(caught.value)
-    assert "sizes.tp is 8 in the file and 4 here" in text
-    assert "sizes.dp is 1 in the file and 2 here" in text
+    assert "tensor_parallel_size is 8 in the file and 4 here" in text
+    assert "the number of data-parallel ranks is 1 in the file and 2 here" in text
+    assert "; micro_batch_size is absent in the file and 4 here" in text
     assert "dtype is 'bfloat16' in the file and 'float32' here" in text
     assert "world" not in text
 

@@ -159,9 +159,9 @@ def test_its_plan_file_trains_and_is_refused_elsewhere(tmp_path: Path) -> None:
     samples = GLOBAL_BATCH * (steps + 1)
     again = train({"plan": str(file), "micro_batch_size": 3}, max_steps=steps, samples=samples)
     assert again == losses
-    with pytest.raises(ValueError, match=r"shapes.micro_batch_size is 3 in the file and 2 here"):
+    with pytest.raises(ValueError, match=r": micro_batch_size is 3 in the file and 2 here"):
         train({"plan": str(file), "micro_batch_size": 2})
-    with pytest.raises(ValueError, match=r"shapes.ffn_hidden_size is 32 in the file and 64 here"):
+    with pytest.raises(ValueError, match=r": ffn_hidden_size is 32 in the file and 64 here"):
         train({"plan": str(file), "micro_batch_size": 3}, Model(ffn_hidden_size=64))
 
 
@@ -343,11 +343,15 @@ def test_a_step_that_fails_is_not_taken_for_a_good_one(
     assert not chosen
 
 
-def test_a_folder_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_does_not_end_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.warns(UserWarning, match="could not be written"):
         losses, _ = searched(tmp_path, 3, replay=True, folder=str(tmp_path / "taken" / "below"))
     assert len(losses) == 3
+    printed = capsys.readouterr().out
+    assert "* installed: " in printed and "files:" not in printed
 
 
 def test_a_profile_is_used_again_or_refused(
@@ -363,7 +367,7 @@ def test_a_profile_is_used_again_or_refused(
     monkeypatch.setattr(session, "take_profile", measured_again)
     searched(tmp_path, STEPS, profile=str(file))
     assert (tmp_path / "search" / "plan.json").exists()
-    with pytest.raises(ValueError, match=r"shapes.micro_batch_size is 3 in the file and 2 here"):
+    with pytest.raises(ValueError, match=r": micro_batch_size is 3 in the file and 2 here"):
         searched(tmp_path, 2, {"micro_batch_size": 2}, profile=str(file))
 
 
