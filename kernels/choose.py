@@ -120,12 +120,7 @@ def choose(
         ValueError: `forced` names an unknown operator or backend, or one that cannot be used here.
     """
     forced = forced or {}
-    for operator in forced:
-        if operator not in CANDIDATES:
-            raise ValueError(
-                f"kernels={{{operator}: {forced[operator]}}}: there is no operator '{operator}';"
-                f" {_suggest(operator, CANDIDATES)}"
-            )
+    check_names(forced)
     names = {
         operator: _forced(operator, forced[operator], device, dtype, head)
         if operator in forced
@@ -134,6 +129,25 @@ def choose(
     }
     loaded = {operator: CANDIDATES[operator][name].load() for operator, name in names.items()}
     return Kernels(**loaded, names=names)
+
+
+def check_names(forced: Mapping[str, str]) -> None:
+    """Refuse backends by operator of which there is no such operator, or no such backend of it.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    for operator, name in forced.items():
+        if operator not in CANDIDATES:
+            raise ValueError(
+                f"kernels={{{operator}: {name}}}: there is no operator '{operator}';"
+                f" {_suggest(operator, CANDIDATES)}"
+            )
+        if str(name) not in CANDIDATES[operator]:
+            raise ValueError(
+                f"kernels={{{operator}: {name}}}: {operator} has no backend '{name}';"
+                f" {_suggest(name, CANDIDATES[operator])}"
+            )
 
 
 def available(
@@ -152,13 +166,7 @@ def _first(operator: str, device: torch.device, dtype: torch.dtype, head: int) -
 
 
 def _forced(operator: str, name: str, device: torch.device, dtype: torch.dtype, head: int) -> str:
-    known = CANDIDATES[operator]
-    if name not in known:
-        raise ValueError(
-            f"kernels={{{operator}: {name}}}: {operator} has no backend '{name}';"
-            f" {_suggest(name, known)}"
-        )
-    obstacle = known[name].obstacle(device, dtype, head)
+    obstacle = CANDIDATES[operator][name].obstacle(device, dtype, head)
     if obstacle is not None:
         usable = [other for other, why in available(operator, device, dtype, head) if why is None]
         raise ValueError(
@@ -168,8 +176,8 @@ def _forced(operator: str, name: str, device: torch.device, dtype: torch.dtype, 
     return name
 
 
-def _suggest(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def _suggest(word: Any, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(known)}"
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +16,24 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.kernels.choose import check_names
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin
-from lightning_dhellam.search.planfile import named_plan
+from lightning_dhellam.parallel.checkpoint import read_topology
+from lightning_dhellam.search.planfile import PlanFile, named_plan
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.plugins import ClusterEnvironment
+
+_RESOLVED_BY_LIGHTNING = ("best", "last", "hpc", "registry")
+_BATCHED = ("tokens", "labels", "loss_mask")
+_ID_TYPES = (torch.int64, torch.int32)
 
 
 def check_arguments(
@@ -59,6 +70,7 @@ def check_arguments(
             f"kernels={kernels!r} must be a mapping from operator to backend, such as"
             " {'attention': 'flash_attn'}"
         )
+    check_names(kernels or {})
     if emulate is not None and pipeline_parallel_size > 1:
         raise ValueError(
             f"emulate=... plays one rank alone, but with"
@@ -117,6 +129,22 @@ def _check_callback(callback: pl.Callback) -> None:
         )
 
 
+def check_processes(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
+    """Refuse processes that torchrun or SLURM has started in another number than the Trainer's."""
+    # Lightning's own learns the number from the strategy.
+    if isinstance(environment, LightningEnvironment):
+        return
+    started, local_rank = environment.world_size(), environment.local_rank()
+    if started == devices * num_nodes and local_rank < devices:
+        return
+    raise ValueError(
+        f"{started} processes were started, at least {local_rank + 1} of them on this node, but"
+        f" devices={devices} x num_nodes={num_nodes} is {devices * num_nodes}: set devices to the"
+        " number of processes of a node (torchrun's --nproc-per-node) and num_nodes to the number"
+        " of nodes"
+    )
+
+
 def check_emulation(processes: int) -> None:
     """Refuse an emulated cluster where it cannot run."""
     if processes != 1:
@@ -152,6 +180,23 @@ def check_module(
     pipeline_split(module.model_config, pipeline_parallel_size, split)
 
 
+def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
+    """Refuse a plan file that was made for another model or other sizes.
+
+    `conditions` are without the device, which each rank compares when it has one.
+    """
+    if plan.endswith(".json"):
+        device = PlanFile.load(plan).conditions.get("device")
+        PlanFile.load(plan, expected_conditions={"device": device, **conditions})
+
+
+def check_ckpt_path(path: Any) -> None:
+    """Refuse the path of a checkpoint that is none. What Lightning looks for is not known yet."""
+    spelt = os.fspath(path) if path else ""
+    if spelt and "://" not in spelt and spelt.split(":")[0].lower() not in _RESOLVED_BY_LIGHTNING:
+        read_topology(Path(spelt))
+
+
 def check_data(module: Any, data: Any, tensor_parallel_size: int) -> None:
     """Refuse data that does not suit the model. Reads what an IndexedDataModule says of itself."""
     config = module.model_config
@@ -182,8 +227,10 @@ def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
         )
 
 
-def check_batch(batch: Any, longest: int, tensor_parallel_size: int, needs_labels: bool) -> None:
-    """Refuse a batch that the engine cannot cut into micro-batches."""
+def check_batch(
+    batch: Any, module: DualStrandMixin, tensor_parallel_size: int, needs_labels: bool
+) -> None:
+    """Refuse a batch that the engine cannot cut into micro-batches. Waits for no device."""
     needed = ("tokens", "labels") if needs_labels else ("tokens",)
     keys = sorted(batch) if hasattr(batch, "keys") else None
     missing = [name for name in needed if keys is None or name not in keys]
@@ -193,12 +240,25 @@ def check_batch(batch: Any, longest: int, tensor_parallel_size: int, needs_label
             f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
             " and `labels` [B, S]"
         )
-    shapes = {name: tuple(batch[name].shape) for name in needed}
+    given = {
+        name: batch[name] for name in _BATCHED if name in needed or batch.get(name) is not None
+    }
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the batch's {name} are of type {type(value).__name__}: yield tensors [B, S]"
+            )
+        if name in _ids(module) and value.dtype not in _ID_TYPES:
+            raise ValueError(
+                f"the batch's {name} have dtype {value.dtype}: they are ids of the vocabulary,"
+                f" so yield {' or '.join(map(str, _ID_TYPES))}"
+            )
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
     if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
         raise ValueError(f"the batch has shapes {shapes}: all must be [B, S]")
     if not shapes["tokens"][0]:
         raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
-    check_length(shapes["tokens"][1], longest, tensor_parallel_size)
+    check_length(shapes["tokens"][1], module.model_config.max_sequence_length, tensor_parallel_size)
 
 
 def check_ids(batch: Any, module: DualStrandMixin) -> None:
@@ -207,10 +267,10 @@ def check_ids(batch: Any, module: DualStrandMixin) -> None:
     if not hasattr(batch, "get"):
         return
     size = module.model_config.vocab_size
-    # Labels of the user's own loss may mean anything.
-    for name in ("tokens", "labels") if module.custom_loss is None else ("tokens",):
+    for name in _ids(module):
         ids = batch.get(name)
-        if not isinstance(ids, Tensor) or ids.device.type != "cpu":
+        # `check_batch` refuses other types.
+        if not isinstance(ids, Tensor) or ids.device.type != "cpu" or ids.dtype not in _ID_TYPES:
             continue
         remark = ""
         if name == "labels":
@@ -223,8 +283,21 @@ def check_ids(batch: Any, module: DualStrandMixin) -> None:
             )
 
 
+def _ids(module: DualStrandMixin) -> tuple[str, ...]:
+    """What a batch has of the vocabulary. Labels of the user's own loss may mean anything."""
+    return ("tokens", "labels") if module.custom_loss is None else ("tokens",)
+
+
 def check_optimizer(module: DualStrandMixin, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that steps other parameters than those that get gradients."""
+    """Refuse an optimizer that steps other parameters than those that get gradients, or that
+    computes gradients itself."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"configure_optimizers returned {type(optimizer).__name__}, whose step() computes the"
+            " loss as often as it likes: DHellamStrategy computes it once, before the step; use an"
+            " optimizer that needs no closure, such as AdamW"
+        )
     inside = {id(p): name for name, p in module.model.named_parameters() if p.requires_grad}
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     outside = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         cluster_environment: of the job.
         num_processes: of this node.
         num_nodes: of the job.
-        check: raises what is wrong with a trainer and the data module that it is to be given.
+        check: raises what is wrong with a trainer and with the data module and the checkpoint that
+            it is to be given.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         cluster_environment: ClusterEnvironment,
         num_processes: int,
         num_nodes: int,
-        check: Callable[[pl.Trainer, Any], None],
+        check: Callable[[pl.Trainer, Any, Any], None],
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._check = check
@@ -46,8 +48,10 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         **kwargs: Any,
     ) -> Any:
         if trainer is not None:
-            data = next((given for given in args if isinstance(given, LightningDataModule)), None)
-            self._check(trainer, data)
+            data = next((value for value in args if isinstance(value, LightningDataModule)), None)
+            # Each entry of the Trainer has the path at another place.
+            named = inspect.signature(function).bind(*args, **kwargs).arguments
+            self._check(trainer, data, named.get("ckpt_path"))
         return super().launch(function, *args, trainer=trainer, **kwargs)
 
     @override

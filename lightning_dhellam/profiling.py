@@ -50,10 +50,20 @@ def conditions(
     context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
 ) -> dict[str, Any]:
     """What a plan is made for, as far as it is known before the first batch."""
-    shapes = {name: getattr(config, name) for name in _SHAPES}
+    sizes = {name: getattr(context, f"{name}_size") for name in _SIZES}
     return {
         "device": device_name(context),
-        "sizes": {name: getattr(context, f"{name}_size") for name in _SIZES},
+        **early_conditions(sizes, config, dtype, micro_batch_size),
+    }
+
+
+def early_conditions(
+    sizes: Mapping[str, int], config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
+) -> dict[str, Any]:
+    """The part of `conditions` that is known before there are processes."""
+    shapes = {name: getattr(config, name) for name in _SHAPES}
+    return {
+        "sizes": dict(sizes),
         "shapes": {**shapes, "micro_batch_size": micro_batch_size},
         "dtype": str(dtype).removeprefix("torch."),
     }

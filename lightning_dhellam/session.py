@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_dhellam.engine import Span
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import largest, of_all_ranks
+from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 from lightning_dhellam.plan import BUILDERS, Builder, Graph
 from lightning_dhellam.profiling import fingerprint, take_profile, versions
 from lightning_dhellam.search.cost import Costs
@@ -29,7 +29,6 @@ from lightning_dhellam.search.trials import Trials, measured
 if TYPE_CHECKING:
     from lightning_dhellam.strategy import DHellamStrategy
 
-Found = TypeVar("Found")
 REFERENCE = "sequential"
 MEMORY_SLACK = 0.015
 """Share of the memory of a step that the slots of a searched plan may take more than those of the
@@ -88,10 +87,11 @@ class Session:
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * MEMORY_SLACK
         self.left_out: dict[str, float] = {}
+        everyone = strategy.world_group
         with self._timed("profile"):
-            self._profile = self._together(lambda: self._profiled(options, progress))
+            self._profile = together(lambda: self._profiled(options, progress), everyone)
         with self._timed("solve"):
-            self._together(lambda: self._solve(options.memory_limit, slack))
+            together(lambda: self._solve(options.memory_limit, slack), everyone)
         self._trials = Trials(tuple(self._builders), options.rounds)
         self._winner = ""
         self._reason = ""
@@ -213,22 +213,6 @@ class Session:
             name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
             for name, builder in self._builders.items()
         }
-
-    def _together(self, part: Callable[[], Found]) -> Found:
-        """Do a part of the search on every rank; what fails on one is raised on all of them."""
-        failure: Exception | None = None
-        found: Found | None = None
-        try:
-            found = part()
-        except Exception as error:
-            failure = error
-        texts = of_all_ranks(str(failure) if failure else "", self._strategy.world_group)
-        if failure is not None:
-            raise failure
-        others = [text for text in texts if text]
-        if others:
-            raise RuntimeError(f"the search failed on another rank: {others[0]}")
-        return cast(Found, found)
 
     def _peak_bytes(self) -> float:
         """Most memory in use so far, on the rank that used most; of slots alone on CPU."""

@@ -44,7 +44,7 @@ from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import DHellamPrecision
-from lightning_dhellam.profiling import conditions
+from lightning_dhellam.profiling import conditions, early_conditions
 from lightning_dhellam.search.planfile import named_plan
 from lightning_dhellam.termination import Termination, watch_parent
 
@@ -145,6 +145,7 @@ class DHellamStrategy(ParallelStrategy):
         self._termination: Termination | None = None
         self._parent_watch: Event | None = None
         self._losses_left: int | None = None
+        self._ended_well = True
 
     @property
     def context(self) -> ParallelContext:
@@ -229,21 +230,27 @@ class DHellamStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
+        if self.cluster_environment.creates_processes_externally:
+            checks.check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
             self._launcher = CheckingLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.check
             )
-        processes = self.num_processes * self.num_nodes
-        if self.cluster is None:
-            check_sizes(processes, self.tensor_parallel_size, self.pipeline_parallel_size)
-            return
-        check_sizes(self.cluster.world_size, self.tensor_parallel_size)
-        checks.check_emulation(processes)
+        check_sizes(self._ranks, self.tensor_parallel_size, self.pipeline_parallel_size)
+        if self.cluster is not None:
+            checks.check_emulation(self.num_processes * self.num_nodes)
 
-    def check(self, trainer: pl.Trainer, data: Any = None) -> None:
+    @property
+    def _ranks(self) -> int:
+        """Of the job, or of the cluster that is emulated."""
+        if self.cluster is not None:
+            return self.cluster.world_size
+        return self.num_processes * self.num_nodes
+
+    def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
         """Refuse what cannot work, before any process computes.
 
-        `data` is the data module, before the trainer has it.
+        `data` is the data module, before the trainer has it, and `ckpt_path` what it is to load.
 
         Raises:
             ValueError: with the value, the rule and the remedy.
@@ -257,6 +264,8 @@ class DHellamStrategy(ParallelStrategy):
         )
         data = data or getattr(trainer, "datamodule", None)
         checks.check_data(trainer.lightning_module, data, self.tensor_parallel_size)
+        checks.check_plan_file(self.plan, self._early_conditions)
+        checks.check_ckpt_path(ckpt_path)
         if self.root_device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"accelerator='{self.root_device.type}' does not work with DHellamStrategy: use"
@@ -269,6 +278,7 @@ class DHellamStrategy(ParallelStrategy):
         trainer = self.lightning_module.trainer
         self.check(trainer)
         self._context = self._optimizer = None
+        self._ended_well = True
         if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
             from lightning_dhellam.autosearch import AutoSearch  # which imports this module
 
@@ -376,7 +386,7 @@ class DHellamStrategy(ParallelStrategy):
     @property
     def world_group(self) -> dist.ProcessGroup | None:
         """All ranks; None where the others do not exist."""
-        return None if self.context.emulated else dist.group.WORLD
+        return self.context.world_group
 
     @property
     def stage_group(self) -> dist.ProcessGroup | None:
@@ -390,6 +400,14 @@ class DHellamStrategy(ParallelStrategy):
         """What a plan file must have been made for to be used here."""
         config = self._module.model_config
         return conditions(self.context, config, self.dtype, self.micro_batch_size)
+
+    @property
+    def _early_conditions(self) -> dict[str, Any]:
+        """Those that need no process group."""
+        tp, pp = self.tensor_parallel_size, self.pipeline_parallel_size
+        sizes = {"tp": tp, "pp": pp, "cp": 1, "ep": 1, "dp": self._ranks // (tp * pp)}
+        config = self._module.model_config
+        return early_conditions(sizes, config, self.dtype, self.micro_batch_size)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -495,8 +513,7 @@ class DHellamStrategy(ParallelStrategy):
         self, batch: Mapping[str, Any], *, needs_labels: bool = True
     ) -> list[MicroBatch]:
         """The batch of this rank, checked and cut."""
-        longest = self._module.model_config.max_sequence_length
-        checks.check_batch(batch, longest, self.tensor_parallel_size, needs_labels)
+        checks.check_batch(batch, self._module, self.tensor_parallel_size, needs_labels)
         return cut(
             batch,
             self.micro_batch_size,
@@ -595,12 +612,9 @@ class DHellamStrategy(ParallelStrategy):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
-        common = checkpoint_files.load_common(path)
-        common["state_dict"] = checkpoint_files.load_weights(path, self.context)
-        if self._module.trainer.state.fn is TrainerFn.FITTING:
-            state = checkpoint_files.load_state(path, self.context, self._state_settings())
-            common["optimizer_states"] = [state]
-        return common
+        fitting = self._module.trainer.state.fn is TrainerFn.FITTING
+        settings = self._state_settings() if fitting else None
+        return checkpoint_files.load(path, self.context, settings)
 
     def _state_settings(self) -> dict[str, Any]:
         assert self._optimizer is not None
@@ -624,6 +638,10 @@ class DHellamStrategy(ParallelStrategy):
         return {}
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._ended_well = False
+
+    @override
     def teardown(self) -> None:
         if self._termination is not None:
             self._termination.close()
@@ -635,7 +653,7 @@ class DHellamStrategy(ParallelStrategy):
         # What saving a checkpoint needs stays until the next run.
         self.precision_plugin.optimizer = None
         if self._context is not None:
-            self._context.destroy()
+            self._context.destroy(keep=self._ended_well and self.cluster is None)
             if self.cluster is not None:
                 dist.destroy_process_group()
         super().teardown()

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
-import torch.distributed as dist
 
+from lightning_dhellam.parallel.collectives import of_all_ranks, together, try_together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.staging import put_in_place, sync_files
 
 TOPOLOGY = "topology.json"
 COMMON = "common.pt"
 _FORMAT = 1
+_REMEDY = "use another checkpoint, such as the one before it"
 
 
 def save(
@@ -66,12 +68,34 @@ def save(
             put_in_place(aside, path)
 
     for step in (clear, write, publish):
-        failures = _try_together(step, context)
+        _, failures = try_together(step, context.world_group)
         if failures:
             if context.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            _all_ranks("")  # no rank may look before the folder is gone
-            raise OSError(f"checkpoint {path} was not written: {'; '.join(failures)}")
+            of_all_ranks(None, context.world_group)  # none may look before the folder is gone
+            reasons = "; ".join(failure.text for failure in failures)
+            raise OSError(f"checkpoint {path} was not written: {reasons}")
+
+
+def load(
+    path: Path, context: ParallelContext, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What was saved of this rank: `common`, with `state_dict`. Every rank must call this.
+
+    With `settings`, those of this run, `optimizer_states` holds this rank's as well.
+
+    Raises:
+        ValueError: on every rank, when one of them cannot read its files, or they do not fit.
+    """
+
+    def read() -> dict[str, Any]:
+        common = load_common(path)
+        common["state_dict"] = load_weights(path, context)
+        if settings is not None:
+            common["optimizer_states"] = [load_state(path, context, settings)]
+        return common
+
+    return together(read, context.world_group)
 
 
 def load_common(path: Path) -> dict[str, Any]:
@@ -80,24 +104,20 @@ def load_common(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: `path` is not a whole checkpoint of this format.
     """
-    _read_topology(path)
-    common: dict[str, Any] = torch.load(path / COMMON, map_location="cpu", weights_only=False)
-    return common
+    read_topology(path)
+    return _load(path / COMMON, weights_only=False)
 
 
 def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
     """This model-parallel rank's weights. The data-parallel size may have changed.
 
     Raises:
-        ValueError: the checkpoint was written with other model-parallel sizes.
+        ValueError: the checkpoint was written with other model-parallel sizes, or is damaged.
     """
     mine = _topology(context)
     del mine["data_parallel_size"]
     _check(path, mine)
-    weights: dict[str, Any] = torch.load(
-        path / _weights_name(context), map_location="cpu", weights_only=True
-    )
-    return weights
+    return _load(path / _weights_name(context), weights_only=True)
 
 
 def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,17 +125,64 @@ def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]
 
     Raises:
         ValueError: the checkpoint was written with other sizes or settings, or without optimizer
-            state.
+            state, or is damaged.
     """
-    file = path / f"state-{context.rank:05d}.pt"
-    if not file.is_file():
+    _check(path, _topology(context))
+    if not set(settings) & set(read_topology(path)):
         raise ValueError(
             f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
             " from these weights, or save with save_weights_only=False"
         )
-    _check(path, {**_topology(context), **settings})
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
-    return state
+    _check(path, settings)
+    return _load(path / f"state-{context.rank:05d}.pt", weights_only=False)
+
+
+def read_topology(path: Path) -> dict[str, Any]:
+    """Sizes and settings of the run that wrote a checkpoint.
+
+    Raises:
+        ValueError: `path` is not a checkpoint, or is damaged.
+    """
+    file = path / TOPOLOGY
+    if not file.is_file():
+        kind = f"has no {TOPOLOGY}" if path.is_dir() else "is not a folder"
+        raise ValueError(
+            f"checkpoint {path} {kind if path.exists() else 'does not exist'}: give a folder that"
+            " a run with DHellamStrategy wrote"
+        )
+    try:
+        topology = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+    return _mapping(file, topology)
+
+
+def _load(file: Path, *, weights_only: bool) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file.parent} has no {file.name}: {_REMEDY}")
+    try:
+        with file.open("rb") as stream:
+            # Of a file that is cut off torch says something else for each length.
+            whole = is_zipfile(stream)
+        content = torch.load(file, map_location="cpu", weights_only=weights_only) if whole else None
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    if not whole:
+        raise ValueError(f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {_REMEDY}")
+    return _mapping(file, content)
+
+
+def _mapping(file: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {_REMEDY}")
+    return content
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0].partition(". ")[0]
+    return ValueError(
+        f"{file} cannot be read ({type(error).__name__}: {reason}): if it is damaged, {_REMEDY}"
+    )
 
 
 def _topology(context: ParallelContext) -> dict[str, Any]:
@@ -128,18 +195,8 @@ def _topology(context: ParallelContext) -> dict[str, Any]:
     }
 
 
-def _read_topology(path: Path) -> dict[str, Any]:
-    if not (path / TOPOLOGY).is_file():
-        kind = "is not a folder" if not path.is_dir() else f"has no {TOPOLOGY}"
-        raise ValueError(
-            f"checkpoint {path} {kind}: give a folder that a run with DHellamStrategy wrote"
-        )
-    topology: dict[str, Any] = json.loads((path / TOPOLOGY).read_text())
-    return topology
-
-
 def _check(path: Path, mine: Mapping[str, Any]) -> None:
-    saved = _read_topology(path)
+    saved = read_topology(path)
     for name in mine:
         if saved.get(name) != mine[name]:
             raise ValueError(
@@ -150,24 +207,3 @@ def _check(path: Path, mine: Mapping[str, Any]) -> None:
 
 def _weights_name(context: ParallelContext) -> str:
     return f"weights-{context.tp_rank + context.pp_rank * context.tp_size:05d}.pt"
-
-
-def _try_together(step: Callable[[], None], context: ParallelContext) -> list[str]:
-    """Run `step` on every rank, and wait for all of them. Returns what went wrong, on every rank.
-
-    A rank that raised at once would leave the others waiting for it.
-    """
-    failure = ""
-    try:
-        step()
-    except Exception as error:
-        failure = f"rank {context.rank}: {type(error).__name__}: {error}"
-    return [text for text in _all_ranks(failure) if text]
-
-
-def _all_ranks(text: str) -> list[str]:
-    if not dist.is_initialized():
-        return [text]
-    texts = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    return texts

@@ -7,14 +7,17 @@ waits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.parallel.link import EmulatedLink
+
+Found = TypeVar("Found")
 
 # Torch 2.13 renamed both; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -193,3 +196,46 @@ def of_all_ranks(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+class Failure(NamedTuple):
+    """What went wrong on a rank, and whether it is a mistake of the user."""
+
+    text: str
+    mistake: bool
+
+
+def try_together(
+    part: Callable[[], None], group: dist.ProcessGroup | None
+) -> tuple[Exception | None, list[Failure]]:
+    """Do `part` on every rank, and wait for all of them: what went wrong here, and on any rank.
+
+    A rank that raised at once would leave the others waiting for it.
+    """
+    mine: Exception | None = None
+    failure: Failure | None = None
+    try:
+        part()
+    except Exception as error:
+        rank = 0 if group is None else group.rank()
+        mine = error
+        text = f"rank {rank}: {type(error).__name__}: {error}"
+        failure = Failure(text, isinstance(error, ValueError))
+    return mine, [found for found in of_all_ranks(failure, group) if found is not None]
+
+
+def together(part: Callable[[], Found], group: dist.ProcessGroup | None) -> Found:
+    """The value of `part` on every rank; what fails on one is raised on all of them.
+
+    Raises:
+        ValueError: on the ranks where nothing failed, with the text of a ValueError of another.
+        RuntimeError: the same, of any other error.
+    """
+    found: list[Found] = []
+    mine, failures = try_together(lambda: found.append(part()), group)
+    if mine is not None:
+        raise mine
+    if failures:
+        kind = ValueError if failures[0].mistake else RuntimeError
+        raise kind(failures[0].text)
+    return found[0]

@@ -6,18 +6,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import GlobalMemoryBuffer
 from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam.parallel import nccl
 from lightning_dhellam.parallel.channels import ChannelKey, open_channels
+from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.cpu import megatron_device
-from lightning_dhellam.parallel.emulate import Cluster
+from lightning_dhellam.parallel.emulate import Cluster, is_emulated
 from lightning_dhellam.parallel.link import EmulatedLink
 
 
@@ -64,16 +67,27 @@ def _remedy(sizes: dict[str, int]) -> str:
     return " × ".join(names)
 
 
+class _Asked(NamedTuple):
+    """What groups were made for: `sizes` of tensor, pipeline, context and expert parallelism."""
+
+    world: ProcessGroup | None
+    device: torch.device
+    sizes: tuple[int, int, int, int]
+    timeout: timedelta
+    tuned: bool
+
+
 @dataclass(frozen=True)
 class ParallelContext:
     """The groups of this process, its rank in each, and the device it computes on.
 
     ``links`` holds the emulated links by communicator, of an emulated cluster only. ``channels``
     holds the communicators between neighbouring pipeline stages, and ``pipeline_split`` the layers
-    of each chunk if they were given.
+    of each chunk if they were given. Of a pipeline ``alone`` is the group of this rank only.
 
     ``groups`` is what Megatron's modules take as ``pg_collection``. ``tp_group`` and the other
     named groups are None only when torch.distributed is not initialised; then every size is 1.
+    With ``asked`` and ``megatron_state`` another context takes over the groups.
     """
 
     device: torch.device
@@ -98,6 +112,9 @@ class ParallelContext:
     links: Mapping[str, EmulatedLink] = field(default_factory=dict)
     channels: Mapping[ChannelKey, ProcessGroup] = field(default_factory=dict)
     pipeline_split: tuple[int, ...] = ()
+    alone: ProcessGroup | None = None
+    asked: _Asked | None = field(default=None, repr=False)
+    megatron_state: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(
@@ -118,37 +135,49 @@ class ParallelContext:
         `pipeline_split` gives the layers of each chunk, which otherwise the model balances.
         A collective that a rank does not join fails after `timeout`.
         NCCL's communicators are set up for two strands (`nccl.yaml`) unless `tuned` is false.
+        Groups that the last context has kept are taken over where they are the same.
         Raises ValueError when the sizes do not fit the world."""
         assert dist.is_initialized(), "torch.distributed must be initialised first"
-        check_sizes(
-            dist.get_world_size(),
+        sizes = (
             tensor_parallel_size,
             pipeline_parallel_size,
             context_parallel_size,
             expert_parallel_size,
         )
-        by_nccl = dist.get_backend() == "nccl" and tuned
+        check_sizes(dist.get_world_size(), *sizes)
+        asked = _Asked(dist.group.WORLD, device, sizes, timeout, tuned)
+        context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)
+        if cluster is None:
+            return context
+        links = {name: EmulatedLink(link, device) for name, link in cluster.links.items()}
+        return replace(context, links=links)
+
+    @classmethod
+    def _new(cls, asked: _Asked) -> ParallelContext:
+        device, timeout, (tp, pp, cp, ep) = asked.device, asked.timeout, asked.sizes
+        by_nccl = dist.get_backend() == "nccl" and asked.tuned
+        before = dict(vars(parallel_state))
         with megatron_device(device):
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tensor_parallel_size,
-                pipeline_model_parallel_size=pipeline_parallel_size,
-                context_parallel_size=context_parallel_size,
-                expert_model_parallel_size=expert_parallel_size,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
                 # A second set, of gloo groups, serves only a checkpoint format that we do not use.
                 create_gloo_process_groups=False,
                 distributed_timeout_minutes=timeout / timedelta(minutes=1),
                 nccl_communicator_config_path=str(nccl.CONFIGURATION) if by_nccl else None,
             )
+        now = vars(parallel_state).items()
+        state = {name: value for name, value in now if value is not before.get(name, value)}
         context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
-        context = replace(
+        return replace(
             context,
             channels=open_channels(context.groups.pp, context.world_size, device, timeout),
-            pipeline_split=pipeline_split,
+            alone=_group_of_this_rank() if pp > 1 else None,
+            asked=asked,
+            megatron_state=state,
         )
-        if cluster is None:
-            return context
-        links = {name: EmulatedLink(link, device) for name, link in cluster.links.items()}
-        return replace(context, links=links)
 
     @property
     def model_rank(self) -> int:
@@ -168,9 +197,14 @@ class ParallelContext:
         return nccl.processors() if by_nccl and self.tp_size > 1 else 0
 
     @property
+    def world_group(self) -> ProcessGroup | None:
+        """All ranks; None where the others do not exist."""
+        return None if self.emulated else dist.group.WORLD
+
+    @property
     def emulated(self) -> bool:
         """Whether the other ranks do not exist, so that nothing may depend on their answers."""
-        return dist.is_initialized() and dist.get_backend() == "fake"
+        return is_emulated()
 
     @classmethod
     def single(cls, device: torch.device) -> ParallelContext:
@@ -181,7 +215,7 @@ class ParallelContext:
         """
         group: ProcessGroup
         if dist.is_initialized():
-            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            group = _group_of_this_rank()
         else:
             group = ProcessGroup(0, 1)  # type: ignore[call-arg]
         names = [field.name for field in fields(ProcessGroupCollection) if field.name != "hcp"]
@@ -216,9 +250,41 @@ class ParallelContext:
                 with _groups_without_distributed():
                     yield
 
-    def destroy(self) -> None:
-        """Forget Megatron's global groups; torch.distributed stays up, it is not ours."""
+    def destroy(self, *, keep: bool = False) -> None:
+        """Forget Megatron's global groups; torch.distributed stays up, it is not ours.
+
+        The groups stay open, because models that are left use them. With `keep` the next context
+        takes them over, instead of opening as many again. Only for runs that ended well: after
+        others a rank may have left a transfer in them that no one ends.
+        """
+        global _kept
+        _kept = self if keep else None
         parallel_state.destroy_model_parallel()
+        for value in self.megatron_state.values():
+            if isinstance(value, GlobalMemoryBuffer):
+                value.buffer.clear()
+
+
+_kept: ParallelContext | None = None
+"""What the next context may take over."""
+
+
+def _take_over(asked: _Asked) -> ParallelContext | None:
+    """What was kept, if every rank has kept what is asked for. Every rank must call this."""
+    global _kept
+    kept, _kept = _kept, None
+    if is_emulated():
+        return None
+    fit = of_all_ranks(kept is not None and kept.asked == asked, asked.world)
+    if kept is None or not all(fit):
+        return None
+    vars(parallel_state).update(kept.megatron_state)
+    return kept
+
+
+def _group_of_this_rank() -> ProcessGroup:
+    group: ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return group
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from copy import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -137,8 +136,7 @@ def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
     if context.pp_size == 1:
         return context.groups
     groups = copy(context.groups)
-    alone = dist.new_group([context.rank], use_local_synchronization=True)
-    groups.pp = groups.embd = groups.pos_embd = alone
+    groups.pp = groups.embd = groups.pos_embd = context.alone
     return groups
 
 

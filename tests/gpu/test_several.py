@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 from tests.strategy.lost_rank import TORCHRUN, lose
 from tests.strategy.runs import Model, join
 from tests.strategy.runs import train as train_under_lightning
+from tests.strategy.test_after_fit import used_again
 
 pytestmark = pytest.mark.gpu
 
@@ -225,6 +226,17 @@ def test_a_search_changes_no_loss() -> None:
     for losses in run_ranks(2, _searched, backend="nccl", timeout=240):
         assert len(losses["auto"]) == 60
         assert losses["auto"] == losses["sequential"]
+
+
+def _used_again(rank: int, sizes: dict[str, int]) -> None:
+    _reproducible()
+    used_again(rank, sizes, HEADS, "gpu")
+
+
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_runs_of_the_same_sizes_use_the_same_communicators(size: str) -> None:
+    needs(2)
+    run_ranks(2, _used_again, {size: 2}, backend="nccl")
 
 
 def _own_plan(rank: int) -> str:

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_dhellam import DHellamStrategy
+from lightning_dhellam.models import export_llama
+from lightning_dhellam.parallel import context
 from tests.ranks import run_ranks
 from tests.strategy.runs import GLOBAL_BATCH, Model, join, loader, make_trainer, train
 
@@ -59,6 +63,63 @@ def test_a_checkpoint_can_be_saved_after_the_run(tmp_path: Path) -> None:
     again, other = make_trainer({}, max_steps=3), Model()
     again.fit(other, loader({}), ckpt_path=str(tmp_path / "after.ckpt"))
     assert again.global_step == 3
+
+
+def open_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def used_again(
+    rank: int, sizes: dict[str, int], shape: dict[str, Any], accelerator: str = "cpu"
+) -> None:
+    join(rank, 2)
+    model = Model(**shape)
+    trainer = make_trainer(sizes, max_steps=2, accelerator=accelerator)
+    trainer.fit(model, loader(sizes))
+    assert isinstance(trainer.strategy, DHellamStrategy)
+    count, groups = open_groups(), trainer.strategy.context.groups
+    trainer.validate(model, loader(sizes), verbose=False)
+    first, second = (
+        train(sizes, Model(**shape), max_steps=3, accelerator=accelerator) for _ in range(2)
+    )
+    assert first == second and len(first) == 3
+    assert open_groups() == count
+    assert groups is trainer.strategy.context.groups
+    # The model goes on with them.
+    assert export_llama(model.model)
+
+
+@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_runs_of_the_same_sizes_use_the_same_groups(size: str) -> None:
+    run_ranks(2, used_again, {size: 2}, {})
+
+
+def not_used_again(rank: int) -> None:
+    join(rank, 2)
+
+    class Failing(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    expected = train({}, max_steps=3)
+    counts = [open_groups()]
+    with pytest.raises(ZeroDivisionError):
+        train({}, callbacks=[Failing()])
+    assert train({}, max_steps=3) == expected
+    counts.append(open_groups())
+    if rank == 1:
+        context._kept = None  # as if only this rank had failed
+    assert train({}, max_steps=3) == expected
+    counts.append(open_groups())
+    # Of other sizes, and again of those before.
+    assert len(train({"tensor_parallel_size": 2}, max_steps=3)) == 3
+    assert train({}, max_steps=3) == expected
+    counts.append(open_groups())
+    assert counts == sorted(set(counts))
+
+
+def test_groups_are_not_used_again_after_a_failure_on_any_rank_or_for_other_sizes() -> None:
+    run_ranks(2, not_used_again)
 
 
 def logged(rank: int, sizes: dict[str, int]) -> tuple[float, float]:

@@ -21,8 +21,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dhellam.checks import check_ckpt_path
 from lightning_dhellam.data import IndexedDataModule
 from lightning_dhellam.models import preset
+from lightning_dhellam.search.planfile import PlanFile
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
 from tests.strategy.runs import Losses, Model, Sequences, join, make_trainer
@@ -67,6 +69,18 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     "world-does-not-divide-by-stages": (
         _trainer({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, devices=6),
         r"tensor_parallel_size=2, pipeline_parallel_size=2 needs a multiple of 4 processes",
+    ),
+    "unknown-operator": (
+        _arguments(kernels={"atention": "cpu"}),
+        r"kernels=\{atention: cpu\}: there is no operator 'atention'; did you mean 'attention'",
+    ),
+    "unknown-kernel": (
+        _arguments(kernels={"attention": "flash_atn"}),
+        r"attention has no backend 'flash_atn'; did you mean 'flash_attn'\? known: ",
+    ),
+    "kernel-without-name": (
+        _arguments(kernels={"rope": None}),
+        r"kernels=\{rope: None\}: rope has no backend 'None'; known: triton, reference",
     ),
     "empty-buckets": (_arguments(bucket_size=0), r"bucket_size=0 must be .*at least 1"),
     "world-smaller-than-tp": (
@@ -142,14 +156,14 @@ def _launch(
     module: LightningModule | None = None,
     strategy: dict[str, Any] | None = None,
     data: LightningDataModule | None = None,
+    entry: str = "fit",
+    ckpt_path: Any = None,
     **options: Any,
 ) -> Callable[[], Any]:
     def fit() -> None:
         trainer = make_trainer(strategy or {}, **{"devices": 2, **options})
-        if data is not None:
-            trainer.fit(module or Model(), datamodule=data)
-        else:
-            trainer.fit(module or Model(), DataLoader(Sequences(), batch_size=8))
+        given = data or DataLoader(Sequences(), batch_size=8)
+        getattr(trainer, entry)(module or Model(), given, ckpt_path=ckpt_path)
 
     return fit
 
@@ -229,6 +243,17 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
         _launch(data=Data(vocab_size=50)),
         r"tokenizer has 50 tokens, but the model has vocab_size=32: set vocab_size=50",
     ),
+    **{
+        f"no-checkpoint-to-{entry}": (
+            _launch(entry=entry, ckpt_path="runs/nowhere.ckpt"),
+            r"^checkpoint runs/nowhere.ckpt does not exist: give a folder that a run with",
+        )
+        for entry in ("fit", "validate", "test", "predict")
+    },
+    "checkpoint-of-another-kind": (
+        _launch(ckpt_path=Path(__file__)),
+        r"test_bad_input.py is not a folder: give a folder that a run with",
+    ),
 }
 
 
@@ -242,6 +267,39 @@ def test_refused_at_launch_without_any_process(name: str, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=pattern):
         fit()
     assert not dist.is_initialized()
+
+
+def test_a_plan_file_of_another_model_is_refused_at_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.Popen", None)
+    file, shapes = tmp_path / "plan.json", {"shapes": {"num_layers": 7}, "device": "another"}
+    PlanFile({}, {}, conditions={"sizes": {"tp": 2, "dp": 1}, **shapes}).save(file)
+    with pytest.raises(ValueError, match=r"plan.json was made under other conditions") as error:
+        _launch(strategy={"plan": str(file)})()
+    for words in ("is 2 in the file and 1 here", "is 1 in the file and 2 here", "num_layers is 7"):
+        assert words in str(error.value)
+    # Which device it will be, this process does not know.
+    assert "device" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", [None, "", "last", "hpc", "registry:model:1", "s3://bucket/a.ckpt"]
+)
+def test_a_checkpoint_that_lightning_looks_for_is_not_checked_at_launch(path: str | None) -> None:
+    check_ckpt_path(path)
+
+
+@pytest.mark.parametrize(("devices", "num_nodes"), [(1, 1), (4, 1), (1, 2), (2, 2)])
+def test_processes_in_another_number_than_devices_are_refused(devices: int, num_nodes: int) -> None:
+    join(1, 2)
+    with pytest.raises(
+        ValueError,
+        match=rf"^2 processes were started, at least 2 of them on this node, but devices={devices}"
+        rf" x num_nodes={num_nodes} is {devices * num_nodes}: set devices to .* and num_nodes to",
+    ):
+        make_trainer({}, devices=devices, num_nodes=num_nodes)
+    make_trainer({}, devices=2)
 
 
 def test_other_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +347,11 @@ class Extra(Model):
 class Sgd(Model):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Lbfgs(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
 
 
 class Samples(Dataset[Any]):
@@ -351,6 +414,12 @@ SETUP: dict[str, tuple[type[Model], dict[str, Any], dict[str, Any], str]] = {
         {},
         r"parameter 'scale' is not part of Extra.model.*put it into a layer.*or freeze it",
     ),
+    "closure": (
+        Lbfgs,
+        {},
+        {},
+        r"returned LBFGS, whose step\(\) computes the loss.*use an optimizer that needs no closure",
+    ),
     "sharded-sgd": (
         Sgd,
         {"distributed_optimizer": True},
@@ -380,6 +449,26 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"tokens": _tokens(8), "labels": _tokens(7)},
         {},
         r"shapes \{'tokens': \(8, 8\), 'labels': \(8, 7\)\}: all must be \[B, S\]",
+    ),
+    "shape-of-the-mask": (
+        {"tokens": _tokens(8), "labels": _tokens(8), "loss_mask": torch.ones(7)},
+        {},
+        r"'labels': \(8, 8\), 'loss_mask': \(8, 7\)\}: all must be \[B, S\]",
+    ),
+    "floating-tokens": (
+        {"tokens": _tokens(8).float(), "labels": _tokens(8)},
+        {},
+        r"the batch's tokens have dtype torch.float32: .*yield torch.int64 or torch.int32",
+    ),
+    "floating-labels": (
+        {"tokens": _tokens(8), "labels": _tokens(8).float()},
+        {},
+        r"the batch's labels have dtype torch.float32: .*yield torch.int64 or torch.int32",
+    ),
+    "no-tensors": (
+        {"tokens": _tokens(8), "labels": "text"},
+        {},
+        r"the batch's labels are of type list: yield tensors \[B, S\]",
     ),
     "flat": (
         {"tokens": torch.tensor(1), "labels": torch.tensor(1)},
@@ -438,6 +527,8 @@ def _refusals(rank: int) -> dict[str, tuple[str, int]]:
         messages[name] = _refusal(Model(), {}, loader, {})
     loader = DataLoader(Sequences(8), batch_size=8)
     messages["checkpoint"] = _refusal(Model(), {}, loader, {}, ckpt_path=Path(__file__))
+    nowhere = Path(__file__).with_suffix(".ckpt")
+    messages["no-checkpoint"] = _refusal(Model(), {}, loader, {}, ckpt_path=nowhere)
     return messages
 
 
@@ -451,6 +542,7 @@ PATTERNS = {
     **{name: case[-1] for name, case in SETUP.items()},
     **{name: case[-1] for name, case in BATCHES.items()},
     "checkpoint": r"test_bad_input.py is not a folder: give a folder that a run",
+    "no-checkpoint": r"test_bad_input.ckpt does not exist: give a folder that a run",
 }
 
 

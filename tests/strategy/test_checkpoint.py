@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -73,6 +75,9 @@ RESTARTS: dict[str, tuple[int, dict[str, Any], str]] = {
 }
 
 
+DAMAGED = ("topology.json", "common.pt", "weights-00000.pt", "state-00001.pt")
+
+
 class FailingSave:
     """`torch.save` that fails on one rank for the file that only this rank writes."""
 
@@ -120,6 +125,18 @@ def _save_with_failures(strategy: dict[str, Any], folder: Path) -> dict[str, Any
     return {"messages": messages, "unchanged": contents[0] == contents[1], "names": names}
 
 
+def _cut_off(checkpoint: Path, copy: Path, file: str, kept: int | None = 100) -> Path:
+    """A copy of which a file is cut off after some bytes, or missing."""
+    if dist.get_rank() == 0:
+        shutil.copytree(checkpoint, copy)
+        content = (copy / file).read_bytes()
+        (copy / file).unlink()
+        if kept is not None:
+            (copy / file).write_bytes(content[:kept])
+    dist.barrier()
+    return copy
+
+
 def _refusals(root: Path) -> dict[str, str]:
     """What two ranks are told when they resume from what does not fit."""
     sharded = root / "dp2-sharded-32-true" / f"step={STOP}.ckpt"
@@ -141,6 +158,9 @@ def _refusals(root: Path) -> dict[str, str]:
         "other-precision": ({"tensor_parallel_size": 2}, split),
         "other-optimizer": ({"distributed_optimizer": False}, sharded),
     }
+    for file in DAMAGED:
+        cases[file] = {}, _cut_off(sharded, root / f"cut-{file}", file)
+    cases["no-state"] = {}, _cut_off(sharded, root / "no-state", "state-00001.pt", kept=None)
     messages: dict[str, str] = {}
     for name, (strategy, path) in cases.items():
         with _message(ValueError, messages, name):
@@ -233,7 +253,9 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
         ("other-pp", ["pipeline_parallel_size=2", "pipeline_parallel_size=1", "same value"]),
         ("weights-only", ["holds weights only", "save_weights_only=False"]),
         ("file", ["plain.ckpt is not a folder", "give a folder that a run"]),
-        ("missing", ["nowhere.ckpt", "not"]),
+        ("missing", ["nowhere.ckpt does not exist: give a folder that a run"]),
+        ("no-state", ["no-state has no state-00001.pt: ", "use another checkpoint"]),
+        *((file, [f"cut-{file}/{file} ", "use another checkpoint"]) for file in DAMAGED),
         ("other-folder", ["has no topology.json", "give a folder that a run"]),
         ("other-precision", ["precision=bf16-mixed", "precision=32-true", "same value"]),
         ("other-optimizer", ["distributed_optimizer=True", "distributed_optimizer=False"]),
@@ -245,6 +267,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(
     for outcome in outcomes[2]:
         message = outcome["refusals"][name]
         assert all(word in message for word in words), message
+        assert "\n" not in message
 
 
 def test_a_weights_only_checkpoint_validates_like_the_run_that_wrote_it(
