@@ -139,7 +139,8 @@ def _sink(dy: Tensor) -> GraphPair:
     """A loss whose gradient by the hidden states is `dy`: their inner product."""
 
     def loss(x: Tensor) -> Tensor:
-        return torch.dot(x.flatten(), dy.flatten()).float()
+        # Not `dot`, whose result is rounded to the type of `x`: that alone would be a difference.
+        return torch.mul(x, dy).sum(dtype=torch.float32)
 
     return _pair(
         "sink",
