@@ -9,7 +9,8 @@ so it may run under what the previous pair of layers still computes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,6 +153,18 @@ class Executor:
         self.lanes = lanes
         self.observer: Observer | None = None
         self.tracer: Tracer | None = None
+        self._alone = False
+
+    @contextmanager
+    def alone(self, observer: Observer | None = None) -> Iterator[None]:
+        """Let no other stage take part in what is run inside, and only `observer` watch it."""
+        watching = self.observer, self.tracer
+        self._alone, self.observer, self.tracer = True, observer, None
+        try:
+            yield
+        finally:
+            self._alone = False
+            self.observer, self.tracer = watching
 
     def run(
         self, job: Job, previous: Job | None = None, on_gradient: OnGradient | None = None
@@ -203,6 +216,8 @@ class Executor:
         launched = operator if self.tracer is None else self.tracer.traced(operator)
         if self.observer is not None:
             launched = _observed(launched, entry, self.observer)
+        if self._alone and operator.alone is not None:
+            launched = replace(operator, run=operator.alone)
         result, mark = self.lanes.launch(launched, inputs, entry.crosses, entry.first)
         writes = operator.writes
         values = result if len(writes) > 1 else (result,) * len(writes)

@@ -32,7 +32,14 @@ class Lanes(ABC):
     Args:
         poison: overwrite floating-point memory with NaN when it is freed, to expose an operator
             that reads too late. For tests.
+
+    Attributes:
+        ledger: what is live.
+        loads: whether the first launch of a kernel loads it, for which the device may have to
+            finish all that it was given.
     """
+
+    loads = False
 
     def __init__(self, *, poison: bool = False) -> None:
         self.ledger = Ledger()
@@ -199,6 +206,8 @@ class CudaLanes(Lanes):
         priority: of communication streams: -1 goes before compute, 0 is its equal.
         processors: that a collective occupies, which GEMMs can leave free.
     """
+
+    loads = True
 
     def __init__(
         self,

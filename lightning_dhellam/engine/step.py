@@ -28,6 +28,7 @@ from lightning_dhellam.engine.executor import (
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.engine.walk import Walks
+from lightning_dhellam.parallel.gradients import aside
 from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
 
@@ -64,6 +65,7 @@ class Engine:
         self._plans: dict[tuple[str, str], Plan] = {}
         self._programs: dict[tuple[int | None, int | None], Program] = {}
         self._evaluations: dict[int, Program] = {}
+        self._rehearsed: set[tuple[Any, ...]] = set()
 
     @property
     def stage(self) -> Stage:
@@ -94,22 +96,16 @@ class Engine:
         `on_gradient` is called for the last micro-batch only, whose additions are the last ones.
         Returns the loss of the batch, a scalar in fp32; 0 on a stage that does not have it.
         """
-        walks = Walks(micro_batches, self.lanes, self._readers)
-        losses: list[Tensor] = []
-        final = len(micro_batches) - 1
         with torch.no_grad():
-            for leg in self._legs(walks, [pair.forward for pair in self.layers], backward=True):
-                self._pass(leg, walks, on_gradient if leg.backward == final else None)
-                if leg.forward is not None:
-                    losses += walks.results(leg.forward)
-                if leg.backward is not None and leg.steps[-1][1] == 0:
-                    walks.end(leg.backward)
+            for pieces in self._unrehearsed("train", micro_batches):
+                self._rehearse(pieces)
+            losses = self._train(micro_batches, self.stage.legs(len(micro_batches)), on_gradient)
             return _total(losses, micro_batches)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """The loss of the batch, forward only: a scalar in fp32; 0 where it is not known."""
         graphs = [pair.forward for pair in self.layers]
-        return _total(self._forward(graphs, micro_batches), micro_batches)
+        return _total(self._forward("evaluate", graphs, micro_batches), micro_batches)
 
     def predict(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Logits [B, S, V] of the batch, forward only; nothing on a stage that has no head."""
@@ -117,7 +113,7 @@ class Engine:
         if self.stage.number == 0:
             assert self.logits is not None, "the engine was made without a graph for logits"
             graphs[-1] = self.logits
-        logits = self._forward(graphs, micro_batches)
+        logits = self._forward("predict", graphs, micro_batches)
         return torch.cat(logits) if logits else torch.empty(0)
 
     @contextmanager
@@ -145,9 +141,14 @@ class Engine:
                 return  # a transfer between stages
             key = (graph.fingerprint, entry.operator.name)
             if key not in found:
-                # Copies: some operators overwrite what they read.
-                found[key] = [v.clone() if isinstance(v, Tensor) else v for v in values]
+                found[key] = _copies(values)
 
+        if self._must_rehearse:  # copies are made by kernels as well
+
+            def copy(entry: Entry, values: list[Any]) -> None:
+                _copies(values)
+
+            self._rehearse([micro_batch], copy)
         self._watch(micro_batch, observe)
         return found
 
@@ -171,9 +172,42 @@ class Engine:
             self._executor.observer = None
             self.install(builder)
 
-    def _legs(self, walks: Walks, forwards: Sequence[Graph], *, backward: bool) -> Iterator[Leg]:
+    def _unrehearsed(
+        self, kind: str, micro_batches: Sequence[MicroBatch]
+    ) -> Iterator[list[MicroBatch]]:
+        """Micro-batches, one or two of a shape, for which the stage has to rehearse first.
+
+        A kernel that is launched for the first time is loaded, and that waits until the device has
+        finished all kernels that run: a receive that was posted early is one of them. Meanwhile
+        the other stage, which should send, may wait in the same way for something that this one
+        has still to send. So every kernel of a step, and of its plan, is launched once before
+        other stages take part.
+
+        On an H200 (2026-11-25) first launches of GEMMs, Triton's and torch's kernels waited for a
+        kernel of another stream, with CUDA_MODULE_LOADING=EAGER too; allocations did not. See
+        Lazy Loading, Concurrent Execution, in the CUDA C++ Programming Guide.
+        """
+        if not self._must_rehearse:
+            return
+        for piece in micro_batches:
+            key = (kind, self._builder, *piece.slots["batch.tokens"].shape)
+            if key not in self._rehearsed:
+                yield [piece] * min(2, len(micro_batches))
+                self._rehearsed.add(key)
+
+    @property
+    def _must_rehearse(self) -> bool:
+        return self.stage.count > 1 and self.lanes.loads
+
+    def _rehearse(self, pieces: Sequence[MicroBatch], observer: Observer | None = None) -> None:
+        """Forward and backward without other stages, and without a trace in the gradients."""
+        graphs = (pair.backward for pair in self.layers)
+        parameters = [p for graph in graphs for o in graph.operators for p in o.accumulates]
+        with torch.no_grad(), self._executor.alone(observer), aside(parameters):
+            self._train(pieces, self.stage.rehearsal(len(pieces)))
+
+    def _legs(self, walks: Walks, legs: Sequence[Leg], forwards: Sequence[Graph]) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
-        legs = self.stage.legs(walks.count, backward=backward)
         self._post(walks, legs[0], forwards)
         for index, leg in enumerate(legs):
             self.lanes.settle()
@@ -182,6 +216,24 @@ class Engine:
             yield leg
         # The caller's tensors, the micro-batches, must outlive every lane's use of them.
         self.lanes.drain()
+
+    def _train(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        legs: Sequence[Leg],
+        on_gradient: OnGradient | None = None,
+    ) -> list[Tensor]:
+        """Walk `legs` forward and backward. Returns the losses that this stage has."""
+        walks = Walks(micro_batches, self.lanes, self._readers)
+        losses: list[Tensor] = []
+        final = len(micro_batches) - 1
+        for leg in self._legs(walks, legs, [pair.forward for pair in self.layers]):
+            self._pass(leg, walks, on_gradient if leg.backward == final else None)
+            if leg.forward is not None:
+                losses += walks.results(leg.forward)
+            if leg.backward is not None and leg.steps[-1][1] == 0:
+                walks.end(leg.backward)
+        return losses
 
     def _post(self, walks: Walks, leg: Leg, forwards: Sequence[Graph]) -> None:
         """Issue what the first graph of each strand receives from another stage."""
@@ -230,26 +282,35 @@ class Engine:
             walks.leave(leg.backward, backward, self.layers[backward].backward)
 
     def _forward(
-        self, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
+        self, kind: str, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
     ) -> list[Tensor]:
         """What the last graph hands over for each micro-batch, if it is the model's last."""
         # Without a key nothing random happens: no dropout.
         still = [replace(p, slots={**p.slots, "batch.key": None}) for p in micro_batches]
-        walks = Walks(still, self.lanes, lambda layer: Counter(graphs[layer].readers))
-        found: list[Tensor] = []
         with torch.no_grad():
-            for leg in self._legs(walks, graphs, backward=False):
-                assert leg.forward is not None
-                for layer, _ in leg.steps:
-                    assert layer is not None
-                    tape = walks.enter(leg.forward, layer, graphs[layer])
-                    program = self._evaluation(graphs[layer])
-                    self._executor.run(Job(program, {Strand.FORWARD: tape}))
-                    walks.leave(leg.forward, layer, graphs[layer])
-                    walks.close(leg.forward, layer)
-                found += walks.results(leg.forward)
-                if leg.steps[-1][0] == len(graphs) - 1:
-                    walks.end(leg.forward)
+            for pieces in self._unrehearsed(kind, still):
+                with self._executor.alone():
+                    self._ahead(pieces, self.stage.rehearsal(1, backward=False), graphs)
+            return self._ahead(still, self.stage.legs(len(still), backward=False), graphs)
+
+    def _ahead(
+        self, micro_batches: Sequence[MicroBatch], legs: Sequence[Leg], graphs: Sequence[Graph]
+    ) -> list[Tensor]:
+        """Walk `legs` forward only. Returns what the last graph hands over, where it is."""
+        walks = Walks(micro_batches, self.lanes, lambda layer: Counter(graphs[layer].readers))
+        found: list[Tensor] = []
+        for leg in self._legs(walks, legs, graphs):
+            assert leg.forward is not None
+            for layer, _ in leg.steps:
+                assert layer is not None
+                tape = walks.enter(leg.forward, layer, graphs[layer])
+                program = self._evaluation(graphs[layer])
+                self._executor.run(Job(program, {Strand.FORWARD: tape}))
+                walks.leave(leg.forward, layer, graphs[layer])
+                walks.close(leg.forward, layer)
+            found += walks.results(leg.forward)
+            if leg.steps[-1][0] == len(graphs) - 1:
+                walks.end(leg.forward)
         return found
 
     def _readers(self, layer: int) -> Counter[str]:
@@ -278,6 +339,11 @@ class Engine:
         if key not in self._plans:
             self._plans[key] = self._builder(forward, backward)
         return self._plans[key]
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """The same values, whatever an operator overwrites afterwards."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
 def _total(losses: Sequence[Tensor], micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -3,7 +3,8 @@
     first layer   forward   x.receive | ...          backward  ... | dx.send
     last layer    forward   ... | y.send             backward  dy.receive | ...
 
-A receive needs nothing but the shape of the micro-batch, so it can be posted at any time.
+A receive needs nothing but the shape of the micro-batch, so it can be posted at any time. Where a
+stage rehearses alone it makes up what it would receive.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dhellam.layers.writer import LINK_RATE, Sizes
@@ -49,13 +51,19 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     group, parts = sizes.context.channels[channel], sizes.tp
     dtype, hidden = sizes.dtype, sizes.hidden
 
-    def run(tokens: Tensor) -> collectives.Pending:
+    def empty(tokens: Tensor) -> Tensor:
         samples, length = tokens.shape
-        out = tokens.new_empty(length // parts, samples, hidden, dtype=dtype)
-        return collectives.receive(out, source, group)
+        return tokens.new_empty(length // parts, samples, hidden, dtype=dtype)
+
+    def run(tokens: Tensor) -> collectives.Pending:
+        return collectives.receive(empty(tokens), source, group)
+
+    def alone(tokens: Tensor) -> Tensor:
+        # A generator of its own: the run's random numbers stay as they are.
+        return empty(tokens).normal_(generator=torch.Generator(tokens.device).manual_seed(0))
 
     operator = _operator(f"{slot}.receive", ("batch.tokens",), (slot,), run, channel, sizes)
-    return replace(graph, receives=(operator,))
+    return replace(graph, receives=(replace(operator, alone=alone),))
 
 
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
@@ -66,7 +74,8 @@ def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
     def run(x: Tensor) -> collectives.Pending:
         return collectives.send(x, target, group)
 
-    return replace(graph, sends=(_operator(f"{slot}.send", (slot,), (), run, channel, sizes),))
+    operator = _operator(f"{slot}.send", (slot,), (), run, channel, sizes)
+    return replace(graph, sends=(replace(operator, alone=lambda x: None),))
 
 
 def _operator(

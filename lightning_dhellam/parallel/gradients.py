@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_dhellam.parallel.context import ParallelContext
@@ -30,6 +31,34 @@ def taken_first(parameter: Parameter) -> bool:
     Then it holds the last step's gradient, which the caller must overwrite.
     """
     return bool(parameter.__dict__.pop(_OLD, False))
+
+
+@contextmanager
+def aside(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """What is added to gradients of `parameters` inside is thrown away; they stay as they are."""
+    own = {id(p): p for p in parameters if hasattr(p, "main_grad")}.values()
+    kept = [(p, p.main_grad, p.__dict__.get(_OLD, False)) for p in own]
+    try:
+        if kept:
+            _share_one_gradient([(p, grad) for p, grad, _ in kept])
+        yield
+    finally:
+        for parameter, grad, old in kept:
+            parameter.main_grad = grad
+            setattr(parameter, _OLD, old)
+
+
+def _share_one_gradient(gradients: Sequence[tuple[Parameter, Tensor]]) -> None:
+    """All add to the same memory: only that they do is of interest."""
+    size = {grad.dtype: 0 for _, grad in gradients}
+    for _, grad in gradients:
+        size[grad.dtype] = max(size[grad.dtype], grad.numel())
+    device = gradients[0][1].device
+    shared = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in size.items()}
+    for parameter, grad in gradients:
+        view = shared[grad.dtype][: grad.numel()].view(grad.shape)
+        parameter.main_grad = view  # type: ignore[attr-defined]
+        setattr(parameter, _OLD, True)
 
 
 class GradientBuffers:
@@ -73,6 +102,9 @@ class GradientBuffers:
             )
             if self._parallel:
                 self.ddp.broadcast_params()
+                # Not first in a step: it loads kernels and connects (`Engine._unrehearsed`).
+                self.ddp.start_grad_sync()
+                self.ddp.finish_grad_sync()
 
     def zero(self) -> None:
         """Begin a step: what the buffers hold counts no more.

@@ -85,6 +85,17 @@ class Stage:
             if not self._continues(step)
         ]
 
+    def rehearsal(self, micro_batches: int, *, backward: bool = True) -> list[Leg]:
+        """The passes of one or two micro-batches of which every chunk is on this stage.
+
+        Two go beside each other in every kind of pass, so all of a step's plans are carried out.
+        """
+        assert 1 <= micro_batches <= 2
+        turns: list[Pair] = [(0, None)]
+        if backward:
+            turns += [(1, 0), (None, 1)] if micro_batches == 2 else [(None, 0)]
+        return [Leg(pairs, *turn) for turn in turns for pairs in self.pairings()]
+
     def _continues(self, step: Pass) -> bool:
         return self.is_last and step.direction is Direction.ASCENDING
 

@@ -62,6 +62,7 @@ class Operator:
         accumulates: the parameters whose gradient it adds to.
         channel: of a transfer between two stages.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
+        alone: of a transfer, what is run in its place where no other stage takes part.
         track: where it is issued.
     """
 
@@ -74,6 +75,7 @@ class Operator:
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     channel: str = ""
     shrinks: bool = field(default=False, compare=False)
+    alone: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

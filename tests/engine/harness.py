@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
+from lightning_dhellam.engine.lanes import CpuLanes
 from lightning_dhellam.layers import Lowered
 from lightning_dhellam.models import CausalLM, ModelConfig, import_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -17,6 +18,12 @@ from tests.models.llama import hugging_face_llama, random_batch
 
 Batch = Mapping[str, Tensor]
 CPU = torch.device("cpu")
+
+
+class LoadingLanes(CpuLanes):
+    """Loads kernels when they are launched first, as a GPU does."""
+
+    loads = True
 
 
 def prepared(
