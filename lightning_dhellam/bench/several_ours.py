@@ -85,9 +85,16 @@ class _Watch(pl.Callback):
         self.first.setdefault("loss", outputs["loss"].detach().clone())
         if self.search.findings is None:
             return
+        if not self.seconds and self.device.type == "cuda":
+            # The profile holds what no step of training does.
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.seconds.append(self._now() - self._begin)
         # The first of them follows the search, which has written files meanwhile.
         trainer.should_stop = len(self.seconds) > self.steps
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning would copy their state to the host, which takes longer than the search.
+        trainer.strategy.optimizers = []
 
     def _now(self) -> float:
         if self.device.type == "cuda":
