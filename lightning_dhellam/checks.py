@@ -136,12 +136,13 @@ def check_processes(environment: ClusterEnvironment, devices: int, num_nodes: in
         return
     started, local_rank = environment.world_size(), environment.local_rank()
     if started == devices * num_nodes and local_rank < devices:
+        environment.validate_settings(num_devices=devices, num_nodes=num_nodes)
         return
     raise ValueError(
-        f"{started} processes were started, at least {local_rank + 1} of them on this node, but"
+        f"the job has {started} processes, at least {local_rank + 1} of them on this node, but"
         f" devices={devices} x num_nodes={num_nodes} is {devices * num_nodes}: set devices to the"
-        " number of processes of a node (torchrun's --nproc-per-node) and num_nodes to the number"
-        " of nodes"
+        " number of processes of a node (--nproc-per-node of torchrun, --ntasks-per-node of srun,"
+        " which SLURM's jobs must be started with) and num_nodes to the number of nodes"
     )
 
 
@@ -193,7 +194,7 @@ def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
 def check_ckpt_path(path: Any) -> None:
     """Refuse the path of a checkpoint that is none. What Lightning looks for is not known yet."""
     spelt = os.fspath(path) if path else ""
-    if spelt and "://" not in spelt and spelt.split(":")[0].lower() not in _RESOLVED_BY_LIGHTNING:
+    if spelt and "://" not in spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
         read_topology(Path(spelt))
 
 
@@ -232,17 +233,16 @@ def check_batch(
 ) -> None:
     """Refuse a batch that the engine cannot cut into micro-batches. Waits for no device."""
     needed = ("tokens", "labels") if needs_labels else ("tokens",)
-    keys = sorted(batch) if hasattr(batch, "keys") else None
-    missing = [name for name in needed if keys is None or name not in keys]
+    keys = sorted(map(str, batch.keys())) if hasattr(batch, "keys") else None
+    missing = [name for name in needed if keys is None or batch.get(name) is None]
     if missing:
         has = f"a mapping with {keys}" if keys is not None else f"a {type(batch).__name__}"
         raise ValueError(
             f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
             " and `labels` [B, S]"
         )
-    given = {
-        name: batch[name] for name in _BATCHED if name in needed or batch.get(name) is not None
-    }
+    read = _BATCHED if needs_labels else needed
+    given = {name: batch[name] for name in read if batch.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(

@@ -59,6 +59,10 @@ class DualStrandMixin(LightningModule):
         Runs under autograd on the logits. The loss of a batch is the mean over its samples of
         what its micro-batches return; so with a mean over tokens, `micro_batch_size` changes it
         where samples have different numbers of tokens that count. This one is such a mean.
+
+        It runs more often than there are micro-batches: a search times it, and on GPUs a stage of
+        a pipeline rehearses with logits that are made up. So it must leave nothing behind, neither
+        logs nor counts; buffers are given back.
         """
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(),

@@ -231,7 +231,8 @@ class DHellamStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if self.cluster_environment.creates_processes_externally:
-            checks.check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
+            if self.cluster is None:
+                checks.check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = CheckingLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.check
@@ -352,7 +353,7 @@ class DHellamStrategy(ParallelStrategy):
         # What is searched begins with the plan that it has to beat.
         plan = "sequential" if self.plan == "auto" else self.plan
         builder = named_plan(plan, self.conditions)
-        self._engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage)
+        self._engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, module)
         self._check_split()
         self.use_plan(plan, builder)
         self.setup_precision_plugin()
@@ -521,6 +522,7 @@ class DHellamStrategy(ParallelStrategy):
             seed=self.seed,
             step=self._module.trainer.global_step,
             rank=self.context.model_rank,
+            targets=needs_labels,
         )
 
     @override

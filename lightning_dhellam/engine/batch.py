@@ -32,7 +32,14 @@ class MicroBatch:
 
 
 def cut(
-    batch: Mapping[str, Any], size: int, *, device: torch.device, seed: int, step: int, rank: int
+    batch: Mapping[str, Any],
+    size: int,
+    *,
+    device: torch.device,
+    seed: int,
+    step: int,
+    rank: int,
+    targets: bool = True,
 ) -> list[MicroBatch]:
     """Cut a batch of this rank into micro-batches of at most `size` samples.
 
@@ -47,31 +54,35 @@ def cut(
         device: where the slots are needed.
         seed: of the run; with `step`, `rank` (`ParallelContext.model_rank`) and the micro-batch it
             determines all random numbers.
+        targets: whether labels are read, if there are any.
     """
     tokens = batch["tokens"]
     samples = tokens.shape[0]
-    labels, weights = _targets(batch, device)
+    labels, weights = _targets(batch, device) if targets else (None, None)
     pieces = []
     for index, start in enumerate(range(0, samples, size)):
         rows = slice(start, min(start + size, samples))
         slots: dict[str, Any] = {
-            "batch.tokens": tokens[rows].to(device, non_blocking=True),
+            # A copy: kernels are chosen by the place of their arguments too, and a part of a batch
+            # may begin anywhere.
+            "batch.tokens": tokens[rows].to(device, non_blocking=True, copy=True),
             "batch.key": dropout.fold(seed, step, rank, index),
             "batch.share": (rows.stop - start) / samples,
             "batch.data": {name: _rows(value, rows, samples) for name, value in batch.items()},
         }
         if labels is not None and weights is not None:
-            slots["batch.labels"] = labels[:, rows].contiguous()
-            slots["batch.weights"] = weights[:, rows].contiguous()
+            slots["batch.labels"] = labels[:, rows].clone(memory_format=torch.contiguous_format)
+            slots["batch.weights"] = weights[:, rows].clone(memory_format=torch.contiguous_format)
         pieces.append(MicroBatch(slots, tokens[rows].numel()))
     return pieces
 
 
 def _targets(batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Labels and weights [S, B] of the whole batch."""
-    if "labels" not in batch:
+    given = batch.get("labels")
+    if given is None:
         return None, None
-    labels = batch["labels"].to(device, non_blocking=True).t()
+    labels = given.to(device, non_blocking=True).t()
     counts = (labels != IGNORED).float()
     mask = batch.get("loss_mask")
     if mask is not None:

@@ -153,17 +153,17 @@ class Executor:
         self.lanes = lanes
         self.observer: Observer | None = None
         self.tracer: Tracer | None = None
-        self._alone = False
+        self._rehearsing = False
 
     @contextmanager
-    def alone(self, observer: Observer | None = None) -> Iterator[None]:
-        """Let no other stage take part in what is run inside, and only `observer` watch it."""
+    def rehearsing(self, observer: Observer | None = None) -> Iterator[None]:
+        """Let operators that have a `rehearsal` run that instead; only `observer` watches."""
         watching = self.observer, self.tracer
-        self._alone, self.observer, self.tracer = True, observer, None
+        self._rehearsing, self.observer, self.tracer = True, observer, None
         try:
             yield
         finally:
-            self._alone = False
+            self._rehearsing = False
             self.observer, self.tracer = watching
 
     def run(
@@ -201,7 +201,8 @@ class Executor:
             else:
                 self._issue(entry, tapes[entry.strand])
         except Exception as error:
-            error.add_note(f"raised by operator {entry.label}")
+            remark = ", while its stage rehearsed on made-up data" if self._rehearsing else ""
+            error.add_note(f"raised by operator {entry.label}{remark}")
             raise
         if on_gradient is not None and entry.operator.accumulates:
             on_gradient(entry.operator.accumulates)
@@ -214,10 +215,10 @@ class Executor:
         if not operator.is_communication:
             self.lanes.share(entry.spare)
         launched = operator if self.tracer is None else self.tracer.traced(operator)
+        if self._rehearsing and operator.rehearsal is not None:
+            launched = replace(operator, run=operator.rehearsal)
         if self.observer is not None:
             launched = _observed(launched, entry, self.observer)
-        if self._alone and operator.alone is not None:
-            launched = replace(operator, run=operator.alone)
         result, mark = self.lanes.launch(launched, inputs, entry.crosses, entry.first)
         writes = operator.writes
         values = result if len(writes) > 1 else (result,) * len(writes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
@@ -26,9 +26,9 @@ from lightning_dhellam.engine.executor import (
     receives,
 )
 from lightning_dhellam.engine.lanes import Lanes
+from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
 from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.engine.walk import Walks
-from lightning_dhellam.parallel.gradients import aside
 from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
 
@@ -46,6 +46,8 @@ class Engine:
         builder: makes the plan of each pair of graphs.
         logits: graph that takes the last layer's place for prediction.
         stage: this rank's place in the pipeline; None when it has all layers.
+        module: whose buffers are as before after what is run for its own sake: a profile, or a
+            rehearsal.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         builder: Builder,
         logits: Graph | None = None,
         stage: Stage | None = None,
+        module: torch.nn.Module | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.lanes = lanes
@@ -65,7 +68,8 @@ class Engine:
         self._plans: dict[tuple[str, str], Plan] = {}
         self._programs: dict[tuple[int | None, int | None], Program] = {}
         self._evaluations: dict[int, Program] = {}
-        self._rehearsed: set[tuple[Any, ...]] = set()
+        self._module = module
+        self._rehearsals = Rehearsals(self._executor, self.layers, self.stage, module)
 
     @property
     def stage(self) -> Stage:
@@ -96,9 +100,8 @@ class Engine:
         `on_gradient` is called for the last micro-batch only, whose additions are the last ones.
         Returns the loss of the batch, a scalar in fp32; 0 on a stage that does not have it.
         """
+        self._rehearsals.before(("train", self._builder), micro_batches, self._train_alone)
         with torch.no_grad():
-            for pieces in self._unrehearsed("train", micro_batches):
-                self._rehearse(pieces)
             losses = self._train(micro_batches, self.stage.legs(len(micro_batches)), on_gradient)
             return _total(losses, micro_batches)
 
@@ -125,6 +128,10 @@ class Engine:
         finally:
             self._executor.tracer = None
 
+    def untouched(self, device: torch.device) -> AbstractContextManager[None]:
+        """Leaves nothing of what is run inside, but for gradients and what a user's code does."""
+        return untouched(self._module, device)
+
     def capture(self, micro_batch: MicroBatch) -> dict[tuple[str, str], list[Any]]:
         """What each kind of operator reads, by graph fingerprint and operator name.
 
@@ -143,13 +150,12 @@ class Engine:
             if key not in found:
                 found[key] = _copies(values)
 
-        if self._must_rehearse:  # copies are made by kernels as well
+        def copy(entry: Entry, values: list[Any]) -> None:
+            _copies(values)  # by kernels, which are rehearsed as well
 
-            def copy(entry: Entry, values: list[Any]) -> None:
-                _copies(values)
-
-            self._rehearse([micro_batch], copy)
-        self._watch(micro_batch, observe)
+        with self._sequential():
+            self._rehearsals.once([micro_batch], self._train_alone, copy)
+            self._watch(micro_batch, observe)
         return found
 
     def issue_seconds(self, micro_batch: MicroBatch) -> float:
@@ -158,53 +164,28 @@ class Engine:
         Adds to gradients as `capture` does.
         """
         moments: list[float] = []
-        self._watch(micro_batch, lambda entry, values: moments.append(time.perf_counter()))
+        with self._sequential():
+            self._watch(micro_batch, lambda entry, values: moments.append(time.perf_counter()))
         # Later ones may wait for room in the device's queue.
         return median(b - a for a, b in pairwise(moments[:_QUEUED]))
 
-    def _watch(self, micro_batch: MicroBatch, observer: Observer) -> None:
-        """Show `observer` every operator of one micro-batch, with nothing overlapped."""
-        builder, self._executor.observer = self._builder, observer
+    @contextmanager
+    def _sequential(self) -> Iterator[None]:
+        """With nothing overlapped."""
+        builder = self._builder
         self.install(BUILDERS["sequential"])
+        try:
+            yield
+        finally:
+            self.install(builder)
+
+    def _watch(self, micro_batch: MicroBatch, observer: Observer) -> None:
+        """Show `observer` every operator of one micro-batch."""
+        self._executor.observer = observer
         try:
             self.train([micro_batch])
         finally:
             self._executor.observer = None
-            self.install(builder)
-
-    def _unrehearsed(
-        self, kind: str, micro_batches: Sequence[MicroBatch]
-    ) -> Iterator[list[MicroBatch]]:
-        """Micro-batches, one or two of a shape, for which the stage has to rehearse first.
-
-        A kernel that is launched for the first time is loaded, and that waits until the device has
-        finished all kernels that run: a receive that was posted early is one of them. Meanwhile
-        the other stage, which should send, may wait in the same way for something that this one
-        has still to send. So every kernel of a step, and of its plan, is launched once before
-        other stages take part.
-
-        On an H200 (2026-11-25) first launches of GEMMs, Triton's and torch's kernels waited for a
-        kernel of another stream, with CUDA_MODULE_LOADING=EAGER too; allocations did not. See
-        Lazy Loading, Concurrent Execution, in the CUDA C++ Programming Guide.
-        """
-        if not self._must_rehearse:
-            return
-        for piece in micro_batches:
-            key = (kind, self._builder, *piece.slots["batch.tokens"].shape)
-            if key not in self._rehearsed:
-                yield [piece] * min(2, len(micro_batches))
-                self._rehearsed.add(key)
-
-    @property
-    def _must_rehearse(self) -> bool:
-        return self.stage.count > 1 and self.lanes.loads
-
-    def _rehearse(self, pieces: Sequence[MicroBatch], observer: Observer | None = None) -> None:
-        """Forward and backward without other stages, and without a trace in the gradients."""
-        graphs = (pair.backward for pair in self.layers)
-        parameters = [p for graph in graphs for o in graph.operators for p in o.accumulates]
-        with torch.no_grad(), self._executor.alone(observer), aside(parameters):
-            self._train(pieces, self.stage.rehearsal(len(pieces)))
 
     def _legs(self, walks: Walks, legs: Sequence[Leg], forwards: Sequence[Graph]) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
@@ -234,6 +215,9 @@ class Engine:
             if leg.backward is not None and leg.steps[-1][1] == 0:
                 walks.end(leg.backward)
         return losses
+
+    def _train_alone(self, pieces: list[MicroBatch]) -> None:
+        self._train(pieces, self.stage.rehearsal(len(pieces)))
 
     def _post(self, walks: Walks, leg: Leg, forwards: Sequence[Graph]) -> None:
         """Issue what the first graph of each strand receives from another stage."""
@@ -287,10 +271,12 @@ class Engine:
         """What the last graph hands over for each micro-batch, if it is the model's last."""
         # Without a key nothing random happens: no dropout.
         still = [replace(p, slots={**p.slots, "batch.key": None}) for p in micro_batches]
+
+        def alone(pieces: list[MicroBatch]) -> None:
+            self._ahead(pieces, self.stage.rehearsal(len(pieces), backward=False), graphs)
+
+        self._rehearsals.before((kind, self._builder), still, alone)
         with torch.no_grad():
-            for pieces in self._unrehearsed(kind, still):
-                with self._executor.alone():
-                    self._ahead(pieces, self.stage.rehearsal(1, backward=False), graphs)
             return self._ahead(still, self.stage.legs(len(still), backward=False), graphs)
 
     def _ahead(

@@ -3,8 +3,8 @@
     first layer   forward   x.receive | ...          backward  ... | dx.send
     last layer    forward   ... | y.send             backward  dy.receive | ...
 
-A receive needs nothing but the shape of the micro-batch, so it can be posted at any time. Where a
-stage rehearses alone it makes up what it would receive.
+A receive needs nothing but the shape of the micro-batch, so it can be posted at any time. A stage
+that rehearses makes up what it would receive.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_dhellam.layers.writer import LINK_RATE, Sizes
@@ -58,12 +57,11 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     def run(tokens: Tensor) -> collectives.Pending:
         return collectives.receive(empty(tokens), source, group)
 
-    def alone(tokens: Tensor) -> Tensor:
-        # A generator of its own: the run's random numbers stay as they are.
-        return empty(tokens).normal_(generator=torch.Generator(tokens.device).manual_seed(0))
+    def made_up(tokens: Tensor) -> Tensor:
+        return empty(tokens).normal_()
 
     operator = _operator(f"{slot}.receive", ("batch.tokens",), (slot,), run, channel, sizes)
-    return replace(graph, receives=(replace(operator, alone=alone),))
+    return replace(graph, receives=(replace(operator, rehearsal=made_up),))
 
 
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
@@ -75,7 +73,11 @@ def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
         return collectives.send(x, target, group)
 
     operator = _operator(f"{slot}.send", (slot,), (), run, channel, sizes)
-    return replace(graph, sends=(replace(operator, alone=lambda x: None),))
+
+    def unsent(x: Tensor) -> None:
+        x.contiguous()  # which a kernel does
+
+    return replace(graph, sends=(replace(operator, rehearsal=unsent),))
 
 
 def _operator(

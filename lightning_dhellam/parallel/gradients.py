@@ -23,6 +23,8 @@ OnLane = Callable[[], AbstractContextManager[None]]
 """Enters the `dp` lane, after everything that compute was given so far."""
 
 _OLD = "main_grad_is_old"
+_ALIGNED = 512
+"""Bytes: no kernel asks for more."""
 
 
 def taken_first(parameter: Parameter) -> bool:
@@ -49,15 +51,13 @@ def aside(parameters: Iterable[Parameter]) -> Iterator[None]:
 
 
 def _share_one_gradient(gradients: Sequence[tuple[Parameter, Tensor]]) -> None:
-    """All add to the same memory: only that they do is of interest."""
-    size = {grad.dtype: 0 for _, grad in gradients}
-    for _, grad in gradients:
-        size[grad.dtype] = max(size[grad.dtype], grad.numel())
-    device = gradients[0][1].device
-    shared = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in size.items()}
+    """All add to the same memory: only that they do is of interest, and how it is aligned."""
+    size = max(grad.nbytes for _, grad in gradients) + _ALIGNED
+    shared = torch.empty(size, dtype=torch.uint8, device=gradients[0][1].device)
     for parameter, grad in gradients:
-        view = shared[grad.dtype][: grad.numel()].view(grad.shape)
-        parameter.main_grad = view  # type: ignore[attr-defined]
+        start = (grad.data_ptr() - shared.data_ptr()) % _ALIGNED
+        part = shared[start : start + grad.nbytes].view(grad.dtype).view(grad.shape)
+        parameter.main_grad = part  # type: ignore[attr-defined]
         setattr(parameter, _OLD, True)
 
 

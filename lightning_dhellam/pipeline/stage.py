@@ -91,9 +91,11 @@ class Stage:
         Two go beside each other in every kind of pass, so all of a step's plans are carried out.
         """
         assert 1 <= micro_batches <= 2
-        turns: list[Pair] = [(0, None)]
-        if backward:
-            turns += [(1, 0), (None, 1)] if micro_batches == 2 else [(None, 0)]
+        turns: list[Pair]
+        if not backward:
+            turns = [(index, None) for index in range(micro_batches)]
+        else:
+            turns = [(0, None), (None, 0)] if micro_batches == 1 else [(0, None), (1, 0), (None, 1)]
         return [Leg(pairs, *turn) for turn in turns for pairs in self.pairings()]
 
     def _continues(self, step: Pass) -> bool:

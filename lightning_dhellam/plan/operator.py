@@ -62,7 +62,8 @@ class Operator:
         accumulates: the parameters whose gradient it adds to.
         channel: of a transfer between two stages.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
-        alone: of a transfer, what is run in its place where no other stage takes part.
+        rehearsal: what is run in its place when a stage rehearses, where nothing is sent or
+            received and nothing may be left behind.
         track: where it is issued.
     """
 
@@ -75,7 +76,7 @@ class Operator:
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     channel: str = ""
     shrinks: bool = field(default=False, compare=False)
-    alone: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
+    rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

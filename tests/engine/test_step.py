@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dhellam.checks import check_batch
 from lightning_dhellam.engine import Engine, cut, make_lanes
 from lightning_dhellam.engine.executor import Executor, Job, bind, receives
 from lightning_dhellam.engine.tape import Tape
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM
+from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Lane, Operator, PlanError, Strand
@@ -205,6 +207,20 @@ def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
     data = [s["batch.data"] for s in slots]
     assert [d["ids"].tolist() for d in data] == [[0, 1], [2, 3], [4]]
     assert all(d["name"] == "not a tensor" and d["scalar"] == 3 for d in data)
+
+
+def test_labels_that_are_not_read_may_be_anything() -> None:
+    module = DualStrandMixin()
+    module.model_config = SMALL
+    tokens = batch_of(SMALL, 5, 8)["tokens"]
+    for labels in (torch.ones(5), "text", None):
+        batch = {"tokens": tokens, "labels": labels}
+        first, *_ = cut(batch, 2, device=CPU, seed=1, step=2, rank=3, targets=False)
+        assert "batch.labels" not in first.slots
+        check_batch(batch, module, 1, needs_labels=False)
+    assert "batch.labels" not in cut(batch, 2, device=CPU, seed=1, step=2, rank=3)[0].slots
+    with pytest.raises(ValueError, match=r"without \['labels'\]"):
+        check_batch(batch, module, 1, needs_labels=True)
 
 
 def test_every_micro_batch_step_rank_and_seed_has_its_own_key() -> None:

@@ -155,8 +155,8 @@ def _layers(books: Books) -> list[GraphPair]:
     def transfer(slot: str, source: int, target: int, strand: Strand, kind: str) -> Operator:
         channel = str(Channel(source, target, strand))
         slots = ((slot,), ()) if kind == "send" else (("batch.tokens",), (slot,))
-        alone = operator(f"{slot}.alone", Lane.PP, *slots, channel).run
-        return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, channel), alone=alone)
+        made_up = operator(f"{slot}.made_up", Lane.PP, *slots, channel).run
+        return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, channel), rehearsal=made_up)
 
     def pair(before: int | None, after: int | None) -> GraphPair:
         forward = (

@@ -267,7 +267,32 @@ class OwnBlock(Model):
         return model
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, OwnBlock])
+class Counting(torch.nn.Module):
+    """Depends on how often it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (1 + 1e-3 * float(self.calls))
+
+
+class OwnBuffer(Model):
+    """A block that keeps a count, and a loss that draws."""
+
+    def build_model(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().build_model(*args, **kwargs)
+        model.layers.insert(1, Counting())
+        torch.manual_seed(3)
+        return model
+
+    def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        return super().compute_loss(logits, batch) * (1 + torch.rand(()))
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, OwnBlock, OwnBuffer])
 def test_what_runs_under_autograd_is_profiled_too(kind: type[Model], tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "max_steps": STEPS + 1,

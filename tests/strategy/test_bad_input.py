@@ -295,7 +295,7 @@ def test_processes_in_another_number_than_devices_are_refused(devices: int, num_
     join(1, 2)
     with pytest.raises(
         ValueError,
-        match=rf"^2 processes were started, at least 2 of them on this node, but devices={devices}"
+        match=rf"^the job has 2 processes, at least 2 of them on this node, but devices={devices}"
         rf" x num_nodes={num_nodes} is {devices * num_nodes}: set devices to .* and num_nodes to",
     ):
         make_trainer({}, devices=devices, num_nodes=num_nodes)

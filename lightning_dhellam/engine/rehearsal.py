@@ -1,0 +1,119 @@
+"""What a stage of a pipeline does alone before it does it with the others.
+
+A kernel that is launched for the first time is loaded, and that waits until the device has finished
+all kernels that run. In a pipeline a receive that was posted early is one of them; meanwhile the
+other stage, which should send, may wait in the same way for something that this one has still to
+send. So every kernel of a step, and of its plan, is launched once before other stages take part.
+
+    stage 0   loads a kernel .... waits for its receive ...........
+    stage 1   loads a kernel .... waits for its receive ...........   for ever
+
+On an H200 (2026-11-25) first launches of GEMMs, Triton's and torch's kernels waited for a kernel of
+another stream, with CUDA_MODULE_LOADING=EAGER too; `cudaMalloc` and pinned allocations did not.
+`cudaFree` does, which torch calls when memory runs out. See Lazy Loading, Concurrent Execution, in
+the CUDA C++ Programming Guide. The ranks of one stage launch in one order, so they need no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from lightning_dhellam.engine.batch import MicroBatch
+from lightning_dhellam.engine.executor import Executor, Observer
+from lightning_dhellam.parallel.gradients import aside
+from lightning_dhellam.pipeline.stage import Stage
+from lightning_dhellam.plan import GraphPair
+
+Run = Callable[[list[MicroBatch]], Any]
+"""Carries out one or two micro-batches on this stage alone."""
+
+
+class Rehearsals:
+    """Those of one engine.
+
+    Args:
+        executor: that carries them out.
+        layers: of the engine.
+        stage: its place in the pipeline.
+        module: see `untouched`.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        layers: Sequence[GraphPair],
+        stage: Stage,
+        module: Module | None = None,
+    ) -> None:
+        self._executor = executor
+        self._module = module
+        graphs = (pair.backward for pair in layers)
+        self._parameters = [p for g in graphs for o in g.operators for p in o.accumulates]
+        self._needed = stage.count > 1 and executor.lanes.loads
+        self._done: set[tuple[Any, ...]] = set()
+
+    def before(self, step: tuple[Any, ...], pieces: Sequence[MicroBatch], run: Run) -> None:
+        """Rehearse a step on `pieces` that is not known yet.
+
+        Args:
+            step: what decides on its kernels, beside the shapes: its kind and its plans.
+            pieces: its micro-batches. Each shape among them is rehearsed once, two at a time if
+                there are two: the first adds to gradients in another way than the second.
+            run: carries it out.
+        """
+        if not self._needed:
+            return
+        count = min(2, len(pieces))
+        for piece in pieces:
+            key = (*step, count, *_shapes(piece))
+            if key not in self._done:
+                self.once([piece] * count, run)
+                self._done.add(key)
+
+    def once(self, pieces: list[MicroBatch], run: Run, observer: Observer | None = None) -> None:
+        """Rehearse, whatever is known, while `observer` watches. Nothing is left of it."""
+        if not self._needed:
+            return
+        device = pieces[0].slots["batch.tokens"].device
+        with (
+            torch.no_grad(),
+            untouched(self._module, device),
+            self._executor.rehearsing(observer),
+            aside(self._parameters),
+        ):
+            run(pieces)
+
+
+@contextmanager
+def untouched(module: Module | None, device: torch.device) -> Iterator[None]:
+    """Give back the random numbers of `device`, and the buffers of `module`, as they were.
+
+    A user's block or loss may have changed them. What else it has changed stays.
+    """
+    owners = list(module.modules()) if module is not None else []
+    kept = [
+        (owner, name, buffer, buffer.clone())
+        for owner in owners
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for owner, name, buffer, value in kept:
+                owner._buffers[name] = buffer
+                # Autograd may have kept it, and would call it modified.
+                buffer.data.copy_(value)
+
+
+def _shapes(piece: MicroBatch) -> tuple[Any, ...]:
+    """Of the tokens, and of what a user's loss may read."""
+    data = piece.slots.get("batch.data") or {}
+    shapes = ((name, tuple(value.shape)) for name, value in data.items() if torch.is_tensor(value))
+    return (tuple(piece.slots["batch.tokens"].shape), *sorted(shapes))

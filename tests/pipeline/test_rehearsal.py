@@ -1,0 +1,255 @@
+"""A stage rehearses all that it launches later, and nothing is left of it.
+
+What a kernel is chosen by is noted of every launch: the operator, whether it leaves processors to
+communication, whether its inputs are copied for a profile, whether it adds to a gradient first, and
+how its tensors lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import BatchNorm1d, Linear, Module
+
+from lightning_dhellam.engine import Engine
+from lightning_dhellam.engine.executor import Entry, Executor
+from lightning_dhellam.engine.lanes import CpuLanes, CudaLanes
+from lightning_dhellam.engine.tape import Tape, tensors
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.gradients import _OLD, aside
+from lightning_dhellam.pipeline.stage import Stage
+from lightning_dhellam.plan import BUILDERS, Plan
+from tests.engine.harness import CPU, LoadingLanes, add_main_grads, batch_of, pieces
+from tests.models.llama import SMALL
+from tests.ranks import run_ranks
+
+CONFIG = replace(SMALL, num_layers=8, tie_embeddings=True, hidden_dropout=0.1)
+SPLIT = (2, 2, 2, 2)
+LENGTH = 15
+"""Odd, so that a micro-batch within a batch begins at another place than at the multiple of 16."""
+_PLACES = 32
+
+
+class Launches:
+    """What an engine launches, in rehearsals and in steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rehearsed: set[tuple[Any, ...]] = set()
+        self.new: list[str] = []
+        issue = Executor._issue
+
+        def noted(executor: Executor, entry: Entry, tape: Tape) -> None:
+            inputs = [tape[name].value for name in entry.operator.reads]
+            how = (entry.spare, executor.observer is not None)
+            key = (entry.label, *how, _first(entry), _layout(inputs), _places(entry))
+            if executor._rehearsing:
+                self.rehearsed.add(key)
+            elif key not in self.rehearsed:
+                self.new.append(str(key))
+            issue(executor, entry, tape)
+
+        monkeypatch.setattr(Executor, "_issue", noted)
+
+
+def _first(entry: Entry) -> tuple[bool, ...]:
+    return tuple(bool(p.__dict__.get(_OLD)) for p in entry.operator.accumulates)
+
+
+def _places(entry: Entry) -> tuple[int, ...]:
+    return tuple(p.main_grad.data_ptr() % _PLACES for p in entry.operator.accumulates)
+
+
+def _layout(values: list[Any]) -> tuple[Any, ...]:
+    found = [tensor for value in values for tensor in tensors(value)]
+    return tuple((t.dtype, t.shape, t.stride(), t.data_ptr() % _PLACES) for t in found)
+
+
+class Turned(Module):
+    """A user's block that hands over what is not contiguous, counts, and has an odd parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.odd = torch.nn.Parameter(torch.ones(1))
+        self.norm = BatchNorm1d(width)
+        self.mix = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x.flatten(0, 1)).view(x.shape) * self.odd + torch.rand(())
+        return self.mix(y).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _engine(context: ParallelContext, *, loads: bool = True) -> tuple[Engine, CausalLM]:
+    model = CausalLM(CONFIG, context)
+    # At the end of a chunk: its output is sent.
+    for index in (1, 3):
+        model.layers[index] = Turned(CONFIG.hidden_size)
+    model.settle()
+    add_main_grads(model)
+    lowered = lower(model)
+    lanes = LoadingLanes() if loads else CpuLanes()
+    builder = BUILDERS["interleaved"]
+    return Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, model), model
+
+
+def _sparing(forward: Any, backward: Any) -> Plan:
+    """Megatron's order, with every GEMM that can leaving processors to communication."""
+    plan = BUILDERS["megatron"](forward, backward)
+    graphs = {"forward": forward, "backward": backward}
+
+    def spared(row: Any) -> Any:
+        graph = graphs.get(str(getattr(row, "strand", "")))
+        if graph is None or not graph.by_name[row.operator].shrinks:
+            return row
+        return replace(row, spare=True)
+
+    return replace(plan, rows=tuple(spared(row) for row in plan.rows))
+
+
+def _new_launches(rank: int) -> dict[str, list[str]]:
+    context = ParallelContext.create(CPU, pipeline_parallel_size=2, pipeline_split=SPLIT)
+    engine, model = _engine(context)
+    found: dict[str, list[str]] = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launches = Launches(monkeypatch)
+
+        @contextmanager
+        def step(name: str) -> Iterator[None]:
+            for parameter in model.parameters():
+                setattr(parameter, _OLD, True)
+            yield
+            found[name], launches.new = launches.new, []
+
+        def batch(samples: int, size: int) -> list[Any]:
+            return pieces(batch_of(CONFIG, samples, LENGTH), size, context)
+
+        with step("one"):
+            engine.train(batch(2, 2))
+        with step("more of that shape"):
+            engine.train(batch(6, 2))
+        with step("uneven"):
+            engine.train(batch(5, 2))
+        with step("single samples"):
+            engine.train(batch(4, 1))
+        with step("further additions"):
+            engine.train(batch(4, 1))
+            engine.train(batch(4, 1))
+        with step("evaluation"):
+            engine.evaluate(batch(5, 2))
+        with step("prediction"):
+            engine.predict(batch(5, 2))
+        engine.install(_sparing)
+        with step("another plan"):
+            engine.train(batch(5, 2))
+        with step("capture"):
+            engine.capture(batch(1, 1)[0])
+    return found
+
+
+def test_every_launch_of_a_step_was_rehearsed() -> None:
+    for outcome in run_ranks(2, _new_launches):
+        assert outcome == {name: [] for name in outcome}
+        assert len(outcome) == 9
+
+
+def _left(rank: int) -> dict[str, Any]:
+    """Buffers, random numbers and traces with rehearsals and without."""
+    context = ParallelContext.create(CPU, pipeline_parallel_size=2, pipeline_split=SPLIT)
+    found: dict[str, Any] = {}
+    outcomes = []
+    for loads in (False, True):
+        torch.manual_seed(3)
+        engine, model = _engine(context, loads=loads)
+        torch.manual_seed(4)
+        micro_batches = pieces(batch_of(CONFIG, 5, LENGTH), 2, context)
+        with engine.traced(CPU) as tracer:
+            loss = engine.train(micro_batches)
+        gradients = [p.main_grad for p in model.parameters()]
+        outcomes.append([loss, torch.get_rng_state(), *model.buffers(), *gradients])
+        found[f"traced {loads}"] = len(tracer.spans())
+    same = [torch.equal(a, b) for a, b in zip(*outcomes, strict=True)]
+    return {**found, "same": same}
+
+
+def test_nothing_is_left_of_a_rehearsal() -> None:
+    for outcome in run_ranks(2, _left):
+        assert all(outcome["same"])
+        assert outcome["traced False"] == outcome["traced True"] > 0
+
+
+def test_gradients_and_their_marks_are_as_before() -> None:
+    flat = torch.arange(9.0)
+    odd, whole, frozen = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 2))
+    odd.main_grad, whole.main_grad = flat[1:4], flat[4:8]  # type: ignore[attr-defined]
+    setattr(odd, _OLD, True)
+    with aside([odd, whole, odd, frozen]):
+        for parameter, own in ((odd, flat[1:4]), (whole, flat[4:8])):
+            assert parameter.__dict__.pop(_OLD)
+            assert parameter.main_grad.data_ptr() % 512 == own.data_ptr() % 512
+            parameter.main_grad.fill_(-1.0)
+    assert torch.equal(flat, torch.arange(9.0))
+    assert odd.main_grad.data_ptr() == flat[1:].data_ptr()
+    assert odd.__dict__[_OLD] and not whole.__dict__[_OLD]
+    assert not hasattr(frozen, "main_grad")
+
+
+def test_both_strands_meet_in_every_kind_of_pass() -> None:
+    for stage in (Stage(0, 2, 5, 3), Stage(1, 2, 4, 2)):
+        legs = stage.rehearsal(2)
+        together = [leg.pairs for leg in legs if None not in (leg.forward, leg.backward)]
+        assert together == list(stage.pairings())
+        for micro_batch in range(2):
+            ahead = [f for leg in legs if leg.forward == micro_batch for f, _ in leg.steps]
+            behind = [b for leg in legs if leg.backward == micro_batch for _, b in leg.steps]
+            whole = list(range(stage.layers))
+            assert [f for f in ahead if f is not None] == whole
+            assert [b for b in behind if b is not None] == whole[::-1]
+
+
+def _sent(rank: int) -> int:
+    context = ParallelContext.create(CPU, pipeline_parallel_size=2, pipeline_split=SPLIT)
+    engine, _ = _engine(context)
+    graphs = [graph for pair in engine.layers for graph in (pair.forward, pair.backward)]
+    sends = [operator for graph in graphs for operator in graph.sends]
+    for operator in sends:
+        assert operator.rehearsal is not None
+        value = Mock()
+        assert operator.rehearsal(value) is None
+        value.contiguous.assert_called_once_with()
+    return len(sends)
+
+
+def test_what_is_sent_is_made_contiguous_as_in_a_step() -> None:
+    assert run_ranks(2, _sent) == [2, 2]
+
+
+def test_gpus_load_kernels() -> None:
+    assert CudaLanes.loads
+
+
+def _failing(rank: int) -> str:
+    context = ParallelContext.create(CPU, pipeline_parallel_size=2, pipeline_split=SPLIT)
+    engine, _ = _engine(context)
+
+    def fail(*_: Any) -> Tensor:
+        raise ArithmeticError("no such value")
+
+    Turned.forward = fail  # type: ignore[method-assign]
+    try:
+        engine.train(pieces(batch_of(CONFIG, 2, LENGTH), 2, context))
+    except ArithmeticError as error:
+        return "".join(getattr(error, "__notes__", []))
+    return ""
+
+
+def test_an_error_says_that_the_data_was_made_up() -> None:
+    for note in run_ranks(2, _failing):
+        assert note.endswith("module, while its stage rehearsed on made-up data")
