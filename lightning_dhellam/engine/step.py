@@ -217,7 +217,7 @@ class Engine:
         return losses
 
     def _train_alone(self, pieces: list[MicroBatch]) -> None:
-        self._train(pieces, self.stage.rehearsal(len(pieces)))
+        _total(self._train(pieces, self.stage.rehearsal(len(pieces))), pieces)
 
     def _post(self, walks: Walks, leg: Leg, forwards: Sequence[Graph]) -> None:
         """Issue what the first graph of each strand receives from another stage."""
