@@ -131,10 +131,14 @@ def interleaved(forward: Graph | None, backward: Graph | None) -> Plan:
     """A fixed order from nominal costs: the default until a search has run.
 
     No barriers: an operator waits only for its slots, and a layer's first gather may run under
-    the previous layer's last GEMM.
+    the previous layer's last GEMM. Where nothing communicates, nothing is to be hidden: then
+    backward follows forward, so that in a pipeline one of them goes to the next stage early.
     """
     graphs = [graph for graph in (forward, backward) if graph]
-    order = interleave(graphs)
+    if any(graph.communicates for graph in graphs):
+        order = interleave(graphs)
+    else:
+        order = [(graph, operator) for graph in graphs for operator in graph.operators]
     return _plan("interleaved", forward, backward, [issue(graph, o) for graph, o in order])
 
 

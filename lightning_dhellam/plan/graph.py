@@ -73,6 +73,11 @@ class Graph:
         return frozenset(slot for operator in self.operators for slot in operator.writes)
 
     @cached_property
+    def communicates(self) -> bool:
+        """Whether an operator occupies another lane than `compute`; transfers do not count."""
+        return any(operator.is_communication for operator in self.operators)
+
+    @cached_property
     def by_name(self) -> dict[str, Operator]:
         """Operators by name."""
         return {operator.name: operator for operator in self.operators}

@@ -73,6 +73,17 @@ def test_interleaved_has_no_barrier_and_mixes_the_strands(models: dict[int, Lowe
     assert sum(a is not b for a, b in pairwise(strands)) > 8
 
 
+def test_interleaved_hands_over_forward_early_where_nothing_communicates(
+    models: dict[int, Lowered],
+) -> None:
+    pair = models[1].layers[1]
+    assert not pair.forward.communicates and models[2].layers[1].forward.communicates
+    issued = BUILDERS["interleaved"](pair.forward, pair.backward).issues
+    assert [row.operator for row in issued] == [
+        operator.name for graph in (pair.forward, pair.backward) for operator in graph.operators
+    ]
+
+
 def test_interleaved_issues_communication_with_other_compute_behind_it(
     models: dict[int, Lowered],
 ) -> None:
