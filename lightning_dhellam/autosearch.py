@@ -16,7 +16,9 @@ from typing_extensions import override
 
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.search.findings import Findings
+from lightning_dhellam.search.profile import Profile
 from lightning_dhellam.session import Options, Session, use_unsearched
+from lightning_dhellam.staging import check_file
 from lightning_dhellam.strategy import DHellamStrategy
 
 _PATIENCE = 10
@@ -49,7 +51,7 @@ class AutoSearch(Callback):
 
     Raises:
         ValueError: fewer than 1 round; a strategy other than DHellamStrategy; a profile that does
-            not fit; no order keeps `memory_limit`.
+            not fit or could not be written; no order keeps `memory_limit`.
         BenchError: an operator could not be timed; it is named.
     """
 
@@ -63,6 +65,10 @@ class AutoSearch(Callback):
     ) -> None:
         if rounds < 1:
             raise ValueError(f"rounds={rounds} must be at least 1 step of each plan")
+        if profile and Path(profile).exists():
+            Profile.load(profile)  # what it was made for is compared when that is known
+        elif profile:
+            check_file(Path(profile), f"profile={profile}")
         self.folder = folder
         self.replay = replay
         self._plan_file: Path | None = None

@@ -21,6 +21,7 @@ from lightning_dhellam.bench import (
     two_hosts,
 )
 from lightning_dhellam.bench.report import Report
+from lightning_dhellam.staging import check_folder
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def bench_command(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for files")
     benchmark.add_options(parser)
     options = parser.parse_args(words[1:])
+    check_folder(Path(options.output), f"--output {options.output}")
     report = benchmark.run(options)
     if os.environ.get("RANK", "0") != "0":
         return 0  # of several processes that torchrun has started, the first one writes

@@ -90,6 +90,17 @@ def test_a_case_that_is_none_is_refused(case: str, capsys: pytest.CaptureFixture
     assert case.split(":")[0] in capsys.readouterr().err
 
 
+def test_an_output_that_is_no_folder_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["bench", "launch", "--device", "cpu", "--output", str(file)]) == 2
+    said = capsys.readouterr()
+    assert f"--output {file}: {file} is not a folder" in said.err
+    assert not said.out
+
+
 def test_kernels_are_checked_and_timed(tmp_path: Path) -> None:
     words = ["--device=cpu", "--hidden=[64]", "--tokens=[16]", "--vocabulary=[100]"]
     assert main(["bench", "kernels", *words, "--compiled=false", f"--output={tmp_path}"]) == 0

@@ -396,6 +396,18 @@ def test_a_profile_is_used_again_or_refused(
         searched(tmp_path, 2, {"micro_batch_size": 2}, profile=str(file))
 
 
+def test_a_profile_that_is_none_or_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text('{"format": 1, "plans": []}')
+    with pytest.raises(ValueError, match=r"plan.json is a plan file, but a profile is wanted"):
+        AutoSearch(profile=str(file))
+    below = file / "profile.json"
+    with pytest.raises(ValueError, match=rf"^profile={below}: {file} is not a folder"):
+        AutoSearch(profile=str(below))
+    with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be read as a profile"):
+        AutoSearch(profile=str(tmp_path))
+
+
 def fails_on_one_rank(rank: int, folder: Path) -> str:
     """The message of a search in which an operator fails on rank 1."""
     join(rank, 2)
