@@ -187,8 +187,8 @@ def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
     `conditions` are without the device, which each rank compares when it has one.
     """
     if plan.endswith(".json"):
-        device = PlanFile.load(plan).conditions.get("device")
-        PlanFile.load(plan, expected_conditions={"device": device, **conditions})
+        plans = PlanFile.load(plan)
+        plans.check({"device": plans.conditions.get("device"), **conditions}, plan)
 
 
 def check_ckpt_path(path: Any) -> None:

@@ -125,7 +125,8 @@ def take_profile(
 ) -> Profile:
     """Time each kind of operator alone, and communication beside computation.
 
-    Adds to gradients, so call it between a step and the next one's clearing. Every rank must.
+    Adds to gradients, so call it between a step and the next one's clearing. Leaves nothing else.
+    Every rank must.
 
     Args:
         engine: whose operators are timed.
@@ -138,31 +139,32 @@ def take_profile(
     Raises:
         BenchError: names the operator that failed.
     """
-    timer = OperatorTimer(engine.lanes, group, repeats=repeats)
-    failure: torch.OutOfMemoryError | None = None
-    mine = math.inf
-    try:
-        bench = EngineBench(timer, engine.capture(micro_batch))
-        mine = _launch_seconds(engine, micro_batch)
-    except torch.OutOfMemoryError as error:
-        failure = error
-    # A rank that raised before this would leave the others waiting for it.
-    launch = float(largest(torch.tensor([mine], dtype=torch.float64), group))
-    if math.isinf(launch):
-        where = "" if failure else " on another rank"
-        raise BenchError(
-            f"there is no memory{where} for the values that operators are timed on: make"
-            " micro_batch_size smaller, or use a built-in plan (plan='interleaved')"
-        ) from failure
-    profile = measure(
-        bench,
-        _graphs(engine),
-        made_for,
-        progress=progress,
-        launch=launch,
-        inline=micro_batch.slots["batch.tokens"].device.type == "cpu",
-    )
-    return replace(profile, clock=bench.clock(profile)) if timer.on_cuda else profile
+    with engine.untouched(micro_batch.slots["batch.tokens"].device):
+        timer = OperatorTimer(engine.lanes, group, repeats=repeats)
+        failure: torch.OutOfMemoryError | None = None
+        mine = math.inf
+        try:
+            bench = EngineBench(timer, engine.capture(micro_batch))
+            mine = _launch_seconds(engine, micro_batch)
+        except torch.OutOfMemoryError as error:
+            failure = error
+        # A rank that raised before this would leave the others waiting for it.
+        launch = float(largest(torch.tensor([mine], dtype=torch.float64), group))
+        if math.isinf(launch):
+            where = "" if failure else " on another rank"
+            raise BenchError(
+                f"there is no memory{where} for the values that operators are timed on: make"
+                " micro_batch_size smaller, or use a built-in plan (plan='interleaved')"
+            ) from failure
+        profile = measure(
+            bench,
+            _graphs(engine),
+            made_for,
+            progress=progress,
+            launch=launch,
+            inline=micro_batch.slots["batch.tokens"].device.type == "cpu",
+        )
+        return replace(profile, clock=bench.clock(profile)) if timer.on_cuda else profile
 
 
 class EngineBench:

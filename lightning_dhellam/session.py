@@ -170,10 +170,9 @@ class Session:
         if all(of_all_ranks(given is not None, strategy.world_group)):
             assert isinstance(given, Profile)
             return given
-        with strategy.engine.untouched(strategy.root_device):
-            profile = take_profile(
-                strategy.engine, self._pieces[0], made_for, group=group, progress=progress
-            )
+        profile = take_profile(
+            strategy.engine, self._pieces[0], made_for, group=group, progress=progress
+        )
         if path is not None and strategy.context.model_rank == 0:
             profile.save(path)
         return profile

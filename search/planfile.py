@@ -99,15 +99,23 @@ class PlanFile:
             raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
         except (KeyError, TypeError) as error:
             raise FileError(f"{path} is not a whole plan file ({error}): search again") from error
-        # A file without conditions, written by hand say, promises nothing.
-        if expected_conditions is not None and loaded.conditions:
-            found = differences(loaded.conditions, expected_conditions)
-            if found:
-                raise FileError(
-                    f"{path} was made under other conditions: {'; '.join(found)}."
-                    " Search again, or use a built-in plan"
-                )
+        if expected_conditions is not None:
+            loaded.check(expected_conditions, path)
         return loaded
+
+    def check(self, expected_conditions: Mapping[str, Any], path: Path | str) -> None:
+        """Refuse plans that were made under other conditions; `path` is what they came from.
+
+        Raises:
+            FileError: names each differing field with both values.
+        """
+        # A file without conditions, written by hand say, promises nothing.
+        found = differences(self.conditions, expected_conditions) if self.conditions else []
+        if found:
+            raise FileError(
+                f"{path} was made under other conditions: {'; '.join(found)}."
+                " Search again, or use a built-in plan"
+            )
 
     def __str__(self) -> str:
         return "\n\n".join(str(plan) for plan in self.plans.values())

@@ -116,4 +116,4 @@ def _shapes(piece: MicroBatch) -> tuple[Any, ...]:
     """Of the tokens, and of what a user's loss may read."""
     data = piece.slots.get("batch.data") or {}
     shapes = ((name, tuple(value.shape)) for name, value in data.items() if torch.is_tensor(value))
-    return (tuple(piece.slots["batch.tokens"].shape), *sorted(shapes))
+    return (tuple(piece.slots["batch.tokens"].shape), *shapes)

@@ -108,7 +108,7 @@ class Engine:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """The loss of the batch, forward only: a scalar in fp32; 0 where it is not known."""
         graphs = [pair.forward for pair in self.layers]
-        return _total(self._forward("evaluate", graphs, micro_batches), micro_batches)
+        return _total(self._forward(graphs, micro_batches), micro_batches)
 
     def predict(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Logits [B, S, V] of the batch, forward only; nothing on a stage that has no head."""
@@ -116,7 +116,7 @@ class Engine:
         if self.stage.number == 0:
             assert self.logits is not None, "the engine was made without a graph for logits"
             graphs[-1] = self.logits
-        logits = self._forward("predict", graphs, micro_batches)
+        logits = self._forward(graphs, micro_batches)
         return torch.cat(logits) if logits else torch.empty(0)
 
     @contextmanager
@@ -266,7 +266,7 @@ class Engine:
             walks.leave(leg.backward, backward, self.layers[backward].backward)
 
     def _forward(
-        self, kind: str, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
+        self, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
     ) -> list[Tensor]:
         """What the last graph hands over for each micro-batch, if it is the model's last."""
         # Without a key nothing random happens: no dropout.
@@ -275,7 +275,8 @@ class Engine:
         def alone(pieces: list[MicroBatch]) -> None:
             self._ahead(pieces, self.stage.rehearsal(len(pieces), backward=False), graphs)
 
-        self._rehearsals.before((kind, self._builder), still, alone)
+        # Prediction ends in another graph than evaluation.
+        self._rehearsals.before((graphs[-1].fingerprint, self._builder), still, alone)
         with torch.no_grad():
             return self._ahead(still, self.stage.legs(len(still), backward=False), graphs)
 

@@ -102,7 +102,7 @@ class GradientBuffers:
             )
             if self._parallel:
                 self.ddp.broadcast_params()
-                # Not first in a step: it loads kernels and connects (`Engine._unrehearsed`).
+                # Not first in a step: it loads kernels and connects (see `engine/rehearsal.py`).
                 self.ddp.start_grad_sync()
                 self.ddp.finish_grad_sync()
 

@@ -16,24 +16,15 @@ import torch.distributed as dist
 from lightning_dhellam.engine import Engine, make_lanes
 from lightning_dhellam.engine.lanes import CYCLES
 from lightning_dhellam.layers import lower
-from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Cluster, ParallelContext
 from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import add_main_grads, batch_of, pieces
+from tests.gpu.test_engine import CONFIG
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = ModelConfig(
-    num_layers=4,
-    hidden_size=256,
-    ffn_hidden_size=512,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=501,
-    max_sequence_length=128,
-    hidden_dropout=0.1,
-    tie_embeddings=True,
-)
+DEEP = replace(CONFIG, num_layers=4, hidden_dropout=0.1, tie_embeddings=True)
 SECONDS = 6
 
 
@@ -60,7 +51,7 @@ def _runs_beside_another_kernel(device: torch.device) -> torch.cuda.Event:
 @pytest.mark.parametrize("length", [96, 95])
 def test_no_step_loads_a_kernel(context: ParallelContext, length: int) -> None:
     device = context.device
-    model = CausalLM(CONFIG, context, torch.bfloat16).to(device)
+    model = CausalLM(DEEP, context, torch.bfloat16).to(device)
     add_main_grads(model)
     lowered = lower(model)
     lanes = make_lanes(device, processors=16)
@@ -68,7 +59,7 @@ def test_no_step_loads_a_kernel(context: ParallelContext, length: int) -> None:
     engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, model)
 
     def batch(samples: int, size: int = 2) -> list:
-        rows = batch_of(replace(CONFIG, max_sequence_length=length), samples, length)
+        rows = batch_of(replace(DEEP, max_sequence_length=length), samples, length)
         return pieces({n: t.to(device) for n, t in rows.items()}, size, context)
 
     waited = []

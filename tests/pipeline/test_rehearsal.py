@@ -26,9 +26,18 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import _OLD, aside
-from lightning_dhellam.pipeline.stage import Stage
+from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import BUILDERS, Plan
-from tests.engine.harness import CPU, LoadingLanes, add_main_grads, batch_of, pieces
+from tests.engine.harness import (
+    CPU,
+    LoadingLanes,
+    add_main_grads,
+    batch_of,
+    differing,
+    engine_of,
+    pieces,
+    train,
+)
 from tests.models.llama import SMALL
 from tests.ranks import run_ranks
 
@@ -158,6 +167,56 @@ def test_every_launch_of_a_step_was_rehearsed() -> None:
     for outcome in run_ranks(2, _new_launches):
         assert outcome == {name: [] for name in outcome}
         assert len(outcome) == 9
+
+
+def _rehearsals(rank: int) -> dict[str, Any]:
+    """What a stage does alone before steps, and what that leaves behind."""
+    context = ParallelContext.create(CPU, pipeline_parallel_size=2)
+    model = CausalLM(CONFIG, context)
+    add_main_grads(model)
+    lowered = lower(model)
+    lanes = LoadingLanes(poison=True)
+    engine, plain = engine_of(lowered, lanes=lanes), engine_of(lowered)
+    micro_batches = pieces(batch_of(CONFIG, 5, LENGTH), 2, context)  # the last one is smaller
+    found: dict[str, Any] = {"shapes": []}
+    rehearsal = engine.stage.rehearsal
+
+    def noted(count: int, *, backward: bool = True) -> list[Leg]:
+        found["shapes"].append((count, backward))
+        return rehearsal(count, backward=backward)
+
+    engine._stage = engine.stage  # of which one method is watched
+    object.__setattr__(engine._stage, "rehearsal", noted)
+    expected = train(plain, model, micro_batches)
+    random = torch.get_rng_state()
+    found["first"] = differing(train(engine, model, micro_batches), expected)
+    after_one = list(found["shapes"])
+    # Gradients are added to those that are there, as with accumulation over batches.
+    engine.train(micro_batches)
+    again = {n: p.main_grad.clone() for n, p in model.named_parameters()}
+    add_main_grads(model)
+    for _ in range(2):
+        plain.train(micro_batches)
+    found["accumulated"] = [
+        n for n, p in model.named_parameters() if not torch.equal(p.main_grad, again[n])
+    ]
+    engine.evaluate(micro_batches)
+    engine.install(BUILDERS["megatron"])
+    engine.train(micro_batches[:1])
+    engine.install(BUILDERS["interleaved"])
+    engine.train(micro_batches)
+    found["random"] = torch.equal(random, torch.get_rng_state())
+    return {**found, "after one": after_one}
+
+
+def test_a_stage_rehearses_every_shape_and_plan_once_and_leaves_nothing_behind() -> None:
+    for outcome in run_ranks(2, _rehearsals):
+        assert outcome["first"] == outcome["accumulated"] == []
+        assert outcome["random"]
+        assert outcome["after one"] == [(2, True), (2, True)]
+        more = outcome["shapes"][2:]
+        # Evaluation with both shapes, one micro-batch with another plan, nothing when it is back.
+        assert more == [(2, False), (2, False), (1, True)]
 
 
 def _left(rank: int) -> dict[str, Any]:
