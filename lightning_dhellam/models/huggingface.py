@@ -72,7 +72,8 @@ def export_llama(model: CausalLM, tensors: Mapping[str, Tensor] | None = None) -
 
     ``tensors`` exports something else of the same shapes instead, by our parameters' names: for
     example ``{name: parameter.main_grad}``. A tied output layer is left out, as in Hugging Face's
-    files. Collective over the tensor-parallel and the pipeline group.
+    files. Each is on the device that this rank's tensors are on: after a run Lightning has moved a
+    model's to the host. Collective over the tensor-parallel and the pipeline group.
     """
     if tensors is None:
         tensors = dict(model.named_parameters())
@@ -95,16 +96,17 @@ def _own(rules: list[_Rule], model: CausalLM) -> list[_Rule]:
 def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The Hugging Face tensors of a rule, from the stage that has the parameter."""
     context, stage = model.context, rule.stage(model)
+    like = next(iter(tensors.values()))
+    # NCCL carries nothing that is on the host.
     if stage == context.pp_rank:
-        found = rule.split(_gather(tensors[rule.ours].detach(), context))
+        found = rule.split(_gather(tensors[rule.ours].detach().to(context.device), context))
     else:
-        like = next(iter(tensors.values()))
-        found = [like.new_empty(shape) for shape in rule.theirs.values()]
+        found = [like.new_empty(s, device=context.device) for s in rule.theirs.values()]
     if context.pp_size > 1:
         found = [tensor.contiguous() for tensor in found]
         for tensor in found:
             dist.broadcast(tensor, group=context.pp_group, group_src=stage)
-    return dict(zip(rule.theirs, found, strict=True))
+    return {name: part.to(like.device) for name, part in zip(rule.theirs, found, strict=True)}
 
 
 def _gather(shard: Tensor, context: ParallelContext) -> list[Tensor]:

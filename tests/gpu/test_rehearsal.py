@@ -25,7 +25,7 @@ from tests.gpu.test_engine import CONFIG
 pytestmark = pytest.mark.gpu
 
 DEEP = replace(CONFIG, num_layers=4, hidden_dropout=0.1, tie_embeddings=True)
-SECONDS = 6
+SECONDS = 3
 
 
 @pytest.fixture(params=[0, 1])
