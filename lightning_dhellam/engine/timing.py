@@ -207,25 +207,31 @@ class OperatorTimer:
         times = []
         for operator, values in subjects:
             stream = self._lanes.stream(*operator.track)
-            end = torch.cuda.Event(enable_timing=True)
             stream.wait_event(go)
+            start, later = go, 0.0
             with torch.cuda.stream(stream):
-                start = self._started_later(lead) if lead and operator.is_communication else go
-                if operator.is_communication and not lead:
+                if operator.is_communication and lead:
+                    torch.cuda._sleep(round(lead * CYCLES))
+                    start, later = _recorded(), lead
+                elif operator.is_communication:
                     hold(compute, stream)
                 operator.run(*values)
-                end.record()
-            times.append((start, end))
+                times.append((start, _recorded(), later))
         late = float(go.query())
-        for _, end in times:
+        for _, end, _ in times:
             end.synchronize()
-        return [*(start.elapsed_time(end) / 1000 for start, end in times), late]
+        return [*(_seconds(go, *points) for points in times), late]
 
-    def _started_later(self, lead: float) -> torch.cuda.Event:
-        torch.cuda._sleep(round(lead * CYCLES))
-        start = torch.cuda.Event(enable_timing=True)
-        start.record()
-        return start
+
+def _seconds(
+    go: torch.cuda.Event, start: torch.cuda.Event, end: torch.cuda.Event, later: float
+) -> float:
+    """From `start`, which was to be `later` seconds after `go`, to `end`.
+
+    What delays the start needs a processor itself. If compute has taken all of them, the start is
+    late by as long as communication would have waited, and has waited for it.
+    """
+    return max(start.elapsed_time(end) / 1000, go.elapsed_time(end) / 1000 - later)
 
 
 def _recorded() -> torch.cuda.Event:

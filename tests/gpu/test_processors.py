@@ -97,6 +97,25 @@ def test_the_timer_compares_what_operators_compute_both_ways(device: torch.devic
 
 
 @pytest.mark.parametrize("free", [0, FREE])
+def test_a_profile_counts_what_communication_waits_for_a_gemm(
+    free: int, device: torch.device
+) -> None:
+    link = EmulatedLink(Link(bandwidth=200e9, sms=FREE), device)
+    x, weight = (
+        torch.randn(8192, 8192, device=device).bfloat16(),
+        torch.empty(32768, 8192, device=device, dtype=torch.bfloat16).normal_(),
+    )
+    y = torch.empty(8192, 32768, device=device, dtype=torch.bfloat16)
+    timer = OperatorTimer(make_lanes(device, processors=free), None, repeats=12)
+    gemm = Operator("gemm", Lane.COMPUTE, ("x",), ("y",), lambda x: torch.mm(x, weight.t(), out=y))
+    gather = Operator("gather", Lane.TP, ("x",), ("z",), lambda x: link._occupy(40 << 20, 0.2e-3))
+    with timer.sharing(spare=True):
+        waited, computed = timer.behind(Subject(gather, [x]), Subject(gemm, [x]), 20e-6)
+    begins_at_once = [a < b / 2 for a, b in zip(waited, computed, strict=True)]
+    assert begins_at_once == [bool(free)] * 12, (waited, computed)
+
+
+@pytest.mark.parametrize("free", [0, FREE])
 def test_communication_begins_beside_a_gemm_that_leaves_processors(
     free: int, device: torch.device
 ) -> None:
