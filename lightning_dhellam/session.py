@@ -192,11 +192,6 @@ class Session:
             "pairs": published.builder(),
             "auto": self._solution.builder(),
         }
-        if costs.spares:
-            spare = solve(
-                layers, costs.sparing(), tokens=tokens, memory_limit=limit, memory_slack=slack
-            )
-            self._builders["spare"] = spare.builder()
         given = self._strategy.plan
         if given not in self._builders:
             self._builders[given] = named_plan(given, self._strategy.conditions)

@@ -72,7 +72,7 @@ class Costs:
             which may have taken all that it needs; as `slowdowns` where absent.
         compute: the keys of compute operators.
         spares: by key, that of the operator when it leaves processors to communication.
-        spare: whether those are the keys in use.
+        spared: the operators that do, by graph fingerprint and name: in all plans, or in none.
         clock: how compute slows down as it fills more of the time.
         samples: what other measurements could have given.
         launch: seconds the host needs to issue one operator.
@@ -88,7 +88,7 @@ class Costs:
     behind: Slowdowns = field(default_factory=dict)
     compute: frozenset[Key] = frozenset()
     spares: Mapping[Key, Key] = field(default_factory=dict)
-    spare: bool = False
+    spared: frozenset[tuple[str, str]] = frozenset()
     clock: Clock = field(default_factory=Clock)
     samples: tuple[Sample, ...] = ()
 
@@ -124,41 +124,42 @@ class Costs:
     def key(self, graph: Graph, operator: str) -> Key:
         """The key of an operator. Refuses one that was not measured."""
         try:
-            return self.keys[graph.fingerprint][operator]
+            key = self.keys[graph.fingerprint][operator]
         except KeyError:
             raise ValueError(
                 f"operator '{operator}' of graph '{graph}' ({graph.fingerprint}) is not in the"
                 " profile: measure this model"
             ) from None
+        return self.spares.get(key, key) if (graph.fingerprint, operator) in self.spared else key
 
     def alone(self, graph: Graph, operator: str) -> float:
         """Seconds of an operator while nothing else runs."""
         return self.seconds[self.key(graph, operator)]
 
-    def sparing(self) -> Costs:
-        """The same with GEMMs that leave processors to communication."""
-        keys = {
-            graph: {name: self.spares.get(key, key) for name, key in own.items()}
+    @property
+    def sparable(self) -> frozenset[tuple[str, str]]:
+        """The operators that were measured leaving processors to communication."""
+        return frozenset(
+            (graph, name)
             for graph, own in self.keys.items()
-        }
-        return replace(self, keys=keys, spare=True)
+            for name, key in own.items()
+            if key in self.spares
+        )
 
-    def of_plans(self, plans: Iterable[Plan]) -> Costs:
-        """The costs of the operators as `plans` run them: all that can spare do, or none."""
-        spare = any(row.spare for plan in plans for row in plan.issues)
-        return self.sparing() if spare and not self.spare else self
+    def sparing(self, operators: Iterable[tuple[str, str]]) -> Costs:
+        """The same where these operators, and no others, leave processors to communication."""
+        return replace(self, spared=frozenset(operators))
 
     def marked(self, plan: Plan, graphs: Mapping[Strand, Graph | None]) -> Plan:
         """The plan with a mark at each row whose operator is to leave processors."""
-        spares = set(self.spares.values())
 
         def mark(row: Row) -> Row:
             graph = graphs[row.strand] if isinstance(row, Issue) else None
             if graph is None or not isinstance(row, Issue):
                 return row
-            return replace(row, spare=self.key(graph, row.operator) in spares)
+            return replace(row, spare=(graph.fingerprint, row.operator) in self.spared)
 
-        return replace(plan, rows=tuple(mark(row) for row in plan.rows)) if self.spare else plan
+        return replace(plan, rows=tuple(map(mark, plan.rows))) if self.spared else plan
 
     def clocked(self, share: float) -> Costs:
         """The same where compute works for `share` of the time."""
@@ -171,6 +172,15 @@ class Costs:
             for sample in self.samples
         )
         return replace(self, seconds=seconds, clock=Clock(), samples=samples)
+
+    def at_work(self, graphs: Iterable[Graph]) -> Costs:
+        """The same where compute works for as much of the time as the lanes of `graphs` allow."""
+        load = dict.fromkeys(Lane, 0.0)
+        for graph in graphs:
+            for operator in graph.operators:
+                load[operator.lane] += self.alone(graph, operator.name)
+        longest = max(load.values())
+        return self.clocked(load[Lane.COMPUTE] / longest if longest else 1.0)
 
     def _slowed(self, seconds: Mapping[Key, float], slowdown: float) -> dict[Key, float]:
         return {k: v * slowdown if k in self.compute else v for k, v in seconds.items()}

@@ -11,7 +11,7 @@ from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Strand
 from lightning_dhellam.search.chunks import halves, with_halves
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.schedules import Part, Pass, Work
-from lightning_dhellam.search.walk import Order, Place, Stop, Walk
+from lightning_dhellam.search.walk import Order, Place, Stop, Walk, as_planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class LayerCosts:
         found = []
         for name, build in self._builders.items():
             plans = [build(*_graphs(stop)) for stop in stops]
-            walk = Walk(stops, self._costs.of_plans(plans))
+            walk = Walk(stops, as_planned(self._costs, stops, plans))
             order = walk.order(plans)
             first = walk.first_of(plans)
             found.append((_timed(walk, order, first, works, memory), name))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_dhellam.plan import Builder, GraphPair, Lane, Plan, Strand
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.orders import Problem
-from lightning_dhellam.search.walk import Order, Stop, Walk, repeated, step_stops
+from lightning_dhellam.search.walk import Order, Stop, Walk, as_planned, repeated, step_stops
 
 _ROUNDING = 1e-12
 _CLOCK_ROUNDS = 6
@@ -94,7 +94,7 @@ def simulate(
 def _simulate(stops: Sequence[Stop], builder: Builder, costs: Costs, tokens: int) -> Simulation:
     made: dict[tuple[str, str], Plan] = {}
     plans = [_plan(stop, builder, made) for stop in stops]
-    costs = costs.of_plans(plans)
+    costs = as_planned(costs, stops, plans)
     share = 1.0
     for _ in range(_CLOCK_ROUNDS):
         # How busy compute is decides how fast it is, and the other way round.

@@ -2,7 +2,8 @@
 
 A pair of layers that repeats itself, as in the middle of a deep model, is ordered for its
 *period*: layer boundaries are no barriers, and weight gradients may be left for the next pair. The
-others, such as embedding beside head, are ordered between their neighbours.
+others, such as embedding beside head, are ordered between their neighbours. Which operators leave
+processors to communication is chosen for that pair: none, all, or those that pay (`sharing`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_dhellam.plan import (
     BUILDERS,
@@ -20,7 +21,6 @@ from lightning_dhellam.plan import (
     Builder,
     Graph,
     GraphPair,
-    Lane,
     Plan,
     Strand,
     validate,
@@ -31,6 +31,7 @@ from lightning_dhellam.search.exact import Exact
 from lightning_dhellam.search.local import plain, search, slim
 from lightning_dhellam.search.orders import Cost, Problem, Surroundings
 from lightning_dhellam.search.pairs import pairs
+from lightning_dhellam.search.sharing import shared
 from lightning_dhellam.search.walk import Stop, step_stops
 
 _SLACK = 0.001
@@ -98,7 +99,7 @@ class Solution:
 
     @property
     def bound(self) -> float:
-        """Seconds that no order can beat."""
+        """Seconds that no order can beat, with operators as this plan runs them."""
         return self.bounds[self.resource]
 
     @property
@@ -188,7 +189,9 @@ def solve_pair(
     problem = Problem(
         ahead,
         behind,
-        costs.clocked(_compute_share(ahead, behind, costs)),
+        costs.at_work(
+            [pair.forward for pair in (ahead,) if pair] + [p.backward for p in (behind,) if p]
+        ),
         tokens=tokens,
         memory_limit=memory_limit,
         surroundings=surroundings,
@@ -222,17 +225,6 @@ def solve_pair(
         peak - least,
         problem.evaluations,
     )
-
-
-def _compute_share(ahead: GraphPair | None, behind: GraphPair | None, costs: Costs) -> float:
-    """Share of the time in which compute can work at best, as far as lanes decide it."""
-    graphs = [pair.forward for pair in (ahead,) if pair] + [p.backward for p in (behind,) if p]
-    load = dict.fromkeys(Lane, 0.0)
-    for graph in graphs:
-        for operator in graph.operators:
-            load[operator.lane] += costs.alone(graph, operator.name)
-    longest = max(load.values())
-    return load[Lane.COMPUTE] / longest if longest else 1.0
 
 
 def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
@@ -299,10 +291,39 @@ def solve(
 ) -> ModelSolution:
     """The plans of every pair of layers that a training step meets.
 
+    Where operators were measured leaving processors to communication, and `costs` do not say which
+    of them do, `auto` chooses that as well.
+
     Layers may be given in full; equal ones are solved once. Arguments and errors as for
     `solve_pair`; `memory_slack` are the bytes that a pair may need above its sequential plan.
     """
     stops = step_stops(layers, 3)
+    given = partial(
+        _solved,
+        stops,
+        algorithm=algorithm,
+        tokens=tokens,
+        memory_limit=memory_limit,
+        memory_slack=memory_slack,
+        budget=budget,
+    )
+    found = given(costs)
+    if algorithm != "auto" or costs.spared or not costs.sparable:
+        return found
+    everywhere = costs.sparing(costs.sparable)
+    solutions = {costs.spared: found, everywhere.spared: given(everywhere)}
+    best = min(solutions, key=lambda spared: solutions[spared].main.seconds)
+    main = solutions[best].main
+    if main.repeats:
+        stop = next(s for s in stops if _kind(s) == next(iter(found.solutions)))
+        chosen = shared(*_graph_pairs(stop), main.plan, costs.sparing(best))
+        if chosen not in solutions:
+            solutions[chosen] = given(costs.sparing(chosen))
+    return min(solutions.values(), key=lambda solution: solution.main.seconds)
+
+
+def _solved(stops: Sequence[Stop], costs: Costs, **options: Any) -> ModelSolution:
+    """The plans of these pairs, for a given choice of what leaves processors."""
     kinds = [_kind(stop) for stop in stops]
     counts = Counter(kinds)
     repeating = {
@@ -314,19 +335,18 @@ def solve(
     plans: dict[Kind, Plan] = {}
     for kind in sorted(counts, key=lambda k: (k not in repeating, "" in k, -counts[k])):
         around = None if kind in repeating else _surroundings(stops, kinds, kind, plans)
-        stop = stops[kinds.index(kind)]
-        given = partial(
-            solve_pair,
-            stop.forward.graphs if stop.forward else None,
-            stop.backward.graphs if stop.backward else None,
-            costs,
-            algorithm=algorithm,
-            tokens=tokens,
-            surroundings=around,
-        )
-        solutions[kind] = given(memory_limit=memory_limit, memory_slack=memory_slack, budget=budget)
+        pairs_of_layers = _graph_pairs(stops[kinds.index(kind)])
+        solutions[kind] = solve_pair(*pairs_of_layers, costs, surroundings=around, **options)
         plans[kind] = solutions[kind].plan
     return ModelSolution(solutions)
+
+
+def _graph_pairs(stop: Stop) -> tuple[GraphPair | None, GraphPair | None]:
+    """The layer that goes forward and the one that goes backward."""
+    return (
+        stop.forward.graphs if stop.forward else None,
+        stop.backward.graphs if stop.backward else None,
+    )
 
 
 def peak_bytes(
@@ -337,15 +357,7 @@ def peak_bytes(
     Arguments as for `solve`; it is what `memory_limit` limits.
     """
     stops = {_kind(stop): stop for stop in step_stops(layers, 3)}
-    problems = (
-        Problem(
-            stop.forward.graphs if stop.forward else None,
-            stop.backward.graphs if stop.backward else None,
-            costs,
-            tokens=tokens,
-        )
-        for stop in stops.values()
-    )
+    problems = (Problem(*_graph_pairs(stop), costs, tokens=tokens) for stop in stops.values())
     return max(p.memory.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
 
 

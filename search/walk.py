@@ -264,6 +264,18 @@ def _followers(waits: Sequence[tuple[int, ...]]) -> list[list[int]]:
     return followers
 
 
+def as_planned(costs: Costs, stops: Sequence[Stop], plans: Sequence[Plan]) -> Costs:
+    """The costs of operators that leave processors to communication where `plans` say so."""
+    marked = {
+        (graph.fingerprint, row.operator)
+        for stop, plan in zip(stops, plans, strict=True)
+        for strand, _, graph in stop.strands
+        for row in plan.issues
+        if row.spare and row.strand is strand
+    }
+    return costs.sparing(marked) if marked else costs
+
+
 def step_stops(layers: Sequence[GraphPair], micro_batches: int) -> list[Stop]:
     """The stops of a training step on one stage.
 

@@ -48,10 +48,10 @@ class Plans:
     ) -> Plans:
         """Take the built-in plans, and search for the others; see `solve`."""
         builders = {name: BUILDERS[name] for name in names if name in BUILDERS}
-        variants = {"order": costs.without_slowdowns(), "spare": costs.sparing()}
+        variants = {"order": costs.without_slowdowns(), "spare": costs.sparing(costs.sparable)}
         solutions, seconds = {}, {}
         for name in names:
-            if name in BUILDERS or (name == "spare" and not costs.spares):
+            if name in BUILDERS or (name == "spare" and not costs.sparable):
                 continue
             begin = time.perf_counter()
             known = variants.get(name, costs)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from math import inf
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from lightning_dhellam.engine.lanes import CYCLES, CudaLanes, Lanes, hold
 from lightning_dhellam.engine.tape import tensors
 from lightning_dhellam.parallel.collectives import Pending, largest
+from lightning_dhellam.parallel.link import CopyEngine
 from lightning_dhellam.plan import Lane, Operator
 
 _HEAD_START = 500_000
@@ -208,30 +210,26 @@ class OperatorTimer:
         for operator, values in subjects:
             stream = self._lanes.stream(*operator.track)
             stream.wait_event(go)
-            start, later = go, 0.0
+            start = go
             with torch.cuda.stream(stream):
                 if operator.is_communication and lead:
-                    torch.cuda._sleep(round(lead * CYCLES))
-                    start, later = _recorded(), lead
+                    self._delay(lead)
+                    start = _recorded()
                 elif operator.is_communication:
                     hold(compute, stream)
                 operator.run(*values)
-                times.append((start, _recorded(), later))
+                times.append((start, _recorded()))
         late = float(go.query())
-        for _, end, _ in times:
+        for _, end in times:
             end.synchronize()
-        return [*(_seconds(go, *points) for points in times), late]
+        return [*(start.elapsed_time(end) / 1000 for start, end in times), late]
 
-
-def _seconds(
-    go: torch.cuda.Event, start: torch.cuda.Event, end: torch.cuda.Event, later: float
-) -> float:
-    """From `start`, which was to be `later` seconds after `go`, to `end`.
-
-    What delays the start needs a processor itself. If compute has taken all of them, the start is
-    late by as long as communication would have waited, and has waited for it.
-    """
-    return max(start.elapsed_time(end) / 1000, go.elapsed_time(end) / 1000 - later)
+    @cached_property
+    def _delay(self) -> CopyEngine:
+        """Takes no processor: a kernel would wait under compute that has taken them all, and the
+        wait of the communication behind it would not be seen."""
+        assert isinstance(self._lanes, CudaLanes)
+        return CopyEngine(self._lanes.device, size=4 << 20)
 
 
 def _recorded() -> torch.cuda.Event:

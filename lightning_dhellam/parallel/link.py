@@ -104,27 +104,36 @@ _Player = Callable[[int, float], "dist.Work | None"]
 def _player(link: Link, device: torch.device) -> _Player:
     if device.type != "cuda":
         return _ByTimer()
-    return _ByKernel(link, device) if link.sms else _ByCopyEngine(device)
+    if link.sms:
+        return _ByKernel(link, device)
+    engine = CopyEngine(device)
+    return lambda crossing, seconds: engine(seconds)
 
 
-class _ByCopyEngine:
-    """Copies from pinned host memory: a transfer in which no SM takes part."""
+class CopyEngine:
+    """Copies from pinned host memory: a transfer in which no SM takes part.
 
-    _SIZE = 256 << 20
+    Args:
+        device: a CUDA device.
+        size: bytes of one copy at most; longer transfers are several.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._host = torch.empty(self._SIZE, dtype=torch.uint8, pin_memory=True)
-        self._device = torch.empty(self._SIZE, dtype=torch.uint8, device=device)
-        small, large = 1 << 20, 64 << 20
+    def __init__(self, device: torch.device, size: int = 256 << 20) -> None:
+        self._size = size
+        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._device = torch.empty(size, dtype=torch.uint8, device=device)
+        large = min(size, 64 << 20)
+        small = large // 64
         short = median_seconds(lambda: self._copy(small))
         long = median_seconds(lambda: self._copy(large))
         self._rate = (large - small) / (long - short)
         self._overhead = max(0.0, short - small / self._rate)
 
-    def __call__(self, crossing: int, seconds: float) -> None:
+    def __call__(self, seconds: float) -> None:
+        """Occupy the current stream for so long."""
         size = max(1, round((seconds - self._overhead) * self._rate))
-        for start in range(0, size, self._SIZE):
-            self._copy(min(size - start, self._SIZE))
+        for start in range(0, size, self._size):
+            self._copy(min(size - start, self._size))
 
     def _copy(self, size: int) -> None:
         self._device[:size].copy_(self._host[:size], non_blocking=True)

@@ -13,25 +13,29 @@ from lightning_dhellam.search.pictures import hidden_shares
 from lightning_dhellam.search.profile import Profile, Samples, Target, measure
 from lightning_dhellam.search.simulate import simulate
 from lightning_dhellam.search.solve import Budget, solve, solve_pair
+from lightning_dhellam.search.walk import as_planned, repeated
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, transformer
 
 SLOWER = 1.05
 """Times that a GEMM takes longer when it leaves processors to communication."""
+DEAR = 2.0
+"""The same of one for which it does not pay."""
 
 
 class SharingBench(FakeBench):
     """GEMMs that take all processors disturb communication, and those that leave some do not."""
 
-    def __init__(self, given: Costs, different: str = "") -> None:
+    def __init__(self, given: Costs, different: str = "", dear: str = "") -> None:
         super().__init__(given, spread=0.0)
-        self.different = different
+        self.different, self.dear = different, dear
 
     def shrinks(self, target: Target) -> bool:
         return target.operator.name != self.different
 
     def alone(self, target: Target) -> Samples:
         (seconds, *_) = super().alone(target).seconds
-        return Samples((seconds * (SLOWER if target.spare else 1.0),))
+        slower = DEAR if target.operator.name == self.dear else SLOWER
+        return Samples((seconds * (slower if target.spare else 1.0),))
 
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         if compute.spare:
@@ -49,6 +53,7 @@ def _shrinking(layer: GraphPair) -> GraphPair:
 
 
 LAYER = _shrinking(transformer())
+GEMM = "qkv.gemm"
 GEMMS = {o.name for g in graphs_of([LAYER]) for o in g.operators if o.shrinks}
 
 
@@ -88,13 +93,20 @@ def test_a_profile_with_them_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
     known = Costs.of(_profile())
+    stops = repeated(LAYER, LAYER, 1)
     plan = BUILDERS["interleaved"](LAYER.forward, LAYER.backward)
-    assert known.of_plans([plan]) is known
-    sparing = known.of_plans([_marked(plan)])
+    assert as_planned(known, stops, [plan]) is known
+    sparing = as_planned(known, stops, [_marked(plan)])
+    assert sparing.spared == known.sparable
     gemm, norm = (known.alone(LAYER.forward, name) for name in ("fc1.gemm", "mlp.norm"))
     assert sparing.alone(LAYER.forward, "fc1.gemm") == pytest.approx(SLOWER * gemm)
     assert sparing.alone(LAYER.forward, "mlp.norm") == norm
-    assert sparing.of_plans([plan]) is sparing
+    one = replace(plan, rows=tuple(replace(r, spare=r.operator == GEMM) for r in plan.issues))
+    some = as_planned(known, stops, [one])
+    assert some.alone(LAYER.forward, GEMM) == pytest.approx(
+        SLOWER * known.alone(LAYER.forward, GEMM)
+    )
+    assert some.alone(LAYER.forward, "fc1.gemm") == gemm
 
     def seconds(spare: bool) -> float:
         def build(forward: Graph | None, backward: Graph | None) -> Plan:
@@ -107,23 +119,48 @@ def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
 
 
 def test_what_is_searched_for_sparing_gemms_says_so() -> None:
-    layers = [_shrinking(layer) for layer in model(3)]
-    graphs = graphs_of(layers)
-    profile = measure(SharingBench(costs(graphs, 200e9, True)), graphs, FINGERPRINT)
-    known, budget = Costs.of(profile), Budget(evaluations=300, rare_evaluations=50)
+    known, budget = Costs.of(_profile()), Budget(evaluations=300)
     plain = solve_pair(LAYER, LAYER, known, budget=budget)
-    sparing = solve_pair(LAYER, LAYER, known.sparing(), budget=budget)
+    sparing = solve_pair(LAYER, LAYER, known.sparing(known.sparable), budget=budget)
     assert _spared(plain.plan) == set()
     assert _spared(sparing.plan) == GEMMS
     assert sparing.seconds < plain.seconds
-    plans = solve(layers, known.sparing(), budget=budget).plans
-    assert all(_spared(plan) for plan in plans.values() if "transformer" in str(plan))
-    assert all(Plan.parse(str(plan)) == plan for plan in plans.values())
+
+
+@pytest.mark.parametrize("dear", ["", "fc1.gemm"])
+def test_gemms_leave_processors_where_it_pays(dear: str) -> None:
+    layers = [_shrinking(layer) for layer in model(3)]
+    graphs = graphs_of(layers)
+    profile = measure(SharingBench(costs(graphs, 200e9, True), dear=dear), graphs, FINGERPRINT)
+    known, budget = Costs.of(profile), Budget(evaluations=300, rare_evaluations=50)
+    plain, everywhere = (
+        solve_pair(LAYER, LAYER, c, budget=budget) for c in (known, known.sparing(known.sparable))
+    )
+    found = solve(layers, known, budget=budget)
+    assert found.main.seconds <= min(plain.seconds, everywhere.seconds)
+    assert _spared(found.main.plan) and dear not in _spared(found.main.plan)
+    assert all(Plan.parse(str(plan)) == plan for plan in found.plans.values())
+    # What one pair of layers is told to leave, it leaves in every other.
+    told = {row.operator: row.spare for row in found.main.plan.issues}
+    for plan in found.plans.values():
+        rows = [r for r in plan.issues if "transformer" in (plan.forward, plan.backward)]
+        assert all(row.spare == told[row.operator] for row in rows if row.operator in GEMMS)
+    simulated = simulate(layers, found.builder(), known, micro_batches=3)
+    others = [simulate(layers, b, known, micro_batches=3).seconds for b in BUILDERS.values()]
+    assert simulated.seconds < min(others)
+
+
+def test_a_choice_that_is_given_is_kept() -> None:
+    known, budget = Costs.of(_profile()), Budget(evaluations=100, rare_evaluations=20)
+    one = frozenset({(LAYER.forward.fingerprint, GEMM)})
+    found = solve([LAYER] * 3, known.sparing(one), budget=budget)
+    assert _spared(found.main.plan) == {GEMM}
+    assert _spared(solve([LAYER] * 3, known, algorithm="pairs").main.plan) == set()
 
 
 def test_only_gemms_that_compute_the_same_are_marked() -> None:
     known = Costs.of(_profile("fc1.gemm"))
-    found = solve_pair(LAYER, LAYER, known.sparing(), budget=Budget(evaluations=50))
+    found = solve_pair(LAYER, LAYER, known.sparing(known.sparable), budget=Budget(evaluations=50))
     assert _spared(found.plan) == GEMMS - {"fc1.gemm"}
 
 
