@@ -29,7 +29,7 @@ from lightning_dhellam.search.bound import bounds
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import Exact
 from lightning_dhellam.search.local import plain, search, slim
-from lightning_dhellam.search.orders import Cost, Problem, Surroundings
+from lightning_dhellam.search.orders import Candidate, Cost, Problem, Surroundings
 from lightning_dhellam.search.pairs import pairs
 from lightning_dhellam.search.sharing import shared
 from lightning_dhellam.search.walk import Stop, step_stops
@@ -39,6 +39,9 @@ _SLACK = 0.001
 
 _ALONE = 4
 """How many times fewer orders are looked at of a pair that lacks a strand."""
+
+_CHOICES = 3
+"""How often what leaves processors is chosen anew for the order that was found."""
 
 Algorithm = Literal["auto", "pairs"]
 Kind = tuple[str, str]
@@ -166,6 +169,7 @@ def solve_pair(
     memory_slack: float | None = None,
     budget: Budget | None = None,
     surroundings: Surroundings | None = None,
+    start: Plan | None = None,
 ) -> Solution:
     """The best order found of one layer's forward beside another's backward.
 
@@ -180,6 +184,7 @@ def solve_pair(
         memory_slack: instead of a limit, bytes above what the sequential plan needs.
         budget: how long to search.
         surroundings: neighbours of a pair that does not repeat itself.
+        start: a good order to begin with.
 
     Raises:
         ValueError: no order keeps the memory limit, or the algorithm is not known.
@@ -204,7 +209,8 @@ def solve_pair(
     if algorithm == "pairs":
         plan, proven = pairs(problem), False
     else:
-        plan, proven = _best(problem, max(found.values()), budget or Budget())
+        starts = [problem.candidate(start)] if start else []
+        plan, proven = _best(problem, starts, max(found.values()), budget or Budget())
     graphs = {Strand.FORWARD: problem.forward, Strand.BACKWARD: problem.backward}
     plan = costs.marked(plan, graphs)
     validate(plan, problem.forward, problem.backward)
@@ -227,13 +233,15 @@ def solve_pair(
     )
 
 
-def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
+def _best(
+    problem: Problem, starts: Sequence[Candidate], bound: float, budget: Budget
+) -> tuple[Plan, bool]:
     """The best of a search and the built-in plans, and whether it is proven to be the best."""
     if not any(graph.communicates for graph in (problem.forward, problem.backward) if graph):
         # All orders take as long; the built-in one hands over early.
         early = BUILDERS["interleaved"](problem.forward, problem.backward)
         return Plan("auto", early.forward, early.backward, early.rows), True
-    plan, cost, proven = _searched(problem, bound, budget)
+    plan, cost, proven = _searched(problem, starts, bound, budget)
     for build in BUILDERS.values():
         # Barriers pay where lanes disturb each other more than waiting costs. What has none has
         # been compared already.
@@ -247,10 +255,12 @@ def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
     return plan, proven
 
 
-def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cost, bool]:
+def _searched(
+    problem: Problem, starts: Sequence[Candidate], bound: float, budget: Budget
+) -> tuple[Plan, Cost, bool]:
     """The plan of a search, what it costs, and whether it is proven to be the best."""
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
-    starts = [problem.default(), *map(problem.candidate, built_in)]
+    starts = [*starts, problem.default(), *map(problem.candidate, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
     if problem.averages:
         evaluations //= 2  # each takes longer
@@ -310,21 +320,27 @@ def solve(
     found = given(costs)
     if algorithm != "auto" or costs.spared or not costs.sparable:
         return found
-    everywhere = costs.sparing(costs.sparable)
-    solutions = {costs.spared: found, everywhere.spared: given(everywhere)}
-    best = min(solutions, key=lambda spared: solutions[spared].main.seconds)
-    main = solutions[best].main
-    if main.repeats:
-        stop = next(s for s in stops if _kind(s) == next(iter(found.solutions)))
-        chosen = shared(*_graph_pairs(stop), main.plan, costs.sparing(best))
-        if chosen not in solutions:
-            solutions[chosen] = given(costs.sparing(chosen))
+    solutions = {costs.spared: found, costs.sparable: given(costs.sparing(costs.sparable))}
+    main = next(iter(found.solutions))
+    pair = _graph_pairs(stops[_kinds(stops).index(main)])
+    for _ in range(_CHOICES):
+        best = min(solutions, key=lambda spared: solutions[spared].main.seconds)
+        chosen = shared(*pair, solutions[best].main.plan, costs.sparing(best))
+        if not found.main.repeats or chosen in solutions:
+            break
+        # The order is as good for the new choice, and may become better.
+        solutions[chosen] = given(costs.sparing(chosen), known=solutions[best].plans)
     return min(solutions.values(), key=lambda solution: solution.main.seconds)
 
 
-def _solved(stops: Sequence[Stop], costs: Costs, **options: Any) -> ModelSolution:
+def _solved(
+    stops: Sequence[Stop],
+    costs: Costs,
+    known: Mapping[Kind, Plan] | None = None,
+    **options: Any,
+) -> ModelSolution:
     """The plans of these pairs, for a given choice of what leaves processors."""
-    kinds = [_kind(stop) for stop in stops]
+    kinds = _kinds(stops)
     counts = Counter(kinds)
     repeating = {
         kind
@@ -334,9 +350,13 @@ def _solved(stops: Sequence[Stop], costs: Costs, **options: Any) -> ModelSolutio
     solutions: dict[Kind, Solution] = {}
     plans: dict[Kind, Plan] = {}
     for kind in sorted(counts, key=lambda k: (k not in repeating, "" in k, -counts[k])):
-        around = None if kind in repeating else _surroundings(stops, kinds, kind, plans)
-        pairs_of_layers = _graph_pairs(stops[kinds.index(kind)])
-        solutions[kind] = solve_pair(*pairs_of_layers, costs, surroundings=around, **options)
+        solutions[kind] = solve_pair(
+            *_graph_pairs(stops[kinds.index(kind)]),
+            costs,
+            surroundings=None if kind in repeating else _surroundings(stops, kinds, kind, plans),
+            start=(known or {}).get(kind),
+            **options,
+        )
         plans[kind] = solutions[kind].plan
     return ModelSolution(solutions)
 
@@ -359,6 +379,10 @@ def peak_bytes(
     stops = {_kind(stop): stop for stop in step_stops(layers, 3)}
     problems = (Problem(*_graph_pairs(stop), costs, tokens=tokens) for stop in stops.values())
     return max(p.memory.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
+
+
+def _kinds(stops: Sequence[Stop]) -> list[Kind]:
+    return [_kind(stop) for stop in stops]
 
 
 def _kind(stop: Stop) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,13 +72,18 @@ class Times:
 
 
 def in_turn(steps: Mapping[str, Step], clock: Clock, rounds: int) -> dict[str, Times]:
-    """Run every step once in each of `rounds` rounds. A first round does not count."""
+    """Run every step once in each of `rounds` rounds. A first round does not count.
+
+    Each round has an order of its own, the same on every rank: how warm a device is depends on the
+    step before.
+    """
+    draw = random.Random(rounds)
     found: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            seconds = clock.seconds(step)
-            if number:
-                found[name].append(seconds)
+    for name in steps:
+        clock.seconds(steps[name])
+    for _ in range(rounds):
+        for name in draw.sample(list(steps), len(steps)):
+            found[name].append(clock.seconds(steps[name]))
     return {name: Times(tuple(seconds)) for name, seconds in found.items()}
 
 

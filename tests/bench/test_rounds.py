@@ -16,10 +16,14 @@ def test_steps_are_timed_in_turn_and_the_first_round_does_not_count() -> None:
         ran.append(name)
         return torch.zeros(())
 
-    steps = {name: (lambda name=name: step(name)) for name in "ab"}
-    times = in_turn(steps, Clock(torch.device("cpu")), rounds=2)
-    assert ran == list("ababab")
-    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 2, "b": 2}
+    steps = {name: (lambda name=name: step(name)) for name in "abcdef"}
+    times = in_turn(steps, Clock(torch.device("cpu")), rounds=4)
+    rounds = ["".join(ran[start : start + 6]) for start in range(0, 30, 6)]
+    assert rounds[0] == "abcdef"
+    assert all(sorted(one) == list("abcdef") for one in rounds)
+    # None is always behind the same one.
+    assert len(set(rounds)) == 5
+    assert {name: len(t.seconds) for name, t in times.items()} == dict.fromkeys("abcdef", 4)
     assert all(seconds > 0 for t in times.values() for seconds in t.seconds)
 
 
