@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from math import inf
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -123,28 +125,30 @@ class OperatorTimer:
     def sustained(self, subjects: Sequence[Subject], seconds: float, pause: float) -> Sustained:
         """Run compute operators again and again, with pauses of a share of each one's time.
 
-        For so long that the device's clock has settled; the last quarter counts. On CUDA only.
+        For so long that the device's clock has settled; the last quarter counts, and of it the
+        medians, since some launches of a host that does other things too are late. On CUDA only.
         """
         assert isinstance(self._lanes, CudaLanes)
         with torch.no_grad():
             alone = [self._time([subject], 0.0)[0] for subject in subjects]
-            rounds = max(4, round(seconds / (sum(alone) * (1 + pause))))
-            events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-            for number in range(rounds):
+            rounds = max(8, round(seconds / (sum(alone) * (1 + pause))))
+            events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+            for _ in range(rounds):
+                events.append([])
                 for subject, short in zip(subjects, alone, strict=True):
                     start = _recorded()
                     subject.operator.run(*subject.values)
-                    if number >= rounds * 3 // 4:
-                        events.append((start, _recorded()))
+                    events[-1].append((start, _recorded()))
                     if pause:
                         torch.cuda._sleep(round(short * pause * CYCLES))
             torch.cuda.synchronize(self._lanes.device)
-        busy = sum(start.elapsed_time(end) for start, end in events) / 1000
-        whole = events[0][0].elapsed_time(events[-1][1]) / 1000
-        counted = len(events) // len(subjects)
-        found = torch.tensor([busy / whole, busy / counted], dtype=torch.float64)
-        share, each = largest(found, self._group).tolist()
-        return Sustained(share, each)
+        counted = events[rounds * 3 // 4 - 1 :]
+        runs = zip(*counted[1:], strict=True)
+        each = sum(median(start.elapsed_time(end) for start, end in run) for run in runs)
+        whole = median(one[0][0].elapsed_time(other[0][0]) for one, other in pairwise(counted))
+        found = torch.tensor([each / whole, each / 1000], dtype=torch.float64)
+        share, longest = largest(found, self._group).tolist()
+        return Sustained(share, longest)
 
     def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
         while True:
