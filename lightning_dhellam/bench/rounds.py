@@ -97,11 +97,14 @@ class Result:
     loss: Tensor
     gradients: tuple[Tensor, ...]
 
-    def distance(self, other: Result) -> float:
-        """0 when bitwise equal; else the largest relative error of the loss or a gradient."""
+    def errors(self, other: Result) -> list[float]:
+        """Relative ones, of the loss and of each gradient; 0 where they are bitwise equal."""
         mine, others = (self.loss, *self.gradients), (other.loss, *other.gradients)
-        errors = [_distance(a, b) for a, b in zip(mine, others, strict=True)]
-        return max(errors)
+        return [_distance(a, b) for a, b in zip(mine, others, strict=True)]
+
+    def distance(self, other: Result) -> float:
+        """The largest of the errors."""
+        return max(self.errors(other))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

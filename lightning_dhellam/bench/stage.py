@@ -213,13 +213,18 @@ class Stage:
             )
         return self._searched[key]
 
-    def _parity(self, work: Workload, steps: Mapping[str, Step]) -> dict[str, float]:
-        """How far results are from the sequential plan's, when collectives bring numbers."""
+    def _parity(self, work: Workload, steps: Mapping[str, Step]) -> dict[str, tuple[float, str]]:
+        """How far results are from the sequential plan's, when collectives bring numbers, and
+        which of them is farthest."""
+        names = {id(p): name for name, p in work.model.named_parameters()}
+        results = ["loss", *(names[id(p)] for p in work.parameters)]
         self._link.play = Play.ECHO
         try:
             reference = result_of(steps["sequential"], work.parameters)
             return {
-                name: result_of(step, work.parameters).distance(reference)
+                name: max(
+                    zip(result_of(step, work.parameters).errors(reference), results, strict=True)
+                )
                 for name, step in steps.items()
             }
         finally:
@@ -248,7 +253,7 @@ class Stage:
         work: Workload,
         plans: Plans,
         timed: Mapping[str, Times],
-        parity: Mapping[str, float],
+        parity: Mapping[str, tuple[float, str]],
         peaks: Mapping[str, float],
     ) -> list[Row]:
         def layer(name: str) -> float:
@@ -277,7 +282,8 @@ class Stage:
                     "step error": many / step.median - 1,
                     "peak GiB": peaks[name] / 2**30,
                     "of sequential": peaks[name] / peaks["sequential"],
-                    "parity": parity[name],
+                    "parity": parity[name][0],
+                    "farthest": parity[name][1],
                     "search s": plans.search_seconds.get(name),
                 }
             rows.append(row)
