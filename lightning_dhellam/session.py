@@ -14,16 +14,19 @@ import torch
 from lightning_dhellam.engine import Span
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
-from lightning_dhellam.plan import BUILDERS, Builder, Graph
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane
 from lightning_dhellam.profiling import fingerprint, take_profile, versions
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.files import FileError
 from lightning_dhellam.search.findings import Findings
+from lightning_dhellam.search.passes import LayerCosts, PassTable, UniformCosts
 from lightning_dhellam.search.planfile import PlanFile, named_plan
 from lightning_dhellam.search.profile import Profile, Progress
 from lightning_dhellam.search.report import Outcome, choose
+from lightning_dhellam.search.schedules import Schedule, fold
 from lightning_dhellam.search.simulate import Interval, Simulation, simulate
 from lightning_dhellam.search.solve import Kind, ModelSolution, peak_bytes, solve
+from lightning_dhellam.search.stages import run
 from lightning_dhellam.search.trials import Trials, measured
 
 if TYPE_CHECKING:
@@ -92,6 +95,7 @@ class Session:
             self._profile = together(lambda: self._profiled(options, progress), everyone)
         with self._timed("solve"):
             together(lambda: self._solve(options.memory_limit, slack), everyone)
+            self._agree()
         self._trials = Trials(tuple(self._builders), options.rounds)
         self._winner = ""
         self._reason = ""
@@ -202,12 +206,47 @@ class Session:
                 if name != REFERENCE
             }
             self.left_out = {name: peak for name, peak in needs.items() if peak > limit}
-            for name in self.left_out:
-                del self._builders[name]
         self._predicted: dict[str, Simulation] = {
             name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
             for name, builder in self._builders.items()
         }
+        self._passes = (
+            {name: self._costs_of(name, costs, tokens) for name in self._builders}
+            if self._strategy.context.pp_size > 1
+            else {}
+        )
+
+    @property
+    def _schedule(self) -> Schedule:
+        return fold(self._strategy.engine.stage.count, len(self._pieces))
+
+    def _costs_of(self, name: str, costs: Costs, tokens: int) -> PassTable:
+        """What the passes of this stage cost under a plan."""
+        engine, stage = self._strategy.engine, self._strategy.engine.stage
+        chunks: list[Sequence[GraphPair]] = [()] * (2 * stage.count)
+        chunks[stage.number] = engine.layers[: stage.turn]
+        chunks[-1 - stage.number] = engine.layers[stage.turn :]
+        # Compute has pauses where the stages wait for each other.
+        filled = run(self._schedule, UniformCosts()).share("compute")[stage.number]
+        costs = costs.clocked(filled * self._predicted[name].utilisation[Lane.COMPUTE])
+        known = LayerCosts(chunks, costs, tokens=tokens, builders={name: self._builders[name]})
+        return PassTable.of_stage(known, self._schedule, stage.number)
+
+    def _agree(self) -> None:
+        """Stages have layers of their own: what one leaves out, none tries, and a step takes as
+        long as all of them together."""
+        self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
+        if self._strategy.context.pp_size > 1 and self._strategy.world_group is not None:
+            group = self._strategy.context.pp_group
+            known = of_all_ranks((self.left_out, self._passes), group)
+            for name in self._builders:
+                peaks = [left_out[name] for left_out, _ in known if name in left_out]
+                if peaks:
+                    self.left_out[name] = max(peaks)
+                table = PassTable.joined(passes[name] for _, passes in known)
+                self._step_seconds[name] = run(self._schedule, table).seconds
+        for name in self.left_out:
+            del self._builders[name], self._predicted[name]
 
     def _peak_bytes(self) -> float:
         """Most memory in use so far, on the rank that used most; of slots alone on CPU."""
@@ -222,7 +261,8 @@ class Session:
         table = torch.tensor(self._trials.table(), dtype=torch.float64)
         table = largest(table, self._strategy.world_group)
         predicted = [
-            Outcome(name, step.seconds, step.exposed) for name, step in self._predicted.items()
+            Outcome(name, self._step_seconds[name], self._predicted[name].exposed)
+            for name in self._builders
         ]
         self._outcomes = measured(predicted, table.tolist())
         winner, self._reason = choose(self._outcomes, REFERENCE)

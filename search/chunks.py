@@ -136,7 +136,8 @@ def halves(pair: GraphPair) -> tuple[GraphPair, GraphPair]:
     """The layer with the half of backward that others wait for, and with the other half.
 
     The first half leads to the gradient of the layer's input; the second has the gradients of
-    weights and what only they read. The second takes in what the first leaves for it.
+    weights and what only they read. The second takes in what the first leaves for it. Transfers to
+    other stages, which are no operators, are in neither.
     """
     graph = pair.backward
     needed: set[str] = set(graph.outputs)
@@ -149,6 +150,7 @@ def halves(pair: GraphPair) -> tuple[GraphPair, GraphPair]:
     late = tuple(o for o in graph.operators if o.name not in first)
     known = {*graph.inputs, *(slot for o in early for slot in o.writes)}
     left = tuple(dict.fromkeys(slot for o in late for slot in o.reads if slot in known))
+    graph = replace(graph, receives=(), sends=())
     one = replace(graph, name=f"{graph.name}.input", operators=early)
     other = replace(graph, name=f"{graph.name}.weights", operators=late, inputs=left, outputs=())
     return tuple(  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Strand
 from lightning_dhellam.search.chunks import halves, with_halves
 from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.schedules import Part, Pass, Work
+from lightning_dhellam.search.schedules import Part, Pass, Schedule, Work
 from lightning_dhellam.search.walk import Order, Place, Stop, Walk, as_planned
 
 
@@ -137,6 +137,8 @@ class LayerCosts:
     def bytes_sent(self, work: Work) -> float:
         """Bytes of a hidden state, or of its gradient, between this chunk and the next."""
         layers = self.chunks[work.chunk]
+        if not layers:
+            return 0.0
         graph = layers[-1].forward if work.part is Part.FORWARD else layers[0].backward
         return sum(graph.bytes_per_token.get(slot, 0.0) for slot in graph.outputs) * self._tokens
 
@@ -200,6 +202,45 @@ class LayerCosts:
         early, late = halves(layer)
         half, freed = (early, whole - kept) if work.part is Part.INPUT else (late, kept)
         return (Place(0, index, half) if half.backward.operators else None), freed
+
+
+@dataclass(frozen=True)
+class PassTable:
+    """Costs of passes one by one, as stages that know their own tell them each other.
+
+    Attributes:
+        costs: of the passes.
+        bytes: of the results of the works in them.
+    """
+
+    costs: Mapping[Pass, PassCost]
+    bytes: Mapping[Work, float]
+
+    @classmethod
+    def of_stage(cls, costs: PassCosts, schedule: Schedule, stage: int) -> PassTable:
+        """What the passes of one stage cost."""
+        passes = schedule.passes[stage]
+        return cls(
+            {works: costs.of(works) for works in passes},
+            {work: costs.bytes_sent(work) for works in passes for work in works},
+        )
+
+    @classmethod
+    def joined(cls, tables: Iterable[PassTable]) -> PassTable:
+        """What the passes of all stages cost."""
+        costs, sizes = dict[Pass, PassCost](), dict[Work, float]()
+        for table in tables:
+            costs |= table.costs
+            sizes |= table.bytes
+        return cls(costs, sizes)
+
+    def of(self, works: Pass) -> PassCost:
+        """The cost of a pass."""
+        return self.costs[works]
+
+    def bytes_sent(self, work: Work) -> float:
+        """Bytes of the result of a work."""
+        return self.bytes[work]
 
 
 def _ascends(works: Pass) -> bool:

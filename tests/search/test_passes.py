@@ -9,10 +9,10 @@ import pytest
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane, Strand
 from lightning_dhellam.search.chunks import cut
 from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.passes import LayerCosts, UniformCosts
+from lightning_dhellam.search.passes import LayerCosts, PassTable, UniformCosts
 from lightning_dhellam.search.schedules import Work, fold, one_f_one_b
 from lightning_dhellam.search.simulate import simulate
-from lightning_dhellam.search.stages import run
+from lightning_dhellam.search.stages import Link, run
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import TOKENS, costs, graphs_of, model, toy_costs, transformer
 
@@ -88,6 +88,23 @@ def test_a_step_of_one_stage_without_overlap_takes_exactly_as_long() -> None:
     (stage,) = folded.stages
     assert stage.compute == pytest.approx(step.busy[Lane.COMPUTE])
     assert stage.exposed == pytest.approx(step.exposed[Lane.TP])
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_stages_that_know_their_own_layers_know_together_what_a_step_takes(stages: int) -> None:
+    layers = model(9)
+    given = costs(graphs_of(layers), 200e9)
+    schedule = fold(stages, 4)
+    chunks = cut(layers, given, 2 * stages)
+    whole = LayerCosts(chunks, given, tokens=TOKENS)
+
+    def of_stage(stage: int) -> PassTable:
+        own = [c if schedule.stage_of[i] == stage else () for i, c in enumerate(chunks)]
+        return PassTable.of_stage(LayerCosts(own, given, tokens=TOKENS), schedule, stage)
+
+    table = PassTable.joined(of_stage(stage) for stage in range(stages))
+    link = Link(bandwidth=1e9)
+    assert run(schedule, table, link) == run(schedule, whole, link)
 
 
 def test_1f1b_on_one_stage_is_one_strand_after_the_other() -> None:

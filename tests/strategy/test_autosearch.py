@@ -78,24 +78,28 @@ def searched(
 
 def on_two_ranks(
     rank: int, folder: Path, sizes: dict[str, int]
-) -> tuple[list[float], list[float], list[str]]:
-    """Losses without and with a search, and the plans of the latter."""
+) -> tuple[list[float], list[float], list[str], dict[str, float], dict[str, float]]:
+    """Losses without and with a search, the plans of the latter, and by plan what a step would
+    take on this rank's stage alone and what it is predicted to take."""
     join(rank, 2)
     strategy = {**sizes, "micro_batch_size": 3}
     steps = STEPS + 2
     samples = GLOBAL_BATCH * (steps + 1)
     model = {"hidden_dropout": 0.1, "num_layers": 4}
     plain = train(strategy, Model(**model), max_steps=steps, samples=samples)
-    plans = InUse()
+    plans, search = InUse(), AutoSearch(rounds=ROUNDS)
     losses = train(
         {**strategy, "plan": "auto"},
         Model(**model),
         max_steps=steps,
         samples=samples,
         default_root_dir=folder,
-        callbacks=[AutoSearch(rounds=ROUNDS), plans],
+        callbacks=[search, plans],
     )
-    return plain, losses, plans.plans
+    found = search.findings
+    assert found is not None
+    alone = {name: step.seconds for name, step in found.predicted.items()}
+    return plain, losses, plans.plans, alone, {o.name: o.predicted for o in found.outcomes}
 
 
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
@@ -103,8 +107,15 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     tmp_path: Path, size: str
 ) -> None:
     results = run_ranks(2, on_two_ranks, tmp_path, {size: 2})
-    for plain, losses, _ in results:
+    for plain, losses, *_ in results:
         assert losses == plain, "the search changed the losses"
+    predicted = results[0][4]
+    assert predicted == results[1][4]
+    for name, seconds in predicted.items():
+        stages = [alone[name] for *_, alone, _ in results]
+        # A stage waits while the other begins and ends.
+        longer = seconds > max(stages) * 1.01
+        assert longer if size == "pipeline_parallel_size" else stages == [seconds] * 2, name
     plans = results[0][2]
     assert plans == results[1][2]
     assert plans[0] == "sequential" and sorted(plans[1:7]) == sorted(PLANS)
