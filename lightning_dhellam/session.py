@@ -14,19 +14,18 @@ import torch
 from lightning_dhellam.engine import Span
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, Lane
 from lightning_dhellam.profiling import fingerprint, take_profile, versions
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.files import FileError
 from lightning_dhellam.search.findings import Findings
-from lightning_dhellam.search.passes import LayerCosts, PassTable, UniformCosts
+from lightning_dhellam.search.passes import PassTable
+from lightning_dhellam.search.pipelines import OneOfStages
 from lightning_dhellam.search.planfile import PlanFile, named_plan
 from lightning_dhellam.search.profile import Profile, Progress
 from lightning_dhellam.search.report import Outcome, choose
-from lightning_dhellam.search.schedules import Schedule, fold
 from lightning_dhellam.search.simulate import Interval, Simulation, simulate
 from lightning_dhellam.search.solve import Kind, ModelSolution, peak_bytes, solve
-from lightning_dhellam.search.stages import run
 from lightning_dhellam.search.trials import Trials, measured
 
 if TYPE_CHECKING:
@@ -196,6 +195,11 @@ class Session:
             "pairs": published.builder(),
             "auto": self._solution.builder(),
         }
+        if costs.sparable:
+            # The other end of what `auto` chooses from, should it choose wrongly.
+            everywhere = costs.sparing(costs.sparable)
+            spare = solve(layers, everywhere, tokens=tokens, memory_limit=limit, memory_slack=slack)
+            self._builders["spare"] = spare.builder()
         given = self._strategy.plan
         if given not in self._builders:
             self._builders[given] = named_plan(given, self._strategy.conditions)
@@ -217,34 +221,33 @@ class Session:
         )
 
     @property
-    def _schedule(self) -> Schedule:
-        return fold(self._strategy.engine.stage.count, len(self._pieces))
+    def _stage(self) -> OneOfStages:
+        stage = self._strategy.engine.stage
+        return OneOfStages(stage.number, stage.count, len(self._pieces))
 
     def _costs_of(self, name: str, costs: Costs, tokens: int) -> PassTable:
         """What the passes of this stage cost under a plan."""
-        engine, stage = self._strategy.engine, self._strategy.engine.stage
-        chunks: list[Sequence[GraphPair]] = [()] * (2 * stage.count)
-        chunks[stage.number] = engine.layers[: stage.turn]
-        chunks[-1 - stage.number] = engine.layers[stage.turn :]
-        # Compute has pauses where the stages wait for each other.
-        filled = run(self._schedule, UniformCosts()).share("compute")[stage.number]
-        costs = costs.clocked(filled * self._predicted[name].utilisation[Lane.COMPUTE])
-        known = LayerCosts(chunks, costs, tokens=tokens, builders={name: self._builders[name]})
-        return PassTable.of_stage(known, self._schedule, stage.number)
+        layers, turn = self._strategy.engine.layers, self._strategy.engine.stage.turn
+        return self._stage.passes(
+            layers[:turn],
+            layers[turn:],
+            self._builders[name],
+            costs,
+            busy=self._predicted[name].utilisation[Lane.COMPUTE],
+            tokens=tokens,
+        )
 
     def _agree(self) -> None:
         """Stages have layers of their own: what one leaves out, none tries, and a step takes as
         long as all of them together."""
         self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
-        if self._strategy.context.pp_size > 1 and self._strategy.world_group is not None:
-            group = self._strategy.context.pp_group
-            known = of_all_ranks((self.left_out, self._passes), group)
+        if self._strategy.context.pp_size > 1:
+            known = of_all_ranks((self.left_out, self._passes), self._strategy.context.pp_group)
             for name in self._builders:
                 peaks = [left_out[name] for left_out, _ in known if name in left_out]
                 if peaks:
                     self.left_out[name] = max(peaks)
-                table = PassTable.joined(passes[name] for _, passes in known)
-                self._step_seconds[name] = run(self._schedule, table).seconds
+                self._step_seconds[name] = self._stage.seconds(passes[name] for _, passes in known)
         for name in self.left_out:
             del self._builders[name], self._predicted[name]
 

@@ -29,7 +29,7 @@ class Findings:
         outcomes: of each candidate.
         winner: name of the candidate that is used.
         reason: why.
-        predicted: a simulated step of each candidate.
+        predicted: a simulated step of each candidate, of a pipeline what this stage does in it.
         measured: intervals of a traced real step, of some candidates.
         seconds: wall time of each part of the search.
         reference: the plan to compare with in pictures.

@@ -61,6 +61,11 @@ class Surroundings:
     after: tuple[tuple[Stop, Plan], ...] = ()
 
 
+def graphs_of(ahead: GraphPair | None, behind: GraphPair | None) -> list[Graph]:
+    """The graphs of a pair of layers, forward first."""
+    return [pair.forward for pair in (ahead,) if pair] + [p.backward for p in (behind,) if p]
+
+
 class Problem:
     """One pair of layers whose operators are to be ordered.
 
@@ -87,8 +92,7 @@ class Problem:
         self._ahead, self._behind, self._surroundings = ahead, behind, surroundings
         self.forward = ahead.forward if ahead else None
         self.backward = behind.backward if behind else None
-        graphs = [graph for graph in (self.forward, self.backward) if graph]
-        self.operators = [(graph, o) for graph in graphs for o in graph.operators]
+        self.operators = [(g, o) for g in graphs_of(ahead, behind) for o in g.operators]
         self.size = len(self.operators)
         self.cyclic = surroundings is None
         self.costs = self._heeded(costs)

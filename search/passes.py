@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
 
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Strand
+from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand
 from lightning_dhellam.search.chunks import halves, with_halves
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.schedules import Part, Pass, Schedule, Work
@@ -167,7 +167,7 @@ class LayerCosts:
             return PassCost(0.0, 0.0, {work.strand: 0.0 for work in works}, *memory), "nothing"
         found = []
         for name, build in self._builders.items():
-            plans = [build(*_graphs(stop)) for stop in stops]
+            plans = [build(*stop.graphs) for stop in stops]
             walk = Walk(stops, as_planned(self._costs, stops, plans))
             order = walk.order(plans)
             first = walk.first_of(plans)
@@ -257,12 +257,6 @@ def _bytes(layer: GraphPair) -> tuple[float, float]:
     kept = sum(forward.get(slot, 0.0) for slot in late.foreign)
     kept += sum(backward.get(slot, 0.0) for slot in late.inputs)
     return saved, kept
-
-
-def _graphs(stop: Stop) -> tuple[Graph | None, Graph | None]:
-    forward = stop.forward.graphs.forward if stop.forward else None
-    backward = stop.backward.graphs.backward if stop.backward else None
-    return forward, backward
 
 
 def _timed(

@@ -24,7 +24,7 @@ from lightning_dhellam.search.files import (
 )
 from lightning_dhellam.search.graphfile import fields_of, graph_from
 
-FORMAT = 2
+FORMAT = 3
 
 _LEADS = 2
 """Computation that is over so many leads after its start is not worth starting behind."""

@@ -6,21 +6,31 @@ takes all lets communication wait for its end. Which is better depends on what t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_dhellam.plan import GraphPair, Plan
 from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.orders import Problem
+from lightning_dhellam.search.orders import Problem, graphs_of
 
-_WORTH = 1e-4
-"""Share of the time that a change must gain."""
+Spared = frozenset[tuple[str, str]]
+"""Operators that leave processors, by graph fingerprint and name: `Costs.spared`."""
+
+_WORTH = 1e-3
+"""Share of the time that a change must gain. Measurements are not truer than that."""
 
 
-def shared(
-    ahead: GraphPair | None, behind: GraphPair | None, plan: Plan, costs: Costs
-) -> frozenset[tuple[str, str]]:
-    """The operators of a model that had better leave processors, as `Costs.spared` has them.
+def sparable(ahead: GraphPair | None, behind: GraphPair | None, costs: Costs) -> Spared:
+    """The operators of a pair of layers that can leave processors."""
+    graphs = graphs_of(ahead, behind)
+    own = {(graph.fingerprint, o.name) for graph in graphs for o in graph.operators}
+    return costs.sparable & own
 
-    From those that do in `costs` one operator of this pair after the other changes, always the one
-    that gains most, until none gains.
+
+def shared(ahead: GraphPair | None, behind: GraphPair | None, plan: Plan, costs: Costs) -> Spared:
+    """The operators of a pair of layers that had better leave processors.
+
+    From those that do in `costs` one after the other changes, always the one that gains most, until
+    none gains.
 
     Args:
         ahead: layer whose forward graph runs, or None.
@@ -28,15 +38,16 @@ def shared(
         plan: of this pair, which repeats itself.
         costs: of the operators.
     """
-    graphs = [pair.forward for pair in (ahead,) if pair] + [p.backward for p in (behind,) if p]
-    own = {(graph.fingerprint, o.name) for graph in graphs for o in graph.operators}
+    graphs, able = graphs_of(ahead, behind), sorted(sparable(ahead, behind, costs))
+    # A plan is timed by the costs alone.
+    costs = replace(costs, samples=())
 
-    def seconds(spared: frozenset[tuple[str, str]]) -> float:
+    def seconds(spared: Spared) -> float:
         return Problem(ahead, behind, costs.sparing(spared).at_work(graphs)).seconds_of_plan(plan)
 
     chosen, best = costs.spared, seconds(costs.spared)
     while True:
-        changes = [chosen ^ {operator} for operator in sorted(own & costs.sparable)]
+        changes = [chosen ^ {operator} for operator in able]
         gain, change = min(((seconds(c), i) for i, c in enumerate(changes)), default=(best, 0))
         if gain >= best * (1 - _WORTH):
             return chosen

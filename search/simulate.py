@@ -122,8 +122,7 @@ def _played(stops: Sequence[Stop], plans: Sequence[Plan], costs: Costs, tokens: 
 
 
 def _plan(stop: Stop, builder: Builder, made: dict[tuple[str, str], Plan]) -> Plan:
-    forward = stop.forward.graphs.forward if stop.forward else None
-    backward = stop.backward.graphs.backward if stop.backward else None
+    forward, backward = stop.graphs
     key = (forward.fingerprint if forward else "", backward.fingerprint if backward else "")
     if key not in made:
         made[key] = builder(forward, backward)

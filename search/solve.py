@@ -3,7 +3,8 @@
 A pair of layers that repeats itself, as in the middle of a deep model, is ordered for its
 *period*: layer boundaries are no barriers, and weight gradients may be left for the next pair. The
 others, such as embedding beside head, are ordered between their neighbours. Which operators leave
-processors to communication is chosen for that pair: none, all, or those that pay (`sharing`).
+processors to communication is chosen for the pair that repeats itself most often: none, all, or
+those of its operators that pay (`sharing`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from lightning_dhellam.search.bound import bounds
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import Exact
 from lightning_dhellam.search.local import plain, search, slim
-from lightning_dhellam.search.orders import Candidate, Cost, Problem, Surroundings
+from lightning_dhellam.search.orders import Candidate, Cost, Problem, Surroundings, graphs_of
 from lightning_dhellam.search.pairs import pairs
-from lightning_dhellam.search.sharing import shared
+from lightning_dhellam.search.sharing import Spared, shared, sparable
 from lightning_dhellam.search.walk import Stop, step_stops
 
 _SLACK = 0.001
@@ -194,9 +195,7 @@ def solve_pair(
     problem = Problem(
         ahead,
         behind,
-        costs.at_work(
-            [pair.forward for pair in (ahead,) if pair] + [p.backward for p in (behind,) if p]
-        ),
+        costs.at_work(graphs_of(ahead, behind)),
         tokens=tokens,
         memory_limit=memory_limit,
         surroundings=surroundings,
@@ -302,7 +301,7 @@ def solve(
     """The plans of every pair of layers that a training step meets.
 
     Where operators were measured leaving processors to communication, and `costs` do not say which
-    of them do, `auto` chooses that as well.
+    of them do, `auto` chooses that as well, if a pair of layers repeats itself.
 
     Layers may be given in full; equal ones are solved once. Arguments and errors as for
     `solve_pair`; `memory_slack` are the bytes that a pair may need above its sequential plan.
@@ -317,56 +316,65 @@ def solve(
         memory_slack=memory_slack,
         budget=budget,
     )
-    found = given(costs)
-    if algorithm != "auto" or costs.spared or not costs.sparable:
-        return found
-    solutions = {costs.spared: found, costs.sparable: given(costs.sparing(costs.sparable))}
-    main = next(iter(found.solutions))
-    pair = _graph_pairs(stops[_kinds(stops).index(main)])
+    (main, *_), repeating = _ranked(stops)
+    if algorithm != "auto" or costs.spared or not costs.sparable or main not in repeating:
+        return given(costs)
+    pair = next(stop.pairs for stop in stops if kind_of(*stop.graphs) == main)
+    ordered = partial(
+        solve_pair,
+        *pair,
+        tokens=tokens,
+        memory_limit=memory_limit,
+        memory_slack=memory_slack,
+        budget=budget,
+    )
+    choices = (Spared(), sparable(*pair, costs))
+    solutions = {spared: ordered(costs.sparing(spared)) for spared in choices}
     for _ in range(_CHOICES):
-        best = min(solutions, key=lambda spared: solutions[spared].main.seconds)
-        chosen = shared(*pair, solutions[best].main.plan, costs.sparing(best))
-        if not found.main.repeats or chosen in solutions:
+        best = min(solutions, key=lambda spared: solutions[spared].seconds)
+        plan = solutions[best].plan
+        chosen = shared(*pair, plan, costs.sparing(best))
+        if chosen in solutions:
             break
         # The order is as good for the new choice, and may become better.
-        solutions[chosen] = given(costs.sparing(chosen), known=solutions[best].plans)
-    return min(solutions.values(), key=lambda solution: solution.main.seconds)
+        solutions[chosen] = ordered(costs.sparing(chosen), start=plan)
+    best = min(solutions, key=lambda spared: solutions[spared].seconds)
+    return given(costs.sparing(best), known={main: solutions[best]})
 
 
-def _solved(
-    stops: Sequence[Stop],
-    costs: Costs,
-    known: Mapping[Kind, Plan] | None = None,
-    **options: Any,
-) -> ModelSolution:
-    """The plans of these pairs, for a given choice of what leaves processors."""
-    kinds = _kinds(stops)
+def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:
+    """The kinds of pairs, those that count most first, and which of them repeat themselves."""
+    kinds = [kind_of(*stop.graphs) for stop in stops]
     counts = Counter(kinds)
     repeating = {
         kind
         for (kind, stop), (other, following) in pairwise(zip(kinds, stops, strict=True))
         if kind == other and stop.leads_to(following)
     }
+    return sorted(counts, key=lambda k: (k not in repeating, "" in k, -counts[k])), repeating
+
+
+def _solved(
+    stops: Sequence[Stop],
+    costs: Costs,
+    known: Mapping[Kind, Solution] | None = None,
+    **options: Any,
+) -> ModelSolution:
+    """The plans of these pairs, but for those that are `known`, for a given choice of what leaves
+    processors."""
+    kinds = [kind_of(*stop.graphs) for stop in stops]
+    ranked, repeating = _ranked(stops)
     solutions: dict[Kind, Solution] = {}
     plans: dict[Kind, Plan] = {}
-    for kind in sorted(counts, key=lambda k: (k not in repeating, "" in k, -counts[k])):
-        solutions[kind] = solve_pair(
-            *_graph_pairs(stops[kinds.index(kind)]),
-            costs,
-            surroundings=None if kind in repeating else _surroundings(stops, kinds, kind, plans),
-            start=(known or {}).get(kind),
-            **options,
-        )
+    for kind in ranked:
+        if known and kind in known:
+            solutions[kind] = known[kind]
+        else:
+            around = None if kind in repeating else _surroundings(stops, kinds, kind, plans)
+            pair = stops[kinds.index(kind)].pairs
+            solutions[kind] = solve_pair(*pair, costs, surroundings=around, **options)
         plans[kind] = solutions[kind].plan
     return ModelSolution(solutions)
-
-
-def _graph_pairs(stop: Stop) -> tuple[GraphPair | None, GraphPair | None]:
-    """The layer that goes forward and the one that goes backward."""
-    return (
-        stop.forward.graphs if stop.forward else None,
-        stop.backward.graphs if stop.backward else None,
-    )
 
 
 def peak_bytes(
@@ -376,18 +384,9 @@ def peak_bytes(
 
     Arguments as for `solve`; it is what `memory_limit` limits.
     """
-    stops = {_kind(stop): stop for stop in step_stops(layers, 3)}
-    problems = (Problem(*_graph_pairs(stop), costs, tokens=tokens) for stop in stops.values())
+    stops = {kind_of(*stop.graphs): stop for stop in step_stops(layers, 3)}
+    problems = (Problem(*stop.pairs, costs, tokens=tokens) for stop in stops.values())
     return max(p.memory.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
-
-
-def _kinds(stops: Sequence[Stop]) -> list[Kind]:
-    return [_kind(stop) for stop in stops]
-
-
-def _kind(stop: Stop) -> Kind:
-    forward = stop.forward.graphs.forward if stop.forward else None
-    return kind_of(forward, stop.backward.graphs.backward if stop.backward else None)
 
 
 def _surroundings(
@@ -401,9 +400,7 @@ def _surroundings(
         known = plans.get(kinds[number])
         if known is not None:
             return stop, known
-        forward = stop.forward.graphs.forward if stop.forward else None
-        backward = stop.backward.graphs.backward if stop.backward else None
-        return stop, BUILDERS["interleaved"](forward, backward)
+        return stop, BUILDERS["interleaved"](*stop.graphs)
 
     before = tuple(planned(i) for i in range(max(0, at - 1), at))
     after = tuple(planned(i) for i in range(at + 1, min(len(stops), at + 3)))

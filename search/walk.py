@@ -44,6 +44,20 @@ class Stop:
         if self.backward is not None:
             yield Strand.BACKWARD, self.backward, self.backward.graphs.backward
 
+    @property
+    def pairs(self) -> tuple[GraphPair | None, GraphPair | None]:
+        """The layer that goes forward and the one that goes backward, if they are here."""
+        return (
+            self.forward.graphs if self.forward else None,
+            self.backward.graphs if self.backward else None,
+        )
+
+    @property
+    def graphs(self) -> tuple[Graph | None, Graph | None]:
+        """The forward graph and the backward one, if they are here."""
+        ahead, behind = self.pairs
+        return (ahead.forward if ahead else None, behind.backward if behind else None)
+
     def leads_to(self, other: Stop) -> bool:
         """Whether `other` carries on with the same micro-batches."""
         here, there = (
@@ -265,7 +279,10 @@ def _followers(waits: Sequence[tuple[int, ...]]) -> list[list[int]]:
 
 
 def as_planned(costs: Costs, stops: Sequence[Stop], plans: Sequence[Plan]) -> Costs:
-    """The costs of operators that leave processors to communication where `plans` say so."""
+    """The costs of operators that leave processors to communication where `plans` say so.
+
+    What one plan says of an operator of a graph counts for all of them.
+    """
     marked = {
         (graph.fingerprint, row.operator)
         for stop, plan in zip(stops, plans, strict=True)
@@ -273,7 +290,7 @@ def as_planned(costs: Costs, stops: Sequence[Stop], plans: Sequence[Plan]) -> Co
         for row in plan.issues
         if row.spare and row.strand is strand
     }
-    return costs.sparing(marked) if marked else costs
+    return costs.sparing(marked)
 
 
 def step_stops(layers: Sequence[GraphPair], micro_batches: int) -> list[Stop]:

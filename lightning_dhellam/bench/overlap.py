@@ -31,7 +31,7 @@ DESCRIPTION = "layer and step times of every plan over emulated links, against t
 
 COLUMNS = (
     "cell", "plan", "layer ms", "over megatron", "of bound", "exposed ms", "step ms", "spread ms",
-    "predicted ms", "error", "step error", "peak GiB", "of sequential", "parity",
+    "predicted ms", "error", "step error", "peak GiB", "of sequential", "parity", "farthest",
 )  # fmt: skip
 LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""

@@ -16,7 +16,7 @@ BUILT_IN = ("sequential", "megatron", "dhellam", "interleaved")
 SEARCHED = ("pairs", "order", "auto", "spare")
 PLANS = (*BUILT_IN, *SEARCHED)
 """`pairs` is the published search for pairs of blocks, `auto` ours; `order` is ours as if operators
-did not slow each other down, and with `spare` GEMMs leave processors to communication, where it
+did not slow each other down, and with `spare` all GEMMs leave processors to communication, where it
 needs any."""
 
 

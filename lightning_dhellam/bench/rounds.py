@@ -72,7 +72,7 @@ class Times:
 
 
 def in_turn(steps: Mapping[str, Step], clock: Clock, rounds: int) -> dict[str, Times]:
-    """Run every step once in each of `rounds` rounds. A first round does not count.
+    """Time every step once in each of `rounds` rounds. A first round does not count.
 
     Each round has an order of its own, the same on every rank, and a GPU takes a step before it is
     timed: its clock depends on what it did before.

@@ -202,7 +202,7 @@ def _rows(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> li
         row["MFU"] = work / plan["seconds"] / full
         if "spread" in plan:
             row["spread ms"] = plan["spread"] * 1e3
-        if "predicted" in plan and job.pipeline == 1:  # of a pipeline, one stage's work
+        if "predicted" in plan:
             row["predicted ms"] = plan["predicted"] * 1e3
             row["error"] = plan["predicted"] / plan["seconds"] - 1
         if plan["plan"] == result.get("winner", "-"):

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -222,9 +223,7 @@ class Stage:
         try:
             reference = result_of(steps["sequential"], work.parameters)
             return {
-                name: max(
-                    zip(result_of(step, work.parameters).errors(reference), results, strict=True)
-                )
+                name: _farthest(result_of(step, work.parameters).errors(reference), results)
                 for name, step in steps.items()
             }
         finally:
@@ -288,6 +287,12 @@ class Stage:
                 }
             rows.append(row)
         return rows
+
+
+def _farthest(errors: Sequence[float], names: Sequence[str]) -> tuple[float, str]:
+    """The largest error and what has it; one that is no number is larger than any."""
+    error, name = max(zip(errors, names, strict=True), key=lambda one: (isnan(one[0]), one[0]))
+    return error, name if error else "-"
 
 
 def _searched(plans: Plans) -> str:

@@ -98,10 +98,12 @@ def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[
     context, stage = model.context, rule.stage(model)
     like = next(iter(tensors.values()))
     # NCCL carries nothing that is on the host.
+    alone = context.tp_size == context.pp_size == 1
+    device = like.device if alone else context.device
     if stage == context.pp_rank:
-        found = rule.split(_gather(tensors[rule.ours].detach().to(context.device), context))
+        found = rule.split(_gather(tensors[rule.ours].detach().to(device), context))
     else:
-        found = [like.new_empty(s, device=context.device) for s in rule.theirs.values()]
+        found = [like.new_empty(shape, device=device) for shape in rule.theirs.values()]
     if context.pp_size > 1:
         found = [tensor.contiguous() for tensor in found]
         for tensor in found:

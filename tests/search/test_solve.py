@@ -207,9 +207,9 @@ def test_noise_leads_to_equally_good_plans() -> None:
 
 
 def test_noise_of_a_real_measurement_leads_to_equally_good_plans() -> None:
-    """On an H200 a link on SMs makes some orders fast only at exactly the measured times."""
-    folder = Path(__file__).parents[2] / "benchmarks" / "search"
-    profile = Profile.load(next(folder.glob("*tp8*/profile.json")))
+    """On H200s a link on SMs makes some orders fast only at exactly the measured times."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "multi_gpu"
+    profile = Profile.load(next(folder.glob("b6-tp2*/profile.json")))
     (layer,) = (pair for pair in layers_of(profile, 1) if pair.name == "transformer")
     problem = Problem(layer, layer, Costs.of(profile))
     draw = random.Random(0)
@@ -220,7 +220,7 @@ def test_noise_of_a_real_measurement_leads_to_equally_good_plans() -> None:
     assert max(times) <= 1.02 * min(times)
     # And all of them are better than what needs no search.
     others = [problem.candidate(b(layer.forward, layer.backward)) for b in BUILDERS.values()]
-    assert max(times) < 0.97 * min(map(problem.seconds_on_average, others))
+    assert max(times) < 0.98 * min(map(problem.seconds_on_average, others))
 
 
 def test_slowdowns_change_the_choice() -> None:

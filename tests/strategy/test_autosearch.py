@@ -505,6 +505,25 @@ def test_built_in_plans_are_all_candidates() -> None:
     assert set(BUILDERS) <= set(PLANS)
 
 
+def with_a_limit(rank: int, folder: Path) -> list[str]:
+    """A search of a pipeline whose second stage alone finds that a plan needs too much."""
+    join(rank, 2)
+
+    def needs(layers: Any, builder: Any, *args: Any, **kwargs: Any) -> float:
+        return 3e12 if rank == 1 and builder is BUILDERS["dhellam"] else 1.0
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session, "peak_bytes", needs)
+        strategy = {"pipeline_parallel_size": 2, "micro_batch_size": 3}
+        return searched(folder, strategy=strategy, memory_limit=2e12)[1]
+
+
+def test_what_one_stage_leaves_out_none_tries(tmp_path: Path) -> None:
+    first, second = run_ranks(2, with_a_limit, tmp_path)
+    assert first == second
+    assert set(PLANS) - {"dhellam"} == set(first)
+
+
 def with_profile_and_plan(rank: int, root: Path) -> tuple[list[float], list[float], list[str]]:
     """Two searches of a pipeline with one profile, and a run with the plan that they wrote."""
     join(rank, 2)
