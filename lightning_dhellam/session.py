@@ -25,7 +25,8 @@ from lightning_dhellam.search.planfile import PlanFile, named_plan
 from lightning_dhellam.search.profile import Profile, Progress
 from lightning_dhellam.search.report import Outcome, choose
 from lightning_dhellam.search.simulate import Interval, Simulation, simulate
-from lightning_dhellam.search.solve import Kind, ModelSolution, peak_bytes, solve
+from lightning_dhellam.search.solution import Kind, ModelSolution
+from lightning_dhellam.search.solve import peak_bytes, solve
 from lightning_dhellam.search.trials import Trials, measured
 
 if TYPE_CHECKING:

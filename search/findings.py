@@ -12,7 +12,7 @@ from lightning_dhellam.search.planfile import PlanFile
 from lightning_dhellam.search.profile import Profile
 from lightning_dhellam.search.report import Outcome, save_trace, summary, time_text
 from lightning_dhellam.search.simulate import Interval, Simulation, Timeline
-from lightning_dhellam.search.solve import ModelSolution
+from lightning_dhellam.search.solution import ModelSolution
 
 _SHOWN = 2
 """Pairs of layers in the picture of a timeline."""

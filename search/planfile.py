@@ -23,7 +23,7 @@ from lightning_dhellam.search.files import (
     put_in_lines,
     save_text,
 )
-from lightning_dhellam.search.solve import Kind, kind_of
+from lightning_dhellam.search.solution import Kind, kind_of
 
 FORMAT = 1
 

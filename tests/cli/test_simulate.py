@@ -14,7 +14,7 @@ from lightning_dhellam.cli import main
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.search.planfile import PlanFile
 from lightning_dhellam.search.profile import measure
-from lightning_dhellam.search.solve import kind_of
+from lightning_dhellam.search.solution import kind_of
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, toy_costs
 
 NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]
