@@ -187,6 +187,9 @@ class Session:
         # Data-parallel ranks may have batches of other sizes, but need the same plan.
         most = torch.tensor([float(self._pieces[0].tokens)])
         tokens = int(largest(most, self._strategy.stage_group))
+        # Stages try the same plans, also one that has no GEMM to spare.
+        some = torch.tensor([float(bool(costs.sparable))])
+        spares = bool(largest(some, self._strategy.world_group))
         self._solution: ModelSolution = solve(
             layers, costs, tokens=tokens, memory_limit=limit, memory_slack=slack
         )
@@ -196,7 +199,7 @@ class Session:
             "pairs": published.builder(),
             "auto": self._solution.builder(),
         }
-        if costs.sparable:
+        if spares:
             # The other end of what `auto` chooses from, should it choose wrongly.
             everywhere = costs.sparing(costs.sparable)
             spare = solve(layers, everywhere, tokens=tokens, memory_limit=limit, memory_slack=slack)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_dhellam import autosearch, profiling, session
 from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.planfile import PlanFile
 from lightning_dhellam.search.profile import BenchError, Profile
 from lightning_dhellam.strategy import DHellamStrategy
@@ -522,6 +523,29 @@ def test_what_one_stage_leaves_out_none_tries(tmp_path: Path) -> None:
     first, second = run_ranks(2, with_a_limit, tmp_path)
     assert first == second
     assert set(PLANS) - {"dhellam"} == set(first)
+
+
+def with_spares(rank: int, folder: Path) -> list[str]:
+    """A search of a pipeline whose second stage alone has GEMMs, which can leave processors."""
+    join(rank, 2)
+
+    class Measured:
+        @staticmethod
+        def of(profile: Profile) -> Costs:
+            gemms = {key: key for key in profile.lanes if key.endswith(".gemm")}
+            assert bool(gemms) == bool(rank)
+            return replace(Costs.of(profile), spares=gemms)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session, "Costs", Measured)
+        strategy = {"pipeline_parallel_size": 2, "micro_batch_size": 3}
+        return searched(folder, strategy=strategy, steps=STEPS + 6)[1]
+
+
+def test_what_one_stage_can_spare_all_try(tmp_path: Path) -> None:
+    first, second = run_ranks(2, with_spares, tmp_path)
+    assert first == second
+    assert {*PLANS, "spare"} == set(first)
 
 
 def with_profile_and_plan(rank: int, root: Path) -> tuple[list[float], list[float], list[str]]:
