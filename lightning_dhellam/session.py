@@ -86,6 +86,8 @@ class Session:
         self._strategy = strategy
         self._pieces = strategy.micro_batches(batch)
         self._shapes = _shapes(batch)
+        stage = strategy.engine.stage
+        self._stage = OneOfStages(stage.number, stage.count, len(self._pieces))
         self._seconds: dict[str, float] = {}
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * MEMORY_SLACK
@@ -223,11 +225,6 @@ class Session:
             if self._strategy.context.pp_size > 1
             else {}
         )
-
-    @property
-    def _stage(self) -> OneOfStages:
-        stage = self._strategy.engine.stage
-        return OneOfStages(stage.number, stage.count, len(self._pieces))
 
     def _costs_of(self, name: str, costs: Costs, tokens: int) -> PassTable:
         """What the passes of this stage cost under a plan."""

@@ -24,6 +24,8 @@ from lightning_dhellam.search.profile import Clock, Key, Profile, spread
 
 _INSTANT = 1e-7
 """Seconds that anything takes at least."""
+Spared = frozenset[tuple[str, str]]
+"""Operators that leave processors to communication, by graph fingerprint and name."""
 Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
 _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
@@ -72,7 +74,7 @@ class Costs:
             which may have taken all that it needs; as `slowdowns` where absent.
         compute: the keys of compute operators.
         spares: by key, that of the operator when it leaves processors to communication.
-        spared: the operators that do, by graph fingerprint and name: in all plans, or in none.
+        spared: the operators that do: in all plans, or in none.
         clock: how compute slows down as it fills more of the time.
         samples: what other measurements could have given.
         launch: seconds the host needs to issue one operator.
@@ -88,7 +90,7 @@ class Costs:
     behind: Slowdowns = field(default_factory=dict)
     compute: frozenset[Key] = frozenset()
     spares: Mapping[Key, Key] = field(default_factory=dict)
-    spared: frozenset[tuple[str, str]] = frozenset()
+    spared: Spared = frozenset()
     clock: Clock = field(default_factory=Clock)
     samples: tuple[Sample, ...] = ()
 
@@ -137,7 +139,7 @@ class Costs:
         return self.seconds[self.key(graph, operator)]
 
     @property
-    def sparable(self) -> frozenset[tuple[str, str]]:
+    def sparable(self) -> Spared:
         """The operators that were measured leaving processors to communication."""
         return frozenset(
             (graph, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.search.cost import Costs
@@ -26,10 +27,15 @@ class OneOfStages:
     count: int
     micro_batches: int
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """Of all stages."""
         return fold(self.count, self.micro_batches)
+
+    @cached_property
+    def _filled(self) -> float:
+        """Share of a step in which this stage has something to do, if all passes take as long."""
+        return run(self.schedule, UniformCosts()).share("compute")[self.number]
 
     def passes(
         self,
@@ -54,10 +60,8 @@ class OneOfStages:
         chunks: list[Sequence[GraphPair]] = [()] * (2 * self.count)
         chunks[self.number], chunks[-1 - self.number] = descending, ascending
         # Compute has more pauses, where stages wait for each other.
-        filled = run(self.schedule, UniformCosts()).share("compute")[self.number]
-        known = LayerCosts(
-            chunks, costs.clocked(busy * filled), tokens=tokens, builders={"": builder}
-        )
+        costs = costs.clocked(busy * self._filled)
+        known = LayerCosts(chunks, costs, tokens=tokens, builders={"": builder})
         return PassTable.of_stage(known, self.schedule, self.number)
 
     def seconds(self, tables: Iterable[PassTable]) -> float:

@@ -9,11 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_dhellam.plan import GraphPair, Plan
-from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.cost import Costs, Spared
 from lightning_dhellam.search.orders import Problem, graphs_of
-
-Spared = frozenset[tuple[str, str]]
-"""Operators that leave processors, by graph fingerprint and name: `Costs.spared`."""
 
 _WORTH = 1e-3
 """Share of the time that a change must gain. Measurements are not truer than that."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lightning_dhellam.plan import Builder, GraphPair, Lane, Plan, Strand
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.orders import Problem
+from lightning_dhellam.search.solution import Kind, kind_of
 from lightning_dhellam.search.walk import Order, Stop, Walk, as_planned, repeated, step_stops
 
 _ROUNDING = 1e-12
@@ -92,7 +93,7 @@ def simulate(
 
 
 def _simulate(stops: Sequence[Stop], builder: Builder, costs: Costs, tokens: int) -> Simulation:
-    made: dict[tuple[str, str], Plan] = {}
+    made: dict[Kind, Plan] = {}
     plans = [_plan(stop, builder, made) for stop in stops]
     costs = as_planned(costs, stops, plans)
     share = 1.0
@@ -121,11 +122,10 @@ def _played(stops: Sequence[Stop], plans: Sequence[Plan], costs: Costs, tokens: 
     )
 
 
-def _plan(stop: Stop, builder: Builder, made: dict[tuple[str, str], Plan]) -> Plan:
-    forward, backward = stop.graphs
-    key = (forward.fingerprint if forward else "", backward.fingerprint if backward else "")
+def _plan(stop: Stop, builder: Builder, made: dict[Kind, Plan]) -> Plan:
+    key = kind_of(*stop.graphs)
     if key not in made:
-        made[key] = builder(forward, backward)
+        made[key] = builder(*stop.graphs)
     return made[key]
 
 

@@ -82,17 +82,13 @@ class ModelSolution:
 
     def builder(self, fallback: Builder = BUILDERS["interleaved"]) -> Builder:
         """Gives these plans to an engine; `fallback` plans graphs that are not among them."""
-        return builder_of(self.plans, fallback)
+        plans = self.plans
 
+        def build(forward: Graph | None, backward: Graph | None) -> Plan:
+            plan = plans.get(kind_of(forward, backward))
+            return plan if plan is not None else fallback(forward, backward)
 
-def builder_of(plans: Mapping[Kind, Plan], fallback: Builder) -> Builder:
-    """A builder that looks plans up by the fingerprints of the graphs."""
-
-    def build(forward: Graph | None, backward: Graph | None) -> Plan:
-        plan = plans.get(kind_of(forward, backward))
-        return plan if plan is not None else fallback(forward, backward)
-
-    return build
+        return build
 
 
 def kind_of(forward: Graph | None, backward: Graph | None) -> Kind:

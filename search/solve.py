@@ -10,11 +10,11 @@ those of its operators that pay (`sharing`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_dhellam.plan import (
     BUILDERS,
@@ -26,12 +26,12 @@ from lightning_dhellam.plan import (
     validate,
 )
 from lightning_dhellam.search.bound import bounds
-from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.cost import Costs, Spared
 from lightning_dhellam.search.exact import Exact
 from lightning_dhellam.search.local import plain, search, slim
 from lightning_dhellam.search.orders import Candidate, Cost, Problem, Surroundings, graphs_of
 from lightning_dhellam.search.pairs import pairs
-from lightning_dhellam.search.sharing import Spared, shared, sparable
+from lightning_dhellam.search.sharing import shared, sparable
 from lightning_dhellam.search.solution import Kind, ModelSolution, Solution, kind_of
 from lightning_dhellam.search.walk import Stop, step_stops
 
@@ -216,9 +216,8 @@ def solve(
     `solve_pair`; `memory_slack` are the bytes that a pair may need above its sequential plan.
     """
     stops = step_stops(layers, 3)
-    given = partial(
-        _solved,
-        stops,
+    ordered = partial(
+        solve_pair,
         algorithm=algorithm,
         tokens=tokens,
         memory_limit=memory_limit,
@@ -227,18 +226,10 @@ def solve(
     )
     (main, *_), repeating = _ranked(stops)
     if algorithm != "auto" or costs.spared or not costs.sparable or main not in repeating:
-        return given(costs)
+        return _solved(stops, partial(ordered, costs=costs), {})
     pair = next(stop.pairs for stop in stops if kind_of(*stop.graphs) == main)
-    ordered = partial(
-        solve_pair,
-        *pair,
-        tokens=tokens,
-        memory_limit=memory_limit,
-        memory_slack=memory_slack,
-        budget=budget,
-    )
     choices = (Spared(), sparable(*pair, costs))
-    solutions = {spared: ordered(costs.sparing(spared)) for spared in choices}
+    solutions = {spared: ordered(*pair, costs.sparing(spared)) for spared in choices}
     for _ in range(_CHOICES):
         best = min(solutions, key=lambda spared: solutions[spared].seconds)
         plan = solutions[best].plan
@@ -246,9 +237,10 @@ def solve(
         if chosen in solutions:
             break
         # The order is as good for the new choice, and may become better.
-        solutions[chosen] = ordered(costs.sparing(chosen), start=plan)
+        solutions[chosen] = ordered(*pair, costs.sparing(chosen), start=plan)
     best = min(solutions, key=lambda spared: solutions[spared].seconds)
-    return given(costs.sparing(best), known={main: solutions[best]})
+    given = partial(ordered, costs=costs.sparing(best))
+    return _solved(stops, given, {main: solutions[best]})
 
 
 def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:
@@ -264,24 +256,20 @@ def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:
 
 
 def _solved(
-    stops: Sequence[Stop],
-    costs: Costs,
-    known: Mapping[Kind, Solution] | None = None,
-    **options: Any,
+    stops: Sequence[Stop], ordered: Callable[..., Solution], known: Mapping[Kind, Solution]
 ) -> ModelSolution:
-    """The plans of these pairs, but for those that are `known`, for a given choice of what leaves
-    processors."""
+    """The plans of these pairs: those that are `known`, and the others as `ordered` finds them."""
     kinds = [kind_of(*stop.graphs) for stop in stops]
     ranked, repeating = _ranked(stops)
     solutions: dict[Kind, Solution] = {}
     plans: dict[Kind, Plan] = {}
     for kind in ranked:
-        if known and kind in known:
+        if kind in known:
             solutions[kind] = known[kind]
         else:
             around = None if kind in repeating else _surroundings(stops, kinds, kind, plans)
             pair = stops[kinds.index(kind)].pairs
-            solutions[kind] = solve_pair(*pair, costs, surroundings=around, **options)
+            solutions[kind] = ordered(*pair, surroundings=around)
         plans[kind] = solutions[kind].plan
     return ModelSolution(solutions)
 

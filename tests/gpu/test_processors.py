@@ -16,10 +16,10 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import Link, ParallelContext
 from lightning_dhellam.parallel.link import EmulatedLink
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, Issue, Lane, Operator, Plan, Strand
-from lightning_dhellam.plan.plan import Row
+from lightning_dhellam.plan import BUILDERS, Lane, Operator
 from tests.engine.harness import add_main_grads, batch_of, differing, engine_of, pieces, train
 from tests.models.llama import relative_error
+from tests.plan.graphs import sparing
 
 pytestmark = pytest.mark.gpu
 
@@ -32,23 +32,6 @@ def _target() -> int:
     handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
     assert not processors._cublas().cublasGetSmCountTarget(handle, ctypes.byref(count))
     return count.value
-
-
-def _spare(name: str) -> Builder:
-    """The built-in plan, with every GEMM leaving processors."""
-
-    def build(forward: Graph | None, backward: Graph | None) -> Plan:
-        graphs = {Strand.FORWARD: forward, Strand.BACKWARD: backward}
-        plan = BUILDERS[name](forward, backward)
-        rows: list[Row] = []
-        for row in plan.rows:
-            graph = graphs[row.strand] if isinstance(row, Issue) else None
-            if graph is not None and isinstance(row, Issue):
-                row = replace(row, spare=graph.by_name[row.operator].shrinks)
-            rows.append(row)
-        return replace(plan, rows=tuple(rows))
-
-    return build
 
 
 def test_gemms_of_a_step_leave_processors_and_those_after_it_do_not(device: torch.device) -> None:
@@ -68,9 +51,9 @@ def test_gemms_of_a_step_leave_processors_and_those_after_it_do_not(device: torc
         return launch(operator, *args)
 
     lanes.launch = watched  # type: ignore[method-assign]
-    engine.install(_spare("sequential"))
+    engine.install(sparing("sequential"))
     expected = train(engine, model, micro_batches)
-    engine.install(_spare("interleaved"))
+    engine.install(sparing("interleaved"))
     assert differing(train(engine, model, micro_batches), expected) == []
     all_of_them = torch.cuda.get_device_properties(device).multi_processor_count
     assert seen == {True: {all_of_them - FREE}, False: {0}}

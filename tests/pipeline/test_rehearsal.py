@@ -27,7 +27,7 @@ from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import _OLD, aside
 from lightning_dhellam.pipeline.stage import Leg, Stage
-from lightning_dhellam.plan import BUILDERS, Plan
+from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import (
     CPU,
     LoadingLanes,
@@ -39,6 +39,7 @@ from tests.engine.harness import (
     train,
 )
 from tests.models.llama import SMALL
+from tests.plan.graphs import sparing
 from tests.ranks import run_ranks
 
 CONFIG = replace(SMALL, num_layers=8, tie_embeddings=True, hidden_dropout=0.1)
@@ -109,20 +110,6 @@ def _engine(context: ParallelContext, *, loads: bool = True) -> tuple[Engine, Ca
     return Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, model), model
 
 
-def _sparing(forward: Any, backward: Any) -> Plan:
-    """Megatron's order, with every GEMM that can leaving processors to communication."""
-    plan = BUILDERS["megatron"](forward, backward)
-    graphs = {"forward": forward, "backward": backward}
-
-    def spared(row: Any) -> Any:
-        graph = graphs.get(str(getattr(row, "strand", "")))
-        if graph is None or not graph.by_name[row.operator].shrinks:
-            return row
-        return replace(row, spare=True)
-
-    return replace(plan, rows=tuple(spared(row) for row in plan.rows))
-
-
 def _new_launches(rank: int) -> dict[str, list[str]]:
     context = ParallelContext.create(CPU, pipeline_parallel_size=2, pipeline_split=SPLIT)
     engine, model = _engine(context)
@@ -155,7 +142,7 @@ def _new_launches(rank: int) -> dict[str, list[str]]:
             engine.evaluate(batch(5, 2))
         with step("prediction"):
             engine.predict(batch(5, 2))
-        engine.install(_sparing)
+        engine.install(sparing("megatron"))
         with step("another plan"):
             engine.train(batch(5, 2))
         with step("capture"):

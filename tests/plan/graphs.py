@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from lightning_dhellam.plan import Barrier, Graph, GraphPair, Issue, Lane, Operator, Plan, Strand
+from lightning_dhellam.plan import (
+    BUILDERS,
+    Barrier,
+    Builder,
+    Graph,
+    GraphPair,
+    Issue,
+    Lane,
+    Operator,
+    Plan,
+    Strand,
+)
+from lightning_dhellam.plan.plan import Row
 
 
 def no_launch(*values: Any) -> None:
@@ -105,3 +118,20 @@ def _ready(
     if operator.name in late:
         waiting &= late
     return waiting.isdisjoint(graph.predecessors[operator.name])
+
+
+def sparing(name: str) -> Builder:
+    """A built-in plan with every GEMM that can leaving processors to communication."""
+
+    def build(forward: Graph | None, backward: Graph | None) -> Plan:
+        graphs = {Strand.FORWARD: forward, Strand.BACKWARD: backward}
+        plan = BUILDERS[name](forward, backward)
+        rows: list[Row] = []
+        for row in plan.rows:
+            graph = graphs[row.strand] if isinstance(row, Issue) else None
+            if graph is not None and isinstance(row, Issue):
+                row = replace(row, spare=graph.by_name[row.operator].shrinks)
+            rows.append(row)
+        return replace(plan, rows=tuple(rows))
+
+    return build

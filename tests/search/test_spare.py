@@ -14,6 +14,7 @@ from lightning_dhellam.search.profile import Profile, Samples, Target, measure
 from lightning_dhellam.search.simulate import simulate
 from lightning_dhellam.search.solve import Budget, solve, solve_pair
 from lightning_dhellam.search.walk import as_planned, repeated
+from tests.plan.graphs import sparing
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, transformer
 
 SLOWER = 1.05
@@ -57,11 +58,6 @@ GEMM = "qkv.gemm"
 GEMMS = {o.name for g in graphs_of([LAYER]) for o in g.operators if o.shrinks}
 
 
-def _marked(plan: Plan) -> Plan:
-    marked = [replace(row, spare=row.operator in GEMMS) for row in plan.issues]
-    return replace(plan, rows=tuple(marked))
-
-
 def _spared(plan: Plan) -> set[str]:
     return {row.operator for row in plan.issues if row.spare}
 
@@ -97,11 +93,11 @@ def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
     plan = BUILDERS["interleaved"](LAYER.forward, LAYER.backward)
     assert as_planned(known, stops, [plan]) == known
     assert as_planned(known.sparing(known.sparable), stops, [plan]) == known
-    sparing = as_planned(known, stops, [_marked(plan)])
-    assert sparing.spared == known.sparable
+    everywhere = as_planned(known, stops, [sparing("interleaved")(LAYER.forward, LAYER.backward)])
+    assert everywhere.spared == known.sparable
     gemm, norm = (known.alone(LAYER.forward, name) for name in ("fc1.gemm", "mlp.norm"))
-    assert sparing.alone(LAYER.forward, "fc1.gemm") == pytest.approx(SLOWER * gemm)
-    assert sparing.alone(LAYER.forward, "mlp.norm") == norm
+    assert everywhere.alone(LAYER.forward, "fc1.gemm") == pytest.approx(SLOWER * gemm)
+    assert everywhere.alone(LAYER.forward, "mlp.norm") == norm
     one = replace(plan, rows=tuple(replace(r, spare=r.operator == GEMM) for r in plan.issues))
     some = as_planned(known, stops, [one])
     assert some.alone(LAYER.forward, GEMM) == pytest.approx(
@@ -110,10 +106,7 @@ def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
     assert some.alone(LAYER.forward, "fc1.gemm") == gemm
 
     def seconds(spare: bool) -> float:
-        def build(forward: Graph | None, backward: Graph | None) -> Plan:
-            plan = BUILDERS["interleaved"](forward, backward)
-            return _marked(plan) if spare else plan
-
+        build = sparing("interleaved") if spare else BUILDERS["interleaved"]
         return simulate([LAYER] * 3, build, known, micro_batches=3).seconds
 
     assert seconds(spare=True) < seconds(spare=False)
@@ -122,10 +115,10 @@ def test_costs_of_a_plan_are_those_of_how_it_runs_operators() -> None:
 def test_what_is_searched_for_sparing_gemms_says_so() -> None:
     known, budget = Costs.of(_profile()), Budget(evaluations=300)
     plain = solve_pair(LAYER, LAYER, known, budget=budget)
-    sparing = solve_pair(LAYER, LAYER, known.sparing(known.sparable), budget=budget)
+    everywhere = solve_pair(LAYER, LAYER, known.sparing(known.sparable), budget=budget)
     assert _spared(plain.plan) == set()
-    assert _spared(sparing.plan) == GEMMS
-    assert sparing.seconds < plain.seconds
+    assert _spared(everywhere.plan) == GEMMS
+    assert everywhere.seconds < plain.seconds
 
 
 @pytest.mark.parametrize("dear", ["", "fc1.gemm", "output.gemm"])
