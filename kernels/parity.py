@@ -6,7 +6,6 @@ Tests and benchmarks share these cases: no speed is reported for a kernel that f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_dhellam.kernels import (
     rope,
     swiglu,
 )
+from lightning_dhellam.kernels.deterministic import deterministic
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative error by norm that one rounding of the result explains."""
@@ -60,7 +60,7 @@ def errors(operator: str, backend: Any, draw: Draw) -> dict[str, float]:
 
     New memory is filled with NaN, so a value that was never written gives NaN.
     """
-    with _poisoned(), torch.no_grad():
+    with deterministic(strict=False), torch.no_grad():
         return {name: _distance(a, b) for name, a, b in CASES[operator](backend, draw)}
 
 
@@ -197,14 +197,3 @@ def _distance(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     wide = expected.double()
     return ((actual.double() - wide).norm() / wide.norm().clamp_min(1e-30)).item()
-
-
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)

@@ -6,7 +6,8 @@
 The transformer layers alone are trained, without embedding and loss head, so that the time of a
 layer is its own: what a step of more micro-batches takes longer, by micro-batch and layer. A link
 is a copy engine or some SMs (`parallel.link`); numbers do not come over it, so plans are compared
-for equal results in a pass in which every collective brings this rank's own numbers.
+for equal results in a pass in which every collective brings this rank's own numbers, and attention
+adds up in a fixed order.
 
 `compute` is measured with collectives that take no time. The bound is what the busier of compute
 and link needs for a layer, each undisturbed.
@@ -25,6 +26,7 @@ from lightning_dhellam.bench.cells import SLOWER, Cell, cells, parse_link, shape
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.report import Report, Row, device_name
 from lightning_dhellam.bench.stage import Effort, Stage, rank_of
+from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.parallel import Cluster, Link
 
 DESCRIPTION = "layer and step times of every plan over emulated links, against the bound"
@@ -57,6 +59,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Report:
     """Measure every cell that the budget allows, the most important first."""
     _check(options)
+    prepare()
     device = torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

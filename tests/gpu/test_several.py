@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -61,7 +61,7 @@ def needs(world: int) -> None:
 
 
 def _reproducible() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prepare()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True)
 

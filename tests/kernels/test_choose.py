@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels.deterministic import deterministic
 
 CPU = torch.device("cpu")
 
@@ -159,13 +160,10 @@ def test_what_a_gpu_gets_by_itself(flash_attn_4: Path, monkeypatch: pytest.Monke
     assert first((10, 0)) == first((8, 0)) == "cudnn"
     flash_attn_4.unlink()
     assert first((9, 0)) == "cudnn"
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         assert first((9, 0)) == "torch_flash"
         obstacle = dict(choose.available("attention", device, torch.bfloat16))["cudnn"]
         assert obstacle and "torch.use_deterministic_algorithms is on" in obstacle
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(
