@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _PORT = 29400
 _MTU = 9000
 """Jumbo frames, as clusters have them."""
+_BUCKET = 135_000
+"""Bytes that may leave at once after a pause: two of the largest packets that TCP makes."""
+CONTROL = "reno"
+"""Congestion control: every Linux has it, and lets a namespace choose it. BBR, which a machine may
+prefer, took this link for a slower one at times."""
+_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+"""Of this process's network namespace."""
 _READY = "ready"
 _RESULT = "result "
 
@@ -124,6 +132,7 @@ class Host:
         print(_READY, flush=True)
         if not sys.stdin.readline():
             raise SystemExit("the benchmark has ended before the hosts were joined")
+        _CONTROL.write_text(CONTROL)
         _call("ip", "link", "set", "lo", "up")
         _call("ip", "address", "add", f"{_ADDRESSES[rank]}/24", "dev", INTERFACE)
         _call("ip", "link", "set", INTERFACE, "mtu", str(_MTU), "up")
@@ -142,8 +151,7 @@ class Host:
     def limit(self, bits_per_second: float) -> None:
         """Let no more than this leave the host."""
         rate = f"{round(bits_per_second)}bit"
-        # A bucket of 2 ms, at least four of the largest packets; a queue of 50 ms.
-        bucket = f"{max(262144, round(bits_per_second * 0.002 / 8))}"
+        bucket = f"{max(_BUCKET, round(bits_per_second * 0.001 / 8))}"
         limit = ("rate", rate, "burst", bucket, "latency", "50ms")
         _call("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", *limit)
 

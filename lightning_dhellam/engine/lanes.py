@@ -14,7 +14,8 @@ import torch
 
 from lightning_dhellam.engine.tape import Ledger, Mark, Memory, Slot, tensors
 from lightning_dhellam.kernels.linear.processors import leave
-from lightning_dhellam.parallel.collectives import Pending, Work
+from lightning_dhellam.parallel.collectives import Pending
+from lightning_dhellam.parallel.work import Work
 from lightning_dhellam.plan import Lane, Operator, Track
 
 _COMPUTE = Track(Lane.COMPUTE)

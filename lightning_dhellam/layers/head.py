@@ -23,7 +23,6 @@ from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.norm import NormLowering
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.parallel.link import EmulatedLink
 from lightning_dhellam.plan import Graph, GraphPair, Strand
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -288,10 +287,10 @@ class HeadLowering:
 
 
 def _gather_ranks(
-    logits: Tensor, group: ProcessGroup, link: EmulatedLink | None = None
+    logits: Tensor, group: ProcessGroup, transport: collectives.Transport | None = None
 ) -> collectives.Pending:
     """Logits [S, B, V_rank] of every rank: [R, S, B, V_rank]."""
-    return collectives.all_gather(logits[None], group, link)
+    return collectives.all_gather(logits[None], group, transport)
 
 
 def _chunks(flat: Tensor) -> tuple[Tensor, ...]:

@@ -139,10 +139,10 @@ class GraphWriter:
         Returns the slot that it writes.
         """
         context = self.sizes.context
-        group, link = context.groups.tp, context.links.get("tp")
+        group, transport = context.groups.tp, context.tp_transport
 
         def run(x: torch.Tensor) -> collectives.Pending:
-            return launch(x, group, link)
+            return launch(x, group, transport)
 
         self._add(Operator(name, Lane.TP, (read,), (write,), run, crossing / LINK_RATE))
         self.bytes_per_token[write] = size

@@ -8,14 +8,12 @@ waits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dhellam.parallel.link import EmulatedLink
+from lightning_dhellam.parallel.work import Once, Work
 
 Found = TypeVar("Found")
 
@@ -24,14 +22,14 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Work(Protocol):
-    """Something that runs until it is waited for."""
+class Transport(Protocol):
+    """What carries collectives in place of their group's own."""
 
-    def wait(self) -> Any:
-        """Return when it is done."""
+    def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
+        """Start to fill `out` with `x` of every rank; what to wait for on the host."""
 
-    def is_completed(self) -> bool:
-        """Whether it is known to be done."""
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> Work | None:
+        """Start to sum this rank's part of `x` over all ranks into `out`; the same."""
 
 
 class Pending(NamedTuple):
@@ -46,35 +44,30 @@ class Pending(NamedTuple):
     work: Work | None
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = None) -> Pending:
+def all_gather(x: Tensor, group: dist.ProcessGroup, transport: Transport | None = None) -> Pending:
     """Concatenate `x` [n, ...] of all ranks along dimension 0: [ranks * n, ...].
 
-    With an emulated `link` nothing arrives, but the lane is busy for as long as it would take.
+    Over an emulated link nothing arrives, but the lane is busy for as long as it would take.
     """
     x = x.contiguous()
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    if link is not None:
-        return Pending(out, link.carry(x, out, crossing=out.nbytes - x.nbytes))
+    if transport is not None:
+        return Pending(out, transport.all_gather(x, out))
     return Pending(out, _all_gather(out, x, group=group, async_op=not x.is_cuda))
 
 
 def reduce_scatter(
-    x: Tensor, group: dist.ProcessGroup, link: EmulatedLink | None = None
+    x: Tensor, group: dist.ProcessGroup, transport: Transport | None = None
 ) -> Pending:
     """Sum `x` [ranks * n, ...] over all ranks and keep this rank's part [n, ...].
 
-    With an emulated `link` nothing is summed, but the lane is busy for as long as it would take.
+    Over an emulated link nothing is summed, but the lane is busy for as long as it would take.
     """
     x = x.contiguous()
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    if link is not None:
-        return Pending(out, link.carry(x, out, crossing=x.nbytes - out.nbytes))
-    if x.is_cuda:
-        return Pending(out, _reduce_scatter(out, x, group=group, async_op=False))
-    # Gloo's own reduce-scatter sends twice as much as this.
-    parts = torch.empty_like(x)
-    work = dist.all_to_all_single(parts, x, group=group, async_op=True)
-    return Pending(out, Summed(work, parts.view(group.size(), *out.shape), out))
+    if transport is not None:
+        return Pending(out, transport.reduce_scatter(x, out))
+    return Pending(out, _reduce_scatter(out, x, group=group, async_op=not x.is_cuda))
 
 
 def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
@@ -95,55 +88,7 @@ def _transfer(value: Tensor | None, work: dist.Work | None, on_cuda: bool) -> Pe
     if on_cuda:
         work.wait()  # only makes the track's stream wait
         return Pending(value, None)
-    return Pending(value, OnceWaited(work))
-
-
-class Summed:
-    """The sum of what has arrived from all ranks, made by the first who waits.
-
-    Args:
-        work: that brings the parts.
-        parts: [ranks, n, ...], added up in this order, which is the same in every run.
-        out: [n, ...], gets the sum.
-    """
-
-    def __init__(self, work: dist.Work, parts: Tensor, out: Tensor) -> None:
-        self._work = work
-        self._parts: Tensor | None = parts
-        self._out = out
-        self._lock = Lock()
-
-    def wait(self) -> None:
-        """Return when the sum is there. Any thread may wait."""
-        with self._lock:
-            if self._parts is not None:
-                self._work.wait()
-                with torch.no_grad():
-                    torch.sum(self._parts, dim=0, out=self._out)
-                self._parts = None
-
-    def is_completed(self) -> bool:
-        """Whether the sum is there."""
-        return self._parts is None
-
-
-class OnceWaited:
-    """A gloo transfer: it knows that it is done only by being waited for, and never twice."""
-
-    def __init__(self, work: dist.Work) -> None:
-        self._work: dist.Work | None = work
-        self._lock = Lock()
-
-    def wait(self) -> None:
-        """Return when the tensor has left or arrived. Any thread may wait."""
-        with self._lock:
-            if self._work is not None:
-                self._work.wait()
-                self._work = None
-
-    def is_completed(self) -> bool:
-        """Whether it was waited for."""
-        return self._work is None
+    return Pending(value, Once([work]))
 
 
 def from_first(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -57,11 +57,16 @@ class EmulatedLink:
             self._occupy = _player(link, self._device)
         self.link = link
 
-    def carry(self, x: Tensor, out: Tensor, crossing: int) -> dist.Work | None:
-        """Pretend that `out` was made from `x` of every rank, by `crossing` bytes over the link.
+    def all_gather(self, x: Tensor, out: Tensor) -> dist.Work | None:
+        """Pretend to; what to wait for on the host, None on CUDA."""
+        return self._carry(x, out, crossing=out.nbytes - x.nbytes)
 
-        Returns what to wait for on the host, None on CUDA.
-        """
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> dist.Work | None:
+        """Pretend to; what to wait for on the host, None on CUDA."""
+        return self._carry(x, out, crossing=x.nbytes - out.nbytes)
+
+    def _carry(self, x: Tensor, out: Tensor, crossing: int) -> dist.Work | None:
+        """Pretend that `out` was made from `x` of every rank, by `crossing` bytes over the link."""
         if self.play is Play.ECHO:
             _echo(x, out)
             return None

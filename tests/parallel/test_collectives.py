@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
+from lightning_dhellam.parallel.duplex import Duplex
 from tests.ranks import run_ranks
 
 ROWS, WIDTH = 3, 5
@@ -21,45 +23,78 @@ def _part(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(ranks * ROWS, WIDTH, generator=generator).to(dtype)
 
 
-def _scattered(rank: int, ranks: int, dtype: torch.dtype, transposed: bool) -> dict[str, Any]:
+def _scattered(
+    rank: int, ranks: int, dtype: torch.dtype, transposed: bool, duplex: bool
+) -> dict[str, Any]:
     whole = _part(rank, ranks, dtype)
     if transposed:
         whole = whole.t().contiguous().t()
         assert not whole.is_contiguous()
     before = whole.clone()
-    pending = reduce_scatter(whole, dist.group.WORLD)
-    assert pending.work is not None and not pending.work.is_completed()
-    waiting = [threading.Thread(target=pending.work.wait) for _ in range(3)]
+    group = dist.group.WORLD
+    assert group is not None
+    transport = Duplex(group, timedelta(seconds=30)) if duplex else None
+    # Several are on their way at once, and are waited for in any order.
+    others = [reduce_scatter(whole + number, group, transport) for number in range(3)]
+    pending = reduce_scatter(whole, group, transport)
+    assert pending.work is not None and not (duplex and pending.work.is_completed())
+    waiting = [threading.Thread(target=pending.work.wait) for _ in range(3 if duplex else 1)]
     for thread in waiting:
         thread.start()
     for thread in waiting:
         thread.join()
-    pending.work.wait()
-    gathered = all_gather(pending.value, dist.group.WORLD)
-    gathered.work.wait()
+    if duplex:
+        pending.work.wait()
+    gathered = all_gather(pending.value, group, transport)
+    for one in (gathered, *reversed(others)):
+        assert one.work is not None
+        one.work.wait()
     return {
         "mine": pending.value,
         "all": gathered.value,
+        "others": [one.value for one in others],
         "completed": pending.work.is_completed(),
         "kept": torch.equal(whole, before),
     }
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dtype", "transposed"),
+    ("ranks", "dtype", "transposed", "duplex"),
     [
-        (1, torch.float32, False),
-        (2, torch.bfloat16, True),
-        (3, torch.float32, True),
-        (3, torch.bfloat16, False),
+        (1, torch.float32, False, False),
+        (2, torch.float32, True, False),
+        (2, torch.bfloat16, True, True),
+        (3, torch.float32, True, True),
+        (3, torch.bfloat16, False, True),
     ],
 )
 def test_a_sum_over_ranks_is_the_same_everywhere(
-    ranks: int, dtype: torch.dtype, transposed: bool
+    ranks: int, dtype: torch.dtype, transposed: bool, duplex: bool
 ) -> None:
     parts = torch.stack([_part(rank, ranks, dtype) for rank in range(ranks)])
     expected = parts.sum(0)
-    for rank, found in enumerate(run_ranks(ranks, _scattered, ranks, dtype, transposed)):
-        assert torch.equal(found["mine"], expected[rank * ROWS : (rank + 1) * ROWS])
+    job = (ranks, _scattered, ranks, dtype, transposed, duplex)
+    for rank, found in enumerate(run_ranks(*job)):
+        own = slice(rank * ROWS, (rank + 1) * ROWS)
+        assert torch.equal(found["mine"], expected[own])
         assert torch.equal(found["all"], expected)
-        assert found["completed"] and found["kept"]
+        for number, other in enumerate(found["others"]):
+            assert torch.equal(other, (parts + number).sum(0)[own])
+        assert found["kept"] and (found["completed"] or not duplex)
+
+
+def _late(rank: int) -> str:
+    group = dist.group.WORLD
+    assert group is not None
+    transport = Duplex(group, timedelta(seconds=1))
+    if rank == 1:
+        return ""
+    work = all_gather(torch.ones(2), group, transport).work
+    assert work is not None
+    with pytest.raises(RuntimeError) as failure:
+        work.wait()
+    return str(failure.value)
+
+
+def test_a_collective_that_a_rank_does_not_join_fails() -> None:
+    assert run_ranks(2, _late)[0]
