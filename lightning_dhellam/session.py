@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from lightning_dhellam.strategy import DHellamStrategy
 
 REFERENCE = "sequential"
-MEMORY_SLACK = 0.015
+MEMORY_SLACK = 0.025
 """Share of the memory of a step that the slots of a searched plan may take more than those of the
-sequential one. The device needs more: what other lanes still read is freed later."""
+sequential one."""
 
 
 @dataclass(frozen=True)

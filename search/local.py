@@ -191,13 +191,13 @@ def slim(
     draw = random.Random(seed)
     best, best_cost = start, problem.cost(start)
     allowed = best_cost[1] * (1 + slack)
-    peak = problem.memory.peak(best)
+    peak = problem.peak(best)
     limit = problem.evaluations + evaluations
     for _ in range(4 * evaluations):
         if problem.evaluations >= limit:
             break
         there = neighbour(problem, best, draw)
-        there_peak = problem.memory.peak(there)
+        there_peak = problem.peak(there)
         if there_peak > peak:
             continue
         cost = problem.cost(there)

@@ -6,15 +6,15 @@ is, are carried out for the previous pair of layers. Orders change by moves that
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from lightning_dhellam.plan import Barrier, Graph, GraphPair, Issue, Lane, Plan, Strand
-from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.cost import Costs, lanes_of
 from lightning_dhellam.search.machine import Array, Machine, period
+from lightning_dhellam.search.memory import PairMemory
 from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
 
 _ROUNDS = 4
@@ -97,7 +97,8 @@ class Problem:
         self.cyclic = surroundings is None
         self.costs = self._heeded(costs)
         self.memory_limit = memory_limit
-        self.memory = PairMemory(ahead, behind, tokens)
+        lanes = lanes_of(graphs_of(ahead, behind))
+        self._memory = PairMemory(ahead, behind, lanes, tokens=tokens, waits=not costs.inline)
         self.number = {(g.direction, o.name): i for i, (g, o) in enumerate(self.operators)}
         self._relations()
         self._stage(surroundings)
@@ -247,7 +248,11 @@ class Problem:
     def _excess(self, candidate: Candidate) -> float:
         if self.memory_limit is None:
             return 0.0
-        return max(0.0, self.memory.peak(candidate) - self.memory_limit)
+        return max(0.0, self.peak(candidate) - self.memory_limit)
+
+    def peak(self, candidate: Candidate) -> float:
+        """Most bytes of slots at once while the pair is carried out."""
+        return self._memory.peak(candidate.order, candidate.lagging)
 
     def seconds_on_average(self, candidate: Candidate) -> float:
         """The period of a pair that repeats itself, by the costs and all that other measurements
@@ -380,74 +385,3 @@ class Problem:
         if lagging >> x & 1:
             return replace(candidate, order=(*rest, *taken), lagging=lagging & ~company)
         return replace(candidate, order=(*taken, *rest), lagging=lagging | company)
-
-
-class PairMemory:
-    """Bytes of the slots that are live while a pair of layers is carried out, by issue order.
-
-    What the pair takes in, what it saves for later, and what it leaves for the next pair count.
-    """
-
-    def __init__(self, ahead: GraphPair | None, behind: GraphPair | None, tokens: int) -> None:
-        self._tokens = tokens
-        self._bytes: list[float] = []
-        self._writes: list[tuple[int, ...]] = []
-        self._reads: list[tuple[int, ...]] = []
-        self._writer: dict[int, int] = {}
-        self._kept: set[int] = set()
-        if ahead is not None:
-            self._add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
-        if behind is not None:
-            self._add(behind, behind.backward, set(behind.backward.outputs))
-        self._readers: dict[int, set[int]] = defaultdict(set)
-        for x, slots in enumerate(self._reads):
-            for slot in slots:
-                self._readers[slot].add(x)
-
-    def _add(self, pair: GraphPair, graph: Graph, kept: set[str]) -> None:
-        sizes = dict(pair.forward.bytes_per_token) | dict(graph.bytes_per_token)
-        handed = zip(graph.inputs, graph.outputs, strict=False)
-        sizes.update({name: sizes.get(output, 0.0) for name, output in handed})
-        numbers: dict[str, int] = {}
-        for slot in (
-            *graph.inputs,
-            *graph.foreign,
-            *(s for o in graph.operators for s in o.writes),
-        ):
-            if slot not in numbers:
-                numbers[slot] = len(self._bytes)
-                self._bytes.append(sizes.get(slot, 0.0))
-                if slot in kept:
-                    self._kept.add(numbers[slot])
-        for operator in graph.operators:
-            for slot in operator.writes:
-                self._writer[numbers[slot]] = len(self._writes)
-            self._writes.append(tuple(numbers[slot] for slot in operator.writes))
-            reads = dict.fromkeys(slot for slot in operator.reads if slot in numbers)
-            self._reads.append(tuple(numbers[slot] for slot in reads))
-
-    def peak(self, candidate: Candidate) -> float:
-        """Most bytes live at once."""
-        lagging = candidate.lagging
-        left = {slot: len(readers) for slot, readers in self._readers.items()}
-        held: dict[int, int] = {}
-        for slot, readers in self._readers.items():
-            writer = self._writer.get(slot)
-            late = sum(lagging >> x & 1 for x in readers)
-            if late and not (writer is not None and lagging >> writer & 1):
-                held[slot] = late
-        live = sum(size for slot, size in enumerate(self._bytes) if slot not in self._writer)
-        live += sum(self._bytes[slot] for slot in held)
-        peak = live
-        for x in candidate.order:
-            live += sum(self._bytes[slot] for slot in self._writes[x])
-            peak = max(peak, live)
-            late = lagging >> x & 1
-            for slot in self._reads[x]:
-                counts = held if late and slot in held else left
-                counts[slot] -= 1
-                if not counts[slot] and (counts is held or slot not in self._kept):
-                    live -= self._bytes[slot]
-            unread = (slot for slot in self._writes[x] if slot not in self._readers)
-            live -= sum(self._bytes[slot] for slot in unread if slot not in self._kept)
-        return peak * self._tokens

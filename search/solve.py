@@ -110,7 +110,7 @@ def solve_pair(
         surroundings=surroundings,
     )
     sequential = BUILDERS["sequential"](problem.forward, problem.backward)
-    least = problem.memory.peak(problem.candidate(sequential))
+    least = problem.peak(problem.candidate(sequential))
     if memory_slack is not None:
         problem.memory_limit = least + max(memory_slack, 0.0)
     found = bounds(problem)
@@ -122,7 +122,7 @@ def solve_pair(
     graphs = {Strand.FORWARD: problem.forward, Strand.BACKWARD: problem.backward}
     plan = costs.marked(plan, graphs)
     validate(plan, problem.forward, problem.backward)
-    peak = problem.memory.peak(problem.candidate(plan))
+    peak = problem.peak(problem.candidate(plan))
     if memory_limit is not None and peak > memory_limit:
         raise ValueError(
             f"memory_limit={memory_limit:.0f} bytes: the least found for {problem.name} is"
@@ -189,7 +189,7 @@ def _searched(
 
 
 def _cost(problem: Problem, plan: Plan) -> Cost:
-    excess = max(0.0, problem.memory.peak(problem.candidate(plan)) - _limit(problem))
+    excess = max(0.0, problem.peak(problem.candidate(plan)) - _limit(problem))
     return excess, problem.seconds_of_plan(plan)
 
 
@@ -283,7 +283,7 @@ def peak_bytes(
     """
     stops = {kind_of(*stop.graphs): stop for stop in step_stops(layers, 3)}
     problems = (Problem(*stop.pairs, costs, tokens=tokens) for stop in stops.values())
-    return max(p.memory.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
+    return max(p.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
 
 
 def _surroundings(

@@ -15,6 +15,7 @@ import numpy as np
 from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
 from lightning_dhellam.search.cost import Costs, lanes_of
 from lightning_dhellam.search.machine import Machine, Rows, perform
+from lightning_dhellam.search.memory import BARRIER, Slots, most
 
 Order = list[int | None]
 """Launches in issue order; None is a barrier."""
@@ -216,8 +217,10 @@ class Walk:
         return waits
 
     def peak_bytes(self, order: Sequence[int | None], tokens: int) -> float:
-        """Most bytes of slots live at once, by issue order, with `tokens` per micro-batch."""
-        return self._slots.peak(order) * tokens
+        """Most bytes of slots at once, by issue order, with `tokens` per micro-batch."""
+        slots = self._slots.of(self.lane, len(self.lanes), waits=not self._costs.inline)
+        issued = np.array([BARRIER if x is None else x for x in order], np.int64)
+        return float(most(slots, issued, np.zeros(len(self.lane), np.int64), 1)) * tokens
 
 
 class _Slots:
@@ -252,22 +255,24 @@ class _Slots:
             self._bytes.append(graph.bytes_per_token.get(slot, 0.0))
         return tuple(dict.fromkeys(self._writer[number] for number in read))
 
-    def peak(self, order: Sequence[int | None]) -> float:
-        written: dict[int, list[int]] = defaultdict(list)
+    def of(self, lane: Sequence[int], lanes: int, *, waits: bool) -> Slots:
+        """All of them. None comes from outside the walk, and none stays."""
+        count = len(self._writer)
+        written: list[list[int]] = [[] for _ in lane]
         for slot, writer in enumerate(self._writer):
             written[writer].append(slot)
-        last: dict[int, int] = {}
-        for launch in order:
-            if launch is not None:
-                last.update(dict.fromkeys((*written[launch], *self._reads[launch]), launch))
-        live = peak = 0.0
-        for launch in order:
-            if launch is not None:
-                live += sum(self._bytes[slot] for slot in written[launch])
-                peak = max(peak, live)
-                touched = {*written[launch], *self._reads[launch]}
-                live -= sum(self._bytes[slot] for slot in touched if last[slot] == launch)
-        return peak
+        return Slots(
+            np.array(lane, np.int64),
+            Rows.of(self._reads),
+            Rows.of(written),
+            np.array(self._bytes, float),
+            np.array([lane[writer] for writer in self._writer], np.int64),
+            np.array(self._writer, np.int64),
+            np.full(count, -1),
+            np.zeros(count, np.bool_),
+            lanes,
+            waits,
+        )
 
 
 def _followers(waits: Sequence[tuple[int, ...]]) -> list[list[int]]:

@@ -8,9 +8,6 @@ GPU, and whatever the times would be.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -28,10 +25,9 @@ from lightning_dhellam.pipeline.schedule import Channel, fold
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
 from tests.plan.graphs import random_builder
+from tests.streams import Moment, Streams
 
 STAGE, STAGES = 1, 3
-Moment = tuple[int, int]
-"""A stream and the number of an operator on it."""
 
 
 @dataclass
@@ -43,21 +39,15 @@ class Value:
     reads: list[Moment] = field(default_factory=list)
 
 
-class Books:
-    """All streams, and what each knows to have happened."""
+class Books(Streams):
+    """All streams, what each knows to have happened, and what was written and read."""
 
     def __init__(self) -> None:
-        self.known: dict[int, dict[int, int]] = defaultdict(dict)
+        super().__init__()
         self.values: dict[int, Value] = {}
-        self.current = 0
-        self.count = 0
         self.received: dict[Moment, Value] = {}
         self.early: list[str] = []
         self.order: list[str] = []
-        self.slept: list[int] = []
-
-    def knows(self, stream: int, moment: Moment) -> bool:
-        return self.known[stream].get(moment[0], 0) >= moment[1]
 
     def of(self, value: Any) -> list[Value]:
         """What is noted of the storages of a slot's value."""
@@ -85,34 +75,6 @@ class Books:
         for moment, value in self.received.items():
             if self.knows(self.current, moment) and not value.reads:
                 self.early.append(f"{name} waits for {value.name}, which nobody has read")
-
-
-def _install(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        def record(self, stream: Stream) -> None:
-            self.known = dict(books.known[stream.number])
-
-    class Stream:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            self.number = books.count
-            books.count += 1
-
-        def wait_event(self, event: Event) -> None:
-            mine = books.known[self.number]
-            for stream, number in event.known.items():
-                mine[stream] = max(mine.get(stream, 0), number)
-
-    @contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        before, books.current = books.current, stream.number
-        yield
-        books.current = before
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: books.slept.append(books.current))
 
 
 class CheckedLanes(CudaLanes):
@@ -192,7 +154,7 @@ def _step(
     builder: Builder, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Books, CheckedLanes]:
     books = Books()
-    _install(books, monkeypatch)
+    books.install(monkeypatch)
     lanes = CheckedLanes(books)
     engine = Engine(_layers(books), lanes, builder, stage=Stage(STAGE, STAGES, 4, 2))
 

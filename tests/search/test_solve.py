@@ -290,7 +290,7 @@ def test_a_small_pair_with_little_memory_is_still_ordered_as_well_as_possible() 
     problem = Problem(pair, pair, given, tokens=10)
 
     def peak(plan: Plan) -> float:
-        return problem.memory.peak(problem.candidate(plan))
+        return problem.peak(problem.candidate(plan))
 
     peaks = sorted({peak(plan) for plan in every_plan(pair)})
     limit = peaks[1]
@@ -324,9 +324,7 @@ def test_the_peak_of_a_pair_is_what_a_walk_shows() -> None:
         alone = BUILDERS["sequential"]
         walk = Walk(step_stops([layer], 3), problem.costs)
         plans = [alone(layer.forward, None), plan, plan, alone(None, layer.backward)]
-        assert problem.memory.peak(candidate) == pytest.approx(
-            walk.peak_bytes(walk.order(plans), 1)
-        )
+        assert problem.peak(candidate) == pytest.approx(walk.peak_bytes(walk.order(plans), 1))
 
 
 def _valid(problem: Problem, candidate: Candidate) -> bool:
@@ -348,9 +346,9 @@ def test_what_lags_holds_its_operands() -> None:
     assert late.order[0] == wgrad and late.lagging == 1 << wgrad
     # First in the next pair instead of last in its own: its operands meet the next pair's peak
     # only while nothing else has begun.
-    assert problem.memory.peak(late) <= problem.memory.peak(last)
+    assert problem.peak(late) <= problem.peak(last)
     kept = problem.moved(late, 0, problem.size - 1)
-    assert problem.memory.peak(kept) > problem.memory.peak(last)
+    assert problem.peak(kept) > problem.peak(last)
 
 
 def test_whole_models_get_plans_for_every_pair() -> None:
