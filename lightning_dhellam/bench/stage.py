@@ -137,6 +137,7 @@ class Stage:
         gc.collect()
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._link.refill()
 
     def _workload(self, cell: Cell) -> Workload:
         shape = self._shapes[cell.shape]

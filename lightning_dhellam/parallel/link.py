@@ -57,6 +57,10 @@ class EmulatedLink:
             self._occupy = _player(link, self._device)
         self.link = link
 
+    def refill(self) -> None:
+        """Make up anew what arrives, where memory was given back: it may hold zeros now."""
+        self._filled.clear()
+
     def all_gather(self, x: Tensor, out: Tensor) -> dist.Work | None:
         """Pretend to; what to wait for on the host, None on CUDA."""
         return self._carry(x, out, crossing=out.nbytes - x.nbytes)

@@ -114,6 +114,19 @@ def test_a_link_that_brings_nothing_takes_no_time(group: Any) -> None:
     assert pending.value.isfinite().all(), "filled once, or GEMMs would be faster than real ones"
 
 
+def test_what_arrives_is_made_up_once_and_again_when_memory_was_given_back() -> None:
+    link = EmulatedLink(FAST, CPU)
+    link.play = Play.NOTHING
+    x, out = torch.ones(2), torch.zeros(8)
+    link.all_gather(x, out)
+    assert out.all()
+    link.all_gather(x, out.zero_())
+    assert not out.any(), "it takes no time"
+    link.refill()
+    link.all_gather(x, out)
+    assert out.all()
+
+
 def test_the_calibration_says_what_was_asked_and_taken() -> None:
     link = EmulatedLink(Link(bandwidth=1e9, latency=0.0), CPU)
     asked, taken = link.calibration(1_000_000)
