@@ -21,8 +21,8 @@ def prepare() -> None:
 def deterministic(*, strict: bool = True) -> Iterator[None]:
     """Kernels that are chosen and launched inside add up in a fixed order.
 
-    New memory is filled with NaN, so a value that was never written gives NaN. Afterwards the
-    switch is as it was.
+    New memory is filled with NaN, as torch does unless told otherwise, so a value that was never
+    written gives NaN. Afterwards the switch is as it was.
 
     Args:
         strict: operators that have no fixed order raise, and on CUDA GEMMs too where `prepare` was

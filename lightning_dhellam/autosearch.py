@@ -42,9 +42,9 @@ class AutoSearch(Callback):
         profile: file of a profile to use; made if it does not exist, refused if it is of another
             model, device or size. In a pipeline each stage has one, `-stage0` and so on behind
             the name.
-        memory_limit: bytes of activations that may be live at once in a pair of layers; no plan
-            that needs more is tried, but `sequential`. As a rule what that one needs and 1.5% of
-            the memory of a step, for the searched plans.
+        memory_limit: bytes that activations may take at once in a pair of layers, with those that
+            communication has yet to give back; no plan that needs more is tried, but `sequential`.
+            As a rule what that one needs and 2.5% of the memory of a step, for searched plans.
         folder: where to write instead.
         replay: measure by repeating the first batch, whose gradients are thrown away, instead of
             on the steps that follow.

@@ -45,8 +45,8 @@ class Options:
     Attributes:
         rounds: steps that each candidate is measured on.
         profile: file that holds the profile, or will.
-        memory_limit: bytes of slots live at once in a pair of layers; None for what the sequential
-            plan needs and `MEMORY_SLACK` of the memory of a step.
+        memory_limit: bytes that slots take at once in a pair of layers; None for what the
+            sequential plan needs and `MEMORY_SLACK` of the memory of a step.
     """
 
     rounds: int = 5

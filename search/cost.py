@@ -79,7 +79,7 @@ class Costs:
         samples: what other measurements could have given.
         launch: seconds the host needs to issue one operator.
         inline: compute runs on the host, so that nothing is issued while it runs, and issuing
-            waits for what the operator reads. So it is on CPU.
+            waits for what the operator reads; memory is given back at once. So it is on CPU.
     """
 
     keys: Mapping[str, Mapping[str, Key]]

@@ -1,4 +1,4 @@
-"""How many bytes of slots live at once, by issue order.
+"""How many bytes slots take at once, by issue order.
 
 On a device memory goes back to the lane that made it, and only once that lane has waited for every
 other lane that read it (`engine.lanes`). Until then it is of no use to anyone, so it counts:
@@ -75,7 +75,8 @@ def most(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
     live, held, peak = 0.0, 0.0, 0.0
     for slot in range(count):
         writer = slots.writer[slot]
-        if left[0, slot] and not (writer >= 0 and lagging[writer]):
+        late = writer >= 0 and lagging[writer]
+        if left[0, slot] and not late and not slots.kept[slot]:
             live += slots.bytes[slot]
     issued = np.zeros(lanes, np.int64)
     seen = np.full((lanes, lanes), -1)
@@ -181,12 +182,12 @@ class PairMemory:
     ) -> None:
         self._tokens = tokens
         self._rounds = 2 if waits else 1
-        writer = _Writer(lanes)
+        collector = _Collector(lanes)
         if ahead is not None:
-            writer.add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
+            collector.add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
         if behind is not None:
-            writer.add(behind, behind.backward, set(behind.backward.outputs))
-        self._slots = writer.slots(waits)
+            collector.add(behind, behind.backward, set(behind.backward.outputs))
+        self._slots = collector.slots(waits)
 
     def peak(self, order: Iterable[int], lagging: int = 0) -> float:
         """Most bytes at once, by operators in issue order and a bit mask of those that lag."""
@@ -196,7 +197,7 @@ class PairMemory:
         return float(most(self._slots, issued, late, self._rounds)) * self._tokens
 
 
-class _Writer:
+class _Collector:
     """Collects the slots of a pair of layers, bytes per token."""
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
@@ -212,13 +213,16 @@ class _Writer:
 
     def add(self, pair: GraphPair, graph: Graph, kept: set[str]) -> None:
         sizes = dict(pair.forward.bytes_per_token) | dict(graph.bytes_per_token)
-        handed = dict(zip(graph.inputs, graph.outputs, strict=False))
-        sizes.update({name: sizes.get(output, 0.0) for name, output in handed.items()})
+        # What a layer like this one hands over; at the ends of a model that is something else.
+        handed = {
+            name: output
+            for name, output in zip(graph.inputs, graph.outputs, strict=False)
+            if sizes.setdefault(name, sizes.get(output, 0.0)) == sizes.get(output)
+        }
         makers = _makers(pair.forward) | _makers(graph)
         numbers: dict[str, int] = {}
-        for slot in (*graph.inputs, *graph.foreign, *makers):
-            if slot in numbers or slot not in {*graph.inputs, *graph.foreign, *graph.written}:
-                continue
+        written = (slot for operator in graph.operators for slot in operator.writes)
+        for slot in dict.fromkeys((*graph.inputs, *graph.foreign, *written)):
             numbers[slot] = len(self._bytes)
             self._bytes.append(sizes.get(slot, 0.0))
             maker = makers.get(handed.get(slot, slot), Lane.COMPUTE)

@@ -14,7 +14,7 @@ import numpy as np
 from lightning_dhellam.plan import Barrier, Graph, GraphPair, Issue, Lane, Plan, Strand
 from lightning_dhellam.search.cost import Costs, lanes_of
 from lightning_dhellam.search.machine import Array, Machine, period
-from lightning_dhellam.search.memory import PairMemory
+from lightning_dhellam.search.memory import BARRIER, PairMemory
 from lightning_dhellam.search.walk import Order, Stop, Walk, names, repeated
 
 _ROUNDS = 4
@@ -74,7 +74,7 @@ class Problem:
         behind: layer whose backward graph runs, or None.
         costs: of the operators.
         tokens: of a micro-batch, for the memory limit.
-        memory_limit: bytes that slots live at once during the pair may have, or None.
+        memory_limit: bytes that slots may take at once during the pair, or None.
         surroundings: None for a pair that repeats itself, whose cost is its period; else the
             cost is the time of all of them together.
     """
@@ -253,6 +253,14 @@ class Problem:
     def peak(self, candidate: Candidate) -> float:
         """Most bytes of slots at once while the pair is carried out."""
         return self._memory.peak(candidate.order, candidate.lagging)
+
+    def peak_of_plan(self, plan: Plan) -> float:
+        """The same of a plan, at whose barriers memory goes back."""
+        order = (
+            self.number[row.strand, row.operator] if isinstance(row, Issue) else BARRIER
+            for row in plan.rows
+        )
+        return self._memory.peak(order, self.candidate(plan).lagging)
 
     def seconds_on_average(self, candidate: Candidate) -> float:
         """The period of a pair that repeats itself, by the costs and all that other measurements

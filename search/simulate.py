@@ -51,7 +51,7 @@ class Simulation:
         exposed: by communication lane: seconds that it works while compute idles.
         waited: by lane: seconds that compute idles because its next operator waits for that
             lane, the critical part of `exposed`.
-        peak_bytes: of slots live at once, by issue order.
+        peak_bytes: that slots take at once, by issue order.
     """
 
     plan: str

@@ -22,7 +22,7 @@ class Solution:
         bounds: seconds that each resource needs at least, by its name.
         repeats: whether the pair repeats itself.
         proven: whether no valid order is better.
-        peak_bytes: of slots live at once during the pair, with the saved ones of both layers.
+        peak_bytes: that slots take at once during the pair, with the saved ones of both layers.
         extra_bytes: how many of them the sequential plan does not need.
         evaluations: orders whose time was computed.
     """

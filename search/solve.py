@@ -89,8 +89,9 @@ def solve_pair(
         costs: of the operators.
         algorithm: `auto`, or `pairs` for the published scheme.
         tokens: of a micro-batch.
-        memory_limit: bytes of slots live at once during the pair, with what is saved of both
-            layers and what is left for the next pair.
+        memory_limit: bytes that slots take at once during the pair, with what is saved of both
+            layers, what is left for the next pair, and what has been read but not yet given back to
+            its lane.
         memory_slack: instead of a limit, bytes above what the sequential plan needs.
         budget: how long to search.
         surroundings: neighbours of a pair that does not repeat itself.
@@ -110,7 +111,7 @@ def solve_pair(
         surroundings=surroundings,
     )
     sequential = BUILDERS["sequential"](problem.forward, problem.backward)
-    least = problem.peak(problem.candidate(sequential))
+    least = problem.peak_of_plan(sequential)
     if memory_slack is not None:
         problem.memory_limit = least + max(memory_slack, 0.0)
     found = bounds(problem)
@@ -122,7 +123,7 @@ def solve_pair(
     graphs = {Strand.FORWARD: problem.forward, Strand.BACKWARD: problem.backward}
     plan = costs.marked(plan, graphs)
     validate(plan, problem.forward, problem.backward)
-    peak = problem.peak(problem.candidate(plan))
+    peak = problem.peak_of_plan(plan)
     if memory_limit is not None and peak > memory_limit:
         raise ValueError(
             f"memory_limit={memory_limit:.0f} bytes: the least found for {problem.name} is"
@@ -189,7 +190,7 @@ def _searched(
 
 
 def _cost(problem: Problem, plan: Plan) -> Cost:
-    excess = max(0.0, problem.peak(problem.candidate(plan)) - _limit(problem))
+    excess = max(0.0, problem.peak_of_plan(plan) - _limit(problem))
     return excess, problem.seconds_of_plan(plan)
 
 
@@ -277,13 +278,13 @@ def _solved(
 def peak_bytes(
     layers: Sequence[GraphPair], builder: Builder, costs: Costs, *, tokens: int = 1
 ) -> float:
-    """Most bytes of slots live at once in a pair of layers of a step that `builder` orders.
+    """Most bytes that slots take at once in a pair of layers of a step that `builder` orders.
 
     Arguments as for `solve`; it is what `memory_limit` limits.
     """
     stops = {kind_of(*stop.graphs): stop for stop in step_stops(layers, 3)}
     problems = (Problem(*stop.pairs, costs, tokens=tokens) for stop in stops.values())
-    return max(p.peak(p.candidate(builder(p.forward, p.backward))) for p in problems)
+    return max(p.peak_of_plan(builder(p.forward, p.backward)) for p in problems)
 
 
 def _surroundings(

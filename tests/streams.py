@@ -15,7 +15,7 @@ Moment = tuple[int, int]
 
 
 class Streams:
-    """All streams.
+    """The streams of a device, and what they know of each other.
 
     Attributes:
         known: of each stream, how many operators of each other one have ended for it.
@@ -34,7 +34,7 @@ class Streams:
         return self.known[stream].get(moment[0], 0) >= moment[1]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In place of torch's."""
+        """Let torch make and use these streams and their events."""
         streams = self
 
         class Event:
@@ -54,8 +54,10 @@ class Streams:
         @contextmanager
         def on(stream: Stream) -> Iterator[None]:
             before, streams.current = streams.current, stream.number
-            yield
-            streams.current = before
+            try:
+                yield
+            finally:
+                streams.current = before
 
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)

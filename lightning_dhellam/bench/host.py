@@ -53,7 +53,10 @@ def main(argv: list[str]) -> None:
 
 
 def link_rate(size: int = 4 << 20, repeats: int = 3) -> float:
-    """Bits per second that each host receives while both send `size` bytes, the median."""
+    """Bits per second that gloo's all-gather brings each host, the median.
+
+    Less than the link's: gloo lets the two directions wait for each other.
+    """
     x = torch.zeros(size, dtype=torch.uint8)
     parts = [torch.empty_like(x) for _ in range(2)]
     times = []

@@ -30,11 +30,11 @@ _PORT = 29400
 _MTU = 9000
 """Jumbo frames, as clusters have them."""
 _BUCKET = 135_000
-"""Bytes that may leave at once after a pause: two of the largest packets that TCP makes."""
-CONTROL = "reno"
+"""Bytes that may always leave at once: two of the largest packets that TCP makes."""
+_CONGESTION = "reno"
 """Congestion control: every Linux has it, and lets a namespace choose it. BBR, which a machine may
 prefer, took this link for a slower one at times."""
-_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+_CONGESTION_FILE = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 """Of this process's network namespace."""
 _READY = "ready"
 _RESULT = "result "
@@ -44,7 +44,7 @@ def check_tools() -> None:
     """Refuse where hosts cannot be made.
 
     Raises:
-        ValueError: not root, no iproute2, or not Linux.
+        ValueError: not root, no iproute2, not Linux, or network settings cannot be written.
     """
     if sys.platform != "linux":
         raise ValueError("dhellam bench two-hosts needs Linux: it makes network namespaces")
@@ -55,6 +55,11 @@ def check_tools() -> None:
         raise ValueError(
             f"dhellam bench two-hosts needs '{missing[0]}': install iproute2 (ip, tc) and"
             " util-linux (unshare)"
+        )
+    if not os.access(_CONGESTION_FILE, os.W_OK):
+        raise ValueError(
+            f"dhellam bench two-hosts needs to write {_CONGESTION_FILE}: run it where"
+            " /proc/sys is not read-only, in a container with --privileged"
         )
 
 
@@ -132,7 +137,7 @@ class Host:
         print(_READY, flush=True)
         if not sys.stdin.readline():
             raise SystemExit("the benchmark has ended before the hosts were joined")
-        _CONTROL.write_text(CONTROL)
+        _CONGESTION_FILE.write_text(_CONGESTION)
         _call("ip", "link", "set", "lo", "up")
         _call("ip", "address", "add", f"{_ADDRESSES[rank]}/24", "dev", INTERFACE)
         _call("ip", "link", "set", INTERFACE, "mtu", str(_MTU), "up")
@@ -151,6 +156,7 @@ class Host:
     def limit(self, bits_per_second: float) -> None:
         """Let no more than this leave the host."""
         rate = f"{round(bits_per_second)}bit"
+        # Of 1 ms; a queue of 50 ms.
         bucket = f"{max(_BUCKET, round(bits_per_second * 0.001 / 8))}"
         limit = ("rate", rate, "burst", bucket, "latency", "50ms")
         _call("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", *limit)

@@ -26,10 +26,16 @@ class Transport(Protocol):
     """What carries collectives in place of their group's own."""
 
     def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
-        """Start to fill `out` with `x` of every rank; what to wait for on the host."""
+        """Start to fill `out` with `x` of every rank.
+
+        Returns what to wait for on the host, None on CUDA.
+        """
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> Work | None:
-        """Start to sum this rank's part of `x` over all ranks into `out`; the same."""
+        """Start to sum this rank's part of `x` over all ranks into `out`.
+
+        Returns what to wait for on the host, None on CUDA.
+        """
 
 
 class Pending(NamedTuple):

@@ -20,7 +20,7 @@ from lightning_dhellam.parallel import nccl
 from lightning_dhellam.parallel.channels import ChannelKey, open_channels
 from lightning_dhellam.parallel.collectives import Transport, of_all_ranks
 from lightning_dhellam.parallel.cpu import megatron_device
-from lightning_dhellam.parallel.duplex import Duplex
+from lightning_dhellam.parallel.duplex import Duplex, open_duplex
 from lightning_dhellam.parallel.emulate import Cluster, is_emulated
 from lightning_dhellam.parallel.link import EmulatedLink
 
@@ -85,7 +85,7 @@ class ParallelContext:
     ``links`` holds the emulated links by communicator, of an emulated cluster only. ``channels``
     holds the communicators between neighbouring pipeline stages, and ``pipeline_split`` the layers
     of each chunk if they were given. Of a pipeline ``alone`` is the group of this rank only.
-    ``duplex`` carries tensor-parallel collectives over gloo.
+    ``duplex`` carries tensor-parallel collectives over gloo; None where they do not take it.
 
     ``groups`` is what Megatron's modules take as ``pg_collection``. ``tp_group`` and the other
     named groups are None only when torch.distributed is not initialised; then every size is 1.
@@ -159,7 +159,6 @@ class ParallelContext:
     def _new(cls, asked: _Asked) -> ParallelContext:
         device, timeout, (tp, pp, cp, ep) = asked.device, asked.timeout, asked.sizes
         by_nccl = dist.get_backend() == "nccl" and asked.tuned
-        by_gloo = dist.get_backend() == "gloo"
         before = dict(vars(parallel_state))
         with megatron_device(device):
             parallel_state.initialize_model_parallel(
@@ -179,7 +178,7 @@ class ParallelContext:
             context,
             channels=open_channels(context.groups.pp, context.world_size, device, timeout),
             alone=_group_of_this_rank() if pp > 1 else None,
-            duplex=Duplex(context.groups.tp, timeout) if tp > 1 and by_gloo else None,
+            duplex=open_duplex(context.groups.tp, context.world_size, device, timeout),
             asked=asked,
             megatron_state=state,
         )

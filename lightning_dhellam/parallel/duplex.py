@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,17 +25,14 @@ class Duplex:
     """Exchanges tensors between the ranks of a group.
 
     Args:
-        group: whose ranks they are. All of them must make one at once.
-        timeout: after which a transfer that a rank does not join fails.
+        rank: of this process in the group.
+        up: group of the same ranks, for what goes to a higher one.
+        down: another one, for what goes to a lower one.
     """
 
-    def __init__(self, group: ProcessGroup, timeout: timedelta) -> None:
-        self._rank, self._size = group.rank(), group.size()
-        ranks = dist.get_process_group_ranks(group)
-        self._up, self._down = (
-            dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
-            for _ in range(2)
-        )
+    def __init__(self, rank: int, up: ProcessGroup, down: ProcessGroup) -> None:
+        self._rank, self._size = rank, up.size()
+        self._up, self._down = up, down
 
     def all_gather(self, x: Tensor, out: Tensor) -> Once:
         """Start to fill `out` [ranks * n, ...] with `x` [n, ...] of every rank."""
@@ -51,15 +49,18 @@ class Duplex:
             parts[self._rank].copy_(given[self._rank])
             torch.sum(parts, dim=0, out=out)
 
-        return self._exchange(given, parts, add)
+        return self._exchange(given.unbind(), parts, add)
 
     def _exchange(
         self,
-        given: Sequence[Tensor] | Tensor,
+        given: Sequence[Tensor],
         taken: Tensor,
         finish: Callable[[], None] | None = None,
     ) -> Once:
-        """Send `given[r]` to each other rank r, and receive `taken[r]` from it."""
+        """Send `given[r]` to each other rank r, and receive `taken[r]` from it.
+
+        What is sent is waited for as well: its memory is the caller's again.
+        """
         others = [(self._rank + step) % self._size for step in range(1, self._size)]
         receives = [
             dist.irecv(taken[r], group=self._up if r < self._rank else self._down, group_src=r)
@@ -69,4 +70,27 @@ class Duplex:
             dist.isend(given[r], group=self._up if r > self._rank else self._down, group_dst=r)
             for r in others
         ]
-        return Once([work for work in (*receives, *sends) if work is not None], finish)
+        works = [*receives, *sends]
+        assert None not in works, "a transfer of a group that this rank is not in"
+        return Once(cast(list[dist.Work], works), finish)
+
+
+def open_duplex(
+    group: ProcessGroup, world_size: int, device: torch.device, timeout: timedelta
+) -> Duplex | None:
+    """That of this rank's tensor-parallel group; None for one rank, on CUDA, and without gloo.
+
+    Every rank must call this. A transfer that a rank does not join fails after `timeout`.
+    """
+    size = group.size()
+    if size == 1 or device.type != "cpu" or dist.get_backend(group) != "gloo":
+        return None
+    mine: Duplex | None = None
+    for first in range(0, world_size, size):
+        # Tensor ranks are the innermost of Megatron's order.
+        ranks = list(range(first, first + size))
+        up, down = (dist.new_group(ranks, timeout=timeout) for _ in range(2))
+        if dist.get_rank() in ranks:
+            assert dist.get_process_group_ranks(group) == ranks, "an unknown order of ranks"
+            mine = Duplex(group.rank(), up, down)
+    return mine

@@ -62,11 +62,11 @@ class EmulatedLink:
         self._filled.clear()
 
     def all_gather(self, x: Tensor, out: Tensor) -> dist.Work | None:
-        """Pretend to; what to wait for on the host, None on CUDA."""
+        """As a `Transport`, but nothing comes from other ranks."""
         return self._carry(x, out, crossing=out.nbytes - x.nbytes)
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> dist.Work | None:
-        """Pretend to; what to wait for on the host, None on CUDA."""
+        """As a `Transport`, but nothing comes from other ranks."""
         return self._carry(x, out, crossing=x.nbytes - out.nbytes)
 
     def _carry(self, x: Tensor, out: Tensor, crossing: int) -> dist.Work | None:

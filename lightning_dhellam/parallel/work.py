@@ -28,21 +28,32 @@ class Once:
     """
 
     def __init__(self, works: Sequence[Work], finish: Callable[[], None] | None = None) -> None:
-        self._works: Sequence[Work] | None = works
+        self._works = list(works)
         self._finish = finish
+        self._failure: Exception | None = None
+        self._done = False
         self._lock = Lock()
 
     def wait(self) -> None:
-        """Return when all is done. Any thread may wait."""
+        """Return when all is done. Any thread may wait; what fails, fails for all of them."""
         with self._lock:
-            if self._works is not None:
-                for work in self._works:
-                    work.wait()
-                if self._finish is not None:
-                    with torch.no_grad():
-                        self._finish()
-                self._works = self._finish = None
+            if not self._done:
+                self._done = True
+                try:
+                    self._complete()
+                except Exception as error:
+                    self._failure = error
+            if self._failure is not None:
+                raise self._failure
+
+    def _complete(self) -> None:
+        while self._works:
+            self._works.pop(0).wait()
+        if self._finish is not None:
+            with torch.no_grad():
+                self._finish()
+            self._finish = None
 
     def is_completed(self) -> bool:
         """Whether it was waited for."""
-        return self._works is None
+        return self._done

@@ -12,15 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
-from lightning_dhellam.parallel.duplex import Duplex
+from lightning_dhellam.parallel.duplex import Duplex, open_duplex
+from lightning_dhellam.parallel.work import Once
 from tests.ranks import run_ranks
 
 ROWS, WIDTH = 3, 5
+CPU = torch.device("cpu")
 
 
 def _part(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(ranks * ROWS, WIDTH, generator=generator).to(dtype)
+
+
+def _duplex(seconds: float) -> Duplex:
+    group = dist.group.WORLD
+    assert group is not None
+    opened = open_duplex(group, group.size(), CPU, timedelta(seconds=seconds))
+    assert opened is not None
+    return opened
 
 
 def _scattered(
@@ -33,7 +43,7 @@ def _scattered(
     before = whole.clone()
     group = dist.group.WORLD
     assert group is not None
-    transport = Duplex(group, timedelta(seconds=30)) if duplex else None
+    transport = _duplex(30) if duplex else None
     # Several are on their way at once, and are waited for in any order.
     others = [reduce_scatter(whole + number, group, transport) for number in range(3)]
     pending = reduce_scatter(whole, group, transport)
@@ -86,15 +96,54 @@ def test_a_sum_over_ranks_is_the_same_everywhere(
 def _late(rank: int) -> str:
     group = dist.group.WORLD
     assert group is not None
-    transport = Duplex(group, timedelta(seconds=1))
+    transport = _duplex(3)
+    store = dist.distributed_c10d._get_default_store()
     if rank == 1:
+        store.wait(["late"])
         return ""
     work = all_gather(torch.ones(2), group, transport).work
     assert work is not None
     with pytest.raises(RuntimeError) as failure:
         work.wait()
+    store.set("late", "it was")
     return str(failure.value)
 
 
 def test_a_collective_that_a_rank_does_not_join_fails() -> None:
-    assert run_ranks(2, _late)[0]
+    assert "imed out" in run_ranks(2, _late)[0]
+
+
+def _of_pairs(rank: int) -> bool:
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    group = pairs[rank // 2]
+    duplex = open_duplex(group, 4, CPU, timedelta(seconds=30))
+    gathered = all_gather(torch.tensor([float(rank)]), group, duplex)
+    assert duplex is not None and gathered.work is not None
+    gathered.work.wait()
+    first = rank // 2 * 2
+    return gathered.value.tolist() == [first, first + 1]
+
+
+def test_every_group_of_ranks_has_connections_of_its_own() -> None:
+    assert all(run_ranks(4, _of_pairs))
+
+
+def test_work_that_failed_fails_for_all_who_wait_and_is_not_asked_again() -> None:
+    asked = []
+
+    class Fails:
+        def wait(self) -> None:
+            asked.append(self)
+            if len(asked) == 2:
+                raise RuntimeError("the other side is gone")
+
+        def is_completed(self) -> bool:
+            return False
+
+    finished: list[bool] = []
+    work = Once([Fails() for _ in range(3)], lambda: finished.append(True))
+    assert not work.is_completed()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the other side is gone"):
+            work.wait()
+    assert len(asked) == 2 and not finished and work.is_completed()

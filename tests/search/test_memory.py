@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.lanes import CudaLanes, Lanes
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Operator
+from lightning_dhellam.plan import BUILDERS, Barrier, Builder, Graph, GraphPair, Operator, Plan
+from lightning_dhellam.search.local import neighbour
+from lightning_dhellam.search.memory import most
+from lightning_dhellam.search.orders import Problem
 from lightning_dhellam.search.walk import Walk, step_stops
 from tests.plan.graphs import random_builder
-from tests.search.graphs import costs, graphs_of, model
+from tests.search.graphs import costs, graphs_of, model, transformer
 from tests.streams import Streams
 
 TOKENS, MICRO_BATCHES = 8, 4
@@ -58,12 +63,14 @@ def _running(graph: Graph, meter: Meter) -> Graph:
 
 
 def _layers(meter: Meter) -> list[GraphPair]:
-    pairs = model(2)
-    for pair in pairs:
-        for graph in (pair.forward, pair.backward):
-            if "loss" in graph.bytes_per_token:
-                graph.bytes_per_token["loss"] = 0.0  # type: ignore[index]
-    return [GraphPair(_running(p.forward, meter), _running(p.backward, meter)) for p in pairs]
+    pairs = ((_sized(pair.forward), _sized(pair.backward)) for pair in model(2))
+    return [GraphPair(_running(ahead, meter), _running(behind, meter)) for ahead, behind in pairs]
+
+
+def _sized(graph: Graph) -> Graph:
+    """The loss is a scalar."""
+    sizes = {slot: 0.0 if slot == "loss" else n for slot, n in graph.bytes_per_token.items()}
+    return replace(graph, bytes_per_token=sizes)
 
 
 def _measured(builder: Builder, lanes: Lanes, meter: Meter, layers: list[GraphPair]) -> int:
@@ -101,3 +108,50 @@ def test_memory_that_waits_matters() -> None:
         _predicted(BUILDERS["interleaved"], layers, inline) for inline in (False, True)
     )
     assert waiting > 1.05 * free
+
+
+def _pair_and_repeated(plan: Plan, layer: GraphPair, rounds: int) -> tuple[float, float]:
+    """The peak of a pair, and of a walk of so many micro-batches through one layer."""
+    problem = Problem(layer, layer, costs(graphs_of([layer]), 110e9))
+    alone = BUILDERS["sequential"]
+    walk = Walk(step_stops([layer], rounds + 1), problem.costs)
+    plans = [alone(layer.forward, None), *[plan] * rounds, alone(None, layer.backward)]
+    return problem.peak_of_plan(plan), walk.peak_bytes(walk.order(plans), 1)
+
+
+def _closed(layer: GraphPair) -> GraphPair:
+    """What comes from outside the only layer is not in a walk."""
+    free = {"y": 0.0, "dx": 0.0}
+    graphs = (layer.forward, layer.backward)
+    return GraphPair(*(replace(g, bytes_per_token={**g.bytes_per_token, **free}) for g in graphs))
+
+
+@pytest.mark.parametrize("name", ["sequential", "megatron", "dhellam", "interleaved"])
+def test_the_peak_of_a_pair_is_that_of_a_long_walk(name: str) -> None:
+    layer = _closed(transformer())
+    plan = BUILDERS[name](layer.forward, layer.backward)
+    pair, walk = _pair_and_repeated(plan, layer, 5)
+    assert pair == pytest.approx(walk)
+
+
+def test_memory_goes_back_at_a_barrier() -> None:
+    layer = transformer()
+    plan = BUILDERS["interleaved"](layer.forward, layer.backward)
+    rows = [row for issue in plan.rows for row in (issue, Barrier())]
+    problem = Problem(layer, layer, costs(graphs_of([layer]), 110e9))
+    assert problem.peak_of_plan(replace(plan, rows=tuple(rows))) < problem.peak_of_plan(plan)
+
+
+def test_two_rounds_of_a_pair_show_what_more_would() -> None:
+    """What one round leaves to be given back in the next is there in every later one alike."""
+    layer = transformer()
+    problem = Problem(layer, layer, costs(graphs_of([layer]), 110e9))
+    slots, draw, candidate = problem._memory._slots, random.Random(3), problem.default()
+    lags = 0
+    for _ in range(200):
+        candidate = neighbour(problem, candidate, draw)
+        order = np.array(candidate.order)
+        late = np.array([candidate.lagging >> x & 1 for x in range(problem.size)])
+        assert most(slots, order, late, 2) == most(slots, order, late, 5)
+        lags += int(late.any())
+    assert lags > 100
