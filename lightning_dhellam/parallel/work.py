@@ -38,11 +38,11 @@ class Once:
         """Return when all is done. Any thread may wait; what fails, fails for all of them."""
         with self._lock:
             if not self._done:
-                self._done = True
                 try:
                     self._complete()
                 except Exception as error:
                     self._failure = error
+                self._done = True
             if self._failure is not None:
                 raise self._failure
 

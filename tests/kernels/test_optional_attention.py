@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import choose, rope
+from lightning_dhellam.kernels.deterministic import deterministic
 from tests.kernels.checks import assert_close, drawn, truth
 
 BACKENDS = {
@@ -211,20 +212,10 @@ def _check(
     )
 
 
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize("shape", ["less-than-a-block", "grouped"])
 def test_what_we_make_of_the_published_interface(stand_in: Any, shape: str) -> None:
     for ordered in (False, True):
-        with _deterministic(ordered):
+        with deterministic() if ordered else nullcontext():
             _check(stand_in, SHAPES[shape], torch.float32, torch.device("cpu"), 2e-6, 2e-6)
 
 
@@ -265,7 +256,7 @@ def test_gradients_are_reproducible_where_torch_must_be(name: str) -> None:
     q, k, v = rope.split(fused, heads)
     dout = drawn((s, b, heads.queries * heads.size), dtype, device, 1)
     runs = []
-    with _deterministic(True):
+    with deterministic():
         for _ in range(3):
             out, lse, state = backend.forward(q, k, v, 0.1)
             runs.append((out, *backend.backward(dout, q, k, v, out, lse, state, 0.1)))

@@ -147,3 +147,24 @@ def test_work_that_failed_fails_for_all_who_wait_and_is_not_asked_again() -> Non
         with pytest.raises(RuntimeError, match="the other side is gone"):
             work.wait()
     assert len(asked) == 2 and not finished and work.is_completed()
+
+
+def test_work_is_not_completed_while_somebody_waits_for_it() -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    class Slow:
+        def wait(self) -> None:
+            begun.set()
+            assert end.wait(30)
+
+        def is_completed(self) -> bool:
+            return False
+
+    work = Once([Slow()])
+    waiting = threading.Thread(target=work.wait)
+    waiting.start()
+    assert begun.wait(30)
+    early = work.is_completed()
+    end.set()
+    waiting.join()
+    assert not early and work.is_completed()

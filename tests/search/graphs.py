@@ -125,6 +125,13 @@ def transformer() -> GraphPair:
     return pair("transformer", (FORWARD, BACKWARD), ("x", "y", "dy", "dx"))
 
 
+def closed(layer: GraphPair) -> GraphPair:
+    """A layer that takes in nothing: what comes from outside the only layer is not in a walk."""
+    free = {"y": 0.0, "dx": 0.0}
+    graphs = (layer.forward, layer.backward)
+    return GraphPair(*(replace(g, bytes_per_token={**g.bytes_per_token, **free}) for g in graphs))
+
+
 def model(layers: int) -> list[GraphPair]:
     """Embedding, transformer layers, head."""
     embedding = pair("embedding", EMBEDDING, ("", "y", "dy", ""))

@@ -21,7 +21,7 @@ from lightning_dhellam.search.memory import most
 from lightning_dhellam.search.orders import Problem
 from lightning_dhellam.search.walk import Walk, step_stops
 from tests.plan.graphs import random_builder
-from tests.search.graphs import costs, graphs_of, model, transformer
+from tests.search.graphs import closed, costs, graphs_of, model, transformer
 from tests.streams import Streams
 
 TOKENS, MICRO_BATCHES = 8, 4
@@ -119,16 +119,9 @@ def _pair_and_repeated(plan: Plan, layer: GraphPair, rounds: int) -> tuple[float
     return problem.peak_of_plan(plan), walk.peak_bytes(walk.order(plans), 1)
 
 
-def _closed(layer: GraphPair) -> GraphPair:
-    """What comes from outside the only layer is not in a walk."""
-    free = {"y": 0.0, "dx": 0.0}
-    graphs = (layer.forward, layer.backward)
-    return GraphPair(*(replace(g, bytes_per_token={**g.bytes_per_token, **free}) for g in graphs))
-
-
 @pytest.mark.parametrize("name", ["sequential", "megatron", "dhellam", "interleaved"])
 def test_the_peak_of_a_pair_is_that_of_a_long_walk(name: str) -> None:
-    layer = _closed(transformer())
+    layer = closed(transformer())
     plan = BUILDERS[name](layer.forward, layer.backward)
     pair, walk = _pair_and_repeated(plan, layer, 5)
     assert pair == pytest.approx(walk)

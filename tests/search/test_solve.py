@@ -27,6 +27,7 @@ from tests.search.graphs import (
     FINGERPRINT,
     TOKENS,
     FakeBench,
+    closed,
     costs,
     graphs_of,
     model,
@@ -304,15 +305,7 @@ def test_a_small_pair_with_little_memory_is_still_ordered_as_well_as_possible() 
 
 def test_the_peak_of_a_pair_is_what_a_walk_shows() -> None:
     """With one layer, a step of three micro-batches holds what the pair holds and no more."""
-    full = transformer()
-    # What comes from outside the only layer is not in the walk.
-    free = {"y": 0.0, "dx": 0.0}
-    layer = GraphPair(
-        *(
-            replace(g, bytes_per_token=dict(g.bytes_per_token) | free)
-            for g in (full.forward, full.backward)
-        )
-    )
+    layer = closed(transformer())
     problem = Problem(layer, layer, costs(graphs_of([layer]), 110e9))
     draw = random.Random(7)
     candidate = problem.default()
