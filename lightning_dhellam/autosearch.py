@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.search.findings import Findings
 from lightning_dhellam.search.profile import Profile
-from lightning_dhellam.session import Options, Session, use_unsearched
+from lightning_dhellam.session import MEMORY_SLACK, Options, Session, use_unsearched
 from lightning_dhellam.staging import check_file
 from lightning_dhellam.strategy import DHellamStrategy
 
@@ -44,14 +44,15 @@ class AutoSearch(Callback):
             the name.
         memory_limit: bytes that activations may take at once in a pair of layers, with those that
             communication has yet to give back; no plan that needs more is tried, but `sequential`.
-            As a rule what that one needs and 2.5% of the memory of a step, for searched plans.
+            Without it, searched plans may take what that one needs and `memory_slack`.
+        memory_slack: share of the memory of a step that searched plans may take on top.
         folder: where to write instead.
         replay: measure by repeating the first batch, whose gradients are thrown away, instead of
             on the steps that follow.
 
     Raises:
-        ValueError: fewer than 1 round; a strategy other than DHellamStrategy; a profile that does
-            not fit or could not be written; no order keeps `memory_limit`.
+        ValueError: fewer than 1 round; a negative slack; a strategy other than DHellamStrategy; a
+            profile that does not fit or could not be written; no order keeps `memory_limit`.
         BenchError: an operator could not be timed; it is named.
     """
 
@@ -60,11 +61,16 @@ class AutoSearch(Callback):
         rounds: int = 5,
         profile: str | None = None,
         memory_limit: float | None = None,
+        memory_slack: float = MEMORY_SLACK,
         folder: str | None = None,
         replay: bool = False,
     ) -> None:
         if rounds < 1:
             raise ValueError(f"rounds={rounds} must be at least 1 step of each plan")
+        if not memory_slack >= 0:
+            raise ValueError(
+                f"memory_slack={memory_slack} must be at least 0: 0.1 for a tenth more memory"
+            )
         if profile and Path(profile).exists():
             Profile.load(profile)  # what it was made for is compared when that is known
         elif profile:
@@ -72,7 +78,9 @@ class AutoSearch(Callback):
         self.folder = folder
         self.replay = replay
         self._plan_file: Path | None = None
-        self._options = Options(rounds, Path(profile) if profile else None, memory_limit)
+        self._options = Options(
+            rounds, Path(profile) if profile else None, memory_limit, memory_slack
+        )
         self._session: Session | None = None
         self._step = ExitStack()
         self._gradients_ready: Callable[[], None] = _nothing

@@ -38,6 +38,9 @@ def search_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--memory_limit", type=float, default=None, help="bytes in a pair of layers"
     )
+    parser.add_argument(
+        "--memory_slack", type=float, default=None, help="share of a step's memory, instead"
+    )
     options, words = parser.parse_known_args(list(argv))
     if not any(word.partition("=")[0] in OPTIONS for word in words):
         raise ValueError("search needs --config FILE, or the name of a recipe: see dhellam recipes")
@@ -45,12 +48,11 @@ def search_command(argv: Sequence[str]) -> int:
 
     from lightning_dhellam.cli import run_lightning
 
+    given = ("rounds", "profile", "memory_limit", "memory_slack")
     search = {
         "class_path": "lightning_dhellam.callbacks.AutoSearch",
         "init_args": {
-            "rounds": options.rounds,
-            "profile": options.profile,
-            "memory_limit": options.memory_limit,
+            **{name: value for name in given if (value := getattr(options, name)) is not None},
             "folder": str(options.output),
             "replay": True,
         },

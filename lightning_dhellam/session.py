@@ -46,12 +46,14 @@ class Options:
         rounds: steps that each candidate is measured on.
         profile: file that holds the profile, or will.
         memory_limit: bytes that slots take at once in a pair of layers; None for what the
-            sequential plan needs and `MEMORY_SLACK` of the memory of a step.
+            sequential plan needs and `memory_slack`.
+        memory_slack: share of the memory of a step.
     """
 
     rounds: int = 5
     profile: Path | None = None
     memory_limit: float | None = None
+    memory_slack: float = MEMORY_SLACK
 
 
 class Session:
@@ -90,7 +92,7 @@ class Session:
         self._stage = OneOfStages(stage.number, stage.count, len(self._pieces))
         self._seconds: dict[str, float] = {}
         # Before the profile, which needs memory that no step does.
-        slack = None if options.memory_limit else self._peak_bytes() * MEMORY_SLACK
+        slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         self.left_out: dict[str, float] = {}
         everyone = strategy.world_group
         with self._timed("profile"):

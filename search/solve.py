@@ -53,8 +53,9 @@ class Budget:
 
     Attributes:
         evaluations: orders whose time is computed, for a pair that repeats itself; half as many
-            where other measurements count as well. It takes a second and a half at the size of a
-            Llama layer with tensor parallelism, and more with a limit of memory.
+            where other measurements count as well, four times as many with a limit of memory. It
+            takes a second and a half at the size of a Llama layer with tensor parallelism, and ten
+            with a limit.
         rare_evaluations: the same for each pair that does not.
         exact_operators: up to so many operators the best order is proven.
         exact_nodes: beginnings of orders that the proof may look at before it is given up.
@@ -171,6 +172,8 @@ def _searched(
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
     starts = [*starts, problem.default(), *map(problem.candidate, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
+    if problem.cyclic and problem.memory_limit is not None:
+        evaluations *= 4  # with fewer it depends on the seed what is found
     if problem.averages:
         evaluations //= 2  # each takes longer
         bound = 0.0  # a mean may be below what the medians allow: nothing is proven by it

@@ -28,6 +28,7 @@ from lightning_dhellam.bench.report import Report, Row, device_name
 from lightning_dhellam.bench.stage import Effort, Stage, rank_of
 from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.parallel import Cluster, Link
+from lightning_dhellam.session import MEMORY_SLACK
 
 DESCRIPTION = "layer and step times of every plan over emulated links, against the bound"
 
@@ -52,6 +53,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--micro_batches", type=list[int], default=[2, 4], help="of two steps")
     parser.add_argument("--rounds", type=int, default=4, help="that count; one more comes before")
     parser.add_argument("--repeats", type=int, default=7, help="samples of each operator")
+    parser.add_argument(
+        "--memory_slack", type=float, default=MEMORY_SLACK, help="share that plans may need more"
+    )
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which cells stop")
     parser.add_argument("--levers", type=bool, default=False, help="try what may pay beyond order")
 
@@ -65,7 +69,9 @@ def run(options: Namespace) -> Report:
         device = torch.device("cuda", torch.cuda.current_device())
     rehearse = options.miniature or device.type == "cpu"
     few, many = sorted(options.micro_batches)
-    effort = Effort(tuple(options.plans), few, many, options.rounds, options.repeats)
+    effort = Effort(
+        tuple(options.plans), few, many, options.rounds, options.repeats, options.memory_slack
+    )
     links = _links(options)
     todo = cells(links, calibrate=options.cluster is None, levers=options.levers)
     if options.cells is not None:
@@ -73,6 +79,8 @@ def run(options: Namespace) -> Report:
     notes = {"EMULATED": "one rank of 8, its links played: times mean something, numbers do not"}
     if not rehearse and any(cell.shape == "b" for cell in todo):
         notes["published for b on 8 H200"] = _PUBLISHED
+    if options.memory_slack != MEMORY_SLACK:
+        notes["memory slack"] = f"{options.memory_slack:g} instead of {MEMORY_SLACK:g}"
     if rehearse:
         notes["REHEARSAL"] = f"in miniature, links {SLOWER} times slower"
     report = Report("overlap", device_name(device), COLUMNS, notes)
@@ -91,6 +99,8 @@ def _check(options: Namespace) -> None:
     missing = [plan for plan in ("sequential", "megatron") if plan not in options.plans]
     if missing:
         raise ValueError(f"--plans: '{missing[0]}' must be among them, others are compared to it")
+    if not options.memory_slack >= 0:
+        raise ValueError(f"--memory_slack {options.memory_slack} must be at least 0")
     counts = options.micro_batches
     if len(counts) != 2 or counts[0] == counts[1] or min(counts) < 1:
         raise ValueError(f"--micro_batches {counts}: give two different numbers of at least 1")

@@ -41,6 +41,7 @@ class Effort:
         many: micro-batches of the longer step.
         rounds: in which every step is timed once.
         repeats: samples of each operator.
+        memory_slack: share of the memory of a step that searched plans may need on top.
     """
 
     plans: tuple[str, ...]
@@ -48,6 +49,7 @@ class Effort:
     many: int
     rounds: int
     repeats: int
+    memory_slack: float = MEMORY_SLACK
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Stage:
                 costs,
                 self._effort.plans,
                 tokens=work.tokens,
-                memory_slack=self._peak(work, sequential) * MEMORY_SLACK,
+                memory_slack=self._peak(work, sequential) * self._effort.memory_slack,
             )
         return self._searched[key]
 

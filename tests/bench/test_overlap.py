@@ -130,6 +130,7 @@ def test_links_are_written_as_they_are_read() -> None:
         (("--plans", "[sequential,auto]"), "--plans: 'megatron' must be among them"),
         (("--micro_batches", "[2,2]"), r"--micro_batches \[2, 2\]: give two different"),
         (("--links", "[fast]"), "link 'fast'"),
+        (("--memory_slack", "-0.1"), "--memory_slack -0.1 must be at least 0"),
         (("--cluster", "h20-node"), "did you mean 'h200-node'"),
     ],
 )

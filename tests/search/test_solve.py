@@ -408,3 +408,15 @@ def test_memory_stays_near_that_of_the_sequential_plan(link: float) -> None:
     for name, solution in found.solutions.items():
         assert solution.extra_bytes <= max(slack, 0), name
     assert found.main.seconds <= 1.05 * free.main.seconds
+
+
+def test_a_limit_of_memory_leaves_little_to_the_seed() -> None:
+    layer = transformer()
+    given = costs(graphs_of([layer]), 110e9)
+    seconds = [
+        solve_pair(
+            layer, layer, given, tokens=TOKENS, memory_slack=0.0, budget=Budget(seed=seed)
+        ).seconds
+        for seed in (2, 3)
+    ]
+    assert max(seconds) <= 1.01 * min(seconds)

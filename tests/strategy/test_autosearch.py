@@ -473,11 +473,31 @@ def test_other_strategies_are_refused() -> None:
         train("auto", callbacks=[AutoSearch()])
     with pytest.raises(ValueError, match=r"rounds=0 must be at least 1"):
         AutoSearch(rounds=0)
+    with pytest.raises(ValueError, match=r"memory_slack=-0.1 must be at least 0"):
+        AutoSearch(memory_slack=-0.1)
 
 
 def test_memory_that_no_order_keeps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"memory_limit=1 bytes: the least found"):
         searched(tmp_path, memory_limit=1)
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_searched_plans_may_take_a_share_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float | None
+) -> None:
+    given: list[float | None] = []
+    real = session.solve
+
+    def solve(*args: Any, memory_slack: float | None = None, **kwargs: Any) -> Any:
+        given.append(memory_slack)
+        return real(*args, memory_slack=memory_slack, **kwargs)
+
+    monkeypatch.setattr(session, "solve", solve)
+    monkeypatch.setattr(session.Session, "_peak_bytes", lambda _: 1000.0)
+    searched(tmp_path, **({} if share is None else {"memory_slack": share}))
+    expected = 1000.0 * (session.MEMORY_SLACK if share is None else share)
+    assert given and given[0] == expected
 
 
 def test_plans_that_need_more_memory_than_allowed_are_not_tried(
