@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -40,6 +40,9 @@ _SLACK = 0.001
 
 _ALONE = 4
 """How many times fewer orders are looked at of a pair that lacks a strand."""
+
+_PART = 4
+"""How many times fewer orders are looked at to choose what leaves processors."""
 
 _CHOICES = 3
 """How often what leaves processors is chosen anew for the order that was found."""
@@ -233,7 +236,10 @@ def solve(
         return _solved(stops, partial(ordered, costs=costs), {})
     pair = next(stop.pairs for stop in stops if kind_of(*stop.graphs) == main)
     choices = (Spared(), sparable(*pair, costs))
-    solutions = {spared: ordered(*pair, costs.sparing(spared)) for spared in choices}
+    # To see what pays a part of the budget will do.
+    budget = budget or Budget()
+    part = replace(budget, evaluations=budget.evaluations // _PART)
+    solutions = {s: ordered(*pair, costs.sparing(s), budget=part) for s in choices}
     for _ in range(_CHOICES):
         best = min(solutions, key=lambda spared: solutions[spared].seconds)
         plan = solutions[best].plan
@@ -241,10 +247,10 @@ def solve(
         if chosen in solutions:
             break
         # The order is as good for the new choice, and may become better.
-        solutions[chosen] = ordered(*pair, costs.sparing(chosen), start=plan)
+        solutions[chosen] = ordered(*pair, costs.sparing(chosen), start=plan, budget=part)
     best = min(solutions, key=lambda spared: solutions[spared].seconds)
     given = partial(ordered, costs=costs.sparing(best))
-    return _solved(stops, given, {main: solutions[best]})
+    return _solved(stops, given, {main: given(*pair, start=solutions[best].plan)})
 
 
 def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:
