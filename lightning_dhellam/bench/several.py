@@ -79,7 +79,8 @@ def run(options: Namespace) -> Report:
     folder = Path(options.output)
     for job in [parse(case, options) for case in options.cases]:
         for side, result in _sides(job, options, folder, budget):
-            report.device = f"{job.tensor * job.pipeline} {result.pop('device', options.device)}"
+            if "device" in result:
+                report.device = f"{job.processes} {result.pop('device')}"
             report.rows += _rows(job, side, result, options.peak_tflops)
             _compare([row for row in report.rows if row["case"] == job.case])
             report.save(folder)
@@ -118,7 +119,8 @@ def _sides(
     if OURS in options.sides:
         real = _done(replace(job, side=OURS), home / OURS, options, budget)
         yield OURS, dict(real)
-    if _EMULATED in options.sides and real.get("link"):
+    # One process cannot play a stage, which computes what another one sends.
+    if _EMULATED in options.sides and real.get("link") and job.pipeline == 1:
         link = real["link"]
         bandwidth = link["bytes"] / max(link["seconds"] - _LATENCY, 1e-9)
         rank = replace(

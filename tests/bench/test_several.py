@@ -24,12 +24,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    ("case", "sides"),
-    [("a:2:2:1", "megatron-core,ours,emulated"), ("a:4:2:2", "megatron-core,ours")],
-)
-def test_all_sides_train_the_same(case: str, sides: str, tmp_path: Path) -> None:
-    options = [f"--cases=['{case}']", f"--sides=[{sides}]", f"--output={tmp_path}"]
+@pytest.mark.parametrize("case", ["a:2:2:1", "a:4:2:2"])
+def test_all_sides_train_the_same(case: str, tmp_path: Path) -> None:
+    options = [f"--cases=['{case}']", f"--output={tmp_path}"]
     assert main([*WORDS, *options]) == 0
     rows = _rows(tmp_path)
     theirs, *others = rows
@@ -44,7 +41,8 @@ def test_all_sides_train_the_same(case: str, sides: str, tmp_path: Path) -> None
     (installed,) = [row for row in ours if "whole ms" in row]
     assert installed["whole ms"] > 0 and installed["details"]["search"]["profile"] > 0
     emulated = {row["plan"]: row for row in others if row["side"] == "emulated"}
-    if "emulated" in sides:
+    assert bool(emulated) == case.endswith(":1"), "one process cannot play a stage"
+    if emulated:
         assert emulated["ours"]["of real"] == pytest.approx(
             emulated["ours"]["step ms"] / installed["step ms"]
         )
