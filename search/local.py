@@ -74,7 +74,8 @@ def temper(
     steps = range(_REPLICAS)
     scale = max(cost[1], _INSTANT) * _COLD
     # The coldest keeps to the limit, or comes nearer to it, whatever it takes.
-    prices = [inf, *[_EXCESS * max(cost[1], _INSTANT) / _limit(problem)] * (_REPLICAS - 1)]
+    limit_bytes = max(problem.memory_limit or 0.0, 1.0)
+    prices = [inf, *[_EXCESS * max(cost[1], _INSTANT) / limit_bytes] * (_REPLICAS - 1)]
     heat = [scale * (_HOT / _COLD) ** (step / (_REPLICAS - 1)) for step in steps]
     idle = 0
     while problem.evaluations < limit and idle < _PATIENCE and not _reached(cost, bound):
@@ -160,11 +161,6 @@ def _rise(here: Cost, there: Cost, price: float) -> float:
     """How much more `there` costs, in seconds, if so many are paid for a byte above the limit."""
     excess = there[0] - here[0]
     return there[1] - here[1] + (price * excess if excess else 0.0)
-
-
-def _limit(problem: Problem) -> float:
-    """Bytes that are allowed; at least one, since it is divided by."""
-    return inf if problem.memory_limit is None else max(problem.memory_limit, 1.0)
 
 
 def neighbour(problem: Problem, candidate: Candidate, draw: random.Random) -> Candidate:

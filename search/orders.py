@@ -6,6 +6,7 @@ is, are carried out for the previous pair of layers. Orders change by moves that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -227,7 +228,10 @@ class Problem:
         if known is None:
             self.evaluations += 1
             seconds, begun = self._timed(candidate, _FEW)
-            known = self._known[key] = ((self._excess(candidate), seconds), begun)
+            known = self._known[key] = (
+                (self._excess(candidate.order, candidate.lagging), seconds),
+                begun,
+            )
         return known
 
     def _key(self, candidate: Candidate) -> object:
@@ -245,10 +249,15 @@ class Problem:
                 ahead = []
         return candidate.lagging, tuple(map(tuple, lanes)), tuple(ahead)
 
-    def _excess(self, candidate: Candidate) -> float:
+    def cost_of_plan(self, plan: Plan) -> Cost:
+        """What `cost` says of a candidate, of a plan, which may have barriers."""
+        return self._excess(*self._issued(plan)), self.seconds_of_plan(plan)
+
+    def _excess(self, order: Iterable[int], lagging: int) -> float:
+        """Bytes above the limit."""
         if self.memory_limit is None:
             return 0.0
-        return max(0.0, self.peak(candidate) - self.memory_limit)
+        return max(0.0, self._memory.peak(order, lagging) - self.memory_limit)
 
     def peak(self, candidate: Candidate) -> float:
         """Most bytes of slots at once while the pair is carried out."""
@@ -256,11 +265,15 @@ class Problem:
 
     def peak_of_plan(self, plan: Plan) -> float:
         """The same of a plan, at whose barriers memory goes back."""
-        order = (
+        return self._memory.peak(*self._issued(plan))
+
+    def _issued(self, plan: Plan) -> tuple[list[int], int]:
+        """The order of a plan with its barriers, and what lags."""
+        order = [
             self.number[row.strand, row.operator] if isinstance(row, Issue) else BARRIER
             for row in plan.rows
-        )
-        return self._memory.peak(order, self.candidate(plan).lagging)
+        ]
+        return order, self.candidate(plan).lagging
 
     def seconds_on_average(self, candidate: Candidate) -> float:
         """The period of a pair that repeats itself, by the costs and all that other measurements

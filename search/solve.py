@@ -161,7 +161,7 @@ def _best(
         other = build(problem.forward, problem.backward)
         if not any(isinstance(row, Barrier) for row in other.rows):
             continue
-        other_cost = _cost(problem, other)
+        other_cost = problem.cost_of_plan(other)
         if other_cost < (cost[0], cost[1] * (1 - 1e-9)):
             plan = Plan("auto", other.forward, other.backward, other.rows)
             cost, proven = other_cost, False
@@ -192,16 +192,7 @@ def _searched(
     slack = 0.0 if proven else _SLACK
     best, _ = slim(problem, best, slack, evaluations // 16, budget.seed)
     plan = problem.plan(plain(problem, best))
-    return plan, _cost(problem, plan), proven
-
-
-def _cost(problem: Problem, plan: Plan) -> Cost:
-    excess = max(0.0, problem.peak_of_plan(plan) - _limit(problem))
-    return excess, problem.seconds_of_plan(plan)
-
-
-def _limit(problem: Problem) -> float:
-    return float("inf") if problem.memory_limit is None else problem.memory_limit
+    return plan, problem.cost_of_plan(plan), proven
 
 
 def solve(
