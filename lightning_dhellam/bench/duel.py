@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.bench.megatron_side import MegatronSide
-from lightning_dhellam.bench.plans import PLANS, Plans, lane_seconds
+from lightning_dhellam.bench.plans import PLANS, Plans
 from lightning_dhellam.bench.rounds import Clock, Result, in_turn, result_of
+from lightning_dhellam.bench.tap import Tap
 from lightning_dhellam.bench.workload import Workload, whole
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.cost import Costs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def shape(settings: Settings) -> ModelConfig:
     return ModelConfig(
         num_layers=settings.layers,
         hidden_size=settings.hidden,
-        ffn_hidden_size=settings.hidden * 7 // 2,
+        ffn_hidden_size=settings.ffn,
         num_attention_heads=settings.hidden // _HEAD,
         num_query_groups=settings.hidden // _HEAD // 2,
         vocab_size=settings.vocabulary,
@@ -48,13 +49,16 @@ class Duel:
         device = torch.device("cpu")
         context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
         config = shape(settings)
-        model = CausalLM(config, context)
+        assert context.duplex is not None, "gloo on CPU has one"
+        self._tap = Tap(context.duplex, context.tp_size)
+        model = CausalLM(config, replace(context, duplex=self._tap))
         generator = torch.Generator().manual_seed(5)
-        size = (settings.micro_batches, settings.length + 1)
+        sequences = settings.micro_batches * settings.micro_batch
+        size = (sequences, settings.length + 1)
         tokens = torch.randint(0, settings.vocabulary, size, generator=generator)
         batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
-        self._work: Workload = whole(model, batch, 1)
-        self._theirs = MegatronSide(config, context, batch, 1)
+        self._work: Workload = whole(model, batch, settings.micro_batch)
+        self._theirs = MegatronSide(config, context, batch, settings.micro_batch)
         self._clock = Clock(device, dist.group.WORLD)
 
     def measure(self) -> dict[str, Any]:
@@ -65,16 +69,16 @@ class Duel:
         plans = Plans.of(work.layers, costs, planned, tokens=work.tokens)
         steps = {name: self._step(name, plans) for name in names}
         parity = self._parity(steps)
-        times = in_turn(steps, self._clock, self._settings.rounds)
+        sequential = steps["sequential"]
+        parts = {"compute": self._tap.silent(sequential), "link": self._tap.alone(sequential)}
+        times = in_turn({**parts, **steps}, self._clock, self._settings.rounds)
         cpu = {name: _cpu_seconds(step) for name, step in steps.items()}
-        lanes = lane_seconds(work.layers, plans.costs)
         count = len(work.pieces)
         predicted = {
             name: plans.simulate(work.layers, name, count).seconds for name in plans.builders
         }
         return {
-            "compute": count * lanes[Lane.COMPUTE],
-            "communication": count * lanes[Lane.TP],
+            **{part: times[part].median for part in parts},
             "search": plans.search_seconds.get("auto"),
             "resource": plans.solutions["auto"].main.resource if "auto" in names else None,
             "sides": [

@@ -22,9 +22,11 @@ class Settings:
     Attributes:
         rates: of the link, in Gbit/s.
         layers: of the model.
-        hidden: its width; the MLP is three and a half times as wide, a head 64.
+        hidden: its width, of heads of 64.
+        ffn: width of its MLP.
         length: tokens of a sequence.
-        micro_batches: of one sequence, to a step.
+        micro_batch: sequences of it.
+        micro_batches: to a step.
         vocabulary: tokens of the model.
         rounds: repetitions of each side that count.
         sides: in this order.
@@ -33,7 +35,9 @@ class Settings:
     rates: list[float]
     layers: int
     hidden: int
+    ffn: int
     length: int
+    micro_batch: int
     micro_batches: int
     vocabulary: int
     rounds: int

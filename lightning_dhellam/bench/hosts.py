@@ -36,6 +36,13 @@ _CONGESTION = "reno"
 prefer, took this link for a slower one at times."""
 _CONGESTION_FILE = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 """Of this process's network namespace."""
+_KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""glibc keeps what a step gives back for the next one, as allocators of GPUs do. By default large
+blocks go to the kernel, and each result of an operator begins with page faults."""
 _READY = "ready"
 _RESULT = "result "
 
@@ -72,6 +79,7 @@ def two_hosts(module: str, settings: Mapping[str, Any]) -> Iterator[Iterator[dic
     command = ["unshare", "--net", "--", sys.executable, "-W", "ignore", "-m", module]
     # There are no names to look up in there, which torch would warn of.
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    quiet |= _KEEP_MEMORY
     hosts = [
         subprocess.Popen(
             [*command, str(rank), json.dumps(dict(settings))],

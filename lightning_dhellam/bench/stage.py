@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.bench.calibrate import find_rising
 from lightning_dhellam.bench.cells import PUBLISHED_EXPOSED, Cell, Shape
-from lightning_dhellam.bench.plans import Plans, lane_seconds
+from lightning_dhellam.bench.plans import BUILT_IN, Plans, lane_seconds
 from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.rounds import Clock, Step, Times, in_turn, result_of
 from lightning_dhellam.bench.views import Views
@@ -28,6 +29,10 @@ from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.session import MEMORY_SLACK
 
 COMPUTE, BOUND = "compute", "bound"
+_CALIBRATION_ROUNDS = 2
+_CALIBRATION_STEPS = 6
+_UNABLE = 1.1
+"""A link that takes so much longer than asked is at the end of what it can do."""
 """Rows that are no plans: collectives that take no time, and what no order can beat."""
 
 
@@ -167,11 +172,13 @@ class Stage:
 
     def _all_steps(self, work: Workload, steps: Mapping[str, tuple[Step, Step]]) -> dict[str, Step]:
         """Short and long steps of every plan, and of compute alone."""
-        alone = self._steps(work, BUILDERS["interleaved"])
-        named = {f"{name} {i}": step for name, pair in steps.items() for i, step in enumerate(pair)}
-        for i, step in enumerate(alone):
-            named[f"{COMPUTE} {i}"] = self._silent(step)
-        return named
+        steps = {**steps, COMPUTE: self._compute(work)}
+        return {f"{name} {i}": step for name, pair in steps.items() for i, step in enumerate(pair)}
+
+    def _compute(self, work: Workload) -> tuple[Step, Step]:
+        """A short and a long step of compute alone."""
+        few, many = self._steps(work, BUILDERS["interleaved"])
+        return self._silent(few), self._silent(many)
 
     def _silent(self, step: Step) -> Step:
         def run() -> torch.Tensor:
@@ -184,21 +191,32 @@ class Stage:
         return run
 
     def _calibrated(self, work: Workload, cell: Cell) -> Link:
-        """The cell's link with the bandwidth at which Megatron's order exposes what it should."""
-        megatron = self._steps(work, BUILDERS["megatron"])
-        alone = tuple(self._silent(step) for step in megatron)
-        compute = self._layer_seconds(cell, alone)
+        """The cell's link with the bandwidth at which Megatron's order exposes what it should.
+
+        Times are taken among those of other plans, as in the table: how fast a GPU at its limit of
+        power computes depends on what it did before.
+        """
+        steps = {name: self._steps(work, BUILDERS[name]) for name in BUILT_IN}
 
         def exposed(slowness: float) -> float:
             self._link.become(replace(cell.link, bandwidth=1 / slowness))
-            return self._layer_seconds(cell, megatron) - compute
+            timed = in_turn(self._all_steps(work, steps), self._clock, _CALIBRATION_ROUNDS)
+            compute = self._layer_seconds(cell, timed, COMPUTE)
+            return self._layer_seconds(cell, timed, "megatron") / compute - 1
 
-        slowness = find_rising(exposed, PUBLISHED_EXPOSED * compute, 1 / cell.link.bandwidth)
+        slowness = find_rising(
+            exposed, PUBLISHED_EXPOSED, 1 / cell.link.bandwidth, _CALIBRATION_STEPS
+        )
+        self._link.become(replace(cell.link, bandwidth=1 / slowness))
+        asked, taken = self._link.calibration(*self._crossing(work))
+        if taken > _UNABLE * asked:
+            # Processors move bytes only so fast, and what is asked beyond that says nothing.
+            slowness *= taken / asked
         return replace(cell.link, bandwidth=1 / slowness)
 
-    def _layer_seconds(self, cell: Cell, steps: Sequence[Step]) -> float:
-        timed = in_turn({str(i): step for i, step in enumerate(steps)}, self._clock, 2)
-        return self._slope(cell, timed["0"].median, timed["1"].median)
+    def _layer_seconds(self, cell: Cell, timed: Mapping[str, Times], name: str) -> float:
+        """Seconds of a layer and micro-batch under a plan."""
+        return self._slope(cell, timed[f"{name} 0"].median, timed[f"{name} 1"].median)
 
     def _slope(self, cell: Cell, few: float, many: float) -> float:
         """Seconds of a layer and micro-batch, from those of two steps."""
@@ -260,9 +278,7 @@ class Stage:
         parity: Mapping[str, tuple[float, str]],
         peaks: Mapping[str, float],
     ) -> list[Row]:
-        def layer(name: str) -> float:
-            return self._slope(cell, timed[f"{name} 0"].median, timed[f"{name} 1"].median)
-
+        layer = partial(self._layer_seconds, cell, timed)
         compute, megatron, tokens = layer(COMPUTE), layer("megatron"), work.tokens
         bound = max(compute, lane_seconds(work.layers[1:2], plans.costs)[Lane.TP])
         rows: list[Row] = []

@@ -5,8 +5,10 @@ limited: tensor parallel 2 with gloo. Everything is real, only slow. All sides t
 from the same weights on the same batch, in turn, on the same hosts; `megatron-core` is
 Megatron-core's own GPTModel under its own forward-backward function, the others are our plans.
 
-The bound is what the busier of compute and link needs for a step, each undisturbed. A host has one
-core, on which gloo copies, sums and sends as well: `cpu s` is what both cost it in a step.
+The bound is what the busier of compute and link needs for a step, each undisturbed: a step whose
+collectives send nothing, and the collectives of a step without anything else, timed among the
+others. A host has one core, on which gloo copies and sends as well, and the kernel's network with
+it: `cpu s` is what all of it costs in a step.
 """
 
 from __future__ import annotations
@@ -29,15 +31,20 @@ COLUMNS = (
 SIDES = (
     "sequential", "megatron", "dhellam", "interleaved", "order", "auto", "megatron-core",
 )  # fmt: skip
+_COUNTS = (
+    "layers", "hidden", "ffn", "length", "micro_batch", "micro_batches", "vocabulary", "rounds",
+)  # fmt: skip
 
 
 def add_options(parser: ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--rates", type=list[float], default=[0.5, 1.0, 2.0], help="Gbit/s")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512, help="a multiple of 256")
+    parser.add_argument("--ffn", type=int, default=1376, help="width of the MLP, even")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--micro_batches", type=int, default=12, help="of one sequence, to a step")
+    parser.add_argument("--micro_batch", type=int, default=4, help="sequences of one")
+    parser.add_argument("--micro_batches", type=int, default=10, help="to a step")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before")
     parser.add_argument("--sides", type=list[str], default=list(SIDES))
@@ -47,8 +54,7 @@ def run(options: Namespace) -> Report:
     """Measure every side at every rate."""
     check_tools()
     _check(options)
-    names = ("rates", "layers", "hidden", "length", "micro_batches", "vocabulary", "rounds")
-    settings = {name: getattr(options, name) for name in (*names, "sides")}
+    settings = {name: getattr(options, name) for name in ("rates", *_COUNTS, "sides")}
     report = Report("two-hosts", "CPU", COLUMNS, {"CPU": cpu_model(), "settings": settings})
     with two_hosts("lightning_dhellam.bench.host", settings) as results:
         for result in results:
@@ -67,14 +73,19 @@ def _check(options: Namespace) -> None:
         raise ValueError("--sides: 'sequential' must be among them, all others are compared to it")
     if options.hidden % 256:
         raise ValueError(f"--hidden {options.hidden} must be a multiple of 256: heads of 64 on two")
+    for name in _COUNTS:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+    if options.ffn % 2:
+        raise ValueError(f"--ffn {options.ffn} must be even: half for each host")
     if not all(rate > 0 for rate in options.rates):
         raise ValueError(f"--rates {options.rates}: each must be more than 0 Gbit/s")
 
 
 def _lanes(result: dict[str, Any]) -> str:
-    bound = max(result["compute"], result["communication"])
+    bound = max(result["compute"], result["link"])
     return (
-        f"compute {result['compute']:.3f} s, link {result['communication']:.3f} s, so the bound is"
+        f"compute {result['compute']:.3f} s, link {result['link']:.3f} s, so the bound is"
         f" {bound:.3f} s; limit of the plan: {result['resource']}; other processes took"
         f" {result['others']:.0%} of the processors"
     )
@@ -82,7 +93,7 @@ def _lanes(result: dict[str, Any]) -> str:
 
 def _rows(result: dict[str, Any]) -> list[Row]:
     sides = {side["side"]: side for side in result["sides"]}
-    bound = max(result["compute"], result["communication"])
+    bound = max(result["compute"], result["link"])
     return [_row(side, sides, bound, result) for side in result["sides"]]
 
 
@@ -103,7 +114,7 @@ def _row(side: Row, sides: dict[str, Row], bound: float, result: dict[str, Any])
         "error": predicted / seconds - 1 if predicted is not None else None,
         "parity": side["parity"],
         "compute s": result["compute"],
-        "communication s": result["communication"],
+        "link s": result["link"],
     }
 
 

@@ -20,7 +20,7 @@ from lightning_dhellam.parallel import nccl
 from lightning_dhellam.parallel.channels import ChannelKey, open_channels
 from lightning_dhellam.parallel.collectives import Transport, of_all_ranks
 from lightning_dhellam.parallel.cpu import megatron_device
-from lightning_dhellam.parallel.duplex import Duplex, open_duplex
+from lightning_dhellam.parallel.duplex import open_duplex
 from lightning_dhellam.parallel.emulate import Cluster, is_emulated
 from lightning_dhellam.parallel.link import EmulatedLink
 
@@ -115,7 +115,7 @@ class ParallelContext:
     channels: Mapping[ChannelKey, ProcessGroup] = field(default_factory=dict)
     pipeline_split: tuple[int, ...] = ()
     alone: ProcessGroup | None = None
-    duplex: Duplex | None = None
+    duplex: Transport | None = None
     asked: _Asked | None = field(default=None, repr=False)
     megatron_state: Mapping[str, Any] = field(default_factory=dict, repr=False)
 

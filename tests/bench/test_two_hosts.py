@@ -23,7 +23,9 @@ MINIATURE = (
     "--rates=[0.5]",
     "--layers=1",
     "--hidden=256",
+    "--ffn=512",
     "--length=32",
+    "--micro_batch=2",
     "--micro_batches=2",
     "--vocabulary=64",
     "--rounds=1",
@@ -106,6 +108,8 @@ def test_both_models_compute_the_same_on_two_hosts(tmp_path: Path) -> None:
     assert rows["megatron-core"]["parity"] < 1e-6, "the loss of Megatron's own model"
     # A token bucket may let a burst through, but no more than the rate for long.
     assert 0 < rows["auto"]["achieved"] < 0.75
+    bound = max(rows["auto"]["compute s"], rows["auto"]["link s"])
+    assert rows["auto"]["of bound"] == pytest.approx(bound / rows["auto"]["step s"])
     assert found["CPU"] and str(tmp_path) not in file.read_text()
     assert re.search(r"0.5 Gbit/s: compute .* other processes took \d+% of the processors", out)
 
@@ -137,6 +141,8 @@ def test_nothing_stays_of_a_benchmark_that_is_killed(how: signal.Signals, tmp_pa
         (("--sides=[auto]",), "'sequential' must be among them"),
         (("--sides=[sequential,best]",), "'best' is not a side"),
         (("--hidden=100",), "--hidden 100 must be a multiple of 256"),
+        (("--ffn=7",), "--ffn 7 must be even"),
+        (("--micro_batch=0",), "--micro_batch 0 must be at least 1"),
         (("--rates=[0]",), "each must be more than 0"),
     ],
 )
