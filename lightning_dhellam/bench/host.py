@@ -25,8 +25,8 @@ class Settings:
         hidden: its width, of heads of 64.
         ffn: width of its MLP.
         length: tokens of a sequence.
-        micro_batch: sequences of it.
-        micro_batches: to a step.
+        micro_batch: sequences of one.
+        micro_batches: of a step.
         vocabulary: tokens of the model.
         rounds: repetitions of each side that count.
         sides: in this order.

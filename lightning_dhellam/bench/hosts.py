@@ -79,14 +79,13 @@ def two_hosts(module: str, settings: Mapping[str, Any]) -> Iterator[Iterator[dic
     command = ["unshare", "--net", "--", sys.executable, "-W", "ignore", "-m", module]
     # There are no names to look up in there, which torch would warn of.
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    quiet |= _KEEP_MEMORY
     hosts = [
         subprocess.Popen(
             [*command, str(rank), json.dumps(dict(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **quiet},
+            env={**os.environ, **quiet, **_KEEP_MEMORY},
         )
         for rank in range(len(_ADDRESSES))
     ]
