@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from platform import processor
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ _SUSTAINED = 0.25
 """Seconds after which a device that computes has settled on a clock."""
 _PAUSE = 0.35
 """Of a device that computes for most of the time: pauses as a share of each operator's time."""
+_VISITS = 3
+"""To each measurement on a host, whose processors and network others may take for seconds."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
 _SIZES = ("tp", "pp", "cp", "ep", "dp")
 _SHAPES = (
@@ -121,6 +124,7 @@ def take_profile(
     *,
     group: dist.ProcessGroup | None = None,
     repeats: int = 7,
+    visits: int | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Time each kind of operator alone, and communication beside computation.
@@ -133,14 +137,17 @@ def take_profile(
         micro_batch: what they work on.
         made_for: its `fingerprint`.
         group: ranks over which times are the largest; None for this rank's own.
-        repeats: samples of each measurement.
+        repeats: runs of each measurement that count, at least.
+        visits: over which they are spread: one on a GPU, several on a host, if not given.
         progress: is told what is measured next.
 
     Raises:
         BenchError: names the operator that failed.
     """
-    with engine.untouched(micro_batch.slots["batch.tokens"].device):
-        timer = OperatorTimer(engine.lanes, group, repeats=repeats)
+    device = micro_batch.slots["batch.tokens"].device
+    visits = visits or (1 if device.type == "cuda" else _VISITS)
+    with engine.untouched(device):
+        timer = OperatorTimer(engine.lanes, group, repeats=math.ceil(repeats / visits))
         failure: torch.OutOfMemoryError | None = None
         mine = math.inf
         try:
@@ -162,7 +169,8 @@ def take_profile(
             made_for,
             progress=progress,
             launch=launch,
-            inline=micro_batch.slots["batch.tokens"].device.type == "cpu",
+            inline=device.type == "cpu",
+            visits=visits,
         )
         return replace(profile, clock=bench.clock(profile)) if timer.on_cuda else profile
 
@@ -206,21 +214,31 @@ class EngineBench:
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""
         with self._timer.sharing(target.spare):
-            return Samples(tuple(self._timer.alone(self._subject(target))))
+            return self._samples(self._timer.alone(self._subject(target)))
 
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start both, communication first, and time each from the start to its own end."""
         subjects = self._subject(communication), self._subject(compute)
         with self._timer.sharing(compute.spare):
             first, second = self._timer.beside(*subjects)
-        return Samples(tuple(first)), Samples(tuple(second))
+        return self._samples(first), self._samples(second)
 
-    def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+    def behind(
+        self, communication: Target, compute: Target, lead: float
+    ) -> tuple[Samples, Samples]:
         """Start communication `lead` after computation, and time each from its own start."""
         subjects = self._subject(communication), self._subject(compute)
         with self._timer.sharing(compute.spare):
-            first, second = self._timer.behind(*subjects, self.lead)
-        return Samples(tuple(first)), Samples(tuple(second))
+            first, second = self._timer.behind(*subjects, lead)
+        return self._samples(first), self._samples(second)
+
+    def _samples(self, runs: Sequence[float]) -> Samples:
+        """Those of one visit; on a host one, the mean.
+
+        A step is a sum: what delays some runs of an operator on a host does so in a step as well,
+        and a median would not see it.
+        """
+        return Samples(tuple(runs) if self._timer.on_cuda else (fmean(runs),))
 
     def _subject(self, target: Target) -> Subject:
         values = self._captured[target.graph.fingerprint, target.operator.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from math import log
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,9 @@ FORMAT = 3
 
 _LEADS = 2
 """Computation that is over so many leads after its start is not worth starting behind."""
+_WITHIN = 1 / 3
+"""Share of computation after which communication is started behind it. An operator may be several
+kernels, and the first, a short one, leave room that the long one after it does not."""
 
 Key = str
 """Names a measured operator: that of the first operator which does this work."""
@@ -250,8 +254,8 @@ class Bench(Protocol):
     Times are of this rank or maximised over ranks, in seconds.
 
     Attributes:
-        lead: the head start that `behind` gives; 0 where communication cannot be started under
-            computation, as on a CPU, where computation holds up the host.
+        lead: the least head start that `behind` can give; 0 where communication cannot be started
+            under computation, as on a CPU, where computation holds up the host.
     """
 
     lead: float
@@ -265,7 +269,9 @@ class Bench(Protocol):
     def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
         """Start both, communication first, and time each from the start to its own end."""
 
-    def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+    def behind(
+        self, communication: Target, compute: Target, lead: float
+    ) -> tuple[Samples, Samples]:
         """Start communication `lead` after computation, and time each from its own start."""
 
 
@@ -309,6 +315,7 @@ def measure(
     launch: float = 0.0,
     inline: bool = False,
     beside: Callable[[Target, Target], bool] | None = None,
+    visits: int = 1,
 ) -> Profile:
     """Measure every operator of `graphs` alone, and communication beside computation.
 
@@ -323,6 +330,8 @@ def measure(
         inline: compute runs on the host, as it does on CPU.
         beside: whether a communication and a compute operator are worth measuring together;
             those that are not keep their speed. All by default.
+        visits: how often to go through all measurements. What disturbs the machine for a while
+            then spoils some samples of each, and not all samples of some.
 
     Raises:
         BenchError: names the operator that failed.
@@ -341,40 +350,102 @@ def measure(
         if communication.operator.is_communication and not compute.operator.is_communication
         if beside is None or beside(communication, compute)
     ]
-    leads = (0.0, bench.lead) if bench.lead else (0.0,)
-    work: list[tuple[Target, Target | None, float]] = [(target, None, 0.0) for target in chosen]
-    work += [(*pair, lead) for lead in leads for pair in pairs]
-    rows: list[Timing] = []
+    work = [_Measurement(target) for target in chosen]
+    for behind in (False, True) if bench.lead else (False,):
+        work += [_Measurement(*pair, behind) for pair in pairs]
     alone: dict[Key, float] = {}
-    for number, (target, partner, lead) in enumerate(work):
-        label = f"{target.key} beside {partner.key}" if partner else target.key
+    count = visits * len(work)
+    for number in range(count):
+        one = work[number % len(work)]
         if progress is not None:
-            progress(number, len(work), label)
-        if partner is None or alone[partner.key] >= _LEADS * lead:
-            rows.extend(_measure(bench, target, partner, lead, label))
-        alone.setdefault(target.key, rows[-1].median)
+            progress(number, count, str(one))
+        if one.partner is not None and one.behind:
+            one.lead = max(bench.lead, _WITHIN * alone[one.partner.key])
+        if one.partner is None or alone[one.partner.key] >= _LEADS * one.lead:
+            one.visit(bench)
+            alone.setdefault(one.target.key, one.visits[0][0].quantile(0.5))
     if progress is not None:
-        progress(len(work), len(work), "done")
+        progress(count, count, "done")
+    rows = [row for one in work for row in one.rows()]
     lanes = {target.key: target.operator.lane for target in chosen}
     distinct = tuple({graph.fingerprint: graph for graph in graphs}.values())
     spares = {key: target.key for key, target in sparing.items()}
     return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline, spares)
 
 
-def _measure(
-    bench: Bench, target: Target, partner: Target | None, lead: float, label: str
-) -> list[Timing]:
-    try:
-        if partner is None:
-            return [Timing.of(target.key, None, bench.alone(target))]
-        together = bench.behind if lead else bench.beside
-        communication, compute = together(target, partner)
-        return [
-            Timing.of(target.key, partner.key, communication, lead),
-            Timing.of(partner.key, target.key, compute, lead),
+@dataclass
+class _Measurement:
+    """What is timed, and what each visit gave for each of its operators."""
+
+    target: Target
+    partner: Target | None = None
+    behind: bool = False
+    lead: float = 0.0
+    visits: list[tuple[Samples, ...]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.target.key} beside {self.partner.key}" if self.partner else self.target.key
+
+    def visit(self, bench: Bench) -> None:
+        """Time it. Raises BenchError."""
+        try:
+            if self.partner is None:
+                found: tuple[Samples, ...] = (bench.alone(self.target),)
+            elif self.behind:
+                found = bench.behind(self.target, self.partner, self.lead)
+            else:
+                found = bench.beside(self.target, self.partner)
+        except Exception as error:
+            raise BenchError(f"measuring {self} failed: {error}") from error
+        self.visits.append(found)
+
+    def rows(self) -> list[Timing]:
+        """Of all samples; none if it was never visited. Raises BenchError."""
+        samples = [
+            Samples(tuple(chain.from_iterable(part.seconds for part in parts)))
+            for parts in zip(*self.visits, strict=True)
         ]
-    except Exception as error:
-        raise BenchError(f"measuring {label} failed: {error}") from error
+        keys = [target.key for target in (self.target, self.partner) if target]
+        partners = [None] if self.partner is None else keys[::-1]
+        try:
+            return [
+                Timing.of(key, partner, own, self.lead)
+                for key, partner, own in zip(keys, partners, samples, strict=False)
+            ]
+        except ValueError as error:
+            raise BenchError(f"measuring {self} failed: {error}") from error
+
+
+def merged(profiles: Sequence[Profile]) -> Profile:
+    """One profile from several of the same graphs: of each time the median of what they say.
+
+    Raises:
+        ValueError: there are none, or they were not measured under the same conditions.
+    """
+    if not profiles:
+        raise ValueError("there is no profile to merge: measure at least one")
+    first = profiles[0]
+    found = [
+        name
+        for other in profiles
+        for name in differences(asdict(first.fingerprint), asdict(other.fingerprint))
+    ]
+    if found:
+        raise ValueError(f"profiles of different conditions cannot be merged: {'; '.join(found)}")
+    rows: dict[tuple[Key, Key | None, bool], list[Timing]] = {}
+    for row in chain(*(profile.timings for profile in profiles)):
+        rows.setdefault((row.operator, row.partner, row.lead > 0), []).append(row)
+    timings = (
+        replace(
+            same[0],
+            median=median(row.median for row in same),
+            p20=median(row.p20 for row in same),
+            p80=median(row.p80 for row in same),
+            lead=median(row.lead for row in same),
+        )
+        for same in rows.values()
+    )
+    return replace(first, timings=tuple(timings))
 
 
 def perturbed(profile: Profile, draw: Callable[[], float]) -> Profile:

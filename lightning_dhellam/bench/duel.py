@@ -19,6 +19,7 @@ from lightning_dhellam.bench.workload import Workload, whole
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.profile import Profile, merged
 
 if TYPE_CHECKING:
     from lightning_dhellam.bench.host import Settings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MEGATRON_CORE = "megatron-core"
 """Megatron-core's own model and schedule, not our plan of the same kind."""
 _HEAD = 64
+_REPEATS = 3
+"""Runs of each operator in a round."""
 
 
 def shape(settings: Settings) -> ModelConfig:
@@ -62,8 +65,13 @@ class Duel:
         self._clock = Clock(device, dist.group.WORLD)
 
     def measure(self) -> dict[str, Any]:
-        """Profile, search, check that all sides compute the same, and time them in turn."""
+        """Profile, search, check that all sides compute the same, and time them in turn.
+
+        The operators are timed once more in each round, for what the simulator says of the plans.
+        """
         work, names = self._work, self._settings.sides
+        # A connection that has idled begins slowly.
+        work.engine().train(work.pieces)
         costs = Costs.of(work.profile(dist.group.WORLD))
         planned = [name for name in names if name in PLANS]
         plans = Plans.of(work.layers, costs, planned, tokens=work.tokens)
@@ -71,9 +79,19 @@ class Duel:
         parity = self._parity(steps)
         sequential = steps["sequential"]
         parts = {"compute": self._tap.silent(sequential), "link": self._tap.alone(sequential)}
-        times = in_turn({**parts, **steps}, self._clock, self._settings.rounds)
+        profiles: list[Profile] = []
+
+        def profile() -> Tensor:
+            profiles.append(work.profile(dist.group.WORLD, _REPEATS, visits=1))
+            return torch.zeros(())
+
+        everything = {**parts, **steps, "profile": profile}
+        times = in_turn(everything, self._clock, self._settings.rounds)
         cpu = {name: _cpu_seconds(step) for name, step in steps.items()}
         count = len(work.pieces)
+        # The plans are those of a profile before; what they should take, on a machine that
+        # drifts, operators say that were timed among the steps.
+        plans = replace(plans, costs=Costs.of(merged(profiles)))
         predicted = {
             name: plans.simulate(work.layers, name, count).seconds for name in plans.builders
         }

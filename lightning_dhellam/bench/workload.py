@@ -69,13 +69,20 @@ class Workload:
         """Runs the plans of `builder`. Engines share the lanes and their memory."""
         return Engine(self.layers, self.lanes, builder)
 
-    def profile(self, group: dist.ProcessGroup | None = None, repeats: int = 7) -> Profile:
-        """Times of the operators, maximised over `group`."""
+    def profile(
+        self,
+        group: dist.ProcessGroup | None = None,
+        repeats: int = 7,
+        visits: int | None = None,
+    ) -> Profile:
+        """Times of the operators, maximised over `group`; see `take_profile`."""
         engine, piece, context = self.engine(), self.pieces[0], self.model.context
         dtype = self.model.transformer_config.params_dtype
         made_for = conditions(context, self.model.config, dtype, len(piece.slots["batch.tokens"]))
         conditions_of_profile = fingerprint(engine, piece, made_for, self.kernels)
-        return take_profile(engine, piece, conditions_of_profile, group=group, repeats=repeats)
+        return take_profile(
+            engine, piece, conditions_of_profile, group=group, repeats=repeats, visits=visits
+        )
 
 
 def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Workload:

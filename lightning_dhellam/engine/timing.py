@@ -233,7 +233,7 @@ class OperatorTimer:
         """Takes no processor: a kernel would wait under compute that has taken them all, and the
         wait of the communication behind it would not be seen."""
         assert isinstance(self._lanes, CudaLanes)
-        return CopyEngine(self._lanes.device, size=4 << 20)
+        return CopyEngine(self._lanes.device, size=32 << 20)
 
 
 def _recorded() -> torch.cuda.Event:

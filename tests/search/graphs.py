@@ -225,13 +225,15 @@ class FakeBench:
         )
         return self._around(together[0]), self._around(together[1])
 
-    def behind(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+    def behind(
+        self, communication: Target, compute: Target, lead: float
+    ) -> tuple[Samples, Samples]:
         names = communication.operator.name, compute.operator.name
         first, second = (
             self.given.alone(t.graph, t.operator.name) for t in (communication, compute)
         )
-        together = _started_together([first, second - self.lead], self.given.behind[names])
-        return self._around(together[0]), self._around(together[1] + self.lead)
+        together = _started_together([first, second - lead], self.given.behind[names])
+        return self._around(together[0]), self._around(together[1] + lead)
 
 
 def _started_together(alone: list[float], slow: tuple[float, float]) -> list[float]:

@@ -11,9 +11,10 @@ import pytest
 from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
 from lightning_dhellam.search import machine
 from lightning_dhellam.search.cost import Costs, slowdown_of
+from lightning_dhellam.search.profile import measure
 from lightning_dhellam.search.simulate import simulate, steady_state
 from lightning_dhellam.search.walk import Place, Stop, Walk
-from tests.search.graphs import toy_costs
+from tests.search.graphs import FINGERPRINT, FakeBench, costs, toy_costs, transformer
 from tests.search.score import Score, play
 
 FREE = [[(1.0, 1.0)] * 2] * 2
@@ -117,14 +118,33 @@ def test_slowdowns_are_found_from_times_started_together() -> None:
         for seconds in ((5.0, 2.0), (2.0, 5.0)):
             compute, communication = seconds
             _, ends = play(_pair(slow, compute, communication))
-            found = slowdown_of((communication, compute), (ends[1], ends[0]))
+            found = slowdown_of([((communication, compute), (ends[1], ends[0]))])
             if found != pytest.approx(slow):
                 # The longer one alone can hide how much it slowed the shorter one down.
                 raise AssertionError(f"{slow} at {seconds}: found {found}")
 
 
 def test_noise_never_makes_lanes_faster_together() -> None:
-    assert slowdown_of((1.0, 2.0), (0.9, 1.9)) == (1.0, 1.0)
+    assert slowdown_of([((1.0, 2.0), (0.9, 1.9))]) == (1.0, 1.0)
+
+
+def test_on_a_host_a_communication_slows_all_compute_alike() -> None:
+    """What it takes of the processor when it begins is not what it takes for as long as it runs."""
+    layer = transformer()
+    graphs = [layer.forward, layer.backward]
+    measured = measure(FakeBench(costs(graphs, 370e9, slowdowns=True)), graphs, FINGERPRINT)
+    device, host = Costs.of(measured), Costs.of(replace(measured, inline=True))
+    assert device.slowdowns.keys() == host.slowdowns.keys()
+    alone, rows = device.seconds, {(r.operator, r.partner): r.median for r in measured.timings}
+    for communication in {pair[0] for pair in host.slowdowns}:
+        own = [pair for pair in host.slowdowns if pair[0] == communication]
+        ((first, second),) = {host.slowdowns[pair] for pair in own}
+        outlasted = [(a, b) for a, b in own if rows[a, b] <= rows[b, a]]
+        assert 0 < len(outlasted) < len(own)
+        shared = sum(rows[pair] for pair in outlasted)
+        work = sum(alone[b] - rows[b, a] + rows[a, b] for a, b in outlasted)
+        assert first == pytest.approx(shared / (len(outlasted) * alone[communication]))
+        assert second == pytest.approx(max(1.0, shared / work))
 
 
 def test_a_step_by_hand() -> None:

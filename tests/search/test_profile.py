@@ -15,8 +15,10 @@ from lightning_dhellam.search.profile import (
     BenchError,
     Profile,
     Samples,
+    Target,
     Timing,
     measure,
+    merged,
     perturbed,
     spread,
     targets,
@@ -88,6 +90,10 @@ def test_what_starts_behind_is_measured_where_it_can_be() -> None:
     assert found.behind[gather, gemm] == pytest.approx((9.0, 1.02))
     assert found.alone(graphs[0], "attention.norm") < 2 * lead
     assert (gather, norm) in found.slowdowns and (gather, norm) not in found.behind
+    leads = {row.operator: row.lead for row in profile.timings if row.lead and row.partner}
+    assert leads[gemm] == pytest.approx(found.alone(graphs[0], "fc1.gemm") / 3), "well within it"
+    swiglu = found.alone(graphs[0], "swiglu")
+    assert leads["transformer/swiglu"] == max(lead, swiglu / 3)
     assert found.tables()[1][gather, norm] == found.slowdowns[gather, norm]
     assert measure(FakeBench(given), graphs, FINGERPRINT).timings == tuple(
         row
@@ -115,6 +121,57 @@ def test_progress_comes_to_its_end() -> None:
     )
     assert seen[0] == (0, len(seen) - 1, "transformer/attention.norm")
     assert seen[-1] == (len(seen) - 1, len(seen) - 1, "done")
+
+
+class _DisturbedBench(FakeBench):
+    """Takes twice as long until it has timed `disturbed` operators."""
+
+    def __init__(self, given: Costs, disturbed: int) -> None:
+        super().__init__(given)
+        self.disturbed = disturbed
+
+    def alone(self, target: Target) -> Samples:
+        found = super().alone(target)
+        if len(self.measured) > self.disturbed:
+            return found
+        return Samples(tuple(2 * seconds for seconds in found.seconds))
+
+
+def test_a_disturbance_is_outvoted_by_the_other_visits() -> None:
+    graphs = graphs_of([transformer()])
+    given = costs(graphs, 370e9)
+    once = measure(FakeBench(given), graphs, FINGERPRINT)
+    disturbed = measure(_DisturbedBench(given, 5), graphs, FINGERPRINT)
+    assert disturbed.timings[4].median == pytest.approx(2 * once.timings[4].median)
+    bench = _DisturbedBench(given, 5)
+    visited = measure(bench, graphs, FINGERPRINT, visits=3)
+    assert [row.operator for row in visited.timings] == [row.operator for row in once.timings]
+    for row, undisturbed in zip(visited.timings, once.timings, strict=True):
+        # Of fifteen samples the five largest are not the middle one.
+        assert row.median == pytest.approx(undisturbed.median, rel=0.03)
+    assert len(bench.measured) == 3 * len(once.lanes)
+
+
+def test_profiles_of_the_same_graphs_are_merged_into_their_medians() -> None:
+    profile, _, _ = _measured()
+
+    def scaled(factor: float) -> Profile:
+        return replace(
+            profile,
+            timings=tuple(
+                replace(row, median=row.median * factor, p20=row.p20 * factor, p80=row.p80 * factor)
+                for row in profile.timings
+            ),
+        )
+
+    assert merged([scaled(3.0), scaled(0.5), profile]) == profile
+    lacking = replace(profile, timings=profile.timings[:-2])
+    assert merged([profile, lacking, profile]).timings == profile.timings
+    with pytest.raises(ValueError, match="measure at least one"):
+        merged([])
+    other = replace(profile, fingerprint=replace(FINGERPRINT, device="another"))
+    with pytest.raises(ValueError, match=r"different conditions.*another"):
+        merged([profile, other])
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
