@@ -71,7 +71,7 @@ class Costs:
         keys: of each operator, by graph fingerprint and operator name.
         seconds: of each key, alone.
         slowdowns: of communication and of compute, by communication key and compute key; 1
-            where absent, and never below.
+            where absent, and never below. Measured on a host, the same for all compute.
         behind: the same where communication started while the compute operator was running,
             which may have taken all that it needs; as `slowdowns` where absent.
         compute: the keys of compute operators.

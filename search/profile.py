@@ -401,16 +401,18 @@ class _Measurement:
 
     def rows(self) -> list[Timing]:
         """Of all samples; none if it was never visited. Raises BenchError."""
+        if not self.visits:
+            return []
+        rows = [(self.target.key, self.partner.key if self.partner else None)]
+        if self.partner is not None:
+            rows.append((self.partner.key, self.target.key))
         samples = [
             Samples(tuple(chain.from_iterable(part.seconds for part in parts)))
             for parts in zip(*self.visits, strict=True)
         ]
-        keys = [target.key for target in (self.target, self.partner) if target]
-        partners = [None] if self.partner is None else keys[::-1]
         try:
             return [
-                Timing.of(key, partner, own, self.lead)
-                for key, partner, own in zip(keys, partners, samples, strict=False)
+                Timing.of(*keys, own, self.lead) for keys, own in zip(rows, samples, strict=True)
             ]
         except ValueError as error:
             raise BenchError(f"measuring {self} failed: {error}") from error

@@ -52,7 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--cells", type=list[str], default=None, help="names of some, such as a4")
     parser.add_argument("--micro_batches", type=list[int], default=[2, 4], help="of two steps")
     parser.add_argument("--rounds", type=int, default=4, help="that count; one more comes before")
-    parser.add_argument("--repeats", type=int, default=7, help="samples of each operator")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each operator that count")
     parser.add_argument(
         "--memory_slack", type=float, default=MEMORY_SLACK, help="share that plans may need more"
     )

@@ -40,7 +40,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--shape", default="a", help="a: Llama-3-70B width, b: Qwen3-14B width")
     parser.add_argument("--link", default="16sm:370", help="to emulate: copy:110, 16sm:200, ...")
     parser.add_argument("--cluster", default=None, help="its link instead: a name, or a file")
-    parser.add_argument("--repeats", type=int, default=7, help="samples of each measurement")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each that count")
 
 
 def run(options: Namespace) -> Report:

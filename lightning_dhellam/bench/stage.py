@@ -29,11 +29,11 @@ from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.session import MEMORY_SLACK
 
 COMPUTE, BOUND = "compute", "bound"
+"""Rows that are no plans: collectives that take no time, and what no order can beat."""
 _CALIBRATION_ROUNDS = 2
 _CALIBRATION_STEPS = 6
 _UNABLE = 1.1
 """A link that takes so much longer than asked is at the end of what it can do."""
-"""Rows that are no plans: collectives that take no time, and what no order can beat."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Effort:
         few: micro-batches of the shorter step.
         many: micro-batches of the longer step.
         rounds: in which every step is timed once.
-        repeats: samples of each operator.
+        repeats: runs of each operator that count.
         memory_slack: share of the memory of a step that searched plans may need on top.
     """
 

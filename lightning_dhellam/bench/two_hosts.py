@@ -87,7 +87,7 @@ def _check(options: Namespace) -> None:
 
 
 def _lanes(result: dict[str, Any]) -> str:
-    bound = max(result["compute"], result["link"])
+    bound = _bound(result)
     return (
         f"compute {result['compute']:.3f} s, link {result['link']:.3f} s, so the bound is"
         f" {bound:.3f} s; limit of the plan: {result['resource']}; other processes took"
@@ -97,11 +97,14 @@ def _lanes(result: dict[str, Any]) -> str:
 
 def _rows(result: dict[str, Any]) -> list[Row]:
     sides = {side["side"]: side for side in result["sides"]}
-    bound = max(result["compute"], result["link"])
-    return [_row(side, sides, bound, result) for side in result["sides"]]
+    return [_row(side, sides, result) for side in result["sides"]]
 
 
-def _row(side: Row, sides: dict[str, Row], bound: float, result: dict[str, Any]) -> Row:
+def _bound(result: dict[str, Any]) -> float:
+    return float(max(result["compute"], result["link"]))
+
+
+def _row(side: Row, sides: dict[str, Row], result: dict[str, Any]) -> Row:
     seconds, predicted = side["seconds"], side["predicted"]
     theirs = sides.get("megatron-core")
     return {
@@ -112,7 +115,7 @@ def _row(side: Row, sides: dict[str, Row], bound: float, result: dict[str, Any])
         "spread": side["spread"],
         "over sequential": sides["sequential"]["seconds"] / seconds,
         "over megatron-core": theirs["seconds"] / seconds if theirs else None,
-        "of bound": bound / seconds,
+        "of bound": _bound(result) / seconds,
         "cpu s": side["cpu"],
         "predicted s": predicted,
         "error": predicted / seconds - 1 if predicted is not None else None,

@@ -231,7 +231,8 @@ class OperatorTimer:
     @cached_property
     def _delay(self) -> CopyEngine:
         """Takes no processor: a kernel would wait under compute that has taken them all, and the
-        wait of the communication behind it would not be seen."""
+        wait of the communication behind it would not be seen. A third of a long operator is one
+        or two copies."""
         assert isinstance(self._lanes, CudaLanes)
         return CopyEngine(self._lanes.device, size=32 << 20)
 
