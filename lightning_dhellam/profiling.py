@@ -31,8 +31,9 @@ from lightning_dhellam.search.profile import (
 
 _LEAD = 20e-6
 """Seconds in which a kernel has taken the processors that it wants."""
-_SUSTAINED = 0.25
-"""Seconds after which a device that computes has settled on a clock."""
+_SUSTAINED = 1.2
+"""Seconds after which a device that computes has settled on a clock: at first it takes more power
+than its limit, and then less."""
 _PAUSE = 0.35
 """Of a device that computes for most of the time: pauses as a share of each operator's time."""
 _VISITS = 3
@@ -197,19 +198,27 @@ class EngineBench:
 
         Profiled operators run on a device that idles in between, and so at its highest clock.
         """
-        graphs = profile.graphs[:2]
-        compute = [
-            (graph, operator)
-            for graph in graphs
-            for operator in graph.operators
-            if not operator.is_communication
-        ]
-        subjects = [Subject(o, self._captured[graph.fingerprint, o.name]) for graph, o in compute]
+        compute, once = self._layer(profile, communication=False)
+        transfers, idle = self._layer(profile, communication=True)
+        full = self._timer.sustained(compute, _SUSTAINED, 0.0, transfers)
+        paused = self._timer.sustained(compute, _SUSTAINED, _PAUSE)
+        return Clock.through(
+            full.seconds / once,
+            (paused.share, paused.seconds / once),
+            full.after / idle if idle else 1.0,
+        )
+
+    def _layer(self, profile: Profile, *, communication: bool) -> tuple[list[Subject], float]:
+        """Operators of the most frequent layer, and the seconds that they take alone."""
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
-        once = sum(alone[profile.operators[graph.fingerprint][o.name]] for graph, o in compute)
-        full = self._timer.sustained(subjects, _SUSTAINED, 0.0)
-        paused = self._timer.sustained(subjects, _SUSTAINED, _PAUSE)
-        return Clock.through(full.seconds / once, (paused.share, paused.seconds / once))
+        subjects, seconds = [], 0.0
+        for graph in profile.graphs[:2]:
+            for operator in graph.operators:
+                if operator.is_communication == communication:
+                    key = profile.operators[graph.fingerprint][operator.name]
+                    subjects.append(self._subject(Target(key, graph, operator)))
+                    seconds += alone[key]
+        return subjects, seconds
 
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""

@@ -77,7 +77,7 @@ class Costs:
         compute: the keys of compute operators.
         spares: by key, that of the operator when it leaves processors to communication.
         spared: the operators that do: in all plans, or in none.
-        clock: how compute slows down as it fills more of the time.
+        clock: how operators slow down as compute fills more of the time.
         samples: what other measurements could have given.
         launch: seconds the host needs to issue one operator.
         inline: compute runs on the host, so that nothing is issued while it runs, and issuing
@@ -170,9 +170,10 @@ class Costs:
         slowdown = self.clock.slowdown(share)
         if slowdown == 1.0:
             return self
-        seconds = self._slowed(self.seconds, slowdown)
+        slowdowns = slowdown, self.clock.slowdown_of_communication(share)
+        seconds = self._slowed(self.seconds, *slowdowns)
         samples = tuple(
-            replace(sample, seconds=self._slowed(sample.seconds, slowdown))
+            replace(sample, seconds=self._slowed(sample.seconds, *slowdowns))
             for sample in self.samples
         )
         return replace(self, seconds=seconds, clock=Clock(), samples=samples)
@@ -186,8 +187,13 @@ class Costs:
         longest = max(load.values())
         return self.clocked(load[Lane.COMPUTE] / longest if longest else 1.0)
 
-    def _slowed(self, seconds: Mapping[Key, float], slowdown: float) -> dict[Key, float]:
-        return {k: v * slowdown if k in self.compute else v for k, v in seconds.items()}
+    def _slowed(
+        self, seconds: Mapping[Key, float], compute: float, communication: float
+    ) -> dict[Key, float]:
+        return {
+            key: own * (compute if key in self.compute else communication)
+            for key, own in seconds.items()
+        }
 
     def without_slowdowns(self) -> Costs:
         """The same, as if lanes did not disturb each other: never slower."""

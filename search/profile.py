@@ -93,31 +93,43 @@ class Timing:
 
 @dataclass(frozen=True)
 class Clock:
-    """How compute slows down as it fills more of the time.
+    """How operators slow down as compute fills more of the time.
 
-    A device at its power limit lowers its clock: the less it pauses, the slower it computes. The
-    slowdown is a power of the share of time in which compute works, and never below 1.
+    A device at its power limit lowers its clock: the less compute pauses, the slower it is. Its
+    slowdown is a power of the share of time in which it works, and never below 1. A lower clock
+    also slows down processors that move the bytes of a collective.
 
     Attributes:
-        full: slowdown where compute never pauses.
+        full: slowdown of compute that never pauses.
         exponent: of the share.
+        communication: slowdown of communication where compute never pauses.
     """
 
     full: float = 1.0
     exponent: float = 0.5
+    communication: float = 1.0
 
     @classmethod
-    def through(cls, full: float, paused: tuple[float, float]) -> Clock:
-        """From the slowdown without pauses, and a share of time with its slowdown."""
+    def through(cls, full: float, paused: tuple[float, float], communication: float = 1.0) -> Clock:
+        """From the slowdown without pauses, and a share of time with its slowdown.
+
+        `communication` is its own slowdown where compute does not pause.
+        """
         share, slowdown = paused
         if full <= 1.0 or not 0 < share < 1:
             return cls()
         exponent = log(full / max(slowdown, 1.0)) / log(1 / share)
-        return cls(full, max(exponent, 0.0))
+        return cls(full, max(exponent, 0.0), max(communication, 1.0))
 
     def slowdown(self, share: float) -> float:
         """Of compute that works for `share` of the time."""
         return float(max(1.0, self.full * min(share, 1.0) ** self.exponent))
+
+    def slowdown_of_communication(self, share: float) -> float:
+        """Where compute works for `share` of the time: between none and all as for compute."""
+        if self.full <= 1.0:
+            return 1.0
+        return 1 + (self.communication - 1) * (self.slowdown(share) - 1) / (self.full - 1)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ class Duel:
             return torch.zeros(())
 
         everything = {**parts, **steps, "profile": profile}
-        times = in_turn(everything, self._clock, self._settings.rounds)
+        sides = {name: (step,) for name, step in everything.items()}
+        timed = in_turn(sides, self._clock, self._settings.rounds)
+        times = {name: one for name, (one,) in timed.items()}
         cpu = {name: _cpu_seconds(step) for name, step in steps.items()}
         count = len(work.pieces)
         # The plans are those of a profile before; what they should take, on a machine that

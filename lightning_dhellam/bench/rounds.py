@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from statistics import median
 
 import torch
@@ -17,6 +18,10 @@ from lightning_dhellam.search.profile import Samples
 
 Step = Callable[[], Tensor]
 """Does one step and returns its loss."""
+
+_SETTLED = 0.6
+"""Seconds of a side's own steps after which a GPU's clock is that of this side. One that changes to
+more work goes on at its old clock for 0.3 s, and then, over its limit of power, below the new."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +76,26 @@ class Times:
         return (samples.quantile(0.8) - samples.quantile(0.2)) / 2
 
 
-def in_turn(steps: Mapping[str, Step], clock: Clock, rounds: int) -> dict[str, Times]:
-    """Time every step once in each of `rounds` rounds. A first round does not count.
+def in_turn(
+    sides: Mapping[str, Sequence[Step]], clock: Clock, rounds: int
+) -> dict[str, tuple[Times, ...]]:
+    """Time every step of every side once in each of `rounds` rounds. A first one does not count.
 
-    Each round has an order of its own, the same on every rank, and a GPU takes a step before it is
-    timed: its clock depends on what it did before.
+    Each round has an order of its own, the same on every rank. On a GPU, whose clock depends on
+    what it did before, a side's last step runs for a while before its steps are timed.
     """
-    on_gpu = clock.device.type == "cuda"
     draw = random.Random(rounds)
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for name in steps:
-        clock.seconds(steps[name])
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
+    before = {}
+    for name, steps in sides.items():
+        *_, last = [clock.seconds(step) for step in steps]
+        before[name] = ceil(_SETTLED / last) if clock.device.type == "cuda" else 0
     for _ in range(rounds):
-        for name in draw.sample(list(steps), len(steps)):
-            if on_gpu:
-                steps[name]()
-            found[name].append(clock.seconds(steps[name]))
-    return {name: Times(tuple(seconds)) for name, seconds in found.items()}
+        for name in draw.sample(list(sides), len(sides)):
+            for _ in range(before[name]):
+                sides[name][-1]()
+            found[name].append(tuple(clock.seconds(step) for step in sides[name]))
+    return {name: tuple(map(Times, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isnan
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.bench.calibrate import find_rising
 from lightning_dhellam.bench.cells import PUBLISHED_EXPOSED, Cell, Shape
-from lightning_dhellam.bench.plans import BUILT_IN, Plans, lane_seconds
+from lightning_dhellam.bench.plans import Plans, lane_seconds
 from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.rounds import Clock, Step, Times, in_turn, result_of
 from lightning_dhellam.bench.views import Views
@@ -130,7 +129,10 @@ class Stage:
         parity = self._parity(cell, plans)
         self._free()
         peaks = {name: self._peak(work, pair[1]) for name, pair in steps.items()}
-        timed = in_turn(self._all_steps(work, steps), self._clock, self._effort.rounds)
+        steps[COMPUTE] = self._compute(work)
+        timed = in_turn(steps, self._clock, self._effort.rounds)
+        # The GPU got warmer since the search, and so slower; steps are predicted for how it is now.
+        plans = replace(plans, costs=self._costs(work))
         rows = self._rows(cell, work, plans, timed, parity, peaks)
         views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
         return Outcome(rows, f"{note}. {_searched(plans)}", views)
@@ -170,11 +172,6 @@ class Stage:
         engine, few, many = work.engine(builder), work.pieces[: self._effort.few], work.pieces
         return (lambda: engine.train(few)), (lambda: engine.train(many))
 
-    def _all_steps(self, work: Workload, steps: Mapping[str, tuple[Step, Step]]) -> dict[str, Step]:
-        """Short and long steps of every plan, and of compute alone."""
-        steps = {**steps, COMPUTE: self._compute(work)}
-        return {f"{name} {i}": step for name, pair in steps.items() for i, step in enumerate(pair)}
-
     def _compute(self, work: Workload) -> tuple[Step, Step]:
         """A short and a long step of compute alone."""
         few, many = self._steps(work, BUILDERS["interleaved"])
@@ -191,18 +188,15 @@ class Stage:
         return run
 
     def _calibrated(self, work: Workload, cell: Cell) -> Link:
-        """The cell's link with the bandwidth at which Megatron's order exposes what it should.
-
-        Times are taken among those of other plans, as in the table: how fast a GPU at its limit of
-        power computes depends on what it did before.
-        """
-        steps = {name: self._steps(work, BUILDERS[name]) for name in BUILT_IN}
+        """The cell's link with the bandwidth at which Megatron's order exposes what it should."""
+        megatron = self._steps(work, BUILDERS["megatron"])
+        steps = {"megatron": megatron, COMPUTE: self._compute(work)}
 
         def exposed(slowness: float) -> float:
             self._link.become(replace(cell.link, bandwidth=1 / slowness))
-            timed = in_turn(self._all_steps(work, steps), self._clock, _CALIBRATION_ROUNDS)
-            compute = self._layer_seconds(cell, timed, COMPUTE)
-            return self._layer_seconds(cell, timed, "megatron") / compute - 1
+            timed = in_turn(steps, self._clock, _CALIBRATION_ROUNDS)
+            # Of steps: the difference of two, as of a layer, is uncertain by some percent.
+            return timed["megatron"][1].median / timed[COMPUTE][1].median - 1
 
         slowness = find_rising(
             exposed, PUBLISHED_EXPOSED, 1 / cell.link.bandwidth, _CALIBRATION_STEPS
@@ -214,10 +208,6 @@ class Stage:
             slowness *= taken / asked
         return replace(cell.link, bandwidth=1 / slowness)
 
-    def _layer_seconds(self, cell: Cell, timed: Mapping[str, Times], name: str) -> float:
-        """Seconds of a layer and micro-batch under a plan."""
-        return self._slope(cell, timed[f"{name} 0"].median, timed[f"{name} 1"].median)
-
     def _slope(self, cell: Cell, few: float, many: float) -> float:
         """Seconds of a layer and micro-batch, from those of two steps."""
         return (many - few) / ((self._effort.many - self._effort.few) * cell.layers)
@@ -226,7 +216,7 @@ class Stage:
         """Of this shape, link and number of layers, on which the memory of a step depends."""
         key = (cell.shape, cell.layers, cell.link, cell.priority)
         if key not in self._searched:
-            costs = Costs.of(work.profile(repeats=self._effort.repeats))
+            costs = self._costs(work)
             sequential = self._steps(work, BUILDERS["sequential"])[1]
             self._searched[key] = Plans.of(
                 work.layers,
@@ -236,6 +226,9 @@ class Stage:
                 memory_slack=self._peak(work, sequential) * self._effort.memory_slack,
             )
         return self._searched[key]
+
+    def _costs(self, work: Workload) -> Costs:
+        return Costs.of(work.profile(repeats=self._effort.repeats))
 
     def _parity(self, cell: Cell, plans: Plans) -> dict[str, tuple[float, str]]:
         """How far results are from the sequential plan's, and which of them is farthest.
@@ -274,20 +267,22 @@ class Stage:
         cell: Cell,
         work: Workload,
         plans: Plans,
-        timed: Mapping[str, Times],
+        timed: Mapping[str, Sequence[Times]],
         parity: Mapping[str, tuple[float, str]],
         peaks: Mapping[str, float],
     ) -> list[Row]:
-        layer = partial(self._layer_seconds, cell, timed)
-        compute, megatron, tokens = layer(COMPUTE), layer("megatron"), work.tokens
+        layer = {
+            name: self._slope(cell, few.median, many.median) for name, (few, many) in timed.items()
+        }
+        compute, megatron, tokens = layer[COMPUTE], layer["megatron"], work.tokens
         bound = max(compute, lane_seconds(work.layers[1:2], plans.costs)[Lane.TP])
         rows: list[Row] = []
         for name in (BOUND, COMPUTE, *plans.builders):
-            seconds = bound if name == BOUND else layer(name)
+            seconds = bound if name == BOUND else layer[name]
             row: Row = {"cell": cell.name, "plan": name, "layer ms": seconds * 1e3}
             row |= {"over megatron": megatron / seconds, "of bound": bound / seconds}
             if name != BOUND:
-                step = timed[f"{name} 1"]
+                step = timed[name][1]
                 row |= {"step ms": step.median * 1e3, "spread ms": step.spread * 1e3}
             if name in plans.builders:
                 few, many = (

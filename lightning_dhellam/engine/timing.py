@@ -42,10 +42,12 @@ class Sustained(NamedTuple):
     Attributes:
         share: of the time in which they run.
         seconds: of each running once.
+        after: seconds of each of what ran directly after them.
     """
 
     share: float
     seconds: float
+    after: float
 
 
 class OperatorTimer:
@@ -122,11 +124,18 @@ class OperatorTimer:
         differ = float(not all(map(_equal_bits, *outcomes)))
         return not float(largest(torch.tensor([differ]).double(), self._group))
 
-    def sustained(self, subjects: Sequence[Subject], seconds: float, pause: float) -> Sustained:
+    def sustained(
+        self,
+        subjects: Sequence[Subject],
+        seconds: float,
+        pause: float,
+        after: Sequence[Subject] = (),
+    ) -> Sustained:
         """Run compute operators again and again, with pauses of a share of each one's time.
 
         For so long that the device's clock has settled; the last quarter counts, and of it the
-        medians, since some launches of a host that does other things too are late. On CUDA only.
+        medians, since some launches of a host that does other things too are late. Then run each
+        of `after` once, before the clock can rise. On CUDA only.
         """
         assert isinstance(self._lanes, CudaLanes)
         with torch.no_grad():
@@ -142,13 +151,13 @@ class OperatorTimer:
                     if pause:
                         torch.cuda._sleep(round(short * pause * CYCLES))
             torch.cuda.synchronize(self._lanes.device)
+            behind = sum(self._time([subject], 0.0)[0] for subject in after)
         counted = events[rounds * 3 // 4 - 1 :]
         runs = zip(*counted[1:], strict=True)
         each = sum(median(start.elapsed_time(end) for start, end in run) for run in runs)
         whole = median(one[0][0].elapsed_time(other[0][0]) for one, other in pairwise(counted))
-        found = torch.tensor([each / whole, each / 1000], dtype=torch.float64)
-        share, longest = largest(found, self._group).tolist()
-        return Sustained(share, longest)
+        found = torch.tensor([each / whole, each / 1000, behind], dtype=torch.float64)
+        return Sustained(*largest(found, self._group).tolist())
 
     def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
         while True:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lightning_dhellam.bench.rounds import Clock, Result, Times, in_turn, result_of
+from lightning_dhellam.bench.rounds import Clock, Result, Step, Times, in_turn, result_of
 
 
 def test_steps_are_timed_in_turn_and_the_first_round_does_not_count() -> None:
@@ -18,16 +18,42 @@ def test_steps_are_timed_in_turn_and_the_first_round_does_not_count() -> None:
         ran.append(name)
         return torch.zeros(())
 
-    steps = {name: (lambda name=name: step(name)) for name in "abcdef"}
-    times = in_turn(steps, Clock(torch.device("cpu")), rounds=4)
-    rounds = ["".join(ran[start : start + 6]) for start in range(0, 30, 6)]
+    sides = {
+        name: (lambda name=name: step(name), lambda name=name: step(name.upper()))
+        for name in "abcdef"
+    }
+    times = in_turn(sides, Clock(torch.device("cpu")), rounds=4)
+    pairs = [a + b for a, b in zip(ran[::2], ran[1::2], strict=True)]
+    assert all(pair == pair[0] + pair[0].upper() for pair in pairs), "a side's steps go together"
+    order = "".join(pair[0] for pair in pairs)
+    rounds = [order[start : start + 6] for start in range(0, 30, 6)]
     assert rounds[0] == "abcdef"
     assert all(sorted(one) == list("abcdef") for one in rounds)
-    counted = "".join(ran[6:])
-    before = {name: {a for a, b in pairwise(counted) if b == name} for name in "abcdef"}
+    before = {name: {a for a, b in pairwise(order[6:]) if b == name} for name in "abcdef"}
     assert all(len(names) > 1 for names in before.values()), "one is always behind the same one"
-    assert {name: len(t.seconds) for name, t in times.items()} == dict.fromkeys("abcdef", 4)
-    assert all(seconds > 0 for t in times.values() for seconds in t.seconds)
+    assert list(times) == list("abcdef")
+    counts = {len(t.seconds) for pair in times.values() for t in pair}
+    assert counts == {4}
+    assert all(seconds > 0 for pair in times.values() for t in pair for seconds in t.seconds)
+
+
+def test_a_gpu_runs_a_side_until_its_clock_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    seconds = {"few": 0.1, "many": 0.25}
+
+    def step(name: str) -> torch.Tensor:
+        ran.append(name)
+        return torch.zeros(())
+
+    def timed(self: Clock, run: Step) -> float:
+        run()
+        return seconds[ran[-1]]
+
+    monkeypatch.setattr(Clock, "seconds", timed)
+    pair = (lambda: step("few"), lambda: step("many"))
+    times = in_turn({"a": pair}, Clock(torch.device("cuda")), rounds=2)
+    assert ran == ["few", "many", *(["many"] * 3 + ["few", "many"]) * 2]
+    assert [t.median for t in times["a"]] == [0.1, 0.25]
 
 
 def test_the_median_counts_and_the_spread_is_half_of_p20_to_p80() -> None:

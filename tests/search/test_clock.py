@@ -14,7 +14,7 @@ from lightning_dhellam.search.simulate import simulate
 from lightning_dhellam.search.solve import solve_pair
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
 
-THROTTLED = Clock(1.2, 0.6)
+THROTTLED = Clock(1.2, 0.6, 1.3)
 LAYER = transformer()
 
 
@@ -34,6 +34,16 @@ def test_a_clock_goes_through_what_was_measured() -> None:
     assert Clock.through(1.1, (0.7, 1.15)).slowdown(0.5) == pytest.approx(1.1)
 
 
+def test_communication_slows_down_as_compute_does() -> None:
+    clock = Clock.through(1.2, (0.75, 1.1), 1.4)
+    assert clock.slowdown_of_communication(1.0) == pytest.approx(1.4)
+    assert clock.slowdown_of_communication(0.75) == pytest.approx(1.2)
+    assert clock.slowdown_of_communication(0.1) == 1.0
+    # A link that is faster beside a low clock is noise, and so is one behind a clock that is high.
+    assert Clock.through(1.2, (0.75, 1.1), 0.98).slowdown_of_communication(1.0) == 1.0
+    assert Clock.through(0.99, (0.75, 1.0), 1.3).slowdown_of_communication(1.0) == 1.0
+
+
 def test_a_clock_comes_back_from_the_file_of_its_profile(tmp_path: Path) -> None:
     graphs = graphs_of([LAYER])
     profile = measure(FakeBench(costs(graphs, 200e9)), graphs, FINGERPRINT)
@@ -50,7 +60,18 @@ def test_a_simulated_step_agrees_with_the_clock_of_its_own_share(plan: str, link
     at_ease = simulate([LAYER] * 3, BUILDERS[plan], _known(link, Clock()), micro_batches=3)
     slowdown = THROTTLED.slowdown(step.utilisation[Lane.COMPUTE])
     assert step.busy[Lane.COMPUTE] == pytest.approx(at_ease.busy[Lane.COMPUTE] * slowdown, rel=0.01)
-    assert step.busy[Lane.TP] == pytest.approx(at_ease.busy[Lane.TP])
+
+
+def test_every_operator_takes_as_long_as_its_lane_is_slow() -> None:
+    fast = _known(200e9)
+    slow = fast.clocked(0.8)
+    for graph in (LAYER.forward, LAYER.backward):
+        for operator in graph.operators:
+            link = operator.is_communication
+            factor = THROTTLED.slowdown_of_communication if link else THROTTLED.slowdown
+            expected = fast.alone(graph, operator.name) * factor(0.8)
+            assert slow.alone(graph, operator.name) == pytest.approx(expected)
+    assert slow.clock == Clock(), "what is slowed is not slowed again"
 
 
 def test_the_solver_takes_compute_as_slow_as_it_will_be() -> None:
