@@ -198,27 +198,27 @@ class EngineBench:
 
         Profiled operators run on a device that idles in between, and so at its highest clock.
         """
-        compute, once = self._layer(profile, communication=False)
-        transfers, idle = self._layer(profile, communication=True)
-        full = self._timer.sustained(compute, _SUSTAINED, 0.0, transfers)
-        paused = self._timer.sustained(compute, _SUSTAINED, _PAUSE)
+        known = {(row.operator, row.partner): row.median for row in profile.timings if not row.lead}
+        layer = [
+            Target(profile.operators[graph.fingerprint][operator.name], graph, operator)
+            for graph in profile.graphs[:2]
+            for operator in graph.operators
+        ]
+        compute = [target for target in layer if not target.operator.is_communication]
+        once = sum(known[target.key, None] for target in compute)
+        # Communication is slowed most beside computation, and one that outlasts it.
+        longest = max(compute, key=lambda target: known[target.key, None])
+        pairs = [target for target in layer if (target.key, longest.key) in known]
+        before = sum(known[target.key, longest.key] for target in pairs)
+        subjects = [self._subject(target) for target in compute]
+        beside = [(self._subject(target), self._subject(longest)) for target in pairs]
+        full = self._timer.sustained(subjects, _SUSTAINED, 0.0, beside)
+        paused = self._timer.sustained(subjects, _SUSTAINED, _PAUSE)
         return Clock.through(
             full.seconds / once,
             (paused.share, paused.seconds / once),
-            full.after / idle if idle else 1.0,
+            full.after / before if before else 1.0,
         )
-
-    def _layer(self, profile: Profile, *, communication: bool) -> tuple[list[Subject], float]:
-        """Operators of the most frequent layer, and the seconds that they take alone."""
-        alone = {row.operator: row.median for row in profile.timings if row.partner is None}
-        subjects, seconds = [], 0.0
-        for graph in profile.graphs[:2]:
-            for operator in graph.operators:
-                if operator.is_communication == communication:
-                    key = profile.operators[graph.fingerprint][operator.name]
-                    subjects.append(self._subject(Target(key, graph, operator)))
-                    seconds += alone[key]
-        return subjects, seconds
 
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""

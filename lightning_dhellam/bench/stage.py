@@ -131,8 +131,6 @@ class Stage:
         peaks = {name: self._peak(work, pair[1]) for name, pair in steps.items()}
         steps[COMPUTE] = self._compute(work)
         timed = in_turn(steps, self._clock, self._effort.rounds)
-        # The GPU got warmer since the search, and so slower; steps are predicted for how it is now.
-        plans = replace(plans, costs=self._costs(work))
         rows = self._rows(cell, work, plans, timed, parity, peaks)
         views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
         return Outcome(rows, f"{note}. {_searched(plans)}", views)
@@ -216,7 +214,7 @@ class Stage:
         """Of this shape, link and number of layers, on which the memory of a step depends."""
         key = (cell.shape, cell.layers, cell.link, cell.priority)
         if key not in self._searched:
-            costs = self._costs(work)
+            costs = Costs.of(work.profile(repeats=self._effort.repeats))
             sequential = self._steps(work, BUILDERS["sequential"])[1]
             self._searched[key] = Plans.of(
                 work.layers,
@@ -226,9 +224,6 @@ class Stage:
                 memory_slack=self._peak(work, sequential) * self._effort.memory_slack,
             )
         return self._searched[key]
-
-    def _costs(self, work: Workload) -> Costs:
-        return Costs.of(work.profile(repeats=self._effort.repeats))
 
     def _parity(self, cell: Cell, plans: Plans) -> dict[str, tuple[float, str]]:
         """How far results are from the sequential plan's, and which of them is farthest.

@@ -42,7 +42,7 @@ class Sustained(NamedTuple):
     Attributes:
         share: of the time in which they run.
         seconds: of each running once.
-        after: seconds of each of what ran directly after them.
+        after: seconds of the communication that ran directly after them.
     """
 
     share: float
@@ -129,13 +129,13 @@ class OperatorTimer:
         subjects: Sequence[Subject],
         seconds: float,
         pause: float,
-        after: Sequence[Subject] = (),
+        after: Sequence[tuple[Subject, Subject]] = (),
     ) -> Sustained:
         """Run compute operators again and again, with pauses of a share of each one's time.
 
         For so long that the device's clock has settled; the last quarter counts, and of it the
         medians, since some launches of a host that does other things too are late. Then run each
-        of `after` once, before the clock can rise. On CUDA only.
+        communication of `after` once beside its compute, before the clock can rise. On CUDA only.
         """
         assert isinstance(self._lanes, CudaLanes)
         with torch.no_grad():
@@ -151,7 +151,7 @@ class OperatorTimer:
                     if pause:
                         torch.cuda._sleep(round(short * pause * CYCLES))
             torch.cuda.synchronize(self._lanes.device)
-            behind = sum(self._time([subject], 0.0)[0] for subject in after)
+            behind = sum(self._time(pair, 0.0)[0] for pair in after)
         counted = events[rounds * 3 // 4 - 1 :]
         runs = zip(*counted[1:], strict=True)
         each = sum(median(start.elapsed_time(end) for start, end in run) for run in runs)

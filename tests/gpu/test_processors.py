@@ -95,8 +95,24 @@ def test_a_profile_counts_what_communication_waits_for_a_gemm(
     with timer.sharing(spare=True):
         for _ in range(2):  # at first the host is late
             waited, computed = timer.behind(Subject(gather, [x]), Subject(gemm, [x]), 20e-6)
-    begins_at_once = [a < b / 2 for a, b in zip(waited, computed, strict=True)]
-    assert begins_at_once == [bool(free) or not sms] * 12, (waited, computed)
+    # A quarter of the samples may be of a host that was late.
+    at_once = sum(a < b / 2 for a, b in zip(waited, computed, strict=True))
+    assert at_once >= 9 if free or not sms else at_once <= 3, (waited, computed)
+
+
+def test_what_runs_for_long_leaves_the_time_of_its_pauses(device: torch.device) -> None:
+    asked = 0.2e-3
+    link = EmulatedLink(Link(bandwidth=200e9, sms=FREE), device)
+    x, weight = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    timer = OperatorTimer(make_lanes(device, processors=FREE), None)
+    gemm = Subject(Operator("gemm", Lane.COMPUTE, ("x",), ("y",), lambda x: x @ weight), [x])
+    run = lambda x: link._occupy(40 << 20, asked)  # noqa: E731
+    gather = Subject(Operator("gather", Lane.TP, ("x",), ("z",), run), [x])
+    full = timer.sustained([gemm, gemm], 0.1, 0.0, [(gather, gemm), (gather, gemm)])
+    paused = timer.sustained([gemm, gemm], 0.1, 0.5)
+    assert 0 < paused.share < full.share <= 1
+    assert full.after > 1.8 * asked, "a link is no faster than it is paced"
+    assert paused.after == 0.0
 
 
 @pytest.mark.parametrize("free", [0, FREE])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from lightning_dhellam.engine import Subject
+from lightning_dhellam.engine.timing import Sustained
 from lightning_dhellam.plan import BUILDERS, Lane
+from lightning_dhellam.profiling import EngineBench
 from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.profile import Clock, Profile, measure
 from lightning_dhellam.search.simulate import simulate
@@ -42,6 +47,44 @@ def test_communication_slows_down_as_compute_does() -> None:
     # A link that is faster beside a low clock is noise, and so is one behind a clock that is high.
     assert Clock.through(1.2, (0.75, 1.1), 0.98).slowdown_of_communication(1.0) == 1.0
     assert Clock.through(0.99, (0.75, 1.0), 1.3).slowdown_of_communication(1.0) == 1.0
+
+
+class _Hot:
+    """Times operators on a device that has settled: compute by 1.2 slower, communication by 1.3."""
+
+    on_cuda = True
+
+    def __init__(self, once: dict[str, float], pair: float) -> None:
+        self.once, self.pair = once, pair
+
+    def sustained(
+        self,
+        subjects: Sequence[Subject],
+        seconds: float,
+        pause: float,
+        after: Sequence[tuple[Subject, Subject]] = (),
+    ) -> Sustained:
+        cool = sum(self.once[subject.operator.name] for subject in subjects)
+        longest = max(self.once[subject.operator.name] for subject in subjects)
+        assert all(subject.operator.is_communication for subject, _ in after)
+        assert {self.once[compute.operator.name] for _, compute in after} <= {longest}
+        share = 1 / (1 + pause)
+        return Sustained(share, cool * (1.06 if pause else 1.2), 1.3 * self.pair * len(after))
+
+
+def test_a_profile_asks_a_device_that_has_settled_for_its_clock() -> None:
+    graphs = graphs_of([LAYER])
+    known = costs(graphs, 60e9)
+    profile = measure(FakeBench(known), graphs, FINGERPRINT)
+    transfers = [o for graph in graphs for o in graph.operators if o.is_communication]
+    once = {o.name: known.alone(graph, o.name) for graph in graphs for o in graph.operators}
+    slowest = max(once[o.name] for o in transfers)
+    assert slowest == pytest.approx(min(once[o.name] for o in transfers)), "one size of transfer"
+    captured = {(graph.fingerprint, o.name): [] for graph in graphs for o in graph.operators}
+    clock = EngineBench(cast(Any, _Hot(once, slowest)), captured).clock(profile)
+    assert clock == Clock.through(clock.full, (1 / 1.35, 1.06), clock.communication)
+    assert clock.full == pytest.approx(1.2)
+    assert clock.communication == pytest.approx(1.3)
 
 
 def test_a_clock_comes_back_from_the_file_of_its_profile(tmp_path: Path) -> None:
