@@ -135,7 +135,7 @@ class OperatorTimer:
 
         For so long that the device's clock has settled; the last quarter counts, and of it the
         medians, since some launches of a host that does other things too are late. Then run each
-        communication of `after` once beside its compute, before the clock can rise. On CUDA only.
+        communication of `after` beside its compute, before the clock can rise. On CUDA only.
         """
         assert isinstance(self._lanes, CudaLanes)
         with torch.no_grad():
@@ -151,7 +151,8 @@ class OperatorTimer:
                     if pause:
                         torch.cuda._sleep(round(short * pause * CYCLES))
             torch.cuda.synchronize(self._lanes.device)
-            behind = sum(self._time(pair, 0.0)[0] for pair in after)
+            # Twice, since the host may be late for one: times would be too long by as much.
+            behind = sum(min(self._time(pair, 0.0)[0] for _ in range(2)) for pair in after)
         counted = events[rounds * 3 // 4 - 1 :]
         runs = zip(*counted[1:], strict=True)
         each = sum(median(start.elapsed_time(end) for start, end in run) for run in runs)
