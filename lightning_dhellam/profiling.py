@@ -206,7 +206,7 @@ class EngineBench:
         ]
         compute = [target for target in layer if not target.operator.is_communication]
         once = sum(known[target.key, None] for target in compute)
-        # Communication is slowed most beside computation, and one that outlasts it.
+        # Where processors carry it, communication is slowed most beside computation.
         longest = max(compute, key=lambda target: known[target.key, None])
         pairs = [target for target in layer if (target.key, longest.key) in known]
         before = sum(known[target.key, longest.key] for target in pairs)

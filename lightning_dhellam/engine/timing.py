@@ -25,6 +25,8 @@ _HEAD_START = 500_000
 """Cycles that the device idles while the host issues a measurement: about 0.3 ms. More on a host
 that needs more."""
 _LONGEST_HEAD_START = 32 * _HEAD_START
+_FEWEST = 8
+"""Rounds of operators that run for long."""
 _FEW_LATE = 0.25
 """Share of samples that may be taken late: medians do not see them."""
 
@@ -140,25 +142,40 @@ class OperatorTimer:
         assert isinstance(self._lanes, CudaLanes)
         with torch.no_grad():
             alone = [self._time([subject], 0.0)[0] for subject in subjects]
-            rounds = max(8, round(seconds / (sum(alone) * (1 + pause))))
-            events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
-            for _ in range(rounds):
-                events.append([])
-                for subject, short in zip(subjects, alone, strict=True):
-                    start = _recorded()
-                    subject.operator.run(*subject.values)
-                    events[-1].append((start, _recorded()))
-                    if pause:
-                        torch.cuda._sleep(round(short * pause * CYCLES))
-            torch.cuda.synchronize(self._lanes.device)
+            pauses = [round(pause * CYCLES * short) for short in alone]
+            begin = time.perf_counter()
+            self._again(subjects, pauses, _FEWEST)
+            # Of the host as well: it may need longer to issue small operators than they take.
+            each_round = (time.perf_counter() - begin) / _FEWEST
+            events = self._again(subjects, pauses, max(_FEWEST, round(seconds / each_round)))
             # Twice, since the host may be late for one: times would be too long by as much.
             behind = sum(min(self._time(pair, 0.0)[0] for _ in range(2)) for pair in after)
-        counted = events[rounds * 3 // 4 - 1 :]
+        counted = events[len(events) * 3 // 4 - 1 :]
         runs = zip(*counted[1:], strict=True)
         each = sum(median(start.elapsed_time(end) for start, end in run) for run in runs)
         whole = median(one[0][0].elapsed_time(other[0][0]) for one, other in pairwise(counted))
         found = torch.tensor([each / whole, each / 1000, behind], dtype=torch.float64)
         return Sustained(*largest(found, self._group).tolist())
+
+    def _again(
+        self, subjects: Sequence[Subject], pauses: Sequence[int], rounds: int
+    ) -> list[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+        """Run all subjects in each round, with pauses of so many cycles behind them.
+
+        Returns of each round and subject its start and its end, which the device has reached.
+        """
+        assert isinstance(self._lanes, CudaLanes)
+        events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+        for _ in range(rounds):
+            events.append([])
+            for subject, pause in zip(subjects, pauses, strict=True):
+                start = _recorded()
+                subject.operator.run(*subject.values)
+                events[-1].append((start, _recorded()))
+                if pause:
+                    torch.cuda._sleep(pause)
+        torch.cuda.synchronize(self._lanes.device)
+        return events
 
     def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
         while True:
