@@ -624,7 +624,14 @@ class DHellamStrategy(ParallelStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict)
+        try:
+            super().load_model_state_dict(checkpoint, strict)
+        except RuntimeError as error:
+            # Not before: a module may take weights of other names.
+            found = checkpoint_files.misfit(checkpoint["state_dict"], self._module.state_dict())
+            if found is None:
+                raise
+            raise ValueError(found) from error
         if self._optimizer is not None:
             self._optimizer.reload()
 

@@ -137,6 +137,30 @@ def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]
     return _load(path / f"state-{context.rank:05d}.pt", weights_only=False)
 
 
+def misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """How weights of a checkpoint, by name, differ from those of this rank; None if they fit."""
+    shapes, others = ({name: _shape(value) for name, value in w.items()} for w in (saved, own))
+    different = [name for name in shapes if name in others and shapes[name] != others[name]]
+    if different:
+        name = different[0]
+        found = f"has {name} of shape {shapes[name]}, this run of shape {others[name]}"
+    elif different := [name for name in others if name not in shapes]:
+        found = f"does not have {different[0]}, this run does"
+    elif different := [name for name in shapes if name not in others]:
+        found = f"has {different[0]}, this run does not"
+    else:
+        return None
+    more = f", and {len(different) - 1} more like it" if len(different) > 1 else ""
+    return (
+        f"the checkpoint {found}{more}: give the model the sizes that it was saved with, or use"
+        " another checkpoint"
+    )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
 def read_topology(path: Path) -> dict[str, Any]:
     """Sizes and settings of the run that wrote a checkpoint.
 

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
-from tests.strategy.runs import Losses, Model, join, loader, make_trainer
+from tests.strategy.runs import SHAPE, Losses, Model, join, loader, make_trainer
 
 STEPS, STOP = 6, 3
 DROPOUT: dict[str, Any] = {"hidden_dropout": 0.2}
@@ -333,6 +333,30 @@ def test_weights_of_another_split_are_refused(tmp_path: Path) -> None:
     other = replace(context, pipeline_split=(1, 1, 2, 1))
     with pytest.raises(ValueError, match=r"pipeline_split=\[2, 1, 1, 1\].*\[1, 1, 2, 1\]"):
         checkpoint.load_weights(path, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"hidden_size": 2 * SHAPE.hidden_size},
+            ["word_embeddings.weight of shape (32, 16), this run of shape (32, 32)"],
+        ),
+        ({"num_layers": SHAPE.num_layers + 1}, [f"does not have model.layers.{SHAPE.num_layers}."]),
+        ({"num_layers": SHAPE.num_layers - 1}, [f"has model.layers.{SHAPE.num_layers - 1}."]),
+    ],
+)
+def test_weights_of_a_model_of_other_sizes_are_refused(
+    changes: dict[str, int], words: list[str], tmp_path: Path
+) -> None:
+    writes = {"max_steps": 1, "enable_checkpointing": True}
+    make_trainer({}, [_keep_every_step(tmp_path)], **writes).fit(Model(), loader({}, samples=8))
+    other = make_trainer({}, max_steps=2)
+    with pytest.raises(ValueError, match="give the model the sizes") as caught:
+        other.fit(Model(**changes), loader({}, samples=8), ckpt_path=tmp_path / "step=1.ckpt")
+    message = str(caught.value)
+    assert all(word in message for word in [*words, "and", "more like it"]), message
+    assert "\n" not in message
 
 
 def test_saving_elsewhere_is_refused() -> None:
