@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from statistics import median
 
 import torch
@@ -86,16 +85,21 @@ def in_turn(
     """
     draw = random.Random(rounds)
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
-    before = {}
-    for name, steps in sides.items():
-        *_, last = [clock.seconds(step) for step in steps]
-        before[name] = ceil(_SETTLED / last) if clock.device.type == "cuda" else 0
+    for steps in sides.values():
+        for step in steps:
+            clock.seconds(step)
     for _ in range(rounds):
         for name in draw.sample(list(sides), len(sides)):
-            for _ in range(before[name]):
-                sides[name][-1]()
+            _settle(sides[name][-1], clock)
             found[name].append(tuple(clock.seconds(step) for step in sides[name]))
     return {name: tuple(map(Times, zip(*rows, strict=True))) for name, rows in found.items()}
+
+
+def _settle(step: Step, clock: Clock) -> None:
+    """By times measured now: a first step takes memory and loads kernels, and says nothing."""
+    spent = 0.0
+    while clock.device.type == "cuda" and spent < _SETTLED:
+        spent += clock.seconds(step)
 
 
 @dataclass(frozen=True)

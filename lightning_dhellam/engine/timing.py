@@ -28,7 +28,7 @@ _LONGEST_HEAD_START = 32 * _HEAD_START
 _FEWEST = 8
 """Rounds of operators that run for long."""
 _FEW_LATE = 0.25
-"""Share of samples that may be taken late: medians do not see them."""
+"""Share of samples that a host may be late for by chance: of more, its head start is too short."""
 
 
 class Subject(NamedTuple):
@@ -141,8 +141,10 @@ class OperatorTimer:
         """
         assert isinstance(self._lanes, CudaLanes)
         with torch.no_grad():
-            alone = [self._time([subject], 0.0)[0] for subject in subjects]
-            pauses = [round(pause * CYCLES * short) for short in alone]
+            pauses = [0] * len(subjects)
+            if pause:
+                alone = [self._time([subject], 0.0)[0] for subject in subjects]
+                pauses = [round(pause * CYCLES * short) for short in alone]
             begin = time.perf_counter()
             self._again(subjects, pauses, _FEWEST)
             # Of the host as well: it may need longer to issue small operators than they take.
@@ -178,32 +180,42 @@ class OperatorTimer:
         return events
 
     def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
-        while True:
-            *columns, late = self._rows(subjects, lead)
-            # What the host issues too late starts in another order than it is said to.
-            if sum(late) <= _FEW_LATE * len(late) or self._head_start >= _LONGEST_HEAD_START:
-                return columns
-            self._head_start *= 2
+        """Of each subject its times, in samples for which the host was not late.
 
-    def _rows(self, subjects: Sequence[Subject], lead: float) -> list[list[float]]:
-        """Of each subject its samples, and of each sample whether the host was late: 1 or 0."""
+        What the host issues too late starts in another order than it is said to. Unless even the
+        longest head start is too short for it, such a sample is taken again.
+        """
+        kept: list[list[float]] = []
+        while len(kept) < self._repeats:
+            rows = self._rows(subjects, lead, self._repeats - len(kept))
+            if self._head_start < _LONGEST_HEAD_START:
+                timely = [row for row in rows if not row[-1]]
+                if len(rows) - len(timely) > _FEW_LATE * len(rows):
+                    self._head_start *= 2
+                rows = timely
+            kept += rows
+        *columns, _ = map(list, zip(*kept, strict=True))
+        return columns
+
+    def _rows(self, subjects: Sequence[Subject], lead: float, count: int) -> list[list[float]]:
+        """Each a sample: the time of each subject, and whether the host was late, 1 or 0."""
         rows: list[list[float]] = []
         failure: Exception | None = None
         with torch.no_grad():
-            for _ in range(self._warmup + self._repeats):
+            for _ in range(self._warmup + count):
                 # A rank that fails goes on without the operators: the others still compare times.
                 try:
                     rows.append(self._time([] if failure else subjects, lead))
                 except Exception as error:
                     failure = error
-        failed = [[inf] * (len(subjects) + 1)] * self._repeats
+        failed = [[inf] * (len(subjects) + 1)] * count
         rows = rows[self._warmup :] if failure is None else failed
         samples = largest(torch.tensor(rows, dtype=torch.float64), self._group)
         if failure is not None:
             raise failure
         if not torch.isfinite(samples).all():
             raise RuntimeError("it failed on another rank, whose message says why")
-        return [[float(value) for value in column] for column in samples.t()]
+        return [[float(value) for value in row] for row in samples]
 
     def _on_cpu(self, subjects: Sequence[Subject], lead: float) -> list[float]:
         """Communication first, then compute inline; a thread notes when the work is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,27 @@ def test_a_link_is_busy_for_longer_when_more_crosses_it(sms: int, device: torch.
     less, more = (link.calibration(size << 20) for size in (4, 64))
     assert less[0] == pytest.approx(20e-6 + (4 << 20) / 50e9)
     assert more[1] > 2 * less[1], "sixteen times the bytes"
+
+
+@pytest.mark.parametrize("sms", [0, 4])
+def test_a_link_is_no_faster_than_asked_where_the_host_is_slow(
+    sms: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own calibration must not take what the host needs for what the device needs."""
+    event = torch.cuda.Event
+
+    class Slow(event):  # type: ignore[misc, valid-type]
+        def record(self, stream: torch.cuda.Stream | None = None) -> None:
+            super().record(stream)
+            time.sleep(0.1e-3)
+
+    link = Link(bandwidth=100e9, sms=sms)
+    monkeypatch.setattr(torch.cuda, "Event", Slow)
+    made = EmulatedLink(link, device)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    for size in (16 << 20, 128 << 20):
+        asked, taken = made.calibration(size)
+        assert taken > 0.97 * asked, f"{asked * 1e6:.0f} µs asked, {taken * 1e6:.0f} µs taken"
 
 
 def test_a_rank_of_eight_trains_in_one_process_and_saves_nothing(tmp_path: Path) -> None:
