@@ -8,12 +8,17 @@ _CLOSE = 0.01
 
 
 def find_rising(
-    value: Callable[[float], float], target: float, start: float, steps: int = 10
+    value: Callable[[float], float],
+    target: float,
+    start: float,
+    steps: int = 10,
+    lowest: float = 0.0,
 ) -> float:
     """Where a noisy function that rises with its positive argument is `target`, within 1%.
 
     Doubles or halves until the target lies between two arguments, and then draws straight lines
-    between them. Measures at most `steps` times, and returns the closest argument.
+    between them. Measures at most `steps` times, at `lowest` or above, and returns the closest
+    argument.
     """
     low = high = None
     tried: dict[float, float] = {}
@@ -27,7 +32,9 @@ def find_rising(
         else:
             high = at
         if low is None or high is None:
-            at = at * 2 if high is None else at / 2
+            at = at * 2 if high is None else max(at / 2, lowest)
+            if at in tried:
+                break
         else:
             share = (target - tried[low]) / (tried[high] - tried[low])
             # Not at the very ends, where a straight line may stay for long.

@@ -31,8 +31,8 @@ COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""
 _CALIBRATION_ROUNDS = 2
 _CALIBRATION_STEPS = 6
-_UNABLE = 1.1
-"""A link that takes so much longer than asked is at the end of what it can do."""
+_UNLIMITED = 1e15
+"""Bytes per second that nothing can carry."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,11 @@ class Stage:
         """The cell's link with the bandwidth at which Megatron's order exposes what it should."""
         megatron = self._steps(work, BUILDERS["megatron"])
         steps = {"megatron": megatron, COMPUTE: self._compute(work)}
+        # Processors move bytes only so fast. How fast is measured before steps make the device hot:
+        # a transfer that is exposed runs while it is cool.
+        self._link.become(replace(cell.link, bandwidth=_UNLIMITED))
+        (crossing,) = self._crossing(work)
+        fastest = self._link.calibration(crossing)[1] / crossing
 
         def exposed(slowness: float) -> float:
             self._link.become(replace(cell.link, bandwidth=1 / slowness))
@@ -197,13 +202,8 @@ class Stage:
             return timed["megatron"][1].median / timed[COMPUTE][1].median - 1
 
         slowness = find_rising(
-            exposed, PUBLISHED_EXPOSED, 1 / cell.link.bandwidth, _CALIBRATION_STEPS
+            exposed, PUBLISHED_EXPOSED, 1 / cell.link.bandwidth, _CALIBRATION_STEPS, fastest
         )
-        self._link.become(replace(cell.link, bandwidth=1 / slowness))
-        asked, taken = self._link.calibration(*self._crossing(work))
-        if taken > _UNABLE * asked:
-            # Processors move bytes only so fast, and what is asked beyond that says nothing.
-            slowness *= taken / asked
         return replace(cell.link, bandwidth=1 / slowness)
 
     def _slope(self, cell: Cell, few: float, many: float) -> float:

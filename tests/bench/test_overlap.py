@@ -172,6 +172,17 @@ def test_what_is_never_reached_ends_at_the_closest() -> None:
     assert find_rising(lambda x: min(x, 1.0), 7.0, 1.0, steps=5) >= 1.0
 
 
+def test_nothing_is_tried_below_the_lowest() -> None:
+    seen: list[float] = []
+
+    def exposed(x: float) -> float:
+        seen.append(x)
+        return x
+
+    assert find_rising(exposed, 2.0, 4.0, lowest=2.7) == 2.7
+    assert seen == [4.0, 2.7], "the lowest only once"
+
+
 def test_levers_are_compared_with_the_cell_without_them(tmp_path: Path) -> None:
     words = ("--levers", "true", "--cells", "[a4 16sm:200,a4 8sm]", "--rounds", "1")
     plans = ("--plans", "[sequential,megatron,auto]")
