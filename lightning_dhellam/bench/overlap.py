@@ -50,7 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--cluster", default=None, help="its link instead: a name, or a file")
     parser.add_argument("--plans", type=list[str], default=list(PLANS))
     parser.add_argument("--cells", type=list[str], default=None, help="names of some, such as a4")
-    parser.add_argument("--micro_batches", type=list[int], default=[2, 4], help="of two steps")
+    parser.add_argument("--micro_batches", type=list[int], default=[4, 8], help="of two steps")
     parser.add_argument("--rounds", type=int, default=4, help="that count; one more comes before")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each operator that count")
     parser.add_argument(
@@ -76,7 +76,10 @@ def run(options: Namespace) -> Report:
     todo = cells(links, calibrate=options.cluster is None, levers=options.levers)
     if options.cells is not None:
         todo = [cell for cell in todo if any(cell.name.startswith(n) for n in options.cells)]
-    notes = {"EMULATED": "one rank of 8, its links played: times mean something, numbers do not"}
+    notes = {
+        "EMULATED": "one rank of 8, its links played: times mean something, numbers do not",
+        "steps": f"of {few} and {many} micro-batches; a layer is their difference",
+    }
     if not rehearse and any(cell.shape == "b" for cell in todo):
         notes["published for b on 8 H200"] = _PUBLISHED
     if options.memory_slack != MEMORY_SLACK:
