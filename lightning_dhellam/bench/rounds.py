@@ -96,7 +96,8 @@ def in_turn(
 
 
 def _settle(step: Step, clock: Clock) -> None:
-    """By times measured now: a first step takes memory and loads kernels, and says nothing."""
+    """Run a step until a GPU's clock is that of it, by what it takes now: the first one ever takes
+    memory and loads kernels, and says nothing."""
     spent = 0.0
     while clock.device.type == "cuda" and spent < _SETTLED:
         spent += clock.seconds(step)
