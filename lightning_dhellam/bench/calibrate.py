@@ -22,7 +22,7 @@ def find_rising(
     """
     low = high = None
     tried: dict[float, float] = {}
-    at = start
+    at = max(start, lowest)
     for _ in range(steps):
         tried[at] = value(at)
         if abs(tried[at] - target) <= _CLOSE * target:

@@ -90,14 +90,16 @@ def in_turn(
             clock.seconds(step)
     for _ in range(rounds):
         for name in draw.sample(list(sides), len(sides)):
-            _settle(sides[name][-1], clock)
+            _until_settled(sides[name][-1], clock)
             found[name].append(tuple(clock.seconds(step) for step in sides[name]))
     return {name: tuple(map(Times, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
-def _settle(step: Step, clock: Clock) -> None:
-    """Run a step until a GPU's clock is that of it, by what it takes now: the first one ever takes
-    memory and loads kernels, and says nothing."""
+def _until_settled(step: Step, clock: Clock) -> None:
+    """Run a step until a GPU's clock is that of such steps.
+
+    By what each takes now: the first ever, which takes memory and loads kernels, says nothing.
+    """
     spent = 0.0
     while clock.device.type == "cuda" and spent < _SETTLED:
         spent += clock.seconds(step)

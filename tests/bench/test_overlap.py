@@ -181,6 +181,9 @@ def test_nothing_is_tried_below_the_lowest() -> None:
 
     assert find_rising(exposed, 2.0, 4.0, lowest=2.7) == 2.7
     assert seen == [4.0, 2.7], "the lowest only once"
+    seen.clear()
+    assert find_rising(exposed, 2.0, 1.0, lowest=2.7) == 2.7
+    assert seen == [2.7], "also where it would start there"
 
 
 def test_levers_are_compared_with_the_cell_without_them(tmp_path: Path) -> None:
