@@ -6,8 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-_CHUNK = 32768
-"""Elements that a program moves between two looks at the timer: 64 KiB of 16-bit numbers."""
+_CHUNK = 16384
+"""Elements that a program moves between two looks at the timer: 32 KiB of 16-bit numbers.
+
+A program holds two chunks, one that it writes and one that is on its way. Of larger ones it does
+not have the registers.
+"""
 
 
 @triton.jit
@@ -18,16 +22,22 @@ def _now():  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _paced_copy(source, out, chunks, size, nanoseconds, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _paced_copy(source, out, chunks, places, nanoseconds, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     start = _now()
+    whole = tl.full((), nanoseconds, tl.int64)
     mine = (chunks - program + programs - 1) // programs
+    place = program % places
+    held = tl.load(source + place * CHUNK + tl.arange(0, CHUNK))
     for index in range(mine):
-        place = ((program + index * programs) * CHUNK) % size
-        offsets = place + tl.arange(0, CHUNK)
-        tl.store(out + offsets, tl.load(source + offsets))
-        due = start + nanoseconds * (index + 1) // mine
+        # The next chunk comes while this one goes. After the last it comes for nothing.
+        following = (program + (index + 1) * programs) % places
+        coming = tl.load(source + following * CHUNK + tl.arange(0, CHUNK))
+        tl.store(out + place * CHUNK + tl.arange(0, CHUNK), held)
+        held = coming
+        place = following
+        due = start + whole * (index + 1) // mine
         while _now() < due:
             pass
 
@@ -37,11 +47,12 @@ def paced_copy(
 ) -> None:
     """Move `crossing` bytes from `source` to `out` on `sms` SMs in at least `seconds`.
 
-    Both are contiguous 16-bit buffers of one size, a multiple of 32768 elements; they are gone
+    Both are contiguous 16-bit buffers of one size, a multiple of 16384 elements; they are gone
     through again and again when they are smaller than `crossing`. One program for each SM, as a
     collective has one block of threads for each.
     """
     chunks = max(sms, -(-crossing // (2 * _CHUNK)))
+    places = source.numel() // _CHUNK
     _paced_copy[(sms,)](
-        source, out, chunks, source.numel(), round(seconds * 1e9), CHUNK=_CHUNK, num_warps=32
+        source, out, chunks, places, round(seconds * 1e9), CHUNK=_CHUNK, num_warps=32
     )
