@@ -27,8 +27,9 @@ _SWEEP = 10
 """Moves of each replica between exchanges."""
 _PATIENCE = 2000
 """Moves without a new order at most: small problems have few."""
-_LAG, _PLACE = 0.35, 0.25
-"""Shares of moves that let work lag, and of the others, that choose what goes first."""
+_SPARE, _LAG, _PLACE = 0.1, 0.35, 0.25
+"""Shares of moves that choose what leaves processors, of the others, that let work lag, and of
+the others, that choose what goes first."""
 _INSTANT = 1e-12
 """Seconds of operators that take no time."""
 _FINALISTS = 400
@@ -116,6 +117,9 @@ def list_schedule(problem: Problem, draw: random.Random, number: int) -> Candida
     for x in range(problem.size):
         if problem.loose >> x & 1 and number and draw.random() < 0.4:
             lagging |= (problem.descendants[x] | 1 << x) & problem.loose
+    spare = 0
+    if problem.sparable and number:
+        spare = draw.choice((0, problem.sparable, draw.getrandbits(problem.size)))
     rank = [way * (1 + noise * draw.uniform(-1, 1)) for way in _ways(problem)]
     done: dict[int, float] = {}
     free = [0.0] * len(problem.lanes)
@@ -129,7 +133,7 @@ def list_schedule(problem: Problem, draw: random.Random, number: int) -> Candida
         done[x] = free[problem.lane[x]] = start + problem.seconds[x]
         left.remove(x)
         order.append(x)
-    return Candidate(tuple(order), lagging)
+    return Candidate(tuple(order), lagging, spare=spare & problem.sparable)
 
 
 def _ready(
@@ -165,6 +169,9 @@ def _rise(here: Cost, there: Cost, price: float) -> float:
 
 def neighbour(problem: Problem, candidate: Candidate, draw: random.Random) -> Candidate:
     """A random valid order near to `candidate`."""
+    if problem.sparable and draw.random() < _SPARE:
+        x = draw.choice(problem.sparable_ones)
+        return replace(candidate, spare=candidate.spare ^ 1 << x)
     if problem.loose and draw.random() < _LAG:
         x = draw.choice(problem.loose_ones)
         candidate = problem.toggled(candidate, x)
@@ -218,11 +225,19 @@ def slim(
 
 
 def plain(problem: Problem, candidate: Candidate) -> Candidate:
-    """The order without marks of what goes first that gain nothing."""
+    """The order without marks that gain nothing: of what goes first, and of what is left free."""
     cost = problem.cost(candidate)
     for x in range(problem.size):
-        if candidate.first >> x & 1:
-            other = replace(candidate, first=candidate.first & ~(1 << x))
-            if problem.cost(other) <= (cost[0], cost[1] * (1 + _IDLE)):
+        for unmarked in (_not_first, _not_spare):
+            other = unmarked(candidate, x)
+            if other != candidate and problem.cost(other) <= (cost[0], cost[1] * (1 + _IDLE)):
                 candidate = other
     return candidate
+
+
+def _not_first(candidate: Candidate, x: int) -> Candidate:
+    return replace(candidate, first=candidate.first & ~(1 << x))
+
+
+def _not_spare(candidate: Candidate, x: int) -> Candidate:
+    return replace(candidate, spare=candidate.spare & ~(1 << x))

@@ -69,6 +69,11 @@ class Machine(NamedTuple):
     launch: float
     inline: bool
 
+    def mixed(self, other: Machine, chosen: Array) -> Machine:
+        """The same, where the launches that are `chosen` run as in `other`."""
+        seconds = np.where(chosen, other.seconds, self.seconds)
+        return self._replace(seconds=seconds, kinds=np.where(chosen, other.kinds, self.kinds))
+
 
 @compiled
 def play(  # type: ignore[no-untyped-def]

@@ -2,6 +2,9 @@
 
 An order is a list of operator numbers, forward graph first; a bit mask says which of them lag, that
 is, are carried out for the previous pair of layers. Orders change by moves that keep them valid.
+Which operators leave processors to communication changes with them, if that is to be chosen: one
+that does takes longer, but communication begins beside it at any time, so that it depends on the
+order what pays.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ _MOMENT = 1e-9
 Cost = tuple[float, float]
 """Bytes above the limit, then seconds: compared in this order."""
 
+_Both = tuple[Machine, Machine]
+"""Where no operator leaves processors, and where all do that can."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -40,11 +46,14 @@ class Candidate:
         order: operator numbers.
         lagging: bit mask of the operators that lag.
         first: bit mask of the communication that begins before the compute issued next.
+        spare: bit mask of the operators that leave processors to communication, where that is
+            chosen with the order.
     """
 
     order: tuple[int, ...]
     lagging: int = 0
     first: int = 0
+    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Problem:
         memory_limit: bytes that slots may take at once during the pair, or None.
         surroundings: None for a pair that repeats itself, whose cost is its period; else the
             cost is the time of all of them together.
+        sharing: whether it is chosen with the order what leaves processors to communication, of
+            a pair that repeats itself; else `costs` say it.
     """
 
     def __init__(
@@ -89,6 +100,7 @@ class Problem:
         tokens: int = 1,
         memory_limit: float | None = None,
         surroundings: Surroundings | None = None,
+        sharing: bool = False,
     ) -> None:
         self._ahead, self._behind, self._surroundings = ahead, behind, surroundings
         self.forward = ahead.forward if ahead else None
@@ -101,6 +113,7 @@ class Problem:
         lanes = lanes_of(graphs_of(ahead, behind))
         self._memory = PairMemory(ahead, behind, lanes, tokens=tokens, waits=not costs.inline)
         self.number = {(g.direction, o.name): i for i, (g, o) in enumerate(self.operators)}
+        self.sparable = self._sparable() if sharing and self.cyclic else 0
         self._relations()
         self._stage(surroundings)
         self.evaluations = 0
@@ -118,6 +131,11 @@ class Problem:
         work = sum(costs.alone(graph, o.name) for graph, o in self.operators)
         ahead = self.size * costs.launch <= _AHEAD * work
         return replace(costs, launch=0.0) if self.cyclic and ahead else costs
+
+    def _sparable(self) -> int:
+        able = self.costs.sparable
+        own = [(graph.fingerprint, operator.name) for graph, operator in self.operators]
+        return sum(1 << x for x, operator in enumerate(own) if operator in able)
 
     def _relations(self) -> None:
         self.before: list[tuple[int, ...]] = [
@@ -139,6 +157,7 @@ class Problem:
                 handing |= 1 << x | self.ancestors[x]
         self.loose = ((1 << self.size) - 1) & ~handing if self.cyclic else 0
         self.loose_ones = [x for x in range(self.size) if self.loose >> x & 1]
+        self.sparable_ones = [x for x in range(self.size) if self.sparable >> x & 1]
         self.communications = [x for x, (_, o) in enumerate(self.operators) if o.is_communication]
 
     def _stage(self, surroundings: Surroundings | None) -> None:
@@ -247,7 +266,7 @@ class Problem:
                 # Where they stand among the others does not matter.
                 lanes.append([x, *sorted(ahead)])
                 ahead = []
-        return candidate.lagging, tuple(map(tuple, lanes)), tuple(ahead)
+        return candidate.lagging, candidate.spare, tuple(map(tuple, lanes)), tuple(ahead)
 
     def cost_of_plan(self, plan: Plan) -> Cost:
         """What `cost` says of a candidate, of a plan, which may have barriers."""
@@ -295,16 +314,19 @@ class Problem:
             return max(ends), np.array(starts)[self._base : self._base + self.size]
         lagging = self._marks(candidate.lagging)
         numbers = range(len(self._machines))[: None if samples is None else samples + 1]
-        found = [self._period(number, order, lagging, first) for number in numbers]
+        spare = self._marks(candidate.spare) if candidate.spare else None
+        found = [self._period(number, order, lagging, first, spare) for number in numbers]
         return sum(seconds for seconds, _ in found) / len(found), found[0][1]
 
     def _period(
-        self, number: int, order: Array, lagging: Array, first: Array
+        self, number: int, order: Array, lagging: Array, first: Array, spare: Array | None
     ) -> tuple[float, Array]:
         lanes = len(self.lanes)
-        seconds, settled, begun = period(self._machines[number], lanes, order, lagging, first)
+        machine = _chosen(self._machines[number], spare, _ROUNDS)
+        seconds, settled, begun = period(machine, lanes, order, lagging, first)
         if not settled:
-            seconds, _, _ = period(self._patient[number], lanes, order, lagging, first)
+            machine = _chosen(self._patient[number], spare, _MORE_ROUNDS)
+            seconds, _, _ = period(machine, lanes, order, lagging, first)
         return seconds, begun
 
     def _marks(self, mask: int) -> Array:
@@ -316,13 +338,18 @@ class Problem:
         return known
 
     @cached_property
-    def _machines(self) -> list[Machine]:
-        return [self._walk.machine, *map(self._walk.machine_of, self.costs.others)]
+    def _machines(self) -> list[_Both]:
+        return self._both(self._walk)
 
     @cached_property
-    def _patient(self) -> list[Machine]:
+    def _patient(self) -> list[_Both]:
         """More rounds, for orders that take long to repeat themselves."""
-        return [self._longer.machine, *map(self._longer.machine_of, self.costs.others)]
+        return self._both(self._longer)
+
+    def _both(self, walk: Walk) -> list[_Both]:
+        all_costs = (self.costs, *self.costs.others)
+        spare = bool(self.sparable)
+        return [(walk.machine_of(c), walk.machine_of(c, spare=spare)) for c in all_costs]
 
     def seconds_of_plan(self, plan: Plan) -> float:
         """The same of a plan, which may have barriers, by the costs as measured alone."""
@@ -355,7 +382,8 @@ class Problem:
         for x in candidate.order:
             graph, operator = self.operators[x]
             lag, first = candidate.lagging >> x & 1, bool(candidate.first >> x & 1)
-            rows.append(Issue(graph.direction, operator.lane, operator.name, lag=lag, first=first))
+            spare = bool(candidate.spare >> x & 1)
+            rows.append(Issue(graph.direction, operator.lane, operator.name, lag, first, spare))
         forward = self.forward.name if self.forward else None
         backward = self.backward.name if self.backward else None
         return Plan(name, forward, backward, tuple(rows))
@@ -365,7 +393,8 @@ class Problem:
         rows = [(self.number[row.strand, row.operator], row) for row in plan.issues]
         lagging = sum(1 << x for x, row in rows if row.lag)
         first = sum(1 << x for x, row in rows if row.first)
-        return Candidate(tuple(x for x, _ in rows), lagging, first)
+        spare = sum(1 << x for x, row in rows if row.spare) & self.sparable
+        return Candidate(tuple(x for x, _ in rows), lagging, first, spare)
 
     def moved(self, candidate: Candidate, source: int, target: int) -> Candidate:
         """The operator at `source` goes to `target`, and what must go along goes along."""
@@ -406,3 +435,9 @@ class Problem:
         if lagging >> x & 1:
             return replace(candidate, order=(*rest, *taken), lagging=lagging & ~company)
         return replace(candidate, order=(*taken, *rest), lagging=lagging | company)
+
+
+def _chosen(both: _Both, spare: Array | None, rounds: int) -> Machine:
+    """The machine where operators leave processors that are marked in `spare`."""
+    every, less = both
+    return every if spare is None else every.mixed(less, np.tile(spare, rounds))

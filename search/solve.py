@@ -3,15 +3,14 @@
 A pair of layers that repeats itself, as in the middle of a deep model, is ordered for its
 *period*: layer boundaries are no barriers, and weight gradients may be left for the next pair. The
 others, such as embedding beside head, are ordered between their neighbours. Which operators leave
-processors to communication is chosen for the pair that repeats itself most often: none, all, or
-those of its operators that pay (`sharing`).
+processors to communication is chosen with the order of the pair that repeats itself most often.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -26,26 +25,19 @@ from lightning_dhellam.plan import (
     validate,
 )
 from lightning_dhellam.search.bound import bounds
-from lightning_dhellam.search.cost import Costs, Spared
+from lightning_dhellam.search.cost import Costs
 from lightning_dhellam.search.exact import Exact
 from lightning_dhellam.search.local import plain, search, slim
-from lightning_dhellam.search.orders import Candidate, Cost, Problem, Surroundings, graphs_of
+from lightning_dhellam.search.orders import Cost, Problem, Surroundings, graphs_of
 from lightning_dhellam.search.pairs import pairs
-from lightning_dhellam.search.sharing import shared, sparable
 from lightning_dhellam.search.solution import Kind, ModelSolution, Solution, kind_of
-from lightning_dhellam.search.walk import Stop, step_stops
+from lightning_dhellam.search.walk import Stop, as_planned, repeated, step_stops
 
 _SLACK = 0.001
 """Share of the time that less memory may cost."""
 
 _ALONE = 4
 """How many times fewer orders are looked at of a pair that lacks a strand."""
-
-_PART = 4
-"""How many times fewer orders are looked at to choose what leaves processors."""
-
-_CHOICES = 3
-"""How often what leaves processors is chosen anew for the order that was found."""
 
 Algorithm = Literal["auto", "pairs"]
 
@@ -56,9 +48,9 @@ class Budget:
 
     Attributes:
         evaluations: orders whose time is computed, for a pair that repeats itself; half as many
-            where other measurements count as well, four times as many with a limit of memory. It
-            takes a second and a half at the size of a Llama layer with tensor parallelism, and ten
-            with a limit.
+            where other measurements count as well, twice as many where what leaves processors is
+            chosen with the order, four times as many with a limit of memory. It takes a second and
+            a half at the size of a Llama layer with tensor parallelism, and ten with a limit.
         rare_evaluations: the same for each pair that does not.
         exact_operators: up to so many operators the best order is proven.
         exact_nodes: beginnings of orders that the proof may look at before it is given up.
@@ -83,7 +75,7 @@ def solve_pair(
     memory_slack: float | None = None,
     budget: Budget | None = None,
     surroundings: Surroundings | None = None,
-    start: Plan | None = None,
+    sharing: bool = False,
 ) -> Solution:
     """The best order found of one layer's forward beside another's backward.
 
@@ -99,21 +91,21 @@ def solve_pair(
         memory_slack: instead of a limit, bytes above what the sequential plan needs.
         budget: how long to search.
         surroundings: neighbours of a pair that does not repeat itself.
-        start: a good order to begin with.
+        sharing: whether to choose what leaves processors to communication, of a pair that repeats
+            itself, rather than to take it from `costs`; not for `pairs`.
 
     Raises:
         ValueError: no order keeps the memory limit, or the algorithm is not known.
     """
     if algorithm not in ("auto", "pairs"):
         raise ValueError(f"algorithm='{algorithm}' is not known: use 'auto' or 'pairs'")
-    problem = Problem(
-        ahead,
-        behind,
-        costs.at_work(graphs_of(ahead, behind)),
-        tokens=tokens,
-        memory_limit=memory_limit,
-        surroundings=surroundings,
-    )
+    graphs = {
+        Strand.FORWARD: ahead.forward if ahead else None,
+        Strand.BACKWARD: behind.backward if behind else None,
+    }
+    made = partial(Problem, ahead, behind, tokens=tokens, surroundings=surroundings)
+    at_work = partial(Costs.at_work, graphs=graphs_of(ahead, behind))
+    problem = made(at_work(costs), memory_limit=memory_limit, sharing=sharing)
     sequential = BUILDERS["sequential"](problem.forward, problem.backward)
     least = problem.peak_of_plan(sequential)
     if memory_slack is not None:
@@ -122,17 +114,21 @@ def solve_pair(
     if algorithm == "pairs":
         plan, proven = pairs(problem), False
     else:
-        starts = [problem.candidate(start)] if start else []
-        plan, proven = _best(problem, starts, max(found.values()), budget or Budget())
-    graphs = {Strand.FORWARD: problem.forward, Strand.BACKWARD: problem.backward}
-    plan = costs.marked(plan, graphs)
-    validate(plan, problem.forward, problem.backward)
+        plan, proven = _best(problem, max(found.values()), budget or Budget())
     peak = problem.peak_of_plan(plan)
     if memory_limit is not None and peak > memory_limit:
         raise ValueError(
             f"memory_limit={memory_limit:.0f} bytes: the least found for {problem.name} is"
             f" {peak:.0f} bytes; raise memory_limit or make micro-batches smaller"
         )
+    evaluations = problem.evaluations
+    if problem.sparable:
+        # From here on the costs say what was chosen.
+        costs = as_planned(costs, repeated(ahead, behind, 1), [plan])
+        problem = made(at_work(costs))
+        found = bounds(problem)
+    plan = costs.marked(plan, graphs)
+    validate(plan, problem.forward, problem.backward)
     return Solution(
         problem.name,
         plan,
@@ -142,19 +138,17 @@ def solve_pair(
         proven,
         peak,
         peak - least,
-        problem.evaluations,
+        evaluations,
     )
 
 
-def _best(
-    problem: Problem, starts: Sequence[Candidate], bound: float, budget: Budget
-) -> tuple[Plan, bool]:
+def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
     """The best of a search and the built-in plans, and whether it is proven to be the best."""
     if not any(graph.communicates for graph in (problem.forward, problem.backward) if graph):
         # All orders take as long; the built-in one hands over early.
         early = BUILDERS["interleaved"](problem.forward, problem.backward)
         return Plan("auto", early.forward, early.backward, early.rows), True
-    plan, cost, proven = _searched(problem, starts, bound, budget)
+    plan, cost, proven = _searched(problem, bound, budget)
     for build in BUILDERS.values():
         # Barriers pay where lanes disturb each other more than waiting costs. What has none has
         # been compared already.
@@ -168,23 +162,26 @@ def _best(
     return plan, proven
 
 
-def _searched(
-    problem: Problem, starts: Sequence[Candidate], bound: float, budget: Budget
-) -> tuple[Plan, Cost, bool]:
+def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cost, bool]:
     """The plan of a search, what it costs, and whether it is proven to be the best."""
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
-    starts = [*starts, problem.default(), *map(problem.candidate, built_in)]
+    starts = [problem.default(), *map(problem.candidate, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
     if problem.cyclic and problem.memory_limit is not None:
         evaluations *= 4  # with fewer it depends on the seed what is found
     if problem.averages:
         evaluations //= 2  # each takes longer
-        bound = 0.0  # a mean may be below what the medians allow: nothing is proven by it
+    if problem.sparable:
+        evaluations *= 2
+    provable = not (problem.averages or problem.sparable)
+    if not provable:
+        # A mean may be below what the medians allow, and what leaves processors disturbs less.
+        bound = 0.0
     if problem.forward is None or problem.backward is None:
         evaluations //= _ALONE  # these orders are fewer, and carried out at the ends of a step
     best, cost = search(problem, starts, bound, evaluations, budget.seed)
     proven = cost[0] == 0 and cost[1] <= bound * (1 + 1e-9)
-    if not (proven or problem.averages) and problem.size <= budget.exact_operators:
+    if provable and not proven and problem.size <= budget.exact_operators:
         exact = Exact(problem, best, cost, budget.exact_nodes)
         # It tries every order, but none in which something goes first.
         proven = exact.run(bound) and not problem.costs.behind
@@ -226,22 +223,9 @@ def solve(
     if algorithm != "auto" or costs.spared or not costs.sparable or main not in repeating:
         return _solved(stops, partial(ordered, costs=costs), {})
     pair = next(stop.pairs for stop in stops if kind_of(*stop.graphs) == main)
-    choices = (Spared(), sparable(*pair, costs))
-    # To see what pays a part of the budget will do.
-    budget = budget or Budget()
-    part = replace(budget, evaluations=budget.evaluations // _PART)
-    solutions = {s: ordered(*pair, costs.sparing(s), budget=part) for s in choices}
-    for _ in range(_CHOICES):
-        best = min(solutions, key=lambda spared: solutions[spared].seconds)
-        plan = solutions[best].plan
-        chosen = shared(*pair, plan, costs.sparing(best))
-        if chosen in solutions:
-            break
-        # The order is as good for the new choice, and may become better.
-        solutions[chosen] = ordered(*pair, costs.sparing(chosen), start=plan, budget=part)
-    best = min(solutions, key=lambda spared: solutions[spared].seconds)
-    given = partial(ordered, costs=costs.sparing(best))
-    return _solved(stops, given, {main: given(*pair, start=solutions[best].plan)})
+    solution = ordered(*pair, costs, sharing=True)
+    costs = as_planned(costs, repeated(*pair, 1), [solution.plan])
+    return _solved(stops, partial(ordered, costs=costs), {main: solution})
 
 
 def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:

@@ -107,28 +107,29 @@ class Walk:
         index = {lane: number for number, lane in enumerate(self.lanes)}
         self.lane = [index[launch.operator.lane] for launch in self.launches]
         self._keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
-        self._distinct = list(dict.fromkeys(self._keys))
+        # The same where operators leave processors, should a search ask for that.
+        self._spare_keys = [costs.spares.get(key, key) for key in self._keys]
+        self._distinct = list(dict.fromkeys([*self._keys, *self._spare_keys]))
         self.seconds = [costs.seconds[key] for key in self._keys]
-        self.machine = self._machine()
+        self.machine = self.machine_of(costs)
 
-    def _machine(self) -> Machine:
+    def machine_of(self, costs: Costs, *, spare: bool = False) -> Machine:
+        """The machine by some costs of the same operators.
+
+        `spare`: where all that can leave processors to communication do.
+        """
         number = {key: kind for kind, key in enumerate(self._distinct)}
+        keys = self._spare_keys if spare else self._keys
         return Machine(
             np.array(self.lane, np.int64),
-            np.array(self.seconds, float),
-            np.array([number[key] for key in self._keys], np.int64),
+            np.array([costs.seconds[key] for key in keys], float),
+            np.array([number[key] for key in keys], np.int64),
             np.array([len(before) for before in self.waits], np.int64),
             Rows.of(_followers(self.waits)),
-            *self._costs.arrays(self._distinct),
-            float(self._costs.launch),
-            self._costs.inline,
+            *costs.arrays(self._distinct),
+            float(costs.launch),
+            costs.inline,
         )
-
-    def machine_of(self, costs: Costs) -> Machine:
-        """The same with other times of the same operators."""
-        together, behind = costs.arrays(self._distinct)
-        seconds = np.array([costs.seconds[key] for key in self._keys], float)
-        return self.machine._replace(seconds=seconds, slowdowns=together, behind=behind)
 
     def play(
         self, order: Order, first: frozenset[int] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan, PlanError, validate
 from lightning_dhellam.search.cost import Costs
+from lightning_dhellam.search.local import neighbour
+from lightning_dhellam.search.orders import Problem
 from lightning_dhellam.search.pictures import hidden_shares
 from lightning_dhellam.search.profile import Profile, Samples, Target, measure
 from lightning_dhellam.search.simulate import simulate
@@ -143,6 +146,20 @@ def test_gemms_leave_processors_where_it_pays(dear: str) -> None:
     simulated = simulate(layers, found.builder(), known, micro_batches=3)
     others = [simulate(layers, b, known, micro_batches=3).seconds for b in BUILDERS.values()]
     assert simulated.seconds < min(others)
+
+
+def test_a_choice_costs_the_same_whether_it_is_made_or_given() -> None:
+    known, draw = Costs.of(_profile()), random.Random(3)
+    choosing = Problem(LAYER, LAYER, known, sharing=True)
+    here, seen = choosing.default(), set()
+    for _ in range(60):
+        here = neighbour(choosing, here, draw)
+        plan = choosing.plan(here)
+        assert choosing.candidate(plan) == here
+        given = Problem(LAYER, LAYER, as_planned(known, repeated(LAYER, LAYER, 1), [plan]))
+        assert choosing.cost(here) == pytest.approx(given.cost(replace(here, spare=0)))
+        seen.add(here.spare)
+    assert len(seen) > 3
 
 
 def test_a_choice_that_is_given_is_kept() -> None:
