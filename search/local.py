@@ -35,7 +35,7 @@ _INSTANT = 1e-12
 _FINALISTS = 400
 """Orders that are compared more thoroughly in the end."""
 _IDLE = 1e-4
-"""Share of the time that going first must gain."""
+"""Share of the time that a mark must gain."""
 _FARTHER = 0.8
 """Probability that a move goes one place farther."""
 
@@ -225,7 +225,7 @@ def slim(
 
 
 def plain(problem: Problem, candidate: Candidate) -> Candidate:
-    """The order without marks that gain nothing: of what goes first, and of what is left free."""
+    """The order without marks that gain nothing: what goes first, and what leaves processors."""
     cost = problem.cost(candidate)
     for x in range(problem.size):
         for unmarked in (_not_first, _not_spare):

@@ -3,8 +3,8 @@
 An order is a list of operator numbers, forward graph first; a bit mask says which of them lag, that
 is, are carried out for the previous pair of layers. Orders change by moves that keep them valid.
 Which operators leave processors to communication changes with them, if that is to be chosen: one
-that does takes longer, but communication begins beside it at any time, so that it depends on the
-order what pays.
+that does takes longer, but communication begins beside it at any time, so which of them had better
+do so depends on the order.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Problem:
         surroundings: None for a pair that repeats itself, whose cost is its period; else the
             cost is the time of all of them together.
         sharing: whether it is chosen with the order what leaves processors to communication, of
-            a pair that repeats itself; else `costs` say it.
+            a pair that repeats itself, unless `costs` say it already.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Problem:
         lanes = lanes_of(graphs_of(ahead, behind))
         self._memory = PairMemory(ahead, behind, lanes, tokens=tokens, waits=not costs.inline)
         self.number = {(g.direction, o.name): i for i, (g, o) in enumerate(self.operators)}
-        self.sparable = self._sparable() if sharing and self.cyclic else 0
+        self.sparable = self._sparable() if sharing and self.cyclic and not costs.spared else 0
         self._relations()
         self._stage(surroundings)
         self.evaluations = 0
         self._known: dict[object, tuple[Cost, Array]] = {}
-        self._masks: dict[int, Array] = {}
+        self._masks: dict[tuple[int, int], Array] = {}
 
     def _heeded(self, costs: Costs) -> Costs:
         """What an order can change.
@@ -314,27 +314,31 @@ class Problem:
             return max(ends), np.array(starts)[self._base : self._base + self.size]
         lagging = self._marks(candidate.lagging)
         numbers = range(len(self._machines))[: None if samples is None else samples + 1]
-        spare = self._marks(candidate.spare) if candidate.spare else None
-        found = [self._period(number, order, lagging, first, spare) for number in numbers]
+        found = [self._period(number, order, lagging, first, candidate.spare) for number in numbers]
         return sum(seconds for seconds, _ in found) / len(found), found[0][1]
 
     def _period(
-        self, number: int, order: Array, lagging: Array, first: Array, spare: Array | None
+        self, number: int, order: Array, lagging: Array, first: Array, spare: int
     ) -> tuple[float, Array]:
         lanes = len(self.lanes)
-        machine = _chosen(self._machines[number], spare, _ROUNDS)
+        machine = self._told(self._machines[number], spare, _ROUNDS)
         seconds, settled, begun = period(machine, lanes, order, lagging, first)
         if not settled:
-            machine = _chosen(self._patient[number], spare, _MORE_ROUNDS)
+            machine = self._told(self._patient[number], spare, _MORE_ROUNDS)
             seconds, _, _ = period(machine, lanes, order, lagging, first)
         return seconds, begun
 
-    def _marks(self, mask: int) -> Array:
-        """A bit mask as an array."""
-        known = self._masks.get(mask)
+    def _told(self, both: _Both, spare: int, rounds: int) -> Machine:
+        """The machine of so many rounds, where the operators in the mask leave processors."""
+        taking, leaving = both
+        return taking.mixed(leaving, self._marks(spare, rounds)) if spare else taking
+
+    def _marks(self, mask: int, times: int = 1) -> Array:
+        """A bit mask as an array, so many times."""
+        known = self._masks.get((mask, times))
         if known is None:
             bits = [bool(mask >> x & 1) for x in range(self.size)]
-            known = self._masks[mask] = np.array(bits)
+            known = self._masks[mask, times] = np.tile(bits, times)
         return known
 
     @cached_property
@@ -347,12 +351,18 @@ class Problem:
         return self._both(self._longer)
 
     def _both(self, walk: Walk) -> list[_Both]:
-        all_costs = (self.costs, *self.costs.others)
-        spare = bool(self.sparable)
-        return [(walk.machine_of(c), walk.machine_of(c, spare=spare)) for c in all_costs]
+        both = []
+        for costs in (self.costs, *self.costs.others):
+            taking = walk.machine_of(costs)
+            leaving = walk.machine_of(costs, spare=True) if self.sparable else taking
+            both.append((taking, leaving))
+        return both
 
     def seconds_of_plan(self, plan: Plan) -> float:
-        """The same of a plan, which may have barriers, by the costs as measured alone."""
+        """The same of a plan, which may have barriers, by the costs as measured alone.
+
+        Where it has some, nothing leaves processors that the costs do not say.
+        """
         if not self.cyclic:
             plans = self._plans(plan)
             return max(self._walk.play(self._walk.order(plans), self._walk.first_of(plans))[1])
@@ -435,9 +445,3 @@ class Problem:
         if lagging >> x & 1:
             return replace(candidate, order=(*rest, *taken), lagging=lagging & ~company)
         return replace(candidate, order=(*taken, *rest), lagging=lagging | company)
-
-
-def _chosen(both: _Both, spare: Array | None, rounds: int) -> Machine:
-    """The machine where operators leave processors that are marked in `spare`."""
-    every, less = both
-    return every if spare is None else every.mixed(less, np.tile(spare, rounds))

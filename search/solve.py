@@ -50,7 +50,8 @@ class Budget:
         evaluations: orders whose time is computed, for a pair that repeats itself; half as many
             where other measurements count as well, twice as many where what leaves processors is
             chosen with the order, four times as many with a limit of memory. It takes a second and
-            a half at the size of a Llama layer with tensor parallelism, and ten with a limit.
+            a half at the size of a Llama layer with tensor parallelism, ten with a limit, and
+            twenty where what leaves processors is chosen as well.
         rare_evaluations: the same for each pair that does not.
         exact_operators: up to so many operators the best order is proven.
         exact_nodes: beginnings of orders that the proof may look at before it is given up.
@@ -91,8 +92,8 @@ def solve_pair(
         memory_slack: instead of a limit, bytes above what the sequential plan needs.
         budget: how long to search.
         surroundings: neighbours of a pair that does not repeat itself.
-        sharing: whether to choose what leaves processors to communication, of a pair that repeats
-            itself, rather than to take it from `costs`; not for `pairs`.
+        sharing: whether `auto` chooses what leaves processors to communication, of a pair that
+            repeats itself, unless `costs` say it already.
 
     Raises:
         ValueError: no order keeps the memory limit, or the algorithm is not known.
@@ -105,6 +106,7 @@ def solve_pair(
     }
     made = partial(Problem, ahead, behind, tokens=tokens, surroundings=surroundings)
     at_work = partial(Costs.at_work, graphs=graphs_of(ahead, behind))
+    sharing = sharing and algorithm == "auto"
     problem = made(at_work(costs), memory_limit=memory_limit, sharing=sharing)
     sequential = BUILDERS["sequential"](problem.forward, problem.backward)
     least = problem.peak_of_plan(sequential)
@@ -123,7 +125,7 @@ def solve_pair(
         )
     evaluations = problem.evaluations
     if problem.sparable:
-        # From here on the costs say what was chosen.
+        # From here on the costs say what was chosen, also for how busy compute is.
         costs = as_planned(costs, repeated(ahead, behind, 1), [plan])
         problem = made(at_work(costs))
         found = bounds(problem)
@@ -150,8 +152,8 @@ def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
         return Plan("auto", early.forward, early.backward, early.rows), True
     plan, cost, proven = _searched(problem, bound, budget)
     for build in BUILDERS.values():
-        # Barriers pay where lanes disturb each other more than waiting costs. What has none has
-        # been compared already.
+        # Barriers pay where lanes disturb each other more than waiting costs, which they do least
+        # where operators leave processors. What has none has been compared already.
         other = build(problem.forward, problem.backward)
         if not any(isinstance(row, Barrier) for row in other.rows):
             continue

@@ -9,8 +9,9 @@ import triton.language as tl
 _CHUNK = 16384
 """Elements that a program moves between two looks at the timer: 32 KiB of 16-bit numbers.
 
-A program holds two chunks, one that it writes and one that is on its way. Of larger ones it does
-not have the registers.
+A program holds two chunks, one that it writes and one that is on its way. With one of twice the
+size, for which registers did not suffice, 16 SMs of an H200 moved 362 GB/s, and 291 at the clock of
+a busy device; with these it is 522 and 441 (2026-11-29).
 """
 
 

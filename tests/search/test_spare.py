@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan, PlanError, validate
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.local import neighbour
+from lightning_dhellam.search.cost import Costs, Sample
+from lightning_dhellam.search.local import neighbour, plain
 from lightning_dhellam.search.orders import Problem
 from lightning_dhellam.search.pictures import hidden_shares
 from lightning_dhellam.search.profile import Profile, Samples, Target, measure
@@ -148,8 +148,14 @@ def test_gemms_leave_processors_where_it_pays(dear: str) -> None:
     assert simulated.seconds < min(others)
 
 
+def _sampled(known: Costs) -> Costs:
+    """The same with another measurement, in which everything took a third longer."""
+    longer = {key: 4 / 3 * seconds for key, seconds in known.seconds.items()}
+    return replace(known, samples=(Sample(longer, known.slowdowns, known.behind),))
+
+
 def test_a_choice_costs_the_same_whether_it_is_made_or_given() -> None:
-    known, draw = Costs.of(_profile()), random.Random(3)
+    known, draw = _sampled(Costs.of(_profile())), random.Random(3)
     choosing = Problem(LAYER, LAYER, known, sharing=True)
     here, seen = choosing.default(), set()
     for _ in range(60):
@@ -157,9 +163,22 @@ def test_a_choice_costs_the_same_whether_it_is_made_or_given() -> None:
         plan = choosing.plan(here)
         assert choosing.candidate(plan) == here
         given = Problem(LAYER, LAYER, as_planned(known, repeated(LAYER, LAYER, 1), [plan]))
-        assert choosing.cost(here) == pytest.approx(given.cost(replace(here, spare=0)))
+        same = replace(here, spare=0)
+        assert choosing.cost(here) == pytest.approx(given.cost(same))
+        assert choosing.seconds_of_plan(plan) == pytest.approx(given.seconds_of_plan(plan))
         seen.add(here.spare)
     assert len(seen) > 3
+
+
+def test_gemms_that_gain_nothing_by_it_take_all_processors() -> None:
+    known = Costs.of(_profile())
+    choosing = Problem(LAYER, LAYER, known, sharing=True)
+    sequential = choosing.candidate(BUILDERS["sequential"](LAYER.forward, LAYER.backward))
+    everywhere = replace(sequential, spare=choosing.sparable)
+    assert choosing.sparable.bit_count() == len(GEMMS)
+    rid = plain(choosing, everywhere)
+    assert rid.spare != everywhere.spare
+    assert choosing.cost(rid) < choosing.cost(everywhere)
 
 
 def test_a_choice_that_is_given_is_kept() -> None:
@@ -168,6 +187,9 @@ def test_a_choice_that_is_given_is_kept() -> None:
     found = solve([LAYER] * 3, known.sparing(one), budget=budget)
     assert _spared(found.main.plan) == {GEMM}
     assert _spared(solve([LAYER] * 3, known, algorithm="pairs").main.plan) == set()
+    again = solve_pair(LAYER, LAYER, known.sparing(one), budget=budget, sharing=True)
+    assert _spared(again.plan) == {GEMM}
+    assert _spared(solve_pair(LAYER, LAYER, known, algorithm="pairs", sharing=True).plan) == set()
 
 
 def test_only_gemms_that_compute_the_same_are_marked() -> None:
