@@ -119,7 +119,8 @@ def list_schedule(problem: Problem, draw: random.Random, number: int) -> Candida
             lagging |= (problem.descendants[x] | 1 << x) & problem.loose
     spare = 0
     if problem.sparable and number:
-        spare = draw.choice((0, problem.sparable, draw.getrandbits(problem.size)))
+        some = draw.getrandbits(problem.size) & problem.sparable
+        spare = draw.choice((0, problem.sparable, some))
     rank = [way * (1 + noise * draw.uniform(-1, 1)) for way in _ways(problem)]
     done: dict[int, float] = {}
     free = [0.0] * len(problem.lanes)
@@ -133,7 +134,7 @@ def list_schedule(problem: Problem, draw: random.Random, number: int) -> Candida
         done[x] = free[problem.lane[x]] = start + problem.seconds[x]
         left.remove(x)
         order.append(x)
-    return Candidate(tuple(order), lagging, spare=spare & problem.sparable)
+    return Candidate(tuple(order), lagging, spare=spare)
 
 
 def _ready(

@@ -353,9 +353,8 @@ class Problem:
     def _both(self, walk: Walk) -> list[_Both]:
         both = []
         for costs in (self.costs, *self.costs.others):
-            taking = walk.machine_of(costs)
-            leaving = walk.machine_of(costs, spare=True) if self.sparable else taking
-            both.append((taking, leaving))
+            taking = walk.machine if costs is self.costs else walk.machine_of(costs)
+            both.append((taking, walk.leaving(taking, costs) if self.sparable else taking))
         return both
 
     def seconds_of_plan(self, plan: Plan) -> float:

@@ -100,14 +100,9 @@ def solve_pair(
     """
     if algorithm not in ("auto", "pairs"):
         raise ValueError(f"algorithm='{algorithm}' is not known: use 'auto' or 'pairs'")
-    graphs = {
-        Strand.FORWARD: ahead.forward if ahead else None,
-        Strand.BACKWARD: behind.backward if behind else None,
-    }
+    both = graphs_of(ahead, behind)
     made = partial(Problem, ahead, behind, tokens=tokens, surroundings=surroundings)
-    at_work = partial(Costs.at_work, graphs=graphs_of(ahead, behind))
-    sharing = sharing and algorithm == "auto"
-    problem = made(at_work(costs), memory_limit=memory_limit, sharing=sharing)
+    problem = made(costs.at_work(both), memory_limit=memory_limit, sharing=sharing)
     sequential = BUILDERS["sequential"](problem.forward, problem.backward)
     least = problem.peak_of_plan(sequential)
     if memory_slack is not None:
@@ -127,8 +122,9 @@ def solve_pair(
     if problem.sparable:
         # From here on the costs say what was chosen, also for how busy compute is.
         costs = as_planned(costs, repeated(ahead, behind, 1), [plan])
-        problem = made(at_work(costs))
+        problem = made(costs.at_work(both))
         found = bounds(problem)
+    graphs = {Strand.FORWARD: problem.forward, Strand.BACKWARD: problem.backward}
     plan = costs.marked(plan, graphs)
     validate(plan, problem.forward, problem.backward)
     return Solution(

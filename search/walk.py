@@ -14,7 +14,7 @@ import numpy as np
 
 from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
 from lightning_dhellam.search.cost import Costs, lanes_of
-from lightning_dhellam.search.machine import Machine, Rows, perform
+from lightning_dhellam.search.machine import Array, Machine, Rows, perform
 from lightning_dhellam.search.memory import BARRIER, Slots, most
 
 Order = list[int | None]
@@ -111,25 +111,34 @@ class Walk:
         self._spare_keys = [costs.spares.get(key, key) for key in self._keys]
         self._distinct = list(dict.fromkeys([*self._keys, *self._spare_keys]))
         self.seconds = [costs.seconds[key] for key in self._keys]
-        self.machine = self.machine_of(costs)
+        self.machine = self._machine()
 
-    def machine_of(self, costs: Costs, *, spare: bool = False) -> Machine:
-        """The machine by some costs of the same operators.
-
-        `spare`: where all that can leave processors to communication do.
-        """
-        number = {key: kind for kind, key in enumerate(self._distinct)}
-        keys = self._spare_keys if spare else self._keys
+    def _machine(self) -> Machine:
         return Machine(
             np.array(self.lane, np.int64),
-            np.array([costs.seconds[key] for key in keys], float),
-            np.array([number[key] for key in keys], np.int64),
+            np.array(self.seconds, float),
+            self._kinds(self._keys),
             np.array([len(before) for before in self.waits], np.int64),
             Rows.of(_followers(self.waits)),
-            *costs.arrays(self._distinct),
-            float(costs.launch),
-            costs.inline,
+            *self._costs.arrays(self._distinct),
+            float(self._costs.launch),
+            self._costs.inline,
         )
+
+    def _kinds(self, keys: Sequence[str]) -> Array:
+        number = {key: kind for kind, key in enumerate(self._distinct)}
+        return np.array([number[key] for key in keys], np.int64)
+
+    def machine_of(self, costs: Costs) -> Machine:
+        """The same with other times of the same operators."""
+        together, behind = costs.arrays(self._distinct)
+        seconds = np.array([costs.seconds[key] for key in self._keys], float)
+        return self.machine._replace(seconds=seconds, slowdowns=together, behind=behind)
+
+    def leaving(self, machine: Machine, costs: Costs) -> Machine:
+        """`machine`, which is that of `costs`, where all leave processors that can."""
+        seconds = np.array([costs.seconds[key] for key in self._spare_keys], float)
+        return machine._replace(seconds=seconds, kinds=self._kinds(self._spare_keys))
 
     def play(
         self, order: Order, first: frozenset[int] | None = None
