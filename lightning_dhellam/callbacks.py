@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dhellam.autosearch import AutoSearch
+from lightning_dhellam.autosearch.callback import AutoSearch
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy

@@ -30,6 +30,6 @@ timeout --kill-after=10 "$seconds" "$python" -m pytest -q --no-header -p no:cach
 
 cases=$(printf ',"%s"' "$@")
 echo "== several: $(left) s"
-timeout --kill-after=10 "$(($(left) - 10))" "$python" -W ignore -m lightning_dhellam.cli bench \
+timeout --kill-after=10 "$(($(left) - 10))" "$python" -W ignore -m lightning_dhellam bench \
   several --cases "[${cases:1}]" --budget "$(($(left) - 25))" --output "$folder"
 echo "== ended with code $?, $(left) s left"

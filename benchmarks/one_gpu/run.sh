@@ -26,7 +26,7 @@ bench() {
   echo "== $name: $seconds s of $(left) s"
   # A little longer than the benchmark's own budget, for its last row and its table.
   timeout --kill-after=10 $((seconds + 20)) \
-    "$python" -W ignore -m lightning_dhellam.cli bench "$name" --output "$folder" "$@"
+    "$python" -W ignore -m lightning_dhellam bench "$name" --output "$folder" "$@"
   echo "== $name ended with code $?, $(left) s left"
 }
 

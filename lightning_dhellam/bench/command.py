@@ -21,7 +21,7 @@ from lightning_dhellam.bench import (
     two_hosts,
 )
 from lightning_dhellam.bench.report import Report
-from lightning_dhellam.staging import check_folder
+from lightning_dhellam.files import check_folder
 
 
 @dataclass(frozen=True)

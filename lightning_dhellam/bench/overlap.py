@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_dhellam.autosearch.session import MEMORY_SLACK
 from lightning_dhellam.bench.cells import SLOWER, Cell, cells, parse_link, shapes
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.report import Report, Row, device_name
 from lightning_dhellam.bench.stage import Effort, Stage, rank_of
 from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.session import MEMORY_SLACK
 
 DESCRIPTION = "layer and step times of every plan over emulated links, against the bound"
 

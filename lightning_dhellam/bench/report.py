@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lightning_dhellam.search.files import save_text
+from lightning_dhellam.files import save_text
 
 _PACKAGES = (
     "torch", "triton", "lightning", "megatron-core", "transformers", "liger-kernel",

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dhellam.autosearch import AutoSearch
+from lightning_dhellam.autosearch.callback import AutoSearch
 from lightning_dhellam.bench.several_job import Job, memory_of
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.search.planfile import PlanFile
-from lightning_dhellam.search.profile import Profile
+from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.search.measure.profile import Profile
 from lightning_dhellam.strategy import DHellamStrategy
 
 _LEARNING_RATE = 1e-4

@@ -18,8 +18,8 @@ import torch
 from lightning_dhellam.bench.report import device_name
 from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
 from lightning_dhellam.bench.workers import end_with_parent
+from lightning_dhellam.files import save_text
 from lightning_dhellam.parallel.nccl import open_queues
-from lightning_dhellam.search.files import save_text
 
 JOB, RESULT = "job.json", "result.json"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lightning_dhellam.autosearch.session import MEMORY_SLACK
 from lightning_dhellam.bench.calibrate import find_rising
 from lightning_dhellam.bench.cells import PUBLISHED_EXPOSED, Cell, Shape
 from lightning_dhellam.bench.plans import Plans, lane_seconds
@@ -24,8 +25,7 @@ from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.plan import BUILDERS, Builder, Lane
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.session import MEMORY_SLACK
+from lightning_dhellam.search.model.cost import Costs
 
 COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""

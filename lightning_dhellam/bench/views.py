@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_dhellam.autosearch.session import intervals
 from lightning_dhellam.bench.plans import Plans
 from lightning_dhellam.bench.workload import Workload
 from lightning_dhellam.plan import Strand
-from lightning_dhellam.search.simulate import Interval, Timeline
-from lightning_dhellam.session import intervals
+from lightning_dhellam.search.model.simulate import Interval, Timeline
 
 _SHOWN = 2
 """Pairs of layers."""
@@ -44,7 +44,7 @@ class Views:
     def draw(self, path: Path) -> None:
         """Write them below each other as a picture."""
         # Drawing needs matplotlib, which nothing else here does.
-        from lightning_dhellam.search.pictures import Panel, save_timeline
+        from lightning_dhellam.search.report.pictures import Panel, save_timeline
 
         save_timeline(path, [Panel(title, rows) for title, rows in self.timelines.items()])
 

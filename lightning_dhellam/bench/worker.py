@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM  # noqa: F401  imported before the job
 from lightning_dhellam.bench.report import device_name, pick_device
 from lightning_dhellam.bench.sides import Shape, Side, measure
 from lightning_dhellam.bench.workers import end_with_parent
-from lightning_dhellam.search.files import save_text
+from lightning_dhellam.files import save_text
 
 
 def main() -> int:

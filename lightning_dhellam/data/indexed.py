@@ -18,8 +18,8 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 
 from lightning_dhellam.data.prepared import CACHE, PreparedData, is_prepared, prepare_hint
 from lightning_dhellam.data.tokenizer import BareVocabulary, Tokenizer
+from lightning_dhellam.files import staged_directory
 from lightning_dhellam.parallel.emulate import is_emulated
-from lightning_dhellam.staging import staged_directory
 
 _CHECKED_TOKENS = 2**20
 _INDEX_MAGIC = b"MMIDIDX\0\0"

@@ -24,7 +24,7 @@ from lightning_dhellam.data.prepared import (
     is_prepared,
 )
 from lightning_dhellam.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
-from lightning_dhellam.staging import check_folder, staged_directory
+from lightning_dhellam.files import check_folder, staged_directory
 
 _FILES = (DATA + ".bin", DATA + ".idx")
 _BATCH_BYTES = 4 * 2**20

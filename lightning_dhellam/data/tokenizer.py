@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from lightning_dhellam.staging import write_atomically
+from lightning_dhellam.files import write_atomically
 
 SAMPLE_BYTES = 64 * 2**20
 """Training reads at most this much text (about 10 s); a larger corpus is thinned evenly."""

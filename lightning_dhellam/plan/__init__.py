@@ -1,7 +1,7 @@
 """Operators, graphs and plans as plain values. Imports no torch."""
 
 from lightning_dhellam.plan.builders import BUILDERS, Builder, builder
-from lightning_dhellam.plan.graph import BATCH_PREFIX, Graph, GraphPair
+from lightning_dhellam.plan.graph import BATCH_PREFIX, Graph, GraphPair, Kind, kind_of
 from lightning_dhellam.plan.operator import Lane, Operator, Strand, Track
 from lightning_dhellam.plan.plan import Barrier, Issue, Plan, PlanError
 from lightning_dhellam.plan.validate import validate
@@ -14,6 +14,7 @@ __all__ = [
     "Graph",
     "GraphPair",
     "Issue",
+    "Kind",
     "Lane",
     "Operator",
     "Plan",
@@ -21,5 +22,6 @@ __all__ = [
     "Strand",
     "Track",
     "builder",
+    "kind_of",
     "validate",
 ]

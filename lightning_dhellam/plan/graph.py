@@ -14,6 +14,10 @@ BATCH_PREFIX = "batch."
 """Slots of the micro-batch itself (tokens, labels, random key): every layer may read them."""
 
 
+Kind = tuple[str, str]
+"""Fingerprints of the forward and the backward graph; empty for a missing strand."""
+
+
 @dataclass(frozen=True)
 class Graph:
     """The operators of one layer in one direction.
@@ -144,6 +148,11 @@ class Graph:
         lines = [f"{self} {self.inputs} {self.outputs}"]
         lines += [f"{o.name} {o.lane} {o.reads} {o.writes}" for o in self.operators]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def kind_of(forward: Graph | None, backward: Graph | None) -> Kind:
+    """What identifies a pair of graphs."""
+    return (forward.fingerprint if forward else "", backward.fingerprint if backward else "")
 
 
 @dataclass(frozen=True)

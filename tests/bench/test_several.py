@@ -11,7 +11,7 @@ import pytest
 
 from lightning_dhellam.bench.several import _compare, parse
 from lightning_dhellam.bench.several_job import Job
-from lightning_dhellam.cli import main
+from lightning_dhellam.commands.main import main
 
 WORDS = ["bench", "several", "--device=cpu", "--vocabulary=512", "--rounds=1", "--steps=1"]
 JOB = Job("ours", "a", 40, 512, 4, 2, 1, "cpu", 1, 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dhellam.bench import hosts
-from lightning_dhellam.cli import main
+from lightning_dhellam.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIATURE = (
@@ -50,7 +50,14 @@ needs_namespaces = pytest.mark.skipif(
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lightning_dhellam.cli", "bench", "two-hosts", *MINIATURE]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_dhellam",
+        "bench",
+        "two-hosts",
+        *MINIATURE,
+    ]
     return subprocess.Popen(
         [*command, "--output", str(folder), *words],
         stdout=subprocess.PIPE,

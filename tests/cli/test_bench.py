@@ -14,7 +14,7 @@ from lightning_dhellam.bench.sides import Shape
 from lightning_dhellam.bench.throughput import CASES, _jobs
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.bench.workers import Budget, Workers
-from lightning_dhellam.cli import main
+from lightning_dhellam.commands.main import main
 
 TINY = "llama-tiny:2:512:64:2"
 

@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lightning_dhellam import __version__, cli, recipes
+from lightning_dhellam import __version__, recipes
 from lightning_dhellam.callbacks import AutoSearch
-from lightning_dhellam.cli import main
+from lightning_dhellam.commands.main import main
 from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.plan import Plan
-from lightning_dhellam.search.planfile import PlanFile
+from lightning_dhellam.plan.file import PlanFile
 
 
 def dhellam(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam.cli", *words]
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam", *words]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=240, check=False
     )
@@ -171,7 +171,7 @@ def test_a_search_says_how_to_use_what_it_found(
         plan_file = file
 
     trainer = SimpleNamespace(callbacks=[Done()], is_global_zero=True)
-    monkeypatch.setattr(cli, "run_lightning", lambda *_, **__: trainer)
+    monkeypatch.setattr("lightning_dhellam.commands.fit.run_lightning", lambda *_, **__: trainer)
     assert main(["search", "--config", "llama-tiny-2cpu"]) == code
     printed = capsys.readouterr()
     assert printed.out.strip() == said

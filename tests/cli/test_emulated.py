@@ -48,7 +48,14 @@ def test_a_recipe_runs_as_a_rank_of_a_shipped_cluster(
         "data.split": "1,0,0",
     }
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "lightning_dhellam.cli", "fit", "--config", "llama-tiny-2cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_dhellam",
+        "fit",
+        "--config",
+        "llama-tiny-2cpu",
+    ]
     done = subprocess.run(
         [*command, *(f"--{name}={value}" for name, value in words.items())],
         capture_output=True,

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 def run(folder: Path, *words: str, timeout: float = 240) -> str:
-    command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam.cli", *words]
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam", *words]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -89,7 +89,7 @@ def test_the_script_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_every_name_the_readme_mentions_exists() -> None:
     from lightning_dhellam.models import PRESETS, export_llama, import_llama  # noqa: F401
     from lightning_dhellam.plan import BUILDERS
-    from lightning_dhellam.precision import SUPPORTED
+    from lightning_dhellam.strategy.precision import SUPPORTED
 
     plans = re.findall(r"^\| `(\w+)` \|", README.split("### Plans")[1], flags=re.MULTILINE)
     assert sorted(plans) == sorted([*BUILDERS, "auto"])

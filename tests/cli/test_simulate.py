@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from lightning_dhellam.cli import main
-from lightning_dhellam.plan import BUILDERS
-from lightning_dhellam.search.planfile import PlanFile
-from lightning_dhellam.search.profile import measure
-from lightning_dhellam.search.solution import kind_of
+from lightning_dhellam.commands.main import main
+from lightning_dhellam.plan import BUILDERS, kind_of
+from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.search.measure.profile import measure
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, toy_costs
 
 NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]

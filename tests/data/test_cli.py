@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dhellam.data.cli import data_command
+from lightning_dhellam.commands.data import data_command
 
 
 def test_prepare_and_reuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from lightning_dhellam.data import prepare as prepare_module
 from lightning_dhellam.data.config import PrepareConfig
 from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.data.prepared import PreparedData
-from lightning_dhellam.staging import staged_directory, write_atomically
+from lightning_dhellam.files import staged_directory, write_atomically
 
 from .conftest import TEXTS
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.checks import check_batch
 from lightning_dhellam.engine import Engine, cut, make_lanes
 from lightning_dhellam.engine.executor import Executor, Job, bind, receives
 from lightning_dhellam.engine.tape import Tape
@@ -20,6 +19,7 @@ from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Lane, Operator, PlanError, Strand
+from lightning_dhellam.strategy.checks import check_batch
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, prepared, train
 from tests.models.llama import SMALL, relative_error
 

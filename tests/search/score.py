@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_dhellam.search import machine
+from lightning_dhellam.search.model import machine
 
 Table = Sequence[Sequence[tuple[float, float]]]
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dhellam.plan import GraphPair
-from lightning_dhellam.search.chunks import (
+from lightning_dhellam.search.measure.profile import Profile, measure
+from lightning_dhellam.search.pipeline.chunks import (
     balanced,
     cut,
     cut_folded,
@@ -18,7 +19,6 @@ from lightning_dhellam.search.chunks import (
     seconds_of,
     with_halves,
 )
-from lightning_dhellam.search.profile import Profile, measure
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import (
     FINGERPRINT,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lightning_dhellam.plan import BUILDERS
-from lightning_dhellam.search.comparison import Setting, compare, table
-from lightning_dhellam.search.solve import Budget, solve
-from lightning_dhellam.search.stages import Link
+from lightning_dhellam.search.pipeline.comparison import Setting, compare, table
+from lightning_dhellam.search.pipeline.stages import Link
+from lightning_dhellam.search.solve.solve import Budget, solve
 from tests.search.graphs import TOKENS, costs, graphs_of, model
 
 NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]

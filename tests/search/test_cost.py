@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
-from lightning_dhellam.search import machine
-from lightning_dhellam.search.cost import Costs, slowdown_of
-from lightning_dhellam.search.profile import measure
-from lightning_dhellam.search.simulate import simulate, steady_state
-from lightning_dhellam.search.walk import Place, Stop, Walk
+from lightning_dhellam.search.measure.profile import measure
+from lightning_dhellam.search.model import machine
+from lightning_dhellam.search.model.cost import Costs, slowdown_of
+from lightning_dhellam.search.model.simulate import simulate, steady_state
+from lightning_dhellam.search.model.walk import Place, Stop, Walk
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, toy_costs, transformer
 from tests.search.score import Score, play
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.lanes import CudaLanes, Lanes
 from lightning_dhellam.plan import BUILDERS, Barrier, Builder, Graph, GraphPair, Operator, Plan
-from lightning_dhellam.search.local import neighbour
-from lightning_dhellam.search.memory import most
-from lightning_dhellam.search.orders import Problem
-from lightning_dhellam.search.walk import Walk, step_stops
+from lightning_dhellam.search.model.memory import most
+from lightning_dhellam.search.model.walk import Walk, step_stops
+from lightning_dhellam.search.solve.local import neighbour
+from lightning_dhellam.search.solve.orders import Problem
 from tests.plan.graphs import random_builder
 from tests.search.graphs import closed, costs, graphs_of, model, transformer
 from tests.streams import Streams

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane, Strand
-from lightning_dhellam.search.chunks import cut
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.passes import LayerCosts, PassTable, UniformCosts
-from lightning_dhellam.search.schedules import Work, fold, one_f_one_b
-from lightning_dhellam.search.simulate import simulate
-from lightning_dhellam.search.stages import Link, run
+from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model.simulate import simulate
+from lightning_dhellam.search.pipeline.chunks import cut
+from lightning_dhellam.search.pipeline.passes import LayerCosts, PassTable, UniformCosts
+from lightning_dhellam.search.pipeline.schedules import Work, fold, one_f_one_b
+from lightning_dhellam.search.pipeline.stages import Link, run
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import TOKENS, costs, graphs_of, model, toy_costs, transformer
 

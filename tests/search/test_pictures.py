@@ -9,12 +9,12 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_dhellam.plan import Lane, Strand
-from lightning_dhellam.search.passes import UniformCosts
-from lightning_dhellam.search.pictures import COLOURS, Panel, save_timeline
-from lightning_dhellam.search.pipeline_pictures import LATE, save_pipelines
-from lightning_dhellam.search.schedules import fold, one_f_one_b, zero_bubble_v
-from lightning_dhellam.search.simulate import Interval
-from lightning_dhellam.search.stages import run
+from lightning_dhellam.search.model.simulate import Interval
+from lightning_dhellam.search.pipeline.passes import UniformCosts
+from lightning_dhellam.search.pipeline.schedules import fold, one_f_one_b, zero_bubble_v
+from lightning_dhellam.search.pipeline.stages import run
+from lightning_dhellam.search.report.pictures import COLOURS, Panel, save_timeline
+from lightning_dhellam.search.report.pipeline_pictures import LATE, save_pipelines
 
 FORWARD, BACKWARD = COLOURS[Strand.FORWARD], COLOURS[Strand.BACKWARD]
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_dhellam.files import FileError
 from lightning_dhellam.plan import Lane
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.files import FileError
-from lightning_dhellam.search.profile import (
+from lightning_dhellam.search.measure.profile import (
     BenchError,
     Profile,
     Samples,
@@ -23,6 +22,7 @@ from lightning_dhellam.search.profile import (
     spread,
     targets,
 )
+from lightning_dhellam.search.model.cost import Costs
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_dhellam.search.schedules import (
+from lightning_dhellam.search.pipeline.schedules import (
     Pass,
     Schedule,
     ScheduleError,

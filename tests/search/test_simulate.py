@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane, Strand
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.simulate import (
+from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model.simulate import (
     Interval,
     Simulation,
     Timeline,

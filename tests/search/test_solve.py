@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, GraphPair, Issue, Plan, PlanError, validate
-from lightning_dhellam.search.bound import bounds, maximum
-from lightning_dhellam.search.chunks import layers_of
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.exact import closed_sets
-from lightning_dhellam.search.local import neighbour
-from lightning_dhellam.search.orders import Candidate, Problem
-from lightning_dhellam.search.profile import Profile, measure, perturbed
-from lightning_dhellam.search.simulate import simulate
-from lightning_dhellam.search.solve import Budget, peak_bytes, solve, solve_pair
-from lightning_dhellam.search.walk import Walk, step_stops
+from lightning_dhellam.search.measure.profile import Profile, measure, perturbed
+from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model.simulate import simulate
+from lightning_dhellam.search.model.walk import Walk, step_stops
+from lightning_dhellam.search.pipeline.chunks import layers_of
+from lightning_dhellam.search.solve.bound import bounds, maximum
+from lightning_dhellam.search.solve.exact import closed_sets
+from lightning_dhellam.search.solve.local import neighbour
+from lightning_dhellam.search.solve.orders import Candidate, Problem
+from lightning_dhellam.search.solve.solve import Budget, peak_bytes, solve, solve_pair
 from tests.plan.graphs import graph
 from tests.search.brute import every_plan, lag_choices
 from tests.search.graphs import (

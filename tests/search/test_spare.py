@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan, PlanError, validate
-from lightning_dhellam.search.cost import Costs, Sample
-from lightning_dhellam.search.local import neighbour, plain
-from lightning_dhellam.search.orders import Problem
-from lightning_dhellam.search.pictures import hidden_shares
-from lightning_dhellam.search.profile import Profile, Samples, Target, measure
-from lightning_dhellam.search.simulate import simulate
-from lightning_dhellam.search.solve import Budget, solve, solve_pair
-from lightning_dhellam.search.walk import as_planned, repeated
+from lightning_dhellam.search.measure.profile import Profile, Samples, Target, measure
+from lightning_dhellam.search.model.cost import Costs, Sample
+from lightning_dhellam.search.model.simulate import simulate
+from lightning_dhellam.search.model.walk import as_planned, repeated
+from lightning_dhellam.search.report.pictures import hidden_shares
+from lightning_dhellam.search.solve.local import neighbour, plain
+from lightning_dhellam.search.solve.orders import Problem
+from lightning_dhellam.search.solve.solve import Budget, solve, solve_pair
 from tests.plan.graphs import sparing
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, transformer
 

@@ -10,8 +10,8 @@ import pytest
 from lightning_dhellam.pipeline import fold as passes_of_fold
 from lightning_dhellam.pipeline import peak_activations
 from lightning_dhellam.plan import Strand
-from lightning_dhellam.search.passes import PassCost, UniformCosts
-from lightning_dhellam.search.schedules import (
+from lightning_dhellam.search.pipeline.passes import PassCost, UniformCosts
+from lightning_dhellam.search.pipeline.schedules import (
     Part,
     Pass,
     Schedule,
@@ -22,7 +22,7 @@ from lightning_dhellam.search.schedules import (
     one_f_one_b,
     zero_bubble_v,
 )
-from lightning_dhellam.search.stages import Link, PipelineRun, run
+from lightning_dhellam.search.pipeline.stages import Link, PipelineRun, run
 
 Make = Callable[[int, int], Schedule]
 SIZES = [(1, 4), (2, 4), (3, 9), (4, 8), (4, 20), (8, 24)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_dhellam.search.report import Outcome
-from lightning_dhellam.search.trials import Trials, measured
+from lightning_dhellam.search.measure.trials import Trials, measured
+from lightning_dhellam.search.report.outcomes import Outcome
 
 NAMES = ("a", "b", "c")
 

@@ -16,12 +16,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dhellam import autosearch, profiling, session
+from lightning_dhellam.autosearch import callback as autosearch
+from lightning_dhellam.autosearch import profiling, session
 from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.plan import BUILDERS
-from lightning_dhellam.search.cost import Costs
-from lightning_dhellam.search.planfile import PlanFile
-from lightning_dhellam.search.profile import BenchError, Profile
+from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.search.measure.profile import BenchError, Profile
+from lightning_dhellam.search.model.cost import Costs
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
 from tests.strategy.runs import (

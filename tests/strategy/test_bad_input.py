@@ -21,11 +21,11 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dhellam.checks import check_ckpt_path
 from lightning_dhellam.data import IndexedDataModule
 from lightning_dhellam.models import preset
-from lightning_dhellam.search.planfile import PlanFile
+from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.strategy import DHellamStrategy
+from lightning_dhellam.strategy.checks import check_ckpt_path
 from tests.ranks import run_ranks
 from tests.strategy.runs import Losses, Model, Sequences, join, make_trainer
 

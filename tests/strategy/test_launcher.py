@@ -134,7 +134,7 @@ def test_all_ranks_end_at_the_same_step_when_one_is_told_to(
 
 ORPHAN = """
 import os, sys, time
-from lightning_dhellam.termination import PARENT, watch_parent
+from lightning_dhellam.strategy.termination import PARENT, watch_parent
 whose, parent = sys.argv[1], os.getpid()
 if os.fork() == 0:
     os.environ[PARENT] = str(1 if whose == "another" else parent)

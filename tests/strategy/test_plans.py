@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dhellam.plan import Plan
-from lightning_dhellam.search.planfile import PlanFile
+from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
 from tests.strategy.runs import join, train

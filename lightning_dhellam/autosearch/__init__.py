@@ -1,0 +1,1 @@
+"""The search in the first steps of a run: callback, session, profile."""

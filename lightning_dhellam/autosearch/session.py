@@ -1,0 +1,392 @@
+"""A search on a strategy: profile, solve, try the candidates on steps, choose, install."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_dhellam.autosearch.profiling import fingerprint, take_profile, versions
+from lightning_dhellam.engine import Span
+from lightning_dhellam.files import FileError
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
+from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.search.measure.profile import Profile, Progress
+from lightning_dhellam.search.measure.trials import Trials, measured
+from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model.simulate import Interval, Simulation, simulate
+from lightning_dhellam.search.pipeline.passes import PassTable
+from lightning_dhellam.search.pipeline.pipelines import OneOfStages
+from lightning_dhellam.search.report.findings import Findings
+from lightning_dhellam.search.report.outcomes import Outcome, choose
+from lightning_dhellam.search.solve.solution import ModelSolution
+from lightning_dhellam.search.solve.solve import peak_bytes, solve
+
+if TYPE_CHECKING:
+    from lightning_dhellam.strategy.strategy import DHellamStrategy
+
+REFERENCE = "sequential"
+MEMORY_SLACK = 0.025
+"""Share of the memory of a step that the slots of a searched plan may take more than those of the
+sequential one."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search.
+
+    Attributes:
+        rounds: steps that each candidate is measured on.
+        profile: file that holds the profile, or will.
+        memory_limit: bytes that slots take at once in a pair of layers; None for what the
+            sequential plan needs and `memory_slack`.
+        memory_slack: share of the memory of a step.
+    """
+
+    rounds: int = 5
+    profile: Path | None = None
+    memory_limit: float | None = None
+    memory_slack: float = MEMORY_SLACK
+
+
+class Session:
+    """A search on one rank. Every rank runs the same.
+
+    Between two steps, of which the first one showed `batch`: profiles and solves when made, and
+    is then told of the steps that follow by `step`, until `findings` are there.
+
+    Args:
+        strategy: that trains.
+        batch: of this rank, as all that are to be measured.
+        options: how to search.
+        progress: is told of the profile's measurements.
+
+    Attributes:
+        left_out: plans that are not tried since they need more than the given memory limit, and
+            the bytes that they need. `sequential`, to which all are compared, is always tried.
+
+    Raises:
+        BenchError: an operator could not be timed; it is named.
+        FileError: the given profile was made for something else.
+        ValueError: no order keeps the memory limit.
+    """
+
+    def __init__(
+        self,
+        strategy: DHellamStrategy,
+        batch: Mapping[str, Any],
+        options: Options,
+        progress: Progress | None = None,
+    ) -> None:
+        self._strategy = strategy
+        self._pieces = strategy.micro_batches(batch)
+        self._shapes = _shapes(batch)
+        stage = strategy.engine.stage
+        self._stage = OneOfStages(stage.number, stage.count, len(self._pieces))
+        self._seconds: dict[str, float] = {}
+        # Before the profile, which needs memory that no step does.
+        slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
+        self.left_out: dict[str, float] = {}
+        everyone = strategy.world_group
+        with self._timed("profile"):
+            self._profile = together(lambda: self._profiled(options, progress), everyone)
+        with self._timed("solve"):
+            together(lambda: self._solve(options.memory_limit, slack), everyone)
+            self._agree()
+        self._trials = Trials(tuple(self._builders), options.rounds)
+        self._winner = ""
+        self._reason = ""
+        self._outcomes: list[Outcome] = []
+        self._to_trace: list[str] = []
+        self._spans: dict[str, list[Span]] = {}
+        self._began = time.perf_counter()
+        self.findings: Findings | None = None
+        self.skipped = 0
+
+    @property
+    def steps_left(self) -> int:
+        """Training steps that the search still needs at least."""
+        return self._trials.left
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the plans that are tried."""
+        return tuple(self._builders)
+
+    @contextmanager
+    def step(self, batch: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+        """Surround a training step. Gives what to call when its gradients are there."""
+        name = self._trials.next() if self._trials.left else self._to_trace[0]
+        self._strategy.use_plan(name, self._builders[name])
+        watch = _Stopwatch(self._strategy.root_device)
+        with ExitStack() as stack:
+            if not self._trials.left:
+                engine = self._strategy.engine
+                tracer = stack.enter_context(engine.traced(self._strategy.root_device))
+            watch.start()
+            yield watch.stop
+        counts = _shapes(batch) == self._shapes and watch.stopped
+        if not all(of_all_ranks(counts, self._strategy.world_group)):
+            self.skipped += 1
+            return  # of another size, or skipped, on some rank: it says nothing
+        self.skipped = 0
+        if self._trials.left:
+            self._trials.add(watch.seconds)
+            if not self._trials.left:
+                self._choose()
+        else:
+            self._spans[name] = tracer.spans()
+            self._to_trace.remove(name)
+        if not self._trials.left and not self._to_trace:
+            self._finish()
+
+    def stop(self) -> None:
+        """Training ends now: choose from what has been measured, if that is a whole round."""
+        if self._outcomes or self._trials.counted:
+            if not self._outcomes:
+                self._choose()
+            self._finish()
+        else:
+            use_unsearched(self._strategy)
+
+    def _profiled(self, options: Options, progress: Progress | None) -> Profile:
+        """The profile file of this stage's first rank, or else a new one, which is saved there."""
+        strategy, group = self._strategy, self._strategy.stage_group
+        made_for = fingerprint(
+            strategy.engine, self._pieces[0], strategy.conditions, strategy.kernels_in_use
+        )
+        path = _of_stage(options.profile, strategy.context)
+        given: Profile | str | None = None
+        if path is not None and strategy.context.model_rank == 0 and path.exists():
+            try:
+                given = Profile.load(path, made_for)
+            except FileError as error:
+                given = str(error)
+        given = of_all_ranks(given, group)[0]
+        refusal = given if isinstance(given, str) else ""
+        refused = [text for text in of_all_ranks(refusal, strategy.world_group) if text]
+        if refused:
+            raise FileError(refused[0])
+        # Stages measure together, or none does: what operators read comes from another stage.
+        if all(of_all_ranks(given is not None, strategy.world_group)):
+            assert isinstance(given, Profile)
+            return given
+        profile = take_profile(
+            strategy.engine, self._pieces[0], made_for, group=group, progress=progress
+        )
+        if path is not None and strategy.context.model_rank == 0:
+            profile.save(path)
+        return profile
+
+    def _solve(self, limit: float | None, slack: float | None) -> None:
+        layers = self._strategy.engine.layers
+        costs = Costs.of(self._profile)
+        # Data-parallel ranks may have batches of other sizes, but need the same plan.
+        most = torch.tensor([float(self._pieces[0].tokens)])
+        tokens = int(largest(most, self._strategy.stage_group))
+        # Stages try the same plans, also one that has no GEMM to spare.
+        some = torch.tensor([float(bool(costs.sparable))])
+        spares = bool(largest(some, self._strategy.world_group))
+        self._solution: ModelSolution = solve(
+            layers, costs, tokens=tokens, memory_limit=limit, memory_slack=slack
+        )
+        published = solve(layers, costs, algorithm="pairs", tokens=tokens)
+        self._builders: dict[str, Builder] = {
+            **BUILDERS,
+            "pairs": published.builder(),
+            "auto": self._solution.builder(),
+        }
+        if spares:
+            # The other end of what `auto` chooses from, should it choose wrongly.
+            everywhere = costs.sparing(costs.sparable)
+            spare = solve(layers, everywhere, tokens=tokens, memory_limit=limit, memory_slack=slack)
+            self._builders["spare"] = spare.builder()
+        given = self._strategy.plan
+        if given not in self._builders:
+            self._builders[given] = named_plan(given, self._strategy.conditions)
+        if limit is not None:
+            needs = {
+                name: peak_bytes(layers, builder, costs, tokens=tokens)
+                for name, builder in self._builders.items()
+                if name != REFERENCE
+            }
+            self.left_out = {name: peak for name, peak in needs.items() if peak > limit}
+        self._predicted: dict[str, Simulation] = {
+            name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
+            for name, builder in self._builders.items()
+        }
+        self._passes = (
+            {name: self._costs_of(name, costs, tokens) for name in self._builders}
+            if self._strategy.context.pp_size > 1
+            else {}
+        )
+
+    def _costs_of(self, name: str, costs: Costs, tokens: int) -> PassTable:
+        """What the passes of this stage cost under a plan."""
+        layers, turn = self._strategy.engine.layers, self._strategy.engine.stage.turn
+        return self._stage.passes(
+            layers[:turn],
+            layers[turn:],
+            self._builders[name],
+            costs,
+            busy=self._predicted[name].utilisation[Lane.COMPUTE],
+            tokens=tokens,
+        )
+
+    def _agree(self) -> None:
+        """Stages have layers of their own: what one leaves out, none tries, and a step takes as
+        long as all of them together."""
+        self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
+        if self._strategy.context.pp_size > 1:
+            known = of_all_ranks((self.left_out, self._passes), self._strategy.context.pp_group)
+            for name in self._builders:
+                peaks = [left_out[name] for left_out, _ in known if name in left_out]
+                if peaks:
+                    self.left_out[name] = max(peaks)
+                self._step_seconds[name] = self._stage.seconds(passes[name] for _, passes in known)
+        for name in self.left_out:
+            del self._builders[name], self._predicted[name]
+
+    def _peak_bytes(self) -> float:
+        """Most memory in use so far, on the rank that used most; of slots alone on CPU."""
+        device = self._strategy.root_device
+        if device.type == "cuda":
+            mine = float(torch.cuda.max_memory_allocated(device))
+        else:
+            mine = float(self._strategy.engine.lanes.ledger.peak_bytes)
+        return float(largest(torch.tensor([mine]).double(), self._strategy.stage_group))
+
+    def _choose(self) -> None:
+        table = torch.tensor(self._trials.table(), dtype=torch.float64)
+        table = largest(table, self._strategy.world_group)
+        predicted = [
+            Outcome(name, self._step_seconds[name], self._predicted[name].exposed)
+            for name in self._builders
+        ]
+        self._outcomes = measured(predicted, table.tolist())
+        winner, self._reason = choose(self._outcomes, REFERENCE)
+        self._winner = winner.name
+        self._to_trace = list(dict.fromkeys((REFERENCE, self._winner)))
+        self._seconds["trials"] = time.perf_counter() - self._began
+
+    def _finish(self) -> None:
+        self._strategy.use_plan(self._winner, self._builders[self._winner])
+        self.findings = Findings(
+            self._profile,
+            self._solution,
+            self._plan_file(),
+            self._outcomes,
+            self._winner,
+            self._reason,
+            self._predicted,
+            {name: intervals(spans) for name, spans in self._spans.items()},
+            self._seconds,
+            REFERENCE,
+        )
+
+    def _plan_file(self) -> PlanFile:
+        graphs: dict[str, Graph] = {}
+        for pair in self._strategy.engine.layers:
+            for graph in (pair.forward, pair.backward):
+                graphs[graph.fingerprint] = graph
+        builder = self._builders[self._winner]
+        kinds: Sequence[Kind] = list(self._solution.solutions)
+        mine = PlanFile.of(
+            {(f, b): builder(graphs.get(f), graphs.get(b)) for f, b in kinds},
+            graphs.values(),
+            conditions=self._strategy.conditions,
+            versions=versions(),
+            notes={
+                "plan": self._winner,
+                "reason": self._reason,
+                "step_ms": {
+                    o.name: {"predicted": o.predicted * 1e3, "measured": (o.measured or 0) * 1e3}
+                    for o in self._outcomes
+                },
+            },
+        )
+        # Other stages have pairs of graphs that this one has not.
+        plans, names = dict(mine.plans), dict(mine.graphs)
+        for more, others in of_all_ranks((plans, names), self._strategy.world_group):
+            plans, names = {**more, **plans}, {**others, **names}
+        return replace(mine, plans=plans, graphs=names)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[part] = time.perf_counter() - start
+
+
+def use_unsearched(strategy: DHellamStrategy) -> None:
+    """Where nothing can be chosen: the plan that was given, or the one that none may be behind."""
+    name = REFERENCE if strategy.plan == "auto" else strategy.plan
+    strategy.use_plan(name, named_plan(name, strategy.conditions))
+
+
+class _Stopwatch:
+    """Times a step without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._moments: list[Any] = []
+
+    @property
+    def stopped(self) -> bool:
+        return len(self._moments) == 2
+
+    def start(self) -> None:
+        self._moments = [self._now()]
+
+    def stop(self) -> None:
+        if len(self._moments) == 1:
+            self._moments.append(self._now())
+
+    def seconds(self) -> float:
+        start, end = self._moments
+        if not self._on_device:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    def _now(self) -> Any:
+        if not self._on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _of_stage(path: Path | None, context: ParallelContext) -> Path | None:
+    """Stages have other operators, and so each its own file."""
+    if path is None or context.pp_size == 1:
+        return path
+    return path.with_stem(f"{path.stem}-stage{context.pp_rank}")
+
+
+def intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
+    """A traced step as a timeline, with time 0 at its start."""
+    first = min((span.start for span in spans), default=0.0)
+    return tuple(
+        Interval(
+            span.operator.lane,
+            span.strand,
+            span.operator.name,
+            span.layer,
+            span.micro_batch,
+            span.start - first,
+            span.end - first,
+        )
+        for span in spans
+    )
+
+
+def _shapes(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(batch["tokens"].shape)

@@ -1,0 +1,233 @@
+"""A checkpoint of a model-parallel run: a folder with one file per rank.
+
+    epoch=0-step=100.ckpt/
+        topology.json    sizes and settings of the run that wrote it
+        common.pt        what every rank has alike: loops, callbacks, schedulers, hyperparameters
+        weights-00001.pt of model-parallel rank 1
+        state-00003.pt   optimizer state of rank 3
+
+Written aside and renamed when every rank is done, so that a folder of the final name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+from lightning_dhellam.files import put_in_place, sync_files
+from lightning_dhellam.parallel.collectives import of_all_ranks, together, try_together
+from lightning_dhellam.parallel.context import ParallelContext
+
+TOPOLOGY = "topology.json"
+COMMON = "common.pt"
+_FORMAT = 1
+_REMEDY = "use another checkpoint, such as the one before it"
+
+
+def save(
+    path: Path,
+    context: ParallelContext,
+    common: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint. Every rank must call this, with the same path on a shared file system.
+
+    `settings` are what decides the form of `state`, by the names that the user knows.
+
+    Raises:
+        OSError: a rank could not write; on every rank, and `path` is as it was before.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+
+    def clear() -> None:
+        if context.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def write() -> None:
+        if context.dp_rank == 0:
+            torch.save(dict(weights), aside / _weights_name(context))
+        if state is not None:
+            torch.save(dict(state), aside / f"state-{context.rank:05d}.pt")
+        if context.rank == 0:
+            torch.save(dict(common), aside / COMMON)
+            topology = {**_topology(context), **(settings or {})}
+            (aside / TOPOLOGY).write_text(json.dumps(topology, indent=2) + "\n")
+
+    def publish() -> None:
+        if context.rank == 0:
+            sync_files(aside)
+            put_in_place(aside, path)
+
+    for step in (clear, write, publish):
+        _, failures = try_together(step, context.world_group)
+        if failures:
+            if context.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            of_all_ranks(None, context.world_group)  # none may look before the folder is gone
+            reasons = "; ".join(failure.text for failure in failures)
+            raise OSError(f"checkpoint {path} was not written: {reasons}")
+
+
+def load(
+    path: Path, context: ParallelContext, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What was saved of this rank: `common`, with `state_dict`. Every rank must call this.
+
+    With `settings`, those of this run, `optimizer_states` holds this rank's as well.
+
+    Raises:
+        ValueError: on every rank, when one of them cannot read its files, or they do not fit.
+    """
+
+    def read() -> dict[str, Any]:
+        common = load_common(path)
+        common["state_dict"] = load_weights(path, context)
+        if settings is not None:
+            common["optimizer_states"] = [load_state(path, context, settings)]
+        return common
+
+    return together(read, context.world_group)
+
+
+def load_common(path: Path) -> dict[str, Any]:
+    """What every rank has alike.
+
+    Raises:
+        ValueError: `path` is not a whole checkpoint of this format.
+    """
+    read_topology(path)
+    return _load(path / COMMON, weights_only=False)
+
+
+def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
+    """This model-parallel rank's weights. The data-parallel size may have changed.
+
+    Raises:
+        ValueError: the checkpoint was written with other model-parallel sizes, or is damaged.
+    """
+    mine = _topology(context)
+    del mine["data_parallel_size"]
+    _check(path, mine)
+    return _load(path / _weights_name(context), weights_only=True)
+
+
+def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's optimizer state, for a run with `settings`.
+
+    Raises:
+        ValueError: the checkpoint was written with other sizes or settings, or without optimizer
+            state, or is damaged.
+    """
+    _check(path, _topology(context))
+    if not set(settings) & set(read_topology(path)):
+        raise ValueError(
+            f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
+            " from these weights, or save with save_weights_only=False"
+        )
+    _check(path, settings)
+    return _load(path / f"state-{context.rank:05d}.pt", weights_only=False)
+
+
+def misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """How weights of a checkpoint, by name, differ from those of this rank; None if they fit."""
+    shapes, others = ({name: _shape(value) for name, value in w.items()} for w in (saved, own))
+    different = [name for name in shapes if name in others and shapes[name] != others[name]]
+    if different:
+        name = different[0]
+        found = f"has {name} of shape {shapes[name]}, this run of shape {others[name]}"
+    elif different := [name for name in others if name not in shapes]:
+        found = f"does not have {different[0]}, this run does"
+    elif different := [name for name in shapes if name not in others]:
+        found = f"has {different[0]}, this run does not"
+    else:
+        return None
+    more = f", and {len(different) - 1} more like it" if len(different) > 1 else ""
+    return (
+        f"the checkpoint {found}{more}: give the model the sizes that it was saved with, or use"
+        " another checkpoint"
+    )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def read_topology(path: Path) -> dict[str, Any]:
+    """Sizes and settings of the run that wrote a checkpoint.
+
+    Raises:
+        ValueError: `path` is not a checkpoint, or is damaged.
+    """
+    file = path / TOPOLOGY
+    if not file.is_file():
+        kind = f"has no {TOPOLOGY}" if path.is_dir() else "is not a folder"
+        raise ValueError(
+            f"checkpoint {path} {kind if path.exists() else 'does not exist'}: give a folder that"
+            " a run with DHellamStrategy wrote"
+        )
+    try:
+        topology = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+    return _mapping(file, topology)
+
+
+def _load(file: Path, *, weights_only: bool) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file.parent} has no {file.name}: {_REMEDY}")
+    try:
+        with file.open("rb") as stream:
+            # Of a file that is cut off torch says something else for each length.
+            whole = is_zipfile(stream)
+        content = torch.load(file, map_location="cpu", weights_only=weights_only) if whole else None
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    if not whole:
+        raise ValueError(f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {_REMEDY}")
+    return _mapping(file, content)
+
+
+def _mapping(file: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {_REMEDY}")
+    return content
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0].partition(". ")[0]
+    return ValueError(
+        f"{file} cannot be read ({type(error).__name__}: {reason}): if it is damaged, {_REMEDY}"
+    )
+
+
+def _topology(context: ParallelContext) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "tensor_parallel_size": context.tp_size,
+        "pipeline_parallel_size": context.pp_size,
+        "pipeline_split": list(context.pipeline_split) if context.pp_size > 1 else None,
+        "data_parallel_size": context.dp_size,
+    }
+
+
+def _check(path: Path, mine: Mapping[str, Any]) -> None:
+    saved = read_topology(path)
+    for name in mine:
+        if saved.get(name) != mine[name]:
+            raise ValueError(
+                f"checkpoint {path} was written with {name}={saved.get(name)}, this run has"
+                f" {name}={mine[name]}: use the same value"
+            )
+
+
+def _weights_name(context: ParallelContext) -> str:
+    return f"weights-{context.tp_rank + context.pp_rank * context.tp_size:05d}.pt"

@@ -1,0 +1,1 @@
+"""The `dhellam` command, a module for each of its words."""

@@ -1,0 +1,109 @@
+"""The `dhellam` command."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_dhellam import __version__
+
+USAGE = """\
+usage: dhellam COMMAND [options]
+
+Train large language models under PyTorch Lightning with two micro-batches in flight.
+
+  demo                        prepare data and train a small Llama, on this machine
+  data prepare                text -> tokenizer -> Megatron indexed dataset
+  search --config FILE        find the best plan of a recipe, without training it
+  plan show FILE              print the plans of a plan file
+  plan schedule               print the passes of every stage of the folded pipeline
+  simulate                    play pipeline schedules on measured times, and compare them
+  bench NAME                  measure this machine; `dhellam bench --help` lists what
+  recipes                     list the recipes that ship with the package
+  clusters                    list the clusters that ship: what `emulate` and `--cluster` take
+  fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
+
+`dhellam COMMAND --help` says more; `dhellam --version` says which version this is.
+"""
+LOOPS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 2 for a mistake in the configuration."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if command == "--version":
+        print(f"dhellam {__version__}")
+        return 0
+    try:
+        return _run(command, words[1:])
+    except ValueError as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        print(f"dhellam {command}: error: {mistake}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command == "data":
+        from lightning_dhellam.commands.data import data_command
+
+        return data_command(words)
+    if command == "search":
+        from lightning_dhellam.commands.search import search_command
+
+        return search_command(words)
+    if command == "plan":
+        from lightning_dhellam.commands.plan import plan_command
+
+        return plan_command(words)
+    if command == "simulate":
+        from lightning_dhellam.commands.simulate import simulate_command
+
+        return simulate_command(words)
+    if command == "bench":
+        from lightning_dhellam.bench import bench_command
+
+        return bench_command(words)
+    if command == "recipes":
+        from lightning_dhellam import recipes
+
+        print("\n".join(recipes.names()))
+        return 0
+    if command == "clusters":
+        from lightning_dhellam.recipes import clusters
+
+        print("\n".join(clusters.names()))
+        return 0
+    if command == "demo":
+        from lightning_dhellam.commands.demo import demo_command
+
+        return demo_command(words)
+    if command in LOOPS:
+        from lightning_dhellam.commands.fit import run_lightning
+
+        run_lightning([command, *words])
+        return 0
+    known = ("demo", "data", "search", "plan", "simulate", "bench", "recipes", "clusters", *LOOPS)
+    raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
+
+
+def _mistake(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind an error: what this package raised, which needs no traceback.
+
+    jsonargparse wraps what a constructor raises, so the causes are searched.
+    """
+    here = Path(__file__).resolve().parents[1]
+    ours = (here, *(here.parent / name for name in ("kernels", "search", "recipes")))
+    while error is not None:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if isinstance(error, ValueError) and any(map(raised_in.is_relative_to, ours)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,200 @@
+"""Files and folders that are whole or absent: refused early, built aside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_MARKS = {"plan file": "plans", "profile": "timings"}
+"""A field that each kind of file has, and no other kind."""
+_SPELLINGS = {
+    "sizes.tp": "tensor_parallel_size",
+    "sizes.pp": "pipeline_parallel_size",
+    "sizes.dp": "the number of data-parallel ranks",
+}
+"""What the user calls a field; those of `shapes` have the names of the model's configuration."""
+
+
+class FileError(ValueError):
+    """A file that cannot be used. The message says why and what to do."""
+
+
+def check_folder(folder: Path, given: str) -> None:
+    """Refuse a folder that cannot be made or written to, before there is anything to write.
+
+    `given` is what the user typed: `--output runs/search`. Raises ValueError.
+    """
+    found = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not found.is_dir():
+        raise ValueError(
+            f"{given}: {found} is not a folder, and one is needed there: give another path"
+        )
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"{given}: {found} cannot be written to: give another path")
+
+
+def check_file(file: Path, given: str) -> None:
+    """Refuse a file that cannot be written, as `check_folder` does a folder."""
+    if file.is_dir():
+        raise ValueError(f"{given} is a folder, and a file is written: give the path of a file")
+    check_folder(file.parent, given)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged_directory(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its name when the block ends without error.
+
+    On an error the sibling is removed and `target` is untouched. If `target` exists by the end
+    (another process was first) it stays and the sibling is removed, unless `replace` is set.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        sync_files(partial)
+        if replace:
+            put_in_place(partial, target)
+        else:
+            _claim(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _claim(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give `partial` the name `target`. What had it is gone then, or has it again on an error.
+
+    Of a link, only the link is replaced.
+    """
+    if not os.path.lexists(target):
+        partial.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    kept = old / target.name
+    try:
+        target.rename(kept)
+        partial.rename(target)
+    except BaseException:
+        if os.path.lexists(kept):
+            kept.rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Bring every file of `folder` to the disk."""
+    # A rename can reach the disk before the data does; then a power cut leaves empty files.
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path: Path, data: bytes) -> None:
+    """Write beside `path`, whose folder is made, and rename, so that nobody sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)
+
+
+def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """The fields of a JSON file that says `"format": version`.
+
+    Raises:
+        FileError: it is absent, broken, not a `kind` ("plan file", "profile"), or of another
+            format.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read as a {kind}: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(f"{path} is not a whole {kind} ({error}): make it again") from error
+    if not isinstance(fields, dict) or "format" not in fields:
+        raise FileError(f"{path} is not a {kind}: it has no field 'format'")
+    for other, mark in _MARKS.items():
+        if other != kind and mark in fields:
+            raise FileError(
+                f"{path} is a {other}, but a {kind} is wanted: a search writes both, profile.json"
+                " and plan.json"
+            )
+    if fields["format"] != version:
+        raise FileError(
+            f"{path} has format {fields['format']} and this version reads {version}: make it again"
+        )
+    return fields
+
+
+def put_in_lines(fields: Mapping[str, Any], flat: tuple[str, ...] = ()) -> str:
+    """JSON, indented; the entries of the lists named in `flat` take one line each."""
+    parts = []
+    for name, value in fields.items():
+        if name in flat:
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            text = f"[\n{rows}\n  ]" if value else "[]"
+        else:
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+        parts.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Each differing field with both values, in the user's spelling where there is one."""
+    return list(_differences(found, expected, ""))
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], at: str) -> Iterator[str]:
+    for name in dict.fromkeys([*found, *expected]):
+        mine, yours = found.get(name), expected.get(name)
+        if isinstance(mine, Mapping) and isinstance(yours, Mapping):
+            yield from _differences(mine, yours, f"{at}{name}.")
+        elif mine != yours:
+            yield f"{_spelt(at + name)} is {_shown(mine)} in the file and {_shown(yours)} here"
+
+
+def _spelt(name: str) -> str:
+    return _SPELLINGS.get(name, name.removeprefix("shapes."))
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else repr(value)

@@ -1,0 +1,177 @@
+"""Plans in a file that a person can read and another run can use, or refuses with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_dhellam.files import (
+    FileError,
+    differences,
+    load_json,
+    put_in_lines,
+    save_text,
+)
+from lightning_dhellam.plan import (
+    BUILDERS,
+    Builder,
+    Graph,
+    Kind,
+    Plan,
+    PlanError,
+    builder,
+    kind_of,
+    validate,
+)
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """Plans of a model and what they were made for.
+
+    Attributes:
+        plans: by the fingerprints of the forward and the backward graph, empty for none.
+        graphs: `transformer forward` and the like, by fingerprint.
+        conditions: sizes, shapes, device, dtype: what must be equal where the plans are used.
+        versions: of the packages that made it, for the reader only.
+        notes: predicted and measured times and the like, for the reader only.
+    """
+
+    plans: Mapping[Kind, Plan]
+    graphs: Mapping[str, str]
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        plans: Mapping[Kind, Plan],
+        graphs: Iterable[Graph],
+        *,
+        conditions: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> PlanFile:
+        """A plan file of solved plans. `graphs` are those of the model, in any order."""
+        used = {fingerprint for kind in plans for fingerprint in kind if fingerprint}
+        named = {g.fingerprint: str(g) for g in graphs if g.fingerprint in used}
+        assert used <= set(named), "plans of graphs that are not given"
+        return cls(plans, named, conditions or {}, versions or {}, notes or {})
+
+    def save(self, path: Path | str) -> None:
+        """Write it, whole or not at all."""
+        fields = {
+            "format": FORMAT,
+            "conditions": self.conditions,
+            "versions": self.versions,
+            "notes": self.notes,
+            "graphs": self.graphs,
+            "plans": [
+                {"forward": forward, "backward": backward, "table": str(plan).splitlines()}
+                for (forward, backward), plan in self.plans.items()
+            ],
+        }
+        save_text(Path(path), put_in_lines(fields))
+
+    @classmethod
+    def load(
+        cls, path: Path | str, *, expected_conditions: Mapping[str, Any] | None = None
+    ) -> PlanFile:
+        """Read a plan file.
+
+        Raises:
+            FileError: it is not a whole plan file, or was made under other conditions: each
+                differing field is named with both values.
+        """
+        fields = load_json(Path(path), "plan file", FORMAT)
+        try:
+            plans = {
+                (row["forward"], row["backward"]): Plan.parse("\n".join(row["table"]))
+                for row in fields["plans"]
+            }
+            parts = (fields[name] for name in ("graphs", "conditions", "versions", "notes"))
+            loaded = cls(plans, *parts)
+        except PlanError as error:
+            raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise FileError(f"{path} is not a whole plan file ({error}): search again") from error
+        if expected_conditions is not None:
+            loaded.check(expected_conditions, path)
+        return loaded
+
+    def check(self, expected_conditions: Mapping[str, Any], path: Path | str) -> None:
+        """Refuse plans that were made under other conditions; `path` is what they came from.
+
+        Raises:
+            FileError: names each differing field with both values.
+        """
+        # A file without conditions, written by hand say, promises nothing.
+        found = differences(self.conditions, expected_conditions) if self.conditions else []
+        if found:
+            raise FileError(
+                f"{path} was made under other conditions: {'; '.join(found)}."
+                " Search again, or use a built-in plan"
+            )
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(plan) for plan in self.plans.values())
+
+    def builder(self, fallback: Builder = BUILDERS["interleaved"]) -> Builder:
+        """Gives these plans to an engine.
+
+        Graphs of names that the file does not know, such as those of prediction, and pairs that
+        it has no plan for get the plan of `fallback`.
+
+        Raises (the builder):
+            FileError: a graph of a known name has changed since the plans were made.
+        """
+        known: dict[str, set[str]] = {}
+        for fingerprint, name in self.graphs.items():
+            known.setdefault(name, set()).add(fingerprint)
+
+        def build(forward: Graph | None, backward: Graph | None) -> Plan:
+            for graph in (forward, backward):
+                made_for = known.get(str(graph)) if graph else None
+                if graph is not None and made_for and graph.fingerprint not in made_for:
+                    raise FileError(
+                        f"the plan file is stale: its '{graph}' has fingerprint"
+                        f" {' or '.join(sorted(made_for))}, the model's has {graph.fingerprint}."
+                        " Search again, or use a built-in plan"
+                    )
+            plan = self.plans.get(kind_of(forward, backward))
+            if plan is None:
+                return fallback(forward, backward)
+            validate(plan, forward, backward)
+            return plan
+
+        return build
+
+
+def builder_from(
+    path: Path | str,
+    *,
+    expected_conditions: Mapping[str, Any] | None = None,
+    fallback: Builder = BUILDERS["interleaved"],
+) -> Builder:
+    """The builder of a plan file's plans. Arguments and errors as for `PlanFile`."""
+    return PlanFile.load(path, expected_conditions=expected_conditions).builder(fallback)
+
+
+def named_plan(plan: str, conditions: Mapping[str, Any] | None = None) -> Builder:
+    """The built-in plan of that name, or the plans of a file whose name ends in `.json`.
+
+    Args:
+        plan: name or path.
+        conditions: what a file must have been made for, if it says so.
+
+    Raises:
+        ValueError: an unknown name, or a file that cannot be used.
+    """
+    if plan.endswith(".json"):
+        return builder_from(plan, expected_conditions=conditions)
+    return builder(plan)

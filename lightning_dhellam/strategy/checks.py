@@ -1,0 +1,316 @@
+"""Everything about a run that can be wrong, checked before any process computes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_dhellam.checkpoint.folder import read_topology
+from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.kernels.choose import check_names
+from lightning_dhellam.models import pipeline_split
+from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.plan.file import PlanFile, named_plan
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins import ClusterEnvironment
+
+_RESOLVED_BY_LIGHTNING = ("best", "last", "hpc", "registry")
+_BATCHED = ("tokens", "labels", "loss_mask")
+_ID_TYPES = (torch.int64, torch.int32)
+
+
+def check_arguments(
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    micro_batch_size: int,
+    plan: str,
+    bucket_size: int | None,
+    emulate: Any,
+    timeout: Any,
+    kernels: Any,
+) -> None:
+    """Refuse values of `DHellamStrategy`'s own arguments that no run can use."""
+    for name, value in (
+        ("tensor_parallel_size", tensor_parallel_size),
+        ("pipeline_parallel_size", pipeline_parallel_size),
+        ("micro_batch_size", micro_batch_size),
+        ("bucket_size", bucket_size),
+    ):
+        if value is None and name == "bucket_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if not isinstance(plan, str):
+        raise ValueError(f"plan={plan!r} must be a string: the name of a plan, or a file's path")
+    if plan != "auto":
+        named_plan(plan)
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise ValueError(
+            f"timeout={timeout!r} must be a datetime.timedelta, such as timedelta(minutes=10)"
+        )
+    if kernels is not None and not isinstance(kernels, Mapping):
+        raise ValueError(
+            f"kernels={kernels!r} must be a mapping from operator to backend, such as"
+            " {'attention': 'flash_attn'}"
+        )
+    check_names(kernels or {})
+    if emulate is not None and pipeline_parallel_size > 1:
+        raise ValueError(
+            f"emulate=... plays one rank alone, but with"
+            f" pipeline_parallel_size={pipeline_parallel_size} a stage computes only what others"
+            " send: leave pipeline_parallel_size at 1; `dhellam simulate` predicts pipelines"
+        )
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse flags of the Trainer that cannot work with two strands, by name."""
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} conflicts with"
+            " DHellamStrategy, which accumulates over the micro-batches of each batch: leave it at"
+            " 1 and make the DataLoader's batch larger; micro_batch_size stays as it is"
+        )
+    if trainer._detect_anomaly:
+        raise ValueError(
+            "detect_anomaly=True watches autograd, which DHellamStrategy does not use: leave it at"
+            " False"
+        )
+    if trainer._accelerator_connector._layer_sync is not None:
+        raise ValueError(
+            "sync_batchnorm=True has no meaning for DHellamStrategy's layers: leave it at False"
+        )
+    emulated = getattr(trainer.strategy, "cluster", None) is not None
+    if emulated and trainer.checkpoint_callbacks and trainer.state.fn is TrainerFn.FITTING:
+        raise ValueError(
+            "emulate=... computes numbers that mean nothing, so it saves no checkpoint: use"
+            " Trainer(enable_checkpointing=False), and no ModelCheckpoint"
+        )
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if type(checkpoint_io) is not TorchCheckpointIO:
+        raise ValueError(
+            f"plugins={type(checkpoint_io).__name__} would not be used: DHellamStrategy writes its"
+            " checkpoints, a folder with a file per rank, itself; leave the plugin out"
+        )
+    for callback in getattr(trainer, "callbacks", ()):
+        _check_callback(callback)
+
+
+def _check_callback(callback: pl.Callback) -> None:
+    name = type(callback).__name__
+    if (
+        isinstance(callback, GradientAccumulationScheduler)
+        and callback.going_to_accumulate_grad_batches()
+    ):
+        raise ValueError(
+            f"{name}({callback.scheduling}) conflicts with DHellamStrategy, which accumulates over"
+            " the micro-batches of each batch: leave the callback out"
+        )
+    if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        raise ValueError(
+            f"{name} replaces weights behind the optimizer, which keeps its own copies and shards"
+            " of them under DHellamStrategy: leave the callback out"
+        )
+
+
+def check_processes(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:
+    """Refuse processes that torchrun or SLURM has started in another number than the Trainer's."""
+    # Lightning's own learns the number from the strategy.
+    if isinstance(environment, LightningEnvironment):
+        return
+    started, local_rank = environment.world_size(), environment.local_rank()
+    if started == devices * num_nodes and local_rank < devices:
+        environment.validate_settings(num_devices=devices, num_nodes=num_nodes)
+        return
+    raise ValueError(
+        f"the job has {started} processes, at least {local_rank + 1} of them on this node, but"
+        f" devices={devices} x num_nodes={num_nodes} is {devices * num_nodes}: set devices to the"
+        " number of processes of a node (--nproc-per-node of torchrun, --ntasks-per-node of srun,"
+        " which SLURM's jobs must be started with) and num_nodes to the number of nodes"
+    )
+
+
+def check_emulation(processes: int) -> None:
+    """Refuse an emulated cluster where it cannot run."""
+    if processes != 1:
+        raise ValueError(
+            f"emulate=... plays one rank in one process, but devices x num_nodes is {processes}:"
+            " use devices=1, num_nodes=1"
+        )
+
+
+def check_module(
+    module: Any,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int = 1,
+    split: Sequence[int] | None = None,
+) -> None:
+    """Refuse a module that cannot be trained with two strands."""
+    if not isinstance(module, DualStrandMixin):
+        raise ValueError(
+            f"DHellamStrategy cannot train {type(module).__name__}: make it a DualStrandMixin"
+            " (lightning_dhellam.DualStrandMixin), which says what the model is"
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__}.automatic_optimization=False: DHellamStrategy runs backward"
+            " and steps the optimizer itself; leave automatic_optimization at True"
+        )
+    if getattr(module, "model_config", None) is None:
+        raise ValueError(
+            f"{type(module).__name__} has no model_config: set self.model_config in __init__, for"
+            ' example to lightning_dhellam.models.preset("llama-3-8b")'
+        )
+    module.model_config.validate(tensor_parallel_size)
+    pipeline_split(module.model_config, pipeline_parallel_size, split)
+
+
+def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
+    """Refuse a plan file that was made for another model or other sizes.
+
+    `conditions` are without the device, which each rank compares when it has one.
+    """
+    if plan.endswith(".json"):
+        plans = PlanFile.load(plan)
+        plans.check({"device": plans.conditions.get("device"), **conditions}, plan)
+
+
+def check_ckpt_path(path: Any) -> None:
+    """Refuse the path of a checkpoint that is none. What Lightning looks for is not known yet."""
+    spelt = os.fspath(path) if path else ""
+    if spelt and "://" not in spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
+        read_topology(Path(spelt))
+
+
+def check_data(module: Any, data: Any, tensor_parallel_size: int) -> None:
+    """Refuse data that does not suit the model. Reads what an IndexedDataModule says of itself."""
+    config = module.model_config
+    length = getattr(data, "sequence_length", None)
+    if length is not None:
+        check_length(length, config.max_sequence_length, tensor_parallel_size)
+    vocab_size = getattr(data, "vocab_size", None)
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the data's tokenizer has {vocab_size} tokens, but the model has"
+            f" vocab_size={config.vocab_size}: set vocab_size={vocab_size}"
+            f" (model.overrides.vocab_size of a recipe), or use the model's own tokenizer"
+        )
+
+
+def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
+    """Refuse sequences that are too long, or that do not divide over the ranks."""
+    if length > longest:
+        raise ValueError(
+            f"sequence_length={length} is longer than the model's max_sequence_length={longest}:"
+            " shorten the sequences or raise max_sequence_length"
+        )
+    if length % tensor_parallel_size:
+        raise ValueError(
+            f"sequence_length={length} is not a multiple of"
+            f" tensor_parallel_size={tensor_parallel_size}: with sequence parallelism every rank"
+            " holds an equal part of each sequence; change one of them"
+        )
+
+
+def check_batch(
+    batch: Any, module: DualStrandMixin, tensor_parallel_size: int, needs_labels: bool
+) -> None:
+    """Refuse a batch that the engine cannot cut into micro-batches. Waits for no device."""
+    needed = ("tokens", "labels") if needs_labels else ("tokens",)
+    keys = sorted(map(str, batch.keys())) if hasattr(batch, "keys") else None
+    missing = [name for name in needed if keys is None or batch.get(name) is None]
+    if missing:
+        has = f"a mapping with {keys}" if keys is not None else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
+            " and `labels` [B, S]"
+        )
+    read = _BATCHED if needs_labels else needed
+    given = {name: batch[name] for name in read if batch.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the batch's {name} are of type {type(value).__name__}: yield tensors [B, S]"
+            )
+        if name in _ids(module) and value.dtype not in _ID_TYPES:
+            raise ValueError(
+                f"the batch's {name} have dtype {value.dtype}: they are ids of the vocabulary,"
+                f" so yield {' or '.join(map(str, _ID_TYPES))}"
+            )
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
+    if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
+        raise ValueError(f"the batch has shapes {shapes}: all must be [B, S]")
+    if not shapes["tokens"][0]:
+        raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
+    check_length(shapes["tokens"][1], module.model_config.max_sequence_length, tensor_parallel_size)
+
+
+def check_ids(batch: Any, module: DualStrandMixin) -> None:
+    """Refuse tokens and labels outside of the vocabulary, which tensor-parallel ranks would take
+    for each other's. Looks only at tensors on the host: looking elsewhere would wait."""
+    if not hasattr(batch, "get"):
+        return
+    size = module.model_config.vocab_size
+    for name in _ids(module):
+        ids = batch.get(name)
+        # `check_batch` refuses other types.
+        if not isinstance(ids, Tensor) or ids.device.type != "cpu" or ids.dtype not in _ID_TYPES:
+            continue
+        remark = ""
+        if name == "labels":
+            ids, remark = ids[ids != IGNORED], f", or {IGNORED} for what does not count"
+        low, high = (int(value) for value in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"the batch's {name} hold {low if low < 0 else high}, but the model has"
+                f" vocab_size={size}: ids must be from 0 to {size - 1}{remark}"
+            )
+
+
+def _ids(module: DualStrandMixin) -> tuple[str, ...]:
+    """What a batch has of the vocabulary. Labels of the user's own loss may mean anything."""
+    return ("tokens", "labels") if module.custom_loss is None else ("tokens",)
+
+
+def check_optimizer(module: DualStrandMixin, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that steps other parameters than those that get gradients, or that
+    computes gradients itself."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"configure_optimizers returned {type(optimizer).__name__}, whose step() computes the"
+            " loss as often as it likes: DHellamStrategy computes it once, before the step; use an"
+            " optimizer that needs no closure, such as AdamW"
+        )
+    inside = {id(p): name for name, p in module.model.named_parameters() if p.requires_grad}
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    outside = [
+        name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside
+    ]
+    if outside:
+        raise ValueError(
+            f"parameter '{outside[0]}' is not part of {type(module).__name__}.model, so no"
+            " strand computes its gradient: put it into a layer of the model, or freeze it"
+        )
+    missing = [name for key, name in inside.items() if key not in stepped]
+    if missing:
+        raise ValueError(
+            f"configure_optimizers leaves out '{missing[0]}': give the optimizer every"
+            " parameter that requires a gradient, or freeze it with requires_grad_(False)"
+        )

@@ -1,0 +1,63 @@
+"""Starts the processes of a node, as Lightning does, once the configuration is known to be good."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from typing_extensions import override
+
+from lightning_dhellam.strategy.termination import PARENT
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins import ClusterEnvironment
+
+
+class CheckingLauncher(_SubprocessScriptLauncher):
+    """Starts the other processes only after the configuration has been checked in this one.
+
+    Args:
+        cluster_environment: of the job.
+        num_processes: of this node.
+        num_nodes: of the job.
+        check: raises what is wrong with a trainer and with the data module and the checkpoint that
+            it is to be given.
+    """
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        check: Callable[[pl.Trainer, Any, Any], None],
+    ) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._check = check
+
+    @override
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: pl.Trainer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if trainer is not None:
+            data = next((value for value in args if isinstance(value, LightningDataModule)), None)
+            # Each entry of the Trainer has the path at another place.
+            named = inspect.signature(function).bind(*args, **kwargs).arguments
+            self._check(trainer, data, named.get("ckpt_path"))
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    @override
+    def _call_children_scripts(self) -> None:
+        os.environ[PARENT] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[PARENT]

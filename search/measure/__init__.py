@@ -1,0 +1,1 @@
+"""Measured times: profiles, their files, and trials on real steps."""

@@ -1,0 +1,1 @@
+"""The machine model: costs, memory, and what a step would do."""

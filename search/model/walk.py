@@ -1,0 +1,342 @@
+"""From plans to the launches of a walk through pairs of layers, in issue order.
+
+A walk is a row of stops; at each one a forward graph, a backward graph or both are carried out
+by a plan. What an operator waits for follows from the slots, within a stop and between stops.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
+from lightning_dhellam.search.model.cost import Costs, lanes_of
+from lightning_dhellam.search.model.machine import Array, Machine, Rows, perform
+from lightning_dhellam.search.model.memory import BARRIER, Slots, most
+
+Order = list[int | None]
+"""Launches in issue order; None is a barrier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A micro-batch in a layer."""
+
+    micro_batch: int
+    layer: int
+    graphs: GraphPair
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A pair of layers: forward of one micro-batch beside backward of another."""
+
+    forward: Place | None
+    backward: Place | None
+
+    @property
+    def strands(self) -> Iterator[tuple[Strand, Place, Graph]]:
+        """Each strand that is here, its place and its graph."""
+        if self.forward is not None:
+            yield Strand.FORWARD, self.forward, self.forward.graphs.forward
+        if self.backward is not None:
+            yield Strand.BACKWARD, self.backward, self.backward.graphs.backward
+
+    @property
+    def pairs(self) -> tuple[GraphPair | None, GraphPair | None]:
+        """The layer that goes forward and the one that goes backward, if they are here."""
+        return (
+            self.forward.graphs if self.forward else None,
+            self.backward.graphs if self.backward else None,
+        )
+
+    @property
+    def graphs(self) -> tuple[Graph | None, Graph | None]:
+        """The forward graph and the backward one, if they are here."""
+        ahead, behind = self.pairs
+        return (ahead.forward if ahead else None, behind.backward if behind else None)
+
+    def leads_to(self, other: Stop) -> bool:
+        """Whether `other` carries on with the same micro-batches."""
+        here, there = (
+            [(strand, place.micro_batch) for strand, place, _ in stop.strands]
+            for stop in (self, other)
+        )
+        return here == there
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One operator at one stop."""
+
+    stop: int
+    strand: Strand
+    place: Place
+    graph: Graph
+    operator: Operator
+
+
+class Walk:
+    """The launches of a row of stops, and what each waits for, whatever the plans are.
+
+    Attributes:
+        stops: in walking order.
+        launches: of each stop the forward graph's, then the backward graph's, in default order.
+        first: index of the first launch of each stop.
+        lanes: compute and the communication lanes in use.
+        lane: of each launch, an index of `lanes`.
+        seconds: of each launch, alone.
+        waits: what each launch reads, as the launches that write it.
+        machine: that plays them, where nothing but slots is waited for.
+    """
+
+    def __init__(self, stops: Sequence[Stop], costs: Costs) -> None:
+        self.stops = tuple(stops)
+        self.launches: list[Launch] = []
+        self.first: list[int] = []
+        self.waits: list[tuple[int, ...]] = []
+        self._costs = costs
+        self._numbers: list[dict[tuple[Strand, str], int]] = []
+        self._slots = _Slots()
+        for number, stop in enumerate(self.stops):
+            self._enter(number, stop)
+        self.lanes = lanes_of(launch.graph for launch in self.launches)
+        index = {lane: number for number, lane in enumerate(self.lanes)}
+        self.lane = [index[launch.operator.lane] for launch in self.launches]
+        self._keys = [costs.key(launch.graph, launch.operator.name) for launch in self.launches]
+        # The same where operators leave processors, should a search ask for that.
+        self._spare_keys = [costs.spares.get(key, key) for key in self._keys]
+        self._distinct = list(dict.fromkeys([*self._keys, *self._spare_keys]))
+        self.seconds = [costs.seconds[key] for key in self._keys]
+        self.machine = self._machine()
+
+    def _machine(self) -> Machine:
+        return Machine(
+            np.array(self.lane, np.int64),
+            np.array(self.seconds, float),
+            self._kinds(self._keys),
+            np.array([len(before) for before in self.waits], np.int64),
+            Rows.of(_followers(self.waits)),
+            *self._costs.arrays(self._distinct),
+            float(self._costs.launch),
+            self._costs.inline,
+        )
+
+    def _kinds(self, keys: Sequence[str]) -> Array:
+        number = {key: kind for kind, key in enumerate(self._distinct)}
+        return np.array([number[key] for key in keys], np.int64)
+
+    def machine_of(self, costs: Costs) -> Machine:
+        """The same with other times of the same operators."""
+        together, behind = costs.arrays(self._distinct)
+        seconds = np.array([costs.seconds[key] for key in self._keys], float)
+        return self.machine._replace(seconds=seconds, slowdowns=together, behind=behind)
+
+    def leaving(self, machine: Machine, costs: Costs) -> Machine:
+        """`machine`, which is that of `costs`, where all leave processors that can."""
+        seconds = np.array([costs.seconds[key] for key in self._spare_keys], float)
+        return machine._replace(seconds=seconds, kinds=self._kinds(self._spare_keys))
+
+    def play(
+        self, order: Order, first: frozenset[int] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Start and end of each launch in seconds. Launches that `order` leaves out never start.
+
+        `first` are the launches that begin before the compute launch that is issued next. None:
+        all communication does that could begin at the same moment, which no order can promise.
+        """
+        machine = self.machine
+        if None in order:
+            waits = self._with_barriers(order)
+            counts = np.array([len(before) for before in waits], np.int64)
+            machine = machine._replace(waits=counts, followers=Rows.of(_followers(waits)))
+        marks = np.zeros(len(self.launches), bool)
+        marks[list(first or ())] = True
+        launches = np.array([x for x in order if x is not None], np.int64)
+        starts, ends = perform(machine, len(self.lanes), launches, marks, first is not None)
+        return starts.tolist(), ends.tolist()
+
+    def _enter(self, number: int, stop: Stop) -> None:
+        self.first.append(len(self.launches))
+        self._numbers.append({})
+        for strand, place, graph in stop.strands:
+            self._slots.hand_in(strand, place, graph)
+            for operator in graph.operators:
+                index = len(self.launches)
+                self._numbers[-1][strand, operator.name] = index
+                self.launches.append(Launch(number, strand, place, graph, operator))
+                self.waits.append(self._slots.launch(index, place, graph, operator))
+            self._slots.hand_out(strand, place, graph)
+
+    def order(self, plans: Sequence[Plan]) -> Order:
+        """The launches in the order of one plan for each stop.
+
+        What a stop leaves for the next is issued there if both have the same plan and carry on
+        with the same micro-batches, and before the next stop otherwise.
+        """
+        order: Order = []
+        left: int | None = None
+        for number, plan in enumerate(plans):
+            same = left is not None and self.stops[left].leads_to(self.stops[number])
+            if left is not None and not (same and plans[left] == plan):
+                order.extend(self._left_over(left, plans[left]))
+                left = None
+            numbers = self._numbers[number]
+            for row in plan.rows:
+                if not isinstance(row, Issue):
+                    order.append(None)
+                elif not row.lag:
+                    order.append(numbers[row.strand, row.operator])
+                elif left is not None:
+                    order.append(self._numbers[left][row.strand, row.operator])
+            left = number if any(row.lag for row in plan.issues) else None
+        if left is not None:
+            order.extend(self._left_over(left, plans[left]))
+        return order
+
+    def _left_over(self, number: int, plan: Plan) -> Iterator[int]:
+        for row in plan.issues:
+            if row.lag:
+                yield self._numbers[number][row.strand, row.operator]
+
+    def first_of(self, plans: Sequence[Plan]) -> frozenset[int]:
+        """The launches that go first by one plan for each stop."""
+        return frozenset(
+            numbers[row.strand, row.operator]
+            for numbers, plan in zip(self._numbers, plans, strict=True)
+            for row in plan.issues
+            if row.first
+        )
+
+    def _with_barriers(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
+        """What launches wait for when barriers count as well."""
+        waits = list(self.waits)
+        latest: dict[int, int] = {}
+        barrier: dict[int, set[int]] = defaultdict(set)
+        for launch in order:
+            if launch is None:
+                for lane in range(len(self.lanes)):
+                    barrier[lane] |= set(latest.values())
+                continue
+            lane = self.lane[launch]
+            waits[launch] = tuple({*waits[launch], *barrier.pop(lane, ())})
+            latest[lane] = launch
+        return waits
+
+    def peak_bytes(self, order: Sequence[int | None], tokens: int) -> float:
+        """Most bytes of slots at once, by issue order, with `tokens` per micro-batch."""
+        slots = self._slots.of(self.lane, len(self.lanes), waits=not self._costs.inline)
+        issued = np.array([BARRIER if x is None else x for x in order], np.int64)
+        return float(most(slots, issued, np.zeros(len(self.lane), np.int64), 1)) * tokens
+
+
+class _Slots:
+    """Who writes and who reads the slots of a walk."""
+
+    def __init__(self) -> None:
+        self._number: dict[tuple[int, int, str], int] = {}
+        self._writer: list[int] = []
+        self._bytes: list[float] = []
+        self._handed: dict[tuple[Strand, int], list[int]] = {}
+        self._reads: list[tuple[int, ...]] = []
+
+    def hand_in(self, strand: Strand, place: Place, graph: Graph) -> None:
+        handed = self._handed.get((strand, place.micro_batch), [])
+        if handed and graph.inputs:
+            for name, number in zip(graph.inputs, handed, strict=True):
+                self._number[place.micro_batch, place.layer, name] = number
+
+    def hand_out(self, strand: Strand, place: Place, graph: Graph) -> None:
+        at = place.micro_batch, place.layer
+        self._handed[strand, place.micro_batch] = [self._number[*at, s] for s in graph.outputs]
+
+    def launch(self, index: int, place: Place, graph: Graph, operator: Operator) -> tuple[int, ...]:
+        """Note what it reads and writes. Returns the launches that it waits for."""
+        at = place.micro_batch, place.layer
+        known = (self._number.get((*at, slot)) for slot in dict.fromkeys(operator.reads))
+        read = tuple(number for number in known if number is not None)
+        self._reads.append(read)
+        for slot in operator.writes:
+            self._number[*at, slot] = len(self._writer)
+            self._writer.append(index)
+            self._bytes.append(graph.bytes_per_token.get(slot, 0.0))
+        return tuple(dict.fromkeys(self._writer[number] for number in read))
+
+    def of(self, lane: Sequence[int], lanes: int, *, waits: bool) -> Slots:
+        """All of them. None comes from outside the walk, and none stays."""
+        count = len(self._writer)
+        written: list[list[int]] = [[] for _ in lane]
+        for slot, writer in enumerate(self._writer):
+            written[writer].append(slot)
+        return Slots(
+            np.array(lane, np.int64),
+            Rows.of(self._reads),
+            Rows.of(written),
+            np.array(self._bytes, float),
+            np.array([lane[writer] for writer in self._writer], np.int64),
+            np.array(self._writer, np.int64),
+            np.full(count, -1),
+            np.zeros(count, np.bool_),
+            lanes,
+            waits,
+        )
+
+
+def _followers(waits: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    followers: list[list[int]] = [[] for _ in waits]
+    for launch, before in enumerate(waits):
+        for earlier in before:
+            followers[earlier].append(launch)
+    return followers
+
+
+def as_planned(costs: Costs, stops: Sequence[Stop], plans: Sequence[Plan]) -> Costs:
+    """The costs of operators that leave processors to communication where `plans` say so.
+
+    What one plan says of an operator of a graph counts for all of them.
+    """
+    marked = {
+        (graph.fingerprint, row.operator)
+        for stop, plan in zip(stops, plans, strict=True)
+        for strand, _, graph in stop.strands
+        for row in plan.issues
+        if row.spare and row.strand is strand
+    }
+    return costs.sparing(marked)
+
+
+def step_stops(layers: Sequence[GraphPair], micro_batches: int) -> list[Stop]:
+    """The stops of a training step on one stage.
+
+    Micro-batch k goes forward from the first layer to the last beside micro-batch k - 1, which
+    goes backward from the last layer to the first; the first goes forward alone, and the last
+    backward alone.
+    """
+    last = len(layers) - 1
+    return [
+        Stop(
+            Place(k, index, layers[index]) if k < micro_batches else None,
+            Place(k - 1, last - index, layers[last - index]) if k else None,
+        )
+        for k in range(micro_batches + 1)
+        for index in range(last + 1)
+    ]
+
+
+def repeated(ahead: GraphPair | None, behind: GraphPair | None, times: int) -> list[Stop]:
+    """The same pair of layers again and again, as in the middle of a deep model."""
+    return [
+        Stop(
+            Place(1, number, ahead) if ahead else None,
+            Place(0, times - number, behind) if behind else None,
+        )
+        for number in range(times)
+    ]
+
+
+def names(ahead: GraphPair | None, behind: GraphPair | None) -> str:
+    """How a pair of layers is called: `transformer|head`, with `-` for a missing strand."""
+    return f"{ahead.name if ahead else '-'}|{behind.name if behind else '-'}"

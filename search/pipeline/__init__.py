@@ -1,0 +1,1 @@
+"""Schedules of a whole pipeline, played and compared."""

@@ -1,0 +1,273 @@
+"""What the passes of a pipeline cost: seconds, memory, and what they send on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Protocol
+
+from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand
+from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model.walk import Order, Place, Stop, Walk, as_planned
+from lightning_dhellam.search.pipeline.chunks import halves, with_halves
+from lightning_dhellam.search.pipeline.schedules import Part, Pass, Schedule, Work
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """What a pass costs its stage.
+
+    Attributes:
+        seconds: from its start to its end.
+        compute: seconds in which compute works; in the others it waits for communication or host.
+        ready: seconds from the start until a strand's result can be sent.
+        rise: how far saved activations grow above what they were before, at most.
+        change: by how much they have grown at the end.
+    """
+
+    seconds: float
+    compute: float
+    ready: Mapping[Strand, float]
+    rise: float
+    change: float
+
+
+class PassCosts(Protocol):
+    """What passes cost, and how much is sent between them."""
+
+    def of(self, works: Pass) -> PassCost:
+        """The cost of a pass."""
+
+    def bytes_sent(self, work: Work) -> float:
+        """Bytes of the result of a work, which the next chunk needs."""
+
+
+@dataclass(frozen=True)
+class UniformCosts:
+    """Every chunk costs the same. Memory is in units of a chunk's activations of a micro-batch.
+
+    Attributes:
+        forward: seconds.
+        input: seconds of the gradient of the input, the first half of backward.
+        weight: seconds of the gradients of weights, the second half.
+        both: seconds of a forward beside a whole backward; by default their sum: nothing gained.
+        message: bytes of what a chunk hands on.
+    """
+
+    forward: float = 1.0
+    input: float = 1.0
+    weight: float = 1.0
+    both: float | None = None
+    message: float = 0.0
+
+    def of(self, works: Pass) -> PassCost:
+        """The cost of a pass."""
+        alone = {
+            Part.FORWARD: self.forward,
+            Part.BACKWARD: self.input + self.weight,
+            Part.INPUT: self.input,
+            Part.WEIGHT: self.weight,
+        }
+        seconds = sum(alone[work.part] for work in works)
+        if len(works) == 2 and self.both is not None:
+            seconds = self.both
+        change = sum(_UNITS[work.part] for work in works)
+        rise = float(any(work.part is Part.FORWARD for work in works))
+        ready = {work.strand: seconds for work in works}
+        return PassCost(seconds, seconds, ready, rise, change)
+
+    def bytes_sent(self, work: Work) -> float:
+        """Bytes of the result of a work."""
+        return self.message
+
+
+_UNITS = {Part.FORWARD: 1.0, Part.BACKWARD: -1.0, Part.INPUT: 0.0, Part.WEIGHT: -1.0}
+"""What a work adds to saved activations. The first half of backward frees nothing: what the
+second still needs is nearly all of it (arXiv 2401.10241, table 1)."""
+
+Entry = tuple[Place | None, float]
+"""A micro-batch in a layer, or None if there is nothing to do there, and the bytes per token that
+this adds to what is saved, or frees of it."""
+
+
+class LayerCosts:
+    """Costs of passes through chunks of layers, played with the machine model of the search.
+
+    A pass is carried out in the fastest of the orders offered, whatever the schedule. Layers of
+    the two strands meet in opposite order, as one frees what the other fills. Memory is what is
+    saved between forward and backward; what lives inside a layer only is left out. The next pass
+    is taken to start when nothing of this one is left to do, although the engine does not wait.
+
+    Args:
+        chunks: layers of each chunk, in order.
+        costs: of their operators.
+        tokens: of a micro-batch.
+        builders: orders to choose from, by default the built-in ones.
+
+    Attributes:
+        sized: whether the graphs know the sizes of their slots. If not, memory is in layers whose
+            activations of a micro-batch are saved, and messages are empty.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Sequence[GraphPair]],
+        costs: Costs,
+        *,
+        tokens: int,
+        builders: Mapping[str, Builder] = BUILDERS,
+    ) -> None:
+        layers = [layer for chunk in chunks for layer in chunk]
+        self.chunks = chunks
+        self.sized = any(_bytes(layer)[0] for layer in layers)
+        self._costs = with_halves(costs, layers)
+        self._tokens = tokens
+        self._builders = builders
+        self._known: dict[object, tuple[PassCost, str]] = {}
+
+    def of(self, works: Pass) -> PassCost:
+        """The cost of a pass."""
+        return self._cost(works)[0]
+
+    def order_of(self, works: Pass) -> str:
+        """Name of the order in which a pass is carried out."""
+        return self._cost(works)[1]
+
+    def bytes_sent(self, work: Work) -> float:
+        """Bytes of a hidden state, or of its gradient, between this chunk and the next."""
+        layers = self.chunks[work.chunk]
+        if not layers:
+            return 0.0
+        graph = layers[-1].forward if work.part is Part.FORWARD else layers[0].backward
+        return sum(graph.bytes_per_token.get(slot, 0.0) for slot in graph.outputs) * self._tokens
+
+    def _cost(self, works: Pass) -> tuple[PassCost, str]:
+        kind = (
+            _ascends(works),
+            *(
+                (work.part, tuple(layer.backward.fingerprint for layer in self.chunks[work.chunk]))
+                for work in works
+            ),
+        )
+        if kind not in self._known:
+            self._known[kind] = self._played(works)
+        return self._known[kind]
+
+    def _played(self, works: Pass) -> tuple[PassCost, str]:
+        steps = list(self._steps(works))
+        rise = change = 0.0
+        for _, saved, freed in steps:
+            rise = max(rise, change + saved)
+            change += saved - freed
+        unit = self._tokens if self.sized else 1
+        memory = rise * unit, change * unit
+        stops = [stop for stop, _, _ in steps if stop.forward or stop.backward]
+        if not stops:
+            return PassCost(0.0, 0.0, {work.strand: 0.0 for work in works}, *memory), "nothing"
+        found = []
+        for name, build in self._builders.items():
+            plans = [build(*stop.graphs) for stop in stops]
+            walk = Walk(stops, as_planned(self._costs, stops, plans))
+            order = walk.order(plans)
+            first = walk.first_of(plans)
+            found.append((_timed(walk, order, first, works, memory), name))
+        return min(found, key=lambda cost: cost[0].seconds)
+
+    def _steps(self, works: Pass) -> Iterator[tuple[Stop, float, float]]:
+        """The pairs of layers that a pass meets."""
+        ahead: list[Entry] = []
+        behind: list[Entry] = []
+        for work in works:
+            layers = self.chunks[work.chunk]
+            if work.part is Part.FORWARD:
+                ahead = [self._entry(work, i, layer) for i, layer in enumerate(layers)]
+            else:
+                behind = [self._entry(work, i, layer) for i, layer in enumerate(layers)][::-1]
+        nothing: Entry = (None, 0.0)
+        if _ascends(works):
+            # Both strands end together, so that the two ends of the model meet.
+            ahead = [nothing] * (len(behind) - len(ahead)) + ahead
+            behind = [nothing] * (len(ahead) - len(behind)) + behind
+        for (forward, saved), (backward, freed) in zip_longest(ahead, behind, fillvalue=nothing):
+            yield Stop(forward, backward), saved, freed
+
+    def _entry(self, work: Work, index: int, layer: GraphPair) -> Entry:
+        """What a work meets in a layer. Micro-batches of the two strands of a pass differ."""
+        whole, kept = _bytes(layer) if self.sized else (float(bool(layer.saved)),) * 2
+        if work.part is Part.FORWARD:
+            return Place(1, index, layer), whole
+        if work.part is Part.BACKWARD:
+            return Place(0, index, layer), whole
+        early, late = halves(layer)
+        half, freed = (early, whole - kept) if work.part is Part.INPUT else (late, kept)
+        return (Place(0, index, half) if half.backward.operators else None), freed
+
+
+@dataclass(frozen=True)
+class PassTable:
+    """Costs of passes one by one, as stages that know their own tell them each other.
+
+    Attributes:
+        costs: of the passes.
+        bytes: of the results of the works in them.
+    """
+
+    costs: Mapping[Pass, PassCost]
+    bytes: Mapping[Work, float]
+
+    @classmethod
+    def of_stage(cls, costs: PassCosts, schedule: Schedule, stage: int) -> PassTable:
+        """What the passes of one stage cost."""
+        passes = schedule.passes[stage]
+        return cls(
+            {works: costs.of(works) for works in passes},
+            {work: costs.bytes_sent(work) for works in passes for work in works},
+        )
+
+    @classmethod
+    def joined(cls, tables: Iterable[PassTable]) -> PassTable:
+        """What the passes of all stages cost."""
+        costs, sizes = dict[Pass, PassCost](), dict[Work, float]()
+        for table in tables:
+            costs |= table.costs
+            sizes |= table.bytes
+        return cls(costs, sizes)
+
+    def of(self, works: Pass) -> PassCost:
+        """The cost of a pass."""
+        return self.costs[works]
+
+    def bytes_sent(self, work: Work) -> float:
+        """Bytes of the result of a work."""
+        return self.bytes[work]
+
+
+def _ascends(works: Pass) -> bool:
+    """Whether two strands go up the stages: forward is in the later chunk."""
+    chunks = {work.strand: work.chunk for work in works}
+    return len(chunks) == 2 and chunks[Strand.FORWARD] > chunks[Strand.BACKWARD]
+
+
+def _bytes(layer: GraphPair) -> tuple[float, float]:
+    """Bytes per token that are saved after forward, and after the first half of backward."""
+    forward, backward = layer.forward.bytes_per_token, layer.backward.bytes_per_token
+    late = halves(layer)[1].backward
+    saved = sum(forward.get(slot, 0.0) for slot in layer.saved)
+    kept = sum(forward.get(slot, 0.0) for slot in late.foreign)
+    kept += sum(backward.get(slot, 0.0) for slot in late.inputs)
+    return saved, kept
+
+
+def _timed(
+    walk: Walk, order: Order, first: frozenset[int], works: Pass, memory: tuple[float, float]
+) -> PassCost:
+    starts, ends = walk.play(order, first)
+    compute = sum(
+        end - start for start, end, lane in zip(starts, ends, walk.lane, strict=True) if not lane
+    )
+    ready = {work.strand: 0.0 for work in works}
+    for launch, end in zip(walk.launches, ends, strict=True):
+        if set(launch.operator.writes) & set(launch.graph.outputs):
+            ready[launch.strand] = max(ready[launch.strand], end)
+    return PassCost(max(ends), compute, ready, *memory)

@@ -1,0 +1,171 @@
+"""Schedules on folded layers: of P stages, stage s holds chunks s and 2P-1-s of 2P.
+
+Chunk s is called the descending one, as micro-batches go down the stages in it, and chunk 2P-1-s
+the ascending one. Both ends of the model are on stage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+from lightning_dhellam.pipeline import schedule as pipeline
+from lightning_dhellam.search.pipeline.schedules.straight import check_numbers
+from lightning_dhellam.search.pipeline.schedules.work import (
+    Part,
+    Pass,
+    Schedule,
+    ScheduleError,
+    Work,
+    one,
+)
+
+_F, _B, _I, _W = Part
+
+
+def places(stages: int) -> tuple[int, ...]:
+    """The stage of each chunk of a fold."""
+    return (*range(stages), *reversed(range(stages)))
+
+
+def fold(stages: int, micro_batches: int) -> Schedule:
+    """Ours: descending and ascending passes of two strands each, in the order of 1F1B.
+
+    What the trainer runs (`lightning_dhellam.pipeline`). Defined for every number.
+    """
+    check_numbers(stages, micro_batches)
+    rows = []
+    for stage, passes in enumerate(pipeline.fold(stages, micro_batches)):
+        chunks = (stage, 2 * stages - 1 - stage)
+        row: list[Pass] = []
+        for step in passes:
+            down = step.direction is pipeline.Direction.DESCENDING
+            ahead, behind = chunks if down else chunks[::-1]
+            works = []
+            if step.forward is not None:
+                works.append(Work(ahead, _F, step.forward))
+            if step.backward is not None:
+                works.append(Work(behind, _B, step.backward))
+            row.append(tuple(works))
+        rows.append(tuple(row))
+    return Schedule("fold", micro_batches, places(stages), tuple(rows))
+
+
+def zero_bubble_v(stages: int, micro_batches: int) -> Schedule:
+    """ZB-V: single strands, and gradients of weights fill what would be a bubble.
+
+    With forward, input gradient and weight gradients of equal length, no transfers and at least
+    2P - 1 micro-batches, the only bubble is that of filling and draining the pipeline. Source:
+    arXiv 2401.10241, section 6, in closed form. Fewer micro-batches leave out the passes of
+    those that are missing. Defined for every number.
+    """
+    check_numbers(stages, micro_batches)
+    rows = []
+    for stage in range(stages):
+        row = _zero_bubble_row(stage, stages, max(micro_batches, 2 * stages - 1))
+        rows.append(tuple(works for works in row if works[0].micro_batch < micro_batches))
+    return Schedule("ZB-V", micro_batches, places(stages), tuple(rows))
+
+
+def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Pass]:
+    """The passes of a stage with `r` stages after it, as powers of works on chunks 0 and 1.
+
+    F0^(2r+1)  (F1 F0)^s  (F1 I1 W1)^(r+1)  (F0 I0 W0 F1 I1 W1)^…  (I0 I1)^s  (I0 W0)^(r+1)  W…
+    """
+    chunks = (stage, 2 * stages - 1 - stage)
+    after = stages - 1 - stage
+    next_of = {(part, half): count() for part in Part for half in (0, 1)}
+    done = dict.fromkeys(next_of, 0)
+
+    def do(*works: tuple[Part, int]) -> Iterator[Pass]:
+        for part, half in works:
+            if done[part, half] < micro_batches:
+                done[part, half] += 1
+                yield one(chunks[half], part, next(next_of[part, half]))
+
+    for _ in range(2 * after + 1):
+        yield from do((_F, 0))
+    for _ in range(stage):
+        yield from do((_F, 1), (_F, 0))
+    for _ in range(after + 1):
+        yield from do((_F, 1), (_I, 1), (_W, 1))
+    while done[_F, 1] < micro_batches:
+        yield from do((_F, 0), (_I, 0), (_W, 0), (_F, 1), (_I, 1), (_W, 1))
+    for _ in range(stage):
+        yield from do((_I, 0), (_I, 1))
+    for _ in range(after + 1):
+        yield from do((_I, 0), (_W, 0))
+    for half in (1, 0):
+        while done[_W, half] < micro_batches:
+            yield from do((_W, half))
+
+
+def dual_pipe_v(stages: int, micro_batches: int) -> Schedule:
+    """DualPipeV: DualPipe cut in half, forwards beside backwards in the middle of the step.
+
+    Where a backward stands alone at the ends, some leave their weight gradients for later.
+    Sources: DeepSeek-V3 (arXiv 2412.19437, section 3.2.1) and the phases of DeepSeek's DualPipe.
+
+    Raises:
+        ScheduleError: fewer than 2P micro-batches.
+    """
+    check_numbers(stages, micro_batches)
+    if micro_batches < 2 * stages:
+        raise ScheduleError(
+            f"DualPipeV needs at least {2 * stages} micro-batches, two for each stage, not"
+            f" {micro_batches}"
+        )
+    rows = tuple(tuple(_dual_row(s, stages, micro_batches)) for s in range(stages))
+    return Schedule("DualPipeV", micro_batches, places(stages), rows)
+
+
+def _dual_row(stage: int, stages: int, micro_batches: int) -> Iterator[Pass]:
+    """The passes of a stage with `r` stages after it; `X|Y` is a pass of two strands.
+
+    F0^2r  (F0 F1)^(s+1)  (I1 W F1)^r  (F0|B1 F1|B0)^…  (B1 F1|B0)^r  (B1 B0)^(s+1)  (W I0)^r  W…
+    """
+    chunks = (stage, 2 * stages - 1 - stage)
+    after = stages - 1 - stage
+    next_of: dict[tuple[bool, int], Callable[[], int]] = {
+        (ahead, half): count().__next__ for ahead in (True, False) for half in (0, 1)
+    }
+    postponed: list[Work] = []
+
+    def forward(half: int) -> Work:
+        return Work(chunks[half], _F, next_of[True, half]())
+
+    def backward(half: int, split: bool = False) -> Work:
+        work = Work(chunks[half], _I if split else _B, next_of[False, half]())
+        if split:
+            postponed.append(Work(work.chunk, _W, work.micro_batch))
+        return work
+
+    for _ in range(2 * after):
+        yield (forward(0),)
+    for _ in range(stage + 1):
+        yield (forward(0),)
+        yield (forward(1),)
+    for _ in range(after):
+        yield (backward(1, split=True),)
+        yield (postponed.pop(0),)
+        yield (forward(1),)
+    for number in range(micro_batches - 2 * stages + stage + 1):
+        if not number and not after:
+            # On the last stage the first two do not wait for each other.
+            yield (forward(0),)
+            yield (backward(1),)
+        else:
+            yield forward(0), backward(1)
+        yield forward(1), backward(0)
+    for _ in range(after):
+        yield (backward(1),)
+        yield forward(1), backward(0)
+    for number in range(stage + 1):
+        half_way = (stage + 1) // 2
+        yield (backward(1, split=number > half_way or (number == half_way and stage % 2 == 1)),)
+        yield (backward(0, split=number >= half_way),)
+    for _ in range(after):
+        yield (postponed.pop(0),)
+        yield (backward(0, split=True),)
+    for work in postponed:
+        yield (work,)

@@ -1,0 +1,75 @@
+"""Schedules whose chunks go round: stage s holds chunks s, s + P, s + 2P …"""
+
+from __future__ import annotations
+
+from lightning_dhellam.search.pipeline.schedules.work import (
+    Part,
+    Pass,
+    Schedule,
+    ScheduleError,
+    one,
+)
+
+
+def check_numbers(stages: int, micro_batches: int) -> None:
+    """Refuse numbers below one."""
+    for name, number in (("stages", stages), ("micro_batches", micro_batches)):
+        if number < 1:
+            raise ScheduleError(f"{name}={number} must be at least 1")
+
+
+def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
+    """One forward, one backward: a stage has as many micro-batches alive as stages follow it.
+
+    Source: PipeDream-flush (arXiv 2006.09503, section 2.2). Defined for every number.
+    """
+    check_numbers(stages, micro_batches)
+    rows = []
+    for stage in range(stages):
+        forward = [one(stage, Part.FORWARD, k) for k in range(micro_batches)]
+        backward = [one(stage, Part.BACKWARD, k) for k in range(micro_batches)]
+        rows.append(_in_turn(forward, backward, min(stages - 1 - stage, micro_batches)))
+    return Schedule("1F1B", micro_batches, tuple(range(stages)), tuple(rows))
+
+
+def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedule:
+    """1F1B over `rounds` chunks a stage: P micro-batches visit one chunk, then the next.
+
+    Source: Megatron-LM (arXiv 2104.04473, section 2.2), whose warm-up it has.
+
+    Raises:
+        ScheduleError: `micro_batches` is no multiple of `stages`, or `rounds` is below 1.
+    """
+    check_numbers(stages, micro_batches)
+    if rounds < 1:
+        raise ScheduleError(f"rounds={rounds} must be at least 1")
+    if micro_batches % stages:
+        raise ScheduleError(
+            f"interleaved 1F1B needs a multiple of {stages} micro-batches, one for each stage, not"
+            f" {micro_batches}"
+        )
+    visits = [
+        (group + k, chunk)
+        for group in range(0, micro_batches, stages)
+        for chunk in range(rounds)
+        for k in range(stages)
+    ]
+    rows = []
+    for stage in range(stages):
+        forward = [one(c * stages + stage, Part.FORWARD, k) for k, c in visits]
+        backward = [one((rounds - 1 - c) * stages + stage, Part.BACKWARD, k) for k, c in visits]
+        warm_up = 2 * (stages - 1 - stage) + (rounds - 1) * stages
+        if micro_batches == stages:
+            # Megatron lets everything go forward first when there is one group only.
+            warm_up = len(forward)
+        rows.append(_in_turn(forward, backward, min(warm_up, len(forward))))
+    places = tuple(chunk % stages for chunk in range(rounds * stages))
+    return Schedule("interleaved 1F1B", micro_batches, places, tuple(rows))
+
+
+def _in_turn(forward: list[Pass], backward: list[Pass], warm_up: int) -> tuple[Pass, ...]:
+    """`warm_up` forwards, then one forward and one backward in turn, then what is left."""
+    row = forward[:warm_up]
+    for ahead, behind in zip(forward[warm_up:], backward, strict=False):
+        row += [ahead, behind]
+    return tuple(row + backward[len(forward) - warm_up :])

@@ -1,0 +1,1 @@
+"""What a search shows: tables, pictures, findings."""

@@ -1,0 +1,125 @@
+"""Everything that a search found, and the folder that it is written to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_dhellam.files import put_in_lines, save_text
+from lightning_dhellam.plan import Lane, Strand
+from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.search.measure.profile import Profile
+from lightning_dhellam.search.model.simulate import Interval, Simulation, Timeline
+from lightning_dhellam.search.report.outcomes import Outcome, save_trace, summary, time_text
+from lightning_dhellam.search.solve.solution import ModelSolution
+
+_SHOWN = 2
+"""Pairs of layers in the picture of a timeline."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a search found.
+
+    Attributes:
+        profile: the measured times.
+        solution: the plans of the solver, with their bounds.
+        plans: those of the winner.
+        outcomes: of each candidate.
+        winner: name of the candidate that is used.
+        reason: why.
+        predicted: a simulated step of each candidate, of a pipeline what this stage does in it.
+        measured: intervals of a traced real step, of some candidates.
+        seconds: wall time of each part of the search.
+        reference: the plan to compare with in pictures.
+    """
+
+    profile: Profile
+    solution: ModelSolution
+    plans: PlanFile
+    outcomes: Sequence[Outcome]
+    winner: str
+    reason: str
+    predicted: Mapping[str, Simulation]
+    measured: Mapping[str, Sequence[Interval]]
+    seconds: Mapping[str, float]
+    reference: str = "sequential"
+
+    def __str__(self) -> str:
+        spent = ", ".join(f"{part} {time_text(seconds)}" for part, seconds in self.seconds.items())
+        return "\n".join(
+            (
+                f"search on {self.profile.fingerprint.device}: {spent}",
+                summary(self.outcomes, self.winner, self.reason),
+                f"  {self.solution.main}",
+            )
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger: `search/auto/measured_ms` and the like."""
+        found = {f"search/{part}_seconds": seconds for part, seconds in self.seconds.items()}
+        for outcome in self.outcomes:
+            name = f"search/{Path(outcome.name).stem}"
+            found[f"{name}/predicted_ms"] = outcome.predicted * 1e3
+            found[f"{name}/exposed_ms"] = sum(outcome.exposed.values()) * 1e3
+            if outcome.measured is not None:
+                found[f"{name}/measured_ms"] = outcome.measured * 1e3
+        return found
+
+    def write(self, folder: Path) -> Path:
+        """Write the profile, the winner's plans, the table, the trace and the pictures.
+
+        Returns the file of the plans.
+        """
+        plan_file = folder / "plan.json"
+        self.profile.save(folder / "profile.json")
+        self.plans.save(plan_file)
+        save_text(folder / "summary.txt", f"{self}\n")
+        rows = [asdict(outcome) for outcome in self.outcomes]
+        found = {"winner": self.winner, "reason": self.reason, "seconds": dict(self.seconds)}
+        save_text(folder / "outcomes.json", put_in_lines({**found, "outcomes": rows}))
+        timelines = {f"{name}, measured": rows for name, rows in self.measured.items()}
+        for name in dict.fromkeys((self.reference, self.winner)):
+            timelines[f"{name}, predicted"] = self.predicted[name].intervals
+        save_trace(folder / "trace.json", timelines)
+        self._draw(folder)
+        return plan_file
+
+    def _draw(self, folder: Path) -> None:
+        # Drawing needs matplotlib, which nothing else here does.
+        from lightning_dhellam.search.report import pictures
+
+        panels = []
+        mark = " · emulated cluster" if "emulated" in self.profile.fingerprint.device else ""
+        for name in dict.fromkeys((self.reference, self.winner)):
+            panels.append(pictures.Panel(f"{name}, predicted{mark}", self._middle(name, False)))
+            if name in self.measured:
+                panels.append(pictures.Panel(f"{name}, measured{mark}", self._middle(name, True)))
+        pictures.save_timeline(folder / "timeline.png", [p for p in panels if p.intervals])
+        if any(lane is not Lane.COMPUTE for lane in self.profile.lanes.values()):
+            pictures.save_heat_map(folder / "overlap.png", self.profile)
+        exposed = {outcome.name: outcome.exposed for outcome in self.outcomes}
+        steps = {outcome.name: outcome.predicted for outcome in self.outcomes}
+        pictures.save_exposed(folder / "exposed.png", exposed, steps)
+
+    def _middle(self, name: str, real: bool) -> tuple[Interval, ...]:
+        """Some layers in the middle of a step, with time 0 at their start."""
+        rows = self.measured[name] if real else self.predicted[name].intervals
+        layers = 1 + max(row.layer for row in rows)
+        busiest = 1 if any(row.micro_batch == 1 for row in rows) else 0
+
+        def begin(layer: int) -> float:
+            starts = [
+                row.start
+                for row in rows
+                if row.strand is Strand.FORWARD
+                and row.layer == layer
+                and row.micro_batch == busiest
+            ]
+            return min(starts)
+
+        first = max(0, (layers - _SHOWN) // 2)
+        start = begin(first)
+        stop = begin(first + _SHOWN) if first + _SHOWN < layers else max(row.end for row in rows)
+        return Timeline(tuple(rows)).between(start, stop)

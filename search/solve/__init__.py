@@ -1,0 +1,1 @@
+"""The best order of a pair of layers."""

@@ -1,0 +1,109 @@
+"""What no order can beat."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from lightning_dhellam.plan import Lane, Strand
+from lightning_dhellam.search.solve.orders import Problem
+
+_ITERATIONS = 500
+_EPSILON = 1e-12
+
+
+def bounds(problem: Problem) -> dict[str, float]:
+    """Seconds that each resource needs at least, whatever the order.
+
+    A lane needs the sum of its operators. Compute and a communication lane together need more
+    when they disturb each other. A strand that repeats itself needs its longest chain from what
+    it is handed to what it hands over. The host needs its launches.
+    """
+    load = problem.load()
+    found = {str(lane): seconds for lane, seconds in load.items()}
+    if not problem.cyclic:
+        return found
+    for number, lane in enumerate(problem.lanes):
+        if lane is not Lane.COMPUTE:
+            found[f"compute beside {lane}"] = _together(problem, number)
+    for strand in Strand:
+        found[f"{strand} chain"] = _chain(problem, strand)
+    if not problem.costs.inline:
+        found["launch"] = problem.size * problem.costs.launch
+    return found
+
+
+def _chain(problem: Problem, strand: Strand) -> float:
+    """Longest way from an input of the strand's graph to its output."""
+    ways: dict[int, float] = {}
+    longest = 0.0
+    for x, (graph, operator) in enumerate(problem.operators):
+        if graph.direction is not strand:
+            continue
+        starts = [0.0] if set(operator.reads) & set(graph.inputs) else []
+        starts += [ways[y] for y in problem.before[x] if y in ways]
+        if starts:
+            ways[x] = max(starts) + problem.seconds[x]
+            if set(operator.writes) & set(graph.outputs):
+                longest = max(longest, ways[x])
+    return longest
+
+
+def _together(problem: Problem, lane: int) -> float:
+    """Least time in which compute and one lane can both be done, with their slowdowns.
+
+    A linear programme over the time that each two operators run together. A second of it does
+    the work of 1/a + 1/b seconds alone, a and b being the slowdowns, and so saves that less one.
+    """
+    work: dict[int, dict[str, float]] = {0: defaultdict(float), lane: defaultdict(float)}
+    for x, (graph, operator) in enumerate(problem.operators):
+        if problem.lane[x] in work:
+            key = problem.costs.key(graph, operator.name)
+            work[problem.lane[x]][key] += problem.seconds[x]
+    compute, communication = work[0], work[lane]
+    total = sum(compute.values()) + sum(communication.values())
+    # Both ways to begin are open to every couple.
+    columns = [
+        (a, b, table.get((a, b), (1.0, 1.0)))
+        for table in problem.costs.tables()
+        for a in communication
+        for b in compute
+    ]
+    rows = [*communication, *compute]
+    used = np.zeros((len(rows), len(columns)))
+    for column, (a, b, (slow_a, slow_b)) in enumerate(columns):
+        used[rows.index(a), column] = 1 / slow_a
+        used[len(communication) + list(compute).index(b), column] = 1 / slow_b
+    gain = np.array([1 / slow_a + 1 / slow_b - 1 for _, _, (slow_a, slow_b) in columns])
+    room = np.array([*communication.values(), *compute.values()])
+    saved = maximum(gain, used, room) if columns else 0.0
+    return max(0.0, total - saved)
+
+
+def maximum(gain: np.ndarray, used: np.ndarray, room: np.ndarray) -> float:
+    """Largest `gain @ x` with `used @ x <= room` and `x >= 0`, for `room >= 0`: simplex.
+
+    Infinite if it does not end in time, so that a bound made from it stays one.
+    """
+    count, width = used.shape
+    scale = float(room.max()) or 1.0
+    table = np.zeros((count + 1, width + count + 1))
+    table[:count, :width] = used
+    table[:count, width:-1] = np.eye(count)
+    table[:count, -1] = room / scale
+    table[-1, :width] = -gain
+    for _ in range(_ITERATIONS):
+        # The first improving column, as Bland's rule has it, cannot cycle.
+        improving = np.flatnonzero(table[-1, :-1] < -_EPSILON)
+        if not improving.size:
+            return float(table[-1, -1]) * scale
+        column = improving[0]
+        steep = table[:count, column]
+        ratios = np.full(count, np.inf)
+        np.divide(table[:count, -1], steep, out=ratios, where=steep > _EPSILON)
+        row = int(np.argmin(ratios))
+        table[row] /= table[row, column]
+        others = np.arange(count + 1) != row
+        table[others] -= np.outer(table[others, column], table[row])
+    return float("inf")
