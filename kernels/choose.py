@@ -74,7 +74,7 @@ class Kernels:
     Attributes:
         attention: a `Backend`.
         cross_entropy: module with `statistics`, `combine`, `backward_` and `CHUNK`.
-        dropout: module with `forward`, `forward_add`, `backward` and `fold`.
+        dropout: module with `forward`, `forward_add`, `backward` and `derive_key`.
         gelu: module with `forward` and `backward`.
         layer_norm: module with `forward`, `residual_forward` and `backward`.
         rms_norm: module with `forward`, `residual_forward` and `backward`.

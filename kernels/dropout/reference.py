@@ -13,7 +13,7 @@ from lightning_dhellam.kernels.dropout.philox import threshold, words
 _MASK = (1 << 64) - 1
 
 
-def fold(key: int, *counters: int) -> int:
+def derive_key(key: int, *counters: int) -> int:
     """A new 63-bit key from a key and counters (splitmix64's finaliser on each)."""
     for counter in counters:
         key = key * 0x9E3779B97F4A7C15 + counter + 1 & _MASK

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_dhellam.kernels.dropout.philox import SPAN, threshold
-from lightning_dhellam.kernels.dropout.reference import fold
+from lightning_dhellam.kernels.dropout.reference import derive_key
 from lightning_dhellam.kernels.launch import blocks
 
-__all__ = ["backward", "fold", "forward", "forward_add"]
+__all__ = ["backward", "derive_key", "forward", "forward_add"]
 
 
 def forward(x: Tensor, p: float, key: int) -> Tensor:

@@ -66,7 +66,7 @@ def cut(
             # A copy: kernels are chosen by the place of their arguments too, and a part of a batch
             # may begin anywhere.
             "batch.tokens": tokens[rows].to(device, non_blocking=True, copy=True),
-            "batch.key": dropout.fold(seed, step, rank, index),
+            "batch.key": dropout.derive_key(seed, step, rank, index),
             "batch.share": (rows.stop - start) / samples,
             "batch.data": {name: _rows(value, rows, samples) for name, value in batch.items()},
         }

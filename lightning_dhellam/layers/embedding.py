@@ -41,7 +41,9 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
             "embedding.dropout",
             ("embedded" if sizes.tp > 1 else "found", "batch.key"),
             {"y": sizes.shard},
-            lambda x, key: x if key is None else dropout.forward(x, p, dropout.fold(key, *SALT)),
+            lambda x, key: (
+                x if key is None else dropout.forward(x, p, dropout.derive_key(key, *SALT))
+            ),
             moved=2 * sizes.shard,
         )
 
@@ -58,7 +60,7 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
             "embedding.dropout.grad",
             ("dy", "batch.key"),
             {grad: sizes.shard},
-            lambda dy, key: dropout.backward(dy, p, dropout.fold(key, *SALT)),
+            lambda dy, key: dropout.backward(dy, p, dropout.derive_key(key, *SALT)),
             moved=2 * sizes.shard,
         )
     grad = backward.gather("embedding.grad_gather", grad, "d_found", sizes.hidden)

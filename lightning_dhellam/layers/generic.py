@@ -36,7 +36,7 @@ def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
     forward = GraphWriter(name, Strand.FORWARD, sizes)
 
     def run(x: Tensor, key: int | None) -> tuple[Tensor, Any]:
-        seed = None if key is None else dropout.fold(key, index)
+        seed = None if key is None else dropout.derive_key(key, index)
         with torch.enable_grad(), _seeded(x.device, seed):
             leaf = x.detach().requires_grad_()
             y = module(leaf)

@@ -168,7 +168,7 @@ class TransformerLowering:
         def run(x: Tensor, residual: Tensor, key: int | None) -> Tensor:
             if key is None:
                 return residual + x
-            added: Tensor = dropout.forward_add(x, residual, p, dropout.fold(key, *salts))
+            added: Tensor = dropout.forward_add(x, residual, p, dropout.derive_key(key, *salts))
             return added
 
         w.compute(
@@ -248,7 +248,7 @@ class TransformerLowering:
             name,
             (read, "batch.key"),
             {write: self.sizes.shard},
-            lambda dy, key: dropout.backward(dy, p, dropout.fold(key, *salts)),
+            lambda dy, key: dropout.backward(dy, p, dropout.derive_key(key, *salts)),
             moved=2 * self.sizes.shard,
         )
         return write

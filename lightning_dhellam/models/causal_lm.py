@@ -22,7 +22,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from lightning_dhellam.kernels.dropout import fold
+from lightning_dhellam.kernels.dropout import derive_key
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
@@ -239,7 +239,7 @@ def _seeded(context: ParallelContext, seed: int) -> Iterator[None]:
 def _seed(context: ParallelContext, seed: int, part: int) -> None:
     """Seed the generators for one part of the model."""
     # Megatron's tracker takes neighbouring seeds for neighbouring tensor ranks.
-    mixed = fold(seed, part) % 2**31
+    mixed = derive_key(seed, part) % 2**31
     torch.manual_seed(mixed)
     model_parallel_cuda_manual_seed(
         mixed, tp_rank=context.tp_rank, ep_rank=context.ep_rank, etp_rank=0

@@ -52,7 +52,7 @@ def test_other_random_numbers_are_left_alone(device: torch.device) -> None:
 
 def test_folded_keys_differ() -> None:
     keys = {
-        dropout.fold(1, step, rank, micro_batch, layer, salt)
+        dropout.derive_key(1, step, rank, micro_batch, layer, salt)
         for step in range(5)
         for rank in range(4)
         for micro_batch in range(4)
@@ -61,4 +61,4 @@ def test_folded_keys_differ() -> None:
     }
     assert len(keys) == 5 * 4 * 4 * 7 * 3
     assert all(0 <= key < 1 << 63 for key in keys)
-    assert dropout.fold(1, 2, 3) != dropout.fold(1, 3, 2)
+    assert dropout.derive_key(1, 2, 3) != dropout.derive_key(1, 3, 2)
