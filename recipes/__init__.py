@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib.resources import files
 from pathlib import Path
+
+from lightning_dhellam.recipes.shelf import Shelf
 
 OPTIONS = ("--config", "-c")
 """What a recipe stands behind on the command line."""
 
+SHELF = Shelf(__name__)
+"""Every recipe with its description."""
 
-def names() -> list[str]:
-    """Names of the recipes, without `.yaml`."""
-    return sorted(Path(str(item)).stem for item in files(__name__).iterdir() if _is_recipe(item))
+names = SHELF.names
 
 
 def find(name: str, option: str = OPTIONS[0]) -> Path:
@@ -23,13 +23,8 @@ def find(name: str, option: str = OPTIONS[0]) -> Path:
     """
     stem = name.removesuffix(".yaml")
     if stem not in names():
-        close = difflib.get_close_matches(stem, names(), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(
-            f"{option} {name} is neither a file nor a recipe: the recipes are {names()}{hint}"
+            f"{option} {name} is neither a file nor a recipe: the recipes are"
+            f" {names()}{SHELF.hint(stem)}"
         )
-    return Path(str(files(__name__).joinpath(f"{stem}.yaml")))
-
-
-def _is_recipe(item: object) -> bool:
-    return str(item).endswith(".yaml")
+    return SHELF.path(stem)

@@ -21,8 +21,8 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   plan schedule               print the passes of every stage of the folded pipeline
   simulate                    play pipeline schedules on measured times, and compare them
   bench NAME                  measure this machine; `dhellam bench --help` lists what
-  recipes                     list the recipes that ship with the package
-  clusters                    list the clusters that ship: what `emulate` and `--cluster` take
+  recipes                     the recipes that ship with the package, and copies of them
+  clusters                    the clusters that ship: what `emulate` and `--cluster` take
   fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
 
 `dhellam COMMAND --help` says more; `dhellam --version` says which version this is.
@@ -73,14 +73,14 @@ def _run(command: str, words: list[str]) -> int:
         return bench_command(words)
     if command == "recipes":
         from lightning_dhellam import recipes
+        from lightning_dhellam.commands.shelf import shelf_command
 
-        print("\n".join(recipes.names()))
-        return 0
+        return shelf_command(command, recipes.SHELF, words)
     if command == "clusters":
+        from lightning_dhellam.commands.shelf import shelf_command
         from lightning_dhellam.recipes import clusters
 
-        print("\n".join(clusters.names()))
-        return 0
+        return shelf_command(command, clusters.SHELF, words)
     if command == "demo":
         from lightning_dhellam.commands.demo import demo_command
 

@@ -8,9 +8,9 @@ from math import isfinite
 
 
 def add_sizes(parser: ArgumentParser) -> None:
-    """Add the sizes of a pipeline: `--stages` and `--micro-batches`."""
+    """Add the sizes of a pipeline: `--stages` and `--micro_batches`."""
     parser.add_argument("--stages", type=positive, required=True, metavar="P")
-    parser.add_argument("--micro-batches", type=positive, required=True, metavar="M")
+    parser.add_argument("--micro_batches", type=positive, required=True, metavar="M")
 
 
 def positive(text: str) -> int:

@@ -17,7 +17,7 @@ from lightning_dhellam.search.pipeline.stages import run
 
 USAGE = """\
 usage: dhellam plan show FILE
-       dhellam plan schedule --stages P --micro-batches M [--output FILE]
+       dhellam plan schedule --stages P --micro_batches M [--output FILE]
 
   show       print the plans of a plan file, such as that of a search
   schedule   print the passes of every stage of the folded pipeline
@@ -36,7 +36,7 @@ def plan_command(words: list[str]) -> int:
     if len(words) != 2 or words[0] != "show":
         raise ValueError(
             f"plan {' '.join(words)}: use 'dhellam plan show FILE' or 'dhellam plan schedule"
-            " --stages P --micro-batches M'"
+            " --stages P --micro_batches M'"
         )
     print(PlanFile.load(words[1]))
     return 0

@@ -59,14 +59,14 @@ def _simulate_parser() -> ArgumentParser:
         "--tokens", type=positive, help="of a micro-batch; by default what the profile says"
     )
     parser.add_argument(
-        "--p2p-bandwidth",
+        "--p2p_bandwidth",
         type=amount,
         default=50.0,
         metavar="GB/s",
         help="that a stage sends with (default 50: a link of 400 Gbit/s)",
     )
     parser.add_argument(
-        "--p2p-latency", type=not_negative, default=10.0, metavar="us", help="default 10"
+        "--p2p_latency", type=not_negative, default=10.0, metavar="us", help="default 10"
     )
     parser.add_argument(
         "--virtual",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from importlib.resources import files
 from pathlib import Path
 
+from lightning_dhellam.recipes.shelf import Shelf
 
-def names() -> list[str]:
-    """Names of the clusters, without `.yaml`."""
-    paths = (Path(str(item)) for item in files(__name__).iterdir())
-    return sorted(path.stem for path in paths if path.suffix == ".yaml")
+SHELF = Shelf(__name__)
+"""Every cluster with its description."""
+
+names = SHELF.names
 
 
 def find(name: str) -> Path:
@@ -20,10 +19,8 @@ def find(name: str) -> Path:
         ValueError: there is no such cluster; the message names the known ones.
     """
     if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(
             f"emulate='{name}' is neither the file of a cluster (.yaml) nor one that ships:"
-            f" {names()}{hint}"
+            f" {names()}{SHELF.hint(name)}"
         )
-    return Path(str(files(__name__).joinpath(f"{name}.yaml")))
+    return SHELF.path(name)

@@ -37,7 +37,7 @@ def simulate(profile: Path, *words: str) -> int:
 def test_one_table_and_one_picture_of_all_schedules(
     profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert simulate(profile, "--stages", "4", "--micro-batches", "8") == 0
+    assert simulate(profile, "--stages", "4", "--micro_batches", "8") == 0
     printed = capsys.readouterr().out
     assert "1 embedding, 14 transformer, 1 head" in printed
     assert "8 of 8,192 tokens" in printed and "50 GB/s, 10 µs" in printed
@@ -66,11 +66,11 @@ def test_one_table_and_one_picture_of_all_schedules(
 def test_what_is_left_out_is_named_with_the_reason(
     profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert simulate(profile, "--stages", "3", "--micro-batches", "4") == 0
+    assert simulate(profile, "--stages", "3", "--micro_batches", "4") == 0
     printed = capsys.readouterr().out
     assert "interleaved 1F1B: left out: interleaved 1F1B needs a multiple of 3" in printed
     assert "DualPipeV: left out: DualPipeV needs at least 6 micro-batches" in printed
-    assert simulate(profile, "--stages", "17", "--micro-batches", "16") == 2
+    assert simulate(profile, "--stages", "17", "--micro_batches", "16") == 2
     assert "17 chunks need as many layers, and there are 16" in capsys.readouterr().err
 
 
@@ -83,7 +83,7 @@ def test_a_plan_file_is_offered_and_a_stale_one_refused(
     }
     file = profile.parent / "plan.json"
     PlanFile.of(plans, graphs_of(layers)).save(file)
-    sizes = ("--stages", "1", "--micro-batches", "2", "--plans", str(file))
+    sizes = ("--stages", "1", "--micro_batches", "2", "--plans", str(file))
     assert simulate(profile, *sizes) == 0
     file.write_text(file.read_text().replace(layers[1].forward.fingerprint, "0" * 16))
     assert simulate(profile, *sizes) == 2
@@ -94,17 +94,17 @@ def test_mistakes_are_named_in_the_users_spelling(
     profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, message in (
-        (("--stages", "0", "--micro-batches", "8"), "--stages: '0' must be a whole number"),
-        (("--stages", "2", "--micro-batches", "x"), "--micro-batches: 'x' must be a whole"),
-        (("--stages", "2"), "required: --micro-batches"),
-        (("--stages", "2", "--micro-batches", "8", "--p2p-bandwidth", "0"), "--p2p-bandwidth: '0'"),
-        (("--stages", "2", "--micro-batches", "8", "--p2p-latency", "-1"), "--p2p-latency: '-1'"),
+        (("--stages", "0", "--micro_batches", "8"), "--stages: '0' must be a whole number"),
+        (("--stages", "2", "--micro_batches", "x"), "--micro_batches: 'x' must be a whole"),
+        (("--stages", "2"), "required: --micro_batches"),
+        (("--stages", "2", "--micro_batches", "8", "--p2p_bandwidth", "0"), "--p2p_bandwidth: '0'"),
+        (("--stages", "2", "--micro_batches", "8", "--p2p_latency", "-1"), "--p2p_latency: '-1'"),
     ):
         with pytest.raises(SystemExit) as exit_:
             simulate(profile, *words)
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
-    sizes = ("--stages", "2", "--micro-batches", "8")
+    sizes = ("--stages", "2", "--micro_batches", "8")
     assert simulate(tmp_path / "absent.json", *sizes) == 2
     assert "absent.json cannot be read as a profile" in capsys.readouterr().err
     toy, known = toy_costs({})
@@ -122,7 +122,7 @@ def test_sizes_that_a_profile_does_not_know_are_counted(
     toy, known = toy_costs({})
     bare = tmp_path / "bare.json"
     measure(FakeBench(known), graphs_of([toy]), replace(FINGERPRINT, shapes={})).save(bare)
-    sizes = ("--stages", "2", "--micro-batches", "4", "--layers", "8", "--tokens", "64")
+    sizes = ("--stages", "2", "--micro_batches", "4", "--layers", "8", "--tokens", "64")
     assert simulate(bare, *sizes) == 0
     assert re.search(
         r"^peak memory of stage .*\n-+\n1F1B +8 layers +4 layers$",
@@ -134,7 +134,7 @@ def test_sizes_that_a_profile_does_not_know_are_counted(
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
     profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ("--stages", "2", "--micro-batches", "8")
+    sizes = ("--stages", "2", "--micro_batches", "8")
     schedule = ["plan", "schedule", *sizes, "--output"]
     for output in (f"{profile}", f"{profile}/below/it"):
         words = ["simulate", *sizes, "--profile", str(profile), "--output", output]
@@ -151,7 +151,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
 
 def test_the_fold_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "fold.png"
-    words = ["plan", "schedule", "--stages", "2", "--micro-batches", "3", "--output", str(picture)]
+    words = ["plan", "schedule", "--stages", "2", "--micro_batches", "3", "--output", str(picture)]
     assert main(words) == 0
     assert capsys.readouterr().out.splitlines() == [
         "fold: 2 stages, 3 micro-batches of forward F and backward B",
@@ -164,6 +164,6 @@ def test_the_fold_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     ]
     assert min(imread(picture).shape[:2]) > 100
     with pytest.raises(SystemExit) as exit_:
-        main(["plan", "schedule", "--stages", "2", "--micro-batches", "0"])
+        main(["plan", "schedule", "--stages", "2", "--micro_batches", "0"])
     assert exit_.value.code == 2
-    assert "--micro-batches: '0' must be a whole number of at least 1" in capsys.readouterr().err
+    assert "--micro_batches: '0' must be a whole number of at least 1" in capsys.readouterr().err
