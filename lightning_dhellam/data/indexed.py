@@ -22,12 +22,11 @@ from lightning_dhellam.files import staged_directory
 from lightning_dhellam.parallel.emulate import is_emulated
 
 _CHECKED_TOKENS = 2**20
+_DIGESTED_BYTES = 2**20
 _INDEX_MAGIC = b"MMIDIDX\0\0"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, type of the tokens, number of sequences, number of document ends."""
 _NAMES = {Split.train: "training", Split.valid: "validation", Split.test: "test"}
-
-SplitSizes = dict[Split, int | None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,16 @@ class IndexedData:
         """Changes when the files do; Megatron's own cache key only holds their path."""
         stats = [self.prefix.with_name(self.prefix.name + end).stat() for end in (".bin", ".idx")]
         return [str(self.prefix), *[(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+
+    @property
+    def digest(self) -> str:
+        """Of the number of tokens and the lengths of documents; the same wherever the files lie."""
+        found = hashlib.sha256(str(Path(f"{self.prefix}.bin").stat().st_size).encode())
+        index = Path(f"{self.prefix}.idx")
+        found.update(str(index.stat().st_size).encode())
+        with index.open("rb") as file:
+            found.update(file.read(_DIGESTED_BYTES))
+        return found.hexdigest()[:12]
 
 
 def open_indexed(
@@ -225,16 +234,16 @@ def count_samples(
 
 
 def build_splits(
-    data: IndexedData, sequence_length: int, split: str, seed: int, sizes: SplitSizes
+    data: IndexedData, sequence_length: int, split: str, seed: int
 ) -> dict[Split, GPTDataset]:
-    """Megatron-core's datasets of the splits with a positive share, shuffled by `seed`.
+    """Megatron-core's datasets of the splits with a positive share, one pass shuffled by `seed`.
 
-    `sizes` asks for a least number of samples; None is one pass. Collective when torch.distributed
+    Collective when torch.distributed
     is initialised: rank 0 builds the index cache, the others wait and read it, so the directory
     must be visible to all. Raises RuntimeError on these if rank 0 failed. A rank that is alone,
     since its cluster is emulated, builds it whatever its number.
     """
-    key = [*data.identity, sequence_length, split, seed, [sizes[part] for part in Split]]
+    key = [*data.identity, sequence_length, split, seed]
     key.append(data.vocabulary.unique_identifiers)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     cache = data.cache / name
@@ -243,17 +252,14 @@ def build_splits(
         # Megatron writes on rank 0 only; without a path it keeps what it builds in memory.
         config.path_to_cache = ""
     else:
-        _build_cache_once(data, cache, sizes, config)
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [sizes[part] for part in Split], lambda: True, config
-    )
+        _build_cache_once(data, cache, config)
+    one_pass: list[int | None] = [None] * len(Split)
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, one_pass, lambda: True, config)
     datasets = builder.build()
     return {part: datasets[part.value] for part in Split if datasets[part.value] is not None}
 
 
-def _build_cache_once(
-    data: IndexedData, cache: Path, sizes: SplitSizes, config: GPTDatasetConfig
-) -> None:
+def _build_cache_once(data: IndexedData, cache: Path, config: GPTDatasetConfig) -> None:
     # Megatron writes the cache file by file and trusts whatever is there, even what an interrupted
     # run left behind; so it writes into a staged directory.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -261,7 +267,7 @@ def _build_cache_once(
         if not cache.is_dir() and (not distributed or torch.distributed.get_rank() == 0):
             with staged_directory(cache) as folder:
                 config.path_to_cache = str(folder)
-                _write_cache(data, sizes, config)
+                _write_cache(data, config)
     except PermissionError as error:
         raise ValueError(
             f"{data.cache} cannot be written ({error.strerror})."
@@ -278,8 +284,8 @@ def _build_cache_once(
         )
 
 
-def _write_cache(data: IndexedData, sizes: SplitSizes, config: GPTDatasetConfig) -> None:
+def _write_cache(data: IndexedData, config: GPTDatasetConfig) -> None:
     low_level = GPTDataset.build_low_level_dataset(str(data.prefix), config)
     for part, (start, stop) in split_ranges(config, len(low_level)).items():
         documents = numpy.arange(start, stop, dtype=numpy.int32)
-        GPTDataset(low_level, str(data.prefix), documents, sizes[part], part, config)
+        GPTDataset(low_level, str(data.prefix), documents, None, part, config)

@@ -1,65 +1,118 @@
-"""A DataLoader that can go on in the middle of an epoch."""
+"""Training samples in one global order, of which every rank takes its share."""
 
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any, Generic, TypeVar
+from __future__ import annotations
 
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, Generic, TypeVar, cast
+
+import numpy
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Batch = TypeVar("Batch")
 
 
-class SkippingBatchSampler(BatchSampler):
-    """A BatchSampler that keeps the dataset's order and can leave out the first batches.
+class SampleOrder(DistributedSampler[int]):
+    """The samples that one data-parallel rank trains on, of an order that all ranks share.
 
-    Its next walk leaves out `skip` of them, without reading them.
-    """
+    The order has no end. It goes through the dataset again and again: the first pass in the
+    dataset's own order, each further one shuffled by `seed` and its number. An epoch takes the
+    next `epoch_samples` of it, as far as they make whole batches on every rank, and the epoch
+    after that begins where this one ended. So no sample is left out or comes early, and where
+    training is in the order is one number.
 
-    skip: int = 0
+    It is a DistributedSampler so that Lightning, which would put one of its own here, lets it be.
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool) -> None:
-        super().__init__(sampler, batch_size, drop_last)
-        if isinstance(sampler, DistributedSampler):
-            # Lightning asks for a shuffle of all training data; ours is shuffled already, and
-            # the order must not depend on the number of ranks.
-            sampler.shuffle = False
+    Args:
+        dataset: whose samples are numbered.
+        batch_size: samples of one rank in one batch.
+        seed: of the shuffles.
+        replicas: data-parallel ranks that share the samples of a batch.
+        rank: of this process among them.
+        epoch_samples: samples of an epoch, over all ranks; None for as many as the dataset has.
 
-    def __iter__(self) -> Iterator[list[int]]:
-        skip, self.skip = self.skip, 0
-        yield from islice(super().__iter__(), skip, None)
-
-
-class ResumableDataLoader(DataLoader[Batch], Generic[Batch]):
-    """A DataLoader whose position is part of Lightning's checkpoint.
-
-    Needs `batch_sampler` to be a SkippingBatchSampler. Lightning puts the data-parallel sampler
-    into it, and calls `state_dict` and `load_state_dict`. `epoch_batches` says after how many
-    batches the trainer starts the next epoch (it may be told to stop before the last batch).
+    Attributes:
+        position: samples of the order that all ranks together have been given.
     """
 
     def __init__(
-        self, *args: Any, epoch_batches: Callable[[], int | float] | None = None, **kwargs: Any
+        self,
+        dataset: Sized,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        replicas: int = 1,
+        rank: int = 0,
+        epoch_samples: int | None = None,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.epoch_batches = epoch_batches
-        self._drawn = 0
-        self._skip = 0
+        super().__init__(
+            cast(Dataset[Any], dataset), replicas, rank, shuffle=False, seed=seed, drop_last=True
+        )
+        self.batch_size = batch_size
+        self.epoch_samples = len(dataset) if epoch_samples is None else epoch_samples
+        self.position = 0
+        self._samples = len(dataset)
+        self._shuffled: tuple[int, numpy.ndarray] = (0, numpy.empty(0))
+
+    @property
+    def step_samples(self) -> int:
+        """Samples that all ranks together are given in one batch."""
+        return self.batch_size * self.num_replicas
+
+    def __len__(self) -> int:
+        return self.epoch_samples // self.step_samples * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.position + self.rank
+        numbers = range(first, first + len(self) * self.num_replicas, self.num_replicas)
+        return (self.sample(number) for number in numbers)
+
+    def sample(self, number: int) -> int:
+        """The index in the dataset of the sample at a place in the order."""
+        turn, place = divmod(number, self._samples)
+        if turn == 0:
+            return place
+        if self._shuffled[0] != turn:
+            # RandomState's numbers are promised to stay the same in every version of numpy.
+            order = numpy.arange(self._samples, dtype=numpy.min_scalar_type(self._samples))
+            numpy.random.RandomState([self.seed % 2**32, turn]).shuffle(order)
+            self._shuffled = (turn, order)
+        return int(self._shuffled[1][place])
+
+
+class ResumableDataLoader(DataLoader[Batch], Generic[Batch]):
+    """A DataLoader over a SampleOrder, whose place in it is part of checkpoints.
+
+    With another sampler, such as the one that Lightning puts in to overfit a few batches, it is a
+    DataLoader like any other.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sampler: Any = None, **options: Any) -> None:
+        if isinstance(sampler, SampleOrder):
+            options |= {"batch_size": sampler.batch_size, "drop_last": True}
+        super().__init__(dataset, sampler=sampler, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator: an iterator that is made but never advanced must not use up the skip.
-        self._drawn, self._skip = self._skip, 0
-        assert isinstance(self.batch_sampler, SkippingBatchSampler)
-        self.batch_sampler.skip = self._drawn
+        # A generator: an iterator that is made but never advanced must not change the place.
         for batch in super().__iter__():
-            self._drawn += 1
+            if isinstance(self.sampler, SampleOrder):
+                self.sampler.position += self.sampler.step_samples
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were handed out; 0 at its end."""
-        end = len(self)
-        if self.epoch_batches is not None:
-            end = int(min(end, self.epoch_batches()))
-        return {"batches": self._drawn if self._drawn < end else 0}
+        """How many samples of the order all ranks together were given."""
+        return {"samples": self.sampler.position} if isinstance(self.sampler, SampleOrder) else {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._drawn = self._skip = state["batches"]
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken, with any batch size and number of ranks."""
+        if isinstance(self.sampler, SampleOrder):
+            self.sampler.position = position_in(state, self.sampler.step_samples)
+
+
+def position_in(state: Mapping[str, Any], step_samples: int) -> int:
+    """The place in the order that a saved state names.
+
+    States of version 0.1 hold a number of batches, which were of `step_samples` samples.
+    """
+    if "batches" in state:
+        return int(state["batches"]) * step_samples
+    return int(state.get("samples", 0))

@@ -1,6 +1,6 @@
 """IndexedDataModule: batches from a prepared or Megatron-LM dataset, for a Lightning Trainer."""
 
-from collections.abc import Sized
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,15 @@ import torch
 from lightning.pytorch import LightningDataModule
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
-from torch.utils.data import DataLoader, SequentialSampler, Subset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from lightning_dhellam.data.indexed import build_splits, count_samples, open_indexed
-from lightning_dhellam.data.loader import ResumableDataLoader, SkippingBatchSampler
+from lightning_dhellam.data.indexed import (
+    build_splits,
+    count_samples,
+    open_indexed,
+    parse_split,
+)
+from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder, position_in
 from lightning_dhellam.data.tokenizer import Tokenizer
 
 TokenBatch = dict[str, torch.Tensor]
@@ -23,10 +28,10 @@ class IndexedDataModule(LightningDataModule):
 
     A batch is a dict of `tokens` and `labels`, int64 [B, S], and `loss_mask`, float32 [B, S], with
     B = batch_size, S = sequence_length; labels are the tokens one position later. Documents are
-    joined, cut into samples and shuffled by `seed` alone, so every rank sees the same order; the
-    Trainer's distributed sampler then deals the samples out to the data-parallel ranks. Every
-    epoch goes through the samples in the same order. Training can go on in mid-epoch from a
-    checkpoint.
+    joined, cut into samples and shuffled by `seed` alone, so every rank sees the same order, of
+    which the data-parallel ranks take turns. Each pass over the samples has an order of its own.
+    A checkpoint holds how many samples were seen, so that training goes on with the next one, in
+    mid-epoch as well, whatever the batch size and the number of ranks are then.
 
     Args:
         path: Directory made by `dhellam data prepare`, or the prefix of a .bin and .idx pair made
@@ -37,8 +42,8 @@ class IndexedDataModule(LightningDataModule):
             then the validation loop is skipped.
         seed: Seed of the shuffle.
         num_workers: Processes per DataLoader that read ahead; 0 reads in the training process.
-        train_samples: Samples in a training epoch. More than the data holds repeats it, shuffled
-            anew each time. Left out, one pass over the training documents.
+        train_samples: Samples in a training epoch: the next so many of an order that goes through
+            the data again and again, pass by pass. Left out, as many as the data holds.
         tokenizer: The sentencepiece model of a Megatron-LM dataset.
         vocab_size: Number of token ids of a Megatron-LM dataset without a sentencepiece model.
         cache_dir: Where the index cache goes (shared by all ranks); by default beside the data.
@@ -74,7 +79,9 @@ class IndexedDataModule(LightningDataModule):
         self.train_samples = train_samples
         self._data = open_indexed(path, tokenizer, vocab_size, cache_dir)
         self._samples = count_samples(self._data, sequence_length, split, path)
-        self._datasets: dict[Split, GPTDataset | Subset[TokenBatch]] = {}
+        self._datasets: dict[Split, GPTDataset] = {}
+        self._order: SampleOrder | None = None
+        self._saved: Mapping[str, Any] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -91,26 +98,53 @@ class IndexedDataModule(LightningDataModule):
         """Build or read the index cache. Every rank must call this."""
         if self._datasets:
             return
-        sizes = {Split.train: self.train_samples, Split.valid: None, Split.test: None}
-        built = build_splits(self._data, self.sequence_length, self.split, self.seed, sizes)
-        self._datasets = dict(built)
-        if self.train_samples is not None and Split.train in built:
-            # Megatron finishes the last pass; the user asked for a number.
-            self._datasets[Split.train] = Subset(built[Split.train], range(self.train_samples))
+        self._datasets = build_splits(self._data, self.sequence_length, self.split, self.seed)
 
     def train_dataloader(self) -> ResumableDataLoader[TokenBatch]:
-        """Whole batches only, in Megatron's order."""
+        """Whole batches only, from where a checkpoint that was loaded has ended."""
         dataset = self._dataset(Split.train, "training")
-        self._check_one_batch(dataset)
-        sampler = SkippingBatchSampler(
-            SequentialSampler(dataset), batch_size=self.batch_size, drop_last=True
-        )
-        return ResumableDataLoader(
+        replicas, rank = self._place()
+        self._order = SampleOrder(
             dataset,
-            batch_sampler=sampler,
-            epoch_batches=self._epoch_batches,
-            **self._loader_options(),
+            self.batch_size,
+            self.seed,
+            replicas=replicas,
+            rank=rank,
+            epoch_samples=self.train_samples,
         )
+        self._check_one_batch(self._order)
+        self._order.position = position_in(self._saved, self._order.step_samples)
+        self._saved = {}
+        return ResumableDataLoader(dataset, self._order, **self._loader_options())
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many samples training has seen, and of which order."""
+        seen = self._order.position if self._order is not None else 0
+        return {"samples": seen, "order": self._identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the sample after the last one that was seen.
+
+        Raises ValueError if these are other samples, or the same in another order.
+        """
+        for name, saved in state_dict.get("order", {}).items():
+            if saved != self._identity[name]:
+                raise ValueError(
+                    f"the checkpoint was trained on data with {name}={saved}, this run has"
+                    f" {name}={self._identity[name]}: its samples have another order, so that none"
+                    " of them is the next. Use the same, or start a new run from the weights"
+                )
+        self._saved = state_dict
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What decides which sample is where in the order."""
+        return {
+            "path": f"{self._data.prefix.name} ({self._data.digest})",
+            "split": ",".join(f"{share:g}" for share in parse_split(self.split)),
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+        }
 
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[DataLoader[TokenBatch]]:
         """The validation split; an empty list, which skips validation, if its share is 0."""
@@ -143,7 +177,7 @@ class IndexedDataModule(LightningDataModule):
             "collate_fn": collate,
         }
 
-    def _dataset(self, part: Split, name: str) -> GPTDataset | Subset[TokenBatch]:
+    def _dataset(self, part: Split, name: str) -> GPTDataset:
         if part not in self._samples:
             raise ValueError(
                 f"split={self.split!r} has no share for {name}."
@@ -153,21 +187,20 @@ class IndexedDataModule(LightningDataModule):
             self.setup()
         return self._datasets[part]
 
-    def _check_one_batch(self, dataset: Sized) -> None:
-        replicas = 1
-        if self.trainer is not None:
-            replicas = (self.trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-        if len(dataset) < self.batch_size * replicas:
+    def _place(self) -> tuple[int, int]:
+        """How many data-parallel ranks there are, and which of them this process is."""
+        dealt = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (dealt["num_replicas"], dealt["rank"]) if dealt else (1, 0)
+
+    def _check_one_batch(self, order: SampleOrder) -> None:
+        if not len(order):
             raise ValueError(
-                f"path={self.path} has {len(dataset)} training sample(s) of"
+                f"path={self.path} has {order.epoch_samples} training sample(s) of"
                 f" sequence_length={self.sequence_length}, but one step of batch_size="
-                f"{self.batch_size} on {replicas} data-parallel rank(s) takes"
-                f" {self.batch_size * replicas}. Give a smaller batch_size, train_samples to repeat"
+                f"{self.batch_size} on {order.num_replicas} data-parallel rank(s) takes"
+                f" {order.step_samples}. Give a smaller batch_size, train_samples to repeat"
                 " the data, or more text."
             )
-
-    def _epoch_batches(self) -> int | float:
-        return self.trainer.num_training_batches if self.trainer is not None else float("inf")
 
 
 def collate(samples: list[TokenBatch]) -> TokenBatch:

@@ -113,24 +113,33 @@ def test_the_seed_alone_decides_the_order(module: Callable[..., IndexedDataModul
     assert torch.equal(first, tokens(module(seed=1, num_workers=2).train_dataloader()))
 
 
-def test_a_loader_gives_every_epoch_the_same(module: Callable[..., IndexedDataModule]) -> None:
-    loader = module().train_dataloader()
-    assert torch.equal(tokens(loader), tokens(loader))
+def test_every_epoch_goes_through_all_samples_in_an_order_of_its_own(
+    module: Callable[..., IndexedDataModule], megatron_prefix: Write
+) -> None:
+    options: dict[str, Any] = {"vocab_size": 1000, "split": "1", "sequence_length": 83}
+    loaders = [module(megatron_prefix(COUNTING), **options).train_dataloader() for _ in range(2)]
+    epochs, again = ([tokens(loader)[:, 0].tolist() for _ in range(3)] for loader in loaders)
+    assert epochs == again
+    first, *others = epochs
+    assert len(first) == 12  # 1000 tokens
+    assert all(sorted(other) == sorted(first) and other != first for other in others)
+    assert others[0] != others[1]
 
 
-def test_train_samples_repeats_the_data_shuffled_anew(
+def test_train_samples_goes_pass_by_pass(
     module: Callable[..., IndexedDataModule], megatron_prefix: Write
 ) -> None:
     prefix = megatron_prefix(COUNTING)
     options: dict[str, Any] = {"vocab_size": 1000, "split": "1", "sequence_length": 9}
-    few = module(prefix, train_samples=8, **options)
-    many = module(prefix, train_samples=400, **options)
-    assert len(tokens(few.train_dataloader())) == 8
-    drawn = tokens(many.train_dataloader())
+    few = module(prefix, train_samples=8, **options).train_dataloader()
+    many = module(prefix, train_samples=400, **options).train_dataloader()
+    drawn = tokens(many)
     assert len(drawn) == 400
-    passes = [sorted(part.flatten().tolist()) for part in drawn[:333].split(111)]
-    assert not torch.equal(drawn[:111], drawn[111:222])
-    assert numpy.mean([len(set(part)) for part in passes]) > 600
+    passes = [part.flatten().tolist() for part in drawn[:333].split(111)]
+    assert all(sorted(one) == sorted(passes[0]) for one in passes)
+    assert len(set(passes[0])) == 999 and passes[1] != passes[0]
+    # A short epoch is followed by the next samples of the same order.
+    assert torch.equal(torch.cat([tokens(few) for _ in range(5)]), drawn[:40])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,6 +1,7 @@
 """The data module under real Lightning Trainers: sampling, epochs, restarts, several ranks."""
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,47 @@ def test_no_rank_hangs_when_the_first_cannot_build(prepared: PreparedData, tmp_p
     assert first.startswith(("FileExistsError", "NotADirectoryError"))
     assert second.startswith("RuntimeError")
     assert "rank 0 could not build the index cache" in second
+
+
+def _kept(data: IndexedDataModule, folder: Path, steps: int) -> Path:
+    keep = ModelCheckpoint(folder / "kept", filename="at-{step}", every_n_train_steps=1)
+    options: dict[str, Any] = {"limit_val_batches": 0, "default_root_dir": folder}
+    _fit(data, max_steps=steps, callbacks=[keep], **options)
+    return folder / "kept" / f"at-step={steps}.ckpt"
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("stop", [6, 20], ids=["mid-epoch", "second-epoch"])
+def test_another_batch_size_goes_on_with_the_next_sample(
+    prepared: PreparedData, tmp_path: Path, batch_size: int, stop: int
+) -> None:
+    def data(batch_size: int = 4) -> IndexedDataModule:
+        options: dict[str, Any] = {"num_workers": 0, "split": "8,1,1", "train_samples": 64}
+        return IndexedDataModule(
+            prepared.path, 16, batch_size, cache_dir=tmp_path / "cache", **options
+        )
+
+    options: dict[str, Any] = {"limit_val_batches": 0, "enable_checkpointing": False}
+    options["default_root_dir"] = tmp_path
+    straight = [*chain(*_fit(data(), max_steps=stop + 10, **options))]
+    checkpoint = _kept(data(), tmp_path, stop)
+    resumed = [*chain(*_fit(data(batch_size), checkpoint, max_steps=stop + 4, **options))]
+    assert len(resumed) >= 8
+    assert resumed == straight[4 * stop : 4 * stop + len(resumed)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 9}, {"split": "7,1,1"}, {"sequence_length": 8}], ids=lambda c: next(iter(c))
+)
+def test_a_checkpoint_of_another_order_is_refused(
+    prepared: PreparedData, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    def data(**changes: Any) -> IndexedDataModule:
+        given: dict[str, Any] = {"sequence_length": 16, "num_workers": 0, "split": "8,1,1"}
+        given |= {"cache_dir": tmp_path / "cache", **changes}
+        return IndexedDataModule(prepared.path, batch_size=4, **given)
+
+    checkpoint = _kept(data(), tmp_path, 3)
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"trained on data with {name}=.*, this run has {name}="):
+        _fit(data(**change), checkpoint, max_steps=5, default_root_dir=tmp_path)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_dhellam.data.loader import ResumableDataLoader, SkippingBatchSampler
+from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.strategy import DHellamStrategy
@@ -101,14 +101,26 @@ def make_trainer(
 
 def loader(strategy: dict[str, Any] | str, samples: int = 64) -> ResumableDataLoader[Any]:
     """Batches of this rank, in order: its share of a global batch of 8."""
-    replicas = int(os.environ.get("WORLD_SIZE", 1))
-    if not isinstance(strategy, str):
-        replicas //= strategy.get("tensor_parallel_size", 1)
-        replicas //= strategy.get("pipeline_parallel_size", 1)
+    replicas, rank = _place(strategy)
     data = Sequences(samples)
-    # Lightning's sampler shuffles what a plain DataLoader trains on; this one stays in order.
-    sampler = SkippingBatchSampler(SequentialSampler(data), GLOBAL_BATCH // replicas, False)
-    return ResumableDataLoader(data, batch_sampler=sampler)
+    order = SampleOrder(data, GLOBAL_BATCH // replicas, replicas=replicas, rank=rank)
+    return ResumableDataLoader(data, order)
+
+
+def evaluation(strategy: dict[str, Any] | str, samples: int = 64) -> DataLoader[Any]:
+    """The same batches for another loop than training, the last one perhaps smaller."""
+    return DataLoader(Sequences(samples), GLOBAL_BATCH // _place(strategy)[0])
+
+
+def _place(strategy: dict[str, Any] | str) -> tuple[int, int]:
+    """How many data-parallel ranks there are, and which of them this process is."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if isinstance(strategy, str):
+        return world, rank
+    # Tensor-parallel ranks are neighbours, and pipeline stages are farthest apart.
+    tensor = strategy.get("tensor_parallel_size", 1)
+    replicas = world // tensor // strategy.get("pipeline_parallel_size", 1)
+    return replicas, rank // tensor % replicas
 
 
 def train(

@@ -17,7 +17,7 @@ from lightning_dhellam import DHellamStrategy
 from lightning_dhellam.models import export_llama
 from lightning_dhellam.parallel import context
 from tests.ranks import run_ranks
-from tests.strategy.runs import GLOBAL_BATCH, Model, join, loader, make_trainer, train
+from tests.strategy.runs import GLOBAL_BATCH, Model, evaluation, join, loader, make_trainer, train
 
 
 def test_seed_decides_the_weights_and_none_takes_the_one_of_the_run(
@@ -78,7 +78,7 @@ def used_again(
     trainer.fit(model, loader(sizes))
     assert isinstance(trainer.strategy, DHellamStrategy)
     count, groups = open_groups(), trainer.strategy.context.groups
-    trainer.validate(model, loader(sizes), verbose=False)
+    trainer.validate(model, evaluation(sizes), verbose=False)
     first, second = (
         train(sizes, Model(**shape), max_steps=3, accelerator=accelerator) for _ in range(2)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_dhellam.data.loader import ResumableDataLoader, SkippingBatchSampler
+from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import ParallelContext
@@ -92,17 +93,20 @@ class Gradients(Callback):
         self.values = {name: p.main_grad.clone() for name, p in parameters.items()}
 
 
-def _loader(config: ModelConfig, share: int) -> DataLoader[Any]:
+def _loader(config: ModelConfig, strategy: dict[str, Any], replicas: int) -> DataLoader[Any]:
     data = Batch(config)
-    sampler = SkippingBatchSampler(SequentialSampler(data), share, drop_last=False)
-    return ResumableDataLoader(data, batch_sampler=sampler)
+    # Tensor-parallel ranks are neighbours.
+    rank = int(os.environ.get("RANK", 0)) // strategy.get("tensor_parallel_size", 1)
+    return ResumableDataLoader(
+        data, SampleOrder(data, SAMPLES // replicas, replicas=replicas, rank=rank)
+    )
 
 
 def _step(config: ModelConfig, strategy: dict[str, Any], replicas: int) -> Outcome:
     """Loss, `main_grad` and what the optimizer subtracted, of one step on the global batch."""
     losses, module, gradients = Losses(), Imported(config), Gradients()
     trainer = make_trainer(strategy, [losses, gradients], max_steps=1)
-    trainer.fit(module, _loader(config, SAMPLES // replicas))
+    trainer.fit(module, _loader(config, strategy, replicas))
     model = module.model
     before = hugging_face_llama(config).state_dict()
     after = export_llama(model)

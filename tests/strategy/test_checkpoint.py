@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
-from tests.strategy.runs import SHAPE, Losses, Model, join, loader, make_trainer
+from tests.strategy.runs import SHAPE, Losses, Model, evaluation, join, loader, make_trainer
 
 STEPS, STOP = 6, 3
 DROPOUT: dict[str, Any] = {"hidden_dropout": 0.2}
@@ -175,10 +175,10 @@ def _validate_weights(root: Path) -> tuple[float, float]:
     trainer = make_trainer(strategy, [keep], max_steps=2, enable_checkpointing=True)
     module = Model()
     trainer.fit(module, loader(strategy))
-    (direct,) = trainer.validate(module, loader(strategy), verbose=False)
+    (direct,) = trainer.validate(module, evaluation(strategy), verbose=False)
     other = make_trainer(strategy)
     path = root / "weights" / "step=2.ckpt"
-    (loaded,) = other.validate(Model(), loader(strategy), ckpt_path=path, verbose=False)
+    (loaded,) = other.validate(Model(), evaluation(strategy), ckpt_path=path, verbose=False)
     return direct["val_loss"], loaded["val_loss"]
 
 
@@ -279,7 +279,8 @@ def test_a_weights_only_checkpoint_validates_like_the_run_that_wrote_it(
 
 
 def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path: Path) -> None:
-    from lightning_dhellam.parallel import ParallelContext, checkpoint
+    from lightning_dhellam.checkpoint import folder as checkpoint
+    from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "a.ckpt"
@@ -290,7 +291,8 @@ def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path:
 
 
 def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: Path) -> None:
-    from lightning_dhellam.parallel import ParallelContext, checkpoint
+    from lightning_dhellam.checkpoint import folder as checkpoint
+    from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "last.ckpt"
@@ -309,7 +311,8 @@ def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: P
 
 
 def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
-    from lightning_dhellam.parallel import ParallelContext, checkpoint
+    from lightning_dhellam.checkpoint import folder as checkpoint
+    from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
@@ -323,7 +326,8 @@ def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) 
 
 
 def test_weights_of_another_split_are_refused(tmp_path: Path) -> None:
-    from lightning_dhellam.parallel import ParallelContext, checkpoint
+    from lightning_dhellam.checkpoint import folder as checkpoint
+    from lightning_dhellam.parallel import ParallelContext
 
     single = ParallelContext.single(torch.device("cpu"))
     context = replace(single, pp_size=2, pipeline_split=(2, 1, 1, 1))

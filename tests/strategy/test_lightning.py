@@ -22,7 +22,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.ranks import run_ranks
-from tests.strategy.runs import Losses, Model, Sequences, join, loader, make_trainer, train
+from tests.strategy.runs import (
+    Losses,
+    Model,
+    Sequences,
+    evaluation,
+    join,
+    loader,
+    make_trainer,
+    train,
+)
 
 Strategy = dict[str, Any] | str
 OURS: Strategy = {"micro_batch_size": 3}
@@ -82,12 +91,12 @@ def _loops(strategy: Strategy, folder: Path) -> dict[str, Any]:
         log_every_n_steps=1,
     )
     module = Scheduled()
-    trainer.fit(module, loader(strategy), loader(strategy, samples=20))
+    trainer.fit(module, loader(strategy), evaluation(strategy, samples=20))
     shown = bar.get_metrics(trainer, module)
     # A fresh Trainer cannot rely on anything that fitting left behind.
     other = make_trainer(strategy)
-    (validated,) = other.validate(module, loader(strategy, samples=20), verbose=False)
-    (tested,) = other.test(module, loader(strategy, samples=12), verbose=False)
+    (validated,) = other.validate(module, evaluation(strategy, samples=20), verbose=False)
+    (tested,) = other.test(module, evaluation(strategy, samples=12), verbose=False)
     predicted = other.predict(module, DataLoader(Sequences(12), batch_size=8))
     assert predicted is not None
     with (folder / "metrics.csv").open() as file:
@@ -126,14 +135,14 @@ def _again(strategy: Strategy) -> list[float]:
 def _stopped(strategy: Strategy) -> int:
     never_better = EarlyStopping("val_loss", min_delta=100.0, patience=2)
     trainer = make_trainer(strategy, [never_better], max_epochs=9, limit_train_batches=2)
-    trainer.fit(Model(), loader(strategy), loader(strategy, samples=8))
+    trainer.fit(Model(), loader(strategy), evaluation(strategy, samples=8))
     return trainer.current_epoch
 
 
 def _fast(strategy: Strategy) -> tuple[int, bool]:
     losses = Losses()
     trainer = make_trainer(strategy, [losses], fast_dev_run=True)
-    trainer.fit(Model(), loader(strategy), loader(strategy))
+    trainer.fit(Model(), loader(strategy), evaluation(strategy))
     return len(losses.values), "val_loss" in trainer.callback_metrics
 
 
@@ -144,11 +153,11 @@ def _kept(strategy: Strategy, folder: Path) -> tuple[list[str], float, float]:
     trainer = make_trainer(
         strategy, [best], enable_checkpointing=True, max_epochs=4, limit_train_batches=2
     )
-    trainer.fit(Model(), loader(strategy), loader(strategy, samples=16))
+    trainer.fit(Model(), loader(strategy, samples=16), evaluation(strategy, samples=16))
     # The loss falls, so that by mode="max" the first epochs are the best.
     assert best.best_model_score is not None
     (loaded,) = trainer.validate(
-        Model(), loader(strategy, samples=16), ckpt_path=best.best_model_path, verbose=False
+        Model(), evaluation(strategy, samples=16), ckpt_path=best.best_model_path, verbose=False
     )
     return (
         sorted(path.name for path in folder.iterdir()),
@@ -162,9 +171,10 @@ def _dropout(strategy: Strategy) -> dict[str, Any]:
     trainer = make_trainer(strategy, max_steps=1)
     trainer.fit(noisy, loader(strategy))
     validated = [
-        trainer.validate(noisy, loader(strategy), verbose=False)[0]["val_loss"] for _ in range(2)
+        trainer.validate(noisy, evaluation(strategy), verbose=False)[0]["val_loss"]
+        for _ in range(2)
     ]
-    plain = make_trainer("auto").validate(noisy, loader("auto"), verbose=False)[0]["val_loss"]
+    plain = make_trainer("auto").validate(noisy, evaluation("auto"), verbose=False)[0]["val_loss"]
     runs = [train(strategy, Model(hidden_dropout=p)) for p in (0.3, 0.3, 0.0)]
     other_seed = train({"seed": 99}, Model(hidden_dropout=0.3))
     return {"validated": validated, "plain": plain, "runs": runs, "other_seed": other_seed}
@@ -283,7 +293,7 @@ def _same_samples(dropout: float) -> list[float]:
     """This rank's own losses, where every data-parallel rank is given the same samples."""
     seen = Seen()
     trainer = make_trainer({}, [seen], max_steps=2, use_distributed_sampler=False)
-    trainer.fit(Model(hidden_dropout=dropout), loader("auto"))
+    trainer.fit(Model(hidden_dropout=dropout), evaluation("auto"))
     return seen.losses
 
 
