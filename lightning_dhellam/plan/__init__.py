@@ -1,7 +1,16 @@
 """Operators, graphs and plans as plain values. Imports no torch."""
 
+from lightning_dhellam.plan.agreement import LayoutError
 from lightning_dhellam.plan.builders import BUILDERS, Builder, builder
-from lightning_dhellam.plan.graph import BATCH_PREFIX, Graph, GraphPair, Kind, kind_of
+from lightning_dhellam.plan.graph import (
+    BATCH_PREFIX,
+    Graph,
+    GraphPair,
+    Kind,
+    check_chain,
+    kind_of,
+)
+from lightning_dhellam.plan.layout import Layout
 from lightning_dhellam.plan.operator import Lane, Operator, Strand, Track
 from lightning_dhellam.plan.plan import Barrier, Issue, Plan, PlanError
 from lightning_dhellam.plan.validate import validate
@@ -16,12 +25,15 @@ __all__ = [
     "Issue",
     "Kind",
     "Lane",
+    "Layout",
+    "LayoutError",
     "Operator",
     "Plan",
     "PlanError",
     "Strand",
     "Track",
     "builder",
+    "check_chain",
     "kind_of",
     "validate",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
+from lightning_dhellam.plan.agreement import LayoutError, follow
+from lightning_dhellam.plan.layout import Layout
 from lightning_dhellam.plan.operator import Operator, Strand
 
 BATCH_PREFIX = "batch."
@@ -37,6 +40,8 @@ class Graph:
             a pass ahead, and are no part of a plan.
         sends: transfers that read the outputs, which then no graph is handed. They start as soon
             as those are there, and are no part of a plan.
+        layouts: how its inputs and the slots of the micro-batch lie. With None, of graphs that are
+            not run, nobody asks whether the operators agree.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Graph:
     bytes_per_token: Mapping[str, float] = field(default_factory=dict, compare=False)
     receives: tuple[Operator, ...] = ()
     sends: tuple[Operator, ...] = ()
+    layouts: Mapping[str, Layout] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         known = set(self.inputs)
@@ -67,6 +73,8 @@ class Graph:
         if self.sends:
             sent = tuple(slot for o in self.sends for slot in o.reads)
             assert sent == self.outputs, f"{self} sends {sent}, writes {self.outputs}"
+        if not self.foreign:
+            self.lies({})  # refuses operators that do not agree
 
     def __str__(self) -> str:
         return f"{self.name} {self.direction}"
@@ -142,6 +150,16 @@ class Graph:
             dict.fromkeys(s for s in reads if s not in own and not s.startswith(BATCH_PREFIX))
         )
 
+    def lies(self, saved: Mapping[str, Layout]) -> dict[str, Layout]:
+        """How every slot lies, the `saved` ones of the other direction as given.
+
+        Raises:
+            LayoutError: the operators do not agree.
+        """
+        if self.layouts is None:
+            return {}
+        return follow(str(self), self.operators, {**saved, **self.layouts})
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of names, lanes and slots: two graphs with the same one can share a plan."""
@@ -170,6 +188,22 @@ class GraphPair:
         assert not unknown, f"{self.backward} reads {sorted(unknown)}, which forward never writes"
         clash = self.backward.written & known
         assert not clash, f"{self.backward} writes slots of forward: {sorted(clash)}"
+        self._check_gradients()
+
+    @cached_property
+    def lies(self) -> dict[str, Layout]:
+        """How every slot lies; empty where the graphs do not say how their inputs do."""
+        forward = self.forward.lies({})
+        return {**forward, **self.backward.lies(forward)}
+
+    def _check_gradients(self) -> None:
+        """Refuse a gradient that lies otherwise than what it is the gradient of."""
+        lies = self.lies
+        for slot in (*self.forward.inputs, *self.forward.outputs):
+            if (back := f"d{slot}") in lies and lies[back] != lies[slot]:
+                raise LayoutError(
+                    f"{self.backward}: {back} lies {lies[back]}, but {slot} lies {lies[slot]}"
+                )
 
     @property
     def name(self) -> str:
@@ -185,3 +219,23 @@ class GraphPair:
         """Predicted bytes of saved activations of one micro-batch of `tokens` tokens."""
         sizes = self.forward.bytes_per_token
         return round(sum(sizes[slot] for slot in self.saved) * tokens)
+
+
+def check_chain(layers: Sequence[GraphPair]) -> None:
+    """Refuse layers of which one hands on something that the next needs to lie otherwise.
+
+    Raises:
+        LayoutError: naming both graphs, the slot, how it lies and what is needed.
+    """
+    for before, after in pairwise(layers):
+        handovers = (
+            (before, before.forward, after, after.forward),
+            (after, after.backward, before, before.backward),
+        )
+        for source, giving, target, taking in handovers:
+            for slot, needed in zip(giving.handed, taking.taken, strict=True):
+                if source.lies and target.lies and source.lies[slot] != target.lies[needed]:
+                    raise LayoutError(
+                        f"{giving} hands on {slot}, which lies {source.lies[slot]};"
+                        f" {taking} needs {target.lies[needed]}"
+                    )

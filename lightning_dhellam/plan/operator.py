@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from lightning_dhellam.plan.layout import Rule
+
 
 class Lane(StrEnum):
     """What an operator occupies while it runs.
@@ -62,6 +64,7 @@ class Operator:
         accumulates: the parameters whose gradient it adds to.
         channel: of a transfer between two stages.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
+        rule: how slots lie that it reads and writes; None where all that it reads lies alike.
         rehearsal: what is run in its place when a stage rehearses, where nothing is sent or
             received and nothing may be left behind.
         track: where it is issued.
@@ -76,6 +79,7 @@ class Operator:
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     channel: str = ""
     shrinks: bool = field(default=False, compare=False)
+    rule: Rule | None = field(default=None, repr=False, compare=False)
     rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
