@@ -179,7 +179,7 @@ def _replicas(trainer: pl.Trainer) -> int:
     """Data-parallel ranks: how many different batches a step sees."""
     strategy = trainer.strategy
     if isinstance(strategy, DHellamStrategy):
-        return strategy.context.dp_size
+        return strategy.context.topology.dp_size
     return int(trainer.world_size)
 
 
@@ -187,7 +187,7 @@ def _ranks(trainer: pl.Trainer) -> int:
     """Devices that share the work, of an emulated cluster as well."""
     strategy = trainer.strategy
     if isinstance(strategy, DHellamStrategy):
-        return strategy.context.world_size
+        return strategy.context.topology.world_size
     return int(trainer.world_size)
 
 
@@ -198,8 +198,9 @@ def _plan(trainer: pl.Trainer) -> str:
     context, plan = strategy.context, strategy.plan_in_use
     if strategy.plan != plan:
         plan = f"{plan} (of {strategy.plan})"
-    pipeline = f" pipeline parallel {context.pp_size}," if context.pp_size > 1 else ""
+    topology = context.topology
+    pipeline = f" pipeline parallel {topology.pp_size}," if topology.pp_size > 1 else ""
     return (
-        f"{plan}, tensor parallel {context.tp_size}, data parallel {context.dp_size},"
+        f"{plan}, tensor parallel {topology.tp_size}, data parallel {topology.dp_size},"
         f"{pipeline} {strategy.root_device.type}"
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.engine import Engine, MicroBatch, OperatorTimer, Subject
 from lightning_dhellam.models import ModelConfig
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import largest
 from lightning_dhellam.plan import Graph
 from lightning_dhellam.search.measure.profile import (
@@ -39,7 +39,6 @@ _PAUSE = 0.35
 _VISITS = 3
 """To each measurement on a host, whose processors and network others may take for seconds."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
-_SIZES = ("tp", "pp", "cp", "ep", "dp")
 _SHAPES = (
     "num_layers",
     "hidden_size",
@@ -54,20 +53,19 @@ def conditions(
     context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
 ) -> dict[str, Any]:
     """What a plan is made for, as far as it is known before the first batch."""
-    sizes = {name: getattr(context, f"{name}_size") for name in _SIZES}
     return {
         "device": device_name(context),
-        **early_conditions(sizes, config, dtype, micro_batch_size),
+        **early_conditions(context.topology, config, dtype, micro_batch_size),
     }
 
 
 def early_conditions(
-    sizes: Mapping[str, int], config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
+    topology: Topology, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
 ) -> dict[str, Any]:
     """The part of `conditions` that is known before there are processes."""
     shapes = {name: getattr(config, name) for name in _SHAPES}
     return {
-        "sizes": dict(sizes),
+        "sizes": topology.sizes,
         "shapes": {**shapes, "micro_batch_size": micro_batch_size},
         "dtype": str(dtype).removeprefix("torch."),
     }

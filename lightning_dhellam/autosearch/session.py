@@ -164,7 +164,7 @@ class Session:
         )
         path = _of_stage(options.profile, strategy.context)
         given: Profile | str | None = None
-        if path is not None and strategy.context.model_rank == 0 and path.exists():
+        if path is not None and strategy.context.topology.rank_in_stage == 0 and path.exists():
             try:
                 given = Profile.load(path, made_for)
             except FileError as error:
@@ -181,7 +181,7 @@ class Session:
         profile = take_profile(
             strategy.engine, self._pieces[0], made_for, group=group, progress=progress
         )
-        if path is not None and strategy.context.model_rank == 0:
+        if path is not None and strategy.context.topology.rank_in_stage == 0:
             profile.save(path)
         return profile
 
@@ -224,7 +224,7 @@ class Session:
         }
         self._passes = (
             {name: self._costs_of(name, costs, tokens) for name in self._builders}
-            if self._strategy.context.pp_size > 1
+            if self._strategy.context.topology.pp_size > 1
             else {}
         )
 
@@ -244,7 +244,7 @@ class Session:
         """Stages have layers of their own: what one leaves out, none tries, and a step takes as
         long as all of them together."""
         self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
-        if self._strategy.context.pp_size > 1:
+        if self._strategy.context.topology.pp_size > 1:
             known = of_all_ranks((self.left_out, self._passes), self._strategy.context.pp_group)
             for name in self._builders:
                 peaks = [left_out[name] for left_out, _ in known if name in left_out]
@@ -366,9 +366,9 @@ class _Stopwatch:
 
 def _of_stage(path: Path | None, context: ParallelContext) -> Path | None:
     """Stages have other operators, and so each its own file."""
-    if path is None or context.pp_size == 1:
+    if path is None or context.topology.pp_size == 1:
         return path
-    return path.with_stem(f"{path.stem}-stage{context.pp_rank}")
+    return path.with_stem(f"{path.stem}-stage{context.topology.pp_rank}")
 
 
 def intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:

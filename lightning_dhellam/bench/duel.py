@@ -53,7 +53,7 @@ class Duel:
         context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
         config = shape(settings)
         assert context.duplex is not None, "gloo on CPU has one"
-        self._tap = Tap(context.duplex, context.tp_size)
+        self._tap = Tap(context.duplex, context.topology.tp_size)
         model = CausalLM(config, replace(context, duplex=self._tap))
         generator = torch.Generator().manual_seed(5)
         sequences = settings.micro_batches * settings.micro_batch

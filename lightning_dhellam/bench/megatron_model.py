@@ -60,33 +60,34 @@ def gpt_model(
     Call it inside of `context.megatron()`.
     """
     config = shape.transformer_config(context, dtype)
-    config.pipeline_model_parallel_size = context.pp_size
+    topology = context.topology
+    config.pipeline_model_parallel_size = topology.pp_size
     config.pipeline_dtype = dtype
     spec, norm = llama_layer_spec(shape.ffn_hidden_size), RMSNorm
     if context.device.type == "cuda":
         _fuse(config, transformer_engine)
         spec, norm = _fused_modules(shape, transformer_engine)
-    each = shape.num_layers // context.pp_size
+    each = shape.num_layers // topology.pp_size
     # Its generators must exist on a GPU, whatever they draw.
-    model_parallel_cuda_manual_seed(1, tp_rank=context.tp_rank, ep_rank=0, etp_rank=0)
+    model_parallel_cuda_manual_seed(1, tp_rank=topology.tp_rank, ep_rank=0, etp_rank=0)
     theirs = GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=[spec] * each, layer_norm=norm),
-        vocab_size=shape.padded_vocab_size(context.tp_size),
+        vocab_size=shape.padded_vocab_size(topology.tp_size),
         max_sequence_length=shape.max_sequence_length,
-        pre_process=context.pp_rank == 0,
-        post_process=context.pp_rank == context.pp_size - 1,
+        pre_process=topology.pp_rank == 0,
+        post_process=topology.pp_rank == topology.pp_size - 1,
         position_embedding_type="rope",
         rotary_base=int(shape.rotary_base),
         share_embeddings_and_output_weights=shape.tie_embeddings,
         pg_collection=context.groups,
     )
     # All layers at once: on a stage of its own, ours would have two chunks of other layers.
-    whole = replace(context, pp_rank=0, pp_size=1, channels={}, pipeline_split=())
+    whole = replace(context, topology=topology.stage, channels={}, pipeline_split=())
     ours = dict(CausalLM(shape, whole, dtype).named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            parameter.copy_(ours[_our_name(name, each * context.pp_rank)])
+            parameter.copy_(ours[_our_name(name, each * topology.pp_rank)])
     return theirs
 
 

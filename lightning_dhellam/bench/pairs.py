@@ -68,7 +68,7 @@ def run(options: Namespace) -> Report:
         if context.emulated:
             notes["EMULATED"] = f"link {context.links['tp'].calibrated(_sizes(profile))}"
         report = _report(profile, notes)
-        if context.rank == 0:
+        if context.topology.rank == 0:
             path = Path(options.output) / f"pairs-{options.shape}-{date.today()}.png"
             save_heat_map(path, profile, least=_LEAST)
     return report

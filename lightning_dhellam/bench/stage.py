@@ -243,7 +243,9 @@ class Stage:
     def _crossing(self, work: Workload) -> tuple[int, ...]:
         """Bytes that cross the link for a collective of these layers."""
         shape = work.layers[1].forward.bytes_per_token
-        return (round(shape["attention_norm"] * (self._context.tp_size - 1) * work.tokens),)
+        return (
+            round(shape["attention_norm"] * (self._context.topology.tp_size - 1) * work.tokens),
+        )
 
     def _peak(self, work: Workload, step: Step) -> float:
         """Most bytes in use during a step: of the device, on a CPU of slots."""

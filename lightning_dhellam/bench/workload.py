@@ -89,7 +89,9 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
     """A whole model: embedding, layers, loss head. `batch` has `tokens` and `labels` [B, S]."""
     give_gradients(model)
     device = model.context.device
-    pieces = cut(batch, micro_batch, device=device, seed=_SEED, step=0, rank=model.context.rank)
+    pieces = cut(
+        batch, micro_batch, device=device, seed=_SEED, step=0, rank=model.context.topology.rank
+    )
     lowered = lower(model)
     processors = model.context.link_processors
     return Workload(model, lowered.layers, pieces, lowered.kernels.names, processors=processors)
@@ -115,7 +117,7 @@ def trunk(
     inner = lowered.layers[1 : layers + 1]
     context = model.context
     generator = torch.Generator(context.device).manual_seed(_SEED)
-    shape = (length // context.tp_size, micro_batch, model.config.hidden_size)
+    shape = (length // context.topology.tp_size, micro_batch, model.config.hidden_size)
     options: dict[str, Any] = {"generator": generator, "device": context.device}
     options["dtype"] = model.transformer_config.params_dtype
     x, dy = torch.randn(shape, **options), torch.randn(shape, **options) / length

@@ -48,29 +48,29 @@ def save(
     aside = path.with_name(f".{path.name}.partial")
 
     def clear() -> None:
-        if context.rank == 0:
+        if context.topology.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
     def write() -> None:
-        if context.dp_rank == 0:
+        if context.topology.dp_rank == 0:
             torch.save(dict(weights), aside / _weights_name(context))
         if state is not None:
-            torch.save(dict(state), aside / f"state-{context.rank:05d}.pt")
-        if context.rank == 0:
+            torch.save(dict(state), aside / f"state-{context.topology.rank:05d}.pt")
+        if context.topology.rank == 0:
             torch.save(dict(common), aside / COMMON)
             topology = {**_topology(context), **(settings or {})}
             (aside / TOPOLOGY).write_text(json.dumps(topology, indent=2) + "\n")
 
     def publish() -> None:
-        if context.rank == 0:
+        if context.topology.rank == 0:
             sync_files(aside)
             put_in_place(aside, path)
 
     for step in (clear, write, publish):
         _, failures = try_together(step, context.world_group)
         if failures:
-            if context.rank == 0:
+            if context.topology.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             of_all_ranks(None, context.world_group)  # none may look before the folder is gone
             reasons = "; ".join(failure.text for failure in failures)
@@ -134,7 +134,7 @@ def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]
             " from these weights, or save with save_weights_only=False"
         )
     _check(path, settings)
-    return _load(path / f"state-{context.rank:05d}.pt", weights_only=False)
+    return _load(path / f"state-{context.topology.rank:05d}.pt", weights_only=False)
 
 
 def misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
@@ -210,12 +210,13 @@ def _unreadable(file: Path, error: Exception) -> ValueError:
 
 
 def _topology(context: ParallelContext) -> dict[str, Any]:
+    topology = context.topology
     return {
         "format": _FORMAT,
-        "tensor_parallel_size": context.tp_size,
-        "pipeline_parallel_size": context.pp_size,
-        "pipeline_split": list(context.pipeline_split) if context.pp_size > 1 else None,
-        "data_parallel_size": context.dp_size,
+        "tensor_parallel_size": topology.tp_size,
+        "pipeline_parallel_size": topology.pp_size,
+        "pipeline_split": list(context.pipeline_split) if topology.pp_size > 1 else None,
+        "data_parallel_size": topology.dp_size,
     }
 
 
@@ -230,4 +231,5 @@ def _check(path: Path, mine: Mapping[str, Any]) -> None:
 
 
 def _weights_name(context: ParallelContext) -> str:
-    return f"weights-{context.tp_rank + context.pp_rank * context.tp_size:05d}.pt"
+    topology = context.topology
+    return f"weights-{topology.tp_rank + topology.pp_rank * topology.tp_size:05d}.pt"

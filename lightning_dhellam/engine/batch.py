@@ -52,7 +52,7 @@ def cut(
             Every other tensor whose first dimension is B is cut as well.
         size: samples per micro-batch.
         device: where the slots are needed.
-        seed: of the run; with `step`, `rank` (`ParallelContext.model_rank`) and the micro-batch it
+        seed: of the run; with `step`, `rank` (`Topology.rank_in_stage`) and the micro-batch it
             determines all random numbers.
         targets: whether labels are read, if there are any.
     """

@@ -23,7 +23,7 @@ from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.norm import NormLowering
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.plan import Graph, GraphPair, Strand
+from lightning_dhellam.plan import Collective, Graph, GraphPair, Strand
 
 Loss = Callable[[Tensor, Any], Tensor]
 """A user's loss: logits [B, S, V] and the micro-batch to a scalar, under autograd."""
@@ -54,7 +54,7 @@ class HeadLowering:
     @property
     def first(self) -> int:
         """Vocabulary index of this rank's first column."""
-        return self.sizes.context.tp_rank * self.weight.shape[0]
+        return self.sizes.context.topology.tp_rank * self.weight.shape[0]
 
     @property
     def valid(self) -> int:
@@ -131,9 +131,16 @@ class HeadLowering:
         """From each rank's statistics to the loss: what the ranks exchange is three numbers."""
         read, ranks = "statistics", self.sizes.tp
         if ranks > 1:
-            launch = collectives.all_gather
             size = 12.0 * ranks
-            read = w.collective("loss.gather", read, "statistics_all", launch, size, size - 12.0)
+            read = w.collective(
+                "loss.gather",
+                Collective.ALL_GATHER,
+                read,
+                "statistics_all",
+                collectives.all_gather,
+                size,
+                size - 12.0,
+            )
 
         def run(statistics: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             loss, lse = self.kernels.cross_entropy.combine(statistics.view(ranks, 3, -1))
@@ -232,7 +239,13 @@ class HeadLowering:
             mine = self.sizes.wide(columns)
             size = mine * self.sizes.tp
             read = w.collective(
-                "logits.gather", read, "logits_of_ranks", _gather_ranks, size, size - mine
+                "logits.gather",
+                Collective.ALL_GATHER,
+                read,
+                "logits_of_ranks",
+                _gather_ranks,
+                size,
+                size - mine,
             )
 
         def run(logits: Tensor) -> Tensor:

@@ -136,23 +136,23 @@ def lower(
             for index, layer in model.own_layers(chunk)
         ]
 
-    context = sizes.context
-    early, late = context.pp_rank, 2 * context.pp_size - 1 - context.pp_rank
+    topology = sizes.context.topology
+    early, late = topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank
     falling, rising, logits = lowered(early), lowered(late), None
-    if context.pp_rank == 0:
+    if topology.pp_rank == 0:
         words = model.embedding.word_embeddings
         head = _head(model, sizes, chosen, again(len(model.layers)), loss)
         falling.insert(0, lower_embedding(words, sizes, chosen, config.hidden_dropout))
         rising.append(head.lower())
         logits = head.lower_logits()
-    if context.pp_size > 1:
+    if topology.pp_size > 1:
         falling = connect(falling, early, sizes)
         rising = connect(rising, late, sizes)
         if logits is not None and len(rising) == 1:
             logits = replace(logits, receives=rising[0].forward.receives)
     layers = (*falling, *rising)
     _check_trained(model, layers)
-    stage = Stage(context.pp_rank, context.pp_size, len(layers), len(falling))
+    stage = Stage(topology.pp_rank, topology.pp_size, len(layers), len(falling))
     return Lowered(layers, logits, chosen, stage)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -19,12 +18,12 @@ from lightning_dhellam.layers.writer import LINK_RATE, Sizes
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.pipeline.schedule import Channel
 from lightning_dhellam.pipeline.split import stage_of
-from lightning_dhellam.plan import Graph, GraphPair, Lane, Operator
+from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Operator
 
 
 def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[GraphPair]:
     """The layers of a chunk, with the transfers from and to the chunks on other stages."""
-    stages = sizes.context.pp_size
+    stages = sizes.context.topology.pp_size
     here = stage_of(chunk, stages)
     connected = list(layers)
     if chunk > 0 and stage_of(chunk - 1, stages) != here:
@@ -60,8 +59,18 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     def made_up(tokens: Tensor) -> Tensor:
         return empty(tokens).normal_()
 
-    operator = _operator(f"{slot}.receive", ("batch.tokens",), (slot,), run, channel, sizes)
-    return replace(graph, receives=(replace(operator, rehearsal=made_up),))
+    operator = Operator(
+        f"{slot}.receive",
+        Lane.PP,
+        ("batch.tokens",),
+        (slot,),
+        run,
+        sizes.shard / LINK_RATE,
+        channel=str(channel),
+        collective=Collective.RECEIVE,
+        rehearsal=made_up,
+    )
+    return replace(graph, receives=(operator,))
 
 
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
@@ -72,21 +81,18 @@ def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
     def run(x: Tensor) -> collectives.Pending:
         return collectives.send(x, target, group)
 
-    operator = _operator(f"{slot}.send", (slot,), (), run, channel, sizes)
-
     def unsent(x: Tensor) -> None:
         x.contiguous()  # which a kernel does
 
-    return replace(graph, sends=(replace(operator, rehearsal=unsent),))
-
-
-def _operator(
-    name: str,
-    reads: tuple[str, ...],
-    writes: tuple[str, ...],
-    run: Any,
-    channel: Channel,
-    sizes: Sizes,
-) -> Operator:
-    cost = sizes.shard / LINK_RATE
-    return Operator(name, Lane.PP, reads, writes, run, cost, channel=str(channel))
+    operator = Operator(
+        f"{slot}.send",
+        Lane.PP,
+        (slot,),
+        (),
+        run,
+        sizes.shard / LINK_RATE,
+        channel=str(channel),
+        collective=Collective.SEND,
+        rehearsal=unsent,
+    )
+    return replace(graph, sends=(operator,))

@@ -13,7 +13,7 @@ from lightning_dhellam.kernels import linear
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import taken_first
-from lightning_dhellam.plan import Graph, Lane, Operator, Strand
+from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand
 
 # Nominal rates of one H200 with NVLink, measured or from the data sheet. Plans that are made
 # without a profile depend on the ratios only.
@@ -39,7 +39,7 @@ class Sizes:
     @property
     def tp(self) -> int:
         """Ranks that share a layer."""
-        return self.context.tp_size
+        return self.context.topology.tp_size
 
     def wide(self, channels: int) -> float:
         """Bytes per token of a slot that holds every token of the micro-batch."""
@@ -111,7 +111,13 @@ class GraphWriter:
             return read
         size = self.sizes.wide(channels)
         return self.collective(
-            name, read, write, collectives.all_gather, size, crossing=size - size / self.sizes.tp
+            name,
+            Collective.ALL_GATHER,
+            read,
+            write,
+            collectives.all_gather,
+            size,
+            crossing=size - size / self.sizes.tp,
         )
 
     def scatter(self, name: str, read: str, write: str, channels: int) -> str:
@@ -121,12 +127,19 @@ class GraphWriter:
         whole = self.sizes.wide(channels)
         size = whole / self.sizes.tp
         return self.collective(
-            name, read, write, collectives.reduce_scatter, size, crossing=whole - size
+            name,
+            Collective.REDUCE_SCATTER,
+            read,
+            write,
+            collectives.reduce_scatter,
+            size,
+            crossing=whole - size,
         )
 
     def collective(
         self,
         name: str,
+        collective: Collective,
         read: str,
         write: str,
         launch: Callable[..., collectives.Pending],
@@ -144,7 +157,8 @@ class GraphWriter:
         def run(x: torch.Tensor) -> collectives.Pending:
             return launch(x, group, transport)
 
-        self._add(Operator(name, Lane.TP, (read,), (write,), run, crossing / LINK_RATE))
+        cost = crossing / LINK_RATE
+        self._add(Operator(name, Lane.TP, (read,), (write,), run, cost, collective=collective))
         self.bytes_per_token[write] = size
         return write
 

@@ -54,7 +54,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.context = context
         self.transformer_config = config.transformer_config(context, dtype)
-        self.padded_vocab_size = config.padded_vocab_size(context.tp_size)
+        self.padded_vocab_size = config.padded_vocab_size(context.topology.tp_size)
         with context.megatron(), _seeded(context, seed):
             self._build(seed)
 
@@ -63,7 +63,7 @@ class CausalLM(nn.Module):
         # tensor-parallel size, and which layers are built on the pipeline stage; neither must
         # shift the draws of what follows.
         config, context = self.config, self.context
-        ends = context.pp_rank == 0
+        ends = context.topology.pp_rank == 0
         self.embedding = self._build_embedding() if ends else None
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -127,7 +127,7 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: a chunk has lost its last layer.
         """
-        if self.context.pp_size == 1:
+        if self.context.topology.pp_size == 1:
             return
         chunk = 0
         for index, layer in enumerate(self.layers):
@@ -135,16 +135,17 @@ class CausalLM(nn.Module):
             here = is_here(chunk, self.context)
             self.layers[index] = _placed(layer, chunk) if here else Elsewhere(chunk)
         # Only the first stage has anything else, the embedding and the head.
-        for own in (self.context.pp_rank, 2 * self.context.pp_size - 1 - self.context.pp_rank):
-            if self.context.pp_rank and not self.own_layers(own):
+        topology = self.context.topology
+        for own in (topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank):
+            if topology.pp_rank and not self.own_layers(own):
                 raise ValueError(
-                    f"pipeline stage {self.context.pp_rank} has no layer left in chunk {own}:"
+                    f"pipeline stage {topology.pp_rank} has no layer left in chunk {own}:"
                     " replace fewer layers in build_model, or give pipeline_split"
                 )
 
     def own_layers(self, chunk: int) -> list[tuple[int, nn.Module]]:
         """The layers of a chunk of this rank's stage, with their numbers in the model."""
-        if self.context.pp_size == 1:
+        if self.context.topology.pp_size == 1:
             # One stage has both chunks; where they meet makes no difference.
             return list(enumerate(self.layers)) if chunk == 0 else []
         return [pair for pair in enumerate(self.layers) if self.chunk_of(pair[0]) == chunk]
@@ -173,7 +174,7 @@ class CausalLM(nn.Module):
         max_sequence_length or is not a multiple of tensor_parallel_size, and RuntimeError when
         this rank has only a pipeline stage's layers.
         """
-        if self.context.pp_size > 1:
+        if self.context.topology.pp_size > 1:
             raise RuntimeError(
                 "this rank has only its pipeline stage's layers: run them under DHellamStrategy,"
                 " with batch_loss and batch_logits"
@@ -215,10 +216,11 @@ class CausalLM(nn.Module):
                 f"sequences of {length} tokens exceed "
                 f"max_sequence_length={self.config.max_sequence_length}: shorten them or raise it"
             )
-        if length % self.context.tp_size:
+        tp_size = self.context.topology.tp_size
+        if length % tp_size:
             raise ValueError(
                 f"sequence length {length} is not a multiple of "
-                f"tensor_parallel_size={self.context.tp_size}: every rank holds an equal share"
+                f"tensor_parallel_size={tp_size}: every rank holds an equal share"
             )
 
 
@@ -241,6 +243,7 @@ def _seed(context: ParallelContext, seed: int, part: int) -> None:
     # Megatron's tracker takes neighbouring seeds for neighbouring tensor ranks.
     mixed = derive_key(seed, part) % 2**31
     torch.manual_seed(mixed)
+    topology = context.topology
     model_parallel_cuda_manual_seed(
-        mixed, tp_rank=context.tp_rank, ep_rank=context.ep_rank, etp_rank=0
+        mixed, tp_rank=topology.tp_rank, ep_rank=topology.ep_rank, etp_rank=0
     )

@@ -173,7 +173,8 @@ class ModelConfig:
         self, context: ParallelContext, dtype: torch.dtype = torch.float32
     ) -> TransformerConfig:
         """Megatron's configuration of this model on ``context``, weights in ``dtype``."""
-        self.validate(context.tp_size)
+        topology = context.topology
+        self.validate(topology.tp_size)
         on_cpu = context.device.type == "cpu"
         return TransformerConfig(
             num_layers=self.num_layers,
@@ -194,10 +195,10 @@ class ModelConfig:
             hidden_dropout=self.hidden_dropout,
             attention_dropout=0.0,
             init_method_std=self.init_std,
-            tensor_model_parallel_size=context.tp_size,
-            context_parallel_size=context.cp_size,
-            expert_model_parallel_size=context.ep_size,
-            sequence_parallel=context.tp_size > 1,
+            tensor_model_parallel_size=topology.tp_size,
+            context_parallel_size=topology.cp_size,
+            expert_model_parallel_size=topology.ep_size,
+            sequence_parallel=topology.tp_size > 1,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,

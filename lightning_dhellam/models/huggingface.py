@@ -45,9 +45,9 @@ class _Rule:
 
     def stage(self, model: CausalLM) -> int:
         """The pipeline stage that has the parameter."""
-        if self.layer is None or model.context.pp_size == 1:
+        if self.layer is None or model.context.topology.pp_size == 1:
             return 0
-        return stage_of(model.chunk_of(self.layer), model.context.pp_size)
+        return stage_of(model.chunk_of(self.layer), model.context.topology.pp_size)
 
 
 def import_llama(model: CausalLM, state_dict: Mapping[str, Tensor]) -> None:
@@ -60,7 +60,8 @@ def import_llama(model: CausalLM, state_dict: Mapping[str, Tensor]) -> None:
     rules = list(_rules(model.config, model.padded_vocab_size))
     _check_state_dict(model.config, rules, state_dict)
     parameters = dict(model.named_parameters())
-    rank, size = model.context.tp_rank, model.context.tp_size
+    topology = model.context.topology
+    rank, size = topology.tp_rank, topology.tp_size
     with torch.no_grad():
         for rule in _own(rules, model):
             whole = [state_dict[name] for name in rule.theirs]
@@ -90,7 +91,7 @@ def export_llama(model: CausalLM, tensors: Mapping[str, Tensor] | None = None) -
 
 def _own(rules: list[_Rule], model: CausalLM) -> list[_Rule]:
     """The rules of the parameters that this rank has a share of."""
-    return [rule for rule in rules if rule.stage(model) == model.context.pp_rank]
+    return [rule for rule in rules if rule.stage(model) == model.context.topology.pp_rank]
 
 
 def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,13 +99,13 @@ def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[
     context, stage = model.context, rule.stage(model)
     like = next(iter(tensors.values()))
     # NCCL carries nothing that is on the host.
-    alone = context.tp_size == context.pp_size == 1
+    alone = context.topology.tp_size == context.topology.pp_size == 1
     device = like.device if alone else context.device
-    if stage == context.pp_rank:
+    if stage == context.topology.pp_rank:
         found = rule.split(_gather(tensors[rule.ours].detach().to(device), context))
     else:
         found = [like.new_empty(shape, device=device) for shape in rule.theirs.values()]
-    if context.pp_size > 1:
+    if context.topology.pp_size > 1:
         found = [tensor.contiguous() for tensor in found]
         for tensor in found:
             dist.broadcast(tensor, group=context.pp_group, group_src=stage)
@@ -112,10 +113,10 @@ def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _gather(shard: Tensor, context: ParallelContext) -> list[Tensor]:
-    if context.tp_size == 1:
+    if context.topology.tp_size == 1:
         return [shard.clone()]
     shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(context.tp_size)]
+    shards = [torch.empty_like(shard) for _ in range(context.topology.tp_size)]
     dist.all_gather(shards, shard, group=context.tp_group)
     return shards
 

@@ -22,12 +22,12 @@ def vocab_parallel_cross_entropy(
     is equal on all TP ranks. This form stores fp32 logits of the whole batch.
     """
     columns = logits.size(-1)
-    first = context.tp_rank * columns
+    first = context.topology.tp_rank * columns
     padding = torch.arange(first, first + columns, device=logits.device) >= vocab_size
     scores = logits.float().masked_fill(padding, float("-inf"))
 
     largest = scores.detach().amax(-1)
-    if context.tp_size > 1:
+    if context.topology.tp_size > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=context.tp_group)
     scores = scores - largest.unsqueeze(-1)
 

@@ -44,10 +44,11 @@ def pipeline_split(
 
 def chunks_of_layers(config: ModelConfig, context: ParallelContext) -> list[int]:
     """The chunk of each layer of the model."""
-    split = pipeline_split(config, context.pp_size, context.pipeline_split)
+    split = pipeline_split(config, context.topology.pp_size, context.pipeline_split)
     return [chunk for chunk, layers in enumerate(chunks(split)) for _ in layers]
 
 
 def is_here(chunk: int, context: ParallelContext) -> bool:
     """Whether this rank's stage holds a chunk."""
-    return stage_of(chunk, context.pp_size) == context.pp_rank
+    topology = context.topology
+    return stage_of(chunk, topology.pp_size) == topology.pp_rank

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel.nccl import high_priority
+from lightning_dhellam.parallel.topology import Topology
+from lightning_dhellam.plan import Lane
 
 ChannelKey = tuple[int, int, str]
 """Source stage, target stage, strand."""
@@ -24,20 +26,15 @@ STRANDS = ("forward", "backward")
 
 
 def open_channels(
-    pipeline: ProcessGroup, world_size: int, device: torch.device, timeout: timedelta
+    pipeline: ProcessGroup, topology: Topology, device: torch.device, timeout: timedelta
 ) -> Mapping[ChannelKey, ProcessGroup]:
     """The communicators of this rank's pipeline, connected. Every rank must call this."""
-    stages = pipeline.size()
-    if stages == 1:
+    if topology.pp_size == 1:
         return {}
     mine: dict[ChannelKey, ProcessGroup] = {}
-    count = world_size // stages
-    for first in range(count):
-        # Pipeline ranks are the outermost of Megatron's order.
-        ranks = list(range(first, world_size, count))
+    for ranks in topology.groups(Lane.PP):
         opened = _open(ranks, timeout)
-        if dist.get_rank() in ranks:
-            assert dist.get_process_group_ranks(pipeline) == ranks, "an unknown order of ranks"
+        if topology.rank in ranks:
             mine = opened
     _connect(mine, pipeline.rank(), device)
     return mine

@@ -23,64 +23,22 @@ from lightning_dhellam.parallel.cpu import megatron_device
 from lightning_dhellam.parallel.duplex import open_duplex
 from lightning_dhellam.parallel.emulate import Cluster, is_emulated
 from lightning_dhellam.parallel.link import EmulatedLink
-
-
-def check_sizes(
-    world_size: int,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int = 1,
-    context_parallel_size: int = 1,
-    expert_parallel_size: int = 1,
-) -> None:
-    """Raise ValueError unless ``world_size`` processes can be cut into groups of these sizes."""
-    sizes = {
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-        "context_parallel_size": context_parallel_size,
-        "expert_parallel_size": expert_parallel_size,
-    }
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r} must be an integer of at least 1")
-    model_sizes = {name: size for name, size in sizes.items() if name != "expert_parallel_size"}
-    model = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
-    if world_size % model:
-        given = _spell(model_sizes)
-        raise ValueError(
-            f"{given} needs a multiple of {model} processes, but the world size is {world_size}: "
-            f"set devices × num_nodes to a multiple of {model}, or lower "
-            f"{_remedy(model_sizes)} to a divisor of {world_size}"
-        )
-    expert_model = expert_parallel_size * tensor_parallel_size * pipeline_parallel_size
-    if world_size % expert_model:
-        raise ValueError(
-            f"{_spell(sizes)}: experts are spread over groups of {expert_model} processes, which "
-            f"does not divide the world size {world_size}: lower expert_parallel_size"
-        )
-
-
-def _spell(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-
-
-def _remedy(sizes: dict[str, int]) -> str:
-    names = [name for name, size in sizes.items() if size > 1]
-    return " × ".join(names)
+from lightning_dhellam.parallel.topology import LANES, Topology
 
 
 class _Asked(NamedTuple):
-    """What groups were made for: `sizes` of tensor, pipeline, context and expert parallelism."""
+    """What groups were made for."""
 
     world: ProcessGroup | None
     device: torch.device
-    sizes: tuple[int, int, int, int]
+    topology: Topology
     timeout: timedelta
     tuned: bool
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """The groups of this process, its rank in each, and the device it computes on.
+    """The groups of this process, its place in the topology, and the device it computes on.
 
     ``links`` holds the emulated links by communicator, of an emulated cluster only. ``channels``
     holds the communicators between neighbouring pipeline stages, and ``pipeline_split`` the layers
@@ -93,19 +51,8 @@ class ParallelContext:
     """
 
     device: torch.device
+    topology: Topology
     groups: ProcessGroupCollection
-    rank: int
-    world_size: int
-    tp_rank: int
-    tp_size: int
-    dp_rank: int
-    dp_size: int
-    pp_rank: int
-    pp_size: int
-    cp_rank: int
-    cp_size: int
-    ep_rank: int
-    ep_size: int
     tp_group: ProcessGroup | None
     dp_group: ProcessGroup | None
     pp_group: ProcessGroup | None
@@ -141,14 +88,15 @@ class ParallelContext:
         Groups that the last context has kept are taken over where they are the same.
         Raises ValueError when the sizes do not fit the world."""
         assert dist.is_initialized(), "torch.distributed must be initialised first"
-        sizes = (
-            tensor_parallel_size,
-            pipeline_parallel_size,
-            context_parallel_size,
-            expert_parallel_size,
+        topology = Topology(
+            world_size=dist.get_world_size(),
+            rank=dist.get_rank(),
+            tp_size=tensor_parallel_size,
+            pp_size=pipeline_parallel_size,
+            cp_size=context_parallel_size,
+            ep_size=expert_parallel_size,
         )
-        check_sizes(dist.get_world_size(), *sizes)
-        asked = _Asked(dist.group.WORLD, device, sizes, timeout, tuned)
+        asked = _Asked(dist.group.WORLD, device, topology, timeout, tuned)
         context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)
         if cluster is None:
             return context
@@ -157,15 +105,15 @@ class ParallelContext:
 
     @classmethod
     def _new(cls, asked: _Asked) -> ParallelContext:
-        device, timeout, (tp, pp, cp, ep) = asked.device, asked.timeout, asked.sizes
+        device, topology, timeout = asked.device, asked.topology, asked.timeout
         by_nccl = dist.get_backend() == "nccl" and asked.tuned
         before = dict(vars(parallel_state))
         with megatron_device(device):
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tp,
-                pipeline_model_parallel_size=pp,
-                context_parallel_size=cp,
-                expert_model_parallel_size=ep,
+                tensor_model_parallel_size=topology.tp_size,
+                pipeline_model_parallel_size=topology.pp_size,
+                context_parallel_size=topology.cp_size,
+                expert_model_parallel_size=topology.ep_size,
                 # A second set, of gloo groups, serves only a checkpoint format that we do not use.
                 create_gloo_process_groups=False,
                 distributed_timeout_minutes=timeout / timedelta(minutes=1),
@@ -173,24 +121,17 @@ class ParallelContext:
             )
         now = vars(parallel_state).items()
         state = {name: value for name, value in now if value is not before.get(name, value)}
-        context = cls._of_groups(device, ProcessGroupCollection.use_mpu_process_groups())
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        _check_order(topology, groups)
+        context = cls._of_groups(device, topology, groups)
         return replace(
             context,
-            channels=open_channels(context.groups.pp, context.world_size, device, timeout),
-            alone=_group_of_this_rank() if pp > 1 else None,
-            duplex=open_duplex(context.groups.tp, context.world_size, device, timeout),
+            channels=open_channels(context.groups.pp, topology, device, timeout),
+            alone=_group_of_this_rank() if topology.pp_size > 1 else None,
+            duplex=open_duplex(context.groups.tp, topology, device, timeout),
             asked=asked,
             megatron_state=state,
         )
-
-    @property
-    def model_rank(self) -> int:
-        """Rank within a pipeline stage, over data and tensor parallelism.
-
-        It is the same on every stage of a pipeline, so what depends on it, such as the random
-        numbers of a micro-batch, does not depend on the number of stages.
-        """
-        return self.rank % (self.world_size // self.pp_size)
 
     @property
     def tp_transport(self) -> Transport | None:
@@ -203,7 +144,7 @@ class ParallelContext:
         if self.links:
             return max(emulated.link.sms for emulated in self.links.values())
         by_nccl = self.tp_group is not None and dist.get_backend(self.tp_group) == "nccl"
-        return nccl.processors() if by_nccl and self.tp_size > 1 else 0
+        return nccl.processors() if by_nccl and self.topology.tp_size > 1 else 0
 
     @property
     def world_group(self) -> ProcessGroup | None:
@@ -220,7 +161,7 @@ class ParallelContext:
         """This process alone, for a model under one of Lightning's ordinary strategies.
 
         Works with and without torch.distributed; in a larger world (DDP, say) every process is
-        rank 0 of its own groups of one, and their common training is the strategy's business.
+        the only rank of its own topology, and their common training is the strategy's business.
         """
         group: ProcessGroup
         if dist.is_initialized():
@@ -228,24 +169,17 @@ class ParallelContext:
         else:
             group = ProcessGroup(0, 1)  # type: ignore[call-arg]
         names = [field.name for field in fields(ProcessGroupCollection) if field.name != "hcp"]
-        return cls._of_groups(device, ProcessGroupCollection(**dict.fromkeys(names, group)))
+        return cls._of_groups(
+            device, Topology(), ProcessGroupCollection(**dict.fromkeys(names, group))
+        )
 
     @classmethod
-    def _of_groups(cls, device: torch.device, groups: ProcessGroupCollection) -> ParallelContext:
-        connected = dist.is_initialized()
-        values: dict[str, ProcessGroup | int | None] = {}
-        for name in ("tp", "dp", "pp", "cp", "ep"):
-            group: ProcessGroup = getattr(groups, name)
-            values[f"{name}_rank"] = group.rank()
-            values[f"{name}_size"] = group.size()
-            values[f"{name}_group"] = group if connected else None
-        return cls(
-            device=device,
-            groups=groups,
-            rank=dist.get_rank() if connected else 0,
-            world_size=dist.get_world_size() if connected else 1,
-            **values,  # type: ignore[arg-type]
-        )
+    def _of_groups(
+        cls, device: torch.device, topology: Topology, groups: ProcessGroupCollection
+    ) -> ParallelContext:
+        if not dist.is_initialized():
+            return cls(device, topology, groups, None, None, None, None, None)
+        return cls(device, topology, groups, groups.tp, groups.dp, groups.pp, groups.cp, groups.ep)
 
     @contextmanager
     def megatron(self) -> Iterator[None]:
@@ -289,6 +223,13 @@ def _take_over(asked: _Asked) -> ParallelContext | None:
         return None
     vars(parallel_state).update(kept.megatron_state)
     return kept
+
+
+def _check_order(topology: Topology, groups: ProcessGroupCollection) -> None:
+    """Fail where Megatron has cut the world in another way than `Topology` says."""
+    for lane in LANES:
+        ranks = dist.get_process_group_ranks(getattr(groups, lane.value))
+        assert ranks in topology.groups(lane) and topology.rank in ranks, f"{lane}: {ranks}"
 
 
 def _group_of_this_rank() -> ProcessGroup:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.work import Once
+from lightning_dhellam.plan import Lane
 
 
 class Duplex:
@@ -76,21 +78,17 @@ class Duplex:
 
 
 def open_duplex(
-    group: ProcessGroup, world_size: int, device: torch.device, timeout: timedelta
+    group: ProcessGroup, topology: Topology, device: torch.device, timeout: timedelta
 ) -> Duplex | None:
     """That of this rank's tensor-parallel group; None for one rank, on CUDA, and without gloo.
 
     Every rank must call this. A transfer that a rank does not join fails after `timeout`.
     """
-    size = group.size()
-    if size == 1 or device.type != "cpu" or dist.get_backend(group) != "gloo":
+    if topology.tp_size == 1 or device.type != "cpu" or dist.get_backend(group) != "gloo":
         return None
     mine: Duplex | None = None
-    for first in range(0, world_size, size):
-        # Tensor ranks are the innermost of Megatron's order.
-        ranks = list(range(first, first + size))
+    for ranks in topology.groups(Lane.TP):
         up, down = (dist.new_group(ranks, timeout=timeout) for _ in range(2))
-        if dist.get_rank() in ranks:
-            assert dist.get_process_group_ranks(group) == ranks, "an unknown order of ranks"
+        if topology.rank in ranks:
             mine = Duplex(group.rank(), up, down)
     return mine

@@ -84,9 +84,9 @@ class GradientBuffers:
         bucket_size: int | None = None,
     ) -> None:
         self._context = context
-        self._parallel = context.dp_size > 1
+        self._parallel = context.topology.dp_size > 1
         self._groups = _groups_of_stage(context)
-        if context.tp_size > 1:
+        if context.topology.tp_size > 1:
             _mark_partial(model)
         with context.megatron():
             self.ddp = DistributedDataParallel(
@@ -139,7 +139,7 @@ class GradientBuffers:
         for parameter in self.ddp.params_with_grad:
             if taken_first(parameter):  # nothing was added: it took no part in this step
                 parameter.main_grad.zero_()
-        if not self._parallel and self._context.tp_size == 1:
+        if not self._parallel and self._context.topology.tp_size == 1:
             return
         with self._context.megatron(), torch.no_grad():
             finalize_model_grads([self.ddp], pg_collection=self._groups)
@@ -165,7 +165,7 @@ def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
     Its own pipeline would add up the embedding's gradients of the first and the last stage, which
     here are one, and would reduce the gradients of all stages but the first in a single bucket.
     """
-    if context.pp_size == 1:
+    if context.topology.pp_size == 1:
         return context.groups
     groups = copy(context.groups)
     groups.pp = groups.embd = groups.pos_embd = context.alone

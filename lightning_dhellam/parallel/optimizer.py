@@ -149,6 +149,7 @@ def _wrap(
     master_weights: bool,
 ) -> MegatronOptimizer:
     if sharded:
+        topology = context.topology
         return DistributedOptimizer(
             optimizer,
             config,
@@ -158,7 +159,7 @@ def _wrap(
             per_model_buffers={0: buffers.ddp.buffers},
             data_parallel_group=context.groups.dp_cp,
             data_parallel_group_gloo=None,
-            data_parallel_group_idx=context.tp_rank + context.pp_rank * context.tp_size,
+            data_parallel_group_idx=topology.tp_rank + topology.pp_rank * topology.tp_size,
             distributed_optimizer_instance_id=0,
         )
     if master_weights:

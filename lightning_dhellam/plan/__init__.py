@@ -11,7 +11,7 @@ from lightning_dhellam.plan.graph import (
     kind_of,
 )
 from lightning_dhellam.plan.layout import Layout
-from lightning_dhellam.plan.operator import Lane, Operator, Strand, Track
+from lightning_dhellam.plan.operator import Collective, Lane, Operator, Strand, Track
 from lightning_dhellam.plan.plan import Barrier, Issue, Plan, PlanError
 from lightning_dhellam.plan.validate import validate
 
@@ -20,6 +20,7 @@ __all__ = [
     "BUILDERS",
     "Barrier",
     "Builder",
+    "Collective",
     "Graph",
     "GraphPair",
     "Issue",

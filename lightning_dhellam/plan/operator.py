@@ -26,6 +26,22 @@ class Lane(StrEnum):
     HOST = "host"
 
 
+class Collective(StrEnum):
+    """What a communication operator does, on which its time and its processors depend.
+
+    EXCHANGE sends to one neighbour and receives from another, as a ring needs. SEND and RECEIVE are
+    the two ends of a transfer between pipeline stages.
+    """
+
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_REDUCE = "all_reduce"
+    ALL_TO_ALL = "all_to_all"
+    EXCHANGE = "exchange"
+    SEND = "send"
+    RECEIVE = "receive"
+
+
 class Track(NamedTuple):
     """Where operators wait for each other: what is issued on one track runs in that order.
 
@@ -63,6 +79,7 @@ class Operator:
             matters: built-in plans use it where no profile exists.
         accumulates: the parameters whose gradient it adds to.
         channel: of a transfer between two stages.
+        collective: what it does on a communication lane; None elsewhere.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
         rule: how slots lie that it reads and writes; None where all that it reads lies alike.
         rehearsal: what is run in its place when a stage rehearses, where nothing is sent or
@@ -78,6 +95,7 @@ class Operator:
     cost: float = field(default=0.0, compare=False)
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     channel: str = ""
+    collective: Collective | None = field(default=None, compare=False)
     shrinks: bool = field(default=False, compare=False)
     rule: Rule | None = field(default=None, repr=False, compare=False)
     rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)

@@ -25,6 +25,7 @@ from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.kernels.choose import check_names
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.parallel import Topology
 from lightning_dhellam.plan.file import PlanFile, named_plan
 
 if TYPE_CHECKING:
@@ -155,12 +156,7 @@ def check_emulation(processes: int) -> None:
         )
 
 
-def check_module(
-    module: Any,
-    tensor_parallel_size: int,
-    pipeline_parallel_size: int = 1,
-    split: Sequence[int] | None = None,
-) -> None:
+def check_module(module: Any, topology: Topology, split: Sequence[int] | None = None) -> None:
     """Refuse a module that cannot be trained with two strands."""
     if not isinstance(module, DualStrandMixin):
         raise ValueError(
@@ -177,8 +173,8 @@ def check_module(
             f"{type(module).__name__} has no model_config: set self.model_config in __init__, for"
             ' example to lightning_dhellam.models.preset("llama-3-8b")'
         )
-    module.model_config.validate(tensor_parallel_size)
-    pipeline_split(module.model_config, pipeline_parallel_size, split)
+    module.model_config.validate(topology.tp_size)
+    pipeline_split(module.model_config, topology.pp_size, split)
 
 
 def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
@@ -198,12 +194,12 @@ def check_ckpt_path(path: Any) -> None:
         read_topology(Path(spelt))
 
 
-def check_data(module: Any, data: Any, tensor_parallel_size: int) -> None:
+def check_data(module: Any, data: Any, topology: Topology) -> None:
     """Refuse data that does not suit the model. Reads what an IndexedDataModule says of itself."""
     config = module.model_config
     length = getattr(data, "sequence_length", None)
     if length is not None:
-        check_length(length, config.max_sequence_length, tensor_parallel_size)
+        check_length(length, config.max_sequence_length, topology)
     vocab_size = getattr(data, "vocab_size", None)
     if vocab_size is not None and vocab_size > config.vocab_size:
         raise ValueError(
@@ -213,23 +209,23 @@ def check_data(module: Any, data: Any, tensor_parallel_size: int) -> None:
         )
 
 
-def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
+def check_length(length: int, longest: int, topology: Topology) -> None:
     """Refuse sequences that are too long, or that do not divide over the ranks."""
     if length > longest:
         raise ValueError(
             f"sequence_length={length} is longer than the model's max_sequence_length={longest}:"
             " shorten the sequences or raise max_sequence_length"
         )
-    if length % tensor_parallel_size:
+    if length % topology.tp_size:
         raise ValueError(
             f"sequence_length={length} is not a multiple of"
-            f" tensor_parallel_size={tensor_parallel_size}: with sequence parallelism every rank"
+            f" tensor_parallel_size={topology.tp_size}: with sequence parallelism every rank"
             " holds an equal part of each sequence; change one of them"
         )
 
 
 def check_batch(
-    batch: Any, module: DualStrandMixin, tensor_parallel_size: int, needs_labels: bool
+    batch: Any, module: DualStrandMixin, topology: Topology, needs_labels: bool
 ) -> None:
     """Refuse a batch that the engine cannot cut into micro-batches. Waits for no device."""
     needed = ("tokens", "labels") if needs_labels else ("tokens",)
@@ -258,7 +254,7 @@ def check_batch(
         raise ValueError(f"the batch has shapes {shapes}: all must be [B, S]")
     if not shapes["tokens"][0]:
         raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
-    check_length(shapes["tokens"][1], module.model_config.max_sequence_length, tensor_parallel_size)
+    check_length(shapes["tokens"][1], module.model_config.max_sequence_length, topology)
 
 
 def check_ids(batch: Any, module: DualStrandMixin) -> None:

@@ -36,7 +36,7 @@ from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin, seed_of_run
-from lightning_dhellam.parallel import Cluster, ParallelContext, check_sizes
+from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import from_first, reduced, same_on_all_ranks
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.nccl import open_queues
@@ -215,7 +215,10 @@ class DHellamStrategy(ParallelStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Samples are dealt to the data-parallel ranks; all others of a model see the same."""
-        return {"num_replicas": self.context.dp_size, "rank": self.context.dp_rank}
+        return {
+            "num_replicas": self.context.topology.dp_size,
+            "rank": self.context.topology.dp_rank,
+        }
 
     @property
     @override
@@ -237,16 +240,23 @@ class DHellamStrategy(ParallelStrategy):
             self._launcher = CheckingLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.check
             )
-        check_sizes(self._ranks, self.tensor_parallel_size, self.pipeline_parallel_size)
+        _ = self._topology  # refuses sizes that do not fit
         if self.cluster is not None:
             checks.check_emulation(self.num_processes * self.num_nodes)
 
     @property
-    def _ranks(self) -> int:
-        """Of the job, or of the cluster that is emulated."""
-        if self.cluster is not None:
-            return self.cluster.world_size
-        return self.num_processes * self.num_nodes
+    def _topology(self) -> Topology:
+        """Of the job, or of the cluster that is emulated; its rank is 0 before there are any.
+
+        Raises:
+            ValueError: the sizes do not fit the number of processes.
+        """
+        processes = self.num_processes * self.num_nodes
+        return Topology(
+            world_size=self.cluster.world_size if self.cluster is not None else processes,
+            tp_size=self.tensor_parallel_size,
+            pp_size=self.pipeline_parallel_size,
+        )
 
     def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
         """Refuse what cannot work, before any process computes.
@@ -257,14 +267,9 @@ class DHellamStrategy(ParallelStrategy):
             ValueError: with the value, the rule and the remedy.
         """
         checks.check_trainer(trainer)
-        checks.check_module(
-            trainer.lightning_module,
-            self.tensor_parallel_size,
-            self.pipeline_parallel_size,
-            self.pipeline_split,
-        )
+        checks.check_module(trainer.lightning_module, self._topology, self.pipeline_split)
         data = data or getattr(trainer, "datamodule", None)
-        checks.check_data(trainer.lightning_module, data, self.tensor_parallel_size)
+        checks.check_data(trainer.lightning_module, data, self._topology)
         checks.check_plan_file(self.plan, self._early_conditions)
         checks.check_ckpt_path(ckpt_path)
         if self.root_device.type not in ("cpu", "cuda"):
@@ -379,7 +384,7 @@ class DHellamStrategy(ParallelStrategy):
         self.engine.install(builder)
         self.plan_in_use = name
         digests = " ".join(plan.digest for plan in self.engine.plans())
-        stage = self.context.pp_rank
+        stage = self.context.topology.pp_rank
         if same_on_all_ranks(f"{name}: {digests}", self.world_group, stage=stage):
             raise ValueError(
                 f"plan='{name}' orders the operators differently on different ranks: every"
@@ -394,7 +399,7 @@ class DHellamStrategy(ParallelStrategy):
     @property
     def stage_group(self) -> dist.ProcessGroup | None:
         """The ranks that run the same layers; None where the others do not exist."""
-        if self.context.pp_size == 1:
+        if self.context.topology.pp_size == 1:
             return self.world_group
         return self.context.groups.tp_dp_cp
 
@@ -407,10 +412,8 @@ class DHellamStrategy(ParallelStrategy):
     @property
     def _early_conditions(self) -> dict[str, Any]:
         """Those that need no process group."""
-        tp, pp = self.tensor_parallel_size, self.pipeline_parallel_size
-        sizes = {"tp": tp, "pp": pp, "cp": 1, "ep": 1, "dp": self._ranks // (tp * pp)}
         config = self._module.model_config
-        return early_conditions(sizes, config, self.dtype, self.micro_batch_size)
+        return early_conditions(self._topology, config, self.dtype, self.micro_batch_size)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -448,7 +451,7 @@ class DHellamStrategy(ParallelStrategy):
         """Whether Megatron's distributed optimizer is used."""
         possible = can_shard(optimizer) and self.precision_plugin.precision != "bf16-true"
         if self.distributed_optimizer is None:
-            return possible and self.context.dp_size > 1
+            return possible and self.context.topology.dp_size > 1
         if self.distributed_optimizer and not possible:
             raise ValueError(
                 f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
@@ -503,7 +506,7 @@ class DHellamStrategy(ParallelStrategy):
     def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch."""
         logits = self.engine.predict(self.micro_batches(batch, needs_labels=False))
-        if self.context.pp_rank > 0:
+        if self.context.topology.pp_rank > 0:
             shape = (*batch["tokens"].shape, self._module.model_config.vocab_size)
             logits = torch.empty(shape, dtype=self.dtype, device=self.root_device)
         return from_first(logits, self.context.pp_group)
@@ -516,14 +519,14 @@ class DHellamStrategy(ParallelStrategy):
         self, batch: Mapping[str, Any], *, needs_labels: bool = True
     ) -> list[MicroBatch]:
         """The batch of this rank, checked and cut."""
-        checks.check_batch(batch, self._module, self.tensor_parallel_size, needs_labels)
+        checks.check_batch(batch, self._module, self.context.topology, needs_labels)
         return cut(
             batch,
             self.micro_batch_size,
             device=self.root_device,
             seed=self.seed,
             step=self._module.trainer.global_step,
-            rank=self.context.model_rank,
+            rank=self.context.topology.rank_in_stage,
             targets=needs_labels,
         )
 

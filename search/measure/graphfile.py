@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_dhellam.plan import Graph, Lane, Operator, Strand
+from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand
 
 
 def fields_of(graph: Graph) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
                 "writes": list(o.writes),
                 "cost": o.cost,
                 "shrinks": o.shrinks,
+                "collective": o.collective,
             }
             for o in graph.operators
         ],
@@ -45,6 +46,7 @@ def graph_from(fields: Mapping[str, Any]) -> Graph:
             _no_kernel,
             float(row["cost"]),
             shrinks=bool(row.get("shrinks", False)),
+            collective=Collective(row["collective"]) if row.get("collective") else None,
         )
         for row in fields["operators"]
     )

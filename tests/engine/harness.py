@@ -54,7 +54,9 @@ def batch_of(config: ModelConfig, samples: int = 3, length: int = 16) -> dict[st
 
 def pieces(batch: Batch, size: int, context: ParallelContext, step: int = 0) -> list[MicroBatch]:
     """Micro-batches of `size` samples."""
-    return cut(batch, size, device=context.device, seed=1, step=step, rank=context.model_rank)
+    return cut(
+        batch, size, device=context.device, seed=1, step=step, rank=context.topology.rank_in_stage
+    )
 
 
 def engine_of(
@@ -90,7 +92,7 @@ def reduced(model: CausalLM, gradients: Mapping[str, Tensor]) -> dict[str, Tenso
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     for name, parameter in model.named_parameters():
         is_split = getattr(parameter, "tensor_model_parallel", False)
-        if name in gradients and model.context.tp_size > 1 and not is_split:
+        if name in gradients and model.context.topology.tp_size > 1 and not is_split:
             dist.all_reduce(gradients[name], group=model.context.tp_group)
     return gradients
 

@@ -16,7 +16,7 @@ from lightning_dhellam.engine.tape import Tape
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.module import DualStrandMixin
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Lane, Operator, PlanError, Strand
 from lightning_dhellam.strategy.checks import check_batch
@@ -217,10 +217,10 @@ def test_labels_that_are_not_read_may_be_anything() -> None:
         batch = {"tokens": tokens, "labels": labels}
         first, *_ = cut(batch, 2, device=CPU, seed=1, step=2, rank=3, targets=False)
         assert "batch.labels" not in first.slots
-        check_batch(batch, module, 1, needs_labels=False)
+        check_batch(batch, module, Topology(), needs_labels=False)
     assert "batch.labels" not in cut(batch, 2, device=CPU, seed=1, step=2, rank=3)[0].slots
     with pytest.raises(ValueError, match=r"without \['labels'\]"):
-        check_batch(batch, module, 1, needs_labels=True)
+        check_batch(batch, module, Topology(), needs_labels=True)
 
 
 def test_every_micro_batch_step_rank_and_seed_has_its_own_key() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dhellam.parallel import Topology
 from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
 from lightning_dhellam.parallel.duplex import Duplex, open_duplex
 from lightning_dhellam.parallel.work import Once
@@ -25,10 +26,14 @@ def _part(rank: int, ranks: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(ranks * ROWS, WIDTH, generator=generator).to(dtype)
 
 
+def _all_tensor_ranks() -> Topology:
+    return Topology(dist.get_world_size(), dist.get_rank(), tp_size=dist.get_world_size())
+
+
 def _duplex(seconds: float) -> Duplex:
     group = dist.group.WORLD
     assert group is not None
-    opened = open_duplex(group, group.size(), CPU, timedelta(seconds=seconds))
+    opened = open_duplex(group, _all_tensor_ranks(), CPU, timedelta(seconds=seconds))
     assert opened is not None
     return opened
 
@@ -116,7 +121,8 @@ def test_a_collective_that_a_rank_does_not_join_fails() -> None:
 def _of_pairs(rank: int) -> bool:
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     group = pairs[rank // 2]
-    duplex = open_duplex(group, 4, CPU, timedelta(seconds=30))
+    topology = Topology(4, rank, tp_size=2)
+    duplex = open_duplex(group, topology, CPU, timedelta(seconds=30))
     gathered = all_gather(torch.tensor([float(rank)]), group, duplex)
     assert duplex is not None and gathered.work is not None
     gathered.work.wait()

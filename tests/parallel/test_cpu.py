@@ -160,7 +160,7 @@ def _build_optimizer(
             per_model_buffers={0: ddp.buffers},
             data_parallel_group=context.groups.dp_cp,
             data_parallel_group_gloo=None,
-            data_parallel_group_idx=context.tp_rank,
+            data_parallel_group_idx=context.topology.tp_rank,
             distributed_optimizer_instance_id=0,
         )
         optimizer.grad_stats_parallel_group = context.groups.intra_dist_opt
@@ -188,7 +188,7 @@ def _train(context: ParallelContext, dtype: torch.dtype, distributed: bool) -> l
         optimizer = _build_optimizer(ddp, context, dtype, distributed)
         tokens = torch.randint(
             VOCABULARY, (STEPS, BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(1)
-        ).chunk(context.dp_size, dim=1)[context.dp_rank]
+        ).chunk(context.topology.dp_size, dim=1)[context.topology.dp_rank]
         positions = torch.arange(SEQUENCE).unsqueeze(0)
         values = []
         for batch in tokens:
@@ -201,7 +201,7 @@ def _train(context: ParallelContext, dtype: torch.dtype, distributed: bool) -> l
             assert successful
             total = loss.detach().clone()
             dist.all_reduce(total, group=context.dp_group)
-            values += [total.item() / context.dp_size, float(norm)]
+            values += [total.item() / context.topology.dp_size, float(norm)]
         return values
 
 

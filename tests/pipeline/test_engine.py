@@ -95,7 +95,7 @@ def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int], Outcome]
             results = {"train": loss, "evaluate": engine.evaluate(micro_batches)}
             results["predict"] = engine.predict(micro_batches)
             assert engine.lanes.ledger.slots == 0
-            if context.pp_rank:
+            if context.topology.pp_rank:
                 assert not any(result.any() for result in results.values())
                 results = {}
             weights = {f"{n}.initial": p.detach() for n, p in model.named_parameters()}
@@ -163,12 +163,15 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
     """The gradients of this stage's layers as the optimizer gets them, with two replicas."""
     config = replace(SMALL, num_layers=5)
     context = _context(2, Case(config))
-    assert context.dp_size == 2
+    assert context.topology.dp_size == 2
     model = CausalLM(config, context)
     import_llama(model, hugging_face_llama(config).state_dict())
     engine = engine_of(lower(model), poison=True)
     buffers = GradientBuffers(model, model.transformer_config, context, sharded=False, fp32=True)
-    batch = {name: rows[context.dp_rank :: 2] for name, rows in batch_of(config, 6, LENGTH).items()}
+    batch = {
+        name: rows[context.topology.dp_rank :: 2]
+        for name, rows in batch_of(config, 6, LENGTH).items()
+    }
     for _ in range(2):  # what the first step leaves must not be in the second
         buffers.zero()
         engine.train(
@@ -177,7 +180,7 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
         )
         buffers.finish()
     gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
-    return context.dp_rank, export_llama(model, gradients)
+    return context.topology.dp_rank, export_llama(model, gradients)
 
 
 def test_gradients_of_replicated_stages_are_hugging_faces() -> None:

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from tests.models.llama import SMALL
 
 
@@ -22,7 +22,8 @@ def context_of_rank_0(tensor_parallel_size: int) -> ParallelContext:
     group = ProcessGroup(0, tensor_parallel_size)  # type: ignore[call-arg]
     groups = copy(context.groups)
     groups.tp = group
-    return replace(context, groups=groups, tp_size=tensor_parallel_size, tp_group=group)
+    topology = Topology(world_size=tensor_parallel_size, tp_size=tensor_parallel_size)
+    return replace(context, topology=topology, groups=groups, tp_group=group)
 
 
 def lowered(

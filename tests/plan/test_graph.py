@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_dhellam.plan import GraphPair, Lane, Operator
+from lightning_dhellam.plan import Collective, GraphPair, Lane, Operator
+from lightning_dhellam.search.measure.graphfile import fields_of, graph_from
 from tests.plan.graphs import BACKWARD, FORWARD, graph, no_launch, toy_pair
 from tests.plan.real_graphs import lowered
 
@@ -150,3 +151,17 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "dhellam\n"), done.stderr
+
+
+def test_communication_says_what_it_does_and_keeps_it_in_a_file() -> None:
+    graphs = [each for pair in lowered(2).layers for each in (pair.forward, pair.backward)]
+    for made in graphs:
+        read = graph_from(fields_of(made))
+        assert read.fingerprint == made.fingerprint
+        for operator, again in zip(made.operators, read.operators, strict=True):
+            assert (operator.collective is not None) == operator.is_communication, operator
+            assert again.collective is operator.collective
+            if "gather" in operator.name.rpartition(".")[2]:
+                assert operator.collective is Collective.ALL_GATHER
+            if "scatter" in operator.name:
+                assert operator.collective is Collective.REDUCE_SCATTER

@@ -327,10 +327,12 @@ def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) 
 
 def test_weights_of_another_split_are_refused(tmp_path: Path) -> None:
     from lightning_dhellam.checkpoint import folder as checkpoint
-    from lightning_dhellam.parallel import ParallelContext
+    from lightning_dhellam.parallel import ParallelContext, Topology
 
     single = ParallelContext.single(torch.device("cpu"))
-    context = replace(single, pp_size=2, pipeline_split=(2, 1, 1, 1))
+    context = replace(
+        single, topology=Topology(world_size=2, pp_size=2), pipeline_split=(2, 1, 1, 1)
+    )
     path = tmp_path / "a.ckpt"
     checkpoint.save(path, context, {}, {"w": torch.ones(2)}, None)
     assert checkpoint.load_weights(path, context)["w"].sum() == 2
