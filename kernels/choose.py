@@ -1,6 +1,6 @@
 """Which implementation of each operator runs: by device, type and what is installed, or forced.
 
-An implementation is a module with the functions of the operator's reference; of attention it is a
+An implementation is a module with the functions that `protocols` names; of attention it is a
 `Backend`. The choice is a value, made once when a model is lowered and handed to its operators.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lightning_dhellam.kernels import packages
+from lightning_dhellam.kernels import packages, protocols
+from lightning_dhellam.kernels.attention.base import Backend
 
 Refusal = Callable[[torch.device, torch.dtype], str | None]
 """Why a device and a type cannot be used, or None if they can."""
@@ -72,25 +73,19 @@ class Kernels:
     """The implementation of every operator, and what it is called.
 
     Attributes:
-        attention: a `Backend`.
-        cross_entropy: module with `statistics`, `combine`, `backward_` and `CHUNK`.
-        dropout: module with `forward`, `forward_add`, `backward` and `derive_key`.
-        gelu: module with `forward` and `backward`.
-        layer_norm: module with `forward`, `residual_forward` and `backward`.
-        rms_norm: module with `forward`, `residual_forward` and `backward`.
-        rope: module with `forward`, `backward`, `split` and `Heads`.
-        swiglu: module with `forward` and `backward`.
         names: of the backends, by operator.
     """
 
-    attention: Any
-    cross_entropy: Any
-    dropout: Any
-    gelu: Any
-    layer_norm: Any
-    rms_norm: Any
-    rope: Any
-    swiglu: Any
+    attention: Backend
+    cross_entropy: protocols.CrossEntropyKernel
+    dropout: protocols.DropoutKernel
+    embedding: protocols.EmbeddingKernel
+    gelu: protocols.ActivationKernel
+    layer_norm: protocols.LayerNormKernel
+    linear: protocols.LinearKernel
+    rms_norm: protocols.RmsNormKernel
+    rope: protocols.RopeKernel
+    swiglu: protocols.ActivationKernel
     names: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -260,7 +255,11 @@ def _with_triton(operator: str) -> dict[str, Candidate]:
         "triton",
         automatic=lambda device: device.type == "cuda",
     )
-    return {"triton": fast, "reference": Candidate(_module(f"{operator}.reference"), _anywhere)}
+    return {"triton": fast, "reference": _reference(operator)}
+
+
+def _reference(operator: str) -> Candidate:
+    return Candidate(_module(f"{operator}.reference"), _anywhere)
 
 
 CANDIDATES: dict[str, dict[str, Candidate]] = {
@@ -298,8 +297,13 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "cross_entropy": _with_triton("cross_entropy"),
     "dropout": _with_triton("dropout"),
+    "embedding": {"reference": _reference("embedding")},
     "gelu": _with_triton("gelu"),
     "layer_norm": _with_triton("layer_norm"),
+    "linear": {
+        "cublas": Candidate(_module("linear.cublas"), _on_cuda),
+        "reference": _reference("linear"),
+    },
     "rms_norm": _with_triton("rms_norm"),
     "rope": _with_triton("rope"),
     "swiglu": _with_triton("swiglu"),

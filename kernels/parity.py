@@ -21,6 +21,7 @@ from lightning_dhellam.kernels import (
     rope,
     swiglu,
 )
+from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.deterministic import deterministic
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -135,7 +136,7 @@ def _swiglu(backend: Any, draw: Draw) -> Pairs:
 def _rope(backend: Any, draw: Draw) -> Pairs:
     groups, ratio, batch = 2, 3, 2 - draw.tokens % 2
     size = max(2, draw.width // (groups * ratio) // 2 * 2)
-    heads = rope.Heads(groups, ratio, size)
+    heads = Heads(groups, ratio, size)
     length = draw.tokens // batch
     angles = torch.outer(
         torch.arange(length, device=draw.device), torch.rand(size // 2, device=draw.device)
@@ -144,7 +145,7 @@ def _rope(backend: Any, draw: Draw) -> Pairs:
     qkv = draw.normal(length, batch, groups * (ratio + 2) * size)
     y = backend.forward(qkv, cos, sin, heads)
     yield "y", y, rope.forward(qkv.float(), cos, sin, heads)
-    q, k, v = rope.split(draw.normal(*qkv.shape), heads)
+    q, k, v = heads.split(draw.normal(*qkv.shape))
     k = k.transpose(0, 1).contiguous().transpose(0, 1)
     grad = backend.backward(q, k, v, cos, sin, heads)
     yield "grad", grad, rope.backward(q.float(), k.float(), v.float(), cos, sin, heads)

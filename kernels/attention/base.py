@@ -14,15 +14,22 @@ class Backend(ABC):
     """One implementation of causal attention. Dropout is not supported.
 
     Shapes: S sequence, B batch, H query heads, G key and value heads, D head size.
+
+    Attributes:
+        name: by which it is asked for.
+        gives_lse: whether `forward` gives the log-sum-exp; some libraries keep it to themselves.
     """
 
     name: str
+    gives_lse: bool = True
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
         """Attention of `q` [S, B, H, D] over `k`, `v` [S, B, G, D].
 
-        Returns the output [S, B, H*D], the log-sum-exp, and what else backward needs.
+        Returns the output [S, B, H*D]; the natural logarithm of the sum of exponentials of each
+        token's scaled scores, [B, H, S] in fp32, or an empty tensor where it is not given; and
+        what else backward needs.
         """
 
     @abstractmethod
@@ -61,6 +68,8 @@ class AutogradBackend(Backend):
     What it saves for backward are views of its inputs, its output and the log-sum-exp, which is
     kept in the graph, so the slot for it stays empty.
     """
+
+    gives_lse = False
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

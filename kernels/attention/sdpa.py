@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_dhellam.kernels.attention.base import Backend
 
 aten = torch.ops.aten
+_BLOCK = 32
+"""Tokens: rows of the memory-efficient kernel's log-sum-exp are a multiple of them."""
 
 
 class SdpaBackend(Backend):
@@ -118,7 +120,7 @@ class CudnnAttention(SdpaBackend):
         out, lse, *rest = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, True, False, scale=scale
         )
-        return out, lse, rest[:6]
+        return out, lse.view(q.shape[:3]), rest[:6]
 
     def _backward(
         self,
@@ -137,8 +139,8 @@ class CudnnAttention(SdpaBackend):
             return torch.zeros_like(q), torch.zeros_like(k), grouped
         cum_q, cum_k, max_q, max_k, seed, offset = state
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True,
-            scale=scale,
+            dout, q, k, v, out, lse[..., None], seed, offset, None, cum_q, cum_k, max_q, max_k,
+            0.0, True, scale=scale,
         )  # fmt: skip
         return dq, dk, dv
 
@@ -182,7 +184,7 @@ class EfficientAttention(SdpaBackend):
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, True, scale=scale
         )
-        return out, lse, (seed, offset)
+        return out, lse[..., : q.shape[2]], (seed, offset)
 
     def _backward(
         self,
@@ -195,8 +197,10 @@ class EfficientAttention(SdpaBackend):
         state: Any,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Rows of whole blocks, as forward makes them: what is beyond the sequence counts nothing.
+        padded = torch.nn.functional.pad(lse, (0, -q.shape[2] % _BLOCK), value=torch.inf)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, lse, *state, 0.0, (True, True, True, False), True,
+            dout, q, k, v, None, out, padded, *state, 0.0, (True, True, True, False), True,
             scale=scale,
         )  # fmt: skip
         return dq, dk, dv

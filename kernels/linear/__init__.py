@@ -1,5 +1,11 @@
-"""The three GEMMs of a linear layer."""
+"""The GEMMs of a linear layer, and its bias."""
 
-from lightning_dhellam.kernels.linear.reference import accumulate_wgrad, dgrad, forward
+from lightning_dhellam.kernels.linear.reference import (
+    SHRINKS,
+    accumulate_bias_grad,
+    accumulate_wgrad,
+    dgrad,
+    forward,
+)
 
-__all__ = ["accumulate_wgrad", "dgrad", "forward"]
+__all__ = ["SHRINKS", "accumulate_bias_grad", "accumulate_wgrad", "dgrad", "forward"]

@@ -1,51 +1,32 @@
 """Plain torch: the ground truth, and the CPU path. The rotation is in fp32.
 
 Shapes: S sequence, B batch, G query groups, R queries of a group, D head size, H = G * R heads.
-Megatron's projection lays out each group as its R queries, then key, then value.
+`Heads` says how they lie.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Heads(NamedTuple):
-    """Heads on this rank.
-
-    Attributes:
-        groups: query groups, which are also the key and the value heads.
-        ratio: query heads of a group.
-        size: channels of a head.
-    """
-
-    groups: int
-    ratio: int
-    size: int
-
-    @property
-    def queries(self) -> int:
-        """Query heads."""
-        return self.groups * self.ratio
+from lightning_dhellam.kernels.attention.heads import Heads
 
 
 def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """Rotate queries and keys of `qkv` [S, B, G*(R+2)*D] by `cos`, `sin` [S, D].
 
     Returns [S, B, (H+2G)*D] with all queries first, then all keys, then all values, so that each
-    of them is one strided view (`split`).
+    of them is one strided view (`Heads.split`).
     """
     s, b, _ = qkv.shape
     grouped = qkv.view(s, b, heads.groups, heads.ratio + 2, heads.size)
-    out = qkv.new_empty(s, b, heads.queries + 2 * heads.groups, heads.size)
-    q_out, k_out, v_out = out.split([heads.queries, heads.groups, heads.groups], dim=2)
+    out = qkv.new_empty(s, b, heads.channels)
+    q_out, k_out, v_out = heads.split(out)
     q = grouped[..., : heads.ratio, :].reshape(s, b, heads.queries, heads.size)
     q_out.copy_(_rotate(q, cos, sin))
     k_out.copy_(_rotate(grouped[..., heads.ratio, :], cos, sin))
     v_out.copy_(grouped[..., heads.ratio + 1, :])
-    return out.view(s, b, -1)
+    return out
 
 
 def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
@@ -58,14 +39,6 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads
     dqkv[..., heads.ratio, :].copy_(_rotate(dk, cos, -sin))
     dqkv[..., heads.ratio + 1, :].copy_(dv)
     return dqkv.view(s, b, -1)
-
-
-def split(rotated: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """Views `q` [S, B, H, D], `k` and `v` [S, B, G, D] of what `forward` returned."""
-    s, b, _ = rotated.shape
-    channels = rotated.view(s, b, -1, heads.size)
-    q, k, v = channels.split([heads.queries, heads.groups, heads.groups], dim=2)
-    return q, k, v
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.kernels.launch import power_of_two
-from lightning_dhellam.kernels.rope.reference import Heads, split
-
-__all__ = ["Heads", "backward", "forward", "split"]
 
 _ELEMENTS = 1024
 """Of each half that a program holds at a time: one 16-byte load of a 16-bit type per thread."""
@@ -25,7 +23,7 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """As `reference.forward`."""
     qkv = qkv.contiguous()
     out = qkv.new_empty(qkv.shape)
-    _launch(qkv, split(out, heads), cos, sin, heads, forward=True)
+    _launch(qkv, heads.split(out), cos, sin, heads, forward=True)
     return out
 
 
@@ -33,14 +31,14 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads
     """As `reference.backward`; only the last dimension of the gradients must be contiguous."""
     dq, dk, dv = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq, dk, dv))
     s, b = dq.shape[:2]
-    dqkv = dq.new_empty(s, b, (heads.queries + 2 * heads.groups) * heads.size)
+    dqkv = dq.new_empty(s, b, heads.channels)
     _launch(dqkv, (dq, dk, dv), cos, sin, heads, forward=False)
     return dqkv
 
 
 def _launch(
     grouped: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor],
+    parts: Parts,
     cos: Tensor,
     sin: Tensor,
     heads: Heads,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels.attention.heads import Heads
 
 Call = Callable[..., Any]
 Make = Callable[[], tuple[Tensor, ...]]
@@ -108,15 +109,13 @@ def _hidden_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Ca
 
 
 def _rope_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Case]:
-    rope = choose.CANDIDATES["rope"]["reference"].load()
     size, ratio = min(128, hidden), 4
-    heads = rope.Heads(max(1, hidden // (size * ratio)), ratio, size)
+    heads = Heads(max(1, hidden // (size * ratio)), ratio, size)
     positions = torch.arange(tokens, device=device)
     angles = torch.outer(positions, torch.rand(size // 2, device=device)).repeat(1, 2)
     extra = (angles.cos(), angles.sin(), heads)
-    channels = (heads.queries + 2 * heads.groups) * size
-    moved = 4 * tokens * channels + 4 * tokens * size
-    fused = (tokens, 1, channels)
+    moved = 4 * tokens * heads.channels + 4 * tokens * size
+    fused = (tokens, 1, heads.channels)
     queries, keys = (tokens, 1, heads.queries, size), (tokens, 1, heads.groups, size)
     draw = partial(_draw, device)
     case = partial(Case, "rope", extra=extra, moved=moved, tokens=tokens, width=hidden)

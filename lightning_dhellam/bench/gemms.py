@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_dhellam.bench.report import Report, Row, device_name, pick_device
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.bench.workers import Budget
-from lightning_dhellam.kernels import linear
+from lightning_dhellam.kernels.choose import choose
 from lightning_dhellam.models import ModelConfig, preset
 
 DESCRIPTION = "GEMMs of a layer and of the head: TFLOP/s forward and backward, by BLAS library"
@@ -77,6 +77,7 @@ def _rates(tokens: int, outputs: int, inputs: int, device: torch.device) -> Row:
 
     x, dy, weight = draw(tokens, 1, inputs), draw(tokens, 1, outputs), draw(outputs, inputs)
     grad = torch.zeros(outputs, inputs, device=device)
+    linear = choose(device, torch.bfloat16).linear
     calls = {
         "forward": lambda: linear.forward(x, weight),
         "dgrad": lambda: linear.dgrad(dy, weight),

@@ -1,6 +1,6 @@
 """How Megatron-core layers are cut into operators, one file per layer kind."""
 
 from lightning_dhellam.layers.head import Loss
-from lightning_dhellam.layers.lower import Lowered, check_supported, lower
+from lightning_dhellam.layers.lower import Lowered, lower
 
-__all__ = ["Loss", "Lowered", "check_supported", "lower"]
+__all__ = ["Loss", "Lowered", "lower"]

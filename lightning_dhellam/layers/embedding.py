@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dhellam.kernels import embedding
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.plan import GraphPair, Strand
@@ -25,7 +24,7 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
     A frozen weight leaves nothing to do in backward.
     """
     weight, first = words.weight, words.vocab_start_index
-    dropout = kernels.dropout
+    dropout, embedding = kernels.dropout, kernels.embedding
     forward = GraphWriter("embedding", Strand.FORWARD, sizes)
     forward.compute(
         "embedding.lookup",

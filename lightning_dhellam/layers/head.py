@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_dhellam.kernels import cross_entropy, linear
 from lightning_dhellam.kernels.choose import Kernels
-from lightning_dhellam.layers.norm import NormLowering
+from lightning_dhellam.layers.linear import ColumnLinear
+from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.plan import Collective, Graph, GraphPair, Strand
@@ -35,31 +35,34 @@ class HeadLowering:
 
     Attributes:
         norm: the final norm.
-        weight: of the output layer, [V_rank, H]; the embedding's when tied.
+        output: the output layer, whose weight [V_rank, H] is the embedding's when tied.
         vocab_size: without padding.
         sizes: of slots and costs.
         kernels: what computes the operators.
-        regather: gather the normalised hidden states again in backward, instead of keeping them.
         loss: a user's loss, or None for cross-entropy.
     """
 
-    norm: Any
-    weight: torch.nn.Parameter
+    norm: Norm
+    output: ColumnLinear
     vocab_size: int
     sizes: Sizes
     kernels: Kernels
-    regather: bool
     loss: Loss | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of this rank, with those that pad the vocabulary."""
+        return self.output.weight.shape[0]
 
     @property
     def first(self) -> int:
         """Vocabulary index of this rank's first column."""
-        return self.sizes.context.topology.tp_rank * self.weight.shape[0]
+        return self.sizes.context.topology.tp_rank * self.columns
 
     @property
     def valid(self) -> int:
         """Columns of this rank that are vocabulary and not padding."""
-        return max(0, min(self.weight.shape[0], self.vocab_size - self.first))
+        return max(0, min(self.columns, self.vocab_size - self.first))
 
     def lower(self) -> GraphPair:
         """Both directions, with the loss as output of forward and no input of backward."""
@@ -79,21 +82,12 @@ class HeadLowering:
         return GraphWriter(name, Strand.FORWARD, self.sizes)
 
     def _normalised(self, w: GraphWriter) -> str:
-        w.compute(
-            "final.norm",
-            ("x",),
-            {
-                "final_norm": self.sizes.shard,
-                "final_rstd": self._norm.statistics * self.sizes.statistic,
-            },
-            self._norm.forward,
-            moved=2 * self.sizes.shard,
-        )
-        return w.gather("output.gather", "final_norm", "final_norm_full", self.sizes.hidden)
+        """Add the norm. Returns the slot of every token's."""
+        return self.output.gather(w, self.norm.forward(w, "x"))
 
     def _forward(self) -> Graph:
         w = self._begin()
-        w.gemm("output.gemm", self._normalised(w), "logits", self.weight)
+        self.output.gemm(w, self._normalised(w), "logits")
         w.compute(
             "loss.statistics",
             ("logits", "batch.labels"),
@@ -101,18 +95,19 @@ class HeadLowering:
             lambda logits, labels: self.kernels.cross_entropy.statistics(
                 logits.flatten(0, 1), labels.flatten(), self.first, self.valid
             ),
-            moved=self.sizes.wide(self.weight.shape[0]),
+            moved=self.sizes.wide(self.columns),
         )
         return self._combine(w)
 
     def _chunked_forward(self) -> Graph:
         w = self._begin()
+        linear, weight = self.kernels.linear, self.output.weight
 
         def run(x: Tensor, labels: Tensor) -> Tensor:
-            chunks = zip(_chunks(x.flatten(0, 1)), _chunks(labels.flatten()), strict=True)
+            chunks = zip(*map(self._chunks, (x.flatten(0, 1), labels.flatten())), strict=True)
             parts = [
                 self.kernels.cross_entropy.statistics(
-                    linear.forward(rows, self.weight), chunk, self.first, self.valid
+                    linear.forward(rows, weight), chunk, self.first, self.valid
                 )
                 for rows, chunk in chunks
             ]
@@ -123,7 +118,7 @@ class HeadLowering:
             (self._normalised(w), "batch.labels"),
             {"statistics": 12.0},
             run,
-            flops=2 * self.weight.numel(),
+            flops=self.output.flops,
         )
         return self._combine(w)
 
@@ -153,11 +148,10 @@ class HeadLowering:
 
     def _backward(self) -> Graph:
         w = GraphWriter("head", Strand.BACKWARD, self.sizes)
-        width = self.sizes.wide(self.weight.shape[0])
+        width = self.sizes.wide(self.columns)
 
         def run(logits: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> Tensor:
             flat = (logits.flatten(0, 1), labels.flatten(), lse, weights.flatten())
-            grad: Tensor
             grad = self.kernels.cross_entropy.backward_(*flat, self.first, self.valid)
             return grad.view(logits.shape)
 
@@ -172,71 +166,49 @@ class HeadLowering:
 
     def _output_backward(self, w: GraphWriter) -> Graph:
         """From `d_logits` to `dx`."""
-        w.dgrad("output.dgrad", "d_logits", "d_final_norm_full", self.weight)
-        grad = self._scattered(w)
-        if self.weight.requires_grad:  # or else nothing reads the hidden states again
-            w.wgrad("output.wgrad", "d_logits", self._whole(w), self.weight)
-        return self._norm_grad(w, grad)
+        return self._norm_grad(w, self.output.backward(w, "d_logits", self.norm.output))
 
     def _chunked_backward(self) -> Graph:
         w = GraphWriter("head", Strand.BACKWARD, self.sizes)
+        linear, weight = self.kernels.linear, self.output.weight
 
         def run(x: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> Tensor:
             out = torch.empty_like(x)
             labels, weights = labels.flatten(), weights.flatten()
             flat = (x.flatten(0, 1), labels, lse, weights, out.flatten(0, 1))
-            for rows, label, total, weight, part in zip(*map(_chunks, flat), strict=True):
-                logits = linear.forward(rows, self.weight)
-                flat_chunk = (logits, label, total, weight, self.first, self.valid)
+            for rows, label, total, counts, part in zip(*map(self._chunks, flat), strict=True):
+                logits = linear.forward(rows, weight)
+                flat_chunk = (logits, label, total, counts, self.first, self.valid)
                 grad = self.kernels.cross_entropy.backward_(*flat_chunk)
-                part.copy_(linear.dgrad(grad, self.weight))
-                if self.weight.requires_grad:
-                    linear.accumulate_wgrad(main_grad(self.weight), grad, rows)
+                part.copy_(linear.dgrad(grad, weight))
+                if weight.requires_grad:
+                    linear.accumulate_wgrad(main_grad(weight), grad, rows)
             return out
 
         w.compute(
             "output.grad",
-            (self._whole(w), "batch.labels", "lse", "batch.weights"),
+            (self.output.whole(w, self.norm.output), "batch.labels", "lse", "batch.weights"),
             {"d_final_norm_full": self.sizes.whole},
             run,
-            flops=(6 if self.weight.requires_grad else 4) * self.weight.numel(),
-            accumulates=(self.weight,),
+            flops=(3 if weight.requires_grad else 2) * self.output.flops,
+            accumulates=(weight,),
         )
-        return self._norm_grad(w, self._scattered(w))
-
-    def _scattered(self, w: GraphWriter) -> str:
-        return w.scatter(
-            "output.grad_scatter", "d_final_norm_full", "d_final_norm", self.sizes.hidden
-        )
-
-    def _whole(self, w: GraphWriter) -> str:
-        """The slot of normalised hidden states of every token, in backward."""
-        if self.regather:
-            return w.gather("output.regather", "final_norm", "final_norm_again", self.sizes.hidden)
-        return "final_norm_full" if self.sizes.tp > 1 else "final_norm"
+        return self._norm_grad(w, self.output.scatter_grad(w, self.norm.output))
 
     def _norm_grad(self, w: GraphWriter, grad: str) -> Graph:
-        w.compute(
-            "final.norm.grad",
-            (grad, "x", "final_rstd"),
-            {"dx": self.sizes.shard},
-            self._norm.backward,
-            moved=3 * self.sizes.shard,
-            accumulates=self._norm.parameters,
-        )
+        self.norm.backward(w, grad, "x", "dx")
         return w.graph({}, ("dx",))
 
-    @property
-    def _norm(self) -> NormLowering:
-        return NormLowering(self.norm, self.kernels)
+    def _chunks(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Split the tokens of `flat` [N, ...]."""
+        return flat.split(self.kernels.cross_entropy.CHUNK)
 
     def _all_logits(self, w: GraphWriter, read: str) -> None:
         """Add the slot `logits_whole` [B, S, V]: every column, in the batch's own layout."""
-        columns = self.weight.shape[0]
-        w.gemm("output.gemm", read, "logits", self.weight)
+        self.output.gemm(w, read, "logits")
         read = "logits"
         if self.sizes.tp > 1:
-            mine = self.sizes.wide(columns)
+            mine = self.sizes.wide(self.columns)
             size = mine * self.sizes.tp
             read = w.collective(
                 "logits.gather",
@@ -279,7 +251,7 @@ class HeadLowering:
 
     def _custom_backward(self) -> Graph:
         w = GraphWriter("head", Strand.BACKWARD, self.sizes)
-        columns, first, valid = self.weight.shape[0], self.first, self.valid
+        columns, first, valid = self.columns, self.first, self.valid
 
         def run(graph: Any) -> Tensor:
             leaf, value = graph
@@ -304,8 +276,3 @@ def _gather_ranks(
 ) -> collectives.Pending:
     """Logits [S, B, V_rank] of every rank: [R, S, B, V_rank]."""
     return collectives.all_gather(logits[None], group, transport)
-
-
-def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
-    """Split the tokens of `flat` [N, ...]."""
-    return flat.split(cross_entropy.CHUNK)

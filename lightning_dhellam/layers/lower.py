@@ -10,55 +10,23 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from lightning_dhellam.kernels import rope
 from lightning_dhellam.kernels.choose import Kernels, choose
+from lightning_dhellam.layers import linear, norm
+from lightning_dhellam.layers.block import Setting, check_config
 from lightning_dhellam.layers.embedding import lower_embedding
 from lightning_dhellam.layers.generic import lower_module
 from lightning_dhellam.layers.head import HeadLowering, Loss
+from lightning_dhellam.layers.linear import ColumnLinear
+from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.transfer import connect
-from lightning_dhellam.layers.transformer import TransformerLowering
+from lightning_dhellam.layers.transformer import lower_transformer
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair
 
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "activation_func": (torch.nn.functional.silu, torch.nn.functional.gelu),
-    "activation_func_clamp_value": (None,),
-    "add_bias_linear": (False,),
-    "add_qkv_bias": (False,),
-    "apply_query_key_layer_scaling": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "attention_dropout": (0.0,),
-    "attention_output_gate": (False,),
-    "context_parallel_size": (1,),
-    "cpu_offloading": (False,),
-    "experimental_attention_variant": (None,),
-    "fp4": (None,),
-    "fp8": (None,),
-    "fp32_residual_connection": (False,),
-    "gated_linear_unit": (True, False),
-    "glu_linear_offset": (0.0,),
-    "heterogeneous_block_specs": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "linear_attention_freq": (None,),
-    "moe_layer_freq": (1,),
-    "mtp_num_layers": (None,),
-    "multi_latent_attention": (False,),
-    "no_rope_freq": (None,),
-    "normalization": ("RMSNorm", "LayerNorm"),
-    "num_moe_experts": (None,),
-    "pipeline_model_parallel_size": (1,),
-    "qk_clip": (False,),
-    "qk_l2_norm": (False,),
-    "qk_layernorm": (False,),
-    "recompute_granularity": (None,),
-    "rotary_interleaved": (False,),
-    "softmax_scale": (None,),
-    "softmax_type": ("vanilla",),
-    "window_size": (None,),
-}
-"""Values of TransformerConfig that lowering reproduces. Everything else is refused by name."""
+LAYERS: dict[type, Callable[[Any, Setting], GraphPair]] = {TransformerLayer: lower_transformer}
+"""What lowers a layer, by the class of its Megatron-core module."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +45,6 @@ class Lowered:
     logits: Graph | None
     kernels: Kernels
     stage: Stage
-
-
-def check_supported(config: Any) -> None:
-    """Refuse a TransformerConfig that lowering would silently compute otherwise.
-
-    Raises:
-        ValueError: naming the field, its value and what is supported.
-    """
-    for name, allowed in SUPPORTED.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            shown = " or ".join(getattr(v, "__name__", repr(v)) for v in allowed)
-            raise ValueError(
-                f"TransformerConfig.{name}={getattr(value, '__name__', repr(value))} cannot be"
-                f" lowered to operators: use {shown}"
-            )
-    silu, gated = config.activation_func is torch.nn.functional.silu, config.gated_linear_unit
-    if silu != gated:
-        raise ValueError(
-            f"TransformerConfig.gated_linear_unit={gated} with activation_func="
-            f"{config.activation_func.__name__} cannot be lowered to operators: use silu with a"
-            " gate, or gelu without one"
-        )
 
 
 def lower(
@@ -124,15 +69,16 @@ def lower(
             operator would train a parameter.
     """
     config = model.transformer_config
-    check_supported(config)
-    sizes = Sizes(model.context, config.params_dtype, config.hidden_size)
+    sizes = Sizes(
+        model.context, config.params_dtype, config.hidden_size, model.config.max_sequence_length
+    )
     chosen = choose(sizes.context.device, sizes.dtype, kernels, config.kv_channels)
-    rotary = RotaryTable(model.rotary, model.config.max_sequence_length)
+    rotary = RotaryTable(model.rotary)
     again = regather if callable(regather) else lambda index: regather
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
-            _lower_layer(layer, sizes, chosen, rotary, again(index), index)
+            _lower_layer(layer, Setting(sizes, chosen, rotary, again(index), index))
             for index, layer in model.own_layers(chunk)
         ]
 
@@ -172,32 +118,21 @@ def _check_trained(model: torch.nn.Module, layers: Sequence[GraphPair]) -> None:
 def _head(
     model: Any, sizes: Sizes, kernels: Kernels, regather: bool, loss: Loss | None
 ) -> HeadLowering:
-    vocab_size = model.config.vocab_size
-    norm, weight = model.final_norm, model.output_weight
-    return HeadLowering(norm, weight, vocab_size, sizes, kernels, regather, loss)
+    for supported in (norm.SUPPORTED, linear.SUPPORTED):
+        check_config(model.transformer_config, supported)
+    final = Norm.of(model.final_norm, "final", kernels, "the model")
+    output = ColumnLinear("output", model.output_weight, None, kernels.linear, regather)
+    return HeadLowering(final, output, model.config.vocab_size, sizes, kernels, loss)
 
 
-def _lower_layer(
-    layer: Any, sizes: Sizes, kernels: Kernels, rotary: RotaryTable, regather: bool, index: int
-) -> GraphPair:
-    if type(layer) is TransformerLayer:
-        return _transformer(layer, sizes, kernels, rotary, regather, index).lower()
+def _lower_layer(layer: Any, setting: Setting) -> GraphPair:
+    make = LAYERS.get(type(layer))
+    if make is not None:
+        return make(layer, setting)
     if isinstance(layer, MegatronModule):
+        known = " or ".join(f"a {one.__name__}" for one in LAYERS)
         raise ValueError(
-            f"layer {index} is a Megatron-core {type(layer).__name__}, which has no lowering: use a"
-            " TransformerLayer, or a torch.nn.Module of your own, which runs as one operator"
+            f"layer {setting.index} is a Megatron-core {type(layer).__name__}, which has no"
+            f" lowering: use {known}, or a torch.nn.Module of your own, which runs as one operator"
         )
-    return lower_module(layer, sizes, index)
-
-
-def _transformer(
-    layer: Any, sizes: Sizes, kernels: Kernels, rotary: RotaryTable, regather: bool, index: int
-) -> TransformerLowering:
-    attn = layer.self_attention
-    groups = attn.num_query_groups_per_partition
-    heads = rope.Heads(
-        groups,
-        attn.num_attention_heads_per_partition // groups,
-        attn.hidden_size_per_attention_head,
-    )
-    return TransformerLowering(layer, sizes, heads, rotary, kernels, regather, index)
+    return lower_module(layer, setting.sizes, setting.index)

@@ -1,4 +1,4 @@
-"""A norm of the model with the kernel that computes it."""
+"""A norm as operators: RMSNorm, or LayerNorm where the module has a bias."""
 
 from __future__ import annotations
 
@@ -9,65 +9,117 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.choose import Kernels
-from lightning_dhellam.layers.writer import main_grad
+from lightning_dhellam.layers.block import Supported
+from lightning_dhellam.layers.writer import GraphWriter, main_grad
+
+SUPPORTED: Supported = {
+    "layernorm_zero_centered_gamma": (False,),
+    "normalization": ("RMSNorm", "LayerNorm"),
+}
 
 
 @dataclass(frozen=True)
-class NormLowering:
-    """What the operators of one norm call: RMSNorm, or LayerNorm where the module has a bias.
+class Norm:
+    """A norm of hidden states that are split along the sequence.
 
     Attributes:
+        name: which its slots' and operators' names begin with.
         module: has `weight`, `eps` and perhaps `bias`; they are read and accumulated in place.
         kernels: what computes the operators.
     """
 
+    name: str
     module: Any
     kernels: Kernels
+
+    @classmethod
+    def of(cls, module: Any, name: str, kernels: Kernels, where: str) -> Norm:
+        """Refuses a module that is no norm; `where` says whose it is."""
+        if getattr(module, "weight", None) is None or not hasattr(module, "eps"):
+            raise ValueError(
+                f"{where}: its {name} norm is a {type(module).__name__}, which has no lowering: use"
+                " a norm that has a weight and eps, such as lightning_dhellam's RMSNorm"
+            )
+        return cls(name, module, kernels)
+
+    @property
+    def output(self) -> str:
+        """The slot of the normalised hidden states."""
+        return f"{self.name}_norm"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """Weight and, of a LayerNorm, bias."""
-        bias = getattr(self.module, "bias", None)
+        bias = self._bias
         return (self.module.weight,) if bias is None else (self.module.weight, bias)
-
-    @property
-    def operator(self) -> str:
-        """The operator among the kernels."""
-        return "rms_norm" if len(self.parameters) == 1 else "layer_norm"
-
-    @property
-    def statistics(self) -> int:
-        """fp32 numbers that are kept of each token: as many as parameters of a channel."""
-        return len(self.parameters)
 
     @property
     def fuses(self) -> bool:
         """Whether the sum of the residual stream and its norm are one operator."""
-        return self.kernels.names[self.operator] == "triton"
+        operator = "rms_norm" if self._bias is None else "layer_norm"
+        return self.kernels.names[operator] == "triton"
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` [..., H] normalised, and the statistics for `backward`."""
-        result: tuple[Tensor, Tensor]
-        result = self._kernel.forward(x, *self.parameters, self.module.eps)
-        return result
+    def forward(self, w: GraphWriter, read: str) -> str:
+        """Add the norm of `read`. Returns the slot of the result."""
+        rms, layer = self.kernels.rms_norm.forward, self.kernels.layer_norm.forward
+        weight, bias, eps = self.module.weight, self._bias, self.module.eps
 
-    def residual_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of `x` and `residual` [..., H], and `forward` of it."""
-        result: tuple[Tensor, Tensor, Tensor]
-        result = self._kernel.residual_forward(x, residual, *self.parameters, self.module.eps)
-        return result
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            return rms(x, weight, eps) if bias is None else layer(x, weight, bias, eps)
+
+        w.compute(f"{self.name}.norm", (read,), self._writes(w), run, moved=2 * w.sizes.shard)
+        return self.output
+
+    def forward_of_sum(self, w: GraphWriter, reads: tuple[str, str], write: str) -> str:
+        """Add the sum of two slots and its norm, in one pass. Returns the slot of the norm."""
+        rms = self.kernels.rms_norm.residual_forward
+        layer = self.kernels.layer_norm.residual_forward
+        weight, bias, eps = self.module.weight, self._bias, self.module.eps
+
+        def run(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if bias is None:
+                return rms(x, residual, weight, eps)
+            return layer(x, residual, weight, bias, eps)
+
+        writes = {write: w.sizes.shard, **self._writes(w)}
+        w.compute(f"{self.name}.residual_norm", reads, writes, run, moved=4 * w.sizes.shard)
+        return self.output
 
     def backward(
-        self, dy: Tensor, x: Tensor, statistics: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
-        """Gradient by `x`, plus `residual`. Adds to the gradients of what is not frozen."""
-        dx: Tensor
-        dx, *grads = self._kernel.backward(dy, x, self.module.weight, statistics, residual)
-        for parameter, grad in zip(self.parameters, grads, strict=True):
-            if parameter.requires_grad:  # the kernels compute all gradients at once
-                main_grad(parameter).add_(grad)
-        return dx
+        self, w: GraphWriter, grad: str, x: str, write: str, residual: str | None = None
+    ) -> None:
+        """Add the gradient by `x`, plus the slot `residual`, and those of the parameters."""
+        rms, layer = self.kernels.rms_norm.backward, self.kernels.layer_norm.backward
+        weight, parameters = self.module.weight, self.parameters
+        kernel = rms if self._bias is None else layer
+
+        def run(dy: Tensor, x: Tensor, statistics: Tensor, branch: Tensor | None = None) -> Tensor:
+            dx, *grads = kernel(dy, x, weight, statistics, branch)
+            for parameter, one in zip(parameters, grads, strict=True):
+                if parameter.requires_grad:  # the kernels compute all gradients at once
+                    main_grad(parameter).add_(one)
+            return dx
+
+        reads = (grad, x, self._statistics)
+        w.compute(
+            f"{self.name}.norm.grad",
+            reads if residual is None else (*reads, residual),
+            {write: w.sizes.shard},
+            run,
+            moved=(3 if residual is None else 4) * w.sizes.shard,
+            accumulates=parameters,
+        )
 
     @property
-    def _kernel(self) -> Any:
-        return getattr(self.kernels, self.operator)
+    def _bias(self) -> Parameter | None:
+        bias: Parameter | None = getattr(self.module, "bias", None)
+        return bias
+
+    @property
+    def _statistics(self) -> str:
+        """The slot of what backward needs of each token, a number for each parameter."""
+        return f"{self.name}_rstd"
+
+    def _writes(self, w: GraphWriter) -> dict[str, float]:
+        numbers = len(self.parameters)
+        return {self.output: w.sizes.shard, self._statistics: numbers * w.sizes.statistic}

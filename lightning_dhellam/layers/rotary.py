@@ -13,12 +13,10 @@ class RotaryTable:
 
     Args:
         rotary: the module that holds `inv_freq`.
-        length: longest sequence, in tokens.
     """
 
-    def __init__(self, rotary: Any, length: int) -> None:
+    def __init__(self, rotary: Any) -> None:
         self.rotary = rotary
-        self.length = length
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:

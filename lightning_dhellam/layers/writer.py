@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lightning_dhellam.kernels import linear
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import taken_first
@@ -30,11 +29,13 @@ class Sizes:
         context: groups and sizes of this rank.
         dtype: of activations.
         hidden: channels of the residual stream.
+        length: tokens of the sequences that nominal costs are those of.
     """
 
     context: ParallelContext
     dtype: torch.dtype
     hidden: int
+    length: int
 
     @property
     def tp(self) -> int:
@@ -161,53 +162,6 @@ class GraphWriter:
         self._add(Operator(name, Lane.TP, (read,), (write,), run, cost, collective=collective))
         self.bytes_per_token[write] = size
         return write
-
-    def gemm(self, name: str, read: str, write: str, weight: Parameter) -> None:
-        """Add `write = read @ weight.T`."""
-        out_features, in_features = weight.shape
-        self.compute(
-            name,
-            (read,),
-            {write: self.sizes.wide(out_features)},
-            lambda x: linear.forward(x, weight),
-            flops=2 * in_features * out_features,
-            shrinks=True,
-        )
-
-    def dgrad(self, name: str, read: str, write: str, weight: Parameter) -> None:
-        """Add `write = read @ weight`: the gradient by a linear layer's input."""
-        out_features, in_features = weight.shape
-        self.compute(
-            name,
-            (read,),
-            {write: self.sizes.wide(in_features)},
-            lambda dy: linear.dgrad(dy, weight),
-            flops=2 * in_features * out_features,
-            shrinks=True,
-        )
-
-    def wgrad(self, name: str, grad: str, read: str, weight: Parameter) -> None:
-        """Add `main_grad += grad.T @ read`: the weight gradient of a linear layer.
-
-        A frozen weight has none: no operator is added.
-        """
-        if not weight.requires_grad:
-            return
-        out_features, in_features = weight.shape
-
-        def run(dy: torch.Tensor, x: torch.Tensor) -> None:
-            first = taken_first(weight)
-            linear.accumulate_wgrad(main_grad(weight), dy, x, first=first)
-
-        self.compute(
-            name,
-            (grad, read),
-            {},
-            run,
-            flops=2 * in_features * out_features,
-            accumulates=(weight,),
-            shrinks=True,
-        )
 
     def graph(self, inputs: Mapping[str, float], outputs: tuple[str, ...]) -> Graph:
         """The frozen graph. `inputs` are handed over, with their bytes per token."""

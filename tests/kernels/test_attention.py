@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.attention import BACKENDS, Backend
+from lightning_dhellam.kernels.attention.heads import Heads
 from tests.kernels.checks import assert_close, drawn, truth
 
 # sequence, batch, query heads, key heads, head size
@@ -67,3 +68,40 @@ def test_a_token_sees_nothing_of_later_ones(dtype: torch.dtype, device: torch.de
         k2[10:], v2[10:] = 5.0, -5.0
         other, _, _ = backend.forward(q, k2, v2, 0.3)
         assert torch.equal(out[:10], other[:10]) and not torch.equal(out[10:], other[10:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_sum_exp_is_what_it_is_said_to_be(
+    shape: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    s, b, h, g, d = SHAPES[shape]
+    q, k, v = drawn((s, b, h + 2 * g, d), dtype, device).split([h, g, g], dim=2)
+    keys = k.double().repeat_interleave(h // g, dim=2)
+    scores = 0.7 * torch.einsum("sbhd,tbhd->bhst", q.double(), keys)
+    later = torch.ones(s, s, dtype=torch.bool, device=device).triu(1)
+    expected = scores.masked_fill(later, -torch.inf).logsumexp(dim=-1)
+    for backend in _backends(device, dtype):
+        assert backend.gives_lse
+        _, lse, _ = backend.forward(q, k, v, 0.7)
+        assert lse.shape == (b, h, s) and lse.dtype == torch.float32
+        tolerance = 1e-6 if dtype is torch.float32 else 1e-3
+        assert (lse - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("heads", [Heads(2, 3, 4), Heads(3, 1, 4), Heads(1, 5, 2)], ids=str)
+def test_heads_are_cut_where_the_projection_has_them(heads: Heads, device: torch.device) -> None:
+    qkv = drawn((5, 2, heads.channels), torch.float32, device)
+    q, k, v = heads.cut(qkv)
+    for group in range(heads.groups):
+        start = group * (heads.ratio + 2) * heads.size
+        parts = qkv[..., start : start + (heads.ratio + 2) * heads.size].unflatten(
+            2, (-1, heads.size)
+        )
+        assert torch.equal(
+            q[:, :, group * heads.ratio : (group + 1) * heads.ratio], parts[:, :, :-2]
+        )
+        assert torch.equal(k[:, :, group], parts[:, :, -2])
+        assert torch.equal(v[:, :, group], parts[:, :, -1])
+    assert torch.equal(heads.join(q, k, v), qkv)
+    views = (k, v) if heads.ratio > 1 else (q, k, v)
+    assert all(part.untyped_storage().data_ptr() == qkv.data_ptr() for part in views)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from importlib import metadata
 from importlib.machinery import ModuleSpec
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels import choose, protocols
+from lightning_dhellam.kernels.attention import Backend
 from lightning_dhellam.kernels.deterministic import deterministic
 
 CPU = torch.device("cpu")
@@ -38,8 +40,8 @@ def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     assert kernels.names["attention"] == "cpu"
     assert {name for o, name in kernels.names.items() if o != "attention"} == {"reference"}
     assert str(kernels) == (
-        "kernels: cpu for attention; reference for cross_entropy, dropout, gelu, layer_norm,"
-        " rms_norm, rope, swiglu"
+        "kernels: cpu for attention; reference for cross_entropy, dropout, embedding, gelu,"
+        " layer_norm, linear, rms_norm, rope, swiglu"
     )
     assert kernels.swiglu.forward(torch.ones(1, 4)).shape == (1, 2)
 
@@ -172,6 +174,8 @@ def test_what_a_gpu_gets_by_itself(flash_attn_4: Path, monkeypatch: pytest.Monke
         ({"attention": "flash"}, "attention has no backend 'flash'; did you mean 'flash_attn'?"),
         ({"atention": "cudnn"}, "there is no operator 'atention'; did you mean 'attention'?"),
         ({"attention": "cudnn"}, "needs a GPU, and the device is cpu"),
+        ({"linear": "cublas"}, "needs a GPU, and the device is cpu; or use reference, or leave"),
+        ({"embedding": "triton"}, "embedding has no backend 'triton'; known: reference"),
         ({"swiglu": "cutlass"}, "swiglu has no backend 'cutlass'; known: triton, reference"),
     ],
     ids=str,
@@ -193,7 +197,44 @@ def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     kernels = choose.choose(device, torch.bfloat16)
     usable = [n for n, why in choose.available("attention", device, torch.bfloat16) if not why]
     assert kernels.names["attention"] == usable[0]
-    assert {n for o, n in kernels.names.items() if o != "attention"} == {"triton"}
+    others = {"attention": usable[0], "embedding": "reference", "linear": "cublas"}
+    assert kernels.names == {o: others.get(o, "triton") for o in choose.CANDIDATES}
     assert choose.choose(device, torch.float32).names["attention"] == "efficient"
     forced = choose.choose(device, torch.bfloat16, {"rms_norm": "reference"})
     assert forced.names["rms_norm"] == "reference" and forced.names["rope"] == "triton"
+
+
+PROTOCOLS = {
+    name: getattr(protocols, hint.removeprefix("protocols."))
+    for name, hint in choose.Kernels.__annotations__.items()
+    if hint.startswith("protocols.")
+}
+
+
+@pytest.mark.parametrize(
+    ("operator", "backend"),
+    [(o, name) for o in PROTOCOLS for name in choose.CANDIDATES[o]],
+)
+def test_a_backend_has_what_its_operator_promises(operator: str, backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    module = choose.CANDIDATES[operator][backend].load()
+    protocol = PROTOCOLS[operator]
+    promised = [*protocol.__annotations__, *(n for n in vars(protocol) if not n.startswith("_"))]
+    assert promised
+    for name in dict.fromkeys(promised):
+        found, wanted = getattr(module, name), getattr(protocol, name, None)
+        if wanted is None:  # a constant
+            continue
+        ours, theirs = inspect.signature(found), inspect.signature(wanted)
+        # The protocol's functions have `self`; names count where they may be used.
+        parameters = list(theirs.parameters.values())[1:]
+        assert len(ours.parameters) == len(parameters), name
+        assert ours.return_annotation == theirs.return_annotation, name
+        for one, other in zip(ours.parameters.values(), parameters, strict=True):
+            assert (one.default, one.annotation) == (other.default, other.annotation), name
+            assert other.kind is other.POSITIONAL_ONLY or one.name == other.name, name
+
+
+def test_attention_is_a_backend() -> None:
+    assert isinstance(choose.choose(CPU, torch.float32).attention, Backend)

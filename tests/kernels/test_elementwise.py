@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import rms_norm, rope, swiglu
-from lightning_dhellam.kernels.rope import Heads
+from lightning_dhellam.kernels.attention.heads import Heads
 from tests.kernels.checks import TOLERANCE, assert_close, drawn, strided, truth
 
 SHAPES = [(1, 1, 2), (7, 3, 33), (5, 1, 130)]
@@ -123,6 +123,6 @@ def test_rope(heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
             {"rotated": expected, "d_qkv": expected_grad},
             TOLERANCE[dtype],
         )
-    q, k, v = rope.split(out, heads)
+    q, k, v = heads.split(out)
     assert torch.equal(torch.cat([q, k, v], dim=2), out.view(expected.shape))
     assert all(part.untyped_storage().data_ptr() == out.data_ptr() for part in (q, k, v))

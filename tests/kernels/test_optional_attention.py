@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import choose, rope
+from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.deterministic import deterministic
 from tests.kernels.checks import assert_close, drawn, truth
 
@@ -28,15 +29,15 @@ BACKENDS = {
 }
 """Module and class of each."""
 
-Shape = tuple[int, int, rope.Heads]
+Shape = tuple[int, int, Heads]
 """Sequence, batch, heads."""
 
 SHAPES: dict[str, Shape] = {
-    "less-than-a-block": (17, 2, rope.Heads(groups=2, ratio=1, size=64)),
-    "grouped": (257, 3, rope.Heads(groups=2, ratio=3, size=64)),
-    "ungrouped": (129, 2, rope.Heads(groups=4, ratio=1, size=128)),
-    "one-group": (1023, 1, rope.Heads(groups=1, ratio=5, size=128)),
-    "whole-blocks": (384, 2, rope.Heads(groups=2, ratio=4, size=128)),
+    "less-than-a-block": (17, 2, Heads(groups=2, ratio=1, size=64)),
+    "grouped": (257, 3, Heads(groups=2, ratio=3, size=64)),
+    "ungrouped": (129, 2, Heads(groups=4, ratio=1, size=128)),
+    "one-group": (1023, 1, Heads(groups=1, ratio=5, size=128)),
+    "whole-blocks": (384, 2, Heads(groups=2, ratio=4, size=128)),
 }
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -189,7 +190,7 @@ def _check(
 ) -> None:
     s, b, heads = shape
     fused = drawn((s, b, (heads.queries + 2 * heads.groups) * heads.size), dtype, device)
-    q, k, v = rope.split(fused, heads)
+    q, k, v = heads.split(fused)
     dout = drawn((s, b, heads.queries * heads.size), dtype, device, 1)
     scale = 1.3 * heads.size**-0.5
 
@@ -248,12 +249,12 @@ def test_results_on_a_gpu(name: str, shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["torch_flash", *BACKENDS])
 def test_gradients_are_reproducible_where_torch_must_be(name: str) -> None:
-    dtype, device, heads = torch.bfloat16, torch.device("cuda", 0), rope.Heads(1, 8, 128)
+    dtype, device, heads = torch.bfloat16, torch.device("cuda", 0), Heads(1, 8, 128)
     backend = _on_gpu(name, dtype)
     # Long enough for many blocks to add to the same rows at once.
     s, b = 4096, 1
     fused = drawn((s, b, (heads.queries + 2 * heads.groups) * heads.size), dtype, device)
-    q, k, v = rope.split(fused, heads)
+    q, k, v = heads.split(fused)
     dout = drawn((s, b, heads.queries * heads.size), dtype, device, 1)
     runs = []
     with deterministic():

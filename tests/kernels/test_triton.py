@@ -20,6 +20,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
 from lightning_dhellam.kernels import cross_entropy, dropout, parity
+from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.dropout.philox import philox
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,9 +115,9 @@ def _norm_results(operator: str, x: Tensor, dy: Tensor, residual: Tensor) -> tup
 
 def _rope_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     rope = triton_of("rope")
-    heads = rope.Heads(2, 3, 4)
+    heads = Heads(2, 3, 4)
     cos, sin = torch.rand(2, 6, 2, device=DEVICE).repeat(1, 1, 2)
-    parts = rope.split(dy.contiguous(), heads)
+    parts = heads.split(dy.contiguous())
     if not x.is_contiguous():  # each with gaps of its own between samples
         parts = tuple(torch.cat([part, part], dim=1)[:, :2] for part in parts)
     return rope.forward(x, cos, sin, heads), rope.backward(*parts, cos, sin, heads)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_dhellam.kernels import linear
+from lightning_dhellam.kernels.linear import cublas
 
 
 def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
     """Add `grad_output` [N, O] transposed times `total_input` [N, I] to `main_grad` [O, I]."""
-    linear.accumulate_wgrad(main_grad, grad_output, total_input)
+    cublas.accumulate_wgrad(main_grad, grad_output, total_input)
 
 
 wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32

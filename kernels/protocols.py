@@ -1,0 +1,144 @@
+"""What the backends of each operator have in common: the functions that layers call, with types.
+
+A backend is a module with these functions; what they compute is said once, in the operator's
+reference. Shapes: S sequence, B batch, N tokens, H, I and O channels, V columns of a vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_dhellam.kernels.attention.heads import Heads
+
+
+class CrossEntropyKernel(Protocol):
+    """Cross-entropy over a vocabulary that is split between ranks."""
+
+    CHUNK: int
+
+    def statistics(self, logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor:
+        """Three numbers per token [3, N] of this rank's `logits` [N, V]."""
+
+    def combine(self, statistics_of_ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and log-sum-exp [N] of statistics [R, 3, N]."""
+
+    def backward_(
+        self, logits: Tensor, labels: Tensor, lse: Tensor, weights: Tensor, first: int, valid: int
+    ) -> Tensor:
+        """`logits` [N, V], overwritten by the gradient of the weighted loss."""
+
+
+class DropoutKernel(Protocol):
+    """Dropout whose mask follows from a key."""
+
+    def derive_key(self, key: int, *counters: int) -> int:
+        """A new key from a key and counters."""
+
+    def forward(self, x: Tensor, p: float, key: int) -> Tensor:
+        """`x`, dropped."""
+
+    def forward_add(self, x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
+        """`residual` plus `x`, dropped."""
+
+    def backward(self, dy: Tensor, p: float, key: int) -> Tensor:
+        """Gradient by `x`."""
+
+
+class EmbeddingKernel(Protocol):
+    """Look-up in a table [V, H] of which each rank holds a range of rows."""
+
+    def forward(self, tokens: Tensor, weight: Tensor, first: int) -> Tensor:
+        """Rows [S, B, H] of `tokens` [B, S], zero for those of other ranks."""
+
+    def accumulate_wgrad(self, grad: Tensor, dy: Tensor, tokens: Tensor, first: int) -> None:
+        """Add `dy` [S, B, H] to the rows of `grad` [V, H], in place."""
+
+
+class LinearKernel(Protocol):
+    """The GEMMs of a linear layer with a weight [O, I] and perhaps a bias [O].
+
+    Attributes:
+        SHRINKS: whether its GEMMs leave processors free when `processors.leave` asks for it.
+    """
+
+    SHRINKS: bool
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., O] from `x` [..., I]."""
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """Gradient [..., I] by the input."""
+
+    def accumulate_wgrad(self, grad: Tensor, dy: Tensor, x: Tensor, *, first: bool = False) -> None:
+        """Add the weight's gradient to `grad` [O, I], in place."""
+
+    def accumulate_bias_grad(self, grad: Tensor, dy: Tensor, *, first: bool = False) -> None:
+        """Add the bias's gradient to `grad` [O], in place."""
+
+
+class ActivationKernel(Protocol):
+    """An activation function."""
+
+    def forward(self, x: Tensor, /) -> Tensor:
+        """The function of `x` [..., I]."""
+
+    def backward(self, dy: Tensor, x: Tensor, /) -> Tensor:
+        """Gradient by `x`."""
+
+
+class LayerNormKernel(Protocol):
+    """LayerNorm, and the sum with the residual stream before it."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`x` [..., H] normalised, and statistics."""
+
+    def residual_forward(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of `x` and `residual`, and `forward` of it."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        statistics: Tensor,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients by `x`, plus `residual`, and by weight and bias."""
+
+
+class RmsNormKernel(Protocol):
+    """RMSNorm, and the sum with the residual stream before it."""
+
+    def forward(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`x` [..., H] normalised, and statistics."""
+
+    def residual_forward(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of `x` and `residual`, and `forward` of it."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rstd: Tensor,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients by `x`, plus `residual`, and by the weight."""
+
+
+class RopeKernel(Protocol):
+    """Rotary position embedding, which puts heads in order on its way."""
+
+    def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
+        """Rotated heads in the layout of `Heads.split`, from a projection [S, B, ...]."""
+
+    def backward(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: Heads
+    ) -> Tensor:
+        """Gradient by the projection."""

@@ -1,0 +1,203 @@
+"""Self-attention as operators: projection, rotary embedding if there is one, attention, projection.
+
+    forward   gather|qkv  (rope)  attention  proj|scatter
+    backward  gather|proj  attention  (rope)  qkv|scatter
+
+Shapes: S sequence, B batch, H query heads, G key and value heads of this rank, D head size. With
+rotary embedding the kernel that turns the heads also puts them in order; without, attention reads
+the heads where the projection has left them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_dhellam.kernels.attention.heads import Heads, Parts
+from lightning_dhellam.layers.block import Setting, Supported, check_config
+from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
+from lightning_dhellam.layers.writer import GraphWriter
+
+SUPPORTED: Supported = {
+    "apply_query_key_layer_scaling": (False,),
+    "attention_dropout": (0.0,),
+    "attention_output_gate": (False,),
+    "context_parallel_size": (1,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "multi_latent_attention": (False,),
+    "no_rope_freq": (None,),
+    "qk_clip": (False,),
+    "qk_l2_norm": (False,),
+    "qk_layernorm": (False,),
+    "rotary_interleaved": (False,),
+    "softmax_scale": (None,),
+    "softmax_type": ("vanilla",),
+    "window_size": (None,),
+}
+
+_BACKWARD = 2.5
+"""FLOPs of backward in those of forward: the scores are computed again."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A Megatron-core `SelfAttention`, causal.
+
+    Attributes:
+        qkv: from hidden states to queries, keys and values.
+        proj: from what the heads have found to hidden states.
+        heads: of this rank.
+        setting: what it is lowered with.
+    """
+
+    qkv: ColumnLinear
+    proj: RowLinear
+    heads: Heads
+    setting: Setting
+
+    @classmethod
+    def of(cls, module: Any, setting: Setting) -> Attention:
+        """Refuses what it would compute otherwise, by name."""
+        check_config(module.config, SUPPORTED)
+        _check_module(module, setting.index)
+        groups = module.num_query_groups_per_partition
+        heads = Heads(
+            groups,
+            module.num_attention_heads_per_partition // groups,
+            module.hidden_size_per_attention_head,
+        )
+        return cls(
+            ColumnLinear.of(module.linear_qkv, "qkv", setting),
+            RowLinear.of(module.linear_proj, "proj", setting),
+            heads,
+            setting,
+        )
+
+    @property
+    def output(self) -> str:
+        """See `Block`."""
+        return self.proj.name
+
+    @property
+    def bias(self) -> Parameter | None:
+        """See `Block`."""
+        return self.proj.bias
+
+    @property
+    def scale(self) -> float:
+        """Factor on the attention scores."""
+        return float(self.heads.size**-0.5)
+
+    def forward(self, w: GraphWriter, read: str) -> str:
+        """See `Block`."""
+        self.qkv.forward(w, read, "qkv")
+        self._rope(w)
+        self._attend(w)
+        return self.proj.forward(w, "context")
+
+    def backward(self, w: GraphWriter, grad: str, read: str) -> str:
+        """See `Block`."""
+        self.proj.backward(w, grad, "context")
+        if self.setting.rotary is None:
+            self._attend_grad(w)
+        else:
+            self._attend_grad_of_parts(w)
+            self._rope_grad(w)
+        return self.qkv.backward(w, "d_qkv", read)
+
+    @property
+    def _read(self) -> str:
+        """The slot of the heads that attention reads."""
+        return "qkv" if self.setting.rotary is None else "rotated"
+
+    def _cut(self, heads: Tensor) -> Parts:
+        """Queries, keys and values of what attention reads."""
+        return self.heads.cut(heads) if self.setting.rotary is None else self.heads.split(heads)
+
+    def _rope(self, w: GraphWriter) -> None:
+        rope, rotary, heads = self.setting.kernels.rope, self.setting.rotary, self.heads
+        if rotary is None:
+            return
+        size = w.sizes.wide(heads.channels)
+        w.compute(
+            "rope",
+            ("qkv",),
+            {"rotated": size},
+            lambda qkv: rope.forward(qkv, *rotary(qkv), heads),
+            moved=2 * size,
+        )
+
+    def _rope_grad(self, w: GraphWriter) -> None:
+        rope, rotary, heads = self.setting.kernels.rope, self.setting.rotary, self.heads
+        assert rotary is not None
+        size = w.sizes.wide(heads.channels)
+        w.compute(
+            "rope.grad",
+            ("dq", "dk", "dv"),
+            {"d_qkv": size},
+            lambda dq, dk, dv: rope.backward(dq, dk, dv, *rotary(dq), heads),
+            moved=2 * size,
+        )
+
+    def _attend(self, w: GraphWriter) -> None:
+        forward, cut, scale = self.setting.kernels.attention.forward, self._cut, self.scale
+        queries = self.heads.queries
+        w.compute(
+            "attention",
+            (self._read,),
+            {
+                "context": w.sizes.wide(queries * self.heads.size),
+                "lse": 4 * queries,
+                "attention_state": 0,
+            },
+            lambda heads: forward(*cut(heads), scale),
+            flops=self.heads.flops(w.sizes.length),
+        )
+
+    def _grads(self, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Parts:
+        q, k, v = self._cut(heads)
+        backward = self.setting.kernels.attention.backward
+        return backward(dout, q, k, v, out, lse, state, self.scale)
+
+    def _attend_grad_of_parts(self, w: GraphWriter) -> None:
+        """Gradients by queries, keys and values, each in a slot of its own."""
+        query = w.sizes.wide(self.heads.queries * self.heads.size)
+        key = w.sizes.wide(self.heads.groups * self.heads.size)
+        self._add_grad(w, {"dq": query, "dk": key, "dv": key}, self._grads)
+
+    def _attend_grad(self, w: GraphWriter) -> None:
+        """The gradient by the projection, with the heads where it has them."""
+
+        def run(dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Tensor:
+            return self.heads.join(*self._grads(dout, heads, out, lse, state))
+
+        self._add_grad(w, {"d_qkv": w.sizes.wide(self.heads.channels)}, run)
+
+    def _add_grad(self, w: GraphWriter, writes: dict[str, float], run: Any) -> None:
+        w.compute(
+            "attention.grad",
+            ("d_context", self._read, "context", "lse", "attention_state"),
+            writes,
+            run,
+            flops=_BACKWARD * self.heads.flops(w.sizes.length),
+        )
+
+
+def _check_module(module: Any, index: int) -> None:
+    """Refuse what the configuration does not tell."""
+    if module.attn_mask_type is not AttnMaskType.causal:
+        raise ValueError(
+            f"layer {index}: its attention has the mask {module.attn_mask_type.name}: use"
+            " attn_mask_type=AttnMaskType.causal"
+        )
+    for part in ("q_layernorm", "k_layernorm"):
+        if getattr(module, part, None) is not None:
+            raise ValueError(
+                f"layer {index}: its attention has a {part}, which has no lowering: leave it out of"
+                " the layer's spec"
+            )

@@ -1,0 +1,191 @@
+"""Column- and row-parallel linear layers as operators, in both directions.
+
+Activations between linear layers are split along the sequence where TP > 1, so a column-parallel
+layer gathers its input and a row-parallel layer scatters its output:
+
+    column   forward   gather  gemm               backward  dgrad  scatter  (regather)  wgrad
+    row      forward           gemm  scatter      backward  gather  dgrad  wgrad
+
+A column-parallel bias is added by its GEMM; it is split as the weight is. A row-parallel bias is
+whole on every rank and joins after the scatter, where the residual stream is added (see
+`residual`); each rank's gradient of it is the sum over its own tokens. With TP = 1 gathers and
+scatters are left out, and their neighbours share a slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_dhellam.kernels.protocols import LinearKernel
+from lightning_dhellam.layers.block import Setting, Supported, check_class, check_config
+from lightning_dhellam.layers.writer import GraphWriter, main_grad
+from lightning_dhellam.parallel.gradients import taken_first
+
+SUPPORTED: Supported = {"fp4": (None,), "fp8": (None,)}
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """What both kinds of linear layers have.
+
+    Attributes:
+        name: of the layer, which its operators' names begin with.
+        weight: this rank's part [O, I]; it is read, and its `main_grad` is added to.
+        bias: [O], or None.
+        kernel: what computes the GEMMs.
+    """
+
+    name: str
+    weight: Parameter
+    bias: Parameter | None
+    kernel: LinearKernel
+
+    @classmethod
+    def _parts(
+        cls, module: Any, wanted: type, name: str, setting: Setting
+    ) -> tuple[str, Parameter, Parameter | None, LinearKernel]:
+        check_class(module, wanted, f"linear_{name}", setting.index)
+        check_config(module.config, SUPPORTED)
+        return name, module.weight, module.bias, setting.kernels.linear
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per token of each of the three GEMMs."""
+        return 2.0 * self.weight.numel()
+
+    def _gemm(self, w: GraphWriter, read: str, write: str, bias: Parameter | None = None) -> None:
+        forward, weight = self.kernel.forward, self.weight
+        w.compute(
+            f"{self.name}.gemm",
+            (read,),
+            {write: w.sizes.wide(weight.shape[0])},
+            (lambda x: forward(x, weight))
+            if bias is None
+            else (lambda x: forward(x, weight, bias)),
+            flops=self.flops,
+            # cuBLAS adds a bias in a GEMM of its other interface, which takes all processors.
+            shrinks=self.kernel.SHRINKS and bias is None,
+        )
+
+    def _dgrad(self, w: GraphWriter, grad: str, write: str) -> None:
+        dgrad, weight = self.kernel.dgrad, self.weight
+        w.compute(
+            f"{self.name}.dgrad",
+            (grad,),
+            {write: w.sizes.wide(weight.shape[1])},
+            lambda dy: dgrad(dy, weight),
+            flops=self.flops,
+            shrinks=self.kernel.SHRINKS,
+        )
+
+    def _wgrad(self, w: GraphWriter, grad: str, read: str) -> None:
+        """Add the weight's gradient, unless it is frozen."""
+        accumulate, weight = self.kernel.accumulate_wgrad, self.weight
+        if not weight.requires_grad:
+            return
+
+        def run(dy: Tensor, x: Tensor) -> None:
+            first = taken_first(weight)
+            accumulate(main_grad(weight), dy, x, first=first)
+
+        w.compute(
+            f"{self.name}.wgrad",
+            (grad, read),
+            {},
+            run,
+            flops=self.flops,
+            accumulates=(weight,),
+            shrinks=self.kernel.SHRINKS,
+        )
+
+    def _bias_grad(self, w: GraphWriter, grad: str, size: float) -> None:
+        """Add the bias's gradient, unless it is frozen; `grad` has `size` bytes per token."""
+        accumulate, bias = self.kernel.accumulate_bias_grad, self.bias
+        if bias is None or not bias.requires_grad:
+            return
+
+        def run(dy: Tensor) -> None:
+            first = taken_first(bias)
+            accumulate(main_grad(bias), dy, first=first)
+
+        name = f"{self.name}.bias.grad"
+        w.compute(name, (grad,), {}, run, moved=size, accumulates=(bias,))
+
+
+@dataclass(frozen=True)
+class ColumnLinear(_Linear):
+    """A linear layer of which each rank computes some output channels of every token.
+
+    Attributes:
+        regather: gather the input again in backward, instead of keeping it.
+    """
+
+    regather: bool
+
+    @classmethod
+    def of(cls, module: Any, name: str, setting: Setting) -> ColumnLinear:
+        """Of a Megatron-core `ColumnParallelLinear`."""
+        parts = cls._parts(module, ColumnParallelLinear, name, setting)
+        return cls(*parts, setting.regather)
+
+    def forward(self, w: GraphWriter, read: str, write: str) -> None:
+        """Add `write` [S, B, O] from `read` [s, B, I]."""
+        self.gemm(w, self.gather(w, read), write)
+
+    def gather(self, w: GraphWriter, read: str) -> str:
+        """Gather the input. Returns the slot of every token's."""
+        return w.gather(f"{self.name}.gather", read, f"{read}_full", self.weight.shape[1])
+
+    def gemm(self, w: GraphWriter, read: str, write: str) -> None:
+        """Add `write` from the gathered input."""
+        self._gemm(w, read, write, self.bias)
+
+    def backward(self, w: GraphWriter, grad: str, read: str) -> str:
+        """Add all gradients, from `grad` [S, B, O]. Returns the slot of that by `read`."""
+        self._dgrad(w, grad, f"d_{read}_full")
+        scattered = self.scatter_grad(w, read)
+        if self.weight.requires_grad:  # or else nothing reads the input again
+            self._wgrad(w, grad, self.whole(w, read))
+        self._bias_grad(w, grad, w.sizes.wide(self.weight.shape[0]))
+        return scattered
+
+    def scatter_grad(self, w: GraphWriter, read: str) -> str:
+        """Scatter the gradient by the gathered input. Returns the slot of that by `read`."""
+        channels = self.weight.shape[1]
+        return w.scatter(f"{self.name}.grad_scatter", f"d_{read}_full", f"d_{read}", channels)
+
+    def whole(self, w: GraphWriter, read: str) -> str:
+        """The slot of every token's input in backward: kept, or gathered again."""
+        if self.regather:
+            return w.gather(f"{self.name}.regather", read, f"{read}_again", self.weight.shape[1])
+        return f"{read}_full" if w.sizes.tp > 1 else read
+
+
+@dataclass(frozen=True)
+class RowLinear(_Linear):
+    """A linear layer of which each rank has some input channels: ranks add up what they compute."""
+
+    @classmethod
+    def of(cls, module: Any, name: str, setting: Setting) -> RowLinear:
+        """Of a Megatron-core `RowParallelLinear`."""
+        return cls(*cls._parts(module, RowParallelLinear, name, setting))
+
+    def forward(self, w: GraphWriter, read: str) -> str:
+        """Add the output [s, B, O] without its bias from `read` [S, B, I]. Returns its slot."""
+        self._gemm(w, read, f"{self.name}_partial")
+        channels = self.weight.shape[0]
+        return w.scatter(f"{self.name}.scatter", f"{self.name}_partial", self.name, channels)
+
+    def backward(self, w: GraphWriter, grad: str, read: str) -> str:
+        """Add all gradients, from `grad` [s, B, O]. Returns the slot of that by `read`."""
+        channels = self.weight.shape[0]
+        whole = w.gather(f"{self.name}.grad_gather", grad, f"d_{self.name}_full", channels)
+        self._dgrad(w, whole, f"d_{read}")
+        self._wgrad(w, whole, read)
+        self._bias_grad(w, grad, w.sizes.wide(channels) / w.sizes.tp)
+        return f"d_{read}"

@@ -1,0 +1,115 @@
+"""A two-layer perceptron as operators: with a gate and SiLU, or with GELU.
+
+forward   gather|fc1  swiglu  fc2|scatter
+backward  gather|fc2  swiglu  fc1|scatter
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Parameter
+from torch.nn.functional import gelu, silu
+
+from lightning_dhellam.kernels.protocols import ActivationKernel
+from lightning_dhellam.layers.block import Setting, Supported, check_config
+from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
+from lightning_dhellam.layers.writer import GraphWriter
+
+SUPPORTED: Supported = {
+    "activation_func": (silu, gelu),
+    "activation_func_clamp_value": (None,),
+    "gated_linear_unit": (True, False),
+    "glu_linear_offset": (0.0,),
+}
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A Megatron-core `MLP`.
+
+    Attributes:
+        fc1: from hidden states to what the activation reads.
+        fc2: from what the activation gives to hidden states.
+        gated: whether `fc1` computes a gate as well.
+        kernel: of the activation.
+    """
+
+    fc1: ColumnLinear
+    fc2: RowLinear
+    gated: bool
+    kernel: ActivationKernel
+
+    @classmethod
+    def of(cls, module: Any, setting: Setting) -> Mlp:
+        """Refuses what it would compute otherwise, by name."""
+        config, kernels = module.config, setting.kernels
+        check_config(config, SUPPORTED)
+        gated = config.gated_linear_unit
+        if (config.activation_func is silu) != gated:
+            raise ValueError(
+                f"TransformerConfig.gated_linear_unit={gated} with activation_func="
+                f"{config.activation_func.__name__} cannot be lowered to operators: use silu with a"
+                " gate, or gelu without one"
+            )
+        return cls(
+            ColumnLinear.of(module.linear_fc1, "fc1", setting),
+            RowLinear.of(module.linear_fc2, "fc2", setting),
+            gated,
+            kernels.swiglu if gated else kernels.gelu,
+        )
+
+    @property
+    def output(self) -> str:
+        """See `Block`."""
+        return self.fc2.name
+
+    @property
+    def bias(self) -> Parameter | None:
+        """See `Block`."""
+        return self.fc2.bias
+
+    def forward(self, w: GraphWriter, read: str) -> str:
+        """See `Block`."""
+        self.fc1.forward(w, read, self._inner)
+        w.compute(
+            self._activation,
+            (self._inner,),
+            {"act": w.sizes.wide(self._narrow)},
+            self.kernel.forward,
+            moved=w.sizes.wide(self._broad + self._narrow),
+        )
+        return self.fc2.forward(w, "act")
+
+    def backward(self, w: GraphWriter, grad: str, read: str) -> str:
+        """See `Block`."""
+        self.fc2.backward(w, grad, "act")
+        w.compute(
+            f"{self._activation}.grad",
+            ("d_act", self._inner),
+            {f"d_{self._inner}": w.sizes.wide(self._broad)},
+            self.kernel.backward,
+            moved=w.sizes.wide(2 * self._broad + self._narrow),
+        )
+        return self.fc1.backward(w, f"d_{self._inner}", read)
+
+    @property
+    def _activation(self) -> str:
+        """The operator between the two linear layers."""
+        return "swiglu" if self.gated else "gelu"
+
+    @property
+    def _inner(self) -> str:
+        """The slot of what the activation reads."""
+        return "gate_up" if self.gated else "up"
+
+    @property
+    def _broad(self) -> int:
+        """Channels that the activation reads."""
+        return self.fc1.weight.shape[0]
+
+    @property
+    def _narrow(self) -> int:
+        """Channels that the activation writes."""
+        return self.fc2.weight.shape[1]
