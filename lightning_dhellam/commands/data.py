@@ -1,5 +1,6 @@
 """The `dhellam data` command."""
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -86,7 +87,22 @@ def _spelled_out(argv: Sequence[str]) -> list[str]:
                 equals, value = "=", "true"
             word = name + equals + value
         words.append(word)
-    return words
+    return _with_all_sources(words)
+
+
+def _with_all_sources(words: Sequence[str]) -> list[str]:
+    """Let `--source` be given several times: the parser would keep the last one only."""
+    kept: list[str] = []
+    sources: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        name, equals, value = word.partition("=")
+        if name == "--source":
+            value = value if equals else next(waiting, "")
+            sources += json.loads(value) if value.startswith("[") else [value]
+        else:
+            kept.append(word)
+    return [f"--source={json.dumps(sources)}", *kept] if sources else kept
 
 
 def _summary(prepared: "PreparedData") -> str:

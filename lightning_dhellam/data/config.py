@@ -10,9 +10,10 @@ DEFAULT_VOCAB_SIZE = 8192
 class PrepareConfig:
     """What `dhellam data prepare` is told."""
 
-    source: str
-    """A text file, a JSONL file, a folder (searched recursively), or `stdlib` for the source text
-    of Python's standard library."""
+    source: list[str]
+    """A text file, a JSONL file (both may end in .gz), a Parquet file, a folder (searched
+    recursively), or `stdlib` for the source text of Python's standard library. Given several
+    times, all of them are taken, in this order."""
 
     output: str
     """Directory to make: tokenizer.model, data.bin, data.idx and meta.json."""
@@ -25,7 +26,7 @@ class PrepareConfig:
     must have."""
 
     json_key: str = "text"
-    """Key of a JSONL line that holds its text."""
+    """Key of a JSONL line, or column of a Parquet file, that holds its text."""
 
     workers: int = 0
     """Threads that tokenize; 0 means one per CPU core."""

@@ -26,6 +26,9 @@ _DIGESTED_BYTES = 2**20
 _INDEX_MAGIC = b"MMIDIDX\0\0"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, type of the tokens, number of sequences, number of document ends."""
+USUAL_SPLIT = "98,1,1"
+TRAINING_ALONE = "1,0,0"
+_FEW_DOCUMENTS = ("90,5,5", "80,10,10", "60,20,20")
 _NAMES = {Split.train: "training", Split.valid: "validation", Split.test: "test"}
 
 
@@ -86,6 +89,7 @@ def open_indexed(
             f" {vocabulary.vocab_size} ids. Leave out vocab_size."
         )
     _check_ids(path, prefix, vocabulary.vocab_size)
+    _check_documents(path, prefix)
     cache = Path(cache_dir).absolute() if cache_dir else home / CACHE
     return IndexedData(prefix, vocabulary, cache)
 
@@ -139,6 +143,19 @@ def _check_ids(path: str | Path, prefix: Path, vocab_size: int) -> None:
         )
 
 
+def _check_documents(path: str | Path, prefix: Path) -> None:
+    # Megatron-core splits and shuffles sequences: parts of one document would be in training and
+    # validation, and follow each other in any order.
+    dataset = IndexedDataset(str(prefix))
+    sequences, documents = len(dataset.sequence_lengths), len(dataset.document_indices) - 1
+    if sequences != documents:
+        raise ValueError(
+            f"path={path} has {sequences} sequences in {documents} documents, and every document"
+            " must be one sequence, or its parts would be shuffled and split. Make it again"
+            " without --split-sentences, or with `dhellam data prepare`."
+        )
+
+
 def _damage(prefix: Path) -> str | None:
     """What is wrong with the two files, so that Megatron's reader cannot even open them."""
     if Path(f"{prefix}.bin").stat().st_size == 0:
@@ -171,6 +188,20 @@ def parse_split(split: str) -> tuple[float, float, float]:
         )
     train, valid_share, test = shares + [0.0] * (3 - len(shares))
     return train, valid_share, test
+
+
+def working_split(data: IndexedData, sequence_length: int, path: str | Path) -> str:
+    """The usual split, or another one if the documents are too few for it.
+
+    Raises ValueError if not even training alone has a sample.
+    """
+    for split in (USUAL_SPLIT, *_FEW_DOCUMENTS):
+        try:
+            count_samples(data, sequence_length, split, path)
+        except ValueError:
+            continue
+        return split
+    return TRAINING_ALONE
 
 
 def split_config(

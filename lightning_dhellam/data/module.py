@@ -6,15 +6,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_dhellam.data.indexed import (
+    USUAL_SPLIT,
     build_splits,
     count_samples,
     open_indexed,
     parse_split,
+    working_split,
 )
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder, position_in
 from lightning_dhellam.data.tokenizer import Tokenizer
@@ -39,7 +42,8 @@ class IndexedDataModule(LightningDataModule):
         sequence_length: Positions per sample, S.
         batch_size: Samples per data-parallel rank and optimizer step, B.
         split: Shares of the documents for training, validation and test. A share of 0 means none:
-            then the validation loop is skipped.
+            then the validation loop is skipped. Left out, "98,1,1", or as much for validation and
+            test as a few documents need, if they can spare it.
         seed: Seed of the shuffle.
         num_workers: Processes per DataLoader that read ahead; 0 reads in the training process.
         train_samples: Samples in a training epoch: the next so many of an order that goes through
@@ -57,7 +61,7 @@ class IndexedDataModule(LightningDataModule):
         sequence_length: int,
         batch_size: int,
         *,
-        split: str = "98,1,1",
+        split: str | None = None,
         seed: int = 1234,
         num_workers: int = 1,
         train_samples: int | None = None,
@@ -73,15 +77,25 @@ class IndexedDataModule(LightningDataModule):
         self.path = path
         self.sequence_length = sequence_length
         self.batch_size = batch_size
-        self.split = split
         self.seed = seed
         self.num_workers = num_workers
         self.train_samples = train_samples
         self._data = open_indexed(path, tokenizer, vocab_size, cache_dir)
-        self._samples = count_samples(self._data, sequence_length, split, path)
+        self.split = self._working_split() if split is None else split
+        self._samples = count_samples(self._data, sequence_length, self.split, path)
         self._datasets: dict[Split, GPTDataset] = {}
         self._order: SampleOrder | None = None
         self._saved: Mapping[str, Any] = {}
+
+    def _working_split(self) -> str:
+        found = working_split(self._data, self.sequence_length, self.path)
+        if found != USUAL_SPLIT:
+            rank_zero_warn(
+                f"path={self.path} has too few documents for split='{USUAL_SPLIT}', so"
+                f" split='{found}' is used: give another one, more text, or cut long documents with"
+                " `dhellam data prepare --max_document_tokens`"
+            )
+        return found
 
     @property
     def vocab_size(self) -> int:

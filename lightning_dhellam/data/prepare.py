@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tqdm import tqdm
 
 from lightning_dhellam.data.config import DEFAULT_VOCAB_SIZE, PrepareConfig
-from lightning_dhellam.data.corpus import Corpus, Document, open_corpus
+from lightning_dhellam.data.corpus import STDLIB, Corpus, Document, open_corpus
 from lightning_dhellam.data.prepared import (
     CACHE,
     DATA,
@@ -27,17 +27,20 @@ from lightning_dhellam.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_toke
 from lightning_dhellam.files import check_folder, staged_directory
 
 _FILES = (DATA + ".bin", DATA + ".idx")
-_BATCH_BYTES = 4 * 2**20
+_BATCH_CHARACTERS = 4 * 2**20
 
 
-def prepare(source: str | Path, output: str | Path, **options: Any) -> PreparedData:
+def prepare(
+    source: str | Path | Sequence[str | Path], output: str | Path, **options: Any
+) -> PreparedData:
     """Make a prepared dataset, or return it if it already exists and was made from the same.
 
     `options` are the further fields of PrepareConfig. The output appears whole or not at all.
     Raises ValueError for every mistake in the input, and when `output` was made differently and
     `overwrite` is not set.
     """
-    config = PrepareConfig(str(source), str(output), **options)
+    sources = [source] if isinstance(source, str | Path) else source
+    config = PrepareConfig([str(one) for one in sources], str(output), **options)
     corpus = open_corpus(config.source, config.json_key)
     given = _given_tokenizer(config)
     fingerprint = _fingerprint(config, corpus, given)
@@ -75,16 +78,26 @@ def _fingerprint(
     config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     return {
-        "source": corpus.source if corpus.source == "stdlib" else str(corpus.root),
+        "source": _one_or_all(
+            [
+                source if source == STDLIB else str(root)
+                for source, root in zip(corpus.sources, corpus.roots, strict=True)
+            ]
+        ),
         "source_files": len(corpus.files),
         "source_bytes": corpus.size,
         "source_sizes_and_times": corpus.digest(),
-        "json_key": config.json_key if corpus.has_jsonl else None,
+        "json_key": config.json_key if corpus.has_keys else None,
         "tokenizer": tokenizer.sha256 if tokenizer else None,
         "vocab_size": tokenizer.vocab_size if tokenizer else _vocab_size(config),
         "append_eod": config.append_eod,
         "max_document_tokens": config.max_document_tokens,
     }
+
+
+def _one_or_all(names: list[str]) -> str | list[str]:
+    """One source is named as such, as in datasets of version 0.1."""
+    return names[0] if len(names) == 1 else names
 
 
 def _vocab_size(config: PrepareConfig) -> int:
@@ -140,7 +153,7 @@ def _write_dataset(
             for ids in tokenizer.encode_many([d.text for d in batch], config.threads):
                 if config.append_eod:
                     ids.append(tokenizer.eod)
-                limit = config.max_document_tokens or len(ids)
+                limit = config.max_document_tokens or max(1, len(ids))
                 for start in range(0, len(ids), limit):
                     piece = numpy.asarray(ids[start : start + limit])
                     builder.add_document(piece, [len(piece)])
@@ -162,7 +175,7 @@ def _write_meta(
 ) -> None:
     meta = {
         "format": FORMAT,
-        "source": config.source,
+        "source": ", ".join(config.source),
         "vocab_size": tokenizer.vocab_size,
         "documents": documents,
         "tokens": tokens,
@@ -201,8 +214,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += document.source_bytes
-        if size >= _BATCH_BYTES:
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -21,6 +21,24 @@ def test_prepare_and_reuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert data_command([*argv, "--append-eod", "false", "--overwrite", "true"]) == 0
 
 
+def test_every_source_that_is_given_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = []
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"some words of {name} to learn from\n" * 50)
+        words += [f"--source={tmp_path}/{name}.txt"] if name == "b" else []
+        words += [] if name == "b" else ["--source", f"{tmp_path}/{name}.txt"]
+    argv = ["prepare", *words, "--output", f"{tmp_path}/out", "--vocab_size=270"]
+    assert data_command(argv) == 0
+    assert ": 3 documents," in capsys.readouterr().out
+    assert data_command(argv) == 0
+    assert "already prepared" in capsys.readouterr().out
+    assert data_command(argv[2:]) == 2
+    assert data_command([argv[0], *argv[3:]]) == 2
+    assert "was prepared with source=" in capsys.readouterr().err
+
+
 def test_an_output_below_a_file_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy
 import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch.utils.data import DataLoader
 
 from lightning_dhellam.data.module import IndexedDataModule, TokenBatch
@@ -309,3 +311,32 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\)\. Give cache_d"):
         module().setup()
+
+
+@pytest.mark.parametrize(
+    ("documents", "split"),
+    [(100, "98,1,1"), (30, "90,5,5"), (12, "80,10,10"), (5, "60,20,20"), (1, "1,0,0")],
+)
+def test_few_documents_get_a_split_that_works(
+    megatron_prefix: Write, tmp_path: Path, documents: int, split: str
+) -> None:
+    prefix = megatron_prefix(COUNTING[:documents])
+    options: dict[str, Any] = {"vocab_size": 1000, "num_workers": 0, "cache_dir": tmp_path / "c"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = IndexedDataModule(prefix, sequence_length=4, batch_size=1, **options)
+    assert data.split == split
+    assert [f"split='{split}' is used" in str(w.message) for w in said] == [True] * (
+        split != "98,1,1"
+    )
+    assert len(data.train_dataloader()) >= 1
+    assert bool(data.val_dataloader()) is (split != "1,0,0")
+
+
+def test_documents_of_several_sequences_are_refused(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "some.bin"), dtype=numpy.int32)
+    builder.add_document(numpy.arange(40), [30, 10])
+    builder.add_document(numpy.arange(20), [20])
+    builder.finalize(str(tmp_path / "some.idx"))
+    with pytest.raises(ValueError, match=r"has 3 sequences in 2 documents, and every document"):
+        IndexedDataModule(tmp_path / "some", 4, 1, vocab_size=100)

@@ -10,6 +10,7 @@ from lightning_dhellam.data import prepare as prepare_module
 from lightning_dhellam.data.config import PrepareConfig
 from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.data.prepared import PreparedData
+from lightning_dhellam.data.tokenizer import Tokenizer
 from lightning_dhellam.files import staged_directory, write_atomically
 
 from .conftest import TEXTS
@@ -68,6 +69,26 @@ def test_a_given_tokenizer_without_eod_and_cut_documents(
     assert [*chain(*stored(cut))] == [*chain(*stored(whole))]
     assert {len(document) for document in stored(cut)} <= set(range(1, 11))
     assert cut.documents == len(stored(cut)) > whole.documents == 20
+
+
+def test_a_text_without_a_token_is_no_document(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokenizer.encode_many
+
+    def normalised(self: Tokenizer, texts: list[str], threads: int) -> list[list[int]]:
+        """As tokenizers do that drop white space."""
+        found = encode(self, texts, threads)
+        return [ids if text.strip() else [] for ids, text in zip(found, texts, strict=True)]
+
+    monkeypatch.setattr(Tokenizer, "encode_many", normalised)
+    tokenizer = prepare(source, tmp_path / "first", vocab_size=300).path / "tokenizer.model"
+    (tmp_path / "a.jsonl").write_text('{"text": "   "}\n{"text": "some words"}\n')
+    made = prepare(
+        tmp_path / "a.jsonl", tmp_path / "out", tokenizer=str(tokenizer), append_eod=False
+    )
+    assert made.documents == 1
+    assert made.tokens > 0
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(
