@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dhellam.autosearch.callback import AutoSearch
+from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy
@@ -195,7 +195,7 @@ def _plan(trainer: pl.Trainer) -> str:
     strategy = trainer.strategy
     if not isinstance(strategy, DHellamStrategy):
         return f"none (strategy {type(strategy).__name__})"
-    context, plan = strategy.context, strategy.plan_in_use
+    context, plan = strategy.context, strategy.runner.plan_in_use
     if strategy.plan != plan:
         plan = f"{plan} (of {strategy.plan})"
     topology = context.topology

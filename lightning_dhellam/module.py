@@ -18,6 +18,7 @@ from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.runner import RunnerStrategy
 
 _SEED = 1234
 
@@ -50,8 +51,9 @@ class DualStrandMixin(LightningModule):
         With pipeline parallelism every rank must put in the same modules at the same places; one
         of your own belongs to the stage of the layer before it, and the others forget it.
         """
-        seed = getattr(self.trainer.strategy, "seed", None)
-        return CausalLM(self.model_config, context, dtype, seed_of_run() if seed is None else seed)
+        strands = self._strands
+        seed = seed_of_run() if strands is None else strands.place().seed
+        return CausalLM(self.model_config, context, dtype, seed)
 
     def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Override for a custom loss: from `logits` [B, S, V] of a micro-batch to a scalar.
@@ -83,11 +85,20 @@ class DualStrandMixin(LightningModule):
     def configure_model(self) -> None:
         if "model" in self._modules:
             return
-        strategy = self.trainer.strategy
-        context = getattr(strategy, "context", None) or ParallelContext.single(self.device_now)
-        dtype = getattr(strategy, "dtype", None) or torch.get_default_dtype()
+        if self._strands is not None:
+            context, dtype, _ = self._strands.place()
+        else:
+            context = ParallelContext.single(self.device_now)
+            dtype = torch.get_default_dtype()
         self.model = self.build_model(context, dtype)
         self.model.settle()
+
+    @property
+    def _strands(self) -> RunnerStrategy | None:
+        """The strategy, if it trains with two strands."""
+        trainer = self._trainer
+        strategy = trainer.strategy if trainer is not None else None
+        return strategy if isinstance(strategy, RunnerStrategy) else None
 
     @property
     def device_now(self) -> torch.device:
@@ -100,10 +111,8 @@ class DualStrandMixin(LightningModule):
         Under `DHellamStrategy` a training batch has gone forward and backward when this returns;
         under other strategies the result carries its autograd graph.
         """
-        engine = getattr(self.trainer.strategy, "run_batch", None)
-        if engine is not None:
-            loss: Tensor = engine(batch, backward=self.trainer.training)
-            return loss
+        if self._strands is not None:
+            return self._strands.run_batch(batch, backward=self.trainer.training)
         if self.custom_loss is not None:
             return self.custom_loss(self.model(batch["tokens"]), batch)
         mask = _counts(batch)
@@ -112,10 +121,8 @@ class DualStrandMixin(LightningModule):
 
     def batch_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch, without gradients."""
-        engine = getattr(self.trainer.strategy, "run_logits", None)
-        if engine is not None:
-            logits: Tensor = engine(batch)
-            return logits
+        if self._strands is not None:
+            return self._strands.run_logits(batch)
         with torch.no_grad():
             return self.model(batch["tokens"])
 
@@ -186,19 +193,13 @@ class LanguageModel(DualStrandMixin):
             betas=tuple(self.hparams["betas"]),
             # One pass over weights and state. Lightning's own mixed precision refuses to clip
             # with it, so it is for DHellamStrategy on a GPU.
-            fused=True if self._steps_masters and self.device_now.type == "cuda" else None,
+            fused=True if self._strands is not None and self.device_now.type == "cuda" else None,
         )
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    @property
-    def _steps_masters(self) -> bool:
-        """Whether `DHellamStrategy` will step the optimizer."""
-        trainer = self._trainer
-        return trainer is not None and hasattr(trainer.strategy, "run_batch")
 
     def _lr_factor(self, step: int) -> float:
         warmup, lowest = self.hparams["warmup_steps"], self.hparams["min_lr_ratio"]

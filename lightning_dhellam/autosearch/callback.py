@@ -17,9 +17,9 @@ from typing_extensions import override
 from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session, use_unsearched
 from lightning_dhellam.files import check_file
 from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.runner import Runner, RunnerStrategy
 from lightning_dhellam.search.measure.profile import Profile
 from lightning_dhellam.search.report.findings import Findings
-from lightning_dhellam.strategy.strategy import DHellamStrategy
 
 _PATIENCE = 10
 """Steps in a row that may be of another size than the one that was profiled."""
@@ -110,7 +110,7 @@ class AutoSearch(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not isinstance(trainer.strategy, DHellamStrategy):
+        if not isinstance(trainer.strategy, RunnerStrategy):
             raise ValueError(
                 f"AutoSearch searches plans of DHellamStrategy, but the strategy is"
                 f" {type(trainer.strategy).__name__}: use strategy=DHellamStrategy(...), or leave"
@@ -178,10 +178,9 @@ class AutoSearch(Callback):
         if self._session.findings is not None:
             self._finish(trainer, self._session.findings)
         else:
-            assert isinstance(trainer.strategy, DHellamStrategy)
             trainer.print(
                 f"search: training ended {missing} steps before every plan was measured, so none"
-                f" was chosen: '{trainer.strategy.plan_in_use}' stays"
+                f" was chosen: '{_runner(trainer).plan_in_use}' stays"
             )
 
     @override
@@ -195,7 +194,7 @@ class AutoSearch(Callback):
         self._over = True
 
     def _begin(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> Session:
-        assert isinstance(trainer.strategy, DHellamStrategy)
+        session = Session(_runner(trainer), self._options)
         with tqdm(
             desc="search: profile", unit="measurement", disable=not trainer.is_global_zero
         ) as bar:
@@ -205,7 +204,7 @@ class AutoSearch(Callback):
                 bar.set_postfix_str(label, refresh=False)
                 bar.update(done - bar.n)
 
-            session = Session(trainer.strategy, batch, self._options, show)
+            session.begin(batch, show)
         for name, peak in session.left_out.items():
             trainer.print(
                 f"search: '{name}' is not tried: it needs {peak:.0f} bytes in a pair of layers, and"
@@ -219,23 +218,22 @@ class AutoSearch(Callback):
 
     def _begin_again(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
         """The batch that was profiled was not like the others: take this one, or give up."""
-        assert isinstance(trainer.strategy, DHellamStrategy)
         if not self._again:
             self._again = True
             self._session = self._begin(trainer, batch)
             return
         self._over = True
-        use_unsearched(trainer.strategy)
+        use_unsearched(_runner(trainer))
         trainer.print(
             "search: batches differ in size from step to step, so times cannot be compared:"
-            f" '{trainer.strategy.plan_in_use}' is used"
+            f" '{_runner(trainer).plan_in_use}' is used"
         )
 
     def _repeat(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
-        assert isinstance(trainer.strategy, DHellamStrategy) and self._session is not None
+        assert self._session is not None
         while self._session.findings is None:
             with self._session.step(batch) as gradients_ready:
-                trainer.strategy.run_batch(batch, backward=True)
+                _runner(trainer).train(batch, step=trainer.global_step)
                 gradients_ready()
 
     def _finish(self, trainer: pl.Trainer, findings: Findings) -> None:
@@ -261,6 +259,11 @@ class AutoSearch(Callback):
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009  set by a connector
     return callbacks
+
+
+def _runner(trainer: pl.Trainer) -> Runner:
+    assert isinstance(trainer.strategy, RunnerStrategy)
+    return trainer.strategy.current_runner()
 
 
 def _nothing() -> None:

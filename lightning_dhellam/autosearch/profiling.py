@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from platform import processor
 from statistics import fmean
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 import torch.distributed as dist
 
 from lightning_dhellam.engine import Engine, MicroBatch, OperatorTimer, Subject
-from lightning_dhellam.models import ModelConfig
-from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import largest
 from lightning_dhellam.plan import Graph
 from lightning_dhellam.search.measure.profile import (
@@ -39,36 +36,6 @@ _PAUSE = 0.35
 _VISITS = 3
 """To each measurement on a host, whose processors and network others may take for seconds."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
-_SHAPES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "vocab_size",
-)
-
-
-def conditions(
-    context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
-) -> dict[str, Any]:
-    """What a plan is made for, as far as it is known before the first batch."""
-    return {
-        "device": device_name(context),
-        **early_conditions(context.topology, config, dtype, micro_batch_size),
-    }
-
-
-def early_conditions(
-    topology: Topology, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
-) -> dict[str, Any]:
-    """The part of `conditions` that is known before there are processes."""
-    shapes = {name: getattr(config, name) for name in _SHAPES}
-    return {
-        "sizes": topology.sizes,
-        "shapes": {**shapes, "micro_batch_size": micro_batch_size},
-        "dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def fingerprint(
@@ -93,16 +60,6 @@ def fingerprint(
         graphs,
         dict(kernels),
     )
-
-
-def device_name(context: ParallelContext) -> str:
-    """The device and, of an emulated cluster, its links."""
-    if context.device.type != "cuda":
-        name = f"{processor() or 'CPU'}, {torch.get_num_threads()} threads"
-    else:
-        name = torch.cuda.get_device_name(context.device)
-    links = ", ".join(f"{lane}: {emulated.link!r}" for lane, emulated in context.links.items())
-    return f"{name}, emulated cluster ({links})" if context.emulated else name
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A search on a strategy: profile, solve, try the candidates on steps, choose, install."""
+"""A search on a runner: profile, solve, try the candidates on steps, choose, install."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure.profile import Profile, Progress
 from lightning_dhellam.search.measure.trials import Trials, measured
 from lightning_dhellam.search.model.cost import Costs
@@ -28,9 +29,6 @@ from lightning_dhellam.search.report.findings import Findings
 from lightning_dhellam.search.report.outcomes import Outcome, choose
 from lightning_dhellam.search.solve.solution import ModelSolution
 from lightning_dhellam.search.solve.solve import peak_bytes, solve
-
-if TYPE_CHECKING:
-    from lightning_dhellam.strategy.strategy import DHellamStrategy
 
 REFERENCE = "sequential"
 MEMORY_SLACK = 0.025
@@ -59,56 +57,60 @@ class Options:
 class Session:
     """A search on one rank. Every rank runs the same.
 
-    Between two steps, of which the first one showed `batch`: profiles and solves when made, and
-    is then told of the steps that follow by `step`, until `findings` are there.
+    `begin` profiles and solves, between two steps of which the first one showed a batch; `step`
+    then surrounds each of the steps that follow, until `findings` are there.
 
     Args:
-        strategy: that trains.
-        batch: of this rank, as all that are to be measured.
+        runner: that trains.
         options: how to search.
-        progress: is told of the profile's measurements.
 
     Attributes:
         left_out: plans that are not tried since they need more than the given memory limit, and
             the bytes that they need. `sequential`, to which all are compared, is always tried.
-
-    Raises:
-        BenchError: an operator could not be timed; it is named.
-        FileError: the given profile was made for something else.
-        ValueError: no order keeps the memory limit.
+        skipped: steps in a row that said nothing, since their batches had another size.
+        findings: what the search has found; None until it is over.
     """
 
-    def __init__(
-        self,
-        strategy: DHellamStrategy,
-        batch: Mapping[str, Any],
-        options: Options,
-        progress: Progress | None = None,
-    ) -> None:
-        self._strategy = strategy
-        self._pieces = strategy.micro_batches(batch)
-        self._shapes = _shapes(batch)
-        stage = strategy.engine.stage
-        self._stage = OneOfStages(stage.number, stage.count, len(self._pieces))
+    def __init__(self, runner: Runner, options: Options) -> None:
+        self._runner = runner
+        self._options = options
         self._seconds: dict[str, float] = {}
-        # Before the profile, which needs memory that no step does.
-        slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
-        self.left_out: dict[str, float] = {}
-        everyone = strategy.world_group
-        with self._timed("profile"):
-            self._profile = together(lambda: self._profiled(options, progress), everyone)
-        with self._timed("solve"):
-            together(lambda: self._solve(options.memory_limit, slack), everyone)
-            self._agree()
-        self._trials = Trials(tuple(self._builders), options.rounds)
         self._winner = ""
         self._reason = ""
         self._outcomes: list[Outcome] = []
         self._to_trace: list[str] = []
         self._spans: dict[str, list[Span]] = {}
-        self._began = time.perf_counter()
+        self.left_out: dict[str, float] = {}
         self.findings: Findings | None = None
         self.skipped = 0
+
+    def begin(self, batch: Mapping[str, Any], progress: Progress | None = None) -> None:
+        """Profile and solve.
+
+        Args:
+            batch: of this rank, of the size of all that are to be measured.
+            progress: is told of the profile's measurements.
+
+        Raises:
+            BenchError: an operator could not be timed; it is named.
+            FileError: the given profile was made for something else.
+            ValueError: no order keeps the memory limit.
+        """
+        runner, options = self._runner, self._options
+        self._pieces = runner.micro_batches(batch)
+        self._shapes = _shapes(batch)
+        stage = runner.engine.stage
+        self._stage = OneOfStages(stage.number, stage.count, len(self._pieces))
+        # Before the profile, which needs memory that no step does.
+        slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
+        everyone = runner.world_group
+        with self._timed("profile"):
+            self._profile = together(lambda: self._profiled(progress), everyone)
+        with self._timed("solve"):
+            together(lambda: self._solve(options.memory_limit, slack), everyone)
+            self._agree()
+        self._trials = Trials(tuple(self._builders), options.rounds)
+        self._began = time.perf_counter()
 
     @property
     def steps_left(self) -> int:
@@ -124,16 +126,16 @@ class Session:
     def step(self, batch: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
         """Surround a training step. Gives what to call when its gradients are there."""
         name = self._trials.next() if self._trials.left else self._to_trace[0]
-        self._strategy.use_plan(name, self._builders[name])
-        watch = _Stopwatch(self._strategy.root_device)
+        self._runner.use_plan(name, self._builders[name])
+        watch = _Stopwatch(self._runner.device)
         with ExitStack() as stack:
             if not self._trials.left:
-                engine = self._strategy.engine
-                tracer = stack.enter_context(engine.traced(self._strategy.root_device))
+                engine = self._runner.engine
+                tracer = stack.enter_context(engine.traced(self._runner.device))
             watch.start()
             yield watch.stop
         counts = _shapes(batch) == self._shapes and watch.stopped
-        if not all(of_all_ranks(counts, self._strategy.world_group)):
+        if not all(of_all_ranks(counts, self._runner.world_group)):
             self.skipped += 1
             return  # of another size, or skipped, on some rank: it says nothing
         self.skipped = 0
@@ -154,46 +156,46 @@ class Session:
                 self._choose()
             self._finish()
         else:
-            use_unsearched(self._strategy)
+            use_unsearched(self._runner)
 
-    def _profiled(self, options: Options, progress: Progress | None) -> Profile:
+    def _profiled(self, progress: Progress | None) -> Profile:
         """The profile file of this stage's first rank, or else a new one, which is saved there."""
-        strategy, group = self._strategy, self._strategy.stage_group
+        runner, group = self._runner, self._runner.stage_group
         made_for = fingerprint(
-            strategy.engine, self._pieces[0], strategy.conditions, strategy.kernels_in_use
+            runner.engine, self._pieces[0], runner.conditions, runner.kernels.names
         )
-        path = _of_stage(options.profile, strategy.context)
+        path = _of_stage(self._options.profile, runner.context)
         given: Profile | str | None = None
-        if path is not None and strategy.context.topology.rank_in_stage == 0 and path.exists():
+        if path is not None and runner.context.topology.rank_in_stage == 0 and path.exists():
             try:
                 given = Profile.load(path, made_for)
             except FileError as error:
                 given = str(error)
         given = of_all_ranks(given, group)[0]
         refusal = given if isinstance(given, str) else ""
-        refused = [text for text in of_all_ranks(refusal, strategy.world_group) if text]
+        refused = [text for text in of_all_ranks(refusal, runner.world_group) if text]
         if refused:
             raise FileError(refused[0])
         # Stages measure together, or none does: what operators read comes from another stage.
-        if all(of_all_ranks(given is not None, strategy.world_group)):
+        if all(of_all_ranks(given is not None, runner.world_group)):
             assert isinstance(given, Profile)
             return given
         profile = take_profile(
-            strategy.engine, self._pieces[0], made_for, group=group, progress=progress
+            runner.engine, self._pieces[0], made_for, group=group, progress=progress
         )
-        if path is not None and strategy.context.topology.rank_in_stage == 0:
+        if path is not None and runner.context.topology.rank_in_stage == 0:
             profile.save(path)
         return profile
 
     def _solve(self, limit: float | None, slack: float | None) -> None:
-        layers = self._strategy.engine.layers
+        layers = self._runner.engine.layers
         costs = Costs.of(self._profile)
         # Data-parallel ranks may have batches of other sizes, but need the same plan.
         most = torch.tensor([float(self._pieces[0].tokens)])
-        tokens = int(largest(most, self._strategy.stage_group))
+        tokens = int(largest(most, self._runner.stage_group))
         # Stages try the same plans, also one that has no GEMM to spare.
         some = torch.tensor([float(bool(costs.sparable))])
-        spares = bool(largest(some, self._strategy.world_group))
+        spares = bool(largest(some, self._runner.world_group))
         self._solution: ModelSolution = solve(
             layers, costs, tokens=tokens, memory_limit=limit, memory_slack=slack
         )
@@ -208,9 +210,9 @@ class Session:
             everywhere = costs.sparing(costs.sparable)
             spare = solve(layers, everywhere, tokens=tokens, memory_limit=limit, memory_slack=slack)
             self._builders["spare"] = spare.builder()
-        given = self._strategy.plan
+        given = self._runner.plan
         if given not in self._builders:
-            self._builders[given] = named_plan(given, self._strategy.conditions)
+            self._builders[given] = named_plan(given, self._runner.conditions)
         if limit is not None:
             needs = {
                 name: peak_bytes(layers, builder, costs, tokens=tokens)
@@ -224,13 +226,13 @@ class Session:
         }
         self._passes = (
             {name: self._costs_of(name, costs, tokens) for name in self._builders}
-            if self._strategy.context.topology.pp_size > 1
+            if self._runner.context.topology.pp_size > 1
             else {}
         )
 
     def _costs_of(self, name: str, costs: Costs, tokens: int) -> PassTable:
         """What the passes of this stage cost under a plan."""
-        layers, turn = self._strategy.engine.layers, self._strategy.engine.stage.turn
+        layers, turn = self._runner.engine.layers, self._runner.engine.stage.turn
         return self._stage.passes(
             layers[:turn],
             layers[turn:],
@@ -244,8 +246,8 @@ class Session:
         """Stages have layers of their own: what one leaves out, none tries, and a step takes as
         long as all of them together."""
         self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
-        if self._strategy.context.topology.pp_size > 1:
-            known = of_all_ranks((self.left_out, self._passes), self._strategy.context.pp_group)
+        if self._runner.context.topology.pp_size > 1:
+            known = of_all_ranks((self.left_out, self._passes), self._runner.context.pp_group)
             for name in self._builders:
                 peaks = [left_out[name] for left_out, _ in known if name in left_out]
                 if peaks:
@@ -256,16 +258,16 @@ class Session:
 
     def _peak_bytes(self) -> float:
         """Most memory in use so far, on the rank that used most; of slots alone on CPU."""
-        device = self._strategy.root_device
+        device = self._runner.device
         if device.type == "cuda":
             mine = float(torch.cuda.max_memory_allocated(device))
         else:
-            mine = float(self._strategy.engine.lanes.ledger.peak_bytes)
-        return float(largest(torch.tensor([mine]).double(), self._strategy.stage_group))
+            mine = float(self._runner.engine.lanes.ledger.peak_bytes)
+        return float(largest(torch.tensor([mine]).double(), self._runner.stage_group))
 
     def _choose(self) -> None:
         table = torch.tensor(self._trials.table(), dtype=torch.float64)
-        table = largest(table, self._strategy.world_group)
+        table = largest(table, self._runner.world_group)
         predicted = [
             Outcome(name, self._step_seconds[name], self._predicted[name].exposed)
             for name in self._builders
@@ -277,7 +279,7 @@ class Session:
         self._seconds["trials"] = time.perf_counter() - self._began
 
     def _finish(self) -> None:
-        self._strategy.use_plan(self._winner, self._builders[self._winner])
+        self._runner.use_plan(self._winner, self._builders[self._winner])
         self.findings = Findings(
             self._profile,
             self._solution,
@@ -293,7 +295,7 @@ class Session:
 
     def _plan_file(self) -> PlanFile:
         graphs: dict[str, Graph] = {}
-        for pair in self._strategy.engine.layers:
+        for pair in self._runner.engine.layers:
             for graph in (pair.forward, pair.backward):
                 graphs[graph.fingerprint] = graph
         builder = self._builders[self._winner]
@@ -301,7 +303,7 @@ class Session:
         mine = PlanFile.of(
             {(f, b): builder(graphs.get(f), graphs.get(b)) for f, b in kinds},
             graphs.values(),
-            conditions=self._strategy.conditions,
+            conditions=self._runner.conditions,
             versions=versions(),
             notes={
                 "plan": self._winner,
@@ -314,7 +316,7 @@ class Session:
         )
         # Other stages have pairs of graphs that this one has not.
         plans, names = dict(mine.plans), dict(mine.graphs)
-        for more, others in of_all_ranks((plans, names), self._strategy.world_group):
+        for more, others in of_all_ranks((plans, names), self._runner.world_group):
             plans, names = {**more, **plans}, {**others, **names}
         return replace(mine, plans=plans, graphs=names)
 
@@ -325,10 +327,9 @@ class Session:
         self._seconds[part] = time.perf_counter() - start
 
 
-def use_unsearched(strategy: DHellamStrategy) -> None:
-    """Where nothing can be chosen: the plan that was given, or the one that none may be behind."""
-    name = REFERENCE if strategy.plan == "auto" else strategy.plan
-    strategy.use_plan(name, named_plan(name, strategy.conditions))
+def use_unsearched(runner: Runner) -> None:
+    """Where nothing can be chosen: use the plan that the runner began with."""
+    runner.use_plan(runner.plan, named_plan(runner.plan, runner.conditions))
 
 
 class _Stopwatch:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dhellam.autosearch.callback import AutoSearch
+from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.bench.several_job import Job, memory_of
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin

@@ -125,10 +125,10 @@ class _Watch(pl.Callback):
 
     def _time_operators(self, strategy: DHellamStrategy, batch: Any) -> None:
         def train() -> None:
-            strategy.run_batch(batch, backward=True)
+            strategy.runner.train(batch)
 
         tokens = self.shape.length
-        self.operators = operator_times(strategy.engine, train, tokens, self.device)
+        self.operators = operator_times(strategy.runner.engine, train, tokens, self.device)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

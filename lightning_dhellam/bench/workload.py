@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_dhellam.autosearch.profiling import conditions, fingerprint, take_profile
+from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
 from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from lightning_dhellam.runner import conditions_of
 from lightning_dhellam.search.measure.profile import Profile
 
 _SEED = 1234
@@ -78,7 +79,9 @@ class Workload:
         """Times of the operators, maximised over `group`; see `take_profile`."""
         engine, piece, context = self.engine(), self.pieces[0], self.model.context
         dtype = self.model.transformer_config.params_dtype
-        made_for = conditions(context, self.model.config, dtype, len(piece.slots["batch.tokens"]))
+        made_for = conditions_of(
+            context, self.model.config, dtype, len(piece.slots["batch.tokens"])
+        )
         conditions_of_profile = fingerprint(engine, piece, made_for, self.kernels)
         return take_profile(
             engine, piece, conditions_of_profile, group=group, repeats=repeats, visits=visits

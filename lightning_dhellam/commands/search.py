@@ -64,7 +64,7 @@ def search_command(argv: Sequence[str]) -> int:
 
 def _report(trainer: pl.Trainer) -> int:
     """Say how to use what was found. Returns the exit code."""
-    from lightning_dhellam.autosearch.callback import AutoSearch
+    from lightning_dhellam.autosearch import AutoSearch
 
     search = AutoSearch.of(trainer)
     if search is None or search.findings is None or search.plan_file is None:

@@ -38,6 +38,9 @@ class ModelParallelOptimizer:
         context: groups of this rank.
         sharded: Megatron's distributed optimizer (ZeRO-1, arXiv 1910.02054).
         master_weights: keep fp32 copies of 16-bit parameters.
+
+    Attributes:
+        steps: how many it has done.
     """
 
     def __init__(
@@ -69,15 +72,24 @@ class ModelParallelOptimizer:
         self._megatron.grad_stats_parallel_group = self._norm_group
         self._megatron.tp_group = groups.tp
         self._norm: Tensor | None = None
+        self._prepared = False
+        self.steps = 0
 
     @property
     def parameters(self) -> list[Tensor]:
         """What the user's optimizer steps on this rank."""
         return [p for group in self._inner.param_groups for p in group["params"]]
 
-    def prepare(self) -> None:
-        """Give every parameter its gradient from the buffers."""
+    def begin(self) -> None:
+        """A step begins: what was known of the gradients counts no more."""
         self._norm = None
+        self._prepared = False
+
+    def prepare(self) -> None:
+        """Give every parameter its gradient from the buffers, unless it has it since `begin`."""
+        if self._prepared:
+            return
+        self._prepared = True
         with self._context.megatron():
             self._megatron.prepare_grads()
 
@@ -86,6 +98,7 @@ class ModelParallelOptimizer:
 
         Parameters that tensor-parallel ranks hold in common count once. Not read on the host.
         """
+        self.prepare()
         if self._norm is None:
             with self._context.megatron():
                 grads = self._megatron.get_main_grads_for_grad_norm()
@@ -105,17 +118,20 @@ class ModelParallelOptimizer:
 
     def clip_by_value(self, limit: float) -> None:
         """Clamp every element of every gradient to `[-limit, limit]`."""
+        self.prepare()
         torch.nn.utils.clip_grad_value_(self.parameters, limit)
         self._norm = None
 
     def step(self) -> None:
         """Step, and bring the model's parameters up to date on every rank."""
+        self.prepare()
         with self._context.megatron():
             self._megatron.step_with_ready_grads()
         for parameter in self.parameters:
             # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
             # next zero_grad could clear what the next step has put there.
             parameter.grad = None
+        self.steps += 1
 
     def reload(self) -> None:
         """Take the model's parameters as they are now, after they were loaded."""

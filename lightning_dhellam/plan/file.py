@@ -27,6 +27,39 @@ from lightning_dhellam.plan import (
 )
 
 FORMAT = 1
+_SHAPES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+)
+
+
+def conditions(
+    sizes: Mapping[str, int],
+    config: Any,
+    dtype: Any,
+    micro_batch_size: int,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """What a plan is made for, as far as it is known before the first batch.
+
+    Args:
+        sizes: ranks by parallelism: `tp`, `pp`, `cp`, `ep`, `dp`.
+        config: of the model; its sizes are read by their names.
+        dtype: of weights and activations, such as `torch.bfloat16`.
+        micro_batch_size: samples that go through the layers together.
+        device: name of the device; None, before there are processes, leaves it out.
+    """
+    shapes = {name: getattr(config, name) for name in _SHAPES}
+    return {
+        **({} if device is None else {"device": device}),
+        "sizes": dict(sizes),
+        "shapes": {**shapes, "micro_batch_size": micro_batch_size},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from lightning_dhellam.checkpoint.folder import read_topology
-from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.kernels.choose import check_names
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import ClusterEnvironment
 
 _RESOLVED_BY_LIGHTNING = ("best", "last", "hpc", "registry")
-_BATCHED = ("tokens", "labels", "loss_mask")
-_ID_TYPES = (torch.int64, torch.int32)
 
 
 def check_arguments(
@@ -199,7 +196,7 @@ def check_data(module: Any, data: Any, topology: Topology) -> None:
     config = module.model_config
     length = getattr(data, "sequence_length", None)
     if length is not None:
-        check_length(length, config.max_sequence_length, topology)
+        check_length(length, config.max_sequence_length, topology.tp_size)
     vocab_size = getattr(data, "vocab_size", None)
     if vocab_size is not None and vocab_size > config.vocab_size:
         raise ValueError(
@@ -207,81 +204,6 @@ def check_data(module: Any, data: Any, topology: Topology) -> None:
             f" vocab_size={config.vocab_size}: set vocab_size={vocab_size}"
             f" (model.overrides.vocab_size of a recipe), or use the model's own tokenizer"
         )
-
-
-def check_length(length: int, longest: int, topology: Topology) -> None:
-    """Refuse sequences that are too long, or that do not divide over the ranks."""
-    if length > longest:
-        raise ValueError(
-            f"sequence_length={length} is longer than the model's max_sequence_length={longest}:"
-            " shorten the sequences or raise max_sequence_length"
-        )
-    if length % topology.tp_size:
-        raise ValueError(
-            f"sequence_length={length} is not a multiple of"
-            f" tensor_parallel_size={topology.tp_size}: with sequence parallelism every rank"
-            " holds an equal part of each sequence; change one of them"
-        )
-
-
-def check_batch(
-    batch: Any, module: DualStrandMixin, topology: Topology, needs_labels: bool
-) -> None:
-    """Refuse a batch that the engine cannot cut into micro-batches. Waits for no device."""
-    needed = ("tokens", "labels") if needs_labels else ("tokens",)
-    keys = sorted(map(str, batch.keys())) if hasattr(batch, "keys") else None
-    missing = [name for name in needed if keys is None or batch.get(name) is None]
-    if missing:
-        has = f"a mapping with {keys}" if keys is not None else f"a {type(batch).__name__}"
-        raise ValueError(
-            f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
-            " and `labels` [B, S]"
-        )
-    read = _BATCHED if needs_labels else needed
-    given = {name: batch[name] for name in read if batch.get(name) is not None}
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"the batch's {name} are of type {type(value).__name__}: yield tensors [B, S]"
-            )
-        if name in _ids(module) and value.dtype not in _ID_TYPES:
-            raise ValueError(
-                f"the batch's {name} have dtype {value.dtype}: they are ids of the vocabulary,"
-                f" so yield {' or '.join(map(str, _ID_TYPES))}"
-            )
-    shapes = {name: tuple(value.shape) for name, value in given.items()}
-    if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
-        raise ValueError(f"the batch has shapes {shapes}: all must be [B, S]")
-    if not shapes["tokens"][0]:
-        raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
-    check_length(shapes["tokens"][1], module.model_config.max_sequence_length, topology)
-
-
-def check_ids(batch: Any, module: DualStrandMixin) -> None:
-    """Refuse tokens and labels outside of the vocabulary, which tensor-parallel ranks would take
-    for each other's. Looks only at tensors on the host: looking elsewhere would wait."""
-    if not hasattr(batch, "get"):
-        return
-    size = module.model_config.vocab_size
-    for name in _ids(module):
-        ids = batch.get(name)
-        # `check_batch` refuses other types.
-        if not isinstance(ids, Tensor) or ids.device.type != "cpu" or ids.dtype not in _ID_TYPES:
-            continue
-        remark = ""
-        if name == "labels":
-            ids, remark = ids[ids != IGNORED], f", or {IGNORED} for what does not count"
-        low, high = (int(value) for value in torch.aminmax(ids)) if ids.numel() else (0, 0)
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"the batch's {name} hold {low if low < 0 else high}, but the model has"
-                f" vocab_size={size}: ids must be from 0 to {size - 1}{remark}"
-            )
-
-
-def _ids(module: DualStrandMixin) -> tuple[str, ...]:
-    """What a batch has of the vocabulary. Labels of the user's own loss may mean anything."""
-    return ("tokens", "labels") if module.custom_loss is None else ("tokens",)
 
 
 def check_optimizer(module: DualStrandMixin, optimizer: torch.optim.Optimizer) -> None:

@@ -14,14 +14,13 @@ from lightning.pytorch.plugins import (
 from typing_extensions import override
 
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning.fabric.utilities.types import Steppable
     from lightning.pytorch import LightningModule
-
-SUPPORTED = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class DHellamPrecision(Precision):
@@ -38,10 +37,10 @@ class DHellamPrecision(Precision):
     """
 
     def __init__(self, precision: str) -> None:
-        if precision not in SUPPORTED:
+        if precision not in PRECISIONS:
             raise ValueError(
                 f"Trainer(precision='{precision}') does not work with DHellamStrategy: use one of"
-                f" {', '.join(SUPPORTED)}"
+                f" {', '.join(PRECISIONS)}"
             )
         self.precision = precision  # type: ignore[assignment]
         self.optimizer: ModelParallelOptimizer | None = None
@@ -55,23 +54,13 @@ class DHellamPrecision(Precision):
             return cls(str(plugin.precision))
         raise ValueError(
             f"the precision plugin {type(plugin).__name__} does not work with DHellamStrategy: use"
-            f" Trainer(precision=...) with one of {', '.join(SUPPORTED)}"
+            f" Trainer(precision=...) with one of {', '.join(PRECISIONS)}"
         )
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and activations."""
-        return torch.float32 if self.precision == "32-true" else torch.bfloat16
-
-    @property
-    def fp32_gradients(self) -> bool:
-        """Whether gradients are accumulated in fp32."""
-        return self.precision != "bf16-true"
-
-    @property
-    def master_weights(self) -> bool:
-        """Whether the optimizer steps fp32 copies of the weights."""
-        return self.precision == "bf16-mixed"
+        return PRECISIONS[self.precision].dtype
 
     @override
     def optimizer_step(  # type: ignore[override]

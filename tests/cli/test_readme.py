@@ -89,11 +89,11 @@ def test_the_script_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_every_name_the_readme_mentions_exists() -> None:
     from lightning_dhellam.models import PRESETS, export_llama, import_llama  # noqa: F401
     from lightning_dhellam.plan import BUILDERS
-    from lightning_dhellam.strategy.precision import SUPPORTED
+    from lightning_dhellam.precision import PRECISIONS
 
     plans = re.findall(r"^\| `(\w+)` \|", README.split("### Plans")[1], flags=re.MULTILINE)
     assert sorted(plans) == sorted([*BUILDERS, "auto"])
     precisions = re.findall(r"^\| `([\w-]+)` \| \w+ \| ", README, flags=re.MULTILINE)
-    assert set(SUPPORTED) <= set(precisions)
+    assert set(PRECISIONS) <= set(precisions)
     assert set(re.findall(r'preset\("([\w.-]+)"', README)) <= set(PRESETS)
     assert "llama-3.1-70b-8layers-8gpu" in recipes.names()

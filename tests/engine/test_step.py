@@ -12,14 +12,13 @@ from torch import Tensor
 
 from lightning_dhellam.engine import Engine, cut, make_lanes
 from lightning_dhellam.engine.executor import Executor, Job, bind, receives
+from lightning_dhellam.engine.inputs import Limits, check_batch
 from lightning_dhellam.engine.tape import Tape
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM
-from lightning_dhellam.module import DualStrandMixin
-from lightning_dhellam.parallel import ParallelContext, Topology
+from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Lane, Operator, PlanError, Strand
-from lightning_dhellam.strategy.checks import check_batch
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, prepared, train
 from tests.models.llama import SMALL, relative_error
 
@@ -210,17 +209,16 @@ def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
 
 
 def test_labels_that_are_not_read_may_be_anything() -> None:
-    module = DualStrandMixin()
-    module.model_config = SMALL
+    limits = Limits(SMALL.vocab_size, SMALL.max_sequence_length, tensor_parallel_size=1)
     tokens = batch_of(SMALL, 5, 8)["tokens"]
     for labels in (torch.ones(5), "text", None):
         batch = {"tokens": tokens, "labels": labels}
         first, *_ = cut(batch, 2, device=CPU, seed=1, step=2, rank=3, targets=False)
         assert "batch.labels" not in first.slots
-        check_batch(batch, module, Topology(), needs_labels=False)
+        check_batch(batch, limits, needs_labels=False)
     assert "batch.labels" not in cut(batch, 2, device=CPU, seed=1, step=2, rank=3)[0].slots
     with pytest.raises(ValueError, match=r"without \['labels'\]"):
-        check_batch(batch, module, Topology(), needs_labels=True)
+        check_batch(batch, limits, needs_labels=True)
 
 
 def test_every_micro_batch_step_rank_and_seed_has_its_own_key() -> None:

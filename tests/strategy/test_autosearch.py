@@ -16,9 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_dhellam.autosearch import AutoSearch, profiling, session
 from lightning_dhellam.autosearch import callback as autosearch
-from lightning_dhellam.autosearch import profiling, session
-from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure.profile import BenchError, Profile
@@ -59,7 +58,7 @@ class InUse(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy)
-        self.plans.append(trainer.strategy.plan_in_use)
+        self.plans.append(trainer.strategy.runner.plan_in_use)
 
 
 def searched(
@@ -224,7 +223,7 @@ def test_what_was_in_use_stays_when_nothing_is_chosen(tmp_path: Path) -> None:
 
         class Last(Callback):
             def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-                used.append(trainer.strategy.plan_in_use)  # type: ignore[attr-defined] # noqa: B023
+                used.append(trainer.strategy.runner.plan_in_use)  # type: ignore[attr-defined] # noqa: B023
 
         trainer.callbacks.append(Last())  # type: ignore[attr-defined]
         trainer.fit(Model(), loader({}))

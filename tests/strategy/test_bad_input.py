@@ -317,7 +317,7 @@ def test_what_is_used_too_early_says_when_it_exists() -> None:
     with pytest.raises(RuntimeError, match="use it in `configure_model` or later"):
         _ = strategy.context
     with pytest.raises(RuntimeError, match="use it after `setup`"):
-        _ = strategy.engine
+        _ = strategy.runner
 
 
 # In the processes, before the first step or at the batch itself

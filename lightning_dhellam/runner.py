@@ -1,0 +1,443 @@
+"""What trains a model on one rank: under a Trainer by the strategy, or in a loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+from lightning_dhellam import checkpoint
+from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
+from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids
+from lightning_dhellam.layers import Loss, lower
+from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.collectives import from_first, reduced, same_on_all_ranks
+from lightning_dhellam.parallel.device import device_name
+from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.join import join, this_device
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
+from lightning_dhellam.plan import Builder, Lane
+from lightning_dhellam.plan.file import conditions, named_plan
+from lightning_dhellam.precision import PRECISIONS
+
+_WEIGHTS = "model."
+"""Before the names of weights in a checkpoint: a Trainer's module has the model by this name."""
+_STEPS = "global_step"
+"""Where a checkpoint has the number of steps, as a Trainer's."""
+
+
+class Runner:
+    """Trains a model with two strands: engine, gradient buffers and plan of one rank.
+
+    `DHellamStrategy` makes one for a Trainer. A loop of one's own, such as a script for Megatron-LM
+    has, makes one with `create`, on every process that torchrun has started, and needs no Trainer:
+
+        with Runner.create(config, micro_batch_size=3, **sizes) as runner:
+            optimizer = runner.optimizer(torch.optim.AdamW(runner.model.parameters(), lr=0.01))
+            if path.exists():
+                runner.load(path)
+            for step in range(runner.steps, last):
+                loss = runner.train(batches[step])  # forward and backward
+                optimizer.clip_by_norm(1.0)
+                optimizer.step()
+                losses.append(runner.mean(loss))  # of the global batch; nothing waits for it
+            runner.save(path)
+
+    Here `config` is a `ModelConfig`, `sizes` has `tensor_parallel_size` and the like, and `batches`
+    are mappings with `tokens` [B, S] and `labels` [B, S], as for `DualStrandMixin`: of each batch
+    the samples of this data-parallel rank (`runner.context.topology` has `dp_rank` and `dp_size`).
+    Losses and weights are those of a Trainer to the bit.
+
+    Args:
+        model: this rank's part of the model; it knows its processes.
+        plan: order of the operators: the name of a built-in plan, or the path of a plan file.
+        micro_batch_size: samples that go through the layers together. Changes neither loss nor
+            gradients; the last micro-batch of a batch may be smaller.
+        precision: `32-true`, `bf16-mixed` or `bf16-true`; decides nothing about the model, which
+            is of such a type already.
+        seed: of dropout.
+        loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
+        kernels: backends to use by operator; the fastest that this machine has for all others.
+        regather: gather the input of column-parallel layers again in backward.
+        bucket_size: parameters per bucket of the data-parallel reduction.
+        module: what holds the model and the loss, if that is more than the model: its buffers are
+            as before after a profile or a rehearsal.
+
+    Raises:
+        ValueError: a value that cannot work, or that differs between ranks.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        plan: str = "interleaved",
+        micro_batch_size: int = 1,
+        precision: str = "32-true",
+        seed: int = 1234,
+        loss: Loss | None = None,
+        kernels: Mapping[str, str] | None = None,
+        regather: bool = True,
+        bucket_size: int | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.context = model.context
+        self.plan = self.plan_in_use = plan
+        self.micro_batch_size = micro_batch_size
+        self.precision = precision
+        self.seed = seed
+        self._bucket_size = bucket_size
+        self._buffers: GradientBuffers | None = None
+        self._optimizer: ModelParallelOptimizer | None = None
+        self._closing = ExitStack()
+        lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
+        self.kernels = lowered.kernels
+        config = model.config
+        self.limits = Limits(
+            config.vocab_size,
+            config.max_sequence_length,
+            self.context.topology.tp_size,
+            loss is not None,
+        )
+        lanes = make_lanes(self.device, processors=self.context.link_processors)
+        builder = named_plan(plan, self.conditions)
+        self._engine: Engine | None = Engine(
+            lowered.layers, lanes, builder, lowered.logits, lowered.stage, module or model
+        )
+        self._check_split()
+        self.use_plan(plan, builder)
+
+    @classmethod
+    def create(
+        cls,
+        model: ModelConfig | Callable[[ParallelContext, torch.dtype], CausalLM],
+        device: torch.device | str | None = None,
+        *,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        split: list[int] | None = None,
+        precision: str = "32-true",
+        seed: int = 1234,
+        timeout: timedelta = default_pg_timeout,
+        **options: Any,
+    ) -> Self:
+        """Join the processes of the job, build this rank's part of the model, and its `Runner`.
+
+        The groups of processes are made here, in place of Megatron's `initialize_model_parallel`.
+        Data parallelism takes the processes that tensor and pipeline parallelism leave. Call
+        `close` in the end, or use the runner as a context manager.
+
+        Args:
+            model: its configuration, or what makes it of a context and a type.
+            device: that this process computes on; its GPU, or else the CPU, if not given.
+            tensor_parallel_size: ranks that share each layer, with sequence parallelism.
+            pipeline_parallel_size: stages P that share the layers, as 2P chunks.
+            split: layers of each chunk; None to balance them by cost.
+            precision: `32-true`, `bf16-mixed` or `bf16-true`.
+            seed: of weights and dropout.
+            timeout: after which a collective that a rank does not join fails.
+            options: all others of `Runner`.
+
+        Raises:
+            ValueError: a value that cannot work, before the model is built.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision='{precision}' must be one of {', '.join(PRECISIONS)}")
+        device = this_device(device)
+        with ExitStack() as stack:
+            stack.callback(join(device, timeout))
+            if isinstance(model, ModelConfig):
+                model.validate(tensor_parallel_size)
+                split = list(pipeline_split(model, pipeline_parallel_size, split))
+            context = ParallelContext.create(
+                device,
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                pipeline_split=tuple(split or ()),
+                timeout=timeout,
+            )
+            stack.callback(context.destroy)
+            dtype = PRECISIONS[precision].dtype
+            if isinstance(model, ModelConfig):
+                built = CausalLM(model, context, dtype, seed)
+            else:
+                built = model(context, dtype)
+            built.settle()
+            runner = cls(built.to(device), precision=precision, seed=seed, **options)
+            runner._closing = stack.pop_all()
+            return runner
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the buffers and the engine, and leave the processes that `create` has joined.
+
+        The model stays. What was trained can still be saved if the processes are still there.
+        """
+        if self._buffers is not None:
+            self._buffers.close()
+        self._engine = self._buffers = None
+        self._closing.close()
+
+    @property
+    def device(self) -> torch.device:
+        """What this rank computes on."""
+        return self.context.device
+
+    @property
+    def engine(self) -> Engine:
+        """What carries out the plans of this rank."""
+        if self._engine is None:
+            raise RuntimeError("this Runner is closed: make another one")
+        return self._engine
+
+    @property
+    def steps(self) -> int:
+        """How many steps the optimizer has done, of earlier runs as well."""
+        return self._optimizer.steps if self._optimizer is not None else 0
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
+        """All ranks; None where the others do not exist."""
+        return self.context.world_group
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """The ranks that run the same layers; None where the others do not exist."""
+        if self.context.topology.pp_size == 1:
+            return self.world_group
+        return self.context.groups.tp_dp_cp
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a plan file must have been made for to be used here."""
+        dtype = self.model.transformer_config.params_dtype
+        return conditions_of(self.context, self.model.config, dtype, self.micro_batch_size)
+
+    def use_plan(self, name: str, builder: Builder) -> None:
+        """Order operators by `builder` from the next step on. Every rank must call this.
+
+        Raises:
+            ValueError: ranks would order them differently, and wait for each other forever.
+        """
+        self.engine.install(builder)
+        self.plan_in_use = name
+        digests = " ".join(plan.digest for plan in self.engine.plans())
+        stage = self.context.topology.pp_rank
+        if same_on_all_ranks(f"{name}: {digests}", self.world_group, stage=stage):
+            raise ValueError(
+                f"plan='{name}' orders the operators differently on different ranks: every"
+                " rank must run the same model, plan and version"
+            )
+
+    def optimizer(
+        self, optimizer: torch.optim.Optimizer, *, sharded: bool | None = None
+    ) -> ModelParallelOptimizer:
+        """Make the gradient buffers, and what steps `optimizer` on them.
+
+        From here on `optimizer` holds what it really steps: fp32 master weights, or this rank's
+        part of them. Schedulers of the learning rate may be given `optimizer` itself.
+
+        Args:
+            optimizer: any of torch's over the parameters of the model.
+            sharded: spread its state over data-parallel ranks (ZeRO-1). None: when there are
+                several, it is AdamW and the precision is not `bf16-true`.
+
+        Raises:
+            ValueError: sharding was asked for where it cannot work.
+        """
+        numbers = PRECISIONS[self.precision]
+        sharded = self._shards(optimizer, sharded)
+        self._buffers = GradientBuffers(
+            self.model,
+            self.model.transformer_config,
+            self.context,
+            sharded=sharded,
+            fp32=numbers.fp32_gradients,
+            bucket_size=self._bucket_size,
+        )
+        self._optimizer = ModelParallelOptimizer(
+            optimizer,
+            self._buffers,
+            self.context,
+            sharded=sharded,
+            master_weights=numbers.master_weights,
+        )
+        return self._optimizer
+
+    def _shards(self, optimizer: torch.optim.Optimizer, asked: bool | None) -> bool:
+        """Whether Megatron's distributed optimizer is used."""
+        possible = can_shard(optimizer) and self.precision != "bf16-true"
+        if asked is None:
+            return possible and self.context.topology.dp_size > 1
+        if asked and not possible:
+            raise ValueError(
+                f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
+                f" precision='{self.precision}': it needs torch.optim.AdamW and"
+                " '32-true' or 'bf16-mixed'; or leave distributed_optimizer out"
+            )
+        return asked
+
+    def train(self, batch: Mapping[str, Any], *, step: int | None = None) -> Tensor:
+        """Forward and backward of this data-parallel rank's batch; the gradients are then there.
+
+        Args:
+            batch: `tokens` [B, S] and `labels` [B, S] (already shifted; -100 does not count), and
+                optionally `loss_mask` [B, S].
+            step: number of the step, which decides its random numbers; counted if not given.
+
+        Returns the mean loss over the tokens of this rank's batch that count, a scalar in fp32.
+
+        Raises:
+            ValueError: the batch cannot be cut, or has ids outside of the vocabulary.
+        """
+        if self._buffers is None or self._optimizer is None:
+            raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
+        pieces = self.micro_batches(batch, step=self.steps if step is None else step)
+        self._optimizer.begin()
+        self._buffers.zero()
+        loss = self.engine.train(pieces, self._gradient_ready)
+        self._buffers.finish()
+        return from_first(loss, self.context.pp_group)
+
+    def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
+        """The mean loss over the tokens of this rank's batch that count, without gradients."""
+        return from_first(self.engine.evaluate(self.micro_batches(batch)), self.context.pp_group)
+
+    def predict(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits [B, S, V] of this rank's batch, without gradients."""
+        logits = self.engine.predict(self.micro_batches(batch, needs_labels=False))
+        if self.context.topology.pp_rank > 0:
+            shape = (*batch["tokens"].shape, self.model.config.vocab_size)
+            dtype = self.model.transformer_config.params_dtype
+            logits = torch.empty(shape, dtype=dtype, device=self.device)
+        return from_first(logits, self.context.pp_group)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over data-parallel ranks. Nothing waits for it on the host."""
+        return reduced(value, self.context.dp_group)
+
+    def micro_batches(
+        self, batch: Mapping[str, Any], *, needs_labels: bool = True, step: int = 0
+    ) -> list[MicroBatch]:
+        """The batch of this rank, checked and cut."""
+        check_batch(batch, self.limits, needs_labels=needs_labels)
+        check_ids(batch, self.limits)
+        return cut(
+            batch,
+            self.micro_batch_size,
+            device=self.device,
+            seed=self.seed,
+            step=step,
+            rank=self.context.topology.rank_in_stage,
+            targets=needs_labels,
+        )
+
+    def save(self, path: Path | str, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint, a folder with a file per rank. Every rank must call this.
+
+        Args:
+            path: of the folder, on a file system that all ranks see.
+            extra: what else is to be kept, the same on all ranks: a scheduler's state, say.
+
+        Raises:
+            OSError: a rank could not write; on every rank, and `path` is as it was before.
+        """
+        state = self._optimizer.state_dict() if self._optimizer is not None else None
+        common = {_STEPS: self.steps, "extra": dict(extra or {})}
+        weights = {_WEIGHTS + name: value for name, value in self.model.state_dict().items()}
+        checkpoint.save(Path(path), self.context, common, weights, state, self.settings)
+
+    def load(self, path: Path | str) -> dict[str, Any]:
+        """Go on from a checkpoint, also of a Trainer. Every rank must call this.
+
+        With an optimizer its state is loaded too, and otherwise the weights alone. Returns what
+        `save` was given as `extra`.
+
+        Raises:
+            ValueError: on every rank, when one of them cannot read its files, or they do not fit.
+        """
+        saved = checkpoint.load(Path(path), self.context, self.settings)
+        weights = {
+            name.removeprefix(_WEIGHTS): value
+            for name, value in saved["state_dict"].items()
+            if name.startswith(_WEIGHTS)
+        }
+        found = checkpoint.misfit(weights, self.model.state_dict())
+        if found is not None:
+            raise ValueError(found)
+        self.model.load_state_dict(weights)
+        if self._optimizer is not None:
+            self._optimizer.reload()
+            self._optimizer.load_state_dict(saved["optimizer_states"][0])
+            self._optimizer.steps = saved[_STEPS]
+        return dict(saved.get("extra", {}))
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What decides the form of the optimizer's state; None without an optimizer."""
+        if self._optimizer is None:
+            return None
+        return {"precision": self.precision, **self._optimizer.settings}
+
+    def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
+        assert self._buffers is not None
+        self._buffers.ready(parameters, lambda: self.engine.lanes.on(Lane.DP))
+
+    def _check_split(self) -> None:
+        """All stages must send and receive the same micro-batches at the same places."""
+        split = self.context.pipeline_split
+        if same_on_all_ranks(str(split), self.world_group):
+            raise ValueError(
+                f"pipeline_split={list(split)} is another one on other ranks: every rank must run"
+                " the same model and split"
+            )
+
+
+class Place(NamedTuple):
+    """Where and in what type a rank's part of a model is built, and from which seed."""
+
+    context: ParallelContext
+    dtype: torch.dtype
+    seed: int
+
+
+@runtime_checkable
+class RunnerStrategy(Protocol):
+    """A strategy that trains a module through a `Runner`.
+
+    It has methods only, so that a check whether a strategy is one asks it for no value.
+    """
+
+    def place(self) -> Place:
+        """Where the model is built, once the processes have started."""
+
+    def current_runner(self) -> Runner:
+        """The runner, once the model is there."""
+
+    def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
+        """The loss of this rank's batch, a scalar in fp32; with `backward`, its gradients too."""
+
+    def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits [B, S, V] of this rank's batch, without gradients."""
+
+
+def conditions_of(
+    context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
+) -> dict[str, Any]:
+    """What a plan for this rank is made for; see `plan.file.conditions`."""
+    sizes = context.topology.sizes
+    return conditions(sizes, config, dtype, micro_batch_size, device_name(context))

@@ -1,0 +1,197 @@
+"""The processes of a job: how they start, who they are, and what they tell each other."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
+from lightning_dhellam.parallel.collectives import reduced
+from lightning_dhellam.parallel.nccl import open_queues
+from lightning_dhellam.strategy import checks
+from lightning_dhellam.strategy.launcher import CheckingLauncher
+from lightning_dhellam.strategy.termination import watch_parent
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+class JobStrategy(ParallelStrategy):
+    """A strategy of one process per device, in groups of tensor, pipeline and data parallelism.
+
+    Its subclass sets the attributes, checks a run, and says how the layers are split.
+
+    Attributes:
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: stages that share the layers.
+        cluster: that this process only pretends to be part of, or None.
+        timeout: after which a collective that a rank does not join fails.
+    """
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    cluster: Cluster | None
+    timeout: timedelta
+    num_nodes = 1
+    _context: ParallelContext | None = None
+    _parent_watch: Event | None = None
+
+    def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
+        """Refuse what cannot work, before any process computes."""
+        raise NotImplementedError
+
+    def layers_of_chunks(self) -> tuple[int, ...]:
+        """Layers of each chunk of the pipeline."""
+        raise NotImplementedError
+
+    @property
+    def context(self) -> ParallelContext:
+        """Groups and sizes of this rank."""
+        if self._context is None:
+            raise RuntimeError(
+                "DHellamStrategy.context is not known before the processes have started: use it in"
+                " `configure_model` or later"
+            )
+        return self._context
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def topology(self) -> Topology:
+        """Of the job, or of the cluster that is emulated; its rank is 0 before there are any.
+
+        Raises:
+            ValueError: the sizes do not fit the number of processes.
+        """
+        processes = self.num_processes * self.num_nodes
+        return Topology(
+            world_size=self.cluster.world_size if self.cluster is not None else processes,
+            tp_size=self.tensor_parallel_size,
+            pp_size=self.pipeline_parallel_size,
+        )
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks strategies that it does not know, before it reduces logged values."""
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Samples are dealt to the data-parallel ranks; all others of a model see the same."""
+        topology = self.context.topology
+        return {"num_replicas": topology.dp_size, "rank": topology.dp_rank}
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.cluster_environment.creates_processes_externally:
+            if self.cluster is None:
+                checks.check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = CheckingLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, self.check
+            )
+        _ = self.topology  # refuses sizes that do not fit
+        if self.cluster is not None:
+            checks.check_emulation(self.num_processes * self.num_nodes)
+
+    @override
+    def setup_environment(self) -> None:
+        if self.root_device.type == "cuda":
+            obstacle = open_queues()
+            if obstacle:
+                rank_zero_warn(obstacle)
+        super().setup_environment()
+        reset_seed()
+        self._set_world_ranks()
+        if self.cluster is not None:
+            self.cluster.join()
+        else:
+            self._join_processes()
+        self._context = ParallelContext.create(
+            self.root_device,
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            cluster=self.cluster,
+            pipeline_split=self.layers_of_chunks(),
+            timeout=self.timeout,
+        )
+
+    def _set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None
+        rank = self.node_rank * self.num_processes + self.local_rank
+        self.cluster_environment.set_global_rank(rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def _join_processes(self) -> None:
+        assert self.cluster_environment is not None
+        backend = _get_default_process_group_backend_for_device(self.root_device)
+        device_id = self.root_device if self.root_device.type == "cuda" else None
+        # From here on this process waits for others.
+        self._parent_watch = watch_parent(self.timeout.total_seconds())
+        _init_dist_connection(
+            self.cluster_environment, backend, timeout=self.timeout, device_id=device_id
+        )
+
+    def _leave(self, *, ended_well: bool) -> None:
+        """The run is over: other runs may use the groups if it has left nothing in them."""
+        if self._parent_watch is not None:
+            self._parent_watch.set()
+        if self._context is not None:
+            self._context.destroy(keep=ended_well and self.cluster is None)
+            if self.cluster is not None:
+                dist.destroy_process_group()
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        if self.root_device.type == "cuda":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized() or self.cluster is not None:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
+        """Over the data-parallel ranks: all ranks of a model hold the same value."""
+        if isinstance(tensor, Tensor):
+            return reduced(tensor, group or self.context.dp_group, reduce_op)
+        return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        mine = torch.tensor(int(decision), device=self.root_device)
+        return bool(reduced(mine, self.context.world_group, "min" if all else "max"))

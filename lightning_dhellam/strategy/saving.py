@@ -1,0 +1,90 @@
+"""Lightning's hooks around checkpoints: every rank writes and reads its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from lightning_dhellam import checkpoint as checkpoint_files
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.runner import Runner
+from lightning_dhellam.strategy.processes import JobStrategy
+
+
+class SavingStrategy(JobStrategy):
+    """A strategy whose checkpoints are folders with a file per rank; see `checkpoint.folder`."""
+
+    _runner: Runner | None = None
+    _optimizer: ModelParallelOptimizer | None = None
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def _settings(self) -> dict[str, Any] | None:
+        return self._runner.settings if self._runner is not None else None
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder with one file per rank; see `checkpoint.folder`."""
+        if self.cluster is not None:
+            raise ValueError(
+                "this run is emulated (emulate=...): its numbers mean nothing, so it saves no"
+                " checkpoint; use Trainer(enable_checkpointing=False)"
+            )
+        if storage_options is not None:
+            raise ValueError(
+                "storage_options is not supported: DHellamStrategy writes checkpoints itself"
+            )
+        common = dict(checkpoint)
+        weights = common.pop("state_dict")
+        with_state = common.pop("optimizer_states", None) is not None
+        state = settings = None
+        if with_state and self._optimizer is not None:
+            state, settings = self._optimizer.state_dict(), self._settings
+        path = Path(self.broadcast(str(filepath)))
+        checkpoint_files.save(path, self.context, common, weights, state, settings)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(str(checkpoint_path)))
+        fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
+        return checkpoint_files.load(path, self.context, self._settings if fitting else None)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        try:
+            super().load_model_state_dict(checkpoint, strict)
+        except RuntimeError as error:
+            # Not before: a module may take weights of other names.
+            own = self.lightning_module.state_dict()
+            found = checkpoint_files.misfit(checkpoint["state_dict"], own)
+            if found is None:
+                raise
+            raise ValueError(found) from error
+        if self._optimizer is not None:
+            self._optimizer.reload()
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._optimizer is not None
+        (state,) = checkpoint["optimizer_states"]
+        self._optimizer.load_state_dict(state)
+
+    @override
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Nothing here: every rank writes its own in `save_checkpoint`."""
+        return {}
