@@ -73,7 +73,7 @@ def lower(
         model.context, config.params_dtype, config.hidden_size, model.config.max_sequence_length
     )
     chosen = choose(sizes.context.device, sizes.dtype, kernels, config.kv_channels)
-    rotary = RotaryTable(model.rotary)
+    rotary = None if model.rotary is None else RotaryTable(model.rotary)
     again = regather if callable(regather) else lambda index: regather
 
     def lowered(chunk: int) -> list[GraphPair]:

@@ -65,15 +65,7 @@ class CausalLM(nn.Module):
         config, context = self.config, self.context
         ends = context.topology.pp_rank == 0
         self.embedding = self._build_embedding() if ends else None
-        self.rotary = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=config.rotary_base,
-            rope_scaling=config.rope_scaling_factor is not None,
-            rope_scaling_factor=config.rope_scaling_factor or 1.0,
-            use_cpu_initialization=self.transformer_config.use_cpu_initialization,
-            cp_group=context.groups.cp,
-        )
+        self.rotary = self._build_rotary() if config.position_embedding == "rope" else None
         self.layers = nn.ModuleList()
         for index, chunk in enumerate(chunks_of_layers(config, context)):
             self.layers.append(
@@ -93,8 +85,20 @@ class CausalLM(nn.Module):
             config=self.transformer_config,
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.config.max_sequence_length,
-            position_embedding_type="rope",
+            position_embedding_type=self.config.position_embedding,
             tp_group=self.context.groups.tp,
+        )
+
+    def _build_rotary(self) -> RotaryEmbedding:
+        config = self.config
+        return RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling_factor is not None,
+            rope_scaling_factor=config.rope_scaling_factor or 1.0,
+            use_cpu_initialization=self.transformer_config.use_cpu_initialization,
+            cp_group=self.context.groups.cp,
         )
 
     def _build_layer(self, index: int, chunk: int, seed: int) -> nn.Module:
@@ -183,7 +187,7 @@ class CausalLM(nn.Module):
         assert self.embedding is not None
         assert self.final_norm is not None and self.output_layer is not None
         with self.context.megatron():
-            rotary = self.rotary(tokens.size(1))
+            rotary = None if self.rotary is None else self.rotary(tokens.size(1))
             hidden = self.embedding(tokens, None)
             with self._dropout_generator():
                 for layer in self.layers:

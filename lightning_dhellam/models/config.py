@@ -1,4 +1,4 @@
-"""The shape of a Llama-family model, checked, and its translation to Megatron's configuration."""
+"""The shape of a model, checked, and its translation to Megatron's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from lightning_dhellam.parallel.context import ParallelContext
 _VOCABULARY_ALIGNMENT = 8
 # Longer contexts are for inference, or for a last phase of training.
 _TRAINING_LENGTH = 8192
-_KINDS = {"normalization": ("RMSNorm", "LayerNorm"), "activation": ("swiglu", "gelu")}
+_KINDS = {
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "activation": ("swiglu", "gelu"),
+    "position_embedding": ("rope", "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,15 @@ class ModelConfig:
     activation: str = "swiglu"
     """Of the MLP: `swiglu`, with a gate, or `gelu`, without."""
 
+    linear_bias: bool = False
+    """Whether the linear layers of attention and MLP have biases."""
+
+    qkv_bias: bool = False
+    """Whether the query-key-value projection has a bias; with `linear_bias` it has one anyway."""
+
+    position_embedding: str = "rope"
+    """`rope`, rotary position embedding, or `none`: then only the causal mask tells positions."""
+
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -79,7 +92,7 @@ class ModelConfig:
                 f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}: change one, or set head_dim"
             )
-        if self.kv_channels % 2:
+        if self.position_embedding == "rope" and self.kv_channels % 2:
             raise ValueError(
                 f"head_dim={self.kv_channels} is odd, but rotary embeddings turn pairs: make it "
                 f"even (left out, it is hidden_size / num_attention_heads)"
@@ -96,6 +109,8 @@ class ModelConfig:
             counts = field.type == "int" or (field.type == "int | None" and value is not None)
             if counts and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name}={value!r} must be an integer of at least 1")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{field.name}={value!r} must be true or false")
         for name, known in _KINDS.items():
             if getattr(self, name) not in known:
                 choices = " or ".join(map(repr, known))
@@ -105,6 +120,11 @@ class ModelConfig:
         for name in ("norm_epsilon", "rotary_base", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.rope_scaling_factor is not None and self.position_embedding != "rope":
+            raise ValueError(
+                f"rope_scaling_factor={self.rope_scaling_factor} with position_embedding="
+                f"{self.position_embedding!r}: there is no rotary embedding to scale; leave it out"
+            )
         if self.rope_scaling_factor is not None and not self.rope_scaling_factor >= 1.0:
             raise ValueError(
                 f"rope_scaling_factor={self.rope_scaling_factor} must be at least 1; leave it out "
@@ -185,7 +205,8 @@ class ModelConfig:
             kv_channels=self.kv_channels,
             normalization=self.normalization,
             layernorm_epsilon=self.norm_epsilon,
-            add_bias_linear=False,
+            add_bias_linear=self.linear_bias,
+            add_qkv_bias=self.qkv_bias,
             gated_linear_unit=self.activation == "swiglu",
             activation_func=(
                 torch.nn.functional.silu

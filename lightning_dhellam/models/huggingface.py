@@ -26,6 +26,14 @@ _HEAD = "lm_head.weight"
 # Old checkpoints store this constant; the model computes it.
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 _LISTED = 8
+_LLAMA = {
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "position_embedding": "rope",
+    "linear_bias": False,
+    "qkv_bias": False,
+}
+"""Fields of a `ModelConfig` that tell Llama from other families."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,15 @@ def _gather(shard: Tensor, context: ParallelContext) -> list[Tensor]:
 
 
 def _rules(config: ModelConfig, padded_vocab_size: int) -> Iterator[_Rule]:
-    if (config.normalization, config.activation) != ("RMSNorm", "swiglu"):
+    other = [
+        f"{name}={getattr(config, name)!r}"
+        for name, own in _LLAMA.items()
+        if getattr(config, name) != own
+    ]
+    if other:
         raise ValueError(
-            f"normalization='{config.normalization}', activation='{config.activation}':"
-            " LlamaForCausalLM has RMSNorm and swiglu only, so there is nothing to convert"
+            f"{', '.join(other)}: LlamaForCausalLM has RMSNorm, swiglu and rotary embedding only,"
+            " and no biases here, so there is nothing to convert"
         )
     table = (config.vocab_size, config.hidden_size)
     yield _vocabulary("embedding.word_embeddings.weight", _EMBEDDING, table, padded_vocab_size)

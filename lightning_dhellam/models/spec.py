@@ -20,7 +20,7 @@ from lightning_dhellam.models.norm import NORMS
 def llama_layer_spec(
     ffn_hidden_size: int | None = None, normalization: str = "RMSNorm"
 ) -> ModuleSpec:
-    """Pre-norm layer: norm, grouped-query attention, norm, MLP; linear layers without biases.
+    """Pre-norm layer: norm, grouped-query attention, norm, MLP.
 
     ``ffn_hidden_size`` only spares Megatron's warning that it reads it from its configuration.
     """

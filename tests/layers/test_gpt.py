@@ -74,6 +74,10 @@ def test_parameters_are_counted() -> None:
 def test_a_llama_checkpoint_is_refused() -> None:
     with pytest.raises(ValueError, match=r"normalization='LayerNorm', activation='gelu'.*swiglu"):
         import_llama(_model(GPT), {})
+    other = replace(SMALL, linear_bias=True, qkv_bias=True, position_embedding="none")
+    named = r"position_embedding='none', linear_bias=True, qkv_bias=True: Llama.*no biases"
+    with pytest.raises(ValueError, match=named):
+        import_llama(_model(other), {})
 
 
 @pytest.mark.parametrize(

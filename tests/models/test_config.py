@@ -22,6 +22,13 @@ from tests.models.llama import SMALL
         ({"hidden_dropout": 1.0}, ["hidden_dropout=1.0", "[0, 1)"]),
         ({"norm_epsilon": 0.0}, ["norm_epsilon=0.0", "greater than 0"]),
         ({"rope_scaling_factor": 0.5}, ["rope_scaling_factor=0.5", "at least 1"]),
+        (
+            {"rope_scaling_factor": 8.0, "position_embedding": "none"},
+            ["rope_scaling_factor=8.0", "position_embedding='none'", "leave it out"],
+        ),
+        ({"position_embedding": "learned"}, ["position_embedding='learned'", "'rope' or 'none'"]),
+        ({"linear_bias": 1}, ["linear_bias=1", "true or false"]),
+        ({"qkv_bias": "no"}, ["qkv_bias='no'", "true or false"]),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -29,6 +36,10 @@ def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], words: lis
         replace(SMALL, **changes)
     for word in words:
         assert word in str(error.value)
+
+
+def test_heads_of_odd_width_need_no_pairs_without_rotary_embedding() -> None:
+    assert replace(SMALL, head_dim=7, position_embedding="none").kv_channels == 7
 
 
 @pytest.mark.parametrize(
