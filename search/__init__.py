@@ -1,1 +1,12 @@
-"""From measured operator times to a plan: profile, cost model, solver, simulator, reports."""
+"""From measured operator times to a plan, in five rooms.
+
+    measure    times operators and keeps the times: profiles and their files
+    model      plays orders of operators by those times: seconds, memory, a whole step
+    solve      finds the best order of each pair of layers
+    pipeline   plays the stages of a pipeline, whose visits are such steps
+    report     shows what was found: tables, traces, pictures, folders
+
+A room imports only from the rooms above it in this list, and what others need of a room is
+exported by its `__init__.py`. Only pictures need matplotlib, so `report` does not export them:
+import `report.pictures` and `report.pipeline_pictures` where something is drawn.
+"""

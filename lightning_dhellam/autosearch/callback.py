@@ -18,8 +18,8 @@ from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session,
 from lightning_dhellam.files import check_file
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.runner import Runner, RunnerStrategy
-from lightning_dhellam.search.measure.profile import Profile
-from lightning_dhellam.search.report.findings import Findings
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.report import Findings
 
 _PATIENCE = 10
 """Steps in a row that may be of another size than the one that was profiled."""

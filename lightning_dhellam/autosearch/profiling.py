@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning_dhellam.engine import Engine, MicroBatch, OperatorTimer, Subject
 from lightning_dhellam.parallel.collectives import largest
 from lightning_dhellam.plan import Graph
-from lightning_dhellam.search.measure.profile import (
+from lightning_dhellam.search.measure import (
     BenchError,
     Clock,
     Fingerprint,

@@ -19,16 +19,11 @@ from lightning_dhellam.parallel.collectives import largest, of_all_ranks, togeth
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.runner import Runner
-from lightning_dhellam.search.measure.profile import Profile, Progress
-from lightning_dhellam.search.measure.trials import Trials, measured
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.simulate import Interval, Simulation, simulate
-from lightning_dhellam.search.pipeline.passes import PassTable
-from lightning_dhellam.search.pipeline.pipelines import OneOfStages
-from lightning_dhellam.search.report.findings import Findings
-from lightning_dhellam.search.report.outcomes import Outcome, choose
-from lightning_dhellam.search.solve.solution import ModelSolution
-from lightning_dhellam.search.solve.solve import peak_bytes, solve
+from lightning_dhellam.search.measure import Profile, Progress, Trials
+from lightning_dhellam.search.model import Costs, Interval, Simulation, simulate
+from lightning_dhellam.search.pipeline import FoldedStep, VisitTable
+from lightning_dhellam.search.report import Findings, Outcome, choose, measured
+from lightning_dhellam.search.solve import ModelSolution, peak_bytes, solve
 
 REFERENCE = "sequential"
 MEMORY_SLACK = 0.025
@@ -100,7 +95,7 @@ class Session:
         self._pieces = runner.micro_batches(batch)
         self._shapes = _shapes(batch)
         stage = runner.engine.stage
-        self._stage = OneOfStages(stage.number, stage.count, len(self._pieces))
+        self._stage = FoldedStep(stage.number, stage.count, len(self._pieces))
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         everyone = runner.world_group
@@ -224,16 +219,16 @@ class Session:
             name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
             for name, builder in self._builders.items()
         }
-        self._passes = (
+        self._visits = (
             {name: self._costs_of(name, costs, tokens) for name in self._builders}
             if self._runner.context.topology.pp_size > 1
             else {}
         )
 
-    def _costs_of(self, name: str, costs: Costs, tokens: int) -> PassTable:
-        """What the passes of this stage cost under a plan."""
+    def _costs_of(self, name: str, costs: Costs, tokens: int) -> VisitTable:
+        """What the visits of this stage cost under a plan."""
         layers, turn = self._runner.engine.layers, self._runner.engine.stage.turn
-        return self._stage.passes(
+        return self._stage.visits(
             layers[:turn],
             layers[turn:],
             self._builders[name],
@@ -247,12 +242,12 @@ class Session:
         long as all of them together."""
         self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
         if self._runner.context.topology.pp_size > 1:
-            known = of_all_ranks((self.left_out, self._passes), self._runner.context.pp_group)
+            known = of_all_ranks((self.left_out, self._visits), self._runner.context.pp_group)
             for name in self._builders:
                 peaks = [left_out[name] for left_out, _ in known if name in left_out]
                 if peaks:
                     self.left_out[name] = max(peaks)
-                self._step_seconds[name] = self._stage.seconds(passes[name] for _, passes in known)
+                self._step_seconds[name] = self._stage.seconds(visits[name] for _, visits in known)
         for name in self.left_out:
             del self._builders[name], self._predicted[name]
 

@@ -18,8 +18,8 @@ from lightning_dhellam.bench.tap import Tap
 from lightning_dhellam.bench.workload import Workload, whole
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.search.measure.profile import Profile, merged
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.measure import Profile, merged
+from lightning_dhellam.search.model import Costs
 
 if TYPE_CHECKING:
     from lightning_dhellam.bench.host import Settings

@@ -24,8 +24,8 @@ from lightning_dhellam.bench.stage import rank_of
 from lightning_dhellam.bench.workload import trunk
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Cluster, ParallelContext
-from lightning_dhellam.search.measure.profile import Profile
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.report.pictures import hidden_shares, save_heat_map
 
 DESCRIPTION = "which operators hide which collectives: a heat map of this device and link"

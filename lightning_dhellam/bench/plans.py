@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.simulate import Simulation, simulate
-from lightning_dhellam.search.solve.solution import ModelSolution
-from lightning_dhellam.search.solve.solve import Algorithm, solve
+from lightning_dhellam.search.model import Costs, Simulation, simulate
+from lightning_dhellam.search.solve import Algorithm, ModelSolution, solve
 
 BUILT_IN = ("sequential", "megatron", "dhellam", "interleaved")
 SEARCHED = ("pairs", "order", "auto", "spare")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_dhellam.search.measure.profile import Samples
+from lightning_dhellam.search.measure import Samples
 
 Step = Callable[[], Tensor]
 """Does one step and returns its loss."""

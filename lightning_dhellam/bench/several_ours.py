@@ -24,7 +24,7 @@ from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure.profile import Profile
+from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.strategy import DHellamStrategy
 
 _LEARNING_RATE = 1e-4

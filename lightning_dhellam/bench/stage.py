@@ -25,7 +25,7 @@ from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.plan import BUILDERS, Builder, Lane
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model import Costs
 
 COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""

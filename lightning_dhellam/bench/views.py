@@ -10,7 +10,7 @@ from lightning_dhellam.autosearch.session import intervals
 from lightning_dhellam.bench.plans import Plans
 from lightning_dhellam.bench.workload import Workload
 from lightning_dhellam.plan import Strand
-from lightning_dhellam.search.model.simulate import Interval, Timeline
+from lightning_dhellam.search.model import Interval, Timeline
 
 _SHOWN = 2
 """Pairs of layers."""

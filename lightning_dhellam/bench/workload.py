@@ -18,7 +18,7 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
 from lightning_dhellam.runner import conditions_of
-from lightning_dhellam.search.measure.profile import Profile
+from lightning_dhellam.search.measure import Profile
 
 _SEED = 1234
 

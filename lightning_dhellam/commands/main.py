@@ -18,7 +18,7 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   data prepare                text -> tokenizer -> Megatron indexed dataset
   search --config FILE        find the best plan of a recipe, without training it
   plan show FILE              print the plans of a plan file
-  plan schedule               print the passes of every stage of the folded pipeline
+  plan schedule               print the visits of every stage of the folded pipeline
   simulate                    play pipeline schedules on measured times, and compare them
   bench NAME                  measure this machine; `dhellam bench --help` lists what
   recipes                     the recipes that ship with the package, and copies of them

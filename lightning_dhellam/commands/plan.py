@@ -11,16 +11,15 @@ from lightning_dhellam.commands.simulate import title
 from lightning_dhellam.files import check_file
 from lightning_dhellam.plan import Strand
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.pipeline.passes import UniformCosts
-from lightning_dhellam.search.pipeline.schedules import Pass, check, fold
-from lightning_dhellam.search.pipeline.stages import run
+from lightning_dhellam.search.pipeline import UniformCosts, play
+from lightning_dhellam.search.pipeline.schedules import Visit, check, fold
 
 USAGE = """\
 usage: dhellam plan show FILE
        dhellam plan schedule --stages P --micro_batches M [--output FILE]
 
   show       print the plans of a plan file, such as that of a search
-  schedule   print the passes of every stage of the folded pipeline
+  schedule   print the visits of every stage of the folded pipeline
 
 `dhellam plan schedule --help` says more.
 """
@@ -46,7 +45,7 @@ def schedule_command(argv: Sequence[str]) -> int:
     """Print the fold as a table, and draw it."""
     parser = ArgumentParser(
         prog="dhellam plan schedule",
-        description="Print the passes of every stage of the folded pipeline.",
+        description="Print the visits of every stage of the folded pipeline.",
     )
     add_sizes(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to draw: a PNG file")
@@ -59,23 +58,23 @@ def schedule_command(argv: Sequence[str]) -> int:
     if options.output is not None:
         from lightning_dhellam.search.report.pipeline_pictures import save_pipelines
 
-        played = run(schedule, UniformCosts(both=3.0))
+        played = play(schedule, UniformCosts(both=3.0))
         save_pipelines(options.output, {title("fold", played): played}, unit="of one forward")
         print(f"written to {options.output}")
     return 0
 
 
 def fold_table(stages: int, micro_batches: int) -> str:
-    """The passes of every stage, below each other where they run at the same time.
+    """The visits of every stage, below each other where they run at the same time.
 
-    All passes are taken to last equally long.
+    All visits are taken to last equally long.
     """
-    played = run(fold(stages, micro_batches), UniformCosts(input=0.5, weight=0.5, both=1.0))
+    played = play(fold(stages, micro_batches), UniformCosts(input=0.5, weight=0.5, both=1.0))
     rows = []
     for stage, use in enumerate(played.stages):
         row = [""] * round(played.seconds)
-        for span in use.spans:
-            row[round(span.start)] = _cell(stage, span.works)
+        for visit in use.intervals:
+            row[round(visit.start)] = _cell(stage, visit.works)
         rows.append(row)
     width = max(len(cell) for row in rows for cell in row)
     lines = [
@@ -89,6 +88,6 @@ def fold_table(stages: int, micro_batches: int) -> str:
     return "\n".join(lines)
 
 
-def _cell(stage: int, works: Pass) -> str:
+def _cell(stage: int, works: Visit) -> str:
     down = all((work.chunk == stage) == (work.strand is Strand.FORWARD) for work in works)
     return ("↓" if down else "↑") + " ".join(f"{work.part}{work.micro_batch}" for work in works)

@@ -11,11 +11,10 @@ from lightning_dhellam.commands.numbers import add_sizes, amount, not_negative, 
 from lightning_dhellam.files import check_folder
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure.profile import Profile
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.pipeline.chunks import layers_of
-from lightning_dhellam.search.pipeline.comparison import Setting, compare, save, table
-from lightning_dhellam.search.pipeline.stages import Link, PipelineRun
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline import Link, PipelineRun, Setting, compare, layers_of
+from lightning_dhellam.search.report import comparison_table, save_comparison
 
 
 def simulate_command(argv: Sequence[str]) -> int:
@@ -28,12 +27,12 @@ def simulate_command(argv: Sequence[str]) -> int:
     comparison = compare(setting)
     conditions = _conditions(options, profile, setting)
     print("\n".join(f"{name:<14} {value}" for name, value in conditions.items()))
-    print(f"\n{table(comparison)}")
+    print(f"\n{comparison_table(comparison)}")
     from lightning_dhellam.search.report.pipeline_pictures import save_pipelines
 
     titles = {title(name, one.run): one.run for name, one in comparison.compared.items()}
     save_pipelines(folder / "pipelines.png", titles)
-    save(folder / "pipelines.json", comparison, conditions)
+    save_comparison(folder / "pipelines.json", comparison, conditions)
     print(f"\nwritten to {folder / 'pipelines.png'} and {folder / 'pipelines.json'}")
     return 0
 
@@ -43,8 +42,8 @@ def _simulate_parser() -> ArgumentParser:
         prog="dhellam simulate",
         description="Play a training step on the stages of a pipeline, from measured times of"
         " operators, under 1F1B, interleaved 1F1B, ZB-V, DualPipeV and the fold.",
-        epilog="Each pass is carried out in the fastest of the built-in orders, whatever the"
-        " schedule. Passes of a stage are not overlapped with each other, and transfers between"
+        epilog="Each visit is carried out in the fastest of the built-in orders, whatever the"
+        " schedule. Visits of a stage are not overlapped with each other, and transfers between"
         " stages disturb nothing: neither is in a profile. The reduction of gradients and the"
         " optimizer come after, and are left out.",
     )

@@ -74,10 +74,10 @@ class Lanes(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """A pass begins: take back memory that transfers of earlier passes have read.
+        """A visit begins: take back memory that transfers of earlier visits have read.
 
         Nothing waits for a send, so its tensor would be held until the step is over. What was
-        issued before the last pass began is waited for: long done, if no stage lags behind.
+        issued before the last visit began is waited for: long done, if no stage lags behind.
         """
 
     @abstractmethod
@@ -227,7 +227,7 @@ class CudaLanes(Lanes):
         self._numbers: dict[Track, int] = {_COMPUTE: 0}
         self._seen: dict[Track, dict[Track, int]] = {_COMPUTE: {}}
         self._waiting: dict[Track, list[Slot]] = {_COMPUTE: []}
-        self._last_pass: dict[Track, Mark] = {}
+        self._last_visit: dict[Track, Mark] = {}
 
     def stream(self, lane: Lane, channel: str = "") -> torch.cuda.Stream:
         """The stream of a lane or channel, made on first use."""
@@ -273,7 +273,7 @@ class CudaLanes(Lanes):
     def drain(self) -> None:
         self.share(spare=False)
         self._join(list(self._streams))
-        self._last_pass = {}
+        self._last_visit = {}
 
     def _join(self, tracks: Sequence[Track]) -> None:
         marks = [self._mark(track) for track in tracks]
@@ -285,9 +285,9 @@ class CudaLanes(Lanes):
         for track, slots in self._waiting.items():
             memories = [m for slot in slots for m in slot.memories if m.owner == track]
             users = {user for memory in memories for user in memory.uses}
-            for user in sorted(users & self._last_pass.keys()):
-                self._wait(track, self._streams[track], self._last_pass[user])
-        self._last_pass = {track: self._mark(track) for track in self._streams}
+            for user in sorted(users & self._last_visit.keys()):
+                self._wait(track, self._streams[track], self._last_visit[user])
+        self._last_visit = {track: self._mark(track) for track in self._streams}
 
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
         self._numbers[_COMPUTE] += 1

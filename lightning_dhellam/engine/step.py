@@ -77,7 +77,7 @@ class Engine:
         return self._stage or Stage.alone(len(self.layers))
 
     def install(self, builder: Builder) -> None:
-        """Use the plans of `builder` from the next pass on."""
+        """Use the plans of `builder` from the next visit on."""
         self._builder = builder
         self._plans.clear()
         self._programs.clear()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dhellam.layers.writer import LINK_RATE, Sizes
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.pipeline.schedule import Channel
+from lightning_dhellam.pipeline.schedule import Edge
 from lightning_dhellam.pipeline.split import stage_of
 from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Operator
 
@@ -45,7 +45,7 @@ def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[Graph
 
 def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     (slot,) = graph.inputs
-    channel = Channel(source, here, graph.direction)
+    channel = Edge(source, here, graph.direction)
     group, parts = sizes.context.channels[channel], sizes.tp
     dtype, hidden = sizes.dtype, sizes.hidden
 
@@ -75,7 +75,7 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
 
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
     (slot,) = graph.outputs
-    channel = Channel(here, target, graph.direction)
+    channel = Edge(here, target, graph.direction)
     group = sizes.context.channels[channel]
 
     def run(x: Tensor) -> collectives.Pending:

@@ -1,10 +1,10 @@
 """The folded pipeline: its schedule as data, the split of the layers, the transfers."""
 
 from lightning_dhellam.pipeline.schedule import (
-    Channel,
-    Direction,
-    Pass,
+    Edge,
     Schedule,
+    Visit,
+    Way,
     arrivals,
     departures,
     fold,
@@ -14,11 +14,11 @@ from lightning_dhellam.pipeline.schedule import (
 from lightning_dhellam.pipeline.verify import ScheduleError, verify
 
 __all__ = [
-    "Channel",
-    "Direction",
-    "Pass",
+    "Edge",
     "Schedule",
     "ScheduleError",
+    "Visit",
+    "Way",
     "arrivals",
     "departures",
     "fold",

@@ -7,26 +7,26 @@ from itertools import accumulate, pairwise
 
 
 def stage_of(chunk: int, stages: int) -> int:
-    """The stage that holds a chunk."""
+    """Return the stage that holds a chunk."""
     return min(chunk, 2 * stages - 1 - chunk)
 
 
 def chunks(split: Sequence[int]) -> tuple[range, ...]:
-    """The layers of each chunk, in the order of the model."""
+    """Return the layers of each chunk, in the order of the model."""
     return tuple(range(*ends) for ends in pairwise(accumulate(split, initial=0)))
 
 
 def balanced(
     layers: int, stages: int, *, embedding: float = 0.0, head: float = 0.0
 ) -> tuple[int, ...]:
-    """Layers of each of the 2P chunks, so that the slowest stage has as little to do as can be.
+    """Balance the layers of the 2P chunks, so that the slowest stage has as little to do as can be.
 
     Stage 0 holds the embedding and the head as well, and may need no other layer. Its two chunks
     are made as equal in cost as they can be, those of every other stage as equal in number; an
     odd layer goes to the chunk that comes later, whose activations are held for a shorter time.
 
     Args:
-        layers: of the model.
+        layers: how many layers the model has.
         stages: P, at least 1.
         embedding: cost of the embedding, in layers.
         head: cost of the output layer and the loss, in layers.
@@ -60,7 +60,7 @@ def balanced(
 
 
 def _halves(layers: int, embedding: float, head: float) -> tuple[int, int]:
-    """Layers before and after the turn, when the embedding and the head stand at the ends."""
+    """Return the layers before and after the turn, with the embedding and the head at the ends."""
     early = min(
         range(layers + 1), key=lambda count: abs(embedding + count - (head + layers - count))
     )
@@ -68,7 +68,7 @@ def _halves(layers: int, embedding: float, head: float) -> tuple[int, int]:
 
 
 def check_split(split: Sequence[int], layers: int, stages: int) -> tuple[int, ...]:
-    """The split that a user has given.
+    """Return the split that a user has given, if it can be.
 
     Raises:
         ValueError: with the value, the rule and the remedy.

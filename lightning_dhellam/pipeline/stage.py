@@ -1,4 +1,4 @@
-"""One rank's place in the fold: which of its layers go beside each other in which pass."""
+"""The place of a rank in the fold: which of its layers go beside each other in which visit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import NamedTuple
 
-from lightning_dhellam.pipeline.schedule import Direction, Pass, Schedule, fold
+from lightning_dhellam.pipeline.schedule import Schedule, Visit, Way, fold
 from lightning_dhellam.pipeline.verify import verify
 from lightning_dhellam.plan.operator import Strand
 
@@ -17,10 +17,10 @@ Pair = tuple[int | None, int | None]
 
 
 class Leg(NamedTuple):
-    """What a stage walks without leaving it.
+    """Visits that follow each other on one stage without a transfer between them: one walk.
 
     Attributes:
-        pairs: the layers, in walking order.
+        pairs: layers that go beside each other, in walking order.
         forward: micro-batch that goes forward, or None.
         backward: micro-batch that goes backward, or None.
     """
@@ -40,7 +40,7 @@ class Leg(NamedTuple):
 
     @property
     def begins(self) -> tuple[tuple[Strand, int], ...]:
-        """The strands that are there, and the first layer of each."""
+        """The strands that take part, and the first layer of each."""
         ahead = [(Strand.FORWARD, f) for f, _ in self.steps if f is not None]
         behind = [(Strand.BACKWARD, b) for _, b in self.steps if b is not None]
         return (*ahead[:1], *behind[:1])
@@ -51,10 +51,10 @@ class Stage:
     """A stage and its layers: those of chunk `number`, then those of the fold of it.
 
     Attributes:
-        number: of this rank's stage, from 0.
-        count: stages.
-        layers: of both chunks, embedding and head included.
-        turn: how many of them are of the first chunk.
+        number: number of this rank's stage, from 0.
+        count: how many stages there are.
+        layers: how many layers both chunks have, embedding and head included.
+        turn: how many of them are in the first chunk.
     """
 
     number: int
@@ -64,7 +64,7 @@ class Stage:
 
     @classmethod
     def alone(cls, layers: int) -> Stage:
-        """The only stage, which turns nowhere."""
+        """Make the only stage, which turns nowhere."""
         return cls(0, 1, layers, layers)
 
     @property
@@ -73,22 +73,22 @@ class Stage:
         return self.number == self.count - 1
 
     def legs(self, micro_batches: int, *, backward: bool = True) -> list[Leg]:
-        """The passes of a step as walks over this stage's layers.
+        """Return the visits of a step as walks over this stage's layers.
 
-        On the last stage nothing comes between a descending pass and the ascending one of the
+        On the last stage nothing comes between a descending visit and the ascending one of the
         same micro-batches, so the two are one walk.
         """
-        schedule = proven(self.count, micro_batches, backward)
+        schedule = verified(self.count, micro_batches, backward)
         return [
-            Leg(self.pairs(step.direction), step.forward, step.backward)
-            for step in schedule[self.number]
-            if not self._continues(step)
+            Leg(self.pairs(visit.way), visit.forward, visit.backward)
+            for visit in schedule[self.number]
+            if not self._continues(visit)
         ]
 
     def rehearsal(self, micro_batches: int, *, backward: bool = True) -> list[Leg]:
-        """The passes of one or two micro-batches of which every chunk is on this stage.
+        """Return the walks of one or two micro-batches of which every chunk is on this stage.
 
-        Two go beside each other in every kind of pass, so all of a step's plans are carried out.
+        Two go beside each other in every kind of visit, so all of a step's plans are carried out.
         """
         assert 1 <= micro_batches <= 2
         turns: list[Pair]
@@ -98,33 +98,33 @@ class Stage:
             turns = [(0, None), (None, 0)] if micro_batches == 1 else [(0, None), (1, 0), (None, 1)]
         return [Leg(pairs, *turn) for turn in turns for pairs in self.pairings()]
 
-    def _continues(self, step: Pass) -> bool:
-        return self.is_last and step.direction is Direction.ASCENDING
+    def _continues(self, visit: Visit) -> bool:
+        return self.is_last and visit.way is Way.ASCENDING
 
-    def pairs(self, direction: Direction) -> tuple[Pair, ...]:
-        """The layers of a pass, two by two; those left over have no partner.
+    def pairs(self, way: Way) -> tuple[Pair, ...]:
+        """Return the layers of a visit, two by two; those left over have no partner.
 
-        A descending pass pairs from its first layers on and an ascending one up to its last, so
+        A descending visit pairs from its first layers on and an ascending one up to its last, so
         that the embedding and the head, where they are, meet in both.
         """
         if self.is_last:
             return tuple((index, self.layers - 1 - index) for index in range(self.layers))
         early, late = range(self.turn), range(self.turn, self.layers)
-        if direction is Direction.DESCENDING:
+        if way is Way.DESCENDING:
             return tuple(zip_longest(early, reversed(late)))
         from_the_end = list(zip_longest(reversed(late), early))
         return tuple(reversed(from_the_end))
 
     def pairings(self) -> Iterator[tuple[Pair, ...]]:
-        """The pairs of every kind of leg."""
-        yield self.pairs(Direction.DESCENDING)
+        """Give the pairs of layers of every kind of leg."""
+        yield self.pairs(Way.DESCENDING)
         if not self.is_last:
-            yield self.pairs(Direction.ASCENDING)
+            yield self.pairs(Way.ASCENDING)
 
 
 @lru_cache(maxsize=64)
-def proven(stages: int, micro_batches: int, backward: bool = True) -> Schedule:
-    """The fold, after the proof that it can run."""
+def verified(stages: int, micro_batches: int, backward: bool = True) -> Schedule:
+    """Return the fold, after the proof that it can run."""
     schedule = fold(stages, micro_batches, backward=backward)
     verify(schedule, micro_batches, backward=backward)
     return schedule

@@ -1,12 +1,12 @@
-"""Proof on paper that a schedule can run: complete, in order on every channel, no deadlock.
+"""Proof on paper that a schedule can run: complete, in order on every edge, no deadlock.
 
-What waits for what is a graph over the starts and ends of all passes. Where it has no cycle, every
-pass runs, whatever the times are:
+What waits for what is a graph over the starts and ends of all visits. Where it has no cycle, every
+visit runs, whatever the times are:
 
-    start → end → the next pass's start           a stage runs one pass at a time
-    end of a pass → start of the one it sends to  nothing starts before all its tensors are there
-    start of a pass → start two passes after      a send needs its receive, which is posted one
-    the one that sends to the pass after it       pass ahead; a sender may be two passes ahead
+    start → end → the next visit's start           a stage runs one visit at a time
+    end of a visit → start of the one it sends to  nothing starts before all its tensors are there
+    start of a visit → start two visits after      a send needs its receive, which is posted one
+    the one that sends to the visit after it       visit ahead; a sender may be two visits ahead
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lightning_dhellam.pipeline.schedule import Channel, Pass, Schedule, arrivals, departures
+from lightning_dhellam.pipeline.schedule import Edge, Schedule, Visit, arrivals, departures
 from lightning_dhellam.plan.operator import Strand
 
 POSTED_AHEAD = 1
-"""Passes between the posting of a receive and the pass that needs it."""
+"""Visits between the posting of a receive and the visit that needs it."""
 
 SENDS_AHEAD = 2
-"""Passes after which a sender waits for its transfer, whose memory it wants back."""
+"""Visits after which a sender waits for its transfer, whose memory it wants back."""
 
 
 class ScheduleError(ValueError):
@@ -35,40 +35,40 @@ class _Moment(NamedTuple):
     ends: bool
 
     def __str__(self) -> str:
-        return f"{'end' if self.ends else 'start'} of pass {self.number} on stage {self.stage}"
+        return f"{'end' if self.ends else 'start'} of visit {self.number} on stage {self.stage}"
 
 
 def verify(schedule: Schedule, micro_batches: int, *, backward: bool = True) -> None:
     """Prove that `schedule` runs every micro-batch and never waits for ever.
 
     Raises:
-        ScheduleError: naming the stage, channel or passes that cannot be.
+        ScheduleError: naming the stage, edge or visits that cannot be.
     """
-    for stage, passes in enumerate(schedule):
-        _check_complete(stage, len(schedule), passes, micro_batches, backward)
+    for stage, visits in enumerate(schedule):
+        _check_complete(stage, len(schedule), visits, micro_batches, backward)
     sent, received = _traffic(schedule)
-    for channel in dict.fromkeys((*sent, *received)):  # in the same order on every run
-        out, into = ([k for k, _ in side[channel]] for side in (sent, received))
+    for edge in dict.fromkeys((*sent, *received)):  # in the same order on every run
+        out, into = ([k for k, _ in side[edge]] for side in (sent, received))
         if out != into:
-            raise ScheduleError(f"channel {channel}: sends {out}, receives {into}")
+            raise ScheduleError(f"edge {edge}: sends {out}, receives {into}")
     _check_no_cycle(schedule, sent, received)
 
 
 def _check_complete(
-    stage: int, stages: int, passes: Sequence[Pass], micro_batches: int, backward: bool
+    stage: int, stages: int, visits: Sequence[Visit], micro_batches: int, backward: bool
 ) -> None:
-    """Both chunks take every micro-batch once, in order, in the order of the layers."""
+    """Check that both chunks take every micro-batch once, in order, and in that of the layers."""
     done: dict[tuple[Strand, int], list[int]] = defaultdict(list)
-    for index, step in enumerate(passes):
+    for index, visit in enumerate(visits):
         for strand in Strand:
-            k = step.micro_batch(strand)
+            k = visit.micro_batch(strand)
             if k is None:
                 continue
-            chunk = step.chunk(strand, stage, stages)
+            chunk = visit.chunk(strand, stage, stages)
             for before in _locally_before(strand, chunk, stage, stages):
                 if k not in done[before]:
                     raise ScheduleError(
-                        f"pass {index} ({step}) on stage {stage} comes before"
+                        f"visit {index} ({visit}) on stage {stage} comes before"
                         f" {before[0]} of micro-batch {k} through chunk {before[1]}"
                     )
             done[strand, chunk].append(k)
@@ -85,7 +85,7 @@ def _check_complete(
 def _locally_before(
     strand: Strand, chunk: int, stage: int, stages: int
 ) -> Iterator[tuple[Strand, int]]:
-    """What the same stage must have done with a micro-batch before this."""
+    """Give what the same stage must have done with a micro-batch before this."""
     turns = stage == stages - 1
     if strand is Strand.BACKWARD:
         yield Strand.FORWARD, chunk
@@ -95,38 +95,38 @@ def _locally_before(
         yield Strand.FORWARD, chunk - 1
 
 
-_Traffic = dict[Channel, list[tuple[int, int]]]
-"""For each channel its micro-batches and the index of the pass of each."""
+_Traffic = dict[Edge, list[tuple[int, int]]]
+"""For each edge its micro-batches, and the index of the visit of each."""
 
 
 def _traffic(schedule: Schedule) -> tuple[_Traffic, _Traffic]:
     sent: _Traffic = defaultdict(list)
     received: _Traffic = defaultdict(list)
     stages = len(schedule)
-    for stage, passes in enumerate(schedule):
-        for index, step in enumerate(passes):
-            for channel, k in departures(step, stage, stages).items():
-                sent[channel].append((k, index))
-            for channel, k in arrivals(step, stage, stages).items():
-                received[channel].append((k, index))
+    for stage, visits in enumerate(schedule):
+        for index, visit in enumerate(visits):
+            for edge, k in departures(visit, stage, stages).items():
+                sent[edge].append((k, index))
+            for edge, k in arrivals(visit, stage, stages).items():
+                received[edge].append((k, index))
     return sent, received
 
 
 def _check_no_cycle(schedule: Schedule, sent: _Traffic, received: _Traffic) -> None:
     waits: dict[_Moment, set[_Moment]] = defaultdict(set)
-    for stage, passes in enumerate(schedule):
-        for index in range(len(passes)):
+    for stage, visits in enumerate(schedule):
+        for index in range(len(visits)):
             waits[_Moment(stage, index, True)].add(_Moment(stage, index, False))
             if index:
                 waits[_Moment(stage, index, False)].add(_Moment(stage, index - 1, True))
-    for channel, departed in sent.items():
-        for (_, out), (_, into) in zip(departed, received[channel], strict=True):
-            start = _Moment(channel.target, into, False)
-            waits[start].add(_Moment(channel.source, out, True))
-            posted = _Moment(channel.target, max(0, into - POSTED_AHEAD), False)
-            if out + SENDS_AHEAD < len(schedule[channel.source]):
-                waits[_Moment(channel.source, out + SENDS_AHEAD, False)].add(posted)
-    _run(waits, sum(2 * len(passes) for passes in schedule))
+    for edge, departed in sent.items():
+        for (_, out), (_, into) in zip(departed, received[edge], strict=True):
+            start = _Moment(edge.target, into, False)
+            waits[start].add(_Moment(edge.source, out, True))
+            posted = _Moment(edge.target, max(0, into - POSTED_AHEAD), False)
+            if out + SENDS_AHEAD < len(schedule[edge.source]):
+                waits[_Moment(edge.source, out + SENDS_AHEAD, False)].add(posted)
+    _run(waits, sum(2 * len(visits) for visits in schedule))
 
 
 def _run(waits: dict[_Moment, set[_Moment]], count: int) -> None:

@@ -37,7 +37,7 @@ class Graph:
         bytes_per_token: size of each slot that is handed over or written: bytes on this rank for
             each token of the micro-batch.
         receives: transfers that write the inputs, which then no graph hands over. They are posted
-            a pass ahead, and are no part of a plan.
+            a visit ahead, and are no part of a plan.
         sends: transfers that read the outputs, which then no graph is handed. They start as soon
             as those are there, and are no part of a plan.
         layouts: how its inputs and the slots of the micro-batch lie. With None, of graphs that are

@@ -58,7 +58,7 @@ class Track(NamedTuple):
 
 
 class Strand(StrEnum):
-    """Which of the two micro-batches of a pass an operator belongs to."""
+    """Which of the two micro-batches of a visit an operator belongs to."""
 
     FORWARD = "forward"
     BACKWARD = "backward"

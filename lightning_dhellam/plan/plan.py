@@ -74,8 +74,8 @@ class Plan:
 
     Attributes:
         name: of the builder, or of the search that made it.
-        forward: name of the forward graph, None for a pass without forward strand.
-        backward: name of the backward graph, None for a pass without backward strand.
+        forward: name of the forward graph, None for a visit without forward strand.
+        backward: name of the backward graph, None for a visit without backward strand.
         rows: in issue order.
     """
 

@@ -19,26 +19,21 @@ import numpy as np
 
 from lightning_dhellam.plan import Graph, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
-from lightning_dhellam.search.measure.profile import Clock, Key, Profile, spread
-from lightning_dhellam.search.model.machine import Array
+from lightning_dhellam.search.measure import Clock, Key, Profile, spread
+from lightning_dhellam.search.model.arrays import Array
+from lightning_dhellam.search.model.slowdowns import Slowdowns, slowdowns
 
-_INSTANT = 1e-7
-"""Seconds that anything takes at least."""
 Spared = frozenset[tuple[str, str]]
 """Operators that leave processors to communication, by graph fingerprint and name."""
-Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
-_Run = tuple[tuple[float, float], tuple[float, float]]
-"""Seconds of communication and of compute: alone, and started together."""
-_SLOWEST = 20.0
-"""A measured slowdown above this is taken for an accident of measurement."""
 _SAMPLES = 24
+"""How many profiles that the same measurement could have given an order is judged by."""
 _ALIKE = 1.25
 """Slowdowns that differ by less are taken for the same."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Times that a measurement gave: `seconds`, `slowdowns` and `behind` of `Costs`."""
+    """The times that one measurement gave: `seconds`, `slowdowns` and `behind` of `Costs`."""
 
     seconds: Mapping[Key, float]
     slowdowns: Slowdowns
@@ -46,11 +41,9 @@ class Sample:
 
     @classmethod
     def of(cls, profile: Profile) -> Sample:
-        """The medians of a profile."""
+        """Take the medians of a profile."""
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
-        return cls(
-            alone, _slowdowns(profile, alone, led=False), _slowdowns(profile, alone, led=True)
-        )
+        return cls(alone, slowdowns(profile, alone, led=False), slowdowns(profile, alone, led=True))
 
     @property
     def depends_on_who_begins(self) -> bool:
@@ -68,20 +61,20 @@ class Costs:
     """What the machine model needs to know about operators.
 
     Attributes:
-        keys: of each operator, by graph fingerprint and operator name.
-        seconds: of each key, alone.
+        keys: key of each operator, by graph fingerprint and operator name.
+        seconds: seconds of each key while nothing else runs.
         slowdowns: of communication and of compute, by communication key and compute key; 1
             where absent, and never below. Measured on a host, the same for all compute.
-        behind: the same where communication started while the compute operator was running,
+        behind: slowdowns where communication started while the compute operator was running,
             which may have taken all that it needs; as `slowdowns` where absent.
-        compute: the keys of compute operators.
-        spares: by key, that of the operator when it leaves processors to communication.
-        spared: the operators that do: in all plans, or in none.
+        compute: keys of compute operators.
+        spares: by key of an operator, its key when it leaves processors to communication.
+        spared: operators that leave processors to communication, whatever the plan.
         clock: how operators slow down as compute fills more of the time.
-        samples: what other measurements could have given.
+        samples: times that other measurements could have given.
         launch: seconds the host needs to issue one operator.
-        inline: compute runs on the host, so that nothing is issued while it runs, and issuing
-            waits for what the operator reads; memory is given back at once. So it is on CPU.
+        inline: whether compute runs on the host, as on CPU: nothing is then issued while it runs,
+            issuing waits for what the operator reads, and memory is given back at once.
     """
 
     keys: Mapping[str, Mapping[str, Key]]
@@ -98,7 +91,7 @@ class Costs:
 
     @classmethod
     def of(cls, profile: Profile) -> Costs:
-        """Costs from measured times."""
+        """Make costs from measured times."""
         measured = Sample.of(profile)
         # Where it does not matter who begins, small differences of times stay small.
         count = _SAMPLES if measured.depends_on_who_begins else 0
@@ -117,7 +110,7 @@ class Costs:
 
     @classmethod
     def nominal(cls, graphs: Iterable[Graph], tokens: int) -> Costs:
-        """Costs from the operators' nominal ones, for a micro-batch of `tokens` tokens."""
+        """Make costs from the nominal ones of operators, for a micro-batch of `tokens` tokens."""
         keys: dict[str, dict[str, Key]] = {}
         seconds: dict[Key, float] = {}
         for graph in graphs:
@@ -126,7 +119,11 @@ class Costs:
         return cls(keys, seconds)
 
     def key(self, graph: Graph, operator: str) -> Key:
-        """The key of an operator. Refuses one that was not measured."""
+        """Return the key of an operator.
+
+        Raises:
+            ValueError: the operator was not measured.
+        """
         try:
             key = self.keys[graph.fingerprint][operator]
         except KeyError:
@@ -137,12 +134,12 @@ class Costs:
         return self.spares.get(key, key) if (graph.fingerprint, operator) in self.spared else key
 
     def alone(self, graph: Graph, operator: str) -> float:
-        """Seconds of an operator while nothing else runs."""
+        """Return the seconds of an operator while nothing else runs."""
         return self.seconds[self.key(graph, operator)]
 
     @property
     def sparable(self) -> Spared:
-        """The operators that were measured leaving processors to communication."""
+        """Name the operators that were measured leaving processors to communication."""
         return frozenset(
             (graph, name)
             for graph, own in self.keys.items()
@@ -151,11 +148,11 @@ class Costs:
         )
 
     def sparing(self, operators: Iterable[tuple[str, str]]) -> Costs:
-        """The same where these operators, and no others, leave processors to communication."""
+        """Return costs where these operators, and no others, leave processors to communication."""
         return replace(self, spared=frozenset(operators))
 
     def marked(self, plan: Plan, graphs: Mapping[Strand, Graph | None]) -> Plan:
-        """The plan with a mark at each row whose operator is to leave processors."""
+        """Return the plan with a mark at each row whose operator is to leave processors."""
 
         def mark(row: Row) -> Row:
             graph = graphs[row.strand] if isinstance(row, Issue) else None
@@ -166,7 +163,7 @@ class Costs:
         return replace(plan, rows=tuple(map(mark, plan.rows))) if self.spared else plan
 
     def clocked(self, share: float) -> Costs:
-        """The same where compute works for `share` of the time."""
+        """Return costs of a device on which compute works for `share` of the time."""
         slowdown = self.clock.slowdown(share)
         if slowdown == 1.0:
             return self
@@ -179,7 +176,7 @@ class Costs:
         return replace(self, seconds=seconds, clock=Clock(), samples=samples)
 
     def at_work(self, graphs: Iterable[Graph]) -> Costs:
-        """The same where compute works for as much of the time as the lanes of `graphs` allow."""
+        """Return costs where compute works for as much of the time as `graphs` let it."""
         load = dict.fromkeys(Lane, 0.0)
         for graph in graphs:
             for operator in graph.operators:
@@ -196,13 +193,13 @@ class Costs:
         }
 
     def without_slowdowns(self) -> Costs:
-        """The same, as if lanes did not disturb each other: never slower."""
+        """Return costs as if lanes did not disturb each other: no order is slower by them."""
         samples = tuple(replace(sample, slowdowns={}, behind={}) for sample in self.samples)
         return replace(self, slowdowns={}, behind={}, samples=samples)
 
     @property
     def others(self) -> tuple[Costs, ...]:
-        """The same by each of the samples."""
+        """Return costs by each of the samples."""
         return tuple(
             replace(
                 self, seconds=one.seconds, slowdowns=one.slowdowns, behind=one.behind, samples=()
@@ -211,7 +208,7 @@ class Costs:
         )
 
     def arrays(self, keys: Sequence[Key]) -> tuple[Array, Array]:
-        """`tables` by the numbers of communication and compute among `keys`."""
+        """Return `tables` as arrays: row and column are numbers of keys among `keys`."""
         together, behind = (
             np.array([[table.get((a, b), (1.0, 1.0)) for b in keys] for a in keys], float)
             for table in self.tables()
@@ -219,65 +216,11 @@ class Costs:
         return together, behind
 
     def tables(self) -> tuple[Slowdowns, Slowdowns]:
-        """Slowdowns of communication that starts first or together, and of what starts behind."""
+        """Return slowdowns where communication starts first or together, and where behind."""
         return self.slowdowns, {**self.slowdowns, **self.behind}
 
 
-def _slowdowns(
-    profile: Profile, alone: Mapping[Key, float], *, led: bool
-) -> dict[tuple[Key, Key], tuple[float, float]]:
-    """From the rows in which computation was ahead, or from those in which both began at once."""
-    rows = {
-        (row.operator, row.partner): row
-        for row in profile.timings
-        if row.partner is not None and bool(row.lead) is led
-    }
-    runs: dict[tuple[Key, Key], _Run] = {}
-    for (communication, compute), row in rows.items():
-        if compute is not None and profile.lanes[communication] is not Lane.COMPUTE:
-            other = rows[compute, communication]
-            runs[communication, compute] = (
-                (alone[communication], max(alone[compute] - row.lead, _INSTANT)),
-                (row.median, max(other.median - row.lead, _INSTANT)),
-            )
-    if not profile.inline:
-        return {pair: slowdown_of([run]) for pair, run in runs.items()}
-    of_each: dict[Key, list[_Run]] = {}
-    for (communication, _), run in runs.items():
-        of_each.setdefault(communication, []).append(run)
-    on_the_host = {key: _on_the_host(own) for key, own in of_each.items()}
-    return {pair: on_the_host[pair[0]] for pair in runs}
-
-
-def _on_the_host(runs: Sequence[_Run]) -> tuple[float, float]:
-    """The slowdowns of one communication and of any compute, where both run on the host.
-
-    The processor's time that communication takes does not depend on what computes meanwhile. Most
-    of it is at the beginning, so that compute which ends before it would seem to be slowed more.
-    """
-    outlasted = [run for run in runs if run[1][0] <= run[1][1]]
-    return slowdown_of(outlasted or runs)
-
-
-def slowdown_of(runs: Iterable[_Run]) -> tuple[float, float]:
-    """The slowdowns of two operators from their times alone and started together.
-
-    They disturb each other until one of them ends. In that time the one that ends first does all
-    of its work, and the other what it did not have to do alone afterwards. Of several runs the
-    times and the work are summed.
-    """
-    shared, done = 0.0, [0.0, 0.0]
-    for alone, together in runs:
-        meanwhile = min(together)
-        shared += meanwhile
-        for x in range(2):
-            done[x] += alone[x] - (together[x] - meanwhile)
-    factors = (shared / work if work > 0 else _SLOWEST for work in done)
-    low, high = (min(max(factor, 1.0), _SLOWEST) for factor in factors)
-    return low, high
-
-
 def lanes_of(graphs: Iterable[Graph]) -> tuple[Lane, ...]:
-    """Compute and the communication lanes that `graphs` use, in the order of `Lane`."""
+    """Return compute and the other lanes that `graphs` use, in the order of `Lane`."""
     used = {operator.lane for graph in graphs for operator in graph.operators}
     return (Lane.COMPUTE, *(lane for lane in Lane if lane in used and lane is not Lane.COMPUTE))

@@ -6,57 +6,29 @@ what varies in length by launch as one row of values with offsets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-Array = np.ndarray[Any, Any]
+from lightning_dhellam.search.model.arrays import Array, Rows, compiled
 
 SETTLED = 1e-9
 """Share by which times between rounds may differ and still be the same."""
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as machine code, kept for the next process where there is a place for it."""
-    try:
-        kept: Callable[..., Any] = njit(cache=True)(function)
-    except RuntimeError:
-        # Neither the package's folder nor the user's cache can be written.
-        return cast(Callable[..., Any], njit(function))
-    return kept
-
-
-class Rows(NamedTuple):
-    """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
-
-    values: Array
-    offsets: Array
-
-    @classmethod
-    def of(cls, rows: Iterable[Sequence[int]]) -> Rows:
-        """From sequences of numbers."""
-        offsets, values = [0], list[int]()
-        for row in rows:
-            values.extend(row)
-            offsets.append(len(values))
-        return cls(np.array(values, np.int64), np.array(offsets, np.int64))
 
 
 class Machine(NamedTuple):
     """The launches of a walk, and what plays them.
 
     Attributes:
-        lane: of each launch; compute is 0.
-        seconds: of each launch, alone.
-        kinds: of each launch: its row or column in `slowdowns`.
+        lane: number of the lane of each launch; compute is 0.
+        seconds: seconds of each launch while nothing else runs.
+        kinds: row or column of each launch in `slowdowns`.
         waits: how many launches each one waits for.
         followers: the launches that wait for each one.
         slowdowns: of communication and of compute, by kind of communication and of compute.
-        behind: the same for communication that starts while the compute launch is running.
+        behind: slowdowns where communication starts while the compute launch is running.
         launch: seconds the host needs to issue one operator.
-        inline: compute runs on the host: see `play`.
+        inline: whether compute runs on the host: see `play`.
     """
 
     lane: Array
@@ -70,7 +42,7 @@ class Machine(NamedTuple):
     inline: bool
 
     def mixed(self, other: Machine, chosen: Array) -> Machine:
-        """The same, where the launches that are `chosen` run as in `other`."""
+        """Return a machine where the launches that are `chosen` run as in `other`."""
         seconds = np.where(chosen, other.seconds, self.seconds)
         return self._replace(seconds=seconds, kinds=np.where(chosen, other.kinds, self.kinds))
 
@@ -79,11 +51,11 @@ class Machine(NamedTuple):
 def play(  # type: ignore[no-untyped-def]
     queues, seconds, kinds, waits, followers, issued, host, slowdowns, behind, holds, holding
 ):
-    """Start and end of each launch, in seconds.
+    """Return start and end of each launch, in seconds.
 
-    From event to event, exact with changing overlaps. A launch that waits for itself through its
-    lane or its slots never starts: its times are infinite. Of two that may start at one moment,
-    that which waited for its own lane only is a few microseconds earlier.
+    Time goes from event to event, exact with changing overlaps. A launch that waits for itself
+    through its lane or its slots never starts: its times are infinite. Of two that may start at one
+    moment, that which waited for its own lane only is a few microseconds earlier.
 
     Args:
         queues: the launches of each lane, in issue order.
@@ -180,13 +152,13 @@ def play(  # type: ignore[no-untyped-def]
 
 @compiled
 def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-def]
-    """Play launches in issue order: start and end of each.
+    """Play launches in issue order, and return start and end of each in seconds.
 
     Args:
         machine: a `Machine`.
         lanes: how many there are.
         order: launches. Those left out never start.
-        first: of each launch, whether it begins before the compute launch issued next. Where
+        first: for each launch, whether it begins before the compute launch issued next. Where
             compute runs on the host, nothing can.
         holding: see `play`.
     """
@@ -236,7 +208,7 @@ def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-d
 
 @compiled
 def repeat(order, lagging, rounds):  # type: ignore[no-untyped-def]
-    """The launches of `rounds` times an order. What lags is carried out a round later."""
+    """Return the launches of `rounds` times an order. What lags is carried out a round later."""
     size = len(order)
     launches, at = np.zeros(rounds * size, np.int64), 0
     for number in range(rounds):
@@ -255,15 +227,15 @@ def repeat(order, lagging, rounds):  # type: ignore[no-untyped-def]
 
 @compiled
 def period(machine, lanes, order, lagging, first):  # type: ignore[no-untyped-def]
-    """Mean time between rounds of an order that repeats itself, whether it is the same between
-    all of them, and when each operator starts in a round.
+    """Return how an order goes that repeats itself: the mean seconds between rounds, whether they
+    are the same between all of them, and when each operator starts in a round.
 
     Args:
         machine: of several rounds of the same launches.
         lanes: how many there are.
         order: operators of a round.
-        lagging: of each operator, whether it is carried out for the round before.
-        first: of each operator, whether it begins before the compute operator issued next.
+        lagging: for each operator, whether it is carried out for the round before.
+        first: for each operator, whether it begins before the compute operator issued next.
     """
     size = len(order)
     rounds = len(machine.lane) // size

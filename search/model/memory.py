@@ -1,4 +1,4 @@
-"""How many bytes slots take at once, by issue order.
+"""How many bytes slots take at once, by issue order: the rule, compiled.
 
 On a device memory goes back to the lane that made it, and only once that lane has waited for every
 other lane that read it (`engine.lanes`). Until then it is of no use to anyone, so it counts:
@@ -9,13 +9,11 @@ other lane that read it (`engine.lanes`). Until then it is of no use to anyone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from lightning_dhellam.plan import Graph, GraphPair, Lane
-from lightning_dhellam.search.model.machine import Array, Rows, compiled
+from lightning_dhellam.search.model.arrays import Array, Rows, compiled
 
 BARRIER = -1
 """In an order: every lane waits for every other."""
@@ -25,15 +23,15 @@ class Slots(NamedTuple):
     """Who makes, reads and keeps the slots of operators that are carried out once or repeatedly.
 
     Attributes:
-        lane: of each operator.
-        reads: slots of each operator.
-        writes: the same.
-        bytes: of each slot.
+        lane: number of the lane of each operator.
+        reads: slots that each operator reads.
+        writes: slots that each operator writes.
+        bytes: size of each slot.
         owner: lane that makes each slot.
         writer: operator that writes each slot, or -1 where it comes from outside.
         before: the slot that each one was in the round before, or -1.
-        kept: of each slot, whether it stays when it has been read.
-        lanes: how many there are.
+        kept: for each slot, whether it stays when it has been read.
+        lanes: how many lanes there are.
         waits: whether memory goes back only when its lane has waited for its readers.
     """
 
@@ -73,13 +71,13 @@ class _Books(NamedTuple):
 
 @compiled
 def most(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
-    """Most bytes at once in the last of some rounds of an order.
+    """Return the most bytes that are taken at once in the last of some rounds of an order.
 
     Args:
-        slots: of its operators.
+        slots: what the operators read and write.
         order: operators of a round, or `BARRIER`.
-        lagging: of each operator, whether it is carried out for the round before.
-        rounds: how many.
+        lagging: for each operator, whether it is carried out for the round before.
+        rounds: how many rounds are played.
     """
     books = _opened(slots, order, lagging, rounds)
     live, held, peak, length = _brought(slots, lagging, books), 0.0, 0.0, 0
@@ -242,105 +240,3 @@ def _passed(slots, books, when, slot):  # type: ignore[no-untyped-def]
     for lane in range(slots.lanes):
         passed = passed and (lane == own or books.seen[own, lane] >= books.used[when, slot, lane])
     return passed
-
-
-class PairMemory:
-    """Bytes that a pair of layers needs while it is carried out again and again.
-
-    What the pair takes in, what it saves for later, and what it leaves for the next pair count.
-
-    Args:
-        ahead: layer whose forward graph runs, or None.
-        behind: layer whose backward graph runs, or None.
-        lanes: of their operators, compute first.
-        tokens: of a micro-batch.
-        waits: whether memory goes back only when its lane has waited for its readers.
-    """
-
-    def __init__(
-        self,
-        ahead: GraphPair | None,
-        behind: GraphPair | None,
-        lanes: Sequence[Lane],
-        *,
-        tokens: int,
-        waits: bool,
-    ) -> None:
-        self._tokens = tokens
-        self._rounds = 2 if waits else 1
-        collector = _Collector(lanes)
-        if ahead is not None:
-            collector.add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
-        if behind is not None:
-            collector.add(behind, behind.backward, set(behind.backward.outputs))
-        self._slots = collector.slots(waits)
-
-    def peak(self, order: Iterable[int], lagging: int = 0) -> float:
-        """Most bytes at once, by operators in issue order and a bit mask of those that lag."""
-        size = len(self._slots.lane)
-        late = np.array([lagging >> x & 1 for x in range(size)], np.int64)
-        issued = np.array(list(order), np.int64)
-        return float(most(self._slots, issued, late, self._rounds)) * self._tokens
-
-
-class _Collector:
-    """Collects the slots of a pair of layers, bytes per token."""
-
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._lanes = {lane: number for number, lane in enumerate(lanes)}
-        self._lane: list[int] = []
-        self._reads: list[list[int]] = []
-        self._writes: list[list[int]] = []
-        self._bytes: list[float] = []
-        self._owner: list[int] = []
-        self._writer: list[int] = []
-        self._before: list[int] = []
-        self._kept: list[bool] = []
-
-    def add(self, pair: GraphPair, graph: Graph, kept: set[str]) -> None:
-        sizes = dict(pair.forward.bytes_per_token) | dict(graph.bytes_per_token)
-        # What a layer like this one hands over; at the ends of a model that is something else.
-        handed = {
-            name: output
-            for name, output in zip(graph.inputs, graph.outputs, strict=False)
-            if sizes.setdefault(name, sizes.get(output, 0.0)) == sizes.get(output)
-        }
-        makers = _makers(pair.forward) | _makers(graph)
-        numbers: dict[str, int] = {}
-        written = (slot for operator in graph.operators for slot in operator.writes)
-        for slot in dict.fromkeys((*graph.inputs, *graph.foreign, *written)):
-            numbers[slot] = len(self._bytes)
-            self._bytes.append(sizes.get(slot, 0.0))
-            maker = makers.get(handed.get(slot, slot), Lane.COMPUTE)
-            self._owner.append(self._lanes.get(maker, 0))
-            self._writer.append(-1)
-            self._before.append(-1)
-            self._kept.append(slot in kept)
-        for name, output in handed.items():
-            self._before[numbers[name]] = numbers[output]
-        for operator in graph.operators:
-            for slot in operator.writes:
-                self._writer[numbers[slot]] = len(self._lane)
-            self._lane.append(self._lanes[operator.lane])
-            self._writes.append([numbers[slot] for slot in operator.writes])
-            reads = dict.fromkeys(slot for slot in operator.reads if slot in numbers)
-            self._reads.append([numbers[slot] for slot in reads])
-
-    def slots(self, waits: bool) -> Slots:
-        return Slots(
-            np.array(self._lane, np.int64),
-            Rows.of(self._reads),
-            Rows.of(self._writes),
-            np.array(self._bytes, float),
-            np.array(self._owner, np.int64),
-            np.array(self._writer, np.int64),
-            np.array(self._before, np.int64),
-            np.array(self._kept, np.bool_),
-            len(self._lanes),
-            waits,
-        )
-
-
-def _makers(graph: Graph) -> dict[str, Lane]:
-    """The lane that makes each slot."""
-    return {slot: o.lane for o in graph.operators for slot in o.writes}

@@ -1,7 +1,8 @@
 """From plans to the launches of a walk through pairs of layers, in issue order.
 
-A walk is a row of stops; at each one a forward graph, a backward graph or both are carried out
-by a plan. What an operator waits for follows from the slots, within a stop and between stops.
+A walk is works that follow each other on one stage: a row of stops, at each of which a forward
+graph, a backward graph or both are carried out by a plan. What an operator waits for follows from
+the slots, within a stop and between stops.
 """
 
 from __future__ import annotations
@@ -12,65 +13,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
+from lightning_dhellam.plan import Graph, Issue, Operator, Plan, Strand
+from lightning_dhellam.search.model.arrays import Array, Rows
 from lightning_dhellam.search.model.cost import Costs, lanes_of
-from lightning_dhellam.search.model.machine import Array, Machine, Rows, perform
+from lightning_dhellam.search.model.machine import Machine, perform
 from lightning_dhellam.search.model.memory import BARRIER, Slots, most
+from lightning_dhellam.search.model.stops import Place, Stop
 
 Order = list[int | None]
 """Launches in issue order; None is a barrier."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A micro-batch in a layer."""
-
-    micro_batch: int
-    layer: int
-    graphs: GraphPair
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """A pair of layers: forward of one micro-batch beside backward of another."""
-
-    forward: Place | None
-    backward: Place | None
-
-    @property
-    def strands(self) -> Iterator[tuple[Strand, Place, Graph]]:
-        """Each strand that is here, its place and its graph."""
-        if self.forward is not None:
-            yield Strand.FORWARD, self.forward, self.forward.graphs.forward
-        if self.backward is not None:
-            yield Strand.BACKWARD, self.backward, self.backward.graphs.backward
-
-    @property
-    def pairs(self) -> tuple[GraphPair | None, GraphPair | None]:
-        """The layer that goes forward and the one that goes backward, if they are here."""
-        return (
-            self.forward.graphs if self.forward else None,
-            self.backward.graphs if self.backward else None,
-        )
-
-    @property
-    def graphs(self) -> tuple[Graph | None, Graph | None]:
-        """The forward graph and the backward one, if they are here."""
-        ahead, behind = self.pairs
-        return (ahead.forward if ahead else None, behind.backward if behind else None)
-
-    def leads_to(self, other: Stop) -> bool:
-        """Whether `other` carries on with the same micro-batches."""
-        here, there = (
-            [(strand, place.micro_batch) for strand, place, _ in stop.strands]
-            for stop in (self, other)
-        )
-        return here == there
-
-
-@dataclass(frozen=True, slots=True)
 class Launch:
-    """One operator at one stop."""
+    """One operator that is launched at one stop."""
 
     stop: int
     strand: Strand
@@ -80,17 +36,17 @@ class Launch:
 
 
 class Walk:
-    """The launches of a row of stops, and what each waits for, whatever the plans are.
+    """Knows the launches of a row of stops, and what each waits for, whatever the plans are.
 
     Attributes:
-        stops: in walking order.
+        stops: the stops, in walking order.
         launches: of each stop the forward graph's, then the backward graph's, in default order.
         first: index of the first launch of each stop.
-        lanes: compute and the communication lanes in use.
-        lane: of each launch, an index of `lanes`.
-        seconds: of each launch, alone.
-        waits: what each launch reads, as the launches that write it.
-        machine: that plays them, where nothing but slots is waited for.
+        lanes: compute, and the other lanes in use.
+        lane: index in `lanes` of the lane of each launch.
+        seconds: seconds of each launch while nothing else runs.
+        waits: launches that write what each launch reads.
+        machine: plays the launches, where nothing but slots is waited for.
     """
 
     def __init__(self, stops: Sequence[Stop], costs: Costs) -> None:
@@ -130,20 +86,20 @@ class Walk:
         return np.array([number[key] for key in keys], np.int64)
 
     def machine_of(self, costs: Costs) -> Machine:
-        """The same with other times of the same operators."""
+        """Return the machine with other times of the same operators."""
         together, behind = costs.arrays(self._distinct)
         seconds = np.array([costs.seconds[key] for key in self._keys], float)
         return self.machine._replace(seconds=seconds, slowdowns=together, behind=behind)
 
     def leaving(self, machine: Machine, costs: Costs) -> Machine:
-        """`machine`, which is that of `costs`, where all leave processors that can."""
+        """Return `machine`, which is that of `costs`, where all leave processors that can."""
         seconds = np.array([costs.seconds[key] for key in self._spare_keys], float)
         return machine._replace(seconds=seconds, kinds=self._kinds(self._spare_keys))
 
     def play(
         self, order: Order, first: frozenset[int] | None = None
     ) -> tuple[list[float], list[float]]:
-        """Start and end of each launch in seconds. Launches that `order` leaves out never start.
+        """Return start and end of each launch in seconds. What `order` leaves out never starts.
 
         `first` are the launches that begin before the compute launch that is issued next. None:
         all communication does that could begin at the same moment, which no order can promise.
@@ -172,7 +128,7 @@ class Walk:
             self._slots.hand_out(strand, place, graph)
 
     def order(self, plans: Sequence[Plan]) -> Order:
-        """The launches in the order of one plan for each stop.
+        """Return the launches in the order of one plan for each stop.
 
         What a stop leaves for the next is issued there if both have the same plan and carry on
         with the same micro-batches, and before the next stop otherwise.
@@ -203,7 +159,7 @@ class Walk:
                 yield self._numbers[number][row.strand, row.operator]
 
     def first_of(self, plans: Sequence[Plan]) -> frozenset[int]:
-        """The launches that go first by one plan for each stop."""
+        """Return the launches that go first by one plan for each stop."""
         return frozenset(
             numbers[row.strand, row.operator]
             for numbers, plan in zip(self._numbers, plans, strict=True)
@@ -227,14 +183,14 @@ class Walk:
         return waits
 
     def peak_bytes(self, order: Sequence[int | None], tokens: int) -> float:
-        """Most bytes of slots at once, by issue order, with `tokens` per micro-batch."""
+        """Return the most bytes of slots at once, by issue order, with `tokens` per micro-batch."""
         slots = self._slots.of(self.lane, len(self.lanes), waits=not self._costs.inline)
         issued = np.array([BARRIER if x is None else x for x in order], np.int64)
         return float(most(slots, issued, np.zeros(len(self.lane), np.int64), 1)) * tokens
 
 
 class _Slots:
-    """Who writes and who reads the slots of a walk."""
+    """Knows who writes and who reads the slots of a walk."""
 
     def __init__(self) -> None:
         self._number: dict[tuple[int, int, str], int] = {}
@@ -254,7 +210,7 @@ class _Slots:
         self._handed[strand, place.micro_batch] = [self._number[*at, s] for s in graph.outputs]
 
     def launch(self, index: int, place: Place, graph: Graph, operator: Operator) -> tuple[int, ...]:
-        """Note what it reads and writes. Returns the launches that it waits for."""
+        """Note what a launch reads and writes. Returns the launches that it waits for."""
         at = place.micro_batch, place.layer
         known = (self._number.get((*at, slot)) for slot in dict.fromkeys(operator.reads))
         read = tuple(number for number in known if number is not None)
@@ -266,7 +222,7 @@ class _Slots:
         return tuple(dict.fromkeys(self._writer[number] for number in read))
 
     def of(self, lane: Sequence[int], lanes: int, *, waits: bool) -> Slots:
-        """All of them. None comes from outside the walk, and none stays."""
+        """Return all slots. None comes from outside the walk, and none stays."""
         count = len(self._writer)
         written: list[list[int]] = [[] for _ in lane]
         for slot, writer in enumerate(self._writer):
@@ -294,7 +250,7 @@ def _followers(waits: Sequence[tuple[int, ...]]) -> list[list[int]]:
 
 
 def as_planned(costs: Costs, stops: Sequence[Stop], plans: Sequence[Plan]) -> Costs:
-    """The costs of operators that leave processors to communication where `plans` say so.
+    """Return costs whose operators leave processors to communication where `plans` say so.
 
     What one plan says of an operator of a graph counts for all of them.
     """
@@ -306,37 +262,3 @@ def as_planned(costs: Costs, stops: Sequence[Stop], plans: Sequence[Plan]) -> Co
         if row.spare and row.strand is strand
     }
     return costs.sparing(marked)
-
-
-def step_stops(layers: Sequence[GraphPair], micro_batches: int) -> list[Stop]:
-    """The stops of a training step on one stage.
-
-    Micro-batch k goes forward from the first layer to the last beside micro-batch k - 1, which
-    goes backward from the last layer to the first; the first goes forward alone, and the last
-    backward alone.
-    """
-    last = len(layers) - 1
-    return [
-        Stop(
-            Place(k, index, layers[index]) if k < micro_batches else None,
-            Place(k - 1, last - index, layers[last - index]) if k else None,
-        )
-        for k in range(micro_batches + 1)
-        for index in range(last + 1)
-    ]
-
-
-def repeated(ahead: GraphPair | None, behind: GraphPair | None, times: int) -> list[Stop]:
-    """The same pair of layers again and again, as in the middle of a deep model."""
-    return [
-        Stop(
-            Place(1, number, ahead) if ahead else None,
-            Place(0, times - number, behind) if behind else None,
-        )
-        for number in range(times)
-    ]
-
-
-def names(ahead: GraphPair | None, behind: GraphPair | None) -> str:
-    """How a pair of layers is called: `transformer|head`, with `-` for a missing strand."""
-    return f"{ahead.name if ahead else '-'}|{behind.name if behind else '-'}"

@@ -1,1 +1,45 @@
 """Schedules of a whole pipeline, played and compared."""
+
+from lightning_dhellam.search.pipeline.comparison import (
+    Compared,
+    Comparison,
+    Setting,
+    compare,
+)
+from lightning_dhellam.search.pipeline.folded_step import FoldedStep
+from lightning_dhellam.search.pipeline.layers import cut, cut_folded, layers_of
+from lightning_dhellam.search.pipeline.playing import (
+    Link,
+    PipelineRun,
+    StageUse,
+    VisitInterval,
+    play,
+)
+from lightning_dhellam.search.pipeline.visits import (
+    LayerCosts,
+    UniformCosts,
+    VisitCost,
+    VisitCosts,
+    VisitTable,
+)
+
+__all__ = [
+    "Compared",
+    "Comparison",
+    "FoldedStep",
+    "LayerCosts",
+    "Link",
+    "PipelineRun",
+    "Setting",
+    "StageUse",
+    "UniformCosts",
+    "VisitCost",
+    "VisitCosts",
+    "VisitInterval",
+    "VisitTable",
+    "compare",
+    "cut",
+    "cut_folded",
+    "layers_of",
+    "play",
+]

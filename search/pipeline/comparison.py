@@ -1,19 +1,15 @@
-"""Every pipeline schedule on the same model, link and machine: as a table and as JSON."""
+"""Every pipeline schedule on the same model, link and machine."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from lightning_dhellam.files import save_text
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.pipeline.chunks import cut, cut_folded
-from lightning_dhellam.search.pipeline.passes import LayerCosts
+from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline.layers import cut, cut_folded
+from lightning_dhellam.search.pipeline.playing import Link, PipelineRun, play
 from lightning_dhellam.search.pipeline.schedules import (
     Schedule,
     ScheduleError,
@@ -26,26 +22,22 @@ from lightning_dhellam.search.pipeline.schedules import (
     zero_bubble_v,
 )
 from lightning_dhellam.search.pipeline.schedules.folded import places
-from lightning_dhellam.search.pipeline.stages import Link, PipelineRun, StageUse, run
-from lightning_dhellam.search.report.outcomes import time_text
-
-FORMAT = 1
-_GIB = 2**30
+from lightning_dhellam.search.pipeline.visits import LayerCosts
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated.
+    """The conditions under which schedules are compared.
 
     Attributes:
-        layers: of the model, first to last.
-        costs: of their operators.
-        stages: of the pipeline.
-        micro_batches: of a step.
-        tokens: of a micro-batch.
-        link: between stages.
-        rounds: chunks that a stage has in interleaved 1F1B.
-        builders: orders of which each pass has the fastest.
+        layers: layers of the model, first to last.
+        costs: what their operators cost.
+        stages: how many stages the pipeline has.
+        micro_batches: how many micro-batches a step has.
+        tokens: how many tokens a micro-batch has.
+        link: link between neighbouring stages.
+        rounds: how many chunks a stage has in interleaved 1F1B.
+        builders: orders of which each visit gets the fastest.
     """
 
     layers: Sequence[GraphPair]
@@ -63,8 +55,8 @@ class Compared:
     """One schedule of a comparison.
 
     Attributes:
-        run: its step.
-        orders: names of the orders that its passes have, by number of strands.
+        run: the step under it.
+        orders: names of the orders that its visits have, by number of strands.
         sized: whether memory is in bytes, or else in layers of a micro-batch.
     """
 
@@ -75,11 +67,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All schedules.
+    """All schedules that were compared.
 
     Attributes:
-        compared: those that are defined here, by name.
-        refused: why the others are not, by name.
+        compared: schedules that are defined for the numbers of the setting, by name.
+        refused: why the others are not defined, by name.
     """
 
     compared: Mapping[str, Compared]
@@ -119,7 +111,7 @@ def _schedules(rounds: int) -> dict[str, Callable[[int, int], Schedule]]:
 
 
 def _cut(setting: Setting, schedule: Schedule) -> list[tuple[GraphPair, ...]]:
-    """Chunks of equal time, or where both ends of the model share a stage, stages of equal time."""
+    """Cut chunks of equal time, or stages of equal time where both ends share a stage."""
     if schedule.stage_of == places(setting.stages):
         return cut_folded(setting.layers, setting.costs, setting.stages)
     return cut(setting.layers, setting.costs, schedule.chunks)
@@ -128,99 +120,12 @@ def _cut(setting: Setting, schedule: Schedule) -> list[tuple[GraphPair, ...]]:
 def _compared(
     setting: Setting, schedule: Schedule, chunks: Sequence[Sequence[GraphPair]]
 ) -> Compared:
-    """Halves of a backward that follow each other are one pass if that is faster."""
+    """Play a schedule. Halves of a backward that follow each other are joined if that is faster."""
     costs = LayerCosts(chunks, setting.costs, tokens=setting.tokens, builders=setting.builders)
     ways = dict.fromkeys((joined(schedule), schedule))
-    played = min((run(way, costs, setting.link) for way in ways), key=lambda way: way.seconds)
+    played = min((play(way, costs, setting.link) for way in ways), key=lambda way: way.seconds)
     orders: dict[int, dict[str, None]] = {}
-    for row in played.schedule.passes:
+    for row in played.schedule.visits:
         for works in row:
             orders.setdefault(len(works), {})[costs.order_of(works)] = None
     return Compared(played, {n: tuple(names) for n, names in sorted(orders.items())}, costs.sized)
-
-
-def table(comparison: Comparison) -> str:
-    """Step, what each stage spends it on, and memory: means, then bubble and memory by stage."""
-    rows = [_row(name, one, comparison) for name, one in comparison.compared.items()]
-    head = ["schedule", "step", "speed", "compute", "exposed", "transfer", "bubble", "peak memory"]
-    parts = [_aligned([head, *rows])]
-    parts.append(_by_stage("bubble", comparison, lambda one, use: _percent(_bubble(one, use))))
-    parts.append(_by_stage("peak memory", comparison, lambda one, use: _memory(one, use.peak)))
-    parts += [f"{name}: left out: {reason}" for name, reason in comparison.refused.items()]
-    return "\n".join(parts)
-
-
-def _row(name: str, one: Compared, comparison: Comparison) -> list[str]:
-    first = next(iter(comparison.compared.values()))
-    shares = ("compute", "exposed", "transfer", "bubble")
-    return [
-        name,
-        time_text(one.run.seconds),
-        f"{first.run.seconds / one.run.seconds:.2f}×",
-        *(_percent(sum(values) / len(values)) for values in map(one.run.share, shares)),
-        _memory(one, max(use.peak for use in one.run.stages)),
-    ]
-
-
-def _by_stage(
-    title: str, comparison: Comparison, shown: Callable[[Compared, StageUse], str]
-) -> str:
-    stages = range(len(next(iter(comparison.compared.values())).run.stages))
-    rows = [[f"{title} of stage", *map(str, stages)]]
-    for name, one in comparison.compared.items():
-        rows.append([name, *(shown(one, use) for use in one.run.stages)])
-    return "\n" + _aligned(rows)
-
-
-def _bubble(one: Compared, use: StageUse) -> float:
-    return use.bubble / one.run.seconds
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _memory(one: Compared, amount: float) -> str:
-    return f"{amount / _GIB:.2f} GiB" if one.sized else f"{amount:g} layers"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
-
-
-def save(path: Path, comparison: Comparison, conditions: Mapping[str, Any]) -> None:
-    """Write what the table shows, with every stage and every pass, as JSON."""
-    fields = {
-        "format": FORMAT,
-        "conditions": conditions,
-        "schedules": {name: _fields(one) for name, one in comparison.compared.items()},
-        "left_out": comparison.refused,
-    }
-    save_text(path, json.dumps(fields, indent=1) + "\n")
-
-
-def _fields(one: Compared) -> dict[str, Any]:
-    return {
-        "seconds": one.run.seconds,
-        "orders": {f"{strands} strands": names for strands, names in one.orders.items()},
-        "memory": "bytes" if one.sized else "layers",
-        "stages": [
-            {
-                "compute": use.compute,
-                "exposed": use.exposed,
-                "transfer": use.transfer,
-                "bubble": use.bubble,
-                "peak": use.peak,
-                "passes": [
-                    ["+".join(map(str, span.works)), span.start, span.end] for span in use.spans
-                ],
-            }
-            for use in one.run.stages
-        ],
-    }

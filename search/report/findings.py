@@ -9,10 +9,11 @@ from pathlib import Path
 from lightning_dhellam.files import put_in_lines, save_text
 from lightning_dhellam.plan import Lane, Strand
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure.profile import Profile
-from lightning_dhellam.search.model.simulate import Interval, Simulation, Timeline
-from lightning_dhellam.search.report.outcomes import Outcome, save_trace, summary, time_text
-from lightning_dhellam.search.solve.solution import ModelSolution
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Interval, Simulation, Timeline
+from lightning_dhellam.search.report.outcomes import Outcome, summary, time_text
+from lightning_dhellam.search.report.trace import save_trace
+from lightning_dhellam.search.solve import ModelSolution
 
 _SHOWN = 2
 """Pairs of layers in the picture of a timeline."""
@@ -20,19 +21,19 @@ _SHOWN = 2
 
 @dataclass(frozen=True)
 class Findings:
-    """What a search found.
+    """Everything that a search found, ready to be written to a folder.
 
     Attributes:
-        profile: the measured times.
-        solution: the plans of the solver, with their bounds.
-        plans: those of the winner.
-        outcomes: of each candidate.
+        profile: measured times of the operators.
+        solution: plans of the solver, with their bounds.
+        plans: plans of the winner.
+        outcomes: what the trial of each candidate gave.
         winner: name of the candidate that is used.
-        reason: why.
-        predicted: a simulated step of each candidate, of a pipeline what this stage does in it.
+        reason: why it is used.
+        predicted: simulated step of each candidate; in a pipeline, what this stage does in it.
         measured: intervals of a traced real step, of some candidates.
         seconds: wall time of each part of the search.
-        reference: the plan to compare with in pictures.
+        reference: plan to compare with in pictures.
     """
 
     profile: Profile
@@ -57,7 +58,7 @@ class Findings:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger: `search/auto/measured_ms` and the like."""
+        """Return numbers for a logger: `search/auto/measured_ms` and the like."""
         found = {f"search/{part}_seconds": seconds for part, seconds in self.seconds.items()}
         for outcome in self.outcomes:
             name = f"search/{Path(outcome.name).stem}"
@@ -68,7 +69,7 @@ class Findings:
         return found
 
     def write(self, folder: Path) -> Path:
-        """Write the profile, the winner's plans, the table, the trace and the pictures.
+        """Write profile, plans of the winner, table, trace and pictures to a folder.
 
         Returns the file of the plans.
         """
@@ -104,7 +105,7 @@ class Findings:
         pictures.save_exposed(folder / "exposed.png", exposed, steps)
 
     def _middle(self, name: str, real: bool) -> tuple[Interval, ...]:
-        """Some layers in the middle of a step, with time 0 at their start."""
+        """Return some layers in the middle of a step, with time 0 at their start."""
         rows = self.measured[name] if real else self.predicted[name].intervals
         layers = 1 + max(row.layer for row in rows)
         busiest = 1 if any(row.micro_batch == 1 for row in rows) else 0

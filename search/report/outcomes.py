@@ -1,29 +1,25 @@
-"""What a search found, as text and as traces. Pictures are in `pictures`."""
+"""What the trials of a search gave: the candidates, the winner, and the table that shows them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from statistics import median
 
-from lightning_dhellam.files import save_text
-from lightning_dhellam.plan import Lane, Strand
-from lightning_dhellam.search.model.simulate import Interval
-
-_COLOURS = {Strand.FORWARD: "rail_response", Strand.BACKWARD: "rail_animation"}
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.search.measure import Samples
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One candidate of a search.
+    """What the trial of one candidate gave.
 
     Attributes:
-        name: of the plan.
+        name: name of the plan.
         predicted: seconds of a step by the simulator.
         exposed: predicted seconds of communication while compute idles, by lane.
         measured: seconds of a real step, None if it was not measured.
-        spread: of the measured seconds: half the distance from their p20 to their p80.
+        spread: half the distance from the p20 to the p80 of the measured seconds.
     """
 
     name: str
@@ -39,12 +35,22 @@ class Outcome:
 
     @property
     def time(self) -> float:
-        """Seconds that count: measured if there are any."""
+        """The seconds that count: the measured ones, if there are any."""
         return self.predicted if self.measured is None else self.measured
 
 
+def measured(outcomes: Sequence[Outcome], table: Sequence[Sequence[float]]) -> list[Outcome]:
+    """Return outcomes with the times of `table`, a row for each: medians, and half the spread."""
+    found = []
+    for outcome, row in zip(outcomes, table, strict=True):
+        samples = Samples(tuple(row))
+        spread = (samples.quantile(0.8) - samples.quantile(0.2)) / 2
+        found.append(replace(outcome, measured=median(row), spread=spread))
+    return found
+
+
 def choose(outcomes: Sequence[Outcome], reference: str = "sequential") -> tuple[Outcome, str]:
-    """The winner, and why: the fastest measured one, if it beats `reference` by more than noise."""
+    """Return the winner and why: the fastest measured one, if it beats `reference` beyond noise."""
     rivals = [o for o in outcomes if o.measured is not None] or list(outcomes)
     fastest = min(rivals, key=lambda o: o.time)
     safe = next((o for o in rivals if o.name == reference), None)
@@ -61,7 +67,7 @@ def choose(outcomes: Sequence[Outcome], reference: str = "sequential") -> tuple[
 
 
 def summary(outcomes: Sequence[Outcome], winner: str, reason: str = "the fastest") -> str:
-    """The table of a search: each candidate, the winner, and what it gains."""
+    """Print the table of a search: each candidate, the winner, and what it gains."""
     head = ("plan", "predicted", "measured", "error", "exposed")
     rows = [head, *(_row(outcome) for outcome in sorted(outcomes, key=lambda o: o.time))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -101,44 +107,8 @@ def _gains(outcomes: Sequence[Outcome], winner: str) -> list[str]:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds in the unit that reads best: `8.77 ms`."""
+    """Print seconds in the unit that reads best: `8.77 ms`."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.2f} {unit}"
     return f"{seconds / 1e-6:.0f} µs"
-
-
-def save_trace(path: Path | str, timelines: Mapping[str, Sequence[Interval]]) -> None:
-    """Write timelines as a trace that Perfetto (ui.perfetto.dev) and Chrome open.
-
-    Each entry of `timelines`, such as `predicted` and `measured`, becomes a process, and each
-    lane a thread of it.
-    """
-    events: list[dict[str, object]] = []
-    for process, (title, intervals) in enumerate(timelines.items(), start=1):
-        events.append(_named("process_name", process, 0, title))
-        used = {interval.lane for interval in intervals}
-        threads = {lane: number for number, lane in enumerate(Lane) if lane in used}
-        events.extend(
-            _named("thread_name", process, number, str(lane)) for lane, number in threads.items()
-        )
-        events.extend(_event(interval, process, threads[interval.lane]) for interval in intervals)
-    save_text(Path(path), json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
-
-
-def _named(kind: str, process: int, thread: int, name: str) -> dict[str, object]:
-    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
-
-
-def _event(interval: Interval, process: int, thread: int) -> dict[str, object]:
-    return {
-        "ph": "X",
-        "name": f"{interval.strand}/{interval.operator}",
-        "cat": str(interval.strand),
-        "pid": process,
-        "tid": thread,
-        "ts": interval.start * 1e6,
-        "dur": (interval.end - interval.start) * 1e6,
-        "cname": _COLOURS[interval.strand],
-        "args": {"layer": interval.layer, "micro_batch": interval.micro_batch},
-    }

@@ -16,8 +16,8 @@ from matplotlib.patches import Patch
 
 from lightning_dhellam.files import save_bytes
 from lightning_dhellam.plan import Lane, Strand
-from lightning_dhellam.search.measure.profile import Key, Profile
-from lightning_dhellam.search.model.simulate import Interval
+from lightning_dhellam.search.measure import Key, Profile
+from lightning_dhellam.search.model import Interval
 
 COLOURS = {Strand.FORWARD: "#2f6db3", Strand.BACKWARD: "#e08a2c"}
 IDLE = "#f1f1ee"
@@ -35,11 +35,11 @@ _THICK = 0.84
 
 @dataclass(frozen=True)
 class Panel:
-    """One timeline of a picture.
+    """A timeline in a picture.
 
     Attributes:
-        title: above it.
-        intervals: of every lane.
+        title: text above the timeline.
+        intervals: what every lane does.
         marks: moments in seconds at which a vertical line is drawn: ends of pairs of layers.
     """
 
@@ -117,7 +117,7 @@ def _draw_timeline(axis: Axes, panel: Panel, lanes: list[Lane], scale: float, wi
 
 
 def _label(operator: str, room: float) -> tuple[str, int]:
-    """The name and its angle: in one line, in two, upright, or left out, as there is room."""
+    """Return the name and its angle: in one line, in two, upright, or left out, as room allows."""
     broken = operator.replace(".", ".\n", 1)
     for text in (operator, broken):
         if max(map(len, text.split("\n"))) * _LETTER * _FONT <= room:
@@ -131,7 +131,7 @@ def _label(operator: str, room: float) -> tuple[str, int]:
 
 
 def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
-    """How much of a communication operator each compute operator hides.
+    """Tell how much of a communication operator each compute operator hides.
 
     Returns the communication keys, the compute keys, and their matrix: what starting both
     together saves against one after the other, as a share of the shorter; 1 is all, 0 nothing,
@@ -157,8 +157,11 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
 
 
 def save_heat_map(path: Path | str, profile: Profile, *, least: float = 0.02) -> None:
-    """Draw `hidden_shares`. Compute operators that take less than a share of `least` of the
-    longest are left out: they hide little of anything."""
+    """Draw the `hidden_shares` of a profile.
+
+    Compute operators that take less than a share of `least` of the longest are left out: they
+    hide little of anything.
+    """
     rows, columns, shares = hidden_shares(profile)
     alone = {row.operator: row.median for row in profile.timings if row.partner is None}
     longest = max((alone[key] for key in columns), default=0.0)
@@ -193,7 +196,7 @@ def save_heat_map(path: Path | str, profile: Profile, *, least: float = 0.02) ->
 
 
 def _short(key: Key) -> str:
-    """A key without its layer, which the picture has no room for."""
+    """Return a key without its layer, which the picture has no room for."""
     return key.rsplit("/", 1)[-1]
 
 
@@ -203,8 +206,8 @@ def save_exposed(
     """Draw exposed communication of each plan beside the rest of its step.
 
     Args:
-        path: of the picture.
-        exposed: seconds by plan and lane, in the order of the bars.
+        path: file of the picture.
+        exposed: exposed seconds by plan and lane, in the order of the bars.
         steps: seconds of a whole step, by plan.
     """
     lanes = [lane for lane in Lane if any(lane in of for of in exposed.values())]
@@ -236,20 +239,20 @@ def save_exposed(
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of so many inches."""
+    """Make an empty picture of so many inches."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def bare(axis: Axes) -> None:
-    """Take away what is not data."""
+    """Take frame and ticks away from axes: what is not data."""
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, colors=INK)
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write the picture, whole or not at all."""
+    """Write a picture to a file, whole or not at all."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
     save_bytes(Path(path), data.getvalue())

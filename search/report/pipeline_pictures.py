@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from lightning_dhellam.plan import Strand
+from lightning_dhellam.search.pipeline import PipelineRun, VisitInterval
 from lightning_dhellam.search.pipeline.schedules import Part, Work
-from lightning_dhellam.search.pipeline.stages import PipelineRun, Span
 from lightning_dhellam.search.report.pictures import (
     COLOURS,
     FAINT,
@@ -32,13 +32,13 @@ _LETTER = 0.075
 def save_pipelines(path: Path | str, runs: Mapping[str, PipelineRun], *, unit: str = "") -> None:
     """Draw steps below each other on one scale.
 
-    A pass of two strands is split: forward above, backward below. Numbers are micro-batches,
+    A visit of two strands is split: forward above, backward below. Numbers are micro-batches,
     where there is room for them.
 
     Args:
-        path: of the picture.
-        runs: what to draw, by title.
-        unit: of the times, if they are not seconds.
+        path: file of the picture.
+        runs: steps to draw, by title.
+        unit: unit of the times, if they are not seconds.
     """
     stages = [len(run.stages) for run in runs.values()]
     figure = new_figure(_WIDTH, 1.0 + sum(0.45 + 0.26 * rows for rows in stages))
@@ -49,7 +49,7 @@ def save_pipelines(path: Path | str, runs: Mapping[str, PipelineRun], *, unit: s
         _draw(axis, title, run, scale, end * scale)
     axes[-1].set_xlabel(f"time ({unit or ('ms' if scale > 1 else 's')})", color=INK)
     handles = [Patch(color=colour, label=f"{strand}") for strand, colour in COLOURS.items()]
-    parts = {work.part for run in runs.values() for span in _spans(run) for work in span.works}
+    parts = {work.part for run in runs.values() for visit in _visits(run) for work in visit.works}
     if Part.WEIGHT in parts:
         handles.append(Patch(color=LATE, label="weight gradients alone"))
     handles.append(Patch(color=IDLE, label="idle"))
@@ -57,27 +57,27 @@ def save_pipelines(path: Path | str, runs: Mapping[str, PipelineRun], *, unit: s
     save(figure, path)
 
 
-def _spans(run: PipelineRun) -> Iterator[Span]:
+def _visits(run: PipelineRun) -> Iterator[VisitInterval]:
     for use in run.stages:
-        yield from use.spans
+        yield from use.intervals
 
 
 def _draw(axis: Axes, title: str, run: PipelineRun, scale: float, width: float) -> None:
-    """One panel. Bars of a colour are one collection: there are thousands of them."""
+    """Draw one panel. Bars of a colour are one collection: there are thousands of them."""
     room = _WIDTH * 0.93 / width
     widest = _LETTER * len(str(run.schedule.micro_batches - 1)) + 0.04
     for stage, use in enumerate(run.stages):
         axis.barh(stage, run.seconds * scale, height=_THICK, color=IDLE, zorder=0)
         bars: dict[tuple[str, float, float], list[tuple[float, float]]] = {}
-        for span in use.spans:
-            start, length = span.start * scale, (span.end - span.start) * scale
-            for work, low, high in _halves(span):
+        for visit in use.intervals:
+            start, length = visit.start * scale, (visit.end - visit.start) * scale
+            for work, low, high in _halves(visit):
                 bars.setdefault((_colour(work), low, high), []).append((start, length))
                 if length * room > widest:
                     _write(axis, start + length / 2, stage + (low + high) / 2, work)
-        for (colour, low, high), spans in bars.items():
+        for (colour, low, high), parts in bars.items():
             axis.broken_barh(
-                spans,
+                parts,
                 (stage + low, high - low),
                 facecolors=colour,
                 edgecolor="white",
@@ -91,13 +91,13 @@ def _draw(axis: Axes, title: str, run: PipelineRun, scale: float, width: float) 
     bare(axis)
 
 
-def _halves(span: Span) -> Iterator[tuple[Work, float, float]]:
-    """Each work of a pass, and where its bar begins and ends, from the middle of the row."""
+def _halves(visit: VisitInterval) -> Iterator[tuple[Work, float, float]]:
+    """Give each work of a visit, and where its bar begins and ends, from the middle of the row."""
     half = _THICK / 2
-    if len(span.works) == 1:
-        yield span.works[0], -half, half
+    if len(visit.works) == 1:
+        yield visit.works[0], -half, half
     else:
-        for work in span.works:
+        for work in visit.works:
             yield (work, -half, 0.0) if work.strand is Strand.FORWARD else (work, 0.0, half)
 
 

@@ -7,14 +7,14 @@ from collections import defaultdict
 import numpy as np
 
 from lightning_dhellam.plan import Lane, Strand
-from lightning_dhellam.search.solve.orders import Problem
+from lightning_dhellam.search.solve.problem import Problem
 
 _ITERATIONS = 500
 _EPSILON = 1e-12
 
 
 def bounds(problem: Problem) -> dict[str, float]:
-    """Seconds that each resource needs at least, whatever the order.
+    """Return the seconds that each resource needs at least, whatever the order.
 
     A lane needs the sum of its operators. Compute and a communication lane together need more
     when they disturb each other. A strand that repeats itself needs its longest chain from what
@@ -35,7 +35,7 @@ def bounds(problem: Problem) -> dict[str, float]:
 
 
 def _chain(problem: Problem, strand: Strand) -> float:
-    """Longest way from an input of the strand's graph to its output."""
+    """Return the seconds of the longest way from an input of the strand's graph to its output."""
     ways: dict[int, float] = {}
     longest = 0.0
     for x, (graph, operator) in enumerate(problem.operators):
@@ -51,7 +51,7 @@ def _chain(problem: Problem, strand: Strand) -> float:
 
 
 def _together(problem: Problem, lane: int) -> float:
-    """Least time in which compute and one lane can both be done, with their slowdowns.
+    """Return the least seconds in which compute and one lane can both be done, slowed as they are.
 
     A linear programme over the time that each two operators run together. A second of it does
     the work of 1/a + 1/b seconds alone, a and b being the slowdowns, and so saves that less one.
@@ -82,7 +82,7 @@ def _together(problem: Problem, lane: int) -> float:
 
 
 def maximum(gain: np.ndarray, used: np.ndarray, room: np.ndarray) -> float:
-    """Largest `gain @ x` with `used @ x <= room` and `x >= 0`, for `room >= 0`: simplex.
+    """Return the largest `gain @ x` with `used @ x <= room` and `x >= 0`, for `room >= 0`: simplex.
 
     Infinite if it does not end in time, so that a bound made from it stays one.
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf
 
-from lightning_dhellam.search.solve.orders import Candidate, Cost, Problem
+from lightning_dhellam.search.solve.orders import PairOrder
+from lightning_dhellam.search.solve.problem import Cost, Problem
 
 Chains = tuple[tuple[float, ...], ...]
 """By lane and operator: the longest chain from the start of the lane's first operator."""
@@ -23,13 +24,16 @@ class Exact:
     and then what it has left.
     """
 
-    def __init__(self, problem: Problem, best: Candidate, cost: Cost, nodes: int) -> None:
+    def __init__(self, problem: Problem, best: PairOrder, cost: Cost, nodes: int) -> None:
         self.problem = problem
         self.best, self.cost = best, cost
         self._nodes = nodes
 
     def run(self, bound: float) -> bool:
-        """Improve `best`. Returns whether it is proven that nothing is better."""
+        """Improve `best`, and tell whether it is proven that nothing is better.
+
+        `bound` are seconds that no order can beat.
+        """
         self._bound = bound
         try:
             for lagging in closed_sets(self.problem):
@@ -62,10 +66,10 @@ class Exact:
         if self._nodes < 0:
             raise Exhausted
         if len(order) == problem.size:
-            candidate = Candidate(order, lagging)
-            cost = problem.cost(candidate)
+            found = PairOrder(order, lagging)
+            cost = problem.cost(found)
             if cost < self.cost:
-                self.best, self.cost = candidate, cost
+                self.best, self.cost = found, cost
             return
         for x in self._next(order, lagging):
             lane = problem.lane[x]
@@ -117,7 +121,10 @@ class Exact:
 
 
 def closed_sets(problem: Problem) -> Iterator[int]:
-    """Every set of operators that may lag together: with each one all that read what it writes."""
+    """Give every set of operators that may lag together, as bit masks.
+
+    With each operator all that read what it writes lag as well.
+    """
     loose = [x for x in range(problem.size) if problem.loose >> x & 1]
     for choice in range(1 << len(loose)):
         lagging = sum(1 << x for number, x in enumerate(loose) if choice >> number & 1)

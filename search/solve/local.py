@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import exp, inf
 
-from lightning_dhellam.search.solve.orders import Candidate, Cost, Problem
+from lightning_dhellam.search.solve.orders import PairOrder
+from lightning_dhellam.search.solve.problem import Cost, Problem
 
 _STARTS = 60
 _REPLICAS = 6
@@ -41,16 +42,16 @@ _FARTHER = 0.8
 
 
 def search(
-    problem: Problem, starts: list[Candidate], bound: float, evaluations: int, seed: int
-) -> tuple[Candidate, Cost]:
-    """The best order found with so many evaluations of the cost.
+    problem: Problem, starts: list[PairOrder], bound: float, evaluations: int, seed: int
+) -> tuple[PairOrder, Cost]:
+    """Return the best order found with so many evaluations of the cost, and what it costs.
 
     Args:
-        problem: what to order.
+        problem: pair of layers to order.
         starts: orders to begin with, next to those of list scheduling.
         bound: stop at an order whose seconds are within a ten-thousandth of it.
-        evaluations: budget.
-        seed: of the random numbers: the same seed and problem give the same order.
+        evaluations: how many orders may be played.
+        seed: seed of the random numbers; the same seed and problem give the same order.
     """
     draw = random.Random(seed)
     limit = problem.evaluations + evaluations
@@ -60,14 +61,14 @@ def search(
             break
         start = list_schedule(problem, draw, number)
         found[start] = problem.cost(start)
-    ranked = sorted(found, key=lambda one: (found[one], one.order))
+    ranked = sorted(found, key=lambda one: (found[one], one.numbers))
     return temper(problem, ranked[:_REPLICAS], bound, limit, draw)
 
 
 def temper(
-    problem: Problem, starts: list[Candidate], bound: float, limit: int, draw: random.Random
-) -> tuple[Candidate, Cost]:
-    """Parallel tempering from `starts`, the best first, until `limit` evaluations in all."""
+    problem: Problem, starts: list[PairOrder], bound: float, limit: int, draw: random.Random
+) -> tuple[PairOrder, Cost]:
+    """Temper from `starts`, the best first, until `limit` evaluations in all."""
     here = [starts[number % len(starts)] for number in range(_REPLICAS)]
     costs = [problem.cost(one) for one in here]
     cost = costs[0]
@@ -97,7 +98,7 @@ def temper(
             if gain >= 0 or draw.random() < exp(gain):
                 here[step], here[colder] = here[colder], here[step]
                 costs[step], costs[colder] = costs[colder], costs[step]
-    ranked = sorted(good, key=lambda one: (good[one], one.order))[:_FINALISTS]
+    ranked = sorted(good, key=lambda one: (good[one], one.numbers))[:_FINALISTS]
     if problem.averages:
         ranked.sort(key=lambda one: (good[one][0], problem.seconds_on_average(one)))
     return ranked[0], good[ranked[0]]
@@ -107,8 +108,8 @@ def _reached(cost: Cost, bound: float) -> bool:
     return cost[0] == 0 and cost[1] <= bound * 1.0001
 
 
-def list_schedule(problem: Problem, draw: random.Random, number: int) -> Candidate:
-    """An order by priorities: what can start first is issued, the longest way to the end first.
+def list_schedule(problem: Problem, draw: random.Random, number: int) -> PairOrder:
+    """Make an order by priorities: what can start first is issued, the longest way first.
 
     Numbers above 0 disturb the priorities and leave some loose operators for the next pair.
     """
@@ -134,13 +135,13 @@ def list_schedule(problem: Problem, draw: random.Random, number: int) -> Candida
         done[x] = free[problem.lane[x]] = start + problem.seconds[x]
         left.remove(x)
         order.append(x)
-    return Candidate(tuple(order), lagging, spare=spare)
+    return PairOrder(tuple(order), lagging, spare=spare)
 
 
 def _ready(
     problem: Problem, left: set[int], lagging: int, done: dict[int, float], free: list[float]
 ) -> Iterator[tuple[int, float]]:
-    """What may be issued next, and when it would start."""
+    """Give what may be issued next, and when it would start."""
     for x in sorted(left):
         late = lagging >> x & 1
         before = [y for y in problem.before[x] if lagging >> y & 1 == late]
@@ -149,7 +150,7 @@ def _ready(
 
 
 def _ways(problem: Problem) -> list[float]:
-    """Seconds of the longest chain from each operator to the end of its graph."""
+    """Return the seconds of the longest chain from each operator to the end of its graph."""
     ways = list(problem.seconds)
     for x in reversed(range(problem.size)):
         for y in problem.before[x]:
@@ -163,47 +164,47 @@ def _accept(here: Cost, there: Cost, price: float, temperature: float, draw: ran
 
 
 def _rise(here: Cost, there: Cost, price: float) -> float:
-    """How much more `there` costs, in seconds, if so many are paid for a byte above the limit."""
+    """Return how many seconds more `there` costs, with a price in seconds for excess bytes."""
     excess = there[0] - here[0]
     return there[1] - here[1] + (price * excess if excess else 0.0)
 
 
-def neighbour(problem: Problem, candidate: Candidate, draw: random.Random) -> Candidate:
-    """A random valid order near to `candidate`."""
+def neighbour(problem: Problem, order: PairOrder, draw: random.Random) -> PairOrder:
+    """Return a random valid order near to `order`."""
     if problem.sparable and draw.random() < _SPARE:
         x = draw.choice(problem.sparable_ones)
-        return replace(candidate, spare=candidate.spare ^ 1 << x)
+        return replace(order, spare=order.spare ^ 1 << x)
     if problem.loose and draw.random() < _LAG:
         x = draw.choice(problem.loose_ones)
-        candidate = problem.toggled(candidate, x)
-        source = candidate.order.index(x)
-        return problem.moved(candidate, source, draw.randrange(problem.size))
+        order = problem.toggled(order, x)
+        source = order.numbers.index(x)
+        return problem.moved(order, source, draw.randrange(problem.size))
     if problem.costs.behind and problem.communications and draw.random() < _PLACE:
-        return _placed(problem, candidate, draw.choice(problem.communications), draw)
+        return _placed(problem, order, draw.choice(problem.communications), draw)
     source = draw.randrange(problem.size)
     reach = 1
     while draw.random() < _FARTHER and reach < problem.size:
         reach += 1
     target = source + (reach if draw.random() < 0.5 else -reach)
-    return problem.moved(candidate, source, min(max(target, 0), problem.size - 1))
+    return problem.moved(order, source, min(max(target, 0), problem.size - 1))
 
 
-def _placed(problem: Problem, candidate: Candidate, x: int, draw: random.Random) -> Candidate:
-    """Communication anywhere between its neighbours on its lane, going first or not."""
-    order = candidate.order
-    low = high = source = order.index(x)
-    while low > 0 and not problem.related(candidate, x, order[low - 1]):
+def _placed(problem: Problem, order: PairOrder, x: int, draw: random.Random) -> PairOrder:
+    """Place communication anywhere between its neighbours on its lane, going first or not."""
+    numbers = order.numbers
+    low = high = source = numbers.index(x)
+    while low > 0 and not problem.related(order, x, numbers[low - 1]):
         low -= 1
-    while high < problem.size - 1 and not problem.related(candidate, x, order[high + 1]):
+    while high < problem.size - 1 and not problem.related(order, x, numbers[high + 1]):
         high += 1
-    moved = problem.moved(candidate, source, draw.randint(low, high))
+    moved = problem.moved(order, source, draw.randint(low, high))
     return replace(moved, first=moved.first & ~(1 << x) | draw.getrandbits(1) << x)
 
 
 def slim(
-    problem: Problem, start: Candidate, slack: float, evaluations: int, seed: int
-) -> tuple[Candidate, Cost]:
-    """An order with less memory that is slower by a share of `slack` at most.
+    problem: Problem, start: PairOrder, slack: float, evaluations: int, seed: int
+) -> tuple[PairOrder, Cost]:
+    """Return an order with less memory that is slower by a share of `slack` at most, and its cost.
 
     Orders of the same time are many, and the search that found one did not look at memory.
     """
@@ -225,20 +226,20 @@ def slim(
     return best, best_cost
 
 
-def plain(problem: Problem, candidate: Candidate) -> Candidate:
-    """The order without marks that gain nothing: what goes first, and what leaves processors."""
-    cost = problem.cost(candidate)
+def plain(problem: Problem, order: PairOrder) -> PairOrder:
+    """Return the order without marks that gain nothing: going first, and leaving processors."""
+    cost = problem.cost(order)
     for x in range(problem.size):
         for unmarked in (_not_first, _not_spare):
-            other = unmarked(candidate, x)
-            if other != candidate and problem.cost(other) <= (cost[0], cost[1] * (1 + _IDLE)):
-                candidate = other
-    return candidate
+            other = unmarked(order, x)
+            if other != order and problem.cost(other) <= (cost[0], cost[1] * (1 + _IDLE)):
+                order = other
+    return order
 
 
-def _not_first(candidate: Candidate, x: int) -> Candidate:
-    return replace(candidate, first=candidate.first & ~(1 << x))
+def _not_first(order: PairOrder, x: int) -> PairOrder:
+    return replace(order, first=order.first & ~(1 << x))
 
 
-def _not_spare(candidate: Candidate, x: int) -> Candidate:
-    return replace(candidate, spare=candidate.spare & ~(1 << x))
+def _not_spare(order: PairOrder, x: int) -> PairOrder:
+    return replace(order, spare=order.spare & ~(1 << x))

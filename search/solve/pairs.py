@@ -17,7 +17,7 @@ import numpy as np
 from lightning_dhellam.plan import Barrier, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
 from lightning_dhellam.search.model.machine import perform
-from lightning_dhellam.search.solve.orders import Problem
+from lightning_dhellam.search.solve.problem import Problem
 
 LONGEST = 5
 """Operators in a block at most."""
@@ -26,14 +26,14 @@ _Point = tuple[int, int]
 
 
 class _Blocks:
-    """Times of blocks of both strands run together."""
+    """Times blocks of both strands that run together."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._none = np.zeros(problem.size, bool)
 
     def best(self, forward: range, backward: range) -> tuple[float, tuple[int, ...]]:
-        """Seconds, and the better of both orders: which strand is issued first."""
+        """Return seconds, and the better of both orders: which strand is issued first."""
         orders = [(*forward, *backward), (*backward, *forward)]
         if not (forward and backward):
             orders = orders[:1]
@@ -50,7 +50,7 @@ class _Blocks:
 
 
 def pairs(problem: Problem) -> Plan:
-    """The plan that the published scheme finds."""
+    """Return the plan that the published scheme finds."""
     count = sum(graph.direction is Strand.FORWARD for graph, _ in problem.operators)
     end: _Point = (count, problem.size)
     blocks = _Blocks(problem)

@@ -13,13 +13,13 @@ class Solution:
     """A plan of one pair of layers and how good it is.
 
     Attributes:
-        name: of the pair: `transformer|head`.
+        name: name of the pair: `transformer|head`.
         plan: when each operator is issued.
         seconds: period of a pair that repeats itself, else time together with its neighbours.
         bounds: seconds that each resource needs at least, by its name.
         repeats: whether the pair repeats itself.
         proven: whether no valid order is better.
-        peak_bytes: that slots take at once during the pair, with the saved ones of both layers.
+        peak_bytes: bytes that slots take at once during the pair, with what both layers save.
         extra_bytes: how many of them the sequential plan does not need.
         evaluations: orders whose time was computed.
     """
@@ -62,14 +62,15 @@ class ModelSolution:
     """The plans of every pair of layers of a model.
 
     Attributes:
-        solutions: by the fingerprints of the graphs, those of repeating pairs first.
+        solutions: solution of each pair, by the fingerprints of its graphs, those of repeating
+            pairs first.
     """
 
     solutions: Mapping[Kind, Solution]
 
     @property
     def plans(self) -> dict[Kind, Plan]:
-        """Plans by the fingerprints of their graphs."""
+        """All plans by the fingerprints of their graphs."""
         return {kind: solution.plan for kind, solution in self.solutions.items()}
 
     @property
@@ -78,7 +79,7 @@ class ModelSolution:
         return next(iter(self.solutions.values()))
 
     def builder(self, fallback: Builder = BUILDERS["interleaved"]) -> Builder:
-        """Gives these plans to an engine; `fallback` plans graphs that are not among them."""
+        """Return what gives these plans to an engine; `fallback` plans graphs not among them."""
         plans = self.plans
 
         def build(forward: Graph | None, backward: Graph | None) -> Plan:

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.plan import BUILDERS, kind_of
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure.profile import measure
+from lightning_dhellam.search.measure import measure
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, toy_costs
 
 NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]
@@ -60,7 +60,7 @@ def test_one_table_and_one_picture_of_all_schedules(
             parts = sum(stage[part] for part in ("compute", "exposed", "transfer", "bubble"))
             assert parts == pytest.approx(one["seconds"])
             assert stage["peak"] > 0 and one["memory"] == "bytes"
-    assert fields["schedules"]["fold"]["stages"][3]["passes"][8][0] == "3F4+4B0"
+    assert fields["schedules"]["fold"]["stages"][3]["visits"][8][0] == "3F4+4B0"
 
 
 def test_what_is_left_out_is_named_with_the_reason(

@@ -15,7 +15,7 @@ from lightning_dhellam.engine.walk import Walks
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.pipeline import Direction, Pass, fold
+from lightning_dhellam.pipeline import Visit, Way, fold
 from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import (
     BUILDERS,
@@ -78,7 +78,7 @@ def _walk(layers: Sequence[GraphPair], builder: Builder, micro_batches: int) -> 
     last = len(layers) - 1
     plans: dict[tuple[str, str], Plan] = {}
     for step in fold(1, micro_batches)[0]:
-        if step.direction is Direction.ASCENDING:
+        if step.way is Way.ASCENDING:
             continue  # the other half of the same walk
         previous: tuple[Plan, int] | None = None
         for index in range(last + 1):
@@ -103,7 +103,7 @@ def _late(plan: Plan) -> list[Issue]:
     return [row for row in plan.issues if row.lag]
 
 
-def _launched(layers: Sequence[GraphPair], step: Pass, index: int, row: Issue) -> Launched:
+def _launched(layers: Sequence[GraphPair], step: Visit, index: int, row: Issue) -> Launched:
     if row.strand is Strand.FORWARD:
         assert step.forward is not None
         return step.forward, index, layers[index].forward.by_name[row.operator]

@@ -1,4 +1,4 @@
-"""The step around the graphs: cutting, passes, notifications, traces, errors."""
+"""The step around the graphs: cutting, visits, notifications, traces, errors."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_transfers_overlap_the_operators_of_passes(two_stages: list[dict[str, An
                 hidden[name].append(inside)
         # Six micro-batches cross this edge twice in each direction, once on each strand.
         assert len(hidden["gloo:recv"]) == len(hidden["gloo:send"]) == 12
-        # What the first pass receives can only be waited for; what the last sends, as well.
+        # What the first visit receives can only be waited for; what the last sends, as well.
         first = 1 if stage else 0
         assert sum(count == 0 for count in hidden["gloo:recv"]) == first, hidden
         assert sum(count == 0 for count in hidden["gloo:send"]) <= 1, hidden
@@ -301,15 +301,15 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
 
     _watched(engine, after)
     train(engine, model, micro_batches)
-    passes = fold(stages, count)[rank]
-    live = live_activations(passes)
+    visits = fold(stages, count)[rank]
+    live = live_activations(visits)
     predicted = live[1::2] if stage.is_last else live
     context.destroy()
     return {
         "held": held,
         "predicted": predicted,
         "bytes": bytes_of,
-        "peak": peak_activations(passes),
+        "peak": peak_activations(visits),
         "peak_bytes": engine.lanes.ledger.peak_bytes,
         "chunk_bytes": chunk_bytes,
     }
@@ -331,7 +331,7 @@ def test_what_is_held_is_what_the_schedule_predicts_and_is_balanced() -> None:
         for run in runs:
             assert run["held"] == run["predicted"]
             assert all(expected == measured for expected, measured in run["bytes"])
-            # In a pass the forward fills what the backward frees.
+            # In a visit the forward fills what the backward frees.
             assert run["peak_bytes"] < run["peak"] * max(run["chunk_bytes"]) * 1.3
     for index in (0, 1):
         assert [runs[index]["peak"] for runs in outcomes] == [9] * 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lightning_dhellam.pipeline import (
-    Direction,
-    Pass,
     Schedule,
+    Visit,
+    Way,
     fold,
     live_activations,
     peak_activations,
@@ -20,7 +20,7 @@ STAGES, MICRO_BATCHES = range(1, 9), range(1, 25)
 
 def _shown(stages: int, micro_batches: int, *, backward: bool = True) -> list[str]:
     schedule = fold(stages, micro_batches, backward=backward)
-    return [", ".join(map(str, passes)) for passes in schedule]
+    return [", ".join(map(str, visits)) for visits in schedule]
 
 
 def test_two_stages_four_micro_batches() -> None:
@@ -56,22 +56,22 @@ def test_every_schedule_is_complete_ordered_and_free_of_deadlock(stages: int) ->
 def test_activations_are_bounded_balanced_and_all_freed(stages: int) -> None:
     for micro_batches in MICRO_BATCHES:
         schedule = fold(stages, micro_batches)
-        peaks = [peak_activations(passes) for passes in schedule]
+        peaks = [peak_activations(visits) for visits in schedule]
         assert max(peaks) <= min(2 * stages + 1, 2 * micro_batches)
         if micro_batches >= 2 * stages:
             assert peaks == [2 * stages + 1] * stages
-        assert all(live_activations(passes)[-1] == 0 for passes in schedule)
+        assert all(live_activations(visits)[-1] == 0 for visits in schedule)
 
 
-def _with(schedule: Schedule, stage: int, passes: list[Pass]) -> Schedule:
-    return (*schedule[:stage], tuple(passes), *schedule[stage + 1 :])
+def _with(schedule: Schedule, stage: int, visits: list[Visit]) -> Schedule:
+    return (*schedule[:stage], tuple(visits), *schedule[stage + 1 :])
 
 
 def _swapped(stage: int, first: int, second: int) -> Schedule:
     schedule = fold(3, 4)
-    passes = list(schedule[stage])
-    passes[first], passes[second] = passes[second], passes[first]
-    return _with(schedule, stage, passes)
+    visits = list(schedule[stage])
+    visits[first], visits[second] = visits[second], visits[first]
+    return _with(schedule, stage, visits)
 
 
 def test_a_pass_that_is_missing_is_found() -> None:
@@ -86,7 +86,7 @@ def test_micro_batches_out_of_order_are_found() -> None:
 
 
 def test_backward_before_forward_is_found() -> None:
-    alone = [Pass(Direction.DESCENDING, None, 0), Pass(Direction.ASCENDING, 0, 0)]
+    alone = [Visit(Way.DESCENDING, None, 0), Visit(Way.ASCENDING, 0, 0)]
     with pytest.raises(ScheduleError, match="comes before forward of micro-batch 0"):
         verify((tuple(alone),), 1)
 
@@ -94,16 +94,16 @@ def test_backward_before_forward_is_found() -> None:
 def test_a_transfer_that_nobody_receives_is_found() -> None:
     first, second = fold(2, 2, backward=False)
     back = tuple(step for step in fold(2, 2)[1] if step.forward is None)
-    with pytest.raises(ScheduleError, match=r"channel backward 1→0: sends \[0, 1\], receives \[\]"):
+    with pytest.raises(ScheduleError, match=r"edge backward 1→0: sends \[0, 1\], receives \[\]"):
         verify((first, second + back), 2, backward=False)
 
 
 def test_a_deadlock_is_found() -> None:
     """Stage 0 wants micro-batch 0 back before it sends micro-batch 1, stage 1 wants 1 first."""
-    down, up = Direction.DESCENDING, Direction.ASCENDING
-    first = [Pass(down, 0, None), Pass(up, 0, None), Pass(down, 1, None), Pass(up, 1, None)]
-    second = [Pass(down, 0, None), Pass(down, 1, None), Pass(up, 0, None), Pass(up, 1, None)]
-    with pytest.raises(ScheduleError, match="deadlock: nothing gets past start of pass 1"):
+    down, up = Way.DESCENDING, Way.ASCENDING
+    first = [Visit(down, 0, None), Visit(up, 0, None), Visit(down, 1, None), Visit(up, 1, None)]
+    second = [Visit(down, 0, None), Visit(down, 1, None), Visit(up, 0, None), Visit(up, 1, None)]
+    with pytest.raises(ScheduleError, match="deadlock: nothing gets past start of visit 1"):
         verify((tuple(first), tuple(second)), 2, backward=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_dhellam.models import pipeline_split, preset
-from lightning_dhellam.pipeline.schedule import Direction
+from lightning_dhellam.pipeline.schedule import Way
 from lightning_dhellam.pipeline.split import balanced, check_split, chunks, stage_of
 from lightning_dhellam.pipeline.stage import Leg, Stage
 
@@ -79,8 +79,8 @@ def test_too_few_layers_are_refused() -> None:
 
 def test_left_over_layers_have_no_partner_and_the_ends_of_the_model_meet() -> None:
     stage = Stage(number=0, count=2, layers=5, turn=3)
-    assert stage.pairs(Direction.DESCENDING) == ((0, 4), (1, 3), (2, None))
-    assert stage.pairs(Direction.ASCENDING) == ((None, 2), (3, 1), (4, 0))
+    assert stage.pairs(Way.DESCENDING) == ((0, 4), (1, 3), (2, None))
+    assert stage.pairs(Way.ASCENDING) == ((None, 2), (3, 1), (4, 0))
 
 
 def test_on_the_last_stage_a_pass_goes_on_into_the_next() -> None:

@@ -21,7 +21,7 @@ from lightning_dhellam.engine.executor import Entry
 from lightning_dhellam.engine.lanes import CudaLanes
 from lightning_dhellam.engine.tape import Slot, tensors
 from lightning_dhellam.pipeline import peak_activations
-from lightning_dhellam.pipeline.schedule import Channel, fold
+from lightning_dhellam.pipeline.schedule import Edge, fold
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
 from tests.plan.graphs import random_builder
@@ -115,7 +115,7 @@ def _layers(books: Books) -> list[GraphPair]:
         return Operator(name, lane, reads, writes, run, cost=1.0, channel=channel)
 
     def transfer(slot: str, source: int, target: int, strand: Strand, kind: str) -> Operator:
-        channel = str(Channel(source, target, strand))
+        channel = str(Edge(source, target, strand))
         slots = ((slot,), ()) if kind == "send" else (("batch.tokens",), (slot,))
         made_up = operator(f"{slot}.made_up", Lane.PP, *slots, channel).run
         return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, channel), rehearsal=made_up)
@@ -181,10 +181,10 @@ def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
     plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     books, _ = _step(PLANS[plan], 5, monkeypatch)
-    passes = len(fold(STAGES, 5)[STAGE]) + len(fold(STAGES, 5, backward=False)[STAGE])
-    assert len(books.received) > passes / 2
+    visits = len(fold(STAGES, 5)[STAGE]) + len(fold(STAGES, 5, backward=False)[STAGE])
+    assert len(books.received) > visits / 2
     assert books.early == []
-    # A send starts as soon as its tensor is there, and receives are posted before the pass.
+    # A send starts as soon as its tensor is there, and receives are posted before the visit.
     pairs = list(pairwise(books.order))
     assert {first for first, then in pairs if then == "y.send"} == {"residual"}
     assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}

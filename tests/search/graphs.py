@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_dhellam.plan import Graph, GraphPair
-from lightning_dhellam.search.measure.profile import Fingerprint, Samples, Target
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.measure import Fingerprint, Samples, Target
+from lightning_dhellam.search.model import Costs
 from tests.plan.graphs import graph, toy_pair
 
 TOKENS = 8192

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_dhellam.search.model import machine
+from lightning_dhellam.search.model import arrays, machine
 
 Table = Sequence[Sequence[tuple[float, float]]]
 
@@ -44,16 +44,16 @@ def play(score: Score) -> tuple[list[float], list[float]]:
     """Start and end of each launch."""
     holds = score.holds or {}
     starts, ends = machine.play(
-        machine.Rows.of(score.queues),
+        arrays.Rows.of(score.queues),
         np.array(score.seconds, float),
         np.array(score.kinds, np.int64),
         np.array(score.waits, np.int64),
-        machine.Rows.of(score.followers),
+        arrays.Rows.of(score.followers),
         np.array(score.issued or (), float),
         np.zeros(0, np.int64),
         np.array(score.slowdowns, float),
         np.array(score.behind, float),
-        machine.Rows.of(holds.get(launch, ()) for launch in range(len(score.seconds))),
+        arrays.Rows.of(holds.get(launch, ()) for launch in range(len(score.seconds))),
         score.holds is not None,
     )
     return starts.tolist(), ends.tolist()

@@ -13,10 +13,9 @@ from lightning_dhellam.autosearch.profiling import EngineBench
 from lightning_dhellam.engine import Subject
 from lightning_dhellam.engine.timing import Sustained
 from lightning_dhellam.plan import BUILDERS, Lane
-from lightning_dhellam.search.measure.profile import Clock, Profile, measure
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.simulate import simulate
-from lightning_dhellam.search.solve.solve import solve_pair
+from lightning_dhellam.search.measure import Clock, Profile, measure
+from lightning_dhellam.search.model import Costs, simulate
+from lightning_dhellam.search.solve import solve_pair
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
 
 THROTTLED = Clock(1.2, 0.6)

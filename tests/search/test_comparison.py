@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lightning_dhellam.plan import BUILDERS
-from lightning_dhellam.search.pipeline.comparison import Setting, compare, table
-from lightning_dhellam.search.pipeline.stages import Link
-from lightning_dhellam.search.solve.solve import Budget, solve
+from lightning_dhellam.search.pipeline import Link, Setting, compare
+from lightning_dhellam.search.report import comparison_table
+from lightning_dhellam.search.solve import Budget, solve
 from tests.search.graphs import TOKENS, costs, graphs_of, model
 
 NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]
@@ -29,7 +29,7 @@ def seconds(of: Setting) -> dict[str, float]:
 
 
 def test_without_overlap_two_strands_gain_nothing() -> None:
-    """In an order that overlaps nothing all passes take the time of their operators. Then the
+    """In an order that overlaps nothing all visits take the time of their operators. Then the
     fold waits for bubbles as 1F1B does, and schedules with smaller bubbles are faster."""
     plain = {"sequential": BUILDERS["sequential"]}
     found = compare(setting(builders=plain, link=Link())).compared
@@ -56,13 +56,13 @@ def test_two_strands_hide_communication_in_both_schedules_that_have_them() -> No
     )
 
 
-def test_a_pass_of_two_strands_costs_the_same_in_either_schedule() -> None:
-    spans: dict[str, set[float]] = {}
+def test_a_visit_of_two_strands_costs_the_same_in_either_schedule() -> None:
+    times: dict[str, set[float]] = {}
     for name in ("DualPipeV", "fold"):
         stage = compare(setting()).compared[name].run.stages[1]
-        lasting = [span.end - span.start for span in stage.spans if len(span.works) == 2]
-        spans[name] = {round(seconds, 9) for seconds in lasting}
-    assert spans["fold"] == spans["DualPipeV"]
+        lasting = [one.end - one.start for one in stage.intervals if len(one.works) == 2]
+        times[name] = {round(seconds, 9) for seconds in lasting}
+    assert times["fold"] == times["DualPipeV"]
 
 
 def test_memory_is_balanced_where_chunks_are_folded() -> None:
@@ -114,7 +114,7 @@ def test_what_is_not_defined_is_left_out_with_the_reason() -> None:
 
 def test_the_table_names_what_every_stage_does() -> None:
     found = compare(setting())
-    lines = table(found).splitlines()
+    lines = comparison_table(found).splitlines()
     assert lines[0].split() == [
         *("schedule", "step", "speed", "compute", "exposed", "transfer", "bubble", "peak", "memory")
     ]

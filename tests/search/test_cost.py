@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
-from lightning_dhellam.search.measure.profile import measure
-from lightning_dhellam.search.model import machine
-from lightning_dhellam.search.model.cost import Costs, slowdown_of
-from lightning_dhellam.search.model.simulate import simulate, steady_state
-from lightning_dhellam.search.model.walk import Place, Stop, Walk
+from lightning_dhellam.search.measure import measure
+from lightning_dhellam.search.model import Costs, Place, Stop, Walk, arrays, simulate, slowdown_of
+from lightning_dhellam.search.solve import steady_state
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, toy_costs, transformer
 from tests.search.score import Score, play
 
@@ -109,8 +107,8 @@ def test_without_a_place_for_machine_code_it_is_compiled_every_time(
 
         return refuse if cache else function
 
-    monkeypatch.setattr(machine, "njit", njit)
-    assert machine.compiled(len) is len
+    monkeypatch.setattr(arrays, "njit", njit)
+    assert arrays.compiled(len) is len
 
 
 def test_slowdowns_are_found_from_times_started_together() -> None:
@@ -148,7 +146,7 @@ def test_on_a_host_a_communication_slows_all_compute_alike() -> None:
 
 
 def test_a_step_by_hand() -> None:
-    """Two passes of one layer: forward alone, then backward alone."""
+    """Two visits of one layer: forward alone, then backward alone."""
     toy, costs = toy_costs({"gather": 2.0, "wgrad": 3.0, "regather": 0.5})
     step = simulate([toy], BUILDERS["sequential"], costs, micro_batches=1)
     # norm 0-1 gather 1-3 gemm 3-4 scatter 4-5, grad_gather 5-6 dgrad 6-7 grad_scatter 7-8

@@ -16,10 +16,10 @@ from torch import Tensor
 from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.lanes import CudaLanes, Lanes
 from lightning_dhellam.plan import BUILDERS, Barrier, Builder, Graph, GraphPair, Operator, Plan
+from lightning_dhellam.search.model import Walk, step_stops
 from lightning_dhellam.search.model.memory import most
-from lightning_dhellam.search.model.walk import Walk, step_stops
+from lightning_dhellam.search.solve import Problem
 from lightning_dhellam.search.solve.local import neighbour
-from lightning_dhellam.search.solve.orders import Problem
 from tests.plan.graphs import random_builder
 from tests.search.graphs import closed, costs, graphs_of, model, transformer
 from tests.streams import Streams
@@ -139,12 +139,12 @@ def test_two_rounds_of_a_pair_show_what_more_would() -> None:
     """What one round leaves to be given back in the next is there in every later one alike."""
     layer = transformer()
     problem = Problem(layer, layer, costs(graphs_of([layer]), 110e9))
-    slots, draw, candidate = problem._memory._slots, random.Random(3), problem.default()
+    slots, draw, here = problem._memory._slots, random.Random(3), problem.default()
     lags = 0
     for _ in range(200):
-        candidate = neighbour(problem, candidate, draw)
-        order = np.array(candidate.order)
-        late = np.array([candidate.lagging >> x & 1 for x in range(problem.size)])
+        here = neighbour(problem, here, draw)
+        order = np.array(here.numbers)
+        late = np.array([here.lagging >> x & 1 for x in range(problem.size)])
         assert most(slots, order, late, 2) == most(slots, order, late, 5)
         lags += int(late.any())
     assert lags > 100

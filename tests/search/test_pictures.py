@@ -9,10 +9,9 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_dhellam.plan import Lane, Strand
-from lightning_dhellam.search.model.simulate import Interval
-from lightning_dhellam.search.pipeline.passes import UniformCosts
+from lightning_dhellam.search.model import Interval
+from lightning_dhellam.search.pipeline import UniformCosts, play
 from lightning_dhellam.search.pipeline.schedules import fold, one_f_one_b, zero_bubble_v
-from lightning_dhellam.search.pipeline.stages import run
 from lightning_dhellam.search.report.pictures import COLOURS, Panel, save_timeline
 from lightning_dhellam.search.report.pipeline_pictures import LATE, save_pipelines
 
@@ -63,17 +62,17 @@ def test_panels_share_one_scale(tmp_path: Path) -> None:
 
 def test_pipelines_are_drawn_with_every_strand(tmp_path: Path) -> None:
     costs = UniformCosts(1.0, 1.0, 1.0)
-    runs = {s.name: run(s, costs) for s in (one_f_one_b(4, 8), fold(4, 8))}
+    runs = {s.name: play(s, costs) for s in (one_f_one_b(4, 8), fold(4, 8))}
     save_pipelines(tmp_path / "two.png", runs)
     forward, backward = (share(tmp_path / "two.png", c) for c in (FORWARD, BACKWARD))
     assert 1.4 < backward / forward < 2.3
     assert share(tmp_path / "two.png", LATE) == 0.0
-    save_pipelines(tmp_path / "three.png", {"ZB-V": run(zero_bubble_v(4, 8), costs)})
+    save_pipelines(tmp_path / "three.png", {"ZB-V": play(zero_bubble_v(4, 8), costs)})
     assert share(tmp_path / "three.png", LATE) > 0.05
 
 
 def test_a_pipeline_begins_forward_and_ends_backward(tmp_path: Path) -> None:
-    save_pipelines(tmp_path / "fold.png", {"fold": run(fold(3, 6), UniformCosts())}, unit="passes")
+    save_pipelines(tmp_path / "fold.png", {"fold": play(fold(3, 6), UniformCosts())}, unit="visits")
     forward, backward = (extent(tmp_path / "fold.png", colour) for colour in (FORWARD, BACKWARD))
     assert forward[0] < backward[0]
     assert forward[1] < backward[1]
@@ -82,14 +81,14 @@ def test_a_pipeline_begins_forward_and_ends_backward(tmp_path: Path) -> None:
 def test_a_pass_of_two_strands_is_split(tmp_path: Path) -> None:
     """The same work takes as much area in either colour, side by side or one above the other."""
     costs = UniformCosts(1.0, 0.5, 0.5)
-    save_pipelines(tmp_path / "one.png", {"1F1B": run(one_f_one_b(1, 2), costs)})
-    save_pipelines(tmp_path / "two.png", {"fold": run(fold(1, 2), costs)})
+    save_pipelines(tmp_path / "one.png", {"1F1B": play(one_f_one_b(1, 2), costs)})
+    save_pipelines(tmp_path / "two.png", {"fold": play(fold(1, 2), costs)})
     for name in ("one", "two"):
         forward, backward = (share(tmp_path / f"{name}.png", c) for c in (FORWARD, BACKWARD))
         assert forward == pytest.approx(backward, rel=0.15)
 
 
 def test_a_large_pipeline_is_drawn_without_numbers(tmp_path: Path) -> None:
-    played = run(fold(8, 64), UniformCosts())
+    played = play(fold(8, 64), UniformCosts())
     save_pipelines(tmp_path / "large.png", {"fold": played})
     assert share(tmp_path / "large.png", BACKWARD) > 0.2

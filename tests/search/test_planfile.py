@@ -11,8 +11,8 @@ import pytest
 from lightning_dhellam.files import FileError
 from lightning_dhellam.plan import BUILDERS, GraphPair, PlanError, kind_of
 from lightning_dhellam.plan.file import PlanFile, builder_from
-from lightning_dhellam.search.measure.profile import Profile, measure
-from lightning_dhellam.search.solve.solve import Budget, solve
+from lightning_dhellam.search.measure import Profile, measure
+from lightning_dhellam.search.solve import Budget, solve
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model
 
 CONDITIONS = {"sizes": {"tp": 8}, "dtype": "bfloat16"}

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_dhellam.files import FileError
 from lightning_dhellam.plan import Lane
-from lightning_dhellam.search.measure.profile import (
+from lightning_dhellam.search.measure import (
     BenchError,
     Profile,
     Samples,
@@ -22,7 +22,7 @@ from lightning_dhellam.search.measure.profile import (
     spread,
     targets,
 )
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model import Costs
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
 
 

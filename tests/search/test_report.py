@@ -10,9 +10,9 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_dhellam.plan import BUILDERS, Lane
-from lightning_dhellam.search.measure.profile import Profile, Timing
-from lightning_dhellam.search.model.simulate import simulate, steady_state
-from lightning_dhellam.search.report.outcomes import Outcome, choose, save_trace, summary, time_text
+from lightning_dhellam.search.measure import Profile, Timing
+from lightning_dhellam.search.model import simulate
+from lightning_dhellam.search.report import Outcome, choose, save_trace, summary, time_text
 from lightning_dhellam.search.report.pictures import (
     Panel,
     hidden_shares,
@@ -20,6 +20,7 @@ from lightning_dhellam.search.report.pictures import (
     save_heat_map,
     save_timeline,
 )
+from lightning_dhellam.search.solve import steady_state
 from tests.search.graphs import FINGERPRINT, costs, graphs_of, model, toy_costs
 
 SEQUENTIAL = Outcome("sequential", 0.42, {Lane.TP: 0.1}, 0.4, 0.004)

@@ -7,14 +7,8 @@ from itertools import pairwise
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane, Strand
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.simulate import (
-    Interval,
-    Simulation,
-    Timeline,
-    simulate,
-    steady_state,
-)
+from lightning_dhellam.search.model import Costs, Interval, Simulation, Timeline, simulate
+from lightning_dhellam.search.solve import steady_state
 from tests.plan.graphs import random_builder
 from tests.search.graphs import TOKENS, costs, graphs_of, model, toy_costs, transformer
 

@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, GraphPair, Issue, Plan, PlanError, validate
-from lightning_dhellam.search.measure.profile import Profile, measure, perturbed
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.simulate import simulate
-from lightning_dhellam.search.model.walk import Walk, step_stops
-from lightning_dhellam.search.pipeline.chunks import layers_of
-from lightning_dhellam.search.solve.bound import bounds, maximum
+from lightning_dhellam.search.measure import Profile, measure, perturbed
+from lightning_dhellam.search.model import Costs, Walk, simulate, step_stops
+from lightning_dhellam.search.pipeline import layers_of
+from lightning_dhellam.search.solve import (
+    Budget,
+    PairOrder,
+    Problem,
+    bounds,
+    peak_bytes,
+    solve,
+    solve_pair,
+)
+from lightning_dhellam.search.solve.bound import maximum
 from lightning_dhellam.search.solve.exact import closed_sets
 from lightning_dhellam.search.solve.local import neighbour
-from lightning_dhellam.search.solve.orders import Candidate, Problem
-from lightning_dhellam.search.solve.solve import Budget, peak_bytes, solve, solve_pair
 from tests.plan.graphs import graph
 from tests.search.brute import every_plan, lag_choices
 from tests.search.graphs import (
@@ -134,7 +139,7 @@ def test_moves_keep_orders_valid() -> None:
     for _ in range(300):
         here = neighbour(problem, here, draw)
         validate(problem.plan(here), layer.forward, layer.backward)
-        assert problem.candidate(problem.plan(here)) == here
+        assert problem.order(problem.plan(here)) == here
         seen.add(here)
     assert len(seen) > 200
 
@@ -217,10 +222,10 @@ def test_noise_of_a_real_measurement_leads_to_equally_good_plans() -> None:
     plans = [
         solve_pair(layer, layer, Costs.of(perturbed(profile, draw.random))).plan for _ in range(5)
     ]
-    times = [problem.seconds_on_average(problem.candidate(plan)) for plan in plans]
+    times = [problem.seconds_on_average(problem.order(plan)) for plan in plans]
     assert max(times) <= 1.02 * min(times)
     # And all of them are better than what needs no search.
-    others = [problem.candidate(b(layer.forward, layer.backward)) for b in BUILDERS.values()]
+    others = [problem.order(b(layer.forward, layer.backward)) for b in BUILDERS.values()]
     assert max(times) < 0.98 * min(map(problem.seconds_on_average, others))
 
 
@@ -291,7 +296,7 @@ def test_a_small_pair_with_little_memory_is_still_ordered_as_well_as_possible() 
     problem = Problem(pair, pair, given, tokens=10)
 
     def peak(plan: Plan) -> float:
-        return problem.peak(problem.candidate(plan))
+        return problem.peak(problem.order(plan))
 
     peaks = sorted({peak(plan) for plan in every_plan(pair)})
     limit = peaks[1]
@@ -308,21 +313,21 @@ def test_the_peak_of_a_pair_is_what_a_walk_shows() -> None:
     layer = closed(transformer())
     problem = Problem(layer, layer, costs(graphs_of([layer]), 110e9))
     draw = random.Random(7)
-    candidate = problem.default()
+    order = problem.default()
     for _ in range(20):
-        candidate = replace(neighbour(problem, candidate, draw), lagging=0)
-        if not _valid(problem, candidate):
-            candidate = problem.default()
-        plan = problem.plan(candidate)
+        order = replace(neighbour(problem, order, draw), lagging=0)
+        if not _valid(problem, order):
+            order = problem.default()
+        plan = problem.plan(order)
         alone = BUILDERS["sequential"]
         walk = Walk(step_stops([layer], 3), problem.costs)
         plans = [alone(layer.forward, None), plan, plan, alone(None, layer.backward)]
-        assert problem.peak(candidate) == pytest.approx(walk.peak_bytes(walk.order(plans), 1))
+        assert problem.peak(order) == pytest.approx(walk.peak_bytes(walk.order(plans), 1))
 
 
-def _valid(problem: Problem, candidate: Candidate) -> bool:
+def _valid(problem: Problem, order: PairOrder) -> bool:
     try:
-        validate(problem.plan(candidate), problem.forward, problem.backward)
+        validate(problem.plan(order), problem.forward, problem.backward)
     except PlanError:
         return False
     return True
@@ -336,7 +341,7 @@ def test_what_lags_holds_its_operands() -> None:
     wgrad = names.index("fc2.wgrad")
     last = problem.moved(problem.default(), wgrad, problem.size - 1)
     late = problem.toggled(problem.default(), wgrad)
-    assert late.order[0] == wgrad and late.lagging == 1 << wgrad
+    assert late.numbers[0] == wgrad and late.lagging == 1 << wgrad
     # First in the next pair instead of last in its own: its operands meet the next pair's peak
     # only while nothing else has begun.
     assert problem.peak(late) <= problem.peak(last)

@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Plan, PlanError, validate
-from lightning_dhellam.search.measure.profile import Profile, Samples, Target, measure
-from lightning_dhellam.search.model.cost import Costs, Sample
-from lightning_dhellam.search.model.simulate import simulate
-from lightning_dhellam.search.model.walk import as_planned, repeated
+from lightning_dhellam.search.measure import Profile, Samples, Target, measure
+from lightning_dhellam.search.model import Costs, Sample, as_planned, repeated, simulate
 from lightning_dhellam.search.report.pictures import hidden_shares
+from lightning_dhellam.search.solve import Budget, Problem, solve, solve_pair
 from lightning_dhellam.search.solve.local import neighbour, plain
-from lightning_dhellam.search.solve.orders import Problem
-from lightning_dhellam.search.solve.solve import Budget, solve, solve_pair
 from tests.plan.graphs import sparing
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, transformer
 
@@ -161,7 +158,7 @@ def test_a_choice_costs_the_same_whether_it_is_made_or_given() -> None:
     for _ in range(60):
         here = neighbour(choosing, here, draw)
         plan = choosing.plan(here)
-        assert choosing.candidate(plan) == here
+        assert choosing.order(plan) == here
         given = Problem(LAYER, LAYER, as_planned(known, repeated(LAYER, LAYER, 1), [plan]))
         same = replace(here, spare=0)
         assert choosing.cost(here) == pytest.approx(given.cost(same))
@@ -173,7 +170,7 @@ def test_a_choice_costs_the_same_whether_it_is_made_or_given() -> None:
 def test_gemms_that_gain_nothing_by_it_take_all_processors() -> None:
     known = Costs.of(_profile())
     choosing = Problem(LAYER, LAYER, known, sharing=True)
-    sequential = choosing.candidate(BUILDERS["sequential"](LAYER.forward, LAYER.backward))
+    sequential = choosing.order(BUILDERS["sequential"](LAYER.forward, LAYER.backward))
     everywhere = replace(sequential, spare=choosing.sparable)
     assert choosing.sparable.bit_count() == len(GEMMS)
     rid = plain(choosing, everywhere)

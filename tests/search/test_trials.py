@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_dhellam.search.measure.trials import Trials, measured
-from lightning_dhellam.search.report.outcomes import Outcome
+from lightning_dhellam.search.measure import Trials
+from lightning_dhellam.search.report import Outcome, measured
 
 NAMES = ("a", "b", "c")
 

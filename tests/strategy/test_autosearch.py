@@ -20,8 +20,8 @@ from lightning_dhellam.autosearch import AutoSearch, profiling, session
 from lightning_dhellam.autosearch import callback as autosearch
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure.profile import BenchError, Profile
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.measure import BenchError, Profile
+from lightning_dhellam.search.model import Costs
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
 from tests.strategy.runs import (

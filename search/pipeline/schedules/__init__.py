@@ -5,18 +5,18 @@ from lightning_dhellam.search.pipeline.schedules.folded import dual_pipe_v, fold
 from lightning_dhellam.search.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
 from lightning_dhellam.search.pipeline.schedules.work import (
     Part,
-    Pass,
     Schedule,
     ScheduleError,
+    Visit,
     Work,
     joined,
 )
 
 __all__ = [
     "Part",
-    "Pass",
     "Schedule",
     "ScheduleError",
+    "Visit",
     "Work",
     "check",
     "dual_pipe_v",

@@ -13,19 +13,19 @@ from lightning_dhellam.search.pipeline.schedules.work import (
     done_as,
 )
 
-Channel = tuple[int, int, Strand]
+Edge = tuple[int, int, Strand]
 """Sending stage, receiving stage, and the strand whose tensors go there: first in, first out."""
 
 
 def check(schedule: Schedule) -> None:
-    """Refuse a schedule that is not whole, that deadlocks, or whose messages cross on a channel.
+    """Refuse a schedule that is not whole, that deadlocks, or whose messages cross on an edge.
 
-    Stages carry out their passes in order. A pass starts when all it needs has been received, and
+    Stages carry out their visits in order. A visit starts when all it needs has been received, and
     sends when it ends. What one strand sends from a stage to another must be received in the same
     order there, as communicators know no tags; the two strands have a communicator each.
 
     Raises:
-        ScheduleError: names the stage and the pass, or the chunk and the micro-batch.
+        ScheduleError: names the stage and the visit, or the chunk and the micro-batch.
     """
     _whole(schedule)
     _alive(schedule)
@@ -33,14 +33,14 @@ def check(schedule: Schedule) -> None:
 
 
 def _whole(schedule: Schedule) -> None:
-    """Every chunk meets every micro-batch once in each direction, on the stage that holds it."""
+    """Check that every chunk meets every micro-batch once each way, on the stage that holds it."""
     seen: dict[tuple[int, int], Counter[Part]] = defaultdict(Counter)
-    for stage, row in enumerate(schedule.passes):
+    for stage, row in enumerate(schedule.visits):
         for works in row:
             strands = Counter(work.part is Part.FORWARD for work in works)
             if not works or max(strands.values()) > 1:
                 raise ScheduleError(
-                    f"stage {stage} of {schedule.name}: a pass is one work, or a forward beside a"
+                    f"stage {stage} of {schedule.name}: a visit is one work, or a forward beside a"
                     f" backward, not '{_text(works)}'"
                 )
             for work in works:
@@ -69,35 +69,35 @@ def _whole(schedule: Schedule) -> None:
 
 
 def _alive(schedule: Schedule) -> None:
-    """Walk the stages as far as they come. Whoever is left waits for ever."""
+    """Let the stages go as far as they come. Whoever is left waits for ever."""
     done: set[Work] = set()
     at = [0] * schedule.stages
     moved = True
     while moved:
         moved = False
-        for stage, row in enumerate(schedule.passes):
+        for stage, row in enumerate(schedule.visits):
             while at[stage] < len(row) and all(
                 before in done for work in row[at[stage]] for before in schedule.before(work)
             ):
                 done.update(done_as(work) for work in row[at[stage]])
                 at[stage] += 1
                 moved = True
-    for stage, row in enumerate(schedule.passes):
+    for stage, row in enumerate(schedule.visits):
         if at[stage] < len(row):
             works = row[at[stage]]
             missing = [b for work in works for b in schedule.before(work) if b not in done]
             raise ScheduleError(
-                f"{schedule.name} deadlocks: stage {stage} waits at pass {at[stage]},"
+                f"{schedule.name} deadlocks: stage {stage} waits at visit {at[stage]},"
                 f" '{_text(works)}', for {_text(tuple(missing))}, which nobody can reach"
             )
 
 
 def _matched(schedule: Schedule) -> None:
-    """On every channel messages are received in the order in which they are sent."""
+    """Check that on every edge messages are received in the order in which they are sent."""
     sent, received = messages(schedule)
-    for channel in sorted(sent.keys() | received.keys()):
-        source, target, strand = channel
-        out, into = sent[channel], received[channel]
+    for edge in sorted(sent.keys() | received.keys()):
+        source, target, strand = edge
+        out, into = sent[edge], received[edge]
         if out != into:
             at = next((i for i, (a, b) in enumerate(zip(out, into, strict=False)) if a != b), 0)
             raise ScheduleError(
@@ -106,11 +106,11 @@ def _matched(schedule: Schedule) -> None:
             )
 
 
-def messages(schedule: Schedule) -> tuple[dict[Channel, list[Work]], dict[Channel, list[Work]]]:
-    """The results that each channel carries, in order of sending and in order of receiving."""
-    sent: dict[Channel, list[Work]] = defaultdict(list)
-    received: dict[Channel, list[Work]] = defaultdict(list)
-    for stage, row in enumerate(schedule.passes):
+def messages(schedule: Schedule) -> tuple[dict[Edge, list[Work]], dict[Edge, list[Work]]]:
+    """Return the results that each edge carries, in order of sending and in order of receiving."""
+    sent: dict[Edge, list[Work]] = defaultdict(list)
+    received: dict[Edge, list[Work]] = defaultdict(list)
+    for stage, row in enumerate(schedule.visits):
         for work in (work for works in row for work in works):
             for before in schedule.before(work):
                 source = schedule.stage_of[before.chunk]

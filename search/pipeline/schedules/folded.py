@@ -13,9 +13,9 @@ from lightning_dhellam.pipeline import schedule as pipeline
 from lightning_dhellam.search.pipeline.schedules.straight import check_numbers
 from lightning_dhellam.search.pipeline.schedules.work import (
     Part,
-    Pass,
     Schedule,
     ScheduleError,
+    Visit,
     Work,
     one,
 )
@@ -24,40 +24,41 @@ _F, _B, _I, _W = Part
 
 
 def places(stages: int) -> tuple[int, ...]:
-    """The stage of each chunk of a fold."""
+    """Return the stage of each chunk of a fold."""
     return (*range(stages), *reversed(range(stages)))
 
 
 def fold(stages: int, micro_batches: int) -> Schedule:
-    """Ours: descending and ascending passes of two strands each, in the order of 1F1B.
+    """Make our schedule: descending and ascending visits of two strands, in the order of 1F1B.
 
-    What the trainer runs (`lightning_dhellam.pipeline`). Defined for every number.
+    The trainer runs it (`lightning_dhellam.pipeline`). It is defined for every number of stages
+    and micro-batches.
     """
     check_numbers(stages, micro_batches)
     rows = []
-    for stage, passes in enumerate(pipeline.fold(stages, micro_batches)):
+    for stage, visits in enumerate(pipeline.fold(stages, micro_batches)):
         chunks = (stage, 2 * stages - 1 - stage)
-        row: list[Pass] = []
-        for step in passes:
-            down = step.direction is pipeline.Direction.DESCENDING
+        row: list[Visit] = []
+        for visit in visits:
+            down = visit.way is pipeline.Way.DESCENDING
             ahead, behind = chunks if down else chunks[::-1]
             works = []
-            if step.forward is not None:
-                works.append(Work(ahead, _F, step.forward))
-            if step.backward is not None:
-                works.append(Work(behind, _B, step.backward))
+            if visit.forward is not None:
+                works.append(Work(ahead, _F, visit.forward))
+            if visit.backward is not None:
+                works.append(Work(behind, _B, visit.backward))
             row.append(tuple(works))
         rows.append(tuple(row))
     return Schedule("fold", micro_batches, places(stages), tuple(rows))
 
 
 def zero_bubble_v(stages: int, micro_batches: int) -> Schedule:
-    """ZB-V: single strands, and gradients of weights fill what would be a bubble.
+    """Make ZB-V: single strands, and gradients of weights fill what would be a bubble.
 
     With forward, input gradient and weight gradients of equal length, no transfers and at least
     2P - 1 micro-batches, the only bubble is that of filling and draining the pipeline. Source:
-    arXiv 2401.10241, section 6, in closed form. Fewer micro-batches leave out the passes of
-    those that are missing. Defined for every number.
+    arXiv 2401.10241, section 6, in closed form. Fewer micro-batches leave out the visits of
+    those that are missing. It is defined for every number of stages and micro-batches.
     """
     check_numbers(stages, micro_batches)
     rows = []
@@ -67,8 +68,8 @@ def zero_bubble_v(stages: int, micro_batches: int) -> Schedule:
     return Schedule("ZB-V", micro_batches, places(stages), tuple(rows))
 
 
-def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Pass]:
-    """The passes of a stage with `r` stages after it, as powers of works on chunks 0 and 1.
+def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:
+    """Give the visits of a stage with `r` stages after it, as powers of works on chunks 0 and 1.
 
     F0^(2r+1)  (F1 F0)^s  (F1 I1 W1)^(r+1)  (F0 I0 W0 F1 I1 W1)^…  (I0 I1)^s  (I0 W0)^(r+1)  W…
     """
@@ -77,7 +78,7 @@ def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Pa
     next_of = {(part, half): count() for part in Part for half in (0, 1)}
     done = dict.fromkeys(next_of, 0)
 
-    def do(*works: tuple[Part, int]) -> Iterator[Pass]:
+    def do(*works: tuple[Part, int]) -> Iterator[Visit]:
         for part, half in works:
             if done[part, half] < micro_batches:
                 done[part, half] += 1
@@ -101,7 +102,7 @@ def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Pa
 
 
 def dual_pipe_v(stages: int, micro_batches: int) -> Schedule:
-    """DualPipeV: DualPipe cut in half, forwards beside backwards in the middle of the step.
+    """Make DualPipeV: DualPipe cut in half, forwards beside backwards in the middle of the step.
 
     Where a backward stands alone at the ends, some leave their weight gradients for later.
     Sources: DeepSeek-V3 (arXiv 2412.19437, section 3.2.1) and the phases of DeepSeek's DualPipe.
@@ -119,8 +120,8 @@ def dual_pipe_v(stages: int, micro_batches: int) -> Schedule:
     return Schedule("DualPipeV", micro_batches, places(stages), rows)
 
 
-def _dual_row(stage: int, stages: int, micro_batches: int) -> Iterator[Pass]:
-    """The passes of a stage with `r` stages after it; `X|Y` is a pass of two strands.
+def _dual_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:
+    """Give the visits of a stage with `r` stages after it; `X|Y` is a visit of two strands.
 
     F0^2r  (F0 F1)^(s+1)  (I1 W F1)^r  (F0|B1 F1|B0)^…  (B1 F1|B0)^r  (B1 B0)^(s+1)  (W I0)^r  W…
     """

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from lightning_dhellam.search.pipeline.schedules.work import (
     Part,
-    Pass,
     Schedule,
     ScheduleError,
+    Visit,
     one,
 )
 
 
 def check_numbers(stages: int, micro_batches: int) -> None:
-    """Refuse numbers below one."""
+    """Refuse numbers below one with a `ScheduleError`."""
     for name, number in (("stages", stages), ("micro_batches", micro_batches)):
         if number < 1:
             raise ScheduleError(f"{name}={number} must be at least 1")
 
 
 def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
-    """One forward, one backward: a stage has as many micro-batches alive as stages follow it.
+    """Make 1F1B, one forward, one backward: a stage keeps as many micro-batches as stages follow.
 
-    Source: PipeDream-flush (arXiv 2006.09503, section 2.2). Defined for every number.
+    Source: PipeDream-flush (arXiv 2006.09503, section 2.2). It is defined for every number of
+    stages and micro-batches.
     """
     check_numbers(stages, micro_batches)
     rows = []
@@ -33,7 +34,7 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
 
 
 def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedule:
-    """1F1B over `rounds` chunks a stage: P micro-batches visit one chunk, then the next.
+    """Make 1F1B over `rounds` chunks a stage: P micro-batches meet one chunk, then the next.
 
     Source: Megatron-LM (arXiv 2104.04473, section 2.2), whose warm-up it has.
 
@@ -48,7 +49,7 @@ def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedu
             f"interleaved 1F1B needs a multiple of {stages} micro-batches, one for each stage, not"
             f" {micro_batches}"
         )
-    visits = [
+    turns = [
         (group + k, chunk)
         for group in range(0, micro_batches, stages)
         for chunk in range(rounds)
@@ -56,8 +57,8 @@ def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedu
     ]
     rows = []
     for stage in range(stages):
-        forward = [one(c * stages + stage, Part.FORWARD, k) for k, c in visits]
-        backward = [one((rounds - 1 - c) * stages + stage, Part.BACKWARD, k) for k, c in visits]
+        forward = [one(c * stages + stage, Part.FORWARD, k) for k, c in turns]
+        backward = [one((rounds - 1 - c) * stages + stage, Part.BACKWARD, k) for k, c in turns]
         warm_up = 2 * (stages - 1 - stage) + (rounds - 1) * stages
         if micro_batches == stages:
             # Megatron lets everything go forward first when there is one group only.
@@ -67,8 +68,8 @@ def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedu
     return Schedule("interleaved 1F1B", micro_batches, places, tuple(rows))
 
 
-def _in_turn(forward: list[Pass], backward: list[Pass], warm_up: int) -> tuple[Pass, ...]:
-    """`warm_up` forwards, then one forward and one backward in turn, then what is left."""
+def _in_turn(forward: list[Visit], backward: list[Visit], warm_up: int) -> tuple[Visit, ...]:
+    """Return `warm_up` forwards, then one forward and one backward in turn, then what is left."""
     row = forward[:warm_up]
     for ahead, behind in zip(forward[warm_up:], backward, strict=False):
         row += [ahead, behind]

@@ -9,12 +9,12 @@ from math import inf
 
 from lightning_dhellam.pipeline import split
 from lightning_dhellam.plan import Graph, GraphPair, Strand
-from lightning_dhellam.search.measure.profile import Profile
-from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Costs
 
 
 def layers_of(profile: Profile, layers: int) -> list[GraphPair]:
-    """The model that a profile describes: what it begins with, `layers` layers, what it ends with.
+    """Return the model that a profile describes, with `layers` layers between its two ends.
 
     The first layer is the one whose forward takes nothing in (the embedding), and the last the
     one whose backward takes nothing in (the head); either may be missing.
@@ -38,7 +38,7 @@ def layers_of(profile: Profile, layers: int) -> list[GraphPair]:
 
 
 def _pairs(graphs: Sequence[Graph]) -> list[GraphPair]:
-    """Graphs of one name, which stand in the profile in the same order in both directions.
+    """Pair graphs of one name, which stand in the profile in the same order in both directions.
 
     Layers may have one forward graph and several backward ones.
     """
@@ -54,13 +54,13 @@ def _pairs(graphs: Sequence[Graph]) -> list[GraphPair]:
 
 
 def seconds_of(layer: GraphPair, costs: Costs) -> float:
-    """Seconds of all operators of a layer, one after the other."""
+    """Return the seconds of all operators of a layer, one after the other."""
     graphs = (layer.forward, layer.backward)
     return sum(costs.alone(graph, o.name) for graph in graphs for o in graph.operators)
 
 
 def cut(layers: Sequence[GraphPair], costs: Costs, chunks: int) -> list[tuple[GraphPair, ...]]:
-    """The layers in chunks of nearly equal time, in order.
+    """Cut the layers into chunks of nearly equal time, in order.
 
     Raises:
         ValueError: there are fewer layers than chunks.
@@ -77,7 +77,7 @@ def cut(layers: Sequence[GraphPair], costs: Costs, chunks: int) -> list[tuple[Gr
 def cut_folded(
     layers: Sequence[GraphPair], costs: Costs, stages: int
 ) -> list[tuple[GraphPair, ...]]:
-    """The layers in two chunks a stage as the trainer cuts them: by the time of stages.
+    """Cut the layers into two chunks a stage as the trainer does: by the time of stages.
 
     Stage 0 has what the model begins with and what it ends with.
 
@@ -104,8 +104,10 @@ def cut_folded(
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[int]:
-    """How many of the weights each part takes, in order: the heaviest part is as light as it can
-    be, and the others are as equal as they then can be. No part is empty."""
+    """Return how many of the weights each part takes, in order. No part is empty.
+
+    The heaviest part is as light as it can be, and the others are as equal as they then can be.
+    """
     heaviest, _ = _partition(weights, parts, inf, largest=True)
     _, counts = _partition(weights, parts, heaviest * (1 + 1e-9), largest=False)
     return counts
@@ -114,7 +116,7 @@ def balanced(weights: Sequence[float], parts: int) -> list[int]:
 def _partition(
     weights: Sequence[float], parts: int, limit: float, largest: bool
 ) -> tuple[float, list[int]]:
-    """The least possible largest sum, or sum of squares of sums, by dynamic programming."""
+    """Return the least largest sum, or sum of squares of sums, by dynamic programming."""
     sums = [0.0, *accumulate(weights)]
     best: list[tuple[float, list[int]]] = [(0.0, []), *[(inf, [0])] * len(weights)]
     for part in range(1, parts + 1):
@@ -133,7 +135,7 @@ def _partition(
 
 
 def halves(pair: GraphPair) -> tuple[GraphPair, GraphPair]:
-    """The layer with the half of backward that others wait for, and with the other half.
+    """Return the layer with the half of backward that others wait for, and with the other half.
 
     The first half leads to the gradient of the layer's input; the second has the gradients of
     weights and what only they read. The second takes in what the first leaves for it. Transfers to
@@ -159,7 +161,7 @@ def halves(pair: GraphPair) -> tuple[GraphPair, GraphPair]:
 
 
 def with_halves(costs: Costs, layers: Sequence[GraphPair]) -> Costs:
-    """Costs that also know the halves of the layers' backwards: the operators are the same."""
+    """Return costs that also know the halves of the layers' backwards: they have its operators."""
     keys = dict(costs.keys)
     for pair in {pair.backward.fingerprint: pair for pair in layers}.values():
         for half in halves(pair):

@@ -10,11 +10,11 @@ import pytest
 from lightning_dhellam.pipeline import fold as passes_of_fold
 from lightning_dhellam.pipeline import peak_activations
 from lightning_dhellam.plan import Strand
-from lightning_dhellam.search.pipeline.passes import PassCost, UniformCosts
+from lightning_dhellam.search.pipeline import Link, PipelineRun, UniformCosts, VisitCost, play
 from lightning_dhellam.search.pipeline.schedules import (
     Part,
-    Pass,
     Schedule,
+    Visit,
     Work,
     dual_pipe_v,
     fold,
@@ -22,7 +22,6 @@ from lightning_dhellam.search.pipeline.schedules import (
     one_f_one_b,
     zero_bubble_v,
 )
-from lightning_dhellam.search.pipeline.stages import Link, PipelineRun, run
 
 Make = Callable[[int, int], Schedule]
 SIZES = [(1, 4), (2, 4), (3, 9), (4, 8), (4, 20), (8, 24)]
@@ -36,7 +35,7 @@ def bubbles(played: PipelineRun) -> list[float]:
 @pytest.mark.parametrize(("stages", "micro_batches"), [*SIZES, (4, 1), (4, 3)])
 def test_1f1b_takes_the_time_of_its_formula(stages: int, micro_batches: int) -> None:
     costs = UniformCosts(1.0, 1.25, 0.75)
-    played = run(one_f_one_b(stages, micro_batches), costs)
+    played = play(one_f_one_b(stages, micro_batches), costs)
     assert played.seconds == pytest.approx((micro_batches + stages - 1) * 3.0)
     assert bubbles(played) == pytest.approx([(stages - 1) * 3.0] * stages)
 
@@ -46,13 +45,13 @@ def test_interleaving_divides_the_bubble(stages: int, rounds: int) -> None:
     """By the number of chunks that a stage has (arXiv 2104.04473, section 2.2.2)."""
     costs = UniformCosts(1.0 / rounds, 1.25 / rounds, 0.75 / rounds)
     for groups in (1, 2, 3):
-        played = run(interleaved_1f1b(stages, groups * stages, rounds), costs)
+        played = play(interleaved_1f1b(stages, groups * stages, rounds), costs)
         assert bubbles(played) == pytest.approx([(stages - 1) * 3.0 / rounds] * stages)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), SIZES)
 def test_zero_bubble_v_waits_only_while_the_pipeline_fills(stages: int, micro_batches: int) -> None:
-    played = run(zero_bubble_v(stages, micro_batches), UniformCosts(1.0, 1.0, 1.0))
+    played = play(zero_bubble_v(stages, micro_batches), UniformCosts(1.0, 1.0, 1.0))
     assert bubbles(played) == pytest.approx([stages - 1] * stages)
 
 
@@ -60,7 +59,7 @@ def test_zero_bubble_v_waits_only_while_the_pipeline_fills(stages: int, micro_ba
 def test_dual_pipe_v_has_the_published_bubble(stages: int, micro_batches: int) -> None:
     """(P - 1)(F&B + B - 3W) for P stages of two chunks (table in DeepSeek's DualPipe)."""
     costs = UniformCosts(1.0, 1.0, 1.0)
-    played = run(dual_pipe_v(stages, micro_batches), costs)
+    played = play(dual_pipe_v(stages, micro_batches), costs)
     assert bubbles(played) == pytest.approx([(stages - 1) * (3 + 2 - 3)] * stages)
 
 
@@ -69,22 +68,22 @@ def test_dual_pipe_v_has_the_published_bubble(stages: int, micro_batches: int) -
 def test_the_fold_waits_two_passes_for_each_other_stage(
     stages: int, micro_batches: int, both: float
 ) -> None:
-    """As 1F1B, whose passes are twice as long, if two strands gain nothing; less if they do."""
-    played = run(fold(stages, micro_batches), UniformCosts(1.0, 1.0, 1.0, both=both))
+    """As 1F1B, whose visits are twice as long, if two strands gain nothing; less if they do."""
+    played = play(fold(stages, micro_batches), UniformCosts(1.0, 1.0, 1.0, both=both))
     assert bubbles(played) == pytest.approx([2 * (stages - 1) * both] * stages)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 5, 12, 24])
 def test_the_fold_saves_as_much_as_the_trainer_predicts(micro_batches: int) -> None:
     for stages in (1, 2, 4, 8):
-        played = run(fold(stages, micro_batches), UniformCosts())
+        played = play(fold(stages, micro_batches), UniformCosts())
         predicted = map(peak_activations, passes_of_fold(stages, micro_batches))
         assert [use.peak for use in played.stages] == list(predicted)
 
 
 def test_peaks_of_activations() -> None:
     """In chunks, of which those of 1F1B are twice as large as the others."""
-    peaks = [[use.peak for use in run(make(4, 16), UniformCosts()).stages] for make in EVERY]
+    peaks = [[use.peak for use in play(make(4, 16), UniformCosts()).stages] for make in EVERY]
     straight, interleaved, zero_bubble, dual, folded = peaks
     assert straight == [4, 3, 2, 1]
     assert interleaved == [11, 9, 7, 5]
@@ -93,7 +92,7 @@ def test_peaks_of_activations() -> None:
 
 
 def test_fewer_micro_batches_than_stages_save_less() -> None:
-    assert [use.peak for use in run(one_f_one_b(4, 2), UniformCosts()).stages] == [2, 2, 2, 1]
+    assert [use.peak for use in play(one_f_one_b(4, 2), UniformCosts()).stages] == [2, 2, 2, 1]
 
 
 LINKS = [Link(), Link(latency=0.3), Link(bandwidth=2.0, latency=0.1)]
@@ -102,36 +101,36 @@ LINKS = [Link(), Link(latency=0.3), Link(bandwidth=2.0, latency=0.1)]
 @pytest.mark.parametrize(("make", "link"), list(product(EVERY, LINKS)))
 def test_what_a_stage_does_adds_up_and_follows_its_list(make: Make, link: Link) -> None:
     schedule = make(3, 9)
-    played = run(schedule, UniformCosts(1.0, 1.1, 0.7, both=2.5, message=0.5), link)
-    for use, passes in zip(played.stages, schedule.passes, strict=True):
+    played = play(schedule, UniformCosts(1.0, 1.1, 0.7, both=2.5, message=0.5), link)
+    for use, visits in zip(played.stages, schedule.visits, strict=True):
         total = use.compute + use.exposed + use.transfer + use.bubble
         assert total == pytest.approx(played.seconds)
         assert min(use.transfer, use.bubble) >= -1e-9
-        assert tuple(span.works for span in use.spans) == passes
-        ends = [0.0, *(span.end for span in use.spans)]
-        assert all(span.start >= end for span, end in zip(use.spans, ends, strict=False))
-    assert played.seconds == max(use.spans[-1].end for use in played.stages)
+        assert tuple(one.works for one in use.intervals) == visits
+        ends = [0.0, *(visit.end for visit in use.intervals)]
+        assert all(visit.start >= end for visit, end in zip(use.intervals, ends, strict=False))
+    assert played.seconds == max(use.intervals[-1].end for use in played.stages)
 
 
 @pytest.mark.parametrize("make", EVERY)
 def test_nothing_starts_before_it_has_arrived(make: Make) -> None:
     """A message takes 0.25 s of bandwidth and 0.1 s of latency."""
     schedule = make(3, 9)
-    played = run(schedule, UniformCosts(message=0.5), Link(bandwidth=2.0, latency=0.1))
-    spans = {
-        (work.chunk, work.strand, work.micro_batch): span
+    played = play(schedule, UniformCosts(message=0.5), Link(bandwidth=2.0, latency=0.1))
+    intervals = {
+        (work.chunk, work.strand, work.micro_batch): visit
         for use in played.stages
-        for span in use.spans
-        for work in span.works
+        for visit in use.intervals
+        for work in visit.works
         if work.part is not Part.WEIGHT
     }
-    assert len(spans) == 2 * schedule.chunks * 9
+    assert len(intervals) == 2 * schedule.chunks * 9
     followed = 0
-    for (chunk, strand, k), span in spans.items():
+    for (chunk, strand, k), visit in intervals.items():
         other = chunk + (1 if strand is Strand.FORWARD else -1)
         if 0 <= other < schedule.chunks:
             local = schedule.stage_of[chunk] == schedule.stage_of[other]
-            assert spans[other, strand, k].start >= span.end + (0.0 if local else 0.35) - 1e-9
+            assert intervals[other, strand, k].start >= visit.end + (0.0 if local else 0.35) - 1e-9
             followed += 1
     assert followed == 2 * (schedule.chunks - 1) * 9
 
@@ -139,7 +138,7 @@ def test_nothing_starts_before_it_has_arrived(make: Make) -> None:
 def test_slower_links_never_help() -> None:
     for make in EVERY:
         seconds = [
-            run(make(4, 8), UniformCosts(message=1.0), Link(bandwidth)).seconds
+            play(make(4, 8), UniformCosts(message=1.0), Link(bandwidth)).seconds
             for bandwidth in (100.0, 10.0, 1.0)
         ]
         assert seconds == sorted(seconds)
@@ -149,35 +148,35 @@ def test_slower_links_never_help() -> None:
 def test_a_step_with_transfers_by_hand() -> None:
     """Two stages, one micro-batch; a message takes 2 s of bandwidth and 0.5 s of latency."""
     costs = UniformCosts(1.0, 1.0, 1.0, message=4.0)
-    played = run(one_f_one_b(2, 1), costs, Link(bandwidth=2.0, latency=0.5))
+    played = play(one_f_one_b(2, 1), costs, Link(bandwidth=2.0, latency=0.5))
     # Forward 0-1, on its way to 3.5, forward to 4.5, backward to 6.5, to 9, backward to 11.
     assert played.seconds == pytest.approx(11.0)
     first, second = played.stages
-    assert [s.start for s in first.spans] == pytest.approx([0, 9])
-    assert [s.start for s in second.spans] == pytest.approx([3.5, 4.5])
+    assert [s.start for s in first.intervals] == pytest.approx([0, 9])
+    assert [s.start for s in second.intervals] == pytest.approx([3.5, 4.5])
     assert (first.transfer, second.transfer) == pytest.approx((2.5, 2.5))
     assert (first.bubble, second.bubble) == pytest.approx((5.5, 5.5))
 
 
 def test_a_stage_sends_one_message_at_a_time() -> None:
     """Two forwards end at 1 and 2; each message takes 3 s, so the second arrives at 7."""
-    played = run(one_f_one_b(3, 2), UniformCosts(message=3.0), Link(bandwidth=1.0))
-    starts = [s.start for s in played.stages[1].spans if s.works[0].part is Part.FORWARD]
+    played = play(one_f_one_b(3, 2), UniformCosts(message=3.0), Link(bandwidth=1.0))
+    starts = [s.start for s in played.stages[1].intervals if s.works[0].part is Part.FORWARD]
     assert starts == pytest.approx([4, 7])
 
 
 class EarlyForward:
     """Passes of 4 s whose forward strand can be sent after 1 s."""
 
-    def of(self, works: Pass) -> PassCost:
+    def of(self, works: Visit) -> VisitCost:
         ready = {work.strand: 1.0 if work.strand is Strand.FORWARD else 4.0 for work in works}
-        return PassCost(4.0, 3.0, ready, 0.0, 0.0)
+        return VisitCost(4.0, 3.0, ready, 0.0, 0.0)
 
     def bytes_sent(self, work: Work) -> float:
         return 0.0
 
 
 def test_a_strand_is_sent_before_its_pass_ends() -> None:
-    played = run(one_f_one_b(2, 1), EarlyForward())
-    assert [span.start for span in played.stages[1].spans] == [1, 5]
+    played = play(one_f_one_b(2, 1), EarlyForward())
+    assert [visit.start for visit in played.stages[1].intervals] == [1, 5]
     assert [(use.compute, use.exposed) for use in played.stages] == [(6, 2), (6, 2)]

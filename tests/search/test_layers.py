@@ -9,16 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dhellam.plan import GraphPair
-from lightning_dhellam.search.measure.profile import Profile, measure
-from lightning_dhellam.search.pipeline.chunks import (
-    balanced,
-    cut,
-    cut_folded,
-    halves,
-    layers_of,
-    seconds_of,
-    with_halves,
-)
+from lightning_dhellam.search.measure import Profile, measure
+from lightning_dhellam.search.pipeline import cut, cut_folded, layers_of
+from lightning_dhellam.search.pipeline.layers import balanced, halves, seconds_of, with_halves
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import (
     FINGERPRINT,

@@ -26,13 +26,13 @@ from lightning_dhellam.plan import (
     kind_of,
     validate,
 )
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.walk import Stop, as_planned, repeated, step_stops
+from lightning_dhellam.search.model import Costs, Stop, as_planned, repeated, step_stops
 from lightning_dhellam.search.solve.bound import bounds
 from lightning_dhellam.search.solve.exact import Exact
 from lightning_dhellam.search.solve.local import plain, search, slim
-from lightning_dhellam.search.solve.orders import Cost, Problem, Surroundings, graphs_of
+from lightning_dhellam.search.solve.orders import graphs_of
 from lightning_dhellam.search.solve.pairs import pairs
+from lightning_dhellam.search.solve.problem import Cost, Problem, Surroundings
 from lightning_dhellam.search.solve.solution import ModelSolution, Solution
 
 _SLACK = 0.001
@@ -54,10 +54,10 @@ class Budget:
             chosen with the order, four times as many with a limit of memory. It takes a second and
             a half at the size of a Llama layer with tensor parallelism, ten with a limit, and
             twenty where what leaves processors is chosen as well.
-        rare_evaluations: the same for each pair that does not.
-        exact_operators: up to so many operators the best order is proven.
+        rare_evaluations: orders whose time is computed, for each pair that does not repeat itself.
+        exact_operators: number of operators up to which the best order is proven.
         exact_nodes: beginnings of orders that the proof may look at before it is given up.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
     """
 
     evaluations: int = 16_000
@@ -80,14 +80,14 @@ def solve_pair(
     surroundings: Surroundings | None = None,
     sharing: bool = False,
 ) -> Solution:
-    """The best order found of one layer's forward beside another's backward.
+    """Return the best order found of one layer's forward beside another's backward.
 
     Args:
         ahead: layer whose forward graph runs, or None.
         behind: layer whose backward graph runs, or None.
-        costs: of the operators.
+        costs: what the operators cost.
         algorithm: `auto`, or `pairs` for the published scheme.
-        tokens: of a micro-batch.
+        tokens: how many tokens a micro-batch has.
         memory_limit: bytes that slots take at once during the pair, with what is saved of both
             layers, what is left for the next pair, and what has been read but not yet given back to
             its lane.
@@ -143,7 +143,7 @@ def solve_pair(
 
 
 def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
-    """The best of a search and the built-in plans, and whether it is proven to be the best."""
+    """Return the best of a search and the built-in plans, and whether it is proven to be it."""
     if not any(graph.communicates for graph in (problem.forward, problem.backward) if graph):
         # All orders take as long; the built-in one hands over early.
         early = BUILDERS["interleaved"](problem.forward, problem.backward)
@@ -163,9 +163,9 @@ def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
 
 
 def _searched(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, Cost, bool]:
-    """The plan of a search, what it costs, and whether it is proven to be the best."""
+    """Return the plan of a search, what it costs, and whether it is proven to be the best."""
     built_in = [build(problem.forward, problem.backward) for build in BUILDERS.values()]
-    starts = [problem.default(), *map(problem.candidate, built_in)]
+    starts = [problem.default(), *map(problem.order, built_in)]
     evaluations = budget.evaluations if problem.cyclic else budget.rare_evaluations
     if problem.cyclic and problem.memory_limit is not None:
         evaluations *= 4  # with fewer it depends on the seed what is found
@@ -202,13 +202,13 @@ def solve(
     memory_slack: float | None = None,
     budget: Budget | None = None,
 ) -> ModelSolution:
-    """The plans of every pair of layers that a training step meets.
+    """Return the plans of every pair of layers that a training step meets.
 
     Where operators were measured leaving processors to communication, and `costs` do not say which
     of them do, `auto` chooses that as well, if a pair of layers repeats itself.
 
-    Layers may be given in full; equal ones are solved once. Arguments and errors as for
-    `solve_pair`; `memory_slack` are the bytes that a pair may need above its sequential plan.
+    Layers may be given in full; equal ones are solved once. Arguments and errors are those
+    of `solve_pair`; `memory_slack` are the bytes that a pair may need above its sequential plan.
     """
     stops = step_stops(layers, 3)
     ordered = partial(
@@ -229,7 +229,7 @@ def solve(
 
 
 def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:
-    """The kinds of pairs, those that count most first, and which of them repeat themselves."""
+    """Return the kinds of pairs, those that count most first, and which repeat themselves."""
     kinds = [kind_of(*stop.graphs) for stop in stops]
     counts = Counter(kinds)
     repeating = {
@@ -243,7 +243,7 @@ def _ranked(stops: Sequence[Stop]) -> tuple[list[Kind], set[Kind]]:
 def _solved(
     stops: Sequence[Stop], ordered: Callable[..., Solution], known: Mapping[Kind, Solution]
 ) -> ModelSolution:
-    """The plans of these pairs: those that are `known`, and the others as `ordered` finds them."""
+    """Return plans of these pairs: those that are `known`, the others as `ordered` finds them."""
     kinds = [kind_of(*stop.graphs) for stop in stops]
     ranked, repeating = _ranked(stops)
     solutions: dict[Kind, Solution] = {}
@@ -262,9 +262,9 @@ def _solved(
 def peak_bytes(
     layers: Sequence[GraphPair], builder: Builder, costs: Costs, *, tokens: int = 1
 ) -> float:
-    """Most bytes that slots take at once in a pair of layers of a step that `builder` orders.
+    """Return the most bytes that slots take at once in a pair of layers that `builder` orders.
 
-    Arguments as for `solve`; it is what `memory_limit` limits.
+    Arguments are those of `solve`; it is what `memory_limit` limits.
     """
     stops = {kind_of(*stop.graphs): stop for stop in step_stops(layers, 3)}
     problems = (Problem(*stop.pairs, costs, tokens=tokens) for stop in stops.values())
@@ -274,7 +274,7 @@ def peak_bytes(
 def _surroundings(
     stops: Sequence[Stop], kinds: Sequence[Kind], kind: Kind, plans: Mapping[Kind, Plan]
 ) -> Surroundings:
-    """The last stop of this kind with its neighbours, planned as far as that was done."""
+    """Return the last stop of this kind with its neighbours, planned as far as that was done."""
     at = max(i for i, other in enumerate(kinds) if other == kind)
 
     def planned(number: int) -> tuple[Stop, Plan]:

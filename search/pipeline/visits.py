@@ -1,4 +1,4 @@
-"""What the passes of a pipeline cost: seconds, memory, and what they send on."""
+"""What the visits of a pipeline cost: seconds, memory, and what they send on."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from itertools import zip_longest
 from typing import Protocol
 
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand
-from lightning_dhellam.search.model.cost import Costs
-from lightning_dhellam.search.model.walk import Order, Place, Stop, Walk, as_planned
-from lightning_dhellam.search.pipeline.chunks import halves, with_halves
-from lightning_dhellam.search.pipeline.schedules import Part, Pass, Schedule, Work
+from lightning_dhellam.search.model import Costs, Order, Place, Stop, Walk, as_planned
+from lightning_dhellam.search.pipeline.layers import halves, with_halves
+from lightning_dhellam.search.pipeline.schedules import Part, Schedule, Visit, Work
 
 
 @dataclass(frozen=True, slots=True)
-class PassCost:
-    """What a pass costs its stage.
+class VisitCost:
+    """What a visit costs its stage.
 
     Attributes:
-        seconds: from its start to its end.
+        seconds: seconds from the start of the visit to its end.
         compute: seconds in which compute works; in the others it waits for communication or host.
         ready: seconds from the start until a strand's result can be sent.
         rise: how far saved activations grow above what they were before, at most.
-        change: by how much they have grown at the end.
+        change: by how much saved activations have grown at the end.
     """
 
     seconds: float
@@ -33,26 +32,28 @@ class PassCost:
     change: float
 
 
-class PassCosts(Protocol):
-    """What passes cost, and how much is sent between them."""
+class VisitCosts(Protocol):
+    """Tells what visits cost, and how much is sent between them."""
 
-    def of(self, works: Pass) -> PassCost:
-        """The cost of a pass."""
+    def of(self, works: Visit) -> VisitCost:
+        """Return the cost of a visit."""
 
     def bytes_sent(self, work: Work) -> float:
-        """Bytes of the result of a work, which the next chunk needs."""
+        """Return the bytes of the result of a work, which the next chunk needs."""
 
 
 @dataclass(frozen=True)
 class UniformCosts:
-    """Every chunk costs the same. Memory is in units of a chunk's activations of a micro-batch.
+    """Costs of visits where every chunk costs the same.
+
+    Memory is in units of a chunk's activations of a micro-batch.
 
     Attributes:
-        forward: seconds.
+        forward: seconds of a forward.
         input: seconds of the gradient of the input, the first half of backward.
         weight: seconds of the gradients of weights, the second half.
         both: seconds of a forward beside a whole backward; by default their sum: nothing gained.
-        message: bytes of what a chunk hands on.
+        message: bytes of what a chunk hands on to the next.
     """
 
     forward: float = 1.0
@@ -61,8 +62,8 @@ class UniformCosts:
     both: float | None = None
     message: float = 0.0
 
-    def of(self, works: Pass) -> PassCost:
-        """The cost of a pass."""
+    def of(self, works: Visit) -> VisitCost:
+        """Return the cost of a visit."""
         alone = {
             Part.FORWARD: self.forward,
             Part.BACKWARD: self.input + self.weight,
@@ -75,10 +76,10 @@ class UniformCosts:
         change = sum(_UNITS[work.part] for work in works)
         rise = float(any(work.part is Part.FORWARD for work in works))
         ready = {work.strand: seconds for work in works}
-        return PassCost(seconds, seconds, ready, rise, change)
+        return VisitCost(seconds, seconds, ready, rise, change)
 
     def bytes_sent(self, work: Work) -> float:
-        """Bytes of the result of a work."""
+        """Return the bytes of the result of a work."""
         return self.message
 
 
@@ -92,17 +93,17 @@ this adds to what is saved, or frees of it."""
 
 
 class LayerCosts:
-    """Costs of passes through chunks of layers, played with the machine model of the search.
+    """Costs of visits through chunks of layers, played with the machine model of the search.
 
-    A pass is carried out in the fastest of the orders offered, whatever the schedule. Layers of
+    A visit is carried out in the fastest of the orders offered, whatever the schedule. Layers of
     the two strands meet in opposite order, as one frees what the other fills. Memory is what is
     saved between forward and backward; what lives inside a layer only is left out. The next pass
     is taken to start when nothing of this one is left to do, although the engine does not wait.
 
     Args:
         chunks: layers of each chunk, in order.
-        costs: of their operators.
-        tokens: of a micro-batch.
+        costs: what their operators cost.
+        tokens: how many tokens a micro-batch has.
         builders: orders to choose from, by default the built-in ones.
 
     Attributes:
@@ -124,25 +125,25 @@ class LayerCosts:
         self._costs = with_halves(costs, layers)
         self._tokens = tokens
         self._builders = builders
-        self._known: dict[object, tuple[PassCost, str]] = {}
+        self._known: dict[object, tuple[VisitCost, str]] = {}
 
-    def of(self, works: Pass) -> PassCost:
-        """The cost of a pass."""
+    def of(self, works: Visit) -> VisitCost:
+        """Return the cost of a visit."""
         return self._cost(works)[0]
 
-    def order_of(self, works: Pass) -> str:
-        """Name of the order in which a pass is carried out."""
+    def order_of(self, works: Visit) -> str:
+        """Return the name of the order in which a visit is carried out."""
         return self._cost(works)[1]
 
     def bytes_sent(self, work: Work) -> float:
-        """Bytes of a hidden state, or of its gradient, between this chunk and the next."""
+        """Return the bytes of a hidden state, or of its gradient, between a chunk and the next."""
         layers = self.chunks[work.chunk]
         if not layers:
             return 0.0
         graph = layers[-1].forward if work.part is Part.FORWARD else layers[0].backward
         return sum(graph.bytes_per_token.get(slot, 0.0) for slot in graph.outputs) * self._tokens
 
-    def _cost(self, works: Pass) -> tuple[PassCost, str]:
+    def _cost(self, works: Visit) -> tuple[VisitCost, str]:
         kind = (
             _ascends(works),
             *(
@@ -154,7 +155,7 @@ class LayerCosts:
             self._known[kind] = self._played(works)
         return self._known[kind]
 
-    def _played(self, works: Pass) -> tuple[PassCost, str]:
+    def _played(self, works: Visit) -> tuple[VisitCost, str]:
         steps = list(self._steps(works))
         rise = change = 0.0
         for _, saved, freed in steps:
@@ -164,7 +165,7 @@ class LayerCosts:
         memory = rise * unit, change * unit
         stops = [stop for stop, _, _ in steps if stop.forward or stop.backward]
         if not stops:
-            return PassCost(0.0, 0.0, {work.strand: 0.0 for work in works}, *memory), "nothing"
+            return VisitCost(0.0, 0.0, {work.strand: 0.0 for work in works}, *memory), "nothing"
         found = []
         for name, build in self._builders.items():
             plans = [build(*stop.graphs) for stop in stops]
@@ -174,8 +175,8 @@ class LayerCosts:
             found.append((_timed(walk, order, first, works, memory), name))
         return min(found, key=lambda cost: cost[0].seconds)
 
-    def _steps(self, works: Pass) -> Iterator[tuple[Stop, float, float]]:
-        """The pairs of layers that a pass meets."""
+    def _steps(self, works: Visit) -> Iterator[tuple[Stop, float, float]]:
+        """Give the pairs of layers that a visit meets, and the bytes each saves and frees."""
         ahead: list[Entry] = []
         behind: list[Entry] = []
         for work in works:
@@ -193,7 +194,7 @@ class LayerCosts:
             yield Stop(forward, backward), saved, freed
 
     def _entry(self, work: Work, index: int, layer: GraphPair) -> Entry:
-        """What a work meets in a layer. Micro-batches of the two strands of a pass differ."""
+        """Return what a work meets in a layer. The two strands of a visit differ in micro-batch."""
         whole, kept = _bytes(layer) if self.sized else (float(bool(layer.saved)),) * 2
         if work.part is Part.FORWARD:
             return Place(1, index, layer), whole
@@ -205,52 +206,52 @@ class LayerCosts:
 
 
 @dataclass(frozen=True)
-class PassTable:
-    """Costs of passes one by one, as stages that know their own tell them each other.
+class VisitTable:
+    """Costs of visits one by one, as stages that know their own tell them each other.
 
     Attributes:
-        costs: of the passes.
-        bytes: of the results of the works in them.
+        costs: cost of each visit.
+        bytes: bytes of the result of each work in them.
     """
 
-    costs: Mapping[Pass, PassCost]
+    costs: Mapping[Visit, VisitCost]
     bytes: Mapping[Work, float]
 
     @classmethod
-    def of_stage(cls, costs: PassCosts, schedule: Schedule, stage: int) -> PassTable:
-        """What the passes of one stage cost."""
-        passes = schedule.passes[stage]
+    def of_stage(cls, costs: VisitCosts, schedule: Schedule, stage: int) -> VisitTable:
+        """Tabulate what the visits of one stage cost."""
+        visits = schedule.visits[stage]
         return cls(
-            {works: costs.of(works) for works in passes},
-            {work: costs.bytes_sent(work) for works in passes for work in works},
+            {works: costs.of(works) for works in visits},
+            {work: costs.bytes_sent(work) for works in visits for work in works},
         )
 
     @classmethod
-    def joined(cls, tables: Iterable[PassTable]) -> PassTable:
-        """What the passes of all stages cost."""
-        costs, sizes = dict[Pass, PassCost](), dict[Work, float]()
+    def joined(cls, tables: Iterable[VisitTable]) -> VisitTable:
+        """Join the tables of all stages."""
+        costs, sizes = dict[Visit, VisitCost](), dict[Work, float]()
         for table in tables:
             costs |= table.costs
             sizes |= table.bytes
         return cls(costs, sizes)
 
-    def of(self, works: Pass) -> PassCost:
-        """The cost of a pass."""
+    def of(self, works: Visit) -> VisitCost:
+        """Return the cost of a visit."""
         return self.costs[works]
 
     def bytes_sent(self, work: Work) -> float:
-        """Bytes of the result of a work."""
+        """Return the bytes of the result of a work."""
         return self.bytes[work]
 
 
-def _ascends(works: Pass) -> bool:
-    """Whether two strands go up the stages: forward is in the later chunk."""
+def _ascends(works: Visit) -> bool:
+    """Tell whether two strands go up the stages: forward is in the later chunk."""
     chunks = {work.strand: work.chunk for work in works}
     return len(chunks) == 2 and chunks[Strand.FORWARD] > chunks[Strand.BACKWARD]
 
 
 def _bytes(layer: GraphPair) -> tuple[float, float]:
-    """Bytes per token that are saved after forward, and after the first half of backward."""
+    """Return the bytes per token saved after forward, and after the first half of backward."""
     forward, backward = layer.forward.bytes_per_token, layer.backward.bytes_per_token
     late = halves(layer)[1].backward
     saved = sum(forward.get(slot, 0.0) for slot in layer.saved)
@@ -260,8 +261,8 @@ def _bytes(layer: GraphPair) -> tuple[float, float]:
 
 
 def _timed(
-    walk: Walk, order: Order, first: frozenset[int], works: Pass, memory: tuple[float, float]
-) -> PassCost:
+    walk: Walk, order: Order, first: frozenset[int], works: Visit, memory: tuple[float, float]
+) -> VisitCost:
     starts, ends = walk.play(order, first)
     compute = sum(
         end - start for start, end, lane in zip(starts, ends, walk.lane, strict=True) if not lane
@@ -270,4 +271,4 @@ def _timed(
     for launch, end in zip(walk.launches, ends, strict=True):
         if set(launch.operator.writes) & set(launch.graph.outputs):
             ready[launch.strand] = max(ready[launch.strand], end)
-    return PassCost(max(ends), compute, ready, *memory)
+    return VisitCost(max(ends), compute, ready, *memory)

@@ -1,8 +1,8 @@
 """Plays a schedule on the stages of a pipeline.
 
-A stage carries out its passes in order. A pass starts when the stage is free and all it needs has
+A stage carries out its visits in order. A visit starts when the stage is free and all it needs has
 arrived; it hands a result on as soon as the strand that made it has ended, which may be before the
-pass ends. A stage sends one message at a time, beside its passes:
+visit ends. A stage sends one message at a time, beside its visits:
 
     stage 0   |===== 0F3+3B0 =====|== 3F2 ==|
     pp             |--0F3--> |--3B0->
@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from lightning_dhellam.search.pipeline.passes import PassCost, PassCosts
-from lightning_dhellam.search.pipeline.schedules import Pass, Schedule, Work
+from lightning_dhellam.search.pipeline.schedules import Schedule, Visit, Work
 from lightning_dhellam.search.pipeline.schedules.work import done_as
+from lightning_dhellam.search.pipeline.visits import VisitCost, VisitCosts
 
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the stages.
+    """The link between neighbouring stages.
 
     Attributes:
         bandwidth: bytes per second that a stage can send.
@@ -33,25 +33,25 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A pass on the timeline of a stage, in seconds."""
+class VisitInterval:
+    """A visit on the timeline of a stage, with its start and end in seconds."""
 
-    works: Pass
+    works: Visit
     start: float
     end: float
 
 
 @dataclass(frozen=True)
 class StageUse:
-    """How a stage spends the step. Its first four add up to the step's seconds.
+    """How a stage spends a step: the first four times add up to the seconds of the step.
 
     Attributes:
         compute: seconds in which compute works.
-        exposed: seconds of passes in which compute idles: their own communication is not hidden.
-        transfer: seconds between passes in which what is waited for is on its way from a stage.
-        bubble: the other seconds between passes, before the first, and after the last.
+        exposed: seconds of visits in which compute idles: their own communication is not hidden.
+        transfer: seconds between visits in which what is waited for is on its way from a stage.
+        bubble: the other seconds between visits, before the first, and after the last.
         peak: most saved activations at a time.
-        spans: the passes, in order.
+        intervals: the visits, in order.
     """
 
     compute: float
@@ -59,17 +59,17 @@ class StageUse:
     transfer: float
     bubble: float
     peak: float
-    spans: tuple[Span, ...]
+    intervals: tuple[VisitInterval, ...]
 
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """What a step would do on every stage.
+    """A step as it was played: what every stage would do.
 
     Attributes:
-        schedule: that was played.
-        seconds: of the step, from the first pass to the end of the last.
-        stages: one after the other.
+        schedule: schedule that was played.
+        seconds: seconds from the first visit to the end of the last.
+        stages: how each stage spends the step.
     """
 
     schedule: Schedule
@@ -77,12 +77,12 @@ class PipelineRun:
     stages: tuple[StageUse, ...]
 
     def share(self, part: str) -> list[float]:
-        """Share of the step that each stage spends on `part`, such as `bubble`."""
+        """Return the share of the step that each stage spends on `part`, such as `bubble`."""
         return [getattr(stage, part) / self.seconds for stage in self.stages]
 
 
-def run(schedule: Schedule, costs: PassCosts, link: Link | None = None) -> PipelineRun:
-    """Play a step. The schedule must be one that `schedules.check` accepts."""
+def play(schedule: Schedule, costs: VisitCosts, link: Link | None = None) -> PipelineRun:
+    """Play a step of a schedule that `check` accepts; without a `link`, transfers are free."""
     stages = [_Stage(number, schedule, costs, link or Link()) for number in range(schedule.stages)]
     arrived: dict[Work, _Message] = {}
     while sum(stage.advance(arrived) for stage in stages):
@@ -94,52 +94,52 @@ def run(schedule: Schedule, costs: PassCosts, link: Link | None = None) -> Pipel
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A result: when it was there, and when it is where it is needed."""
+    """A result, when it was made, and when it arrives where it is needed, in seconds."""
 
     made: float
     arrives: float
 
 
 class _Stage:
-    """Where a stage stands."""
+    """Knows how far a stage has come, and what it has spent its time on."""
 
-    def __init__(self, number: int, schedule: Schedule, costs: PassCosts, link: Link) -> None:
-        self._number, self._passes = number, schedule.passes[number]
+    def __init__(self, number: int, schedule: Schedule, costs: VisitCosts, link: Link) -> None:
+        self._number, self._visits = number, schedule.visits[number]
         self._schedule, self._costs, self._link = schedule, costs, link
         self._sending = 0.0
-        self._spans: list[Span] = []
-        self._done: list[PassCost] = []
+        self._intervals: list[VisitInterval] = []
+        self._done: list[VisitCost] = []
         self._transfer = 0.0
         self.free = 0.0
 
     @property
     def finished(self) -> bool:
-        return len(self._spans) == len(self._passes)
+        return len(self._intervals) == len(self._visits)
 
     def advance(self, arrived: dict[Work, _Message]) -> int:
-        """Do all passes that can be done by now. Returns how many there were."""
-        first = len(self._spans)
+        """Carry out all visits that can be by now, and return how many there were."""
+        first = len(self._intervals)
         while not self.finished:
-            works = self._passes[len(self._spans)]
+            works = self._visits[len(self._intervals)]
             before = [b for work in works for b in self._schedule.before(work)]
             if not all(b in arrived for b in before):
                 break
             self._do(works, [self._received(b, arrived[b]) for b in before], arrived)
-        return len(self._spans) - first
+        return len(self._intervals) - first
 
     def _received(self, work: Work, message: _Message) -> _Message:
-        """A result of this stage's own is here when it is made, wherever else it goes."""
+        """Return when a message is here: a result of this stage's own is when it is made."""
         local = self._schedule.stage_of[work.chunk] == self._number
         return _Message(message.made, message.made) if local else message
 
-    def _do(self, works: Pass, needed: list[_Message], arrived: dict[Work, _Message]) -> None:
+    def _do(self, works: Visit, needed: list[_Message], arrived: dict[Work, _Message]) -> None:
         cost = self._costs.of(works)
         start = self.free
         for message in sorted(needed, key=lambda message: message.arrives):
             if message.arrives > start:
                 self._transfer += message.arrives - max(start, message.made)
                 start = message.arrives
-        self._spans.append(Span(works, start, start + cost.seconds))
+        self._intervals.append(VisitInterval(works, start, start + cost.seconds))
         self._done.append(cost)
         self.free = start + cost.seconds
         for work in sorted(works, key=lambda work: cost.ready[work.strand]):
@@ -147,7 +147,7 @@ class _Stage:
             arrived[done_as(work)] = _Message(made, self._sent(work, made))
 
     def _sent(self, work: Work, made: float) -> float:
-        """When the result of a work is where it is needed."""
+        """Return when the result of a work is where it is needed."""
         if self._schedule.sent_to(work) is None:
             return made
         start = max(made, self._sending)
@@ -156,14 +156,14 @@ class _Stage:
 
     def use(self, seconds: float) -> StageUse:
         compute = sum(cost.compute for cost in self._done)
-        passes = sum(cost.seconds for cost in self._done)
+        visits = sum(cost.seconds for cost in self._done)
         return StageUse(
             compute,
-            passes - compute,
+            visits - compute,
             self._transfer,
-            seconds - passes - self._transfer,
+            seconds - visits - self._transfer,
             self._peak(),
-            tuple(self._spans),
+            tuple(self._intervals),
         )
 
     def _peak(self) -> float:

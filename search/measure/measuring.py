@@ -1,0 +1,211 @@
+"""Measures the operators of graphs: alone, and communication beside computation.
+
+Operators that do the same work share one measurement. What runs and times them is a `Bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Protocol
+
+from lightning_dhellam.plan import Graph, Operator
+from lightning_dhellam.search.measure.profile import Fingerprint, Profile
+from lightning_dhellam.search.measure.rows import Key, Samples, Timing
+
+_LEADS = 2
+"""Computation that is over so many leads after its start is not worth starting behind."""
+_WITHIN = 1 / 3
+"""Share of computation after which communication is started behind it. An operator may be several
+kernels, and the first, a short one, leave room that the long one after it does not."""
+
+Identity = Callable[[Graph, Operator], Hashable]
+"""What an operator does, as far as its time depends on it: its kind and its shapes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An operator to measure, which stands for all that do the same work.
+
+    Attributes:
+        key: its name.
+        graph: that it is part of.
+        operator: what runs.
+        spare: whether it leaves processors to communication.
+    """
+
+    key: Key
+    graph: Graph
+    operator: Operator
+    spare: bool = False
+
+
+class Bench(Protocol):
+    """Runs operators on the device and times them.
+
+    Times are of this rank or maximised over ranks, in seconds.
+
+    Attributes:
+        lead: the least head start that `behind` can give; 0 where communication cannot be started
+            under computation, as on a CPU, where computation holds up the host.
+    """
+
+    lead: float
+
+    def shrinks(self, target: Target) -> bool:
+        """Whether it can leave processors to communication, and still computes the same bits."""
+
+    def alone(self, target: Target) -> Samples:
+        """Time one operator while nothing else runs."""
+
+    def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
+        """Start both, communication first, and time each from the start to its own end."""
+
+    def behind(
+        self, communication: Target, compute: Target, lead: float
+    ) -> tuple[Samples, Samples]:
+        """Start communication `lead` after computation, and time each from its own start."""
+
+
+class BenchError(RuntimeError):
+    """An operator could not be measured. The message names it."""
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with measurements done, all measurements, and what comes next."""
+
+
+def nominal_identity(graph: Graph, operator: Operator) -> Hashable:
+    """Lane, nominal cost and sizes of what is read and written: the same for equal operators."""
+    if not operator.cost:
+        return graph.fingerprint, operator.name
+    sizes = tuple(graph.bytes_per_token.get(slot) for slot in operator.writes)
+    return operator.lane, operator.cost, len(operator.reads), sizes, bool(operator.accumulates)
+
+
+def targets(
+    graphs: Iterable[Graph], identity: Identity = nominal_identity
+) -> tuple[list[Target], dict[str, dict[str, Key]]]:
+    """What to measure, and the key of each operator by graph fingerprint and operator name."""
+    chosen: dict[Hashable, Target] = {}
+    keys: dict[str, dict[str, Key]] = {}
+    for graph in {graph.fingerprint: graph for graph in graphs}.values():
+        own = keys.setdefault(graph.fingerprint, {})
+        for operator in graph.operators:
+            target = Target(f"{graph.name}/{operator.name}", graph, operator)
+            own[operator.name] = chosen.setdefault(identity(graph, operator), target).key
+    return list(chosen.values()), keys
+
+
+def measure(
+    bench: Bench,
+    graphs: Sequence[Graph],
+    fingerprint: Fingerprint,
+    *,
+    progress: Progress | None = None,
+    identity: Identity = nominal_identity,
+    launch: float = 0.0,
+    inline: bool = False,
+    beside: Callable[[Target, Target], bool] | None = None,
+    visits: int = 1,
+) -> Profile:
+    """Measure every operator of `graphs` alone, and communication beside computation.
+
+    Args:
+        bench: times operators.
+        graphs: of every kind of layer, the most frequent first: operators that do the same work
+            are called by the first of them.
+        fingerprint: of the conditions.
+        progress: is told what is measured next.
+        identity: operators with equal ones are measured once.
+        launch: seconds the host needs to issue one operator.
+        inline: compute runs on the host, as it does on CPU.
+        beside: whether a communication and a compute operator are worth measuring together;
+            those that are not keep their speed. All by default.
+        visits: how often to go through all measurements. What disturbs the machine for a while
+            then spoils some samples of each, and not all samples of some.
+
+    Raises:
+        BenchError: names the operator that failed.
+    """
+    chosen, keys = targets(graphs, identity)
+    sparing = {
+        target.key: replace(target, key=f"{target.key} (spare)", spare=True)
+        for target in chosen
+        if target.operator.shrinks and bench.shrinks(target)
+    }
+    chosen += sparing.values()
+    pairs = [
+        (communication, compute)
+        for communication in chosen
+        for compute in chosen
+        if communication.operator.is_communication and not compute.operator.is_communication
+        if beside is None or beside(communication, compute)
+    ]
+    work = [_Measurement(target) for target in chosen]
+    for behind in (False, True) if bench.lead else (False,):
+        work += [_Measurement(*pair, behind) for pair in pairs]
+    alone: dict[Key, float] = {}
+    count = visits * len(work)
+    for number in range(count):
+        one = work[number % len(work)]
+        if progress is not None:
+            progress(number, count, str(one))
+        if one.partner is not None and one.behind:
+            one.lead = max(bench.lead, _WITHIN * alone[one.partner.key])
+        if one.partner is None or alone[one.partner.key] >= _LEADS * one.lead:
+            one.visit(bench)
+            alone.setdefault(one.target.key, one.visits[0][0].quantile(0.5))
+    if progress is not None:
+        progress(count, count, "done")
+    rows = [row for one in work for row in one.rows()]
+    lanes = {target.key: target.operator.lane for target in chosen}
+    distinct = tuple({graph.fingerprint: graph for graph in graphs}.values())
+    spares = {key: target.key for key, target in sparing.items()}
+    return Profile(fingerprint, keys, lanes, tuple(rows), launch, distinct, inline, spares)
+
+
+@dataclass
+class _Measurement:
+    """What is timed, and what each visit gave for each of its operators."""
+
+    target: Target
+    partner: Target | None = None
+    behind: bool = False
+    lead: float = 0.0
+    visits: list[tuple[Samples, ...]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.target.key} beside {self.partner.key}" if self.partner else self.target.key
+
+    def visit(self, bench: Bench) -> None:
+        """Time it. Raises BenchError."""
+        try:
+            if self.partner is None:
+                found: tuple[Samples, ...] = (bench.alone(self.target),)
+            elif self.behind:
+                found = bench.behind(self.target, self.partner, self.lead)
+            else:
+                found = bench.beside(self.target, self.partner)
+        except Exception as error:
+            raise BenchError(f"measuring {self} failed: {error}") from error
+        self.visits.append(found)
+
+    def rows(self) -> list[Timing]:
+        """Of all samples; none if it was never visited. Raises BenchError."""
+        if not self.visits:
+            return []
+        rows = [(self.target.key, self.partner.key if self.partner else None)]
+        if self.partner is not None:
+            rows.append((self.partner.key, self.target.key))
+        samples = [
+            Samples(tuple(chain.from_iterable(part.seconds for part in parts)))
+            for parts in zip(*self.visits, strict=True)
+        ]
+        try:
+            return [
+                Timing.of(*keys, own, self.lead) for keys, own in zip(rows, samples, strict=True)
+            ]
+        except ValueError as error:
+            raise BenchError(f"measuring {self} failed: {error}") from error

@@ -1,0 +1,69 @@
+"""A step of the pipeline that the trainer runs, as its stages predict it together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_dhellam.plan import Builder, GraphPair
+from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline.playing import play
+from lightning_dhellam.search.pipeline.schedules import Schedule, fold
+from lightning_dhellam.search.pipeline.visits import LayerCosts, UniformCosts, VisitTable
+
+
+@dataclass(frozen=True)
+class FoldedStep:
+    """A step of the folded pipeline, as one of its stages predicts it.
+
+    Attributes:
+        number: number of this stage, from 0.
+        count: how many stages there are.
+        micro_batches: how many micro-batches a step has.
+    """
+
+    number: int
+    count: int
+    micro_batches: int
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule of all stages."""
+        return fold(self.count, self.micro_batches)
+
+    @cached_property
+    def _filled(self) -> float:
+        """Share of a step in which this stage has something to do, if all visits take as long."""
+        return play(self.schedule, UniformCosts()).share("compute")[self.number]
+
+    def visits(
+        self,
+        descending: Sequence[GraphPair],
+        ascending: Sequence[GraphPair],
+        builder: Builder,
+        costs: Costs,
+        *,
+        busy: float,
+        tokens: int,
+    ) -> VisitTable:
+        """Tabulate what the visits of this stage cost.
+
+        Args:
+            descending: layers of its first chunk.
+            ascending: layers of its second chunk.
+            builder: makes the plan of each pair of graphs.
+            costs: what the operators cost.
+            busy: share of its visits in which compute works.
+            tokens: how many tokens a micro-batch has.
+        """
+        chunks: list[Sequence[GraphPair]] = [()] * (2 * self.count)
+        chunks[self.number], chunks[-1 - self.number] = descending, ascending
+        # Compute has more pauses, where stages wait for each other.
+        costs = costs.clocked(busy * self._filled)
+        known = LayerCosts(chunks, costs, tokens=tokens, builders={"": builder})
+        return VisitTable.of_stage(known, self.schedule, self.number)
+
+    def seconds(self, tables: Iterable[VisitTable]) -> float:
+        """Return the seconds of a step, from the tables of all stages. Transfers count as free."""
+        return play(self.schedule, VisitTable.joined(tables)).seconds
