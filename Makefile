@@ -1,6 +1,8 @@
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+# Another interpreter has an environment of its own, so that `make test PYTHON=python3.12` tests it.
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 TYPES := build/types
 PYTEST_ARGS ?=
 
@@ -17,7 +19,7 @@ venv: $(STAMP)
 # The stamp is written last: an interrupted installation is simply resumed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is %d.%d: Python 3.11 or newer is needed. Set PYTHON=python3.11, say." % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install 'pip>=23.1'
 	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
@@ -39,5 +41,5 @@ checks: $(STAMP)
 	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lightning_dhellam
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lightning_dhellam kernels search recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -104,17 +104,54 @@ def test_version_is_the_same_everywhere(wheel: Path) -> None:
     assert wheel.name.split("-")[1] == lightning_dhellam.__version__
 
 
-def test_tested_versions_satisfy_the_declared_ranges() -> None:
+def pins_of(python: str) -> dict[str, str]:
+    """The versions of constraints.txt for an interpreter, by package."""
     from packaging.requirements import Requirement
 
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.lower().split("==") for line in lines if "==" in line)
+    pins: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().lower().splitlines():
+        if "==" not in line:
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            assert pin.name not in pins, f"constraints.txt: two lines pin {pin.name}"
+            pins[pin.name] = str(pin.specifier).removeprefix("==")
+    return pins
+
+
+@pytest.mark.parametrize(
+    ("python", "megatron"), [("3.11", "0.16.1"), ("3.12", "0.19.2"), ("3.13", "0.19.2")]
+)
+def test_tested_versions_satisfy_the_declared_ranges(python: str, megatron: str) -> None:
+    from packaging.requirements import Requirement
+
+    pins = pins_of(python)
+    assert pins["megatron-core"] == megatron
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["test"]
     for requirement in map(Requirement, declared):
         pin = pins.get(requirement.name)
         assert pin is not None, f"constraints.txt: no line pins {requirement.name}"
         assert pin in requirement.specifier, f"constraints.txt: {pin} is not in {requirement}"
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("megatron-core", ["0.16.1", "0.19.0", "0.19.2"], ["0.16.0", "0.17.1", "0.18.0", "0.20.0"]),
+        ("torch", ["2.11.0", "2.13.0", "2.15.1"], ["2.10.0", "2.16.0"]),
+    ],
+)
+def test_declared_ranges_are_what_is_supported(
+    name: str, inside: list[str], outside: list[str]
+) -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = {Requirement(text).name: Requirement(text) for text in project["dependencies"]}
+    specifier = requirements[name].specifier
+    assert all(version in specifier for version in inside)
+    assert not any(version in specifier for version in outside)
 
 
 def test_plan_imports_no_torch(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from lightning_dhellam.kernels.choose import Kernels, choose
 from lightning_dhellam.layers import linear, norm
 from lightning_dhellam.layers.block import Setting, check_config
 from lightning_dhellam.layers.embedding import lower_embedding
+from lightning_dhellam.layers.fields import check_unknown
 from lightning_dhellam.layers.generic import lower_module
 from lightning_dhellam.layers.head import HeadLowering, Loss
 from lightning_dhellam.layers.linear import ColumnLinear
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.transfer import connect
-from lightning_dhellam.layers.transformer import lower_transformer
+from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair
@@ -69,6 +70,7 @@ def lower(
             operator would train a parameter.
     """
     config = model.transformer_config
+    check_unknown(config, CHECKED)
     sizes = Sizes(
         model.context, config.params_dtype, config.hidden_size, model.config.max_sequence_length
     )

@@ -16,9 +16,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 
-from lightning_dhellam.layers import norm, residual
+from lightning_dhellam.layers import attention, linear, mlp, norm, residual
 from lightning_dhellam.layers.attention import Attention
 from lightning_dhellam.layers.block import Block, Setting, Supported, check_class, check_config
+from lightning_dhellam.layers.fields import check_unknown
 from lightning_dhellam.layers.mlp import Mlp
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.residual import Residual
@@ -34,6 +35,11 @@ SUPPORTED: Supported = {
     "pipeline_model_parallel_size": (1,),
     "recompute_granularity": (None,),
 }
+
+CHECKED = frozenset().union(
+    *(block.SUPPORTED for block in (attention, linear, mlp, norm, residual)), SUPPORTED
+)
+"""Fields that a layer or one of its blocks looks at."""
 
 BLOCKS: dict[type, Callable[[Any, Setting], Block]] = {SelfAttention: Attention.of, MLP: Mlp.of}
 """What lowers a block of a layer, by the class of its Megatron-core module."""
@@ -65,6 +71,7 @@ def lower_transformer(layer: Any, setting: Setting) -> GraphPair:
     """
     for supported in (SUPPORTED, norm.SUPPORTED, residual.SUPPORTED):
         check_config(layer.config, supported)
+    check_unknown(layer.config, CHECKED)
     check_class(layer.cross_attention, IdentityOp, "cross_attention", setting.index)
     halves = (
         _half(layer, layer.input_layernorm, layer.self_attention, setting, "attention", "x", "mid"),

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.versions import QUIET_FIELDS
 
 # Rows of the vocabulary that one rank's GEMM works on come in multiples of this many.
 _VOCABULARY_ALIGNMENT = 8
@@ -232,5 +233,5 @@ class ModelConfig:
             masked_softmax_fusion=False,
             gradient_accumulation_fusion=False,
             apply_rope_fusion=False,
-            cuda_graph_scope=[],
+            **QUIET_FIELDS,
         )

@@ -6,7 +6,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from lightning_dhellam.models.attention import SdpaCoreAttention
 from lightning_dhellam.models.norm import NORMS
+from lightning_dhellam.versions import mlp_spec
 
 
 def llama_layer_spec(
@@ -41,12 +42,9 @@ def llama_layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                params=mlp_params,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
+            mlp=mlp_spec(
+                MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                **mlp_params,
             ),
             mlp_bda=get_bias_dropout_add,
         ),

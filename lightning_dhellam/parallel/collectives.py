@@ -14,12 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.parallel.work import Once, Work
+from lightning_dhellam.versions import all_gather_single, reduce_scatter_single
 
 Found = TypeVar("Found")
-
-# Torch 2.13 renamed both; 2.11 has only the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Transport(Protocol):
@@ -59,7 +56,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, transport: Transport | None 
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     if transport is not None:
         return Pending(out, transport.all_gather(x, out))
-    return Pending(out, _all_gather(out, x, group=group, async_op=not x.is_cuda))
+    return Pending(out, all_gather_single(out, x, group=group, async_op=not x.is_cuda))
 
 
 def reduce_scatter(
@@ -73,7 +70,7 @@ def reduce_scatter(
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     if transport is not None:
         return Pending(out, transport.reduce_scatter(x, out))
-    return Pending(out, _reduce_scatter(out, x, group=group, async_op=not x.is_cuda))
+    return Pending(out, reduce_scatter_single(out, x, group=group, async_op=not x.is_cuda))
 
 
 def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:

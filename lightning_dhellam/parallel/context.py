@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -242,11 +242,19 @@ def _groups_without_distributed() -> Iterator[None]:
     """Let Megatron's functions accept our groups of one while torch.distributed is down.
 
     They drop every group they are given when `is_initialized` is false, then assert that they have
-    one; with a group of size 1 they call no collective.
+    one; with a group of size 1 they call no collective. Who is initialised is asked for its rank,
+    before every message of the log.
     """
-    original = dist.is_initialized
-    dist.is_initialized = lambda: True
+    alone: dict[str, Callable[..., object]] = {
+        "is_initialized": lambda: True,
+        "get_rank": lambda group=None: 0,
+        "get_world_size": lambda group=None: 1,
+    }
+    originals = {name: getattr(dist, name) for name in alone}
+    for name, answer in alone.items():
+        setattr(dist, name, answer)
     try:
         yield
     finally:
-        dist.is_initialized = original
+        for name, original in originals.items():
+            setattr(dist, name, original)

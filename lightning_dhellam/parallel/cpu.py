@@ -88,6 +88,16 @@ class _CpuGenerators:
         return torch.default_generator
 
 
+class _HostStream:
+    """``torch.cuda.current_stream()`` of such a machine: whatever was issued is done."""
+
+    def wait_event(self, event: object) -> None:
+        """Return at once."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Return at once."""
+
+
 class _NotTheForkedGenerator(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()
@@ -109,6 +119,7 @@ def _manual_seed(seed: int) -> None:
 # comes, and the queue holds a copy of the state for each.
 _REPLACEMENTS: dict[tuple[Any, str], object] = {
     (torch.cuda, "current_device"): lambda: _CPU,
+    (torch.cuda, "current_stream"): lambda device=None: _HostStream(),
     (torch.cuda, "synchronize"): lambda device=None: None,
     (torch.cuda, "is_initialized"): lambda: True,
     (torch.cuda, "default_generators"): _CpuGenerators(),

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.versions import gradients_for_norm
 
 
 def can_shard(optimizer: Optimizer) -> bool:
@@ -101,7 +102,7 @@ class ModelParallelOptimizer:
         self.prepare()
         if self._norm is None:
             with self._context.megatron():
-                grads = self._megatron.get_main_grads_for_grad_norm()
+                grads = gradients_for_norm(self._megatron)
             square = torch.zeros((), dtype=torch.float32, device=self._context.device)
             if grads:
                 square = torch.nn.utils.get_total_norm(grads).float().square()

@@ -13,6 +13,15 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
+def test_megatron_may_ask_one_process_for_its_rank() -> None:
+    assert not dist.is_initialized()
+    with ParallelContext.single(CPU).megatron():
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+    assert not dist.is_initialized()
+    with pytest.raises(ValueError, match="not been initialized"):
+        dist.get_rank()
+
+
 def _ranks_of_context(rank: int) -> tuple[int, ...]:
     with pytest.raises(ValueError, match="tensor_parallel_size=3"):
         ParallelContext.create(CPU, tensor_parallel_size=3)

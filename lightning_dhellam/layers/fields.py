@@ -1,0 +1,84 @@
+"""Which fields of Megatron-core's TransformerConfig may have any value.
+
+Every version of Megatron-core brings fields that change what a layer computes, and operators know
+only those that this package was written for. So a field is refused unless it is known, and a new
+one is refused until somebody has looked at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lightning_dhellam.versions import QUIET_FIELDS
+
+# Lowering reads these, or the modules that were built from them.
+_READ = """
+add_bias_linear add_qkv_bias bf16 expert_model_parallel_size expert_tensor_parallel_size
+ffn_hidden_size fp16 hidden_dropout hidden_size kv_channels layernorm_epsilon num_attention_heads
+num_layers num_query_groups params_dtype sequence_parallel tensor_model_parallel_size
+"""
+# These are over when a layer exists.
+_BUILDING = """
+embedding_init_method embedding_init_method_std init_method init_method_std output_layer_init_method
+perform_initialization use_cpu_initialization use_te_rng_tracker
+"""
+# These say how Megatron computes, sends or stores the same numbers: which kernel, in which order.
+# Operators and plans have their own ways.
+_HOW = """
+apply_rope_fusion attention_backend attention_softmax_in_fp32 barrier_with_L1_time batch_p2p_comm
+batch_p2p_sync bias_activation_fusion bias_dropout_fusion clone_scatter_output_in_embedding
+config_logger_dir cross_entropy_fusion_impl cross_entropy_loss_fusion
+cuda_graph_retain_backward_graph cuda_graph_use_single_mempool cuda_graph_warmup_steps
+deallocate_pipeline_outputs deterministic_mode disable_bf16_reduced_precision_matmul
+disable_parameter_transpose_cache distribute_saved_activations finalize_model_grads_func
+flash_attention_version fused_single_qkv_rope grad_sync_func gradient_accumulation_fusion
+masked_softmax_fusion memory_efficient_layer_norm microbatch_group_size_per_vp_stage no_sync_func
+overlap_p2p_comm overlap_p2p_comm_warmup_flush param_sync_func persist_layer_norm pipeline_dtype
+pipeline_model_parallel_comm_backend recompute_method recompute_modules recompute_num_layers timers
+tp_comm_atomic_ag tp_comm_atomic_rs tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad
+tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_disable_fc1 tp_comm_overlap_disable_qkv
+tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs transformer_impl
+variable_seq_lengths
+"""
+# Nothing is generated, and nothing is cast by autocast.
+_ELSEWHERE = """
+async_tensor_model_parallel_allreduce autocast_dtype flash_decode inference_cuda_graph_scope
+inference_rng_tracker inference_sampling_seed mlp_chunks_for_prefill
+"""
+
+HARMLESS = frozenset(f"{_READ} {_BUILDING} {_HOW} {_ELSEWHERE}".split())
+"""Fields whose value changes nothing that lowering would get wrong."""
+
+
+def check_unknown(config: Any, known: Collection[str]) -> None:
+    """Refuse a field with a value that lowering does not know, unless it has its default.
+
+    Args:
+        config: a TransformerConfig, or a class of the user's that is one.
+        known: fields that are checked elsewhere.
+
+    Raises:
+        ValueError: naming the field, its value and its default.
+    """
+    plain = _plain()
+    for field in fields(config):
+        if field.name in known or field.name in HARMLESS:
+            continue
+        own = field.default if field.default_factory is MISSING else field.default_factory()
+        default, value = getattr(plain, field.name, own), getattr(config, field.name)
+        if value != default:
+            raise ValueError(
+                f"TransformerConfig.{field.name}={value!r} cannot be lowered to operators: leave"
+                f" it at {default!r}"
+            )
+
+
+@cache
+def _plain() -> TransformerConfig:
+    """A configuration with its defaults, as the constructor leaves them."""
+    return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **QUIET_FIELDS)

@@ -1,0 +1,60 @@
+"""What differs between the versions of torch and megatron-core that are supported.
+
+Torch 2.11 to 2.15 and megatron-core 0.16.1 and 0.19 are used through the names of this module; all
+other code is the same for every version.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+# Torch 2.13 renamed both; 2.11 has only the old names.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Concatenates equal tensors of all ranks into one."""
+
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""Sums tensors of all ranks, and gives each rank an equal part."""
+
+# 0.19 lays out the buffers of a sharded optimizer as 0.16 did, and tells the user to do it himself.
+logging.getLogger(DistributedDataParallel.__module__).addFilter(
+    lambda record: "full_param_layout not provided" not in record.getMessage()
+)
+
+_RENAMED = hasattr(TransformerConfig, "cuda_graph_modules")
+QUIET_FIELDS: dict[str, Any] = {"cuda_graph_modules" if _RENAMED else "cuda_graph_scope": []}
+"""Fields of a TransformerConfig whose own defaults it warns of, with what they stand for."""
+
+
+def mlp_spec(submodules: MLPSubmodules, **parameters: Any) -> Any:
+    """The `mlp` of a layer's specification: an MLP of `submodules`.
+
+    Args:
+        submodules: the linear layers of the MLP.
+        parameters: of its constructor, such as `ffn_hidden_size`.
+    """
+    if hasattr(MLP, "as_mlp_submodule"):
+        # 0.19 takes a ModuleSpec as well, but warns, and writes into the caller's specification.
+        return partial(MLP.as_mlp_submodule, submodules=submodules, **parameters)
+    return ModuleSpec(module=MLP, submodules=submodules, params=parameters)
+
+
+def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """The gradients that a rank adds to the norm of the whole model's.
+
+    Those that several tensor-parallel ranks hold are with one of them only.
+    """
+    name = "get_grads_for_grad_norm"
+    if not hasattr(optimizer, name):
+        name = "get_main_grads_for_grad_norm"  # until 0.16
+    gradients: list[Tensor] = getattr(optimizer, name)()
+    return gradients
