@@ -48,6 +48,13 @@ class DualStrandMixin(LightningModule):
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
         """Make this rank's part of the model. Layers may be replaced by modules of your own.
 
+        Such a block maps hidden states [S, B, H] to the same shape. It gets whole sequences, which
+        with tensor parallelism every rank computes alike. One that works token by token, and sets
+        `token_wise = True` on its class, gets each rank's own tokens instead, [S / TP, B, H], and
+        computes them once. Megatron's parallel linear layers inside it split their weights either
+        way. Parameters that are not split, and buffers, start as those of the first rank, whatever
+        each rank has drawn; after each training step buffers are the first rank's again.
+
         With pipeline parallelism every rank must put in the same modules at the same places; one
         of your own belongs to the stage of the layer before it, and the others forget it.
         """

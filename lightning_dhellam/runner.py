@@ -24,6 +24,7 @@ from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
+from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.plan.file import conditions, named_plan
 from lightning_dhellam.precision import PRECISIONS
@@ -99,6 +100,7 @@ class Runner:
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
         self._closing = ExitStack()
+        start_alike(model, self.context)
         lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
         self.kernels = lowered.kernels
         config = model.config
@@ -342,7 +344,7 @@ class Runner:
             device=self.device,
             seed=self.seed,
             step=step,
-            rank=self.context.topology.rank_in_stage,
+            topology=self.context.topology,
             targets=needs_labels,
         )
 

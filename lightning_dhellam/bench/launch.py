@@ -18,7 +18,7 @@ from lightning_dhellam.bench.report import Report, device_name, pick_device
 from lightning_dhellam.engine import Engine, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, preset
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.plan import Graph, GraphPair, Operator, builder
 
 DESCRIPTION = "host time that the engine adds to an operator's own launch"
@@ -70,7 +70,7 @@ def _host_seconds(engine: Engine, device: torch.device, step: int) -> float:
     """Host time of a step of four micro-batches, too small to wait for."""
     tokens = torch.randint(0, 4096, (4, 65), device=device)
     batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
-    pieces = cut(batch, 1, device=device, seed=1, step=step, rank=0)
+    pieces = cut(batch, 1, device=device, seed=1, step=step, topology=Topology())
     _synchronize(device)
     begin = time.perf_counter()
     engine.train(pieces)

@@ -15,7 +15,7 @@ from lightning_dhellam.bench.pipeline import Settings
 from lightning_dhellam.engine import Engine, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.plan import builder
 
 _CPU = torch.device("cpu")
@@ -93,6 +93,8 @@ def _folded(settings: Settings, context: ParallelContext, plan: str) -> Side:
     def step() -> Tensor:
         for grad in grads:
             grad.zero_()
-        return engine.train(cut(_batch(settings), 1, device=_CPU, seed=1, step=0, rank=0))
+        return engine.train(
+            cut(_batch(settings), 1, device=_CPU, seed=1, step=0, topology=Topology())
+        )
 
     return Side(step, lambda: grads)

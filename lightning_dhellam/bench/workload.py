@@ -93,7 +93,7 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
     give_gradients(model)
     device = model.context.device
     pieces = cut(
-        batch, micro_batch, device=device, seed=_SEED, step=0, rank=model.context.topology.rank
+        batch, micro_batch, device=device, seed=_SEED, step=0, topology=model.context.topology
     )
     lowered = lower(model)
     processors = model.context.link_processors
@@ -126,7 +126,7 @@ def trunk(
     x, dy = torch.randn(shape, **options), torch.randn(shape, **options) / length
     tokens = length * micro_batch
     unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
-    slots = {"batch.key": None, "batch.tokens": unread}
+    slots = {"batch.key": None, "batch.whole_key": None, "batch.tokens": unread}
     pieces = [MicroBatch(dict(slots), tokens) for _ in range(count)]
     layers_and_ends = (_source(x), *inner, _sink(dy))
     return Workload(model, layers_and_ends, pieces, lowered.kernels.names, priority, processors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import dropout
+from lightning_dhellam.parallel.topology import Topology
 
 IGNORED = -100
 """Label of a token that does not count, as in Hugging Face and torch."""
@@ -22,8 +23,10 @@ class MicroBatch:
     Attributes:
         slots: `batch.tokens` [B, S] int64; `batch.labels` [S, B] int64, never negative;
             `batch.weights` [S, B] fp32, what each token's loss counts, with a sum of 1 over the
-            whole batch; `batch.key`, the random key, None in evaluation; `batch.data`, the user's
-            mapping cut to this micro-batch; `batch.share`, its part of the batch's samples.
+            whole batch; `batch.key`, the random key of what this rank alone computes, and
+            `batch.whole_key`, of what all ranks with these samples compute alike, both None in
+            evaluation; `batch.data`, the user's mapping cut to this micro-batch; `batch.share`, its
+            part of the batch's samples.
         tokens: number of tokens, B * S.
     """
 
@@ -38,7 +41,7 @@ def cut(
     device: torch.device,
     seed: int,
     step: int,
-    rank: int,
+    topology: Topology,
     targets: bool = True,
 ) -> list[MicroBatch]:
     """Cut a batch of this rank into micro-batches of at most `size` samples.
@@ -52,12 +55,15 @@ def cut(
             Every other tensor whose first dimension is B is cut as well.
         size: samples per micro-batch.
         device: where the slots are needed.
-        seed: of the run; with `step`, `rank` (`Topology.rank_in_stage`) and the micro-batch it
-            determines all random numbers.
+        seed: of the run; with `step`, this rank's place in its pipeline stage and the micro-batch
+            it determines all random numbers.
+        step: of the run.
+        topology: this rank's place among those that share the layers and the samples.
         targets: whether labels are read, if there are any.
     """
     tokens = batch["tokens"]
     samples = tokens.shape[0]
+    rank, sharing = topology.rank_in_stage, topology.tp_size * topology.cp_size
     labels, weights = _targets(batch, device) if targets else (None, None)
     pieces = []
     for index, start in enumerate(range(0, samples, size)):
@@ -67,6 +73,7 @@ def cut(
             # may begin anywhere.
             "batch.tokens": tokens[rows].to(device, non_blocking=True, copy=True),
             "batch.key": dropout.derive_key(seed, step, rank, index),
+            "batch.whole_key": dropout.derive_key(seed, step, rank // sharing, index),
             "batch.share": (rows.stop - start) / samples,
             "batch.data": {name: _rows(value, rows, samples) for name, value in batch.items()},
         }

@@ -270,7 +270,8 @@ class Engine:
     ) -> list[Tensor]:
         """What the last graph hands over for each micro-batch, if it is the model's last."""
         # Without a key nothing random happens: no dropout.
-        still = [replace(p, slots={**p.slots, "batch.key": None}) for p in micro_batches]
+        no_keys = dict.fromkeys(("batch.key", "batch.whole_key"))
+        still = [replace(p, slots={**p.slots, **no_keys}) for p in micro_batches]
 
         def alone(pieces: list[MicroBatch]) -> None:
             self._ahead(pieces, self.stage.rehearsal(len(pieces), backward=False), graphs)

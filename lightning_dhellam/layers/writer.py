@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from lightning_dhellam.layers.rules import ALIKE, bound
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import taken_first
 from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand
+from lightning_dhellam.plan.layout import Rule
 
 # Nominal rates of one H200 with NVLink, measured or from the data sheet. Plans that are made
 # without a profile depend on the ratios only.
@@ -83,6 +85,7 @@ class GraphWriter:
         moved: float = 0.0,
         accumulates: tuple[Parameter, ...] = (),
         shrinks: bool = False,
+        rule: Rule = ALIKE,
     ) -> None:
         """Add a compute operator.
 
@@ -95,11 +98,22 @@ class GraphWriter:
             moved: bytes read and written per token, for the nominal cost.
             accumulates: parameters whose gradient it adds to; frozen ones are left out.
             shrinks: whether it can leave processors to communication.
+            rule: how slots lie that it reads and writes, on communicators of several ranks.
         """
         cost = max(flops / _FLOPS, moved / _MEMORY)
         trained = tuple(p for p in accumulates if p.requires_grad)
         self._add(
-            Operator(name, Lane.COMPUTE, reads, tuple(writes), run, cost, trained, shrinks=shrinks)
+            Operator(
+                name,
+                Lane.COMPUTE,
+                reads,
+                tuple(writes),
+                run,
+                cost,
+                trained,
+                shrinks=shrinks,
+                rule=bound(rule, self.sizes.context, trained),
+            )
         )
         self.bytes_per_token.update(writes)
 

@@ -14,15 +14,18 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from lightning_dhellam.kernels.dropout import derive_key
+from lightning_dhellam.layers.sequence import is_token_wise, of_whole_sequences
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
@@ -193,8 +196,8 @@ class CausalLM(nn.Module):
                 for layer in self.layers:
                     if isinstance(layer, TransformerLayer):
                         hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
-                    else:  # a block of the user's own, from hidden states to hidden states
-                        hidden = layer(hidden)
+                    else:
+                        hidden = self._of_users_block(layer, hidden)
             hidden = self.final_norm(hidden)
             logits, _ = self.output_layer(hidden, weight=self.output_weight)
             logits = logits.transpose(0, 1)
@@ -207,6 +210,17 @@ class CausalLM(nn.Module):
                 logits, labels, self.config.vocab_size, self.context
             )
         return losses if loss_mask is None else losses * loss_mask
+
+    def _of_users_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states of this rank's tokens from those before the block."""
+        if not self.transformer_config.sequence_parallel or is_token_wise(block):
+            return block(hidden)
+        group = self.context.groups.tp
+        whole = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=group
+        )
+        with of_whole_sequences(block):
+            return scatter_to_sequence_parallel_region(block(whole), group=group)
 
     def _dropout_generator(self) -> AbstractContextManager[None]:
         # Ranks hold different tokens between the layers, so they must draw different masks.

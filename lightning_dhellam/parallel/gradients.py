@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.replicas import is_split, share_buffers, start_alike
 
 OnLane = Callable[[], AbstractContextManager[None]]
 """Enters the `dp` lane, after everything that compute was given so far."""
@@ -65,7 +66,8 @@ class GradientBuffers:
     """Contiguous `main_grad` buffers of a model, reduced bucket by bucket as they fill up.
 
     Args:
-        model: every parameter that requires a gradient gets a `main_grad`.
+        model: every parameter that requires a gradient gets a `main_grad`. What ranks hold alike
+            becomes what the first of them holds.
         config: Megatron's TransformerConfig of the model.
         context: groups of this rank.
         sharded: reduce-scatter for the distributed optimizer, instead of all-reduce.
@@ -84,10 +86,12 @@ class GradientBuffers:
         bucket_size: int | None = None,
     ) -> None:
         self._context = context
+        self._model = model
         self._parallel = context.topology.dp_size > 1
         self._groups = _groups_of_stage(context)
         if context.topology.tp_size > 1:
             _mark_partial(model)
+        start_alike(model, context)
         with context.megatron():
             self.ddp = DistributedDataParallel(
                 config,
@@ -101,7 +105,6 @@ class GradientBuffers:
                 pg_collection=self._groups,
             )
             if self._parallel:
-                self.ddp.broadcast_params()
                 # Not first in a step: it loads kernels and connects (see `engine/rehearsal.py`).
                 self.ddp.start_grad_sync()
                 self.ddp.finish_grad_sync()
@@ -134,7 +137,8 @@ class GradientBuffers:
         """Wait for the reductions, and add up what tensor-parallel ranks hold in part.
 
         With sequence parallelism each rank has seen only its tokens, so the gradients of norm
-        weights, and of every other weight that is not split, are partial sums.
+        weights, and of every other weight that is not split, are partial sums. Buffers that the
+        step has changed become those of the first rank.
         """
         for parameter in self.ddp.params_with_grad:
             if taken_first(parameter):  # nothing was added: it took no part in this step
@@ -143,6 +147,7 @@ class GradientBuffers:
             return
         with self._context.megatron(), torch.no_grad():
             finalize_model_grads([self.ddp], pg_collection=self._groups)
+            share_buffers(self._model, self._context)
 
     def close(self) -> None:
         """Let go of the model: it has no `main_grad` any more, and ordinary training works again.
@@ -178,5 +183,4 @@ def _mark_partial(model: Module) -> None:
     It marks its own norms when it makes them; a user's block comes unmarked.
     """
     for parameter in model.parameters():
-        if not getattr(parameter, "tensor_model_parallel", False):
-            parameter.sequence_parallel = True  # type: ignore[attr-defined]
+        parameter.sequence_parallel = not is_split(parameter)  # type: ignore[attr-defined]

@@ -63,9 +63,10 @@ class _Step:
             held = self._as_needed(move)
             writes = _each(move.writes, len(self._operator.writes))
         self._check_draws(held)
-        gradient = move.gradient if move is not None else None
-        for number, kept in enumerate(self._rule.kept):
-            self._check_gradient(number, kept, gradient or _of_sum(held))
+        gradient = (move.gradient if move is not None else None) or _of_sum(held)
+        gradients = _each(gradient, len(self._rule.kept))
+        for number, (kept, lies) in enumerate(zip(self._rule.kept, gradients, strict=True)):
+            self._check_gradient(number, kept, lies)
         return writes
 
     def _alike(self) -> Held:

@@ -25,7 +25,8 @@ from enum import StrEnum
 class Held(StrEnum):
     """What a rank of a communicator has of a slot.
 
-    `DISTINCT` is for random keys alone: each rank has another.
+    `PARTS` is for parameters of a user's own whose dimensions nobody has named, and `DISTINCT` for
+    random keys alone: each rank has another.
     """
 
     REPLICATED = "replicated"
@@ -36,6 +37,7 @@ class Held(StrEnum):
     FFN = "sharded(ffn)"
     VOCABULARY = "sharded(vocabulary)"
     EXPERTS = "sharded(experts)"
+    PARTS = "sharded(parts)"
     DISTINCT = "distinct"
 
 
@@ -94,12 +96,13 @@ class Move:
     Attributes:
         reads: how the slots that it reads must lie: one for all, or one for each in their order.
         writes: how the slots lie that it writes, likewise.
-        gradient: how the gradients lie that it adds to, where `reads` do not say it.
+        gradient: how the gradients lie that it adds to, where `reads` do not say it: one for all,
+            or one for each.
     """
 
     reads: Held | tuple[Held, ...]
     writes: Held | tuple[Held, ...] = Held.REPLICATED
-    gradient: Held | None = None
+    gradient: Held | tuple[Held, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,7 @@ def batch_of(config: ModelConfig, samples: int = 3, length: int = 16) -> dict[st
 
 def pieces(batch: Batch, size: int, context: ParallelContext, step: int = 0) -> list[MicroBatch]:
     """Micro-batches of `size` samples."""
-    return cut(
-        batch, size, device=context.device, seed=1, step=step, rank=context.topology.rank_in_stage
-    )
+    return cut(batch, size, device=context.device, seed=1, step=step, topology=context.topology)
 
 
 def engine_of(

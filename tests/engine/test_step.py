@@ -16,7 +16,7 @@ from lightning_dhellam.engine.inputs import Limits, check_batch
 from lightning_dhellam.engine.tape import Tape
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import BUILDERS, Graph, GraphPair, Lane, Operator, PlanError, Strand
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, prepared, train
@@ -182,6 +182,9 @@ def test_a_plan_of_other_graphs_is_refused_before_anything_runs(
         bind(replace(plan, rows=plan.rows[:-1]), pair.forward, None)
 
 
+RANK_3 = Topology(world_size=4, rank=3)
+
+
 def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = batch_of(SMALL, 5, 8) | {
@@ -190,7 +193,7 @@ def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
         "scalar": torch.tensor(3.0),
         "ids": torch.arange(5),
     }
-    micro_batches = cut(batch, 2, device=CPU, seed=1, step=2, rank=3)
+    micro_batches = cut(batch, 2, device=CPU, seed=1, step=2, topology=RANK_3)
     assert [piece.tokens for piece in micro_batches] == [16, 16, 8]
     slots = [piece.slots for piece in micro_batches]
     assert torch.equal(torch.cat([s["batch.tokens"] for s in slots]), batch["tokens"])
@@ -213,10 +216,10 @@ def test_labels_that_are_not_read_may_be_anything() -> None:
     tokens = batch_of(SMALL, 5, 8)["tokens"]
     for labels in (torch.ones(5), "text", None):
         batch = {"tokens": tokens, "labels": labels}
-        first, *_ = cut(batch, 2, device=CPU, seed=1, step=2, rank=3, targets=False)
+        first, *_ = cut(batch, 2, device=CPU, seed=1, step=2, topology=RANK_3, targets=False)
         assert "batch.labels" not in first.slots
         check_batch(batch, limits, needs_labels=False)
-    assert "batch.labels" not in cut(batch, 2, device=CPU, seed=1, step=2, rank=3)[0].slots
+    assert "batch.labels" not in cut(batch, 2, device=CPU, seed=1, step=2, topology=RANK_3)[0].slots
     with pytest.raises(ValueError, match=r"without \['labels'\]"):
         check_batch(batch, limits, needs_labels=True)
 
@@ -228,9 +231,22 @@ def test_every_micro_batch_step_rank_and_seed_has_its_own_key() -> None:
         for seed in (1, 2)
         for step in (0, 1)
         for rank in (0, 1)
-        for piece in cut(batch, 1, device=CPU, seed=seed, step=step, rank=rank)
+        for piece in cut(batch, 1, device=CPU, seed=seed, step=step, topology=Topology(2, rank))
     }
     assert len(keys) == 2 * 2 * 2 * 3
+
+
+def test_ranks_that_share_samples_have_one_key_for_what_they_compute_alike() -> None:
+    def keys(slot: str, tp_size: int, ranks: int) -> list[int]:
+        topologies = [Topology(world_size=ranks, rank=r, tp_size=tp_size) for r in range(ranks)]
+        pieces = (cut(batch, 2, device=CPU, seed=1, step=0, topology=t)[0] for t in topologies)
+        return [piece.slots[slot] for piece in pieces]
+
+    batch = batch_of(SMALL, 2, 8)
+    alone = keys("batch.whole_key", 1, 2)
+    assert alone == keys("batch.key", 1, 2) and alone[0] != alone[1]
+    assert keys("batch.whole_key", 2, 4) == [alone[0], alone[0], alone[1], alone[1]]
+    assert len(set(keys("batch.key", 2, 4))) == 4
 
 
 def test_prediction_without_its_graph_is_our_mistake(

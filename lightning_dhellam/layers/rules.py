@@ -1,0 +1,69 @@
+"""Layouts and rules of a run: which communicators have several ranks, and what lies how on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.nn import Parameter
+
+from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.replicas import is_split
+from lightning_dhellam.plan.layout import COMMUNICATORS, Held, Kept, Layout, Move, Rule
+
+ALIKE = Rule()
+"""All that is read lies alike, and so does what is written."""
+
+
+def several(context: ParallelContext) -> frozenset[str]:
+    """The communicators of more than one rank: on all others everything is replicated."""
+    return frozenset(c for c in COMMUNICATORS if context.topology.sizes[c] > 1)
+
+
+def _layout(context: ParallelContext, **held: Held) -> Layout:
+    return Layout(**{c: held[c] for c in several(context) & held.keys()})
+
+
+def of_stream(context: ParallelContext) -> Layout:
+    """How hidden states lie between layers: split along the sequence, and by samples."""
+    tokens, samples = Held.SEQUENCE, Held.SAMPLES
+    return _layout(context, tp=tokens, cp=tokens, ep=samples, dp=samples)
+
+
+def of_batch(context: ParallelContext) -> dict[str, Layout]:
+    """How the slots of a micro-batch lie. Its numbers and the user's mapping lie nowhere.
+
+    Tensor-parallel ranks have the same tokens, and draw from different keys, since between the
+    layers each has a part of them; `batch.whole_key` is for what they all compute of the whole.
+    """
+    tokens = _layout(context, cp=Held.SEQUENCE, ep=Held.SAMPLES, dp=Held.SAMPLES)
+    apart = dict.fromkeys(COMMUNICATORS, Held.DISTINCT)
+    return {
+        "batch.tokens": tokens,
+        "batch.labels": tokens,
+        "batch.weights": tokens,
+        "batch.key": _layout(context, **apart),
+        "batch.whole_key": _layout(context, ep=Held.DISTINCT, dp=Held.DISTINCT),
+    }
+
+
+def bound(rule: Rule, context: ParallelContext, trained: Sequence[Parameter] = ()) -> Rule:
+    """`rule` of an operator that adds to the gradients of `trained`, on what `context` has."""
+    there = several(context)
+    moves = {c: move for c, move in rule.moves.items() if c in there}
+    kept = tuple(_kept(parameter, there) for parameter in trained)
+    return replace(rule, moves=moves, kept=kept)
+
+
+def _kept(parameter: Parameter, there: frozenset[str]) -> Kept:
+    split = frozenset({"tp"} if is_split(parameter) else ())
+    return Kept(split & there, there - split)
+
+
+def on_tp(
+    reads: Held | tuple[Held, ...],
+    writes: Held | tuple[Held, ...] = Held.REPLICATED,
+    gradient: Held | tuple[Held, ...] | None = None,
+) -> Rule:
+    """A rule that names tensor parallelism alone."""
+    return Rule({"tp": Move(reads, writes, gradient)})
