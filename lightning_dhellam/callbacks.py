@@ -15,11 +15,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
-from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.models import ModelConfig, training_flops_per_token
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy
 
-__all__ = ["AutoSearch", "RunSummary", "ThroughputMonitor", "training_flops_per_token"]
+__all__ = ["AutoSearch", "RunSummary", "ThroughputMonitor"]
 
 
 class ThroughputMonitor(Callback):
@@ -126,21 +126,6 @@ class RunSummary(Callback):
         if validation is not None:
             lines.insert(1 + (emulated is not None), f"validation  {validation.item():.3f}")
         print("\n" + "\n".join(lines), flush=True)
-
-
-def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of forward and backward per token of a sequence of `length`, attention causal-halved.
-
-    Two for each weight of a matrix product in forward and twice that in backward; the embedding's
-    look-up counts nothing.
-    """
-    heads = config.num_attention_heads * config.kv_channels
-    keys = config.num_query_groups * config.kv_channels
-    layer = config.hidden_size * (
-        2 * heads + 2 * keys + config.mlp_matrices * config.ffn_hidden_size
-    )
-    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
-    return 6.0 * (weights + config.num_layers * heads * length)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids
 from lightning_dhellam.layers import Loss, lower
 from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import from_first, reduced, same_on_all_ranks
+from lightning_dhellam.parallel.collectives import (
+    from_first,
+    largest,
+    reduced,
+    same_on_all_ranks,
+)
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
@@ -100,6 +105,7 @@ class Runner:
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
         self._closing = ExitStack()
+        self._length: int | None = None
         start_alike(model, self.context)
         lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
         self.kernels = lowered.kernels
@@ -245,6 +251,17 @@ class Runner:
                 " rank must run the same model, plan and version"
             )
 
+    def _suit(self, length: int) -> None:
+        """Make the plans for sequences of `length` tokens, if this is the first batch.
+
+        Ranks whose batches are shorter take the longest of all; plans stay what they are after
+        that, since a change would have to be agreed on in each step.
+        """
+        if self._length is None:
+            self._length = int(largest(torch.tensor([length]), self.world_group))
+            self.engine.suit(self._length)
+            self.use_plan(self.plan_in_use, self.engine.builder)
+
     def optimizer(
         self, optimizer: torch.optim.Optimizer, *, sharded: bool | None = None
     ) -> ModelParallelOptimizer:
@@ -309,6 +326,7 @@ class Runner:
         if self._buffers is None or self._optimizer is None:
             raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
         pieces = self.micro_batches(batch, step=self.steps if step is None else step)
+        self._suit(batch["tokens"].shape[1])
         self._optimizer.begin()
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)

@@ -31,7 +31,7 @@ from lightning_dhellam.bench.report import Report, Row, pick_device
 from lightning_dhellam.bench.several_job import MEGATRON, OURS, Job
 from lightning_dhellam.bench.several_rank import JOB, RESULT
 from lightning_dhellam.bench.workers import Budget, stop
-from lightning_dhellam.callbacks import training_flops_per_token
+from lightning_dhellam.models import training_flops_per_token
 
 DESCRIPTION = "plans and Megatron-core's own step over real links of several GPUs, and emulated"
 

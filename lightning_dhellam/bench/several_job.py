@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.bench.cells import shapes
-from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.models import ModelConfig, parameter_count
 
 OURS, MEGATRON = "ours", "megatron-core"
 
@@ -95,7 +95,7 @@ class Job:
         return replace(config, num_layers=max(whole, self.pipeline))
 
     def _fitting(self, config: ModelConfig, memory: float) -> int:
-        one, two = (replace(config, num_layers=count).parameter_count for count in (1, 2))
+        one, two = (parameter_count(replace(config, num_layers=count)) for count in (1, 2))
         layer, ends = two - one, 2 * one - two
         tokens = self.length * self.micro_batch
         kept = 3 * config.ffn_hidden_size + _STREAMS * config.hidden_size

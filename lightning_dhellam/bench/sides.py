@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.bench.operators import operator_times
 from lightning_dhellam.bench.report import pick_device
-from lightning_dhellam.callbacks import training_flops_per_token
-from lightning_dhellam.models import ModelConfig, import_llama, preset
+from lightning_dhellam.models import ModelConfig, import_llama, preset, training_flops_per_token
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.strategy import DHellamStrategy
 

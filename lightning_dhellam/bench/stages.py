@@ -89,6 +89,7 @@ def _folded(settings: Settings, context: ParallelContext, plan: str) -> Side:
         parameter.main_grad = grads[-1]  # type: ignore[attr-defined]
     lowered = lower(model)
     engine = Engine(lowered.layers, make_lanes(_CPU), builder(plan), stage=lowered.stage)
+    engine.suit(settings.length)
 
     def step() -> Tensor:
         for grad in grads:

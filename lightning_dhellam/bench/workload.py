@@ -96,8 +96,9 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
         batch, micro_batch, device=device, seed=_SEED, step=0, topology=model.context.topology
     )
     lowered = lower(model)
+    layers = [pair.at(batch["tokens"].shape[1]) for pair in lowered.layers]
     processors = model.context.link_processors
-    return Workload(model, lowered.layers, pieces, lowered.kernels.names, processors=processors)
+    return Workload(model, layers, pieces, lowered.kernels.names, processors=processors)
 
 
 def trunk(
@@ -117,7 +118,7 @@ def trunk(
     """
     give_gradients(model)
     lowered = lower(model)
-    inner = lowered.layers[1 : layers + 1]
+    inner = [pair.at(length) for pair in lowered.layers[1 : layers + 1]]
     context = model.context
     generator = torch.Generator(context.device).manual_seed(_SEED)
     shape = (length // context.topology.tp_size, micro_batch, model.config.hidden_size)

@@ -76,12 +76,28 @@ class Engine:
         """This rank's place in the pipeline."""
         return self._stage or Stage.alone(len(self.layers))
 
+    @property
+    def builder(self) -> Builder:
+        """What makes the plan of each pair of graphs."""
+        return self._builder
+
     def install(self, builder: Builder) -> None:
         """Use the plans of `builder` from the next visit on."""
         self._builder = builder
         self._plans.clear()
         self._programs.clear()
         self._evaluations.clear()
+
+    def suit(self, length: int) -> None:
+        """Make plans from the nominal costs of sequences of `length` tokens, from the next pass on.
+
+        They are made for the longest that the model accepts before. All plans can run sequences of
+        any length.
+        """
+        self.layers = tuple(pair.at(length) for pair in self.layers)
+        if self.logits is not None:
+            self.logits = self.logits.at(length)
+        self.install(self._builder)
 
     def plans(self) -> list[Plan]:
         """The plans of a training step, one for each distinct pair of graphs, in walking order."""

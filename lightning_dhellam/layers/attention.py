@@ -156,7 +156,7 @@ class Attention:
                 "attention_state": 0,
             },
             lambda heads: forward(*cut(heads), scale),
-            flops=self.heads.flops(w.sizes.length),
+            growing=self.heads.flops(1),
         )
 
     def _grads(self, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Parts:
@@ -184,7 +184,7 @@ class Attention:
             ("d_context", self._read, "context", "lse", "attention_state"),
             writes,
             run,
-            flops=_BACKWARD * self.heads.flops(w.sizes.length),
+            growing=_BACKWARD * self.heads.flops(1),
         )
 
 

@@ -31,7 +31,7 @@ class Sizes:
         context: groups and sizes of this rank.
         dtype: of activations.
         hidden: channels of the residual stream.
-        length: tokens of the sequences that nominal costs are those of.
+        length: tokens of a sequence, for costs that grow with it; see `Graph.at`.
     """
 
     context: ParallelContext
@@ -83,6 +83,7 @@ class GraphWriter:
         *,
         flops: float = 0.0,
         moved: float = 0.0,
+        growing: float = 0.0,
         accumulates: tuple[Parameter, ...] = (),
         shrinks: bool = False,
         rule: Rule = ALIKE,
@@ -96,23 +97,29 @@ class GraphWriter:
             run: launches it.
             flops: floating-point operations per token, for the nominal cost.
             moved: bytes read and written per token, for the nominal cost.
+            growing: floating-point operations per token for each token of the sequence, in place of
+                `flops` and `moved`.
             accumulates: parameters whose gradient it adds to; frozen ones are left out.
             shrinks: whether it can leave processors to communication.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
         """
-        cost = max(flops / _FLOPS, moved / _MEMORY)
+        assert not (growing and (flops or moved)), f"{name} has two nominal costs"
+        growth = growing / _FLOPS
+        cost = growth * self.sizes.length or max(flops / _FLOPS, moved / _MEMORY)
         trained = tuple(p for p in accumulates if p.requires_grad)
+        slots = tuple(writes)
         self._add(
             Operator(
                 name,
                 Lane.COMPUTE,
                 reads,
-                tuple(writes),
+                slots,
                 run,
                 cost,
                 trained,
                 shrinks=shrinks,
                 rule=bound(rule, self.sizes.context, trained),
+                growth=growth,
             )
         )
         self.bytes_per_token.update(writes)

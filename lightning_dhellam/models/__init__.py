@@ -2,6 +2,7 @@
 
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.counts import parameter_count, training_flops_per_token
 from lightning_dhellam.models.huggingface import export_llama, import_llama
 from lightning_dhellam.models.presets import PRESETS, preset
 from lightning_dhellam.models.stage import pipeline_split
@@ -12,6 +13,8 @@ __all__ = [
     "ModelConfig",
     "export_llama",
     "import_llama",
+    "parameter_count",
     "pipeline_split",
     "preset",
+    "training_flops_per_token",
 ]

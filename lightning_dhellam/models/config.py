@@ -12,8 +12,6 @@ from lightning_dhellam.versions import QUIET_FIELDS
 
 # Rows of the vocabulary that one rank's GEMM works on come in multiples of this many.
 _VOCABULARY_ALIGNMENT = 8
-# Longer contexts are for inference, or for a last phase of training.
-_TRAINING_LENGTH = 8192
 _KINDS = {
     "normalization": ("RMSNorm", "LayerNorm"),
     "activation": ("swiglu", "gelu"),
@@ -136,37 +134,6 @@ class ModelConfig:
     def kv_channels(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of weights, vocabulary padding not counted."""
-        norm = 1 if self.normalization == "RMSNorm" else 2
-        attention = 2 * self.num_attention_heads + 2 * self.num_query_groups
-        mlp = self.mlp_matrices * self.ffn_hidden_size
-        layer = attention * self.kv_channels + mlp + 2 * norm
-        tables = 1 if self.tie_embeddings else 2
-        return self.hidden_size * (self.num_layers * layer + tables * self.vocab_size + norm)
-
-    @property
-    def mlp_matrices(self) -> int:
-        """Matrices of hidden_size by ffn_hidden_size in the MLP of a layer."""
-        return 3 if self.activation == "swiglu" else 2
-
-    @property
-    def costs_in_layers(self) -> tuple[float, float]:
-        """Time of the embedding, and of the output layer with the loss, in that of a layer.
-
-        Matrix products at their FLOPs, attention over half of a sequence as long as models are
-        mostly trained on; the embedding at the bytes that it moves, 10 per channel, each of which
-        takes a GPU as long as 175 FLOPs.
-        """
-        length = min(self.max_sequence_length, _TRAINING_LENGTH)
-        heads = self.num_attention_heads * self.kv_channels
-        keys = self.num_query_groups * self.kv_channels
-        mlp = self.mlp_matrices * self.ffn_hidden_size
-        weights = self.hidden_size * (2 * heads + 2 * keys + mlp)
-        layer = 6.0 * (weights + heads * length)
-        return 1750 * self.hidden_size / layer, 6.0 * self.vocab_size * self.hidden_size / layer
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding table: vocab_size rounded up so that every rank's share is whole

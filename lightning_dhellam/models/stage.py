@@ -8,6 +8,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.counts import costs_in_layers
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.pipeline.split import balanced, check_split, chunks, stage_of
 
@@ -38,7 +39,7 @@ def pipeline_split(
     """
     if given:
         return check_split(tuple(given), config.num_layers, stages)
-    embedding, head = config.costs_in_layers
+    embedding, head = costs_in_layers(config)
     return balanced(config.num_layers, stages, embedding=embedding, head=head)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -78,6 +78,12 @@ class Graph:
 
     def __str__(self) -> str:
         return f"{self.name} {self.direction}"
+
+    def at(self, length: int) -> Graph:
+        """The same graph with the nominal costs of sequences of `length` tokens."""
+        if not any(operator.growth for operator in self.operators):
+            return self
+        return replace(self, operators=tuple(o.at(length) for o in self.operators))
 
     @cached_property
     def written(self) -> frozenset[str]:
@@ -189,6 +195,10 @@ class GraphPair:
         clash = self.backward.written & known
         assert not clash, f"{self.backward} writes slots of forward: {sorted(clash)}"
         self._check_gradients()
+
+    def at(self, length: int) -> GraphPair:
+        """The same layer with the nominal costs of sequences of `length` tokens."""
+        return GraphPair(self.forward.at(length), self.backward.at(length))
 
     @cached_property
     def lies(self) -> dict[str, Layout]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -84,6 +84,8 @@ class Operator:
         rule: how slots lie that it reads and writes; None where all that it reads lies alike.
         rehearsal: what is run in its place when a stage rehearses, where nothing is sent or
             received and nothing may be left behind.
+        growth: nominal seconds per token for each token of the sequence, where the cost grows with
+            its length, as attention's does: `cost` is then that of some length (see `at`).
         track: where it is issued.
     """
 
@@ -99,11 +101,16 @@ class Operator:
     shrinks: bool = field(default=False, compare=False)
     rule: Rule | None = field(default=None, repr=False, compare=False)
     rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
+    growth: float = field(default=0.0, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Looked up with every launch.
         object.__setattr__(self, "track", Track(self.lane, self.channel))
+
+    def at(self, length: int) -> Operator:
+        """The same operator with its cost at sequences of `length` tokens."""
+        return replace(self, cost=self.growth * length) if self.growth else self
 
     @property
     def is_communication(self) -> bool:

@@ -15,6 +15,7 @@ from lightning_dhellam.bench.throughput import CASES, _jobs
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.bench.workers import Budget, Workers
 from lightning_dhellam.commands.main import main
+from lightning_dhellam.models import parameter_count
 
 TINY = "llama-tiny:2:512:64:2"
 
@@ -80,7 +81,7 @@ def test_cases_name_real_shapes(case: str) -> None:
     assert shape.length == shape.config.max_sequence_length
     # Six FLOPs for each weight and token, and attention.
     assert shape.flops_per_token > 6 * (
-        shape.config.parameter_count - 2 * shape.config.vocab_size * shape.config.hidden_size
+        parameter_count(shape.config) - 2 * shape.config.vocab_size * shape.config.hidden_size
     )
 
 

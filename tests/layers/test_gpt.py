@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.layers import lower
-from lightning_dhellam.models import CausalLM, ModelConfig, import_llama
+from lightning_dhellam.models import CausalLM, ModelConfig, import_llama, parameter_count
 from lightning_dhellam.parallel import ParallelContext
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, train
 from tests.models.llama import SMALL, relative_error
@@ -65,10 +65,21 @@ def test_slots_are_named_for_what_they_hold() -> None:
     assert sizes["mlp_rstd"] == 2 * 4, "mean and reciprocal deviation"
 
 
-def test_parameters_are_counted() -> None:
-    config = replace(GPT, vocab_size=64)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"linear_bias": True},
+        {"qkv_bias": True},
+        {"linear_bias": True, "activation": "swiglu"},
+        {"normalization": "RMSNorm", "num_query_groups": 4, "head_dim": 6},
+    ],
+    ids=str,
+)
+def test_parameters_are_counted(change: dict[str, object]) -> None:
+    config = replace(GPT, vocab_size=64, **change)  # type: ignore[arg-type]
     model = _model(config)
-    assert sum(p.numel() for p in model.parameters()) == config.parameter_count
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(config)
 
 
 def test_a_llama_checkpoint_is_refused() -> None:

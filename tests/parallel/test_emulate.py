@@ -14,11 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_dhellam.callbacks import (
-    RunSummary,
-    ThroughputMonitor,
-    training_flops_per_token,
-)
+from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
+from lightning_dhellam.models import training_flops_per_token
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
 from lightning_dhellam.parallel.link import EmulatedLink, Play

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_dhellam.models import pipeline_split, preset
+from lightning_dhellam.models.counts import costs_in_layers
 from lightning_dhellam.pipeline.schedule import Way
 from lightning_dhellam.pipeline.split import balanced, check_split, chunks, stage_of
 from lightning_dhellam.pipeline.stage import Leg, Stage
@@ -31,7 +32,7 @@ def test_a_costly_head_leaves_its_stage_fewer_layers() -> None:
 
 
 def test_presets_count_the_embedding_and_the_head() -> None:
-    embedding, head = preset("llama-3-8b").costs_in_layers
+    embedding, head = costs_in_layers(preset("llama-3-8b"))
     assert 0 < embedding < 0.05 and 2 < head < 2.5
     assert _stages(pipeline_split(preset("llama-3-8b"), 4)) == [6, 8, 9, 9]
     assert pipeline_split(preset("llama-3-70b"), 2) == pipeline_split(preset("llama-3.1-70b"), 2)

@@ -1,14 +1,13 @@
-"""What the callbacks count."""
+"""Operations that a model takes."""
 
 from __future__ import annotations
 
-from lightning_dhellam.callbacks import training_flops_per_token
-from lightning_dhellam.models import preset
+from lightning_dhellam.models import parameter_count, preset, training_flops_per_token
 
 
 def test_flops_of_llama_3_8b_are_those_of_its_matrix_products() -> None:
     config = preset("llama-3-8b")
-    weights = config.parameter_count - config.vocab_size * config.hidden_size
+    weights = parameter_count(config) - config.vocab_size * config.hidden_size
     norms = (2 * config.num_layers + 1) * config.hidden_size
     products = 6 * (weights - norms)
     # Causal: half of the 12 * layers * hidden * length of full attention.
