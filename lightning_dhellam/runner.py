@@ -116,7 +116,7 @@ class Runner:
             self.context.topology.tp_size,
             loss is not None,
         )
-        lanes = make_lanes(self.device, processors=self.context.link_processors)
+        lanes = make_lanes(self.device, processors=self.context.processors)
         builder = named_plan(plan, self.conditions)
         self._engine: Engine | None = Engine(
             lowered.layers, lanes, builder, lowered.logits, lowered.stage, module or model
@@ -331,11 +331,11 @@ class Runner:
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)
         self._buffers.finish()
-        return from_first(loss, self.context.pp_group)
+        return from_first(loss, self.context.groups.pp)
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""
-        return from_first(self.engine.evaluate(self.micro_batches(batch)), self.context.pp_group)
+        return from_first(self.engine.evaluate(self.micro_batches(batch)), self.context.groups.pp)
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch, without gradients."""
@@ -344,11 +344,11 @@ class Runner:
             shape = (*batch["tokens"].shape, self.model.config.vocab_size)
             dtype = self.model.transformer_config.params_dtype
             logits = torch.empty(shape, dtype=dtype, device=self.device)
-        return from_first(logits, self.context.pp_group)
+        return from_first(logits, self.context.groups.pp)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over data-parallel ranks. Nothing waits for it on the host."""
-        return reduced(value, self.context.dp_group)
+        return reduced(value, self.context.groups.dp)
 
     def micro_batches(
         self, batch: Mapping[str, Any], *, needs_labels: bool = True, step: int = 0

@@ -242,7 +242,7 @@ class Session:
         long as all of them together."""
         self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
         if self._runner.context.topology.pp_size > 1:
-            known = of_all_ranks((self.left_out, self._visits), self._runner.context.pp_group)
+            known = of_all_ranks((self.left_out, self._visits), self._runner.context.groups.pp)
             for name in self._builders:
                 peaks = [left_out[name] for left_out, _ in known if name in left_out]
                 if peaks:

@@ -18,6 +18,7 @@ from lightning_dhellam.bench.tap import Tap
 from lightning_dhellam.bench.workload import Workload, whole
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.measure import Profile, merged
 from lightning_dhellam.search.model import Costs
 
@@ -52,9 +53,8 @@ class Duel:
         device = torch.device("cpu")
         context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
         config = shape(settings)
-        assert context.duplex is not None, "gloo on CPU has one"
-        self._tap = Tap(context.duplex, context.topology.tp_size)
-        model = CausalLM(config, replace(context, duplex=self._tap))
+        self._tap = Tap(context.communicators[Lane.TP])
+        model = CausalLM(config, context.through(Lane.TP, self._tap))
         generator = torch.Generator().manual_seed(5)
         sequences = settings.micro_batches * settings.micro_batch
         size = (sequences, settings.length + 1)

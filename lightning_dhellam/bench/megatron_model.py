@@ -83,7 +83,7 @@ def gpt_model(
         pg_collection=context.groups,
     )
     # All layers at once: on a stage of its own, ours would have two chunks of other layers.
-    whole = replace(context, topology=topology.stage, channels={}, pipeline_split=())
+    whole = replace(context, topology=topology.stage, edges={}, pipeline_split=())
     ours = dict(CausalLM(shape, whole, dtype).named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

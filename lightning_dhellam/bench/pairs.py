@@ -24,6 +24,7 @@ from lightning_dhellam.bench.stage import rank_of
 from lightning_dhellam.bench.workload import trunk
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Cluster, ParallelContext
+from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.report.pictures import hidden_shares, save_heat_map
@@ -60,13 +61,13 @@ def run(options: Namespace) -> Report:
             shape.length,
             shape.micro_batch,
             1,
-            processors=context.link_processors,
+            processors=context.processors,
         )
         group = None if context.emulated else dist.group.WORLD
         profile = work.profile(group, options.repeats)
         notes = {"device": profile.fingerprint.device, "shape": options.shape}
         if context.emulated:
-            notes["EMULATED"] = f"link {context.links['tp'].calibrated(_sizes(profile))}"
+            notes["EMULATED"] = f"link {context.links[Lane.TP].calibrated(_sizes(profile))}"
         report = _report(profile, notes)
         if context.topology.rank == 0:
             path = Path(options.output) / f"pairs-{options.shape}-{date.today()}.png"

@@ -110,7 +110,7 @@ class Stage:
         self._shapes = shapes
         self._effort = effort
         self._slower = slower
-        self._link: EmulatedLink = context.links["tp"]
+        self._link: EmulatedLink = context.links[Lane.TP]
         self._clock = Clock(context.device)
         self._model: tuple[str, int, CausalLM] | None = None
         self._searched: dict[tuple[str, int, Link, int], Plans] = {}

@@ -2,48 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_dhellam.bench.rounds import Step
-from lightning_dhellam.parallel.collectives import Transport
+from lightning_dhellam.parallel.communicator import Communicator
+from lightning_dhellam.parallel.transport import Transport
 from lightning_dhellam.parallel.work import Once, Work
+from lightning_dhellam.plan import Collective
 
-_Carry = Callable[[Tensor, Tensor], Work | None]
-_Sizes = tuple[torch.Size, torch.Size, torch.dtype]
-_Calls = list[tuple[_Carry, _Sizes]]
+_Tensors = tuple[Tensor, ...]
+_Carry = Callable[[_Tensors, _Tensors], Work | None]
+_Sizes = tuple[tuple[torch.Size, torch.dtype], ...]
+_Calls = list[tuple[_Carry, _Sizes, _Sizes]]
 
 
 class Tap:
-    """Carries collectives over `transport`, and those of `silent` steps not at all.
+    """Carries collectives of a lane by its transport, and those of `silent` steps not at all.
 
     Args:
-        transport: of real collectives.
-        ranks: that take part in one.
+        communicator: of the lane.
     """
 
-    def __init__(self, transport: Transport, ranks: int) -> None:
-        self._transport = transport
-        self._ranks = ranks
+    def __init__(self, communicator: Communicator) -> None:
+        self._transport: Transport = communicator.transport
+        self._rank, self._ranks = communicator.rank, communicator.size
         self._is_silent = False
         self._heard: _Calls | None = None
-        self._buffers: dict[_Sizes, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[tuple[_Sizes, _Sizes], tuple[_Tensors, _Tensors]] = {}
 
     def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
-        """Start to fill `out` [ranks * n, ...] with `x` [n, ...] of every rank."""
+        """See `Transport`."""
         if self._is_silent:
             out.view(self._ranks, *x.shape).copy_(x)
             return Once([])
-        return self._carry(self._transport.all_gather, x, out)
+        carry = self._transport.all_gather
+        return self._carry(lambda xs, outs: carry(xs[0], outs[0]), (x,), (out,))
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> Work | None:
-        """Start to sum this rank's part of `x` [ranks * n, ...] over all ranks into `out`."""
+        """See `Transport`."""
         if self._is_silent:
             torch.sum(x.view(self._ranks, *out.shape), dim=0, out=out)
             return Once([])
-        return self._carry(self._transport.reduce_scatter, x, out)
+        carry = self._transport.reduce_scatter
+        return self._carry(lambda xs, outs: carry(xs[0], outs[0]), (x,), (out,))
+
+    def exchange(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
+    ) -> Work | None:
+        """See `Transport`. In silence it brings what is sent, so sizes must be the same."""
+        if self._is_silent:
+            for x, out in zip(sent, received, strict=True):
+                out.copy_(x)
+            return Once([])
+        carry = self._transport.exchange
+        return self._carry(
+            lambda xs, outs: carry(xs, outs, target, source), tuple(sent), tuple(received)
+        )
+
+    def all_to_all(
+        self,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        given: Sequence[int],
+        taken: Sequence[int],
+    ) -> Work | None:
+        """See `Transport`. In silence it brings zeros, but for what this rank keeps."""
+        if self._is_silent:
+            for x, out in zip(sent, received, strict=True):
+                parts = out.zero_().split(list(taken))
+                parts[self._rank].copy_(x.split(list(given))[self._rank])
+            return Once([])
+        carry = self._transport.all_to_all
+        return self._carry(
+            lambda xs, outs: carry(xs, outs, given, taken), tuple(sent), tuple(received)
+        )
+
+    def processors(self, collective: Collective) -> int:
+        """See `Transport`."""
+        return self._transport.processors(collective)
 
     def silent(self, step: Step) -> Step:
         """The same step with collectives that send nothing: a rank's own numbers stand for all.
@@ -70,19 +109,24 @@ class Tap:
             self._heard = None
 
         def run() -> Tensor:
-            for carry, sizes in heard:
-                work = carry(*self._buffers[sizes])
+            for carry, *sizes in heard:
+                work = carry(*self._buffers[sizes[0], sizes[1]])
                 if work is not None:
                     work.wait()
             return torch.zeros(())
 
         return run
 
-    def _carry(self, carry: _Carry, x: Tensor, out: Tensor) -> Work | None:
+    def _carry(self, carry: _Carry, xs: _Tensors, outs: _Tensors) -> Work | None:
         if self._heard is not None:
-            sizes = (x.shape, out.shape, x.dtype)
-            self._heard.append((carry, sizes))
+            sizes = _sizes(xs), _sizes(outs)
+            self._heard.append((carry, *sizes))
             # Those of a size share: each is waited for before the next one.
             if sizes not in self._buffers:
-                self._buffers[sizes] = torch.zeros_like(x), torch.zeros_like(out)
-        return carry(x, out)
+                made = (tuple(torch.zeros_like(x) for x in each) for each in (xs, outs))
+                self._buffers[sizes] = next(made), next(made)
+        return carry(xs, outs)
+
+
+def _sizes(tensors: _Tensors) -> _Sizes:
+    return tuple((x.shape, x.dtype) for x in tensors)

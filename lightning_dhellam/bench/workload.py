@@ -97,7 +97,7 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
     )
     lowered = lower(model)
     layers = [pair.at(batch["tokens"].shape[1]) for pair in lowered.layers]
-    processors = model.context.link_processors
+    processors = model.context.processors
     return Workload(model, layers, pieces, lowered.kernels.names, processors=processors)
 
 

@@ -19,7 +19,7 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 from lightning_dhellam.data.prepared import CACHE, PreparedData, is_prepared, prepare_hint
 from lightning_dhellam.data.tokenizer import BareVocabulary, Tokenizer
 from lightning_dhellam.files import staged_directory
-from lightning_dhellam.parallel.emulate import is_emulated
+from lightning_dhellam.parallel.stand_in import is_emulated
 
 _CHECKED_TOKENS = 2**20
 _DIGESTED_BYTES = 2**20

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.linear import ColumnLinear
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.plan import Collective, Graph, GraphPair, Strand
+from lightning_dhellam.parallel.communicator import Communicator
+from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Strand
 
 Loss = Callable[[Tensor, Any], Tensor]
 """A user's loss: logits [B, S, V] and the micro-batch to a scalar, under autograd."""
@@ -127,15 +127,16 @@ class HeadLowering:
         read, ranks = "statistics", self.sizes.tp
         if ranks > 1:
             size = 12.0 * ranks
-            read = w.collective(
+            w.collective(
+                Lane.TP,
                 "loss.gather",
-                Collective.ALL_GATHER,
-                read,
-                "statistics_all",
+                (read,),
+                {"statistics_all": size},
                 collectives.all_gather,
-                size,
-                size - 12.0,
+                Collective.ALL_GATHER,
+                crossing=size - 12.0,
             )
+            read = "statistics_all"
 
         def run(statistics: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             loss, lse = self.kernels.cross_entropy.combine(statistics.view(ranks, 3, -1))
@@ -210,15 +211,16 @@ class HeadLowering:
         if self.sizes.tp > 1:
             mine = self.sizes.wide(self.columns)
             size = mine * self.sizes.tp
-            read = w.collective(
+            w.collective(
+                Lane.TP,
                 "logits.gather",
-                Collective.ALL_GATHER,
-                read,
-                "logits_of_ranks",
+                (read,),
+                {"logits_of_ranks": size},
                 _gather_ranks,
-                size,
-                size - mine,
+                Collective.ALL_GATHER,
+                crossing=size - mine,
             )
+            read = "logits_of_ranks"
 
         def run(logits: Tensor) -> Tensor:
             ranks = logits.view(-1, *logits.shape[-3:])
@@ -271,8 +273,6 @@ class HeadLowering:
         return self._output_backward(w)
 
 
-def _gather_ranks(
-    logits: Tensor, group: ProcessGroup, transport: collectives.Transport | None = None
-) -> collectives.Pending:
+def _gather_ranks(communicator: Communicator, logits: Tensor) -> collectives.Pending:
     """Logits [S, B, V_rank] of every rank: [R, S, B, V_rank]."""
-    return collectives.all_gather(logits[None], group, transport)
+    return collectives.all_gather(communicator, logits[None])

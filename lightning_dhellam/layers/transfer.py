@@ -46,7 +46,7 @@ def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[Graph
 def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     (slot,) = graph.inputs
     channel = Edge(source, here, graph.direction)
-    group, parts = sizes.context.channels[channel], sizes.tp
+    group, parts = sizes.context.edges[channel], sizes.tp
     dtype, hidden = sizes.dtype, sizes.hidden
 
     def empty(tokens: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
     (slot,) = graph.outputs
     channel = Edge(here, target, graph.direction)
-    group = sizes.context.channels[channel]
+    group = sizes.context.edges[channel]
 
     def run(x: Tensor) -> collectives.Pending:
         return collectives.send(x, target, group)

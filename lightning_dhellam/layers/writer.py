@@ -124,65 +124,77 @@ class GraphWriter:
         )
         self.bytes_per_token.update(writes)
 
-    def gather(self, name: str, read: str, write: str, channels: int) -> str:
-        """Gather `read` along the sequence over the TP ranks. Returns the slot to read then.
+    def gather(self, name: str, read: str, write: str, channels: int, lane: Lane = Lane.TP) -> str:
+        """Gather `read` over the ranks of `lane`, along its first dimension: the sequence.
 
-        Without TP there is nothing to gather: no operator is added, and `read` is returned.
+        Returns the slot to read then. Where there is one rank nothing is to be gathered: no
+        operator is added, and `read` is returned.
         """
-        if self.sizes.tp == 1:
+        ranks = self.sizes.context.topology.size(lane)
+        if ranks == 1:
             return read
         size = self.sizes.wide(channels)
-        return self.collective(
+        self.collective(
+            lane,
             name,
-            Collective.ALL_GATHER,
-            read,
-            write,
+            (read,),
+            {write: size},
             collectives.all_gather,
-            size,
-            crossing=size - size / self.sizes.tp,
+            Collective.ALL_GATHER,
+            crossing=size - size / ranks,
         )
+        return write
 
-    def scatter(self, name: str, read: str, write: str, channels: int) -> str:
-        """Sum `read` over the TP ranks and keep this rank's part of the sequence."""
-        if self.sizes.tp == 1:
+    def scatter(self, name: str, read: str, write: str, channels: int, lane: Lane = Lane.TP) -> str:
+        """Sum `read` over the ranks of `lane`, and keep this rank's part of the sequence.
+
+        Returns the slot to read then, which is `read` where there is one rank.
+        """
+        ranks = self.sizes.context.topology.size(lane)
+        if ranks == 1:
             return read
         whole = self.sizes.wide(channels)
-        size = whole / self.sizes.tp
-        return self.collective(
+        self.collective(
+            lane,
             name,
-            Collective.REDUCE_SCATTER,
-            read,
-            write,
+            (read,),
+            {write: whole / ranks},
             collectives.reduce_scatter,
-            size,
-            crossing=whole - size,
+            Collective.REDUCE_SCATTER,
+            crossing=whole - whole / ranks,
         )
+        return write
 
     def collective(
         self,
+        lane: Lane,
         name: str,
-        collective: Collective,
-        read: str,
-        write: str,
+        reads: tuple[str, ...],
+        writes: Mapping[str, float],
         launch: Callable[..., collectives.Pending],
-        size: float,
+        collective: Collective,
+        *,
         crossing: float,
-    ) -> str:
-        """Add a collective of the TP group.
+    ) -> None:
+        """Add a collective of a communication lane.
 
-        Its result has `size` bytes per token, of which `crossing` came over this rank's link.
-        Returns the slot that it writes.
+        Args:
+            lane: whose ranks take part.
+            name: unique in the graph.
+            reads: slots in the order of `launch`'s arguments after the first.
+            writes: slots in the order of `launch`'s results, with their bytes per token.
+            launch: starts it. Takes the `Communicator` of `lane` and the values of `reads`.
+            collective: what it does.
+            crossing: bytes per token that this rank receives over its link, for the nominal cost.
         """
-        context = self.sizes.context
-        group, transport = context.groups.tp, context.tp_transport
+        communicator = self.sizes.context.communicators[lane]
 
-        def run(x: torch.Tensor) -> collectives.Pending:
-            return launch(x, group, transport)
+        def run(*values: torch.Tensor) -> collectives.Pending:
+            return launch(communicator, *values)
 
         cost = crossing / LINK_RATE
-        self._add(Operator(name, Lane.TP, (read,), (write,), run, cost, collective=collective))
-        self.bytes_per_token[write] = size
-        return write
+        self._add(Operator(name, lane, reads, tuple(writes), run, cost, collective=collective))
+        self.bytes_per_token.update(writes)
 
     def graph(self, inputs: Mapping[str, float], outputs: tuple[str, ...]) -> Graph:
         """The frozen graph. `inputs` are handed over, with their bytes per token."""

@@ -116,7 +116,7 @@ def _whole(rule: _Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[
     if context.topology.pp_size > 1:
         found = [tensor.contiguous() for tensor in found]
         for tensor in found:
-            dist.broadcast(tensor, group=context.pp_group, group_src=stage)
+            dist.broadcast(tensor, group=context.groups.pp, group_src=stage)
     return {name: part.to(like.device) for name, part in zip(rule.theirs, found, strict=True)}
 
 
@@ -125,7 +125,7 @@ def _gather(shard: Tensor, context: ParallelContext) -> list[Tensor]:
         return [shard.clone()]
     shard = shard.contiguous()
     shards = [torch.empty_like(shard) for _ in range(context.topology.tp_size)]
-    dist.all_gather(shards, shard, group=context.tp_group)
+    dist.all_gather(shards, shard, group=context.groups.tp)
     return shards
 
 

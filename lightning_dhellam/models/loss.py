@@ -28,7 +28,7 @@ def vocab_parallel_cross_entropy(
 
     largest = scores.detach().amax(-1)
     if context.topology.tp_size > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=context.tp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=context.groups.tp)
     scores = scores - largest.unsqueeze(-1)
 
     local_labels = labels - first

@@ -1,4 +1,4 @@
-"""Asynchronous collectives of one communication lane.
+"""Asynchronous collectives of one communication lane, of any number of tensors.
 
 Each starts its work and returns at once. On CUDA NCCL's kernel is on the stream that is current,
 the lane's, with its priority, and there is nothing to wait for. On CPU the holder of the `Pending`
@@ -7,39 +7,24 @@ waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.work import Once, Work
-from lightning_dhellam.versions import all_gather_single, reduce_scatter_single
 
 Found = TypeVar("Found")
-
-
-class Transport(Protocol):
-    """What carries collectives in place of their group's own."""
-
-    def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
-        """Start to fill `out` with `x` of every rank.
-
-        Returns what to wait for on the host, None on CUDA.
-        """
-
-    def reduce_scatter(self, x: Tensor, out: Tensor) -> Work | None:
-        """Start to sum this rank's part of `x` over all ranks into `out`.
-
-        Returns what to wait for on the host, None on CUDA.
-        """
 
 
 class Pending(NamedTuple):
     """A result that is still being computed.
 
     Attributes:
-        value: what the operator writes. Not readable before `work` is waited for.
+        value: what the operator writes: one tensor, or a tuple of several. Not readable before
+            `work` is waited for.
         work: what to wait for on the host (CPU), or None when the lane's stream orders it (CUDA).
     """
 
@@ -47,30 +32,107 @@ class Pending(NamedTuple):
     work: Work | None
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup, transport: Transport | None = None) -> Pending:
-    """Concatenate `x` [n, ...] of all ranks along dimension 0: [ranks * n, ...].
+def all_gather(communicator: Communicator, *tensors: Tensor) -> Pending:
+    """Concatenate each tensor [n, ...] of all ranks along dimension 0: [ranks * n, ...].
 
     Over an emulated link nothing arrives, but the lane is busy for as long as it would take.
     """
-    x = x.contiguous()
-    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    if transport is not None:
-        return Pending(out, transport.all_gather(x, out))
-    return Pending(out, all_gather_single(out, x, group=group, async_op=not x.is_cuda))
+    given = [*map(_given, tensors)]
+    outs = [x.new_empty(x.shape[0] * communicator.size, *x.shape[1:]) for x in given]
+    return _joined(outs, [*map(communicator.transport.all_gather, given, outs)])
 
 
-def reduce_scatter(
-    x: Tensor, group: dist.ProcessGroup, transport: Transport | None = None
-) -> Pending:
-    """Sum `x` [ranks * n, ...] over all ranks and keep this rank's part [n, ...].
+def reduce_scatter(communicator: Communicator, *tensors: Tensor) -> Pending:
+    """Sum each tensor [ranks * n, ...] over all ranks and keep this rank's part [n, ...].
 
     Over an emulated link nothing is summed, but the lane is busy for as long as it would take.
     """
-    x = x.contiguous()
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    if transport is not None:
-        return Pending(out, transport.reduce_scatter(x, out))
-    return Pending(out, reduce_scatter_single(out, x, group=group, async_op=not x.is_cuda))
+    given = [*map(_given, tensors)]
+    outs = [x.new_empty(x.shape[0] // communicator.size, *x.shape[1:]) for x in given]
+    return _joined(outs, [*map(communicator.transport.reduce_scatter, given, outs)])
+
+
+def exchange(
+    communicator: Communicator,
+    *tensors: Tensor,
+    target: int,
+    source: int,
+    rows: Sequence[int] | None = None,
+) -> Pending:
+    """Send tensors to the rank `target` of the lane, and receive as many from the rank `source`.
+
+    All ranks must call it, each as the source of its target. As a ring does: `target` is the next
+    rank and `source` the one before.
+
+    Args:
+        communicator: of the lane.
+        tensors: to send, each [n, ...]; none is a scalar.
+        target: who receives them.
+        source: who sends here what is received.
+        rows: sizes of dimension 0 of what is received, if they are not those of `tensors`.
+    """
+    given = [*map(_given, tensors)]
+    sizes = [x.shape[0] for x in given] if rows is None else rows
+    outs = [x.new_empty(n, *x.shape[1:]) for x, n in zip(given, sizes, strict=True)]
+    work = communicator.transport.exchange(given, outs, target, source)
+    return _joined(outs, [work])
+
+
+def all_to_all(
+    communicator: Communicator, *tensors: Tensor, given: Sequence[int], taken: Sequence[int]
+) -> Pending:
+    """Send every rank its rows of each tensor, and receive this rank's rows of theirs.
+
+    All tensors are cut alike, and may be of any type. Nothing is known of sizes but what is given
+    here: `taken[r]` must be what rank r gives this one.
+
+    Args:
+        communicator: of the lane.
+        tensors: to send, each [sum(given), ...]: the rows for rank 0 come first.
+        given: rows for each rank, which may be none.
+        taken: rows from each rank, which may be none; what is received is [sum(taken), ...].
+
+    Raises:
+        ValueError: the sizes are not one for each rank, or `given` does not add up to the rows.
+    """
+    _check_rows(communicator, tensors, given, taken)
+    sent = [*map(_given, tensors)]
+    outs = [x.new_empty(sum(taken), *x.shape[1:]) for x in sent]
+    return _joined(outs, [communicator.transport.all_to_all(sent, outs, given, taken)])
+
+
+def _given(x: Tensor) -> Tensor:
+    """What a transport takes. Autograd must not see it: backward is operators of its own."""
+    return (x.detach() if x.requires_grad else x).contiguous()
+
+
+def _check_rows(
+    communicator: Communicator,
+    tensors: Sequence[Tensor],
+    given: Sequence[int],
+    taken: Sequence[int],
+) -> None:
+    for name, rows in (("given", given), ("taken", taken)):
+        if len(rows) != communicator.size or min(rows) < 0:
+            raise ValueError(
+                f"{name}={list(rows)} must be a number of rows for each of the"
+                f" {communicator.size} ranks of the {communicator.lane} lane"
+            )
+    for x in tensors:
+        if x.shape[0] != sum(given):
+            raise ValueError(
+                f"given={list(given)} are {sum(given)} rows, but a tensor has {x.shape[0]}: all"
+                " must be given to some rank"
+            )
+
+
+def _joined(outs: Sequence[Tensor], works: Sequence[Work | None]) -> Pending:
+    """Results that are there when all works are done."""
+    value = outs[0] if len(outs) == 1 else tuple(outs)
+    left = [work for work in works if work is not None]
+    if len(left) < 2:
+        return Pending(value, left[0] if left else None)
+    return Pending(value, Once(left))
 
 
 def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:

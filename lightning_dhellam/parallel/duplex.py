@@ -1,4 +1,4 @@
-"""All-gather and reduce-scatter over gloo, for ranks whose processors and network are slow.
+"""Collectives over gloo, for ranks whose processors and network are slow.
 
 A connection of gloo that carries both directions announces a receive behind what it sends itself,
 so that the directions wait for each other; and the thread that receives spins while another one
@@ -9,7 +9,7 @@ all-gather takes 2.9 and its all-to-all 3.4; the link alone needs 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import cast
 
@@ -20,7 +20,10 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.work import Once
-from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan import Collective, Lane
+
+_Parts = Mapping[int, Sequence[Tensor]]
+"""Tensors to send to ranks, or to receive from them."""
 
 
 class Duplex:
@@ -37,13 +40,14 @@ class Duplex:
         self._up, self._down = up, down
 
     def all_gather(self, x: Tensor, out: Tensor) -> Once:
-        """Start to fill `out` [ranks * n, ...] with `x` [n, ...] of every rank."""
+        """See `Transport`."""
         parts = out.view(self._size, *x.shape)
         parts[self._rank].copy_(x)
-        return self._exchange([x] * self._size, parts)
+        others = self._others
+        return self._carry({r: [x] for r in others}, {r: [parts[r]] for r in others})
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> Once:
-        """Start to sum part `rank` of `x` [ranks * n, ...] over all ranks into `out` [n, ...]."""
+        """See `Transport`. The order of the sum is that of the ranks."""
         given = x.view(self._size, *out.shape)
         parts = torch.empty_like(given)
 
@@ -51,44 +55,75 @@ class Duplex:
             parts[self._rank].copy_(given[self._rank])
             torch.sum(parts, dim=0, out=out)
 
-        return self._exchange(given.unbind(), parts, add)
+        others = self._others
+        return self._carry({r: [given[r]] for r in others}, {r: [parts[r]] for r in others}, add)
 
-    def _exchange(
-        self,
-        given: Sequence[Tensor],
-        taken: Tensor,
-        finish: Callable[[], None] | None = None,
+    def exchange(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
     ) -> Once:
-        """Send `given[r]` to each other rank r, and receive `taken[r]` from it.
+        """See `Transport`."""
+        assert self._rank not in (target, source), "a rank that exchanges with itself"
+        return self._carry({target: sent}, {source: received})
 
-        What is sent is waited for as well: its memory is the caller's again.
+    def all_to_all(
+        self,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        given: Sequence[int],
+        taken: Sequence[int],
+    ) -> Once:
+        """See `Transport`."""
+        givens = list(zip(*(x.split(list(given)) for x in sent), strict=True))
+        takens = list(zip(*(out.split(list(taken)) for out in received), strict=True))
+        for mine, own in zip(takens[self._rank], givens[self._rank], strict=True):
+            mine.copy_(own)
+        others = self._others
+        return self._carry({r: givens[r] for r in others}, {r: takens[r] for r in others})
+
+    def processors(self, collective: Collective) -> int:
+        """See `Transport`."""
+        return 0
+
+    @property
+    def _others(self) -> list[int]:
+        """The other ranks, those that follow this one first."""
+        return [(self._rank + step) % self._size for step in range(1, self._size)]
+
+    def _carry(
+        self, given: _Parts, taken: _Parts, finish: Callable[[], None] | None = None
+    ) -> Once:
+        """Send the tensors `given[r]` to each rank r, and receive `taken[r]` from it.
+
+        What is sent is waited for as well: its memory is the caller's again. Tensors without
+        elements are not sent, as both sides know.
         """
-        others = [(self._rank + step) % self._size for step in range(1, self._size)]
         receives = [
-            dist.irecv(taken[r], group=self._up if r < self._rank else self._down, group_src=r)
-            for r in reversed(others)
+            dist.irecv(part, group=self._up if r < self._rank else self._down, group_src=r)
+            for r, parts in reversed(list(taken.items()))
+            for part in parts
+            if part.numel()
         ]
         sends = [
-            dist.isend(given[r], group=self._up if r > self._rank else self._down, group_dst=r)
-            for r in others
+            dist.isend(part, group=self._up if r > self._rank else self._down, group_dst=r)
+            for r, parts in given.items()
+            for part in parts
+            if part.numel()
         ]
         works = [*receives, *sends]
         assert None not in works, "a transfer of a group that this rank is not in"
         return Once(cast(list[dist.Work], works), finish)
 
 
-def open_duplex(
-    group: ProcessGroup, topology: Topology, device: torch.device, timeout: timedelta
-) -> Duplex | None:
-    """That of this rank's tensor-parallel group; None for one rank, on CUDA, and without gloo.
+def open_duplex(topology: Topology, lane: Lane, timeout: timedelta) -> Duplex | None:
+    """That of this rank's group of `lane`; None for one rank. Every rank must call this.
 
-    Every rank must call this. A transfer that a rank does not join fails after `timeout`.
+    A transfer that a rank does not join fails after `timeout`.
     """
-    if topology.tp_size == 1 or device.type != "cpu" or dist.get_backend(group) != "gloo":
+    if topology.size(lane) == 1:
         return None
     mine: Duplex | None = None
-    for ranks in topology.groups(Lane.TP):
+    for ranks in topology.groups(lane):
         up, down = (dist.new_group(ranks, timeout=timeout) for _ in range(2))
         if topology.rank in ranks:
-            mine = Duplex(group.rank(), up, down)
+            mine = Duplex(ranks.index(topology.rank), up, down)
     return mine

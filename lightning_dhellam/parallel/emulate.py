@@ -1,39 +1,42 @@
 """One process as a rank of a cluster: real shards, real kernels, links emulated in time.
 
-With torch's `fake` process group Megatron-core builds this rank's real shards of a model of any
-world size, and collectives do nothing. A link (`link.EmulatedLink`) then occupies the
+Megatron-core builds this rank's real shards of a model of any world size, in process groups of
+which there is no other process (`stand_in.py`). A link (`link.EmulatedLink`) then occupies the
 communication lane for the time that the transfer would take. Numbers computed this way mean
 nothing; times do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
+from lightning_dhellam.parallel import stand_in
+from lightning_dhellam.parallel.topology import LANES
+from lightning_dhellam.plan import Collective
 from lightning_dhellam.recipes import clusters
 
-_COMMUNICATORS = ("tp",)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Link:
-    """What connects this rank to the others of one communicator.
+    """What connects this rank to the others of one lane.
 
     Attributes:
         bandwidth: bytes per second that this rank sends, and receives, at once.
         latency: seconds before the first byte.
         sms: streaming multiprocessors that the transfer keeps busy; 0 for the copy engine.
+        collectives: what it is for some collectives, where they differ from the others.
     """
 
     bandwidth: float
     latency: float = 10e-6
     sms: int = 0
+    collectives: tuple[tuple[Collective, Link], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.bandwidth > 0:
@@ -45,11 +48,22 @@ class Link:
 
     def __str__(self) -> str:
         manner = f"on {self.sms} SMs" if self.sms else "by copy engine"
-        return f"{self.bandwidth / 1e9:.4g} GB/s {manner}"
+        others = "".join(f", {collective} {link}" for collective, link in self.collectives)
+        return f"{self.bandwidth / 1e9:.4g} GB/s {manner}{others}"
+
+    def __repr__(self) -> str:
+        given = f"bandwidth={self.bandwidth}, latency={self.latency}, sms={self.sms}"
+        others = f", collectives={self.collectives}" if self.collectives else ""
+        return f"Link({given}{others})"
+
+    def of(self, collective: Collective) -> Link:
+        """What it is for such a collective."""
+        return next((link for other, link in self.collectives if other is collective), self)
 
     def slower(self, times: float) -> Link:
         """The same with a fraction of the bandwidth."""
-        return replace(self, bandwidth=self.bandwidth / times)
+        others = tuple((collective, link.slower(times)) for collective, link in self.collectives)
+        return replace(self, bandwidth=self.bandwidth / times, collectives=others)
 
     def seconds(self, crossing: int) -> float:
         """How long `crossing` bytes take."""
@@ -62,7 +76,7 @@ class Cluster:
 
     Attributes:
         world_size: ranks.
-        links: by communicator; `tp`. Links of other communicators take no time.
+        links: by lane: `tp`, `pp`, `cp`, `ep`, `dp`. On other lanes transfers take no time.
         rank: which of them this process is.
         source: where the figures come from.
         name: what the user calls it: of a shipped file, or the path of another one.
@@ -77,9 +91,9 @@ class Cluster:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}")
-        unknown = sorted(set(self.links) - set(_COMMUNICATORS))
+        unknown = sorted(set(self.links) - set(LANES))
         if unknown:
-            raise ValueError(f"links: '{unknown[0]}' is not one of {', '.join(_COMMUNICATORS)}")
+            raise ValueError(f"links: '{unknown[0]}' is not one of {', '.join(LANES)}")
 
     def __str__(self) -> str:
         links = ", ".join(f"{name} {link}" for name, link in self.links.items())
@@ -98,32 +112,92 @@ class Cluster:
             given = yaml.safe_load(Path(path).read_text())
         except OSError as error:
             raise ValueError(f"cluster file {path}: {error.strerror}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"cluster file {path} must be a mapping with world_size and links")
-        links = {name: _known(Link, link, path) for name, link in given.pop("links", {}).items()}
-        cluster: Cluster = _known(cls, {"name": name, **given, "links": links}, path)
-        return cluster
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cluster file {path} is not YAML: {reason}") from error
+        try:
+            return _cluster(given, name)
+        except ValueError as error:
+            raise ValueError(f"cluster file {path}: {error}") from error
 
     def join(self) -> None:
         """Initialise torch.distributed as this rank, without any other process."""
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group(
-            "fake", store=FakeStore(), rank=self.rank, world_size=self.world_size
-        )
+        stand_in.join(self.rank, self.world_size)
 
 
-def is_emulated() -> bool:
-    """Whether this process has joined a cluster of which there is no other process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "fake"
+def _cluster(given: Any, name: str) -> Cluster:
+    values = {"name": name, **_fields(Cluster, given, "it", ("world_size", "links"))}
+    links = values["links"]
+    if not isinstance(links, dict):
+        raise ValueError(f"links={links!r} must be a mapping from lane to link")
+    return Cluster(
+        world_size=_whole(values["world_size"], "world_size"),
+        links={lane: _link(link, f"links.{lane}") for lane, link in links.items()},
+        rank=_whole(values.get("rank", 0), "rank"),
+        source=str(values.get("source", "")),
+        name=str(values["name"]),
+    )
 
 
-def _known(kind: Any, given: Mapping[str, Any], path: str | Path) -> Any:
-    names = [field.name for field in fields(kind)]
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise ValueError(f"cluster file {path}: unknown field '{unknown[0]}': use {names}")
+def _link(given: Any, place: str, base: Link | None = None) -> Link:
+    """A link as a file spells it. What it does not say is as `base` has it."""
+    values = _fields(Link, given, place, () if base else ("bandwidth",))
+    found: dict[str, Any] = {}
+    for name, read in (("bandwidth", _number), ("latency", _number), ("sms", _whole)):
+        if name in values:
+            found[name] = read(values[name], f"{place}.{name}")
     try:
-        return kind(**given)
-    except TypeError as error:
-        raise ValueError(f"cluster file {path}: {error}") from error
+        link = replace(base, **found) if base else Link(**found)
+    except ValueError as error:
+        raise ValueError(f"{place}.{error}") from error
+    others = values.get("collectives", {})
+    if not isinstance(others, dict) or (others and base):
+        raise ValueError(
+            f"{place}.collectives={others!r} must be a mapping from collective to link"
+        )
+    unknown = sorted(set(map(str, others)) - set(Collective))
+    if unknown:
+        raise ValueError(
+            f"{place}.collectives: '{unknown[0]}' is not one of {', '.join(Collective)}"
+        )
+    return replace(
+        link,
+        collectives=tuple(
+            (Collective(name), _link(other, f"{place}.collectives.{name}", link))
+            for name, other in others.items()
+        ),
+    )
+
+
+def _fields(kind: Any, given: Any, place: str, needed: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a mapping, of which none may be unknown or missing."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(given, dict):
+        shown = f" with {' and '.join(needed)}" if needed else ""
+        raise ValueError(f"{place} must be a mapping{shown}, not {given!r}")
+    unknown = sorted(set(map(str, given)) - set(names))
+    if unknown:
+        raise ValueError(f"unknown field '{unknown[0]}': use {names}")
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(f"{place} has no {missing[0]}: give it one")
+    return dict(given)
+
+
+def _number(value: Any, place: str) -> float:
+    """A number as people write it: YAML takes 370e9, without a point and a sign, for text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{place}={value!r} must be a number, such as 370e9")
+    return value
+
+
+def _whole(value: Any, place: str) -> int:
+    number = _number(value, place)
+    if not math.isfinite(number) or number != int(number):
+        raise ValueError(f"{place}={value!r} must be a whole number")
+    return int(number)

@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+from lightning_dhellam.parallel import groups
 from lightning_dhellam.parallel.nccl import open_queues
 
 
@@ -38,7 +38,7 @@ def join(device: torch.device, timeout: timedelta) -> Callable[[], None]:
     Raises:
         ValueError: Megatron's own groups are there already.
     """
-    if parallel_state.model_parallel_is_initialized():
+    if groups.are_open():
         raise ValueError(
             "Megatron's groups are there already: leave out initialize_model_parallel, since"
             " Runner.create makes them, or end what has made them first"

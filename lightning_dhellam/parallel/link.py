@@ -8,16 +8,21 @@ timer         on a CPU: work that is done at that moment, and keeps no core busy
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from lightning_dhellam.parallel.communicator import Communicators
 from lightning_dhellam.parallel.emulate import Link
+from lightning_dhellam.parallel.stand_in import Done, EmulatedGroup, crossing
+from lightning_dhellam.plan import Collective, Lane
 
 
 class Play(StrEnum):
@@ -34,60 +39,134 @@ class Play(StrEnum):
 
 
 class EmulatedLink:
-    """Occupies the lane that is current for as long as a transfer over `link` would take.
+    """Carries collectives over a link that is not there: it occupies the lane that is current for
+    as long as a transfer would take. See `Transport`, though nothing comes from other ranks.
 
     Args:
-        link: what to emulate.
+        link: what to emulate; None for one over which everything takes no time.
         device: that computes.
+        rank: of this process among those that the link connects.
 
     Attributes:
         play: what it does; `Play.TIME` unless somebody changes it.
+        link: what is emulated now.
     """
 
-    def __init__(self, link: Link, device: torch.device) -> None:
+    def __init__(self, link: Link | None, device: torch.device, rank: int = 0) -> None:
         self.play = Play.TIME
         self._device = device
+        self._rank = rank
         self._filled: set[tuple[int, int]] = set()
-        self._occupy = _player(link, device)
-        self.link = link
+        self._players: dict[int, _Player] = {}
+        self.become(link)
 
-    def become(self, link: Link) -> None:
+    def become(self, link: Link | None) -> None:
         """Emulate another link from now on, for the same operators."""
-        if link.sms != self.link.sms:
-            self._occupy = _player(link, self._device)
         self.link = link
+        if link is not None:
+            for sms in {link.sms, *(other.sms for _, other in link.collectives)}:
+                self._player(sms)
 
     def refill(self) -> None:
         """Make up anew what arrives, where memory was given back: it may hold zeros now."""
         self._filled.clear()
 
     def all_gather(self, x: Tensor, out: Tensor) -> dist.Work | None:
-        """As a `Transport`, but nothing comes from other ranks."""
-        return self._carry(x, out, crossing=out.nbytes - x.nbytes)
+        """See `Transport`."""
+        if self.play is Play.ECHO:
+            out.view(-1, *x.shape).copy_(x)
+            return None
+        return self._play(Collective.ALL_GATHER, (out,), out.nbytes - x.nbytes)
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> dist.Work | None:
-        """As a `Transport`, but nothing comes from other ranks."""
-        return self._carry(x, out, crossing=x.nbytes - out.nbytes)
-
-    def _carry(self, x: Tensor, out: Tensor, crossing: int) -> dist.Work | None:
-        """Pretend that `out` was made from `x` of every rank, by `crossing` bytes over the link."""
+        """See `Transport`."""
         if self.play is Play.ECHO:
-            _echo(x, out)
+            torch.mul(x[: out.shape[0]], x.shape[0] // out.shape[0], out=out)
             return None
+        return self._play(Collective.REDUCE_SCATTER, (out,), x.nbytes - out.nbytes)
+
+    def exchange(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
+    ) -> dist.Work | None:
+        """See `Transport`. Both directions go at once."""
+        if self.play is Play.ECHO:
+            for x, out in zip(sent, received, strict=True):
+                _repeat(x, out)
+            return None
+        crossing = max(sum(x.nbytes for x in sent), sum(out.nbytes for out in received))
+        return self._play(Collective.EXCHANGE, received, crossing)
+
+    def all_to_all(
+        self,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        given: Sequence[int],
+        taken: Sequence[int],
+    ) -> dist.Work | None:
+        """See `Transport`. Both directions go at once; what a rank keeps crosses nothing."""
+        if self.play is Play.ECHO:
+            for x, out in zip(sent, received, strict=True):
+                own = x.split(list(given))[self._rank]
+                for part in out.split(list(taken)):
+                    _repeat(own, part)
+            return None
+        leaves = sum(crossing(x, given, self._rank) for x in sent)
+        arrives = sum(crossing(out, taken, self._rank) for out in received)
+        return self._play(Collective.ALL_TO_ALL, received, max(leaves, arrives))
+
+    def processors(self, collective: Collective) -> int:
+        """See `Transport`."""
+        return 0 if self.link is None else self.link.of(collective).sms
+
+    def carry(self, crossing: int) -> dist.Work:
+        """Occupy the stream that is current, for as long as so many bytes take."""
+        if self.link is None or self.play is not Play.TIME:
+            return Done()
+        work = self._player(self.link.sms)(crossing, self.link.seconds(crossing))
+        return work or _OnStream()
+
+    def _play(
+        self, collective: Collective, outs: Sequence[Tensor], crossing: int
+    ) -> dist.Work | None:
+        """Pretend that `outs` were received, by `crossing` bytes over the link."""
+        for out in outs:
+            self._fill(out)
+        if self.play is Play.NOTHING or self.link is None:
+            return None
+        link = self.link.of(collective)
+        return self._player(link.sms)(crossing, link.seconds(crossing))
+
+    def _fill(self, out: Tensor) -> None:
+        """Make up what arrives, once for each place.
+
+        Nothing arrives, so `out` holds what was there before: other operators' numbers, but zeros
+        or NaN at first, on which matrix products run faster (13% on an H200). What is no number,
+        such as an index, is made zero.
+        """
         key = (out.data_ptr(), out.nbytes)
-        if key not in self._filled:
-            # Nothing arrives, so `out` holds what was there before: other operators' numbers, but
-            # zeros or NaN at first, on which matrix products run faster (13% on an H200).
-            self._filled.add(key)
+        if key in self._filled:
+            return
+        self._filled.add(key)
+        if not out.is_floating_point():
+            out.zero_()
+        elif out.itemsize > 1:
             out.normal_()
-        if self.play is Play.NOTHING:
-            return None
-        return self._occupy(crossing, self.link.seconds(crossing))
+        else:
+            out.copy_(torch.randn(out.shape, device=out.device))
+
+    def _player(self, sms: int) -> _Player:
+        """What occupies the lane on so many SMs. On a CPU transfers queue behind each other."""
+        key = sms if self._device.type == "cuda" else 0
+        if key not in self._players:
+            self._players[key] = _player(sms, self._device)
+        return self._players[key]
 
     def calibration(self, crossing: int) -> tuple[float, float]:
         """Seconds asked for `crossing` bytes, and the median of what they really take."""
+        assert self.link is not None, "a link that takes no time"
         asked = self.link.seconds(crossing)
-        return asked, _median_of(self._device, lambda: self._occupy(crossing, asked))
+        play = self._player(self.link.sms)
+        return asked, _median_of(self._device, lambda: play(crossing, asked))
 
     def calibrated(self, sizes: tuple[int, ...] = (1 << 20, 16 << 20, 112 << 20)) -> str:
         """The calibration at some sizes in bytes, as text: asked against achieved."""
@@ -99,22 +178,44 @@ class EmulatedLink:
         return f"{self.link}: {'; '.join(parts)}"
 
 
-def _echo(x: Tensor, out: Tensor) -> None:
-    """What a collective brings if every rank holds `x`: the first rank's part of it."""
-    if out.numel() > x.numel():
-        out.view(-1, *x.shape).copy_(x)
-    else:
-        torch.mul(x[: out.shape[0]], x.shape[0] // out.shape[0], out=out)
+def play_links(
+    links: Mapping[str, Link],
+    groups: ProcessGroupCollection,
+    communicators: Communicators,
+    device: torch.device,
+) -> Communicators:
+    """The communicators of an emulated cluster, with its links by lane.
+
+    What Megatron-core starts itself in the groups of a lane goes over the same link.
+    """
+    played = dict(communicators)
+    for lane, communicator in communicators.items():
+        if communicator.size == 1:
+            continue
+        link = EmulatedLink(links.get(lane), device, communicator.rank)
+        played[lane] = replace(communicator, transport=link)
+        for group in (communicator.group, groups.dp_cp if lane is Lane.DP else None):
+            if isinstance(group, EmulatedGroup):
+                group.link = link
+    return played
+
+
+def _repeat(x: Tensor, out: Tensor) -> None:
+    """Fill the rows of `out` with those of `x`, again and again."""
+    if out.numel() and not len(x):
+        out.zero_()
+    elif out.numel():
+        out.copy_(x[torch.arange(len(out), device=x.device) % len(x)])
 
 
 _Player = Callable[[int, float], "dist.Work | None"]
 
 
-def _player(link: Link, device: torch.device) -> _Player:
+def _player(sms: int, device: torch.device) -> _Player:
     if device.type != "cuda":
         return _ByTimer()
-    if link.sms:
-        return _ByKernel(link, device)
+    if sms:
+        return _ByKernel(sms, device)
     engine = CopyEngine(device)
     return lambda crossing, seconds: engine(seconds)
 
@@ -151,8 +252,8 @@ class CopyEngine:
 class _ByKernel:
     """Moves the bytes inside device memory on a few SMs, no faster than the link would."""
 
-    def __init__(self, link: Link, device: torch.device) -> None:
-        self._sms = link.sms
+    def __init__(self, sms: int, device: torch.device) -> None:
+        self._sms = sms
         self._from = torch.randn(64 << 20, device=device).bfloat16()
         self._to = torch.empty_like(self._from)
         self._overhead = 0.0
@@ -162,10 +263,28 @@ class _ByKernel:
         self._overhead = max(0.0, taken - asked)
 
     def __call__(self, crossing: int, seconds: float) -> None:
-        from lightning_dhellam.kernels.link import paced_copy
+        from lightning_dhellam.kernels.paced_copy import paced_copy
 
         paced = max(0.0, seconds - self._overhead)
         paced_copy(self._from, self._to, crossing, paced, self._sms)
+
+
+class _OnStream(dist.Work):
+    """Work of the stream that was current when it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._end = torch.cuda.Event()
+        self._end.record()
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Make the stream that is current wait for it, and not the host."""
+        torch.cuda.current_stream().wait_event(self._end)
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the device has come to its end."""
+        return self._end.query()
 
 
 class _ByTimer:
@@ -180,7 +299,7 @@ class _ByTimer:
 
 
 class _DoneAt(dist.Work):
-    """Work that is done at a moment of the host's clock."""
+    """Work that is done at a moment of the host's time."""
 
     def __init__(self, moment: float) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from lightning_dhellam.plan import Collective, Lane
+
 CONFIGURATION = Path(__file__).with_name("nccl.yaml")
 """Settings of communicators, as Megatron-core's `nccl_communicator_config_path`."""
 
@@ -18,10 +20,24 @@ _MOST = 32
 _FEWEST = 8
 
 
+_BY_DEFAULT = dict.fromkeys(Collective, 32)
+"""Multiprocessors that NCCL takes of itself."""
+
+
 @cache
-def processors() -> int:
-    """Multiprocessors that a collective of tensor parallelism takes at most."""
-    return int(yaml.safe_load(CONFIGURATION.read_text())["tp"]["max_ctas"])
+def _settings() -> dict[str, dict[str, int]]:
+    settings: dict[str, dict[str, int]] = yaml.safe_load(CONFIGURATION.read_text())
+    return settings
+
+
+def processors(lane: Lane, collective: Collective) -> int:
+    """Multiprocessors that a collective of `lane` takes at most: one for each of its blocks.
+
+    It is what `nccl.yaml` allows, or else what NCCL takes of itself for such a collective.
+    """
+    allowed = _settings().get(lane, {}).get("max_ctas")
+    taken = _BY_DEFAULT[collective]
+    return taken if allowed is None else min(taken, allowed)
 
 
 def high_priority() -> dist.ProcessGroupNCCL.Options | None:

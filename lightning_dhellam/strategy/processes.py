@@ -188,7 +188,7 @@ class JobStrategy(ParallelStrategy):
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
         """Over the data-parallel ranks: all ranks of a model hold the same value."""
         if isinstance(tensor, Tensor):
-            return reduced(tensor, group or self.context.dp_group, reduce_op)
+            return reduced(tensor, group or self.context.groups.dp, reduce_op)
         return tensor
 
     @override

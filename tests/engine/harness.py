@@ -91,7 +91,7 @@ def reduced(model: CausalLM, gradients: Mapping[str, Tensor]) -> dict[str, Tenso
     for name, parameter in model.named_parameters():
         is_split = getattr(parameter, "tensor_model_parallel", False)
         if name in gradients and model.context.topology.tp_size > 1 and not is_split:
-            dist.all_reduce(gradients[name], group=model.context.tp_group)
+            dist.all_reduce(gradients[name], group=model.context.groups.tp)
     return gradients
 
 

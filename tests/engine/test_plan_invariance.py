@@ -43,7 +43,7 @@ def _steps_that_differ(context: ParallelContext, dtype: torch.dtype, plans: int)
         digest = "".join(plan.digest for plan in engine.plans())
         digests.add(digest)
         if index < 8:
-            assert same_on_all_ranks(digest, context.tp_group) == []
+            assert same_on_all_ranks(digest, context.groups.tp) == []
     assert len(digests) == len(builders)
     return wrong
 
@@ -61,7 +61,7 @@ def _on_rank(rank: int) -> tuple[list[str], list[str], list[str]]:
     context = ParallelContext.create(CPU, tensor_parallel_size=2)
     wrong = _steps_that_differ(context, torch.float32, RANDOM_PLANS)
     wrong_in_bf16 = _steps_that_differ(context, torch.bfloat16, 20)
-    return wrong, wrong_in_bf16, same_on_all_ranks(f"plan of rank {rank}", context.tp_group)
+    return wrong, wrong_in_bf16, same_on_all_ranks(f"plan of rank {rank}", context.groups.tp)
 
 
 def test_two_tensor_ranks_and_the_check_that_their_plans_agree() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_dhellam.kernels.link import paced_copy
-from lightning_dhellam.kernels.link import triton as kernel
+from lightning_dhellam.kernels.paced_copy import paced_copy
+from lightning_dhellam.kernels.paced_copy import triton as kernel
 from lightning_dhellam.parallel.link import median_seconds
 
 pytestmark = pytest.mark.gpu

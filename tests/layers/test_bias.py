@@ -164,7 +164,7 @@ def _on_rank(rank: int) -> dict[str, Any]:
 
 def _equal_on_ranks(gradient: Tensor, context: ParallelContext) -> bool:
     both = [torch.empty_like(gradient) for _ in range(2)]
-    dist.all_gather(both, gradient, group=context.tp_group)
+    dist.all_gather(both, gradient, group=context.groups.tp)
     return torch.equal(*both)
 
 

@@ -8,6 +8,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from lightning_dhellam.parallel import ParallelContext, Topology
+from lightning_dhellam.parallel.duplex import Duplex
+from lightning_dhellam.parallel.transport import Alone, GroupTransport
+from lightning_dhellam.plan import Lane
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -27,13 +30,17 @@ def _ranks_of_context(rank: int) -> tuple[int, ...]:
         ParallelContext.create(CPU, tensor_parallel_size=3)
     context = ParallelContext.create(CPU, tensor_parallel_size=2)
     assert (context.topology.rank, context.topology.world_size) == (rank, 4)
-    assert context.tp_group is context.groups.tp and context.dp_group is context.groups.dp
+    tensor, data = (context.communicators[lane] for lane in (Lane.TP, Lane.DP))
+    assert tensor.group is context.groups.tp and data.group is context.groups.dp
+    assert (tensor.rank, tensor.size, data.rank, data.size) == (rank % 2, 2, rank // 2, 2)
+    assert isinstance(tensor.transport, Duplex) and isinstance(data.transport, GroupTransport)
+    assert isinstance(context.communicators[Lane.CP].transport, Alone)
     total = torch.tensor([float(10**rank)])
-    dist.all_reduce(total, group=context.tp_group)
+    dist.all_reduce(total, group=context.groups.tp)
     single = ParallelContext.single(CPU)
     assert single.topology == Topology() and single.groups.dp.size() == 1
     alone = torch.tensor([float(rank)])
-    dist.all_reduce(alone, group=single.tp_group)
+    dist.all_reduce(alone, group=single.groups.tp)
     assert alone.item() == rank
     context.destroy()
     assert not parallel_state.is_initialized()
@@ -60,7 +67,8 @@ def test_tensor_ranks_are_adjacent_and_data_ranks_apart() -> None:
 
 def test_single_needs_no_torch_distributed() -> None:
     context = ParallelContext.single(CPU)
-    assert not dist.is_initialized() and context.tp_group is None and context.dp_group is None
+    assert not dist.is_initialized()
+    assert all(each.size == 1 for each in context.communicators.values())
     assert (
         context.topology.rank,
         context.topology.world_size,

@@ -200,7 +200,7 @@ def _train(context: ParallelContext, dtype: torch.dtype, distributed: bool) -> l
             successful, norm, _ = optimizer.step()
             assert successful
             total = loss.detach().clone()
-            dist.all_reduce(total, group=context.dp_group)
+            dist.all_reduce(total, group=context.groups.dp)
             values += [total.item() / context.topology.dp_size, float(norm)]
         return values
 

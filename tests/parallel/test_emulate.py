@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
 from lightning_dhellam.models import training_flops_per_token
 from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.parallel.collectives import all_gather, reduce_scatter
+from lightning_dhellam.parallel.collectives import all_gather, all_to_all, exchange, reduce_scatter
+from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.link import EmulatedLink, Play
+from lightning_dhellam.plan import Collective, Lane
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.strategy.runs import GLOBAL_BATCH, LENGTH, Model, Sequences
@@ -35,11 +37,16 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+Over = Callable[[EmulatedLink], Communicator]
+
+
 @pytest.fixture
-def group(alone: None) -> Any:
-    """Rank 1 of 4."""
+def over(alone: None) -> Over:
+    """Rank 1 of 4, over a link."""
     Cluster(world_size=4, links={}, rank=1).join()
-    return dist.group.WORLD
+    group = dist.group.WORLD
+    assert group is not None
+    return lambda link: Communicator(Lane.EP, group, link, 1, 4)
 
 
 @pytest.mark.parametrize("name", clusters.names())
@@ -64,11 +71,36 @@ def test_an_unknown_cluster_is_answered_with_the_known_ones() -> None:
     ("text", "message"),
     [
         ("world_size: 8\nlinks: {tp: {bandwidth: 1, speed: 2}}", "unknown field 'speed'"),
-        ("world_size: 8\nlinks: {pp: {bandwidth: 1}}", "'pp' is not one of tp"),
+        ("world_size: 8\nlinks: {xp: {bandwidth: 1}}", "'xp' is not one of tp, pp, cp, ep, dp"),
         ("links: {}", "world_size"),
         ("world_size: 8\nrank: 8\nlinks: {}", "rank=8 must be below world_size=8"),
         ("world_size: 8\nlinks: {tp: {bandwidth: 0}}", "bandwidth=0 must be more than 0"),
         ("- 1", "must be a mapping"),
+        ("", "must be a mapping with world_size and links, not None"),
+        ("world_size: 8\nlinks: {", "is not YAML: .*line 2"),
+        ("world_size: many\nlinks: {}", "world_size='many' must be a number"),
+        ("world_size: 8.5\nlinks: {}", "world_size=8.5 must be a whole number"),
+        ("world_size: true\nlinks: {}", "world_size=True must be a number"),
+        ("world_size: 8\nlinks:", "links=None must be a mapping from lane to link"),
+        ("world_size: 8", "has no links"),
+        ("world_size: 8\nlinks: {tp: 370e9}", "links.tp must be a mapping with bandwidth"),
+        ("world_size: 8\nlinks: {tp: {sms: 3}}", "links.tp has no bandwidth"),
+        (
+            "world_size: 8\nlinks: {tp: {bandwidth: fast}}",
+            "links.tp.bandwidth='fast' must be a num",
+        ),
+        ("world_size: 8\nlinks: {tp: {bandwidth: }}", "links.tp.bandwidth=None must be a number"),
+        ("world_size: 8\nlinks: {cp: {bandwidth: nan}}", "links.cp.bandwidth=nan must be more"),
+        ("world_size: 8\nlinks: {ep: {bandwidth: 1, latency: -1e-5}}", "links.ep.latency=-1e-05"),
+        ("world_size: 8\nlinks: {tp: {bandwidth: 1, sms: .inf}}", "sms=inf must be a whole"),
+        (
+            "world_size: 8\nlinks: {ep: {bandwidth: 1, collectives: {gather: {sms: 1}}}}",
+            "links.ep.collectives: 'gather' is not one of all_gather, ",
+        ),
+        (
+            "world_size: 8\nlinks: {ep: {bandwidth: 1, collectives: {exchange: {sms: -1}}}}",
+            "links.ep.collectives.exchange.sms=-1 must be at least 0",
+        ),
     ],
 )
 def test_a_broken_cluster_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -83,10 +115,32 @@ def test_a_missing_cluster_file_is_refused(tmp_path: Path) -> None:
         Cluster.load(tmp_path / "none.yaml")
 
 
-def test_transfers_queue_behind_each_other_on_a_cpu(group: Any) -> None:
+def test_a_cluster_has_a_link_on_each_lane_and_for_each_collective(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "world_size: 16\n"
+        "links:\n"
+        "  tp: {bandwidth: 370e9, latency: 1e-5, sms: 16}\n"
+        "  ep: {bandwidth: 227e9, sms: 24, collectives: {all_to_all: {bandwidth: 249e9, sms: 8}}}\n"
+        "  dp: {bandwidth: 5.0e+10}\n"
+    )
+    cluster = Cluster.load(file)
+    assert cluster.links["tp"] == Link(370e9, 1e-5, 16), "as people write numbers, and not YAML 1.1"
+    ep = cluster.links["ep"]
+    assert ep.of(Collective.ALL_GATHER) is ep and (ep.bandwidth, ep.sms) == (227e9, 24)
+    assert ep.of(Collective.ALL_TO_ALL) == Link(249e9, ep.latency, 8)
+    assert ep.slower(2).of(Collective.ALL_TO_ALL).bandwidth == 249e9 / 2
+    assert str(cluster) == (
+        f"{file}: rank 0 of 16, tp 370 GB/s on 16 SMs, ep 227 GB/s on 24 SMs,"
+        " all_to_all 249 GB/s on 8 SMs, dp 50 GB/s by copy engine"
+    )
+    assert repr(cluster.links["tp"]) == "Link(bandwidth=370000000000.0, latency=1e-05, sms=16)"
+
+
+def test_transfers_queue_behind_each_other_on_a_cpu(over: Over) -> None:
     link = EmulatedLink(Link(bandwidth=1e6, latency=0.0), CPU)
     x = torch.ones(1000)
-    works = [all_gather(x, group, link).work for _ in range(2)]
+    works = [all_gather(over(link), x).work for _ in range(2)]
     assert all(work is not None and not work.is_completed() for work in works)
     for work in works:
         assert work is not None and work.wait()
@@ -95,18 +149,84 @@ def test_transfers_queue_behind_each_other_on_a_cpu(group: Any) -> None:
     assert second - first == pytest.approx(3 * 4000 / 1e6), "three quarters of 16 kB come over it"
 
 
-def test_an_echo_brings_what_equal_ranks_would(group: Any) -> None:
+def test_an_echo_brings_what_equal_ranks_would(over: Over) -> None:
     link = EmulatedLink(FAST, CPU)
     link.play = Play.ECHO
     x = torch.arange(8.0).view(8, 1)
-    assert torch.equal(all_gather(x, group, link).value, x.repeat(4, 1))
-    assert torch.equal(reduce_scatter(x, group, link).value, 4 * x[:2])
+    assert torch.equal(all_gather(over(link), x).value, x.repeat(4, 1))
+    assert torch.equal(reduce_scatter(over(link), x).value, 4 * x[:2])
 
 
-def test_a_link_that_brings_nothing_takes_no_time(group: Any) -> None:
+def test_an_echo_of_what_goes_from_rank_to_rank(over: Over) -> None:
+    link = EmulatedLink(FAST, CPU, rank=1)
+    link.play = Play.ECHO
+    x = torch.arange(6.0).view(6, 1)
+    assert torch.equal(exchange(over(link), x, target=2, source=0).value, x)
+    assert len(exchange(over(link), x, target=2, source=0, rows=[8]).value) == 8
+    pending = all_to_all(over(link), x, given=[1, 2, 0, 3], taken=[2, 2, 2, 3])
+    assert pending.value[:, 0].tolist() == [1, 2, 1, 2, 1, 2, 1, 2, 1], "each rank's rows for this"
+    pending = all_to_all(over(link), x, given=[3, 0, 0, 3], taken=[1, 0, 0, 0])
+    assert pending.value.tolist() == [[0]]
+
+
+def crossings(link: EmulatedLink) -> list[int]:
+    """What `link` plays from now on, in bytes."""
+    played: list[int] = []
+    for sms in {link.processors(collective) for collective in Collective}:
+        link._players[sms] = lambda crossing, seconds: played.append(crossing)
+    return played
+
+
+def test_what_crosses_the_link_is_what_other_ranks_send_or_get(over: Over) -> None:
+    link = EmulatedLink(FAST, CPU, rank=1)
+    on, played = over(link), crossings(link)
+    x = torch.ones(8, 5)
+    row = 5 * 4
+    all_gather(on, x)
+    reduce_scatter(on, x)
+    exchange(on, x, x[:2].bfloat16(), target=2, source=0)
+    exchange(on, x, target=2, source=0, rows=[9])
+    all_to_all(on, x, given=[2, 2, 2, 2], taken=[2, 2, 2, 2])
+    all_to_all(on, x, x[:, 0], given=[0, 8, 0, 0], taken=[5, 8, 0, 1])
+    all_to_all(on, x, given=[1, 0, 0, 7], taken=[0, 9, 0, 0])
+    all_to_all(on, x[:0], given=[0, 0, 0, 0], taken=[0, 0, 0, 0])
+    assert played == [
+        3 * 8 * row,
+        6 * row,
+        8 * row + 2 * row // 2,
+        9 * row,
+        6 * row,
+        6 * row + 6 * 4,
+        8 * row,
+        0,
+    ]
+
+
+def test_a_collective_takes_what_its_own_link_says(over: Over) -> None:
+    other = (Collective.ALL_TO_ALL, Link(2e6, latency=0.0, sms=3))
+    link = EmulatedLink(Link(1e6, latency=0.0, collectives=(other,)), CPU, rank=1)
+    x = torch.ones(4, 250)
+    gather = all_gather(over(link), x).work
+    dealt = all_to_all(over(link), x, given=[1] * 4, taken=[1] * 4).work
+    assert gather is not None and dealt is not None
+    between = dealt._moment - gather._moment  # type: ignore[attr-defined]
+    assert between == pytest.approx(3000 / 2e6)
+    assert over(link).processors(Collective.ALL_TO_ALL) == over(link).most_processors == 3
+    assert over(link).processors(Collective.EXCHANGE) == 0
+
+
+def test_what_arrives_may_be_an_index(over: Over) -> None:
+    link = EmulatedLink(FAST, CPU, rank=1)
+    rows = {"given": [2] * 4, "taken": [2] * 4}
+    given = torch.full((8, 2), 100), torch.ones(8, dtype=torch.float8_e4m3fn)
+    indices, small = all_to_all(over(link), *given, **rows).value
+    assert not indices.any() and small.float().isfinite().all()
+
+
+def test_a_link_that_brings_nothing_takes_no_time(over: Over) -> None:
     link = EmulatedLink(Link(bandwidth=1.0), CPU)
     link.play = Play.NOTHING
-    pending = all_gather(torch.ones(10), group, link)
+    pending = all_gather(over(link), torch.ones(10))
     assert pending.work is None
     assert pending.value.isfinite().all(), "filled once, or GEMMs would be faster than real ones"
 
@@ -134,7 +254,7 @@ def test_the_calibration_says_what_was_asked_and_taken() -> None:
 def test_a_link_can_become_another() -> None:
     link = EmulatedLink(FAST, CPU)
     link.become(Link(bandwidth=2e6, latency=0.5))
-    assert link.link.seconds(1_000_000) == 1.0
+    assert link.link is not None and link.link.seconds(1_000_000) == 1.0
 
 
 def test_a_rank_of_eight_trains_marked_and_saves_no_checkpoint(

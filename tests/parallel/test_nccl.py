@@ -8,20 +8,34 @@ import yaml
 from megatron.core.parallel_state import get_nccl_options
 
 from lightning_dhellam.parallel import ParallelContext, nccl
+from lightning_dhellam.plan import Collective, Lane
 from tests.ranks import run_ranks
 
 
 def test_megatron_reads_the_settings() -> None:
     if not torch.distributed.is_nccl_available():
         pytest.skip("torch without NCCL")
-    options = get_nccl_options("tp", yaml.safe_load(nccl.CONFIGURATION.read_text()))
-    assert options.config.max_ctas == nccl.processors() > 0
+    settings = yaml.safe_load(nccl.CONFIGURATION.read_text())
+    options = get_nccl_options("tp", settings)
+    assert options.config.max_ctas == nccl.processors(Lane.TP, Collective.ALL_GATHER) > 0
     assert options.is_high_priority_stream
+    untouched = torch.distributed.ProcessGroupNCCL.Options()
+    for lane in (Lane.CP, Lane.EP):
+        options = get_nccl_options(lane, settings)
+        assert options.is_high_priority_stream
+        assert options.config.max_ctas == untouched.config.max_ctas, "an all-to-all wants them all"
+
+
+def test_processors_are_those_of_the_lane_and_the_collective() -> None:
+    for collective in Collective:
+        assert nccl.processors(Lane.TP, collective) <= 16
+        assert nccl.processors(Lane.EP, collective) >= nccl.processors(Lane.TP, collective)
+    assert nccl.processors(Lane.EP, Collective.ALL_TO_ALL) > 16
 
 
 def _on_gloo(rank: int) -> tuple[object, int]:
     context = ParallelContext.create(torch.device("cpu"), tensor_parallel_size=2)
-    return nccl.high_priority(), context.link_processors
+    return nccl.high_priority(), context.processors
 
 
 def test_gloo_takes_no_processors_and_has_no_priorities() -> None:

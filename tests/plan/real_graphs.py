@@ -11,6 +11,10 @@ from torch.distributed import ProcessGroup
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext, Topology
+from lightning_dhellam.parallel.communicator import Communicator
+from lightning_dhellam.parallel.groups import OpenGroups
+from lightning_dhellam.parallel.transport import Alone
+from lightning_dhellam.plan import Lane
 from tests.models.llama import SMALL
 
 
@@ -23,7 +27,13 @@ def context_of_rank_0(tensor_parallel_size: int) -> ParallelContext:
     groups = copy(context.groups)
     groups.tp = group
     topology = Topology(world_size=tensor_parallel_size, tp_size=tensor_parallel_size)
-    return replace(context, topology=topology, groups=groups, tp_group=group)
+    tensor = Communicator(Lane.TP, group, Alone(), 0, tensor_parallel_size)
+    return replace(
+        context,
+        topology=topology,
+        megatron_groups=OpenGroups(groups),
+        communicators={**context.communicators, Lane.TP: tensor},
+    )
 
 
 def lowered(

@@ -19,44 +19,44 @@ from lightning_dhellam.parallel.nccl import high_priority
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.plan import Lane
 
-ChannelKey = tuple[int, int, str]
+EdgeKey = tuple[int, int, str]
 """Source stage, target stage, strand."""
 
 STRANDS = ("forward", "backward")
 
 
-def open_channels(
-    pipeline: ProcessGroup, topology: Topology, device: torch.device, timeout: timedelta
-) -> Mapping[ChannelKey, ProcessGroup]:
+def open_edges(
+    topology: Topology, device: torch.device, timeout: timedelta
+) -> Mapping[EdgeKey, ProcessGroup]:
     """The communicators of this rank's pipeline, connected. Every rank must call this."""
     if topology.pp_size == 1:
         return {}
-    mine: dict[ChannelKey, ProcessGroup] = {}
+    mine: dict[EdgeKey, ProcessGroup] = {}
     for ranks in topology.groups(Lane.PP):
         opened = _open(ranks, timeout)
         if topology.rank in ranks:
             mine = opened
-    _connect(mine, pipeline.rank(), device)
+    _connect(mine, topology.pp_rank, device)
     return mine
 
 
-def _connect(channels: Mapping[ChannelKey, ProcessGroup], stage: int, device: torch.device) -> None:
-    """Send one number through each channel.
+def _connect(edges: Mapping[EdgeKey, ProcessGroup], stage: int, device: torch.device) -> None:
+    """Send one number along each edge.
 
     NCCL may connect two ranks at their first transfer, and keeps both hosts waiting meanwhile. Here
-    all ranks go through the channels in the same order; in a step they do not.
+    all ranks go through the edges in the same order; in a step they do not.
     """
     number = torch.zeros(1, device=device)
-    for (source, target, _), group in channels.items():
+    for (source, target, _), group in edges.items():
         if stage == source:
             dist.send(number, group=group, group_dst=target)
         elif stage == target:
             dist.recv(number, group=group, group_src=source)
 
 
-def _open(ranks: list[int], timeout: timedelta) -> dict[ChannelKey, ProcessGroup]:
+def _open(ranks: list[int], timeout: timedelta) -> dict[EdgeKey, ProcessGroup]:
     stages = len(ranks)
-    opened: dict[ChannelKey, ProcessGroup] = {}
+    opened: dict[EdgeKey, ProcessGroup] = {}
     for strand in STRANDS:
         for parity in range(min(2, stages - 1)):
             down, up = (
