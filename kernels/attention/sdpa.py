@@ -58,7 +58,7 @@ class SdpaBackend(Backend):
 
     @abstractmethod
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """On [B, heads, S, D]."""
+        """Compute `forward` of arguments [B, heads, S, D]; the output lies so too."""
 
     @abstractmethod
     def _backward(
@@ -72,7 +72,7 @@ class SdpaBackend(Backend):
         state: Any,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """On [B, heads, S, D]."""
+        """Compute `backward` of arguments [B, heads, S, D]; the gradients lie so too."""
 
 
 def _sum_groups(grad: Tensor, groups: int) -> Tensor:

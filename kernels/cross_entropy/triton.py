@@ -25,7 +25,7 @@ _COMBINE_BLOCK = 128
 
 
 def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor:
-    """As `reference.statistics`; a row of which every logit is -inf has the sum 0."""
+    """Compute what `reference.statistics` does; a row of -inf alone has the sum 0."""
     logits, labels = logits.contiguous(), labels.contiguous()
     rows, width = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
@@ -37,7 +37,7 @@ def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor
 
 
 def combine(statistics_of_ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.combine`."""
+    """Compute what `reference.combine` does."""
     statistics_of_ranks = statistics_of_ranks.contiguous()
     ranks, _, rows = statistics_of_ranks.shape
     loss, lse = (statistics_of_ranks.new_empty(rows) for _ in range(2))
@@ -51,7 +51,7 @@ def combine(statistics_of_ranks: Tensor) -> tuple[Tensor, Tensor]:
 def backward_(
     logits: Tensor, labels: Tensor, lse: Tensor, weights: Tensor, first: int, valid: int
 ) -> Tensor:
-    """As `reference.backward_`."""
+    """Compute what `reference.backward_` does."""
     assert logits.is_contiguous(), "logits are overwritten in place, so they must be contiguous"
     labels, lse, weights = labels.contiguous(), lse.contiguous(), weights.contiguous()
     rows, width = logits.shape

@@ -15,17 +15,17 @@ __all__ = ["backward", "derive_key", "forward", "forward_add"]
 
 
 def forward(x: Tensor, p: float, key: int) -> Tensor:
-    """As `reference.forward`."""
+    """Compute what `reference.forward` does."""
     return _launch(x, None, p, key)
 
 
 def forward_add(x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
-    """As `reference.forward_add`."""
+    """Compute what `reference.forward_add` does."""
     return _launch(x, residual.contiguous(), p, key)
 
 
 def backward(dy: Tensor, p: float, key: int) -> Tensor:
-    """As `reference.backward`."""
+    """Compute what `reference.backward` does."""
     return _launch(dy, None, p, key)
 
 

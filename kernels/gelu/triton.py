@@ -23,7 +23,7 @@ _PEAK = tl.constexpr(0.3989422804014327)
 
 
 def forward(x: Tensor) -> Tensor:
-    """As `reference.forward`."""
+    """Compute what `reference.forward` does."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _forward[(blocks(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, num_warps=4)
@@ -31,7 +31,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:
-    """As `reference.backward`."""
+    """Compute what `reference.backward` does."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     _backward[(blocks(x.numel(), _BLOCK),)](dy, x, dx, x.numel(), BLOCK=_BLOCK, num_warps=4)

@@ -8,7 +8,7 @@ from lightning_dhellam.kernels import norm
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Compute what `reference.forward` does."""
     _, y, statistics = norm.forward(x, None, weight, bias, eps)
     return y, statistics
 
@@ -16,13 +16,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
 def residual_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.residual_forward`."""
+    """Compute what `reference.residual_forward` does."""
     return norm.forward(x, residual, weight, bias, eps)
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.backward`."""
+    """Compute what `reference.backward` does."""
     dx, (dweight, dbias) = norm.backward(dy, x, weight, statistics, residual)
     return dx, dweight, dbias

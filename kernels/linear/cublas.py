@@ -16,7 +16,7 @@ __all__ = ["SHRINKS", "accumulate_bias_grad", "accumulate_wgrad", "dgrad", "forw
 
 
 def accumulate_wgrad(grad: Tensor, dy: Tensor, x: Tensor, *, first: bool = False) -> None:
-    """As `reference.accumulate_wgrad`, at full GEMM speed (measured on an H200)."""
+    """Compute what `reference.accumulate_wgrad` does, at full GEMM speed (measured on an H200)."""
     rows, columns = dy.flatten(0, -2).t(), x.flatten(0, -2)
     beta = 0 if first else 1
     if grad.dtype is dy.dtype:

@@ -20,7 +20,7 @@ _ELEMENTS = 1024
 
 
 def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
-    """As `reference.forward`."""
+    """Compute what `reference.forward` does."""
     qkv = qkv.contiguous()
     out = qkv.new_empty(qkv.shape)
     _launch(qkv, heads.split(out), cos, sin, heads, forward=True)
@@ -28,7 +28,10 @@ def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
 
 
 def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
-    """As `reference.backward`; only the last dimension of the gradients must be contiguous."""
+    """Compute what `reference.backward` does.
+
+    Of the gradients only the last dimension must be contiguous.
+    """
     dq, dk, dv = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq, dk, dv))
     s, b = dq.shape[:2]
     dqkv = dq.new_empty(s, b, heads.channels)

@@ -13,7 +13,7 @@ _BLOCK = 2048
 
 
 def forward(gate_up: Tensor) -> Tensor:
-    """As `reference.forward`."""
+    """Compute what `reference.forward` does."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
@@ -24,7 +24,7 @@ def forward(gate_up: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    """As `reference.backward`."""
+    """Compute what `reference.backward` does."""
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     width = dy.shape[-1]
     grad = torch.empty_like(gate_up)

@@ -62,7 +62,7 @@ class Attention:
 
     @classmethod
     def of(cls, module: Any, setting: Setting) -> Attention:
-        """Refuses what it would compute otherwise, by name."""
+        """What lowers `module`; what it would compute otherwise is refused by name."""
         check_config(module.config, SUPPORTED)
         _check_module(module, setting.index)
         groups = module.num_query_groups_per_partition
@@ -80,12 +80,12 @@ class Attention:
 
     @property
     def output(self) -> str:
-        """See `Block`."""
+        """The name of the result, which is that of its last linear layer."""
         return self.proj.name
 
     @property
     def bias(self) -> Parameter | None:
-        """See `Block`."""
+        """The bias of its last linear layer, which joins with the residual stream."""
         return self.proj.bias
 
     @property
@@ -94,14 +94,14 @@ class Attention:
         return float(self.heads.size**-0.5)
 
     def forward(self, w: GraphWriter, read: str) -> str:
-        """See `Block`."""
+        """Add the operators of forward. Returns the slot of the result [s, B, hidden]."""
         self.qkv.forward(w, read, "qkv")
         self._rope(w)
         self._attend(w)
         return self.proj.forward(w, "context")
 
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
-        """See `Block`."""
+        """Add the operators of backward. Returns the slot of the gradient by `read`."""
         self.proj.backward(w, grad, "context")
         if self.setting.rotary is None:
             self._attend_grad(w)

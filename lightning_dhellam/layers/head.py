@@ -123,7 +123,7 @@ class HeadLowering:
         return self._combine(w)
 
     def _combine(self, w: GraphWriter) -> Graph:
-        """From each rank's statistics to the loss: what the ranks exchange is three numbers."""
+        """Add what makes the loss: the ranks exchange three numbers per token."""
         read, ranks = "statistics", self.sizes.tp
         if ranks > 1:
             size = 12.0 * ranks
@@ -166,7 +166,7 @@ class HeadLowering:
         return self._output_backward(w)
 
     def _output_backward(self, w: GraphWriter) -> Graph:
-        """From `d_logits` to `dx`."""
+        """Add what makes `dx` of `d_logits`."""
         return self._norm_grad(w, self.output.backward(w, "d_logits", self.norm.output))
 
     def _chunked_backward(self) -> Graph:

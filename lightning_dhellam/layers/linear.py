@@ -64,9 +64,7 @@ class _Linear:
             f"{self.name}.gemm",
             (read,),
             {write: w.sizes.wide(weight.shape[0])},
-            (lambda x: forward(x, weight))
-            if bias is None
-            else (lambda x: forward(x, weight, bias)),
+            lambda x: forward(x, weight, bias),
             flops=self.flops,
             # cuBLAS adds a bias in a GEMM of its other interface, which takes all processors.
             shrinks=self.kernel.SHRINKS and bias is None,
@@ -129,7 +127,7 @@ class ColumnLinear(_Linear):
 
     @classmethod
     def of(cls, module: Any, name: str, setting: Setting) -> ColumnLinear:
-        """Of a Megatron-core `ColumnParallelLinear`."""
+        """What lowers a Megatron-core `ColumnParallelLinear`; another class is refused."""
         parts = cls._parts(module, ColumnParallelLinear, name, setting)
         return cls(*parts, setting.regather)
 
@@ -172,7 +170,7 @@ class RowLinear(_Linear):
 
     @classmethod
     def of(cls, module: Any, name: str, setting: Setting) -> RowLinear:
-        """Of a Megatron-core `RowParallelLinear`."""
+        """What lowers a Megatron-core `RowParallelLinear`; another class is refused."""
         return cls(*cls._parts(module, RowParallelLinear, name, setting))
 
     def forward(self, w: GraphWriter, read: str) -> str:

@@ -43,7 +43,7 @@ class Mlp:
 
     @classmethod
     def of(cls, module: Any, setting: Setting) -> Mlp:
-        """Refuses what it would compute otherwise, by name."""
+        """What lowers `module`; what it would compute otherwise is refused by name."""
         config, kernels = module.config, setting.kernels
         check_config(config, SUPPORTED)
         gated = config.gated_linear_unit
@@ -62,16 +62,16 @@ class Mlp:
 
     @property
     def output(self) -> str:
-        """See `Block`."""
+        """The name of the result, which is that of its last linear layer."""
         return self.fc2.name
 
     @property
     def bias(self) -> Parameter | None:
-        """See `Block`."""
+        """The bias of its last linear layer, which joins with the residual stream."""
         return self.fc2.bias
 
     def forward(self, w: GraphWriter, read: str) -> str:
-        """See `Block`."""
+        """Add the operators of forward. Returns the slot of the result [s, B, hidden]."""
         self.fc1.forward(w, read, self._inner)
         w.compute(
             self._activation,
@@ -83,7 +83,7 @@ class Mlp:
         return self.fc2.forward(w, "act")
 
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
-        """See `Block`."""
+        """Add the operators of backward. Returns the slot of the gradient by `read`."""
         self.fc2.backward(w, grad, "act")
         w.compute(
             f"{self._activation}.grad",

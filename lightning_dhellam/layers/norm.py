@@ -34,7 +34,7 @@ class Norm:
 
     @classmethod
     def of(cls, module: Any, name: str, kernels: Kernels, where: str) -> Norm:
-        """Refuses a module that is no norm; `where` says whose it is."""
+        """What lowers `module`; one that is no norm is refused, as that of `where`."""
         if getattr(module, "weight", None) is None or not hasattr(module, "eps"):
             raise ValueError(
                 f"{where}: its {name} norm is a {type(module).__name__}, which has no lowering: use"

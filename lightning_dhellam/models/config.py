@@ -70,7 +70,7 @@ class ModelConfig:
     """`RMSNorm`, or `LayerNorm`, which has a bias."""
 
     activation: str = "swiglu"
-    """Of the MLP: `swiglu`, with a gate, or `gelu`, without."""
+    """Activation of the MLP: `swiglu`, which has a gate, or `gelu`, which has none."""
 
     linear_bias: bool = False
     """Whether the linear layers of attention and MLP have biases."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_dhellam.kernels import cross_entropy
+from lightning_dhellam.kernels import choose, cross_entropy
 from lightning_dhellam.layers import attention, linear, lower, mlp, norm, residual, transformer
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -317,6 +320,86 @@ def test_another_megatron_layer_is_refused(context: ParallelContext) -> None:
     assert isinstance(model.layers[1], MLP)
     with pytest.raises(ValueError, match="layer 1 is a Megatron-core MLP, which has no lowering"):
         lower(model)
+
+
+class OtherLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """What computes something else, for all that lowering knows."""
+
+
+def _other_part(layer: Any, part: str) -> None:
+    attention = layer.self_attention
+    if part == "linear_fc1":
+        layer.mlp.linear_fc1.__class__ = OtherLinear
+    elif part == "mlp":
+        layer.mlp = nn.Identity()
+    elif part == "mask":
+        attention.attn_mask_type = AttnMaskType.padding
+    elif part == "q_layernorm":
+        attention.q_layernorm = nn.Identity()
+    elif part == "cross_attention":
+        layer.cross_attention = nn.Identity()
+    else:
+        layer.input_layernorm = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("linear_fc1", "its linear_fc1 is a OtherLinear, .* Megatron-core's ColumnParallelLinear"),
+        ("mlp", "its mlp is a Identity, .* use one of SelfAttention, MLP"),
+        ("mask", "its attention has the mask padding: use attn_mask_type=AttnMaskType.causal"),
+        ("q_layernorm", "its attention has a q_layernorm, .* leave it out"),
+        ("cross_attention", "its cross_attention is a Identity, .* Megatron-core's IdentityOp"),
+        ("norm", "its attention norm is a Identity, .* a norm that has a weight and eps"),
+    ],
+)
+def test_a_part_that_would_be_computed_otherwise_is_refused(
+    part: str, message: str, context: ParallelContext
+) -> None:
+    model = CausalLM(CONFIG, context)
+    _other_part(model.layers[1], part)
+    with pytest.raises(ValueError, match=f"^layer 1: {message}"):
+        lower(model)
+
+
+class Counted:
+    """The reference of an operator, which counts its calls."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if callable(value):
+            self.calls[name] += 1
+        return value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_operator_is_computed_by_the_backend_that_was_asked_for(
+    dtype: torch.dtype, context: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, hidden_dropout=0.1, linear_bias=True)
+    counted = {}
+    for operator, candidates in choose.CANDIDATES.items():
+        if operator == "attention":
+            continue
+        counted[operator] = Counted(candidates["reference"].load())
+        mine = choose.Candidate(lambda o=operator: counted[o], lambda device, dtype: None)
+        monkeypatch.setitem(candidates, "mine", mine)
+    model = CausalLM(config, context, dtype)
+    add_main_grads(model)
+    micro_batches = pieces(batch_of(config, 2, 8), 1, context)
+    expected = train(engine_of(lower(model)), model, micro_batches)
+    lowered = lower(model, kernels=dict.fromkeys(counted, "mine"))
+    assert differing(train(engine_of(lowered), model, micro_batches), expected) == []
+    used = {operator for operator, backend in counted.items() if backend.calls}
+    assert used >= {"cross_entropy", "dropout", "embedding", "linear", "rms_norm", "rope", "swiglu"}
+    assert {*counted["linear"].calls} >= {
+        "forward", "dgrad", "accumulate_wgrad", "accumulate_bias_grad"
+    }  # fmt: skip
+    assert {*counted["embedding"].calls} == {"forward", "accumulate_wgrad"}
 
 
 class LargestWithColumns(TorchDispatchMode):

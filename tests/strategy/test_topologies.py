@@ -48,8 +48,16 @@ class Gated(Model):
         return model
 
 
-MODULES = {"smoothed": Smoothed, "gated": Gated, "tied": Model}
-CHANGES: dict[str, dict[str, Any]] = {"tied": {"tie_embeddings": True}}
+MODULES = {"smoothed": Smoothed, "gated": Gated, "tied": Model, "biases": Model}
+CHANGES: dict[str, dict[str, Any]] = {
+    "tied": {"tie_embeddings": True},
+    "biases": {
+        "linear_bias": True,
+        "normalization": "LayerNorm",
+        "activation": "gelu",
+        "position_embedding": "none",
+    },
+}
 # What is trained, and what plain Lightning is told.
 RUNS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -59,6 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "smoothed": {},
     "gated": {},
     "tied": {"gradient_clip_val": 0.1},
+    "biases": {"gradient_clip_val": 0.1},
 }
 # How it is trained: number of processes and strategy.
 ALONE: dict[str, dict[str, Any] | str] = {
