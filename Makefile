@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 # TORCH_INDEX=<address of PyTorch's CPU wheels> avoids that.
 TORCH_INDEX ?=
 
-.PHONY: venv demo test checks clean
+.PHONY: venv demo test checks docs clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install 'pip>=23.1'
 	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -39,6 +39,11 @@ checks: $(STAMP)
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/lightning_dhellam
 	@ln -s "$(CURDIR)"/lightning_dhellam/* "$(CURDIR)"/kernels "$(CURDIR)"/search "$(CURDIR)"/recipes $(TYPES)/lightning_dhellam/
 	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lightning_dhellam
+
+# Strict: a broken link, a missing name or a malformed docstring fails.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --nitpicky docs build/docs
+	@echo "built: build/docs/index.html"
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -128,7 +128,8 @@ def test_tested_versions_satisfy_the_declared_ranges(python: str, megatron: str)
     pins = pins_of(python)
     assert pins["megatron-core"] == megatron
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["test"] + extras["docs"]
     for requirement in map(Requirement, declared):
         pin = pins.get(requirement.name)
         assert pin is not None, f"constraints.txt: no line pins {requirement.name}"

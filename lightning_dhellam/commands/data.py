@@ -1,4 +1,4 @@
-"""The `dhellam data` command."""
+"""`dhellam data prepare`: from text to a dataset to train on."""
 
 import json
 import sys

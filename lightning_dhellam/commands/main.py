@@ -1,4 +1,4 @@
-"""The `dhellam` command."""
+"""The `dhellam` command: finds what its first word asks for, and says mistakes in one line."""
 
 from __future__ import annotations
 

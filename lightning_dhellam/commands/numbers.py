@@ -14,17 +14,17 @@ def add_sizes(parser: ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """The whole number of at least 1 that `text` says."""
     return int(_number(text, int, lambda value: value >= 1, "a whole number of at least 1"))
 
 
 def amount(text: str) -> float:
-    """A number above 0."""
+    """The number above 0 that `text` says."""
     return _number(text, float, lambda value: value > 0, "a number above 0")
 
 
 def not_negative(text: str) -> float:
-    """A number of at least 0."""
+    """The number of at least 0 that `text` says."""
     return _number(text, float, lambda value: value >= 0, "a number of at least 0")
 
 

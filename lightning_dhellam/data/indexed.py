@@ -48,7 +48,7 @@ class IndexedData:
 
     @property
     def digest(self) -> str:
-        """Of the number of tokens and the lengths of documents; the same wherever the files lie."""
+        """Digest of the number of tokens and the lengths of documents, wherever the files lie."""
         found = hashlib.sha256(str(Path(f"{self.prefix}.bin").stat().st_size).encode())
         index = Path(f"{self.prefix}.idx")
         found.update(str(index.stat().st_size).encode())

@@ -171,7 +171,7 @@ class IndexedDataModule(LightningDataModule):
         return self._evaluation_loader(Split.test, "test")
 
     def predict_dataloader(self) -> DataLoader[TokenBatch]:
-        """The test split."""
+        """Batches of the test split, as `test_dataloader` gives them."""
         return self._evaluation_loader(Split.test, "test")
 
     def _evaluation_loader(self, part: Split, name: str) -> DataLoader[TokenBatch]:

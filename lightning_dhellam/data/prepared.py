@@ -42,7 +42,7 @@ class PreparedData:
 
     @classmethod
     def load(cls, path: str | Path) -> "PreparedData":
-        """Read a finished directory.
+        """Read what a finished directory says of itself.
 
         Raises ValueError when it is not one, or when its files are not as they were written.
         """

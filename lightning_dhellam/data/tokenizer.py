@@ -66,7 +66,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """Number of token ids, special ones included."""
         return int(self._processor.vocab_size())
 
     @property

@@ -1,0 +1,74 @@
+"""The pages themselves: links, names, languages of blocks, the size of the README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_dhellam import recipes
+from lightning_dhellam.models import PRESETS
+from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.precision import PRECISIONS
+from tests.docs.pages import GUIDES, PAGES, README, ROOT, fences, name
+
+GUIDE = ROOT / "docs/guides"
+LANGUAGES = {"sh", "python", "text", "yaml"}
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the table below a heading of its first row."""
+    table = page.read_text().split(heading)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+
+
+def test_the_readme_is_a_first_page() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 140
+    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 1
+
+
+def test_every_row_of_numbers_says_what_it_rests_on() -> None:
+    numbers = rows(README, "| | against |")
+    assert len(numbers) == 3
+    for what, against, speed, same in numbers:
+        assert "GPU" in what and re.search(r"20\d\d-\d\d-\d\d", what), what
+        assert re.search("Attention: (flash-attn 4|cuDNN)", what), what
+        assert against and re.search(r"\*\*\d\.\d\d×\*\*", speed)
+        assert re.search("loss|bitwise equal", same), same
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks/README.md"], ids=name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    """Sphinx sees to the links between guides; these are also read where they lie."""
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).is_file(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_says_its_language(page: Path) -> None:
+    text = page.read_text()
+    directives = len(re.findall(r"^```\{", text, re.MULTILINE))
+    known = [fence for fence in fences(page) if fence["language"] in LANGUAGES]
+    assert text.count("\n```") == 2 * (len(known) + directives)
+
+
+def test_every_guide_is_in_the_table_of_contents() -> None:
+    index = (ROOT / "docs/index.md").read_text() + (ROOT / "docs/reference/index.md").read_text()
+    listed = re.findall(r"^[\w/-]+$", index, re.MULTILINE)
+    stems = {Path(entry).name for entry in listed}
+    assert {page.stem for page in GUIDES} - stems == {"index"} - stems
+
+
+def test_every_name_that_the_pages_mention_exists() -> None:
+    text = "".join(page.read_text() for page in (README, *GUIDES))
+    plans = [cells[0].strip("`") for cells in rows(GUIDE / "plans.md", "| `DHellamStrategy(plan=")]
+    assert sorted(plans) == sorted([*BUILDERS, "auto"])
+    precisions = [
+        cells[0].strip("`") for cells in rows(GUIDE / "training.md", "| `Trainer(precision=")
+    ]
+    assert sorted(precisions) == sorted(PRECISIONS)
+    assert set(re.findall(r'preset\("([\w.-]+)"', text)) <= set(PRESETS)
+    assert set(re.findall(r"`(llama-[\w.-]+(?:gpu|cpu))`", text)) == set(recipes.names())
