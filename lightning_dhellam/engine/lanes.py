@@ -192,11 +192,12 @@ class CpuLanes(Lanes):
 class CudaLanes(Lanes):
     """Each lane is a stream; compute is the stream that is current when the lanes are made.
 
-    The lane of transfers between stages has a stream for each channel. A slot's memory belongs to
+    The lane of transfers between stages has a stream for each edge. A slot's memory belongs to
     the track that made it, as the caching allocator sees it: a view's to the track that made what
     it is a view of. When the slot has had its last reader, its memory goes back only once that
     track has waited for every other track that read it. Lanes wait for each other all the time, so
-    this costs no extra synchronisation, only a little delay; vector clocks tell when it is so:
+    this costs no extra synchronisation, only a little delay; what each track has seen of the others
+    tells when it is so:
 
         compute   GEMM  ---->  writes x      next gather waits for compute: x is freed here
         tp              gather reads x -->
@@ -229,9 +230,9 @@ class CudaLanes(Lanes):
         self._waiting: dict[Track, list[Slot]] = {_COMPUTE: []}
         self._last_visit: dict[Track, Mark] = {}
 
-    def stream(self, lane: Lane, channel: str = "") -> torch.cuda.Stream:
-        """The stream of a lane or channel, made on first use."""
-        track = Track(lane, channel)
+    def stream(self, lane: Lane, edge: str = "") -> torch.cuda.Stream:
+        """The stream of a lane or edge, made on first use."""
+        track = Track(lane, edge)
         if track not in self._streams:
             self._streams[track] = torch.cuda.Stream(self.device, priority=self._priority)
             self._numbers[track] = 0

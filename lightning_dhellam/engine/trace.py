@@ -53,15 +53,15 @@ class Tracer:
             for graph in (pair.forward, pair.backward)
             for operator in (*graph.receives, *graph.operators, *graph.sends)
         }
-        self._clock: _HostClock | _DeviceClock
-        self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
+        self._timer: _HostTimer | _DeviceTimer
+        self._timer = _DeviceTimer() if device.type == "cuda" else _HostTimer()
         self._ran: list[tuple[Operator, Callable[[], tuple[float, float]]]] = []
 
     def traced(self, operator: Operator) -> Operator:
         """The same operator, which notes when it runs."""
 
         def run(*values: Any) -> Any:
-            result, times = self._clock.run(operator, values)
+            result, times = self._timer.run(operator, values)
             self._ran.append((operator, times))
             return result
 
@@ -80,7 +80,7 @@ class Tracer:
         return found
 
 
-class _HostClock:
+class _HostTimer:
     def __init__(self) -> None:
         self._zero = time.perf_counter()
 
@@ -112,7 +112,7 @@ class _HostClock:
         return time.perf_counter() - self._zero
 
 
-class _DeviceClock:
+class _DeviceTimer:
     def __init__(self) -> None:
         self._zero = _event()
 

@@ -45,8 +45,8 @@ def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[Graph
 
 def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     (slot,) = graph.inputs
-    channel = Edge(source, here, graph.direction)
-    group, parts = sizes.context.edges[channel], sizes.tp
+    edge = Edge(source, here, graph.direction)
+    group, parts = sizes.context.edges[edge], sizes.tp
     dtype, hidden = sizes.dtype, sizes.hidden
 
     def empty(tokens: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
         (slot,),
         run,
         sizes.shard / LINK_RATE,
-        channel=str(channel),
+        edge=str(edge),
         collective=Collective.RECEIVE,
         rehearsal=made_up,
     )
@@ -75,8 +75,8 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
 
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
     (slot,) = graph.outputs
-    channel = Edge(here, target, graph.direction)
-    group = sizes.context.edges[channel]
+    edge = Edge(here, target, graph.direction)
+    group = sizes.context.edges[edge]
 
     def run(x: Tensor) -> collectives.Pending:
         return collectives.send(x, target, group)
@@ -91,7 +91,7 @@ def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
         (),
         run,
         sizes.shard / LINK_RATE,
-        channel=str(channel),
+        edge=str(edge),
         collective=Collective.SEND,
         rehearsal=unsent,
     )

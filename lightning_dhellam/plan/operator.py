@@ -45,16 +45,16 @@ class Collective(StrEnum):
 class Track(NamedTuple):
     """Where operators wait for each other: what is issued on one track runs in that order.
 
-    A lane is one track. Transfers between two stages have a track for each channel, because a
+    A lane is one track. Transfers between two stages have a track for each edge, because a
     receive that is posted early must not hold up a send.
 
     Attributes:
         lane: what it occupies.
-        channel: of the transfers, empty for all other operators.
+        edge: of the transfers, empty for all other operators.
     """
 
     lane: Lane
-    channel: str = ""
+    edge: str = ""
 
 
 class Strand(StrEnum):
@@ -78,7 +78,7 @@ class Operator:
         cost: nominal seconds per token of the micro-batch. Only the ratio between operators
             matters: built-in plans use it where no profile exists.
         accumulates: the parameters whose gradient it adds to.
-        channel: of a transfer between two stages.
+        edge: of a transfer between two stages.
         collective: what it does on a communication lane; None elsewhere.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
         rule: how slots lie that it reads and writes; None where all that it reads lies alike.
@@ -96,7 +96,7 @@ class Operator:
     run: Callable[..., Any] = field(repr=False, compare=False)
     cost: float = field(default=0.0, compare=False)
     accumulates: tuple[Any, ...] = field(default=(), repr=False, compare=False)
-    channel: str = ""
+    edge: str = ""
     collective: Collective | None = field(default=None, compare=False)
     shrinks: bool = field(default=False, compare=False)
     rule: Rule | None = field(default=None, repr=False, compare=False)
@@ -106,7 +106,7 @@ class Operator:
 
     def __post_init__(self) -> None:
         # Looked up with every launch.
-        object.__setattr__(self, "track", Track(self.lane, self.channel))
+        object.__setattr__(self, "track", Track(self.lane, self.edge))
 
     def at(self, length: int) -> Operator:
         """The same operator with its cost at sequences of `length` tokens."""

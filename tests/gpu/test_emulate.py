@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from lightning_dhellam import DHellamStrategy, LanguageModel
-from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.parallel.link import EmulatedLink
+from lightning_dhellam.parallel import Cluster, Link, ParallelContext
+from lightning_dhellam.parallel.collectives import all_gather, all_to_all, exchange
+from lightning_dhellam.parallel.communicator import Communicator
+from lightning_dhellam.parallel.link import EmulatedLink, median_seconds
+from lightning_dhellam.plan import Collective, Lane
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +70,62 @@ def test_a_link_is_no_faster_than_asked_where_the_host_is_slow(
     for size in (16 << 20, 128 << 20):
         asked, taken = made.calibration(size)
         assert taken > 0.97 * asked, f"{asked * 1e6:.0f} µs asked, {taken * 1e6:.0f} µs taken"
+
+
+def seconds(launch: Callable[[], Any]) -> float:
+    return median_seconds(lambda: launch() and None, repeats=5)
+
+
+@pytest.mark.parametrize("sms", [0, 4])
+def test_what_goes_from_rank_to_rank_takes_its_time_both_ways_at_once(
+    sms: int, device: torch.device
+) -> None:
+    """What is sent and what is received go at once; what a rank keeps takes no time."""
+    other = (Collective.ALL_TO_ALL, Link(bandwidth=20e9, sms=sms))
+    link = EmulatedLink(Link(bandwidth=40e9, sms=sms, collectives=(other,)), device, rank=1)
+    group = ProcessGroup(1, 4)  # type: ignore[call-arg]
+    on = Communicator(Lane.EP, group, link, 1, 4)
+    x = torch.ones(64, 1 << 18, device=device, dtype=torch.bfloat16)
+    row = x[0].nbytes
+    given, taken = [1, 40, 20, 3], [30, 2, 30, 0]
+    cases: dict[str, tuple[Callable[[], Any], float]] = {
+        "exchange": (lambda: exchange(on, x, x[:8], target=2, source=0), 72 * row / 40e9),
+        "deal": (lambda: all_to_all(on, x, given=given, taken=taken), 60 * row / 20e9),
+        "gather": (lambda: all_gather(on, x), 3 * 64 * row / 40e9),
+    }
+    for name, (launch, asked) in cases.items():
+        assert launch().work is None, "the stream orders it"
+        assert launch().value is not None
+        taken_seconds = seconds(launch)
+        assert taken_seconds > 0.97 * asked, f"{name}: {taken_seconds} s for {asked}"
+    for collective in Collective:
+        assert link.processors(collective) == sms
+
+
+def test_who_waits_for_an_emulated_group_waits_on_the_device(
+    device: torch.device,
+) -> None:
+    """As for NCCL: a reduction on the data lane is waited for by the stream that is current."""
+    Cluster(world_size=2, links={}).join()
+    try:
+        links = {"dp": Link(bandwidth=1e9, latency=0.0)}
+        cluster = Cluster(world_size=2, links=links)
+        context = ParallelContext.create(device, cluster=cluster)
+        x, lane = torch.ones(50 << 18, device=device), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(lane):
+            work = dist.all_reduce(x, group=context.groups.dp_cp, async_op=True)
+        done = torch.cuda.Event()
+        assert work is not None and not work.is_completed()
+        assert torch.cuda.current_stream().query(), "nothing waits yet"
+        work.wait()
+        done.record()
+        assert not done.query(), "50 ms of link"
+        done.synchronize()
+        assert work.is_completed()
+        context.destroy()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_rank_of_eight_trains_in_one_process_and_saves_nothing(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def _layers(books: Books) -> list[GraphPair]:
     """
 
     def operator(
-        name: str, lane: Lane, reads: tuple[str, ...], writes: tuple[str, ...], channel: str = ""
+        name: str, lane: Lane, reads: tuple[str, ...], writes: tuple[str, ...], edge: str = ""
     ) -> Operator:
         def run(*values: Any) -> Any:
             value = books.run(name, *values)
@@ -112,13 +112,13 @@ def _layers(books: Books) -> list[GraphPair]:
                 return value, (values[0][:], value)
             return value if writes else None
 
-        return Operator(name, lane, reads, writes, run, cost=1.0, channel=channel)
+        return Operator(name, lane, reads, writes, run, cost=1.0, edge=edge)
 
     def transfer(slot: str, source: int, target: int, strand: Strand, kind: str) -> Operator:
-        channel = str(Edge(source, target, strand))
+        edge = str(Edge(source, target, strand))
         slots = ((slot,), ()) if kind == "send" else (("batch.tokens",), (slot,))
-        made_up = operator(f"{slot}.made_up", Lane.PP, *slots, channel).run
-        return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, channel), rehearsal=made_up)
+        made_up = operator(f"{slot}.made_up", Lane.PP, *slots, edge).run
+        return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, edge), rehearsal=made_up)
 
     def pair(before: int | None, after: int | None) -> GraphPair:
         forward = (
