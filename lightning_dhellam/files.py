@@ -137,8 +137,8 @@ def save_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, data)
 
 
-def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """The fields of a JSON file that says `"format": version`.
+def load_json(path: Path, kind: str, version: int, *older: int) -> dict[str, Any]:
+    """The fields of a JSON file that says `"format": version`, or one of the `older` formats.
 
     Raises:
         FileError: it is absent, broken, not a `kind` ("plan file", "profile"), or of another
@@ -158,9 +158,10 @@ def load_json(path: Path, kind: str, version: int) -> dict[str, Any]:
                 f"{path} is a {other}, but a {kind} is wanted: a search writes both, profile.json"
                 " and plan.json"
             )
-    if fields["format"] != version:
+    if fields["format"] not in (version, *older):
+        known = " or ".join(map(str, sorted((version, *older))))
         raise FileError(
-            f"{path} has format {fields['format']} and this version reads {version}: make it again"
+            f"{path} has format {fields['format']} and this version reads {known}: make it again"
         )
     return fields
 

@@ -33,8 +33,8 @@ _SUSTAINED = 1.2
 than its limit, and then less."""
 _PAUSE = 0.35
 """Of a device that computes for most of the time: pauses as a share of each operator's time."""
-_VISITS = 3
-"""To each measurement on a host, whose processors and network others may take for seconds."""
+_ROUNDS = 3
+"""Of all measurements on a host, whose processors and network others may take for seconds."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
 
 
@@ -80,10 +80,10 @@ def take_profile(
     *,
     group: dist.ProcessGroup | None = None,
     repeats: int = 7,
-    visits: int | None = None,
+    rounds: int | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Time each kind of operator alone, and communication beside computation.
+    """Time each kind of operator alone, and communication beside what may run with it.
 
     Adds to gradients, so call it between a step and the next one's clearing. Leaves nothing else.
     Every rank must.
@@ -94,16 +94,16 @@ def take_profile(
         made_for: its `fingerprint`.
         group: ranks over which times are the largest; None for this rank's own.
         repeats: runs of each measurement that count, at least.
-        visits: over which they are spread: one on a GPU, several on a host, if not given.
+        rounds: over which they are spread: one on a GPU, several on a host, if not given.
         progress: is told what is measured next.
 
     Raises:
         BenchError: names the operator that failed.
     """
     device = micro_batch.slots["batch.tokens"].device
-    visits = visits or (1 if device.type == "cuda" else _VISITS)
+    rounds = rounds or (1 if device.type == "cuda" else _ROUNDS)
     with engine.untouched(device):
-        timer = OperatorTimer(engine.lanes, group, repeats=math.ceil(repeats / visits))
+        timer = OperatorTimer(engine.lanes, group, repeats=math.ceil(repeats / rounds))
         failure: torch.OutOfMemoryError | None = None
         mine = math.inf
         try:
@@ -126,7 +126,7 @@ def take_profile(
             progress=progress,
             launch=launch,
             inline=device.type == "cpu",
-            visits=visits,
+            rounds=rounds,
         )
         return replace(profile, clock=bench.clock(profile)) if timer.on_cuda else profile
 
@@ -180,10 +180,13 @@ class EngineBench:
         with self._timer.sharing(target.spare):
             return self._samples(self._timer.alone(self._subject(target)))
 
-    def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
-        """Start both, communication first, and time each from the start to its own end."""
-        subjects = self._subject(communication), self._subject(compute)
-        with self._timer.sharing(compute.spare):
+    def beside(self, communication: Target, other: Target) -> tuple[Samples, Samples]:
+        """Start both, communication first, and time each from the start to its own end.
+
+        `other` computes, or communicates on another lane.
+        """
+        subjects = self._subject(communication), self._subject(other)
+        with self._timer.sharing(other.spare):
             first, second = self._timer.beside(*subjects)
         return self._samples(first), self._samples(second)
 
@@ -197,7 +200,7 @@ class EngineBench:
         return self._samples(first), self._samples(second)
 
     def _samples(self, runs: Sequence[float]) -> Samples:
-        """Those of one visit; on a host one, the mean.
+        """Those of one round; on a host one, the mean.
 
         A step is a sum: what delays some runs of an operator on a host does so in a step as well,
         and a median would not see it.

@@ -82,7 +82,7 @@ class Duel:
         profiles: list[Profile] = []
 
         def profile() -> Tensor:
-            profiles.append(work.profile(dist.group.WORLD, _REPEATS, visits=1))
+            profiles.append(work.profile(dist.group.WORLD, _REPEATS, rounds=1))
             return torch.zeros(())
 
         everything = {**parts, **steps, "profile": profile}

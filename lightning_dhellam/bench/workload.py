@@ -74,7 +74,7 @@ class Workload:
         self,
         group: dist.ProcessGroup | None = None,
         repeats: int = 7,
-        visits: int | None = None,
+        rounds: int | None = None,
     ) -> Profile:
         """Times of the operators, maximised over `group`; see `take_profile`."""
         engine, piece, context = self.engine(), self.pieces[0], self.model.context
@@ -84,7 +84,7 @@ class Workload:
         )
         conditions_of_profile = fingerprint(engine, piece, made_for, self.kernels)
         return take_profile(
-            engine, piece, conditions_of_profile, group=group, repeats=repeats, visits=visits
+            engine, piece, conditions_of_profile, group=group, repeats=repeats, rounds=rounds
         )
 
 

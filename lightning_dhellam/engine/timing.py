@@ -94,10 +94,13 @@ class OperatorTimer:
         (samples,) = self._samples([subject])
         return samples
 
-    def beside(self, communication: Subject, compute: Subject) -> tuple[list[float], list[float]]:
-        """Seconds of each from their common start to its own end. Communication goes first, as a
-        plan can ask for: started at one moment, now one and now the other would have the SMs."""
-        first, second = self._samples([communication, compute])
+    def beside(self, communication: Subject, other: Subject) -> tuple[list[float], list[float]]:
+        """Seconds of each from their common start to its own end.
+
+        `other` computes, or communicates on another lane. Communication goes first, as a plan can
+        ask for: started at one moment, now one and now the other would have the SMs.
+        """
+        first, second = self._samples([communication, other])
         return first, second
 
     def behind(
@@ -218,7 +221,7 @@ class OperatorTimer:
         return [[float(value) for value in row] for row in samples]
 
     def _on_cpu(self, subjects: Sequence[Subject], lead: float) -> list[float]:
-        """Communication first, then compute inline; a thread notes when the work is done."""
+        """Communication first, then compute inline; threads note when communication is done."""
         if self._group is not None:
             dist.barrier(self._group)
         ends: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Measures the operators of graphs: alone, and communication beside computation.
+"""Measures the operators of graphs: alone, and communication beside what may run with it.
 
 Operators that do the same work share one measurement. What runs and times them is a `Bench`.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, combinations
 from typing import Protocol
 
-from lightning_dhellam.plan import Graph, Operator
+from lightning_dhellam.plan import Graph, Lane, Operator
 from lightning_dhellam.search.measure.profile import Fingerprint, Profile
 from lightning_dhellam.search.measure.rows import Key, Samples, Timing
 
@@ -29,16 +29,26 @@ class Target:
     """An operator to measure, which stands for all that do the same work.
 
     Attributes:
-        key: its name.
-        graph: that it is part of.
+        key: name of the measurement.
+        graph: graph that the operator is part of.
         operator: what runs.
-        spare: whether it leaves processors to communication.
+        spare: whether the operator leaves processors to communication.
     """
 
     key: Key
     graph: Graph
     operator: Operator
     spare: bool = False
+
+    @property
+    def computes(self) -> bool:
+        """Whether it occupies the compute lane."""
+        return self.operator.lane is Lane.COMPUTE
+
+    @property
+    def communicates(self) -> bool:
+        """Whether it occupies the lane of a communicator."""
+        return self.operator.lane not in (Lane.COMPUTE, Lane.HOST)
 
 
 class Bench(Protocol):
@@ -47,20 +57,23 @@ class Bench(Protocol):
     Times are of this rank or maximised over ranks, in seconds.
 
     Attributes:
-        lead: the least head start that `behind` can give; 0 where communication cannot be started
+        lead: least head start that `behind` can give; 0 where communication cannot be started
             under computation, as on a CPU, where computation holds up the host.
     """
 
     lead: float
 
     def shrinks(self, target: Target) -> bool:
-        """Whether it can leave processors to communication, and still computes the same bits."""
+        """Tell whether a target can leave processors to communication with the same results."""
 
     def alone(self, target: Target) -> Samples:
         """Time one operator while nothing else runs."""
 
-    def beside(self, communication: Target, compute: Target) -> tuple[Samples, Samples]:
-        """Start both, communication first, and time each from the start to its own end."""
+    def beside(self, communication: Target, other: Target) -> tuple[Samples, Samples]:
+        """Start both, communication first, and time each from the start to its own end.
+
+        `other` computes, or communicates on another lane.
+        """
 
     def behind(
         self, communication: Target, compute: Target, lead: float
@@ -77,17 +90,21 @@ Progress = Callable[[int, int, str], None]
 
 
 def nominal_identity(graph: Graph, operator: Operator) -> Hashable:
-    """Lane, nominal cost and sizes of what is read and written: the same for equal operators."""
+    """Identify an operator by lane, collective, nominal cost, and sizes of what it writes.
+
+    Operators without a nominal cost are taken for different.
+    """
     if not operator.cost:
         return graph.fingerprint, operator.name
     sizes = tuple(graph.bytes_per_token.get(slot) for slot in operator.writes)
-    return operator.lane, operator.cost, len(operator.reads), sizes, bool(operator.accumulates)
+    kind = operator.lane, operator.collective
+    return kind, operator.cost, len(operator.reads), sizes, bool(operator.accumulates)
 
 
 def targets(
     graphs: Iterable[Graph], identity: Identity = nominal_identity
 ) -> tuple[list[Target], dict[str, dict[str, Key]]]:
-    """What to measure, and the key of each operator by graph fingerprint and operator name."""
+    """Return what to measure, and keys of operators by graph fingerprint and operator name."""
     chosen: dict[Hashable, Target] = {}
     keys: dict[str, dict[str, Key]] = {}
     for graph in {graph.fingerprint: graph for graph in graphs}.values():
@@ -108,22 +125,24 @@ def measure(
     launch: float = 0.0,
     inline: bool = False,
     beside: Callable[[Target, Target], bool] | None = None,
-    visits: int = 1,
+    rounds: int = 1,
 ) -> Profile:
-    """Measure every operator of `graphs` alone, and communication beside computation.
+    """Measure every operator of `graphs` alone, and communication beside what may run with it.
+
+    That is computation, and communication of other lanes.
 
     Args:
         bench: times operators.
         graphs: of every kind of layer, the most frequent first: operators that do the same work
             are called by the first of them.
-        fingerprint: of the conditions.
+        fingerprint: conditions that the profile will be valid for.
         progress: is told what is measured next.
         identity: operators with equal ones are measured once.
         launch: seconds the host needs to issue one operator.
-        inline: compute runs on the host, as it does on CPU.
-        beside: whether a communication and a compute operator are worth measuring together;
-            those that are not keep their speed. All by default.
-        visits: how often to go through all measurements. What disturbs the machine for a while
+        inline: whether compute runs on the host, as it does on CPU.
+        beside: whether a communication and another operator are worth measuring together; those
+            that are not keep their speed. All by default.
+        rounds: how often to go through all measurements. What disturbs the machine for a while
             then spoils some samples of each, and not all samples of some.
 
     Raises:
@@ -136,18 +155,9 @@ def measure(
         if target.operator.shrinks and bench.shrinks(target)
     }
     chosen += sparing.values()
-    pairs = [
-        (communication, compute)
-        for communication in chosen
-        for compute in chosen
-        if communication.operator.is_communication and not compute.operator.is_communication
-        if beside is None or beside(communication, compute)
-    ]
-    work = [_Measurement(target) for target in chosen]
-    for behind in (False, True) if bench.lead else (False,):
-        work += [_Measurement(*pair, behind) for pair in pairs]
+    work = _measurements(chosen, beside or (lambda communication, other: True), bench.lead > 0)
     alone: dict[Key, float] = {}
-    count = visits * len(work)
+    count = rounds * len(work)
     for number in range(count):
         one = work[number % len(work)]
         if progress is not None:
@@ -155,8 +165,8 @@ def measure(
         if one.partner is not None and one.behind:
             one.lead = max(bench.lead, _WITHIN * alone[one.partner.key])
         if one.partner is None or alone[one.partner.key] >= _LEADS * one.lead:
-            one.visit(bench)
-            alone.setdefault(one.target.key, one.visits[0][0].quantile(0.5))
+            one.take(bench)
+            alone.setdefault(one.target.key, one.taken[0][0].quantile(0.5))
     if progress is not None:
         progress(count, count, "done")
     rows = [row for one in work for row in one.rows()]
@@ -168,19 +178,19 @@ def measure(
 
 @dataclass
 class _Measurement:
-    """What is timed, and what each visit gave for each of its operators."""
+    """What is timed, and the samples that each round took of its operators."""
 
     target: Target
     partner: Target | None = None
     behind: bool = False
     lead: float = 0.0
-    visits: list[tuple[Samples, ...]] = field(default_factory=list)
+    taken: list[tuple[Samples, ...]] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.target.key} beside {self.partner.key}" if self.partner else self.target.key
 
-    def visit(self, bench: Bench) -> None:
-        """Time it. Raises BenchError."""
+    def take(self, bench: Bench) -> None:
+        """Time it once more. Raises BenchError."""
         try:
             if self.partner is None:
                 found: tuple[Samples, ...] = (bench.alone(self.target),)
@@ -190,18 +200,18 @@ class _Measurement:
                 found = bench.beside(self.target, self.partner)
         except Exception as error:
             raise BenchError(f"measuring {self} failed: {error}") from error
-        self.visits.append(found)
+        self.taken.append(found)
 
     def rows(self) -> list[Timing]:
-        """Of all samples; none if it was never visited. Raises BenchError."""
-        if not self.visits:
+        """Return the rows of all samples; none if it was never timed. Raises BenchError."""
+        if not self.taken:
             return []
         rows = [(self.target.key, self.partner.key if self.partner else None)]
         if self.partner is not None:
             rows.append((self.partner.key, self.target.key))
         samples = [
             Samples(tuple(chain.from_iterable(part.seconds for part in parts)))
-            for parts in zip(*self.visits, strict=True)
+            for parts in zip(*self.taken, strict=True)
         ]
         try:
             return [
@@ -209,3 +219,30 @@ class _Measurement:
             ]
         except ValueError as error:
             raise BenchError(f"measuring {self} failed: {error}") from error
+
+
+def _measurements(
+    chosen: Sequence[Target], beside: Callable[[Target, Target], bool], behind: bool
+) -> list[_Measurement]:
+    """Return what to time: each target alone, then the pairs, then compute that is ahead.
+
+    Operators of one lane never run together, and what the host waits for disturbs nobody.
+    """
+    with_compute = [
+        (communication, compute)
+        for communication in chosen
+        for compute in chosen
+        if communication.communicates and compute.computes and beside(communication, compute)
+    ]
+    with_others = [
+        (one, other)
+        for one, other in combinations(chosen, 2)
+        if one.communicates and other.communicates and one.operator.lane is not other.operator.lane
+        if beside(one, other)
+    ]
+    return [
+        *(_Measurement(target) for target in chosen),
+        *(_Measurement(*pair) for pair in with_compute),
+        *(_Measurement(*pair) for pair in with_others),
+        *(_Measurement(*pair, behind=True) for pair in with_compute if behind),
+    ]

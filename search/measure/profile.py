@@ -1,4 +1,4 @@
-"""A profile: measured times of the operators of some graphs, stored as JSON that people can read.
+"""A profile: measured times of the operators of some graphs, in a file that people can read.
 
 Operators that do the same work share one key. A key has a row of its own time, and two rows, one
 each way, for every other key that it was measured beside.
@@ -22,7 +22,9 @@ from lightning_dhellam.search.measure.clock import Clock
 from lightning_dhellam.search.measure.graphfile import fields_of, graph_from
 from lightning_dhellam.search.measure.rows import Key, Timing
 
-FORMAT = 3
+FORMAT = 4
+_OLDER = 3
+"""Has no rows of two communications: nothing is known of how they disturb each other."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Profile:
             FileError: the file is not a whole profile, or was measured under other conditions;
                 every differing field is named with both values.
         """
-        fields = load_json(Path(path), "profile", FORMAT)
+        fields = load_json(Path(path), "profile", FORMAT, _OLDER)
         try:
             profile = cls(
                 Fingerprint(**fields["fingerprint"]),

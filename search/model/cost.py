@@ -4,10 +4,13 @@ There is one compute lane and one lane per communicator. Each lane runs its oper
 order; an operator starts when its lane is free, what it reads is there, and the host has issued
 it. While a compute operator and a communication operator run together, each proceeds at one over
 its slowdown, which depends on the two and on which of them began first: a kernel that is running
-has the processors that it needs, and one that comes later gets what is left.
+has the processors that it needs, and one that comes later gets what is left. Two communication
+operators of different lanes, which share links and processors, slow each other down as well. An
+operator that several disturb is slowed by the product.
 
     compute  |== fc1.gemm at 1/1.1 ==|= fc1.gemm =|
-    tp       |== grad_gather at 1/1.3 ==|
+    tp       |== grad_gather at 1/1.3 ==|= at 1/1.2 =|
+    cp                                  |= exchange at 1/1.5 =|
 """
 
 from __future__ import annotations
@@ -63,8 +66,9 @@ class Costs:
     Attributes:
         keys: key of each operator, by graph fingerprint and operator name.
         seconds: seconds of each key while nothing else runs.
-        slowdowns: of communication and of compute, by communication key and compute key; 1
-            where absent, and never below. Measured on a host, the same for all compute.
+        slowdowns: how much two operators that run together slow each other down: the first, a
+            communication, and the second, compute or a communication of another lane, by their
+            keys. 1 where absent, and never below. On a host they are the same for all compute.
         behind: slowdowns where communication started while the compute operator was running,
             which may have taken all that it needs; as `slowdowns` where absent.
         compute: keys of compute operators.

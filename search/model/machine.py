@@ -25,7 +25,8 @@ class Machine(NamedTuple):
         kinds: row or column of each launch in `slowdowns`.
         waits: how many launches each one waits for.
         followers: the launches that wait for each one.
-        slowdowns: of communication and of compute, by kind of communication and of compute.
+        slowdowns: of two launches that run together, by their kinds: of the first, a
+            communication, and of the second, compute or a communication of another lane.
         behind: slowdowns where communication starts while the compute launch is running.
         launch: seconds the host needs to issue one operator.
         inline: whether compute runs on the host: see `play`.
@@ -126,6 +127,9 @@ def play(  # type: ignore[no-untyped-def]
                 table = behind if is_later else slowdowns
                 slow[lane] = table[kinds[launch], kinds[computing], 0]
                 compute_slow *= table[kinds[launch], kinds[computing], 1]
+            for other in range(1, lanes):
+                if other != lane and running[other] >= 0:
+                    slow[lane] *= slowdowns[kinds[launch], kinds[running[other]], 0]
             step = min(step, left[lane] * slow[lane])
         if computing >= 0:
             slow[0] = compute_slow

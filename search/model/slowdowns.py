@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.measure import Key, Profile
@@ -13,16 +13,17 @@ _SLOWEST = 20.0
 """A measured slowdown above this is taken for an accident of measurement."""
 Slowdowns = Mapping[tuple[Key, Key], tuple[float, float]]
 _Run = tuple[tuple[float, float], tuple[float, float]]
-"""Seconds of communication and of compute: alone, and started together."""
+"""Seconds of a communication and of what ran beside it: alone, and started together."""
 
 
 def slowdowns(
     profile: Profile, alone: Mapping[Key, float], *, led: bool
 ) -> dict[tuple[Key, Key], tuple[float, float]]:
-    """Return the slowdowns of communication and of compute, by their keys.
+    """Return how much two operators slow each other down, by their keys.
 
-    `alone` are the seconds of each key while nothing else runs. `led` picks the rows in which
-    computation was ahead, or else those in which both began at once.
+    The first is a communication, the second compute or a communication of another lane. `alone`
+    are the seconds of each key while nothing else runs. `led` picks the rows in which computation
+    was ahead, or else those in which both began at once.
     """
     rows = {
         (row.operator, row.partner): row
@@ -30,30 +31,34 @@ def slowdowns(
         if row.partner is not None and bool(row.lead) is led
     }
     runs: dict[tuple[Key, Key], _Run] = {}
-    for (communication, compute), row in rows.items():
-        if compute is not None and profile.lanes[communication] is not Lane.COMPUTE:
-            other = rows[compute, communication]
-            runs[communication, compute] = (
-                (alone[communication], max(alone[compute] - row.lead, _INSTANT)),
-                (row.median, max(other.median - row.lead, _INSTANT)),
+    for (communication, other), row in rows.items():
+        if other is not None and profile.lanes[communication] is not Lane.COMPUTE:
+            beside = rows[other, communication]
+            runs[communication, other] = (
+                (alone[communication], max(alone[other] - row.lead, _INSTANT)),
+                (row.median, max(beside.median - row.lead, _INSTANT)),
             )
-    if not profile.inline:
-        return {pair: slowdown_of([run]) for pair, run in runs.items()}
-    of_each: dict[Key, list[_Run]] = {}
-    for (communication, _), run in runs.items():
-        of_each.setdefault(communication, []).append(run)
-    on_the_host = {key: _on_the_host(own) for key, own in of_each.items()}
-    return {pair: on_the_host[pair[0]] for pair in runs}
+    found = {pair: slowdown_of([run]) for pair, run in runs.items()}
+    return found | _on_the_host(runs, profile.lanes) if profile.inline else found
 
 
-def _on_the_host(runs: Sequence[_Run]) -> tuple[float, float]:
-    """Return the slowdowns of one communication and of any compute, where both run on the host.
+def _on_the_host(
+    runs: Mapping[tuple[Key, Key], _Run], lanes: Mapping[Key, Lane]
+) -> dict[tuple[Key, Key], tuple[float, float]]:
+    """Return the slowdowns of each communication and of any compute, where both run on the host.
 
     The processor's time that communication takes does not depend on what computes meanwhile. Most
     of it is at the beginning, so that compute which ends before it would seem to be slowed more.
     """
-    outlasted = [run for run in runs if run[1][0] <= run[1][1]]
-    return slowdown_of(outlasted or runs)
+    of_each: dict[Key, dict[tuple[Key, Key], _Run]] = {}
+    for pair, run in runs.items():
+        if lanes[pair[1]] is Lane.COMPUTE:
+            of_each.setdefault(pair[0], {})[pair] = run
+    found: dict[tuple[Key, Key], tuple[float, float]] = {}
+    for own in of_each.values():
+        outlasted = [run for run in own.values() if run[1][0] <= run[1][1]]
+        found |= dict.fromkeys(own, slowdown_of(outlasted or own.values()))
+    return found
 
 
 def slowdown_of(runs: Iterable[_Run]) -> tuple[float, float]:

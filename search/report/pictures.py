@@ -24,6 +24,8 @@ IDLE = "#f1f1ee"
 INK = "#2b2b2b"
 FAINT = "#8a8a86"
 _OVERLAP = LinearSegmentedColormap.from_list("overlap", ["#b6423a", "#f3e6c8", "#2f7d62"])
+_SHADES = ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a", "#5d6d8a")
+"""One for every lane but compute."""
 _LETTER = 0.6 / 72
 """Width of a letter in inches per point of font size."""
 _FONT = 7.0
@@ -131,11 +133,12 @@ def _label(operator: str, room: float) -> tuple[str, int]:
 
 
 def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
-    """Tell how much of a communication operator each compute operator hides.
+    """Tell how much of a communication operator hides beside each other operator.
 
-    Returns the communication keys, the compute keys, and their matrix: what starting both
-    together saves against one after the other, as a share of the shorter; 1 is all, 0 nothing,
-    and not a number where they were not measured together.
+    Returns the communication keys, the keys of compute and of communication that was measured
+    beside other communication, and their matrix: what starting both together saves against one
+    after the other, as a share of the shorter; 1 is all, 0 nothing, and not a number where they
+    were not measured together.
     """
     alone = {row.operator: row.median for row in profile.timings if row.partner is None}
     beside = {
@@ -146,6 +149,7 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
     spare = set(profile.spares.values())
     rows = [key for key in alone if profile.lanes[key] is not Lane.COMPUTE]
     columns = [key for key in alone if profile.lanes[key] is Lane.COMPUTE and key not in spare]
+    columns += [key for key in rows if any((key, other) in beside for other in rows)]
     shares = np.full((len(rows), len(columns)), np.nan)
     for i, a in enumerate(rows):
         for j, b in enumerate(columns):
@@ -159,7 +163,7 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
 def save_heat_map(path: Path | str, profile: Profile, *, least: float = 0.02) -> None:
     """Draw the `hidden_shares` of a profile.
 
-    Compute operators that take less than a share of `least` of the longest are left out: they
+    Operators that take less than a share of `least` of the longest are left out as columns: they
     hide little of anything.
     """
     rows, columns, shares = hidden_shares(profile)
@@ -211,7 +215,7 @@ def save_exposed(
         steps: seconds of a whole step, by plan.
     """
     lanes = [lane for lane in Lane if any(lane in of for of in exposed.values())]
-    shades = dict(zip(lanes, ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a"), strict=False))
+    shades = dict(zip(lanes, _SHADES, strict=False))
     longest = max(steps.values())
     unit, scale = ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
     figure = new_figure(9, 1.3 + 0.5 * len(exposed))

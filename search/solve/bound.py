@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import combinations
 
 import numpy as np
 
-from lightning_dhellam.plan import Lane, Strand
+from lightning_dhellam.plan import Strand
 from lightning_dhellam.search.solve.problem import Problem
 
 _ITERATIONS = 500
@@ -16,17 +17,17 @@ _EPSILON = 1e-12
 def bounds(problem: Problem) -> dict[str, float]:
     """Return the seconds that each resource needs at least, whatever the order.
 
-    A lane needs the sum of its operators. Compute and a communication lane together need more
-    when they disturb each other. A strand that repeats itself needs its longest chain from what
-    it is handed to what it hands over. The host needs its launches.
+    A lane needs the sum of its operators. Two lanes together need more when they disturb each
+    other. A strand that repeats itself needs its longest chain from what it is handed to what it
+    hands over. The host needs its launches.
     """
     load = problem.load()
     found = {str(lane): seconds for lane, seconds in load.items()}
     if not problem.cyclic:
         return found
-    for number, lane in enumerate(problem.lanes):
-        if lane is not Lane.COMPUTE:
-            found[f"compute beside {lane}"] = _together(problem, number)
+    for one, other in combinations(range(len(problem.lanes)), 2):
+        name = f"{problem.lanes[one]} beside {problem.lanes[other]}"
+        found[name] = _together(problem, one, other)
     for strand in Strand:
         found[f"{strand} chain"] = _chain(problem, strand)
     if not problem.costs.inline:
@@ -50,33 +51,34 @@ def _chain(problem: Problem, strand: Strand) -> float:
     return longest
 
 
-def _together(problem: Problem, lane: int) -> float:
-    """Return the least seconds in which compute and one lane can both be done, slowed as they are.
+def _together(problem: Problem, one: int, other: int) -> float:
+    """Return the least seconds in which two lanes can both be done, slowed as they are.
 
-    A linear programme over the time that each two operators run together. A second of it does
-    the work of 1/a + 1/b seconds alone, a and b being the slowdowns, and so saves that less one.
+    `other` is a communication lane. It is a linear programme over the time that each two operators
+    run together. A second of it does the work of 1/a + 1/b seconds alone, a and b being the
+    slowdowns, and so saves that less one.
     """
-    work: dict[int, dict[str, float]] = {0: defaultdict(float), lane: defaultdict(float)}
+    work: dict[int, dict[str, float]] = {one: defaultdict(float), other: defaultdict(float)}
     for x, (graph, operator) in enumerate(problem.operators):
         if problem.lane[x] in work:
             key = problem.costs.key(graph, operator.name)
             work[problem.lane[x]][key] += problem.seconds[x]
-    compute, communication = work[0], work[lane]
-    total = sum(compute.values()) + sum(communication.values())
+    beside, communication = work[one], work[other]
+    total = sum(beside.values()) + sum(communication.values())
     # Both ways to begin are open to every couple.
     columns = [
         (a, b, table.get((a, b), (1.0, 1.0)))
         for table in problem.costs.tables()
         for a in communication
-        for b in compute
+        for b in beside
     ]
-    rows = [*communication, *compute]
+    rows = [*communication, *beside]
     used = np.zeros((len(rows), len(columns)))
     for column, (a, b, (slow_a, slow_b)) in enumerate(columns):
         used[rows.index(a), column] = 1 / slow_a
-        used[len(communication) + list(compute).index(b), column] = 1 / slow_b
+        used[len(communication) + list(beside).index(b), column] = 1 / slow_b
     gain = np.array([1 / slow_a + 1 / slow_b - 1 for _, _, (slow_a, slow_b) in columns])
-    room = np.array([*communication.values(), *compute.values()])
+    room = np.array([*communication.values(), *beside.values()])
     saved = maximum(gain, used, room) if columns else 0.0
     return max(0.0, total - saved)
 

@@ -176,6 +176,50 @@ def graphs_of(layers: Sequence[GraphPair]) -> list[Graph]:
     return list({graph.fingerprint: graph for graph in both}.values())
 
 
+def two_lanes() -> GraphPair:
+    """A layer of eight operators that communicates on two lanes, tp and cp."""
+    forward = graph(
+        "forward",
+        """
+        norm compute: x -> n
+        gather tp: n -> whole
+        exchange cp: n -> keys
+        gemm compute: whole keys -> y
+        """,
+        "x",
+        "y",
+        "lanes",
+    )
+    backward = graph(
+        "backward",
+        """
+        dgrad compute: dy -> d_whole
+        grad_scatter tp: d_whole -> d_n
+        grad_exchange cp: dy -> d_keys
+        norm.grad compute: d_n d_keys x -> dx
+        """,
+        "dy",
+        "dx",
+        "lanes",
+    )
+    return GraphPair(forward, backward)
+
+
+def two_lanes_costs(seconds: dict[str, float], disturbed: float) -> tuple[GraphPair, Costs]:
+    """The pair of `two_lanes`, whose lanes slow each other down by a factor of `disturbed`."""
+    pair = two_lanes()
+    graphs = (pair.forward, pair.backward)
+    operators = [operator for item in graphs for operator in item.operators]
+    slow = {
+        (a.name, b.name): (disturbed, disturbed)
+        for a in operators
+        for b in operators
+        if a.is_communication and b.is_communication and a.lane is not b.lane
+    }
+    keys = {item.fingerprint: {o.name: o.name for o in item.operators} for item in graphs}
+    return pair, Costs(keys, {o.name: seconds.get(o.name, 1.0) for o in operators}, slow)
+
+
 def toy_costs(seconds: dict[str, float], **options: float) -> tuple[GraphPair, Costs]:
     """The toy pair with given seconds; operators without one take 1."""
     toy = toy_pair()

@@ -137,16 +137,16 @@ class _DisturbedBench(FakeBench):
         return Samples(tuple(2 * seconds for seconds in found.seconds))
 
 
-def test_a_disturbance_is_outvoted_by_the_other_visits() -> None:
+def test_a_disturbance_is_outvoted_by_the_other_rounds() -> None:
     graphs = graphs_of([transformer()])
     given = costs(graphs, 370e9)
     once = measure(FakeBench(given), graphs, FINGERPRINT)
     disturbed = measure(_DisturbedBench(given, 5), graphs, FINGERPRINT)
     assert disturbed.timings[4].median == pytest.approx(2 * once.timings[4].median)
     bench = _DisturbedBench(given, 5)
-    visited = measure(bench, graphs, FINGERPRINT, visits=3)
-    assert [row.operator for row in visited.timings] == [row.operator for row in once.timings]
-    for row, undisturbed in zip(visited.timings, once.timings, strict=True):
+    again = measure(bench, graphs, FINGERPRINT, rounds=3)
+    assert [row.operator for row in again.timings] == [row.operator for row in once.timings]
+    for row, undisturbed in zip(again.timings, once.timings, strict=True):
         # Of fifteen samples the five largest are not the middle one.
         assert row.median == pytest.approx(undisturbed.median, rel=0.03)
     assert len(bench.measured) == 3 * len(once.lanes)
