@@ -20,7 +20,9 @@ from torch.nn import Parameter
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.layers.block import Setting, Supported, check_config
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
+from lightning_dhellam.layers.rules import OF_SEQUENCES
 from lightning_dhellam.layers.writer import GraphWriter
+from lightning_dhellam.plan.layout import Held
 
 SUPPORTED: Supported = {
     "apply_query_key_layer_scaling": (False,),
@@ -72,8 +74,8 @@ class Attention:
             module.hidden_size_per_attention_head,
         )
         return cls(
-            ColumnLinear.of(module.linear_qkv, "qkv", setting),
-            RowLinear.of(module.linear_proj, "proj", setting),
+            ColumnLinear.of(module.linear_qkv, "qkv", Held.HEADS, setting),
+            RowLinear.of(module.linear_proj, "proj", Held.HEADS, setting),
             heads,
             setting,
         )
@@ -130,6 +132,7 @@ class Attention:
             {"rotated": size},
             lambda qkv: rope.forward(qkv, *rotary(qkv), heads),
             moved=2 * size,
+            rule=OF_SEQUENCES,
         )
 
     def _rope_grad(self, w: GraphWriter) -> None:
@@ -142,6 +145,7 @@ class Attention:
             {"d_qkv": size},
             lambda dq, dk, dv: rope.backward(dq, dk, dv, *rotary(dq), heads),
             moved=2 * size,
+            rule=OF_SEQUENCES,
         )
 
     def _attend(self, w: GraphWriter) -> None:
@@ -157,6 +161,7 @@ class Attention:
             },
             lambda heads: forward(*cut(heads), scale),
             growing=self.heads.flops(1),
+            rule=OF_SEQUENCES,
         )
 
     def _grads(self, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Parts:
@@ -185,6 +190,7 @@ class Attention:
             writes,
             run,
             growing=_BACKWARD * self.heads.flops(1),
+            rule=OF_SEQUENCES,
         )
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.rules import on_tp
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.plan import GraphPair, Strand
+from lightning_dhellam.plan.layout import Held, Rule
 
 SALT = (-1, 0)
 """Counters of the dropout after the embedding: no layer has these."""
@@ -32,6 +34,7 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
         {"found" if sizes.tp > 1 or p else "y": sizes.whole},
         lambda tokens: embedding.forward(tokens, weight, first),
         moved=2 * sizes.whole,
+        rule=on_tp(Held.REPLICATED, Held.PARTIAL),
     )
     if sizes.tp > 1:
         forward.scatter("embedding.scatter", "found", "embedded" if p else "y", sizes.hidden)
@@ -44,6 +47,7 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
                 x if key is None else dropout.forward(x, p, dropout.derive_key(key, *SALT))
             ),
             moved=2 * sizes.shard,
+            rule=Rule(draws="batch.key"),
         )
 
     backward = GraphWriter("embedding", Strand.BACKWARD, sizes)
@@ -61,6 +65,7 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
             {grad: sizes.shard},
             lambda dy, key: dropout.backward(dy, p, dropout.derive_key(key, *SALT)),
             moved=2 * sizes.shard,
+            rule=Rule(draws="batch.key"),
         )
     grad = backward.gather("embedding.grad_gather", grad, "d_found", sizes.hidden)
 
@@ -74,5 +79,6 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
         run,
         moved=3 * sizes.whole,
         accumulates=(weight,),
+        rule=on_tp(Held.REPLICATED, gradient=Held.VOCABULARY),
     )
     return GraphPair(forward.graph({}, ("y",)), backward.graph({"dy": sizes.shard}, ()))

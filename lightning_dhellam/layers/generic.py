@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class _Block:
             {"y": sizes.shard, "autograd": 0.0},
             run,
             moved=8 * self._size,
-            rule=self._rule((Held.SEQUENCE, Held.REPLICATED), draws=key),
+            rule=replace(self._rule((Held.SEQUENCE, self._held)), draws=key),
         )
         return w.graph({"x": sizes.shard}, ("y",))
 
@@ -114,7 +114,9 @@ class _Block:
             run,
             moved=16 * self._size,
             accumulates=trained,
-            rule=self._rule(Held.SEQUENCE),
+            rule=self._rule(
+                Held.SEQUENCE, tuple(Held.PARTS if is_split(p) else Held.PARTIAL for p in trained)
+            ),
         )
         return w.graph({"dy": sizes.shard}, ("dx",))
 
@@ -125,13 +127,16 @@ class _Block:
     def _size(self) -> float:
         return self.sizes.whole if self.whole else self.sizes.shard
 
-    def _rule(self, writes: Held | tuple[Held, ...], draws: str = "") -> Rule:
-        gradient = tuple(Held.PARTS if is_split(p) else Held.PARTIAL for p in self.trained)
-        if self.whole:
-            moves = on_tp(Held.REPLICATED, writes, gradient).moves
-            return Rule(moves, mixes=CHANNELS | {Held.SEQUENCE}, draws=draws)
-        moves = on_tp(Held.SEQUENCE, Held.SEQUENCE, gradient).moves
-        return Rule(moves, mixes=CHANNELS, draws=draws)
+    @property
+    def _held(self) -> Held:
+        """What it is given of the sequence."""
+        return Held.REPLICATED if self.whole else Held.SEQUENCE
+
+    def _rule(
+        self, writes: Held | tuple[Held, ...], gradient: tuple[Held, ...] | None = None
+    ) -> Rule:
+        mixes = CHANNELS | {Held.SEQUENCE} if self.whole else CHANNELS
+        return replace(on_tp(self._held, writes, gradient), mixes=mixes)
 
     def _share(self, parameter: Parameter) -> float:
         """Which part of a gradient this rank adds, given that all ranks' are added up.

@@ -20,10 +20,12 @@ from torch import Tensor
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.linear import ColumnLinear
 from lightning_dhellam.layers.norm import Norm
+from lightning_dhellam.layers.rules import OF_TOKENS, gathers, on_tp
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Strand
+from lightning_dhellam.plan.layout import CHANNELS, Held, Rule
 
 Loss = Callable[[Tensor, Any], Tensor]
 """A user's loss: logits [B, S, V] and the micro-batch to a scalar, under autograd."""
@@ -96,6 +98,7 @@ class HeadLowering:
                 logits.flatten(0, 1), labels.flatten(), self.first, self.valid
             ),
             moved=self.sizes.wide(self.columns),
+            rule=on_tp((Held.VOCABULARY, Held.REPLICATED), Held.VOCABULARY),
         )
         return self._combine(w)
 
@@ -119,6 +122,7 @@ class HeadLowering:
             {"statistics": 12.0},
             run,
             flops=self.output.flops,
+            rule=on_tp(Held.REPLICATED, Held.VOCABULARY),
         )
         return self._combine(w)
 
@@ -134,6 +138,7 @@ class HeadLowering:
                 {"statistics_all": size},
                 collectives.all_gather,
                 Collective.ALL_GATHER,
+                gathers(Lane.TP, Held.VOCABULARY),
                 crossing=size - 12.0,
             )
             read = "statistics_all"
@@ -143,7 +148,12 @@ class HeadLowering:
             return (loss * weights.flatten()).sum(), lse
 
         w.compute(
-            "loss.combine", (read, "batch.weights"), {"loss": 0.0, "lse": 4.0}, run, moved=100.0
+            "loss.combine",
+            (read, "batch.weights"),
+            {"loss": 0.0, "lse": 4.0},
+            run,
+            moved=100.0,
+            rule=Rule(sums=("loss",)),
         )
         return w.graph({"x": self.sizes.shard}, ("loss",))
 
@@ -162,6 +172,7 @@ class HeadLowering:
             {"d_logits": width},
             run,
             moved=2 * width,
+            rule=on_tp((Held.VOCABULARY, *[Held.REPLICATED] * 3), Held.VOCABULARY),
         )
         return self._output_backward(w)
 
@@ -193,6 +204,7 @@ class HeadLowering:
             run,
             flops=(3 if weight.requires_grad else 2) * self.output.flops,
             accumulates=(weight,),
+            rule=on_tp(Held.REPLICATED, Held.PARTIAL, Held.VOCABULARY),
         )
         return self._norm_grad(w, self.output.scatter_grad(w, self.norm.output))
 
@@ -218,6 +230,7 @@ class HeadLowering:
                 {"logits_of_ranks": size},
                 _gather_ranks,
                 Collective.ALL_GATHER,
+                gathers(Lane.TP, Held.VOCABULARY),
                 crossing=size - mine,
             )
             read = "logits_of_ranks"
@@ -228,7 +241,14 @@ class HeadLowering:
             return whole[..., : self.vocab_size].contiguous()
 
         whole = self.sizes.wide(self.vocab_size)
-        w.compute("logits.arrange", (read,), {"logits_whole": whole}, run, moved=2 * whole)
+        w.compute(
+            "logits.arrange",
+            (read,),
+            {"logits_whole": whole},
+            run,
+            moved=2 * whole,
+            rule=OF_TOKENS,
+        )
 
     def _custom_forward(self) -> Graph:
         w = self._begin()
@@ -248,6 +268,7 @@ class HeadLowering:
             {"loss": 0.0, "loss_graph": self.sizes.wide(self.vocab_size)},
             run,
             moved=4 * self.sizes.wide(self.vocab_size),
+            rule=Rule(mixes=CHANNELS | {Held.SEQUENCE}, sums=("loss",)),
         )
         return w.graph({"x": self.sizes.shard}, ("loss",))
 
@@ -269,6 +290,7 @@ class HeadLowering:
             {"d_logits": self.sizes.wide(columns)},
             run,
             moved=4 * self.sizes.wide(self.vocab_size),
+            rule=on_tp(Held.REPLICATED, Held.VOCABULARY),
         )
         return self._output_backward(w)
 

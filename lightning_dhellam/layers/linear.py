@@ -14,7 +14,7 @@ scatters are left out, and their neighbours share a slot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -23,8 +23,10 @@ from torch.nn import Parameter
 
 from lightning_dhellam.kernels.protocols import LinearKernel
 from lightning_dhellam.layers.block import Setting, Supported, check_class, check_config
+from lightning_dhellam.layers.rules import on_tp
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
 from lightning_dhellam.parallel.gradients import taken_first
+from lightning_dhellam.plan.layout import CHANNELS, Held, Rule
 
 SUPPORTED: Supported = {"fp4": (None,), "fp8": (None,)}
 
@@ -37,21 +39,28 @@ class _Linear:
         name: of the layer, which its operators' names begin with.
         weight: this rank's part [O, I]; it is read, and its `main_grad` is added to.
         bias: [O], or None.
+        along: what the channels are that tensor-parallel ranks share.
         kernel: what computes the GEMMs.
     """
 
     name: str
     weight: Parameter
     bias: Parameter | None
+    along: Held
     kernel: LinearKernel
 
     @classmethod
     def _parts(
-        cls, module: Any, wanted: type, name: str, setting: Setting
-    ) -> tuple[str, Parameter, Parameter | None, LinearKernel]:
+        cls, module: Any, wanted: type, name: str, along: Held, setting: Setting
+    ) -> tuple[str, Parameter, Parameter | None, Held, LinearKernel]:
         check_class(module, wanted, f"linear_{name}", setting.index)
         check_config(module.config, SUPPORTED)
-        return name, module.weight, module.bias, setting.kernels.linear
+        return name, module.weight, module.bias, along, setting.kernels.linear
+
+    @property
+    def _ends(self) -> tuple[Held, Held]:
+        """How what it reads and what it computes of it lie, once all has been added up."""
+        raise NotImplementedError
 
     @property
     def flops(self) -> float:
@@ -68,6 +77,7 @@ class _Linear:
             flops=self.flops,
             # cuBLAS adds a bias in a GEMM of its other interface, which takes all processors.
             shrinks=self.kernel.SHRINKS and bias is None,
+            rule=_multiplies(*self._ends),
         )
 
     def _dgrad(self, w: GraphWriter, grad: str, write: str) -> None:
@@ -79,11 +89,13 @@ class _Linear:
             lambda dy: dgrad(dy, weight),
             flops=self.flops,
             shrinks=self.kernel.SHRINKS,
+            rule=_multiplies(*reversed(self._ends)),
         )
 
     def _wgrad(self, w: GraphWriter, grad: str, read: str) -> None:
         """Add the weight's gradient, unless it is frozen."""
         accumulate, weight = self.kernel.accumulate_wgrad, self.weight
+        reads, written = self._ends
         if not weight.requires_grad:
             return
 
@@ -99,6 +111,7 @@ class _Linear:
             flops=self.flops,
             accumulates=(weight,),
             shrinks=self.kernel.SHRINKS,
+            rule=on_tp((written, reads), gradient=self.along),
         )
 
     def _bias_grad(self, w: GraphWriter, grad: str, size: float) -> None:
@@ -126,10 +139,14 @@ class ColumnLinear(_Linear):
     regather: bool
 
     @classmethod
-    def of(cls, module: Any, name: str, setting: Setting) -> ColumnLinear:
+    def of(cls, module: Any, name: str, along: Held, setting: Setting) -> ColumnLinear:
         """What lowers a Megatron-core `ColumnParallelLinear`; another class is refused."""
-        parts = cls._parts(module, ColumnParallelLinear, name, setting)
+        parts = cls._parts(module, ColumnParallelLinear, name, along, setting)
         return cls(*parts, setting.regather)
+
+    @property
+    def _ends(self) -> tuple[Held, Held]:
+        return Held.REPLICATED, self.along
 
     def forward(self, w: GraphWriter, read: str, write: str) -> None:
         """Add `write` [S, B, O] from `read` [s, B, I]."""
@@ -169,9 +186,13 @@ class RowLinear(_Linear):
     """A linear layer of which each rank has some input channels: ranks add up what they compute."""
 
     @classmethod
-    def of(cls, module: Any, name: str, setting: Setting) -> RowLinear:
+    def of(cls, module: Any, name: str, along: Held, setting: Setting) -> RowLinear:
         """What lowers a Megatron-core `RowParallelLinear`; another class is refused."""
-        return cls(*cls._parts(module, RowParallelLinear, name, setting))
+        return cls(*cls._parts(module, RowParallelLinear, name, along, setting))
+
+    @property
+    def _ends(self) -> tuple[Held, Held]:
+        return self.along, Held.REPLICATED
 
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the output [s, B, O] without its bias from `read` [S, B, I]. Returns its slot."""
@@ -187,3 +208,10 @@ class RowLinear(_Linear):
         self._wgrad(w, whole, read)
         self._bias_grad(w, grad, w.sizes.wide(channels) / w.sizes.tp)
         return f"d_{read}"
+
+
+def _multiplies(reads: Held, writes: Held) -> Rule:
+    """Of a product by a weight: a partial sum where a rank sums over some of the channels only."""
+    summed = reads is not Held.REPLICATED
+    rule = on_tp(reads, Held.PARTIAL if summed else writes)
+    return replace(rule, mixes=CHANNELS)

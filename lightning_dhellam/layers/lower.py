@@ -24,7 +24,8 @@ from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import Graph, GraphPair
+from lightning_dhellam.plan import Graph, GraphPair, check_chain
+from lightning_dhellam.plan.layout import Held
 
 LAYERS: dict[type, Callable[[Any, Setting], GraphPair]] = {TransformerLayer: lower_transformer}
 """What lowers a layer, by the class of its Megatron-core module."""
@@ -66,8 +67,8 @@ def lower(
             chosen by device, type and what is installed.
 
     Raises:
-        ValueError: the configuration or a layer cannot be lowered, a backend not be used, or no
-            operator would train a parameter.
+        ValueError: the configuration or a layer cannot be lowered, a backend not be used, no
+            operator would train a parameter, or operators do not agree about how slots lie.
     """
     config = model.transformer_config
     check_unknown(config, CHECKED)
@@ -98,6 +99,8 @@ def lower(
         rising = connect(rising, late, sizes)
         if logits is not None and len(rising) == 1:
             logits = replace(logits, receives=rising[0].forward.receives)
+    for chunk in (falling, rising):
+        check_chain(chunk)
     layers = (*falling, *rising)
     _check_trained(model, layers)
     stage = Stage(topology.pp_rank, topology.pp_size, len(layers), len(falling))
@@ -123,7 +126,9 @@ def _head(
     for supported in (norm.SUPPORTED, linear.SUPPORTED):
         check_config(model.transformer_config, supported)
     final = Norm.of(model.final_norm, "final", kernels, "the model")
-    output = ColumnLinear("output", model.output_weight, None, kernels.linear, regather)
+    output = ColumnLinear(
+        "output", model.output_weight, None, Held.VOCABULARY, kernels.linear, regather
+    )
     return HeadLowering(final, output, model.config.vocab_size, sizes, kernels, loss)
 
 

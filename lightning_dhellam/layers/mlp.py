@@ -16,6 +16,7 @@ from lightning_dhellam.kernels.protocols import ActivationKernel
 from lightning_dhellam.layers.block import Setting, Supported, check_config
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.writer import GraphWriter
+from lightning_dhellam.plan.layout import Held
 
 SUPPORTED: Supported = {
     "activation_func": (silu, gelu),
@@ -54,8 +55,8 @@ class Mlp:
                 " gate, or gelu without one"
             )
         return cls(
-            ColumnLinear.of(module.linear_fc1, "fc1", setting),
-            RowLinear.of(module.linear_fc2, "fc2", setting),
+            ColumnLinear.of(module.linear_fc1, "fc1", Held.FFN, setting),
+            RowLinear.of(module.linear_fc2, "fc2", Held.FFN, setting),
             gated,
             kernels.swiglu if gated else kernels.gelu,
         )

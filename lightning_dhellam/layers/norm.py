@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.block import Supported
+from lightning_dhellam.layers.rules import OF_TOKENS
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
 
 SUPPORTED: Supported = {
@@ -67,7 +68,14 @@ class Norm:
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
             return rms(x, weight, eps) if bias is None else layer(x, weight, bias, eps)
 
-        w.compute(f"{self.name}.norm", (read,), self._writes(w), run, moved=2 * w.sizes.shard)
+        w.compute(
+            f"{self.name}.norm",
+            (read,),
+            self._writes(w),
+            run,
+            moved=2 * w.sizes.shard,
+            rule=OF_TOKENS,
+        )
         return self.output
 
     def forward_of_sum(self, w: GraphWriter, reads: tuple[str, str], write: str) -> str:
@@ -82,7 +90,14 @@ class Norm:
             return layer(x, residual, weight, bias, eps)
 
         writes = {write: w.sizes.shard, **self._writes(w)}
-        w.compute(f"{self.name}.residual_norm", reads, writes, run, moved=4 * w.sizes.shard)
+        w.compute(
+            f"{self.name}.residual_norm",
+            reads,
+            writes,
+            run,
+            moved=4 * w.sizes.shard,
+            rule=OF_TOKENS,
+        )
         return self.output
 
     def backward(
@@ -108,6 +123,7 @@ class Norm:
             run,
             moved=(3 if residual is None else 4) * w.sizes.shard,
             accumulates=parameters,
+            rule=OF_TOKENS,
         )
 
     @property

@@ -11,6 +11,7 @@ from lightning_dhellam.kernels.protocols import DropoutKernel
 from lightning_dhellam.layers.block import Supported
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.writer import GraphWriter
+from lightning_dhellam.plan.layout import Rule
 
 SUPPORTED: Supported = {
     "apply_residual_connection_post_layernorm": (False,),
@@ -54,6 +55,7 @@ class Residual:
             {write: w.sizes.shard},
             run,
             moved=(3 if bias is None else 5) * w.sizes.shard,
+            rule=Rule(draws="batch.key"),
         )
 
     def forward_and_norm(
@@ -79,5 +81,6 @@ class Residual:
             {write: w.sizes.shard},
             lambda dy, key: dropout.backward(dy, p, dropout.derive_key(key, *counters)),
             moved=2 * w.sizes.shard,
+            rule=Rule(draws="batch.key"),
         )
         return write

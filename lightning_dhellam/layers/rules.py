@@ -9,10 +9,16 @@ from torch.nn import Parameter
 
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.replicas import is_split
-from lightning_dhellam.plan.layout import COMMUNICATORS, Held, Kept, Layout, Move, Rule
+from lightning_dhellam.plan.layout import CHANNELS, COMMUNICATORS, Held, Kept, Layout, Move, Rule
 
 ALIKE = Rule()
 """All that is read lies alike, and so does what is written."""
+
+OF_TOKENS = Rule(mixes=CHANNELS)
+"""As `ALIKE`, of what is computed of all channels of a token, such as a norm."""
+
+OF_SEQUENCES = Rule(mixes=frozenset({Held.SEQUENCE}))
+"""As `ALIKE`, of what is computed of all tokens of a sequence, or of their positions."""
 
 
 def several(context: ParallelContext) -> frozenset[str]:
@@ -67,3 +73,13 @@ def on_tp(
 ) -> Rule:
     """A rule that names tensor parallelism alone."""
     return Rule({"tp": Move(reads, writes, gradient)})
+
+
+def gathers(communicator: str, along: Held) -> Rule:
+    """Of what each rank has its shard of, all get the whole."""
+    return Rule({communicator: Move(along, Held.REPLICATED)})
+
+
+def scatters(communicator: str, along: Held) -> Rule:
+    """Partial sums are added up, and each rank gets its shard of the sum."""
+    return Rule({communicator: Move(Held.PARTIAL, along)})

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lightning_dhellam.layers.rules import ALIKE, bound
+from lightning_dhellam.layers.rules import ALIKE, bound, gathers, of_batch, of_stream, scatters
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import taken_first
 from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand
-from lightning_dhellam.plan.layout import Rule
+from lightning_dhellam.plan.layout import Held, Rule
 
 # Nominal rates of one H200 with NVLink, measured or from the data sheet. Plans that are made
 # without a profile depend on the ratios only.
@@ -141,6 +141,7 @@ class GraphWriter:
             {write: size},
             collectives.all_gather,
             Collective.ALL_GATHER,
+            gathers(lane, Held.SEQUENCE),
             crossing=size - size / ranks,
         )
         return write
@@ -161,6 +162,7 @@ class GraphWriter:
             {write: whole / ranks},
             collectives.reduce_scatter,
             Collective.REDUCE_SCATTER,
+            scatters(lane, Held.SEQUENCE),
             crossing=whole - whole / ranks,
         )
         return write
@@ -173,6 +175,7 @@ class GraphWriter:
         writes: Mapping[str, float],
         launch: Callable[..., collectives.Pending],
         collective: Collective,
+        rule: Rule,
         *,
         crossing: float,
     ) -> None:
@@ -185,6 +188,7 @@ class GraphWriter:
             writes: slots in the order of `launch`'s results, with their bytes per token.
             launch: starts it. Takes the `Communicator` of `lane` and the values of `reads`.
             collective: what it does.
+            rule: how slots lie that it reads and writes.
             crossing: bytes per token that this rank receives over its link, for the nominal cost.
         """
         communicator = self.sizes.context.communicators[lane]
@@ -193,14 +197,33 @@ class GraphWriter:
             return launch(communicator, *values)
 
         cost = crossing / LINK_RATE
-        self._add(Operator(name, lane, reads, tuple(writes), run, cost, collective=collective))
+        self._add(
+            Operator(
+                name,
+                lane,
+                reads,
+                tuple(writes),
+                run,
+                cost,
+                collective=collective,
+                rule=bound(rule, self.sizes.context),
+            )
+        )
         self.bytes_per_token.update(writes)
 
     def graph(self, inputs: Mapping[str, float], outputs: tuple[str, ...]) -> Graph:
-        """The frozen graph. `inputs` are handed over, with their bytes per token."""
+        """The frozen graph. `inputs`, of hidden states, are handed over; with bytes per token.
+
+        Raises:
+            LayoutError: an operator of forward reads what lies otherwise than it needs.
+        """
         sizes = {**inputs, **self.bytes_per_token}
         operators = tuple(self.operators)
-        return Graph(self.name, self.direction, operators, tuple(inputs), outputs, sizes)
+        context = self.sizes.context
+        layouts = of_batch(context) | dict.fromkeys(inputs, of_stream(context))
+        return Graph(
+            self.name, self.direction, operators, tuple(inputs), outputs, sizes, layouts=layouts
+        )
 
     def _add(self, operator: Operator) -> None:
         self.operators.append(operator)
