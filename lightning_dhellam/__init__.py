@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_dhellam.module import DualStrandMixin, LanguageModel
     from lightning_dhellam.strategy import DHellamStrategy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DHellamStrategy", "DualStrandMixin", "LanguageModel", "__version__"]
 
 _HOME = {

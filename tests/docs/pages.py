@@ -51,9 +51,9 @@ def fences(page: Path) -> list[re.Match[str]]:
 
 
 def inline_commands(page: Path) -> list[list[str]]:
-    """Commands of ours in running text and in tables: `dhellam …` between single backticks."""
+    """Commands in running text and in tables: `dhellam …`, `make …` and the like in backticks."""
     text = _FENCE.sub("", page.read_text())
-    found = re.findall(r"`(dhellam [^`\n]*(?:\n[^`\n]+)?)`", text)
+    found = re.findall(r"`((?:dhellam|make|pip install|torchrun) [^`\n]*(?:\n[^`\n]+)?)`", text)
     return [shlex.split(command) for command in found]
 
 

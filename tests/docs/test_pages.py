@@ -72,3 +72,16 @@ def test_every_name_that_the_pages_mention_exists() -> None:
     assert sorted(precisions) == sorted(PRECISIONS)
     assert set(re.findall(r'preset\("([\w.-]+)"', text)) <= set(PRESETS)
     assert set(re.findall(r"`(llama-[\w.-]+(?:gpu|cpu))`", text)) == set(recipes.names())
+
+
+def test_a_cluster_that_a_guide_shows_is_read(tmp_path: Path) -> None:
+    from lightning_dhellam.parallel import Cluster
+
+    shown = [
+        fence["text"] for fence in fences(GUIDE / "emulation.md") if fence["language"] == "yaml"
+    ]
+    assert shown
+    for number, text in enumerate(shown):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        assert Cluster.load(file).links
