@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from importlib import metadata
 from pathlib import Path
@@ -32,11 +33,12 @@ def whole(distribution: str) -> bool:
     flash-attn 2.8 brings an early `flash_attn.cute` of its own, which replaces that of flash-attn 4
     when it is installed later.
     """
-    files = metadata.files(distribution) or []
-    sources = [file for file in files if file.suffix == ".py" and file.size is not None]
-    return all(file.size == _size(file) for file in sources)
+    found = metadata.distribution(distribution)
+    # Not `metadata.files`, which from Python 3.12 on leaves out what is missing.
+    rows = csv.reader((found.read_text("RECORD") or "").splitlines())
+    sizes = {name: int(size) for name, _, size in rows if name.endswith(".py") and size}
+    return all(_size(Path(str(found.locate_file(name)))) == size for name, size in sizes.items())
 
 
-def _size(file: metadata.PackagePath) -> int | None:
-    path = Path(str(file.locate()))
+def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
