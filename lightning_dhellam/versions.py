@@ -7,6 +7,7 @@ other code is the same for every version.
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 logging.getLogger(DistributedDataParallel.__module__).addFilter(
     lambda record: "full_param_layout not provided" not in record.getMessage()
 )
+# It also warns whoever opens a data set before, or without, torch.distributed, to log one line.
+warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
 
 _RENAMED = hasattr(TransformerConfig, "cuda_graph_modules")
 QUIET_FIELDS: dict[str, Any] = {"cuda_graph_modules" if _RENAMED else "cuda_graph_scope": []}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.transformer.spec_utils import build_module
 
 import lightning_dhellam
@@ -28,6 +31,20 @@ def test_a_model_is_built_without_a_warning(caplog: pytest.LogCaptureFixture) ->
         warnings.simplefilter("error")
         CausalLM(SMALL, ParallelContext.single(CPU))
     assert not caplog.records
+
+
+def test_data_are_opened_without_a_warning(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"))
+    builder.add_item(torch.arange(8))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "data.idx"))
+    code = (
+        "import lightning_dhellam.data.indexed as indexed;"
+        f"indexed.open_indexed({str(tmp_path / 'data')!r}, vocab_size=8)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "determine rank" not in done.stderr
 
 
 def test_building_a_layer_leaves_its_specification_as_it_is() -> None:
