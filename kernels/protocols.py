@@ -37,13 +37,13 @@ class DropoutKernel(Protocol):
         """A new key from a key and counters."""
 
     def forward(self, x: Tensor, p: float, key: int) -> Tensor:
-        """`x`, dropped."""
+        """Drop elements of `x` with probability `p`, and scale the others."""
 
     def forward_add(self, x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
-        """`residual` plus `x`, dropped."""
+        """Add to `residual` what `forward` makes of `x`."""
 
     def backward(self, dy: Tensor, p: float, key: int) -> Tensor:
-        """Gradient by `x`."""
+        """The gradient by `x`, from `dy`, that of what `forward` gave."""
 
 
 class EmbeddingKernel(Protocol):
@@ -79,13 +79,13 @@ class LinearKernel(Protocol):
 
 
 class ActivationKernel(Protocol):
-    """An activation function."""
+    """An activation function of the MLP, and its gradient."""
 
     def forward(self, x: Tensor, /) -> Tensor:
         """The function of `x` [..., I]."""
 
     def backward(self, dy: Tensor, x: Tensor, /) -> Tensor:
-        """Gradient by `x`."""
+        """The gradient by `x`, from `dy`, that of the function's value."""
 
 
 class LayerNormKernel(Protocol):
@@ -141,4 +141,4 @@ class RopeKernel(Protocol):
     def backward(
         self, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: Heads
     ) -> Tensor:
-        """Gradient by the projection."""
+        """The gradient by the projection, from those by queries, keys and values."""

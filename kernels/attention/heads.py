@@ -16,7 +16,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 class Heads(NamedTuple):
-    """Heads on this rank.
+    """How many heads this rank has, and of which size.
 
     Attributes:
         groups: query groups, which are also the key and the value heads.
@@ -30,7 +30,7 @@ class Heads(NamedTuple):
 
     @property
     def queries(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self.groups * self.ratio
 
     @property

@@ -63,7 +63,7 @@ def fingerprint(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that run operators, as far as they are installed."""
+    """Versions of the packages that run operators, as far as they are installed."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -149,7 +149,7 @@ class EngineBench:
         return self._timer.same_bits(self._subject(target))
 
     def clock(self, profile: Profile) -> Clock:
-        """Of the device while it computes as for the most frequent layer, all or most of the time.
+        """Measure the clock of a device that computes nearly always, as for the most frequent layer.
 
         Profiled operators run on a device that idles in between, and so at its highest clock.
         """
@@ -200,7 +200,7 @@ class EngineBench:
         return self._samples(first), self._samples(second)
 
     def _samples(self, runs: Sequence[float]) -> Samples:
-        """Those of one round; on a host one, the mean.
+        """Samples of one round; on a host a single one, the mean.
 
         A step is a sum: what delays some runs of an operator on a host does so in a step as well,
         and a median would not see it.

@@ -34,7 +34,7 @@ Run = Callable[[list[MicroBatch]], Any]
 
 
 class Rehearsals:
-    """Those of one engine.
+    """Runs each kind of step alone before the first that other stages take part in.
 
     Args:
         executor: that carries them out.
@@ -113,7 +113,7 @@ def untouched(module: Module | None, device: torch.device) -> Iterator[None]:
 
 
 def _shapes(piece: MicroBatch) -> tuple[Any, ...]:
-    """Of the tokens, and of what a user's loss may read."""
+    """The shapes of the tokens, and of what a user's loss may read."""
     data = piece.slots.get("batch.data") or {}
     shapes = ((name, tuple(value.shape)) for name, value in data.items() if torch.is_tensor(value))
     return (tuple(piece.slots["batch.tokens"].shape), *shapes)

@@ -187,7 +187,7 @@ class Engine:
 
     @contextmanager
     def _sequential(self) -> Iterator[None]:
-        """With nothing overlapped."""
+        """Have steps inside overlap nothing."""
         builder = self._builder
         self.install(BUILDERS["sequential"])
         try:

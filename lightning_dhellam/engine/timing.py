@@ -183,7 +183,7 @@ class OperatorTimer:
         return events
 
     def _samples(self, subjects: Sequence[Subject], lead: float = 0.0) -> list[list[float]]:
-        """Of each subject its times, in samples for which the host was not late.
+        """Times of each subject, in samples for which the host was not late.
 
         What the host issues too late starts in another order than it is said to. Unless even the
         longest head start is too short for it, such a sample is taken again.

@@ -211,7 +211,7 @@ class RowLinear(_Linear):
 
 
 def _multiplies(reads: Held, writes: Held) -> Rule:
-    """Of a product by a weight: a partial sum where a rank sums over some of the channels only."""
+    """The rule of a product by a weight: a partial sum where a rank has some of the channels."""
     summed = reads is not Held.REPLICATED
     rule = on_tp(reads, Held.PARTIAL if summed else writes)
     return replace(rule, mixes=CHANNELS)

@@ -76,10 +76,10 @@ def on_tp(
 
 
 def gathers(communicator: str, along: Held) -> Rule:
-    """Of what each rank has its shard of, all get the whole."""
+    """The rule of a gather: each rank has a shard along `along`, and all get the whole."""
     return Rule({communicator: Move(along, Held.REPLICATED)})
 
 
 def scatters(communicator: str, along: Held) -> Rule:
-    """Partial sums are added up, and each rank gets its shard of the sum."""
+    """The rule of a scatter: partial sums are added up, and each rank gets its shard of the sum."""
     return Rule({communicator: Move(Held.PARTIAL, along)})

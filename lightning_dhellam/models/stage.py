@@ -25,7 +25,7 @@ class Elsewhere(nn.Module):
         self.pipeline_chunk = chunk
 
     def forward(self, hidden: Tensor) -> NoReturn:
-        """Cannot be called."""
+        """Refuse to compute: the layer is on another stage."""
         raise RuntimeError("this layer is on another pipeline stage")
 
 

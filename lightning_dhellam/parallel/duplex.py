@@ -115,7 +115,7 @@ class Duplex:
 
 
 def open_duplex(topology: Topology, lane: Lane, timeout: timedelta) -> Duplex | None:
-    """That of this rank's group of `lane`; None for one rank. Every rank must call this.
+    """Connect this rank's group of `lane`; None for one rank. Every rank must call this.
 
     A transfer that a rank does not join fails after `timeout`.
     """

@@ -36,7 +36,7 @@ class Done(dist.Work):
         return True
 
     def is_completed(self) -> bool:
-        """It is."""
+        """Say that it is, as there was nothing to do."""
         return True
 
 
@@ -53,7 +53,7 @@ class EmulatedGroup(dist.ProcessGroup):
         self.link: Played | None = None
 
     def rank(self) -> int:
-        """Of this process."""
+        """Number of this process in the group."""
         return self._rank
 
     def size(self) -> int:
@@ -121,7 +121,7 @@ class EmulatedGroup(dist.ProcessGroup):
     def alltoall(
         self, outs: Sequence[Tensor], xs: Sequence[Tensor], *_: Any, **__: Any
     ) -> dist.Work:
-        """The same of lists."""
+        """Exchange lists of tensors, one for each rank."""
         own = self._rank
         return self._carry(max(_bytes(xs) - xs[own].nbytes, _bytes(outs) - outs[own].nbytes))
 

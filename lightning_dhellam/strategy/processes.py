@@ -81,7 +81,7 @@ class JobStrategy(ParallelStrategy):
 
     @property
     def topology(self) -> Topology:
-        """Of the job, or of the cluster that is emulated; its rank is 0 before there are any.
+        """Sizes and ranks of the job or the emulated cluster; the rank is 0 before there are any.
 
         Raises:
             ValueError: the sizes do not fit the number of processes.

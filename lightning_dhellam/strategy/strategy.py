@@ -138,7 +138,7 @@ class DHellamStrategy(SavingStrategy):
 
     @property
     def seed(self) -> int:
-        """Of weights and dropout."""
+        """Seed of weights and dropout."""
         return seed_of_run() if self._seed is None else self._seed
 
     @property
@@ -238,7 +238,7 @@ class DHellamStrategy(SavingStrategy):
 
     @property
     def _early_conditions(self) -> dict[str, Any]:
-        """Those of a plan that need no process group."""
+        """What a plan must have been made for, as far as it is known without a process group."""
         config = self._module.model_config
         return conditions(self.topology.sizes, config, self.dtype, self.micro_batch_size)
 
