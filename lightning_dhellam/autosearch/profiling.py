@@ -149,7 +149,7 @@ class EngineBench:
         return self._timer.same_bits(self._subject(target))
 
     def clock(self, profile: Profile) -> Clock:
-        """Measure the clock of a device that computes nearly always, as for the most frequent layer.
+        """Measure the clock of a device that computes most of the time, as for the commonest layer.
 
         Profiled operators run on a device that idles in between, and so at its highest clock.
         """
