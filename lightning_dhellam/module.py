@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_dhellam.data.repeats import without_repeats
 from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
@@ -65,9 +66,10 @@ class DualStrandMixin(LightningModule):
     def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Override for a custom loss: from `logits` [B, S, V] of a micro-batch to a scalar.
 
-        Runs under autograd on the logits. The loss of a batch is the mean over its samples of
-        what its micro-batches return; so with a mean over tokens, `micro_batch_size` changes it
-        where samples have different numbers of tokens that count. This one is such a mean.
+        Runs under autograd on the logits. The loss of a batch is the mean over its samples, of all
+        data-parallel ranks in training, of what its micro-batches return; so with a mean over
+        tokens, `micro_batch_size` changes it where samples have different numbers of tokens that
+        count. This one is such a mean.
 
         It runs more often than there are micro-batches: a search times it, and on GPUs a stage of
         a pipeline rehearses with logits that are made up. So it must leave nothing behind, neither
@@ -115,8 +117,10 @@ class DualStrandMixin(LightningModule):
     def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean loss over the tokens of this rank's batch that count: a scalar in fp32.
 
-        Under `DHellamStrategy` a training batch has gone forward and backward when this returns;
-        under other strategies the result carries its autograd graph.
+        Under `DHellamStrategy` a training batch has gone forward and backward when this returns,
+        and the mean of what the data-parallel ranks get is that over the tokens of the global
+        batch: log it with `sync_dist=True`. Under other strategies the result carries its autograd
+        graph.
         """
         if self._strands is not None:
             return self._strands.run_batch(batch, backward=self.trainer.training)
@@ -141,17 +145,29 @@ class DualStrandMixin(LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        loss = self.batch_loss(batch)
-        size = batch["tokens"].shape[0]
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
-        return loss
+        return self._evaluate("val_loss", batch, batch_idx, self.trainer.val_dataloaders)
 
     @override
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        loss = self.batch_loss(batch)
-        size = batch["tokens"].shape[0]
-        self.log("test_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
+        return self._evaluate("test_loss", batch, batch_idx, self.trainer.test_dataloaders)
+
+    def _evaluate(self, name: str, batch: Mapping[str, Any], batch_idx: int, loader: Any) -> Tensor:
+        """Log the mean over all that counts in the data set, each sample once."""
+        own = without_repeats(batch, loader, batch_idx)
+        if own is None:
+            loss, weight = torch.zeros((), device=self.device), torch.zeros(())
+        else:
+            loss, weight = self.batch_loss(own), self._weight(own)
+        # Where nothing counts at all the mean is 0, not 0 / 0.
+        size: Any = weight.clamp_min(torch.finfo(torch.float32).tiny)
+        self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
+
+    def _weight(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the loss of a batch is a mean over: tokens that count, or samples."""
+        if self.custom_loss is None:
+            return _counts(batch).sum()
+        return torch.tensor(float(len(batch["tokens"])))
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.constants import default_pg_timeout
 from lightning_dhellam import checkpoint
 from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
 from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids
+from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Loss, lower
 from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
 from lightning_dhellam.parallel import ParallelContext
@@ -318,20 +319,32 @@ class Runner:
                 optionally `loss_mask` [B, S].
             step: number of the step, which decides its random numbers; counted if not given.
 
-        Returns the mean loss over the tokens of this rank's batch that count, a scalar in fp32.
+        Returns a scalar in fp32 whose `mean` is the loss of the global batch: the mean over its
+        tokens that count, on whatever rank they are. So is the gradient.
 
         Raises:
             ValueError: the batch cannot be cut, or has ids outside of the vocabulary.
         """
         if self._buffers is None or self._optimizer is None:
             raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
-        pieces = self.micro_batches(batch, step=self.steps if step is None else step)
+        step = self.steps if step is None else step
+        pieces = self.micro_batches(batch, step=step, everyone=self._everyone)
         self._suit(batch["tokens"].shape[1])
         self._optimizer.begin()
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)
         self._buffers.finish()
+        # What each rank has is its part of the sum.
+        loss = loss * self.context.topology.dp_size
         return from_first(loss, self.context.groups.pp)
+
+    @property
+    def _everyone(self) -> Everyone | None:
+        """The ranks that share a global batch, where there are others and the loss is here."""
+        topology = self.context.topology
+        if topology.dp_size * topology.cp_size == 1 or topology.pp_rank or self.context.emulated:
+            return None
+        return Everyone(self.context.groups.dp_cp, self.engine.lanes)
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""
@@ -351,9 +364,14 @@ class Runner:
         return reduced(value, self.context.groups.dp)
 
     def micro_batches(
-        self, batch: Mapping[str, Any], *, needs_labels: bool = True, step: int = 0
+        self,
+        batch: Mapping[str, Any],
+        *,
+        needs_labels: bool = True,
+        step: int = 0,
+        everyone: Everyone | None = None,
     ) -> list[MicroBatch]:
-        """The batch of this rank, checked and cut."""
+        """The batch of this rank, checked and cut; the whole batch is that of `everyone`."""
         check_batch(batch, self.limits, needs_labels=needs_labels)
         check_ids(batch, self.limits)
         return cut(
@@ -364,6 +382,7 @@ class Runner:
             step=step,
             topology=self.context.topology,
             targets=needs_labels,
+            everyone=everyone,
         )
 
     def save(self, path: Path | str, extra: Mapping[str, Any] | None = None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dhellam.engine.weights import Everyone, weights_everywhere, weights_here
 from lightning_dhellam.kernels import dropout
 from lightning_dhellam.parallel.topology import Topology
 
@@ -26,7 +27,9 @@ class MicroBatch:
             whole batch; `batch.key`, the random key of what this rank alone computes, and
             `batch.whole_key`, of what all ranks with these samples compute alike, both None in
             evaluation; `batch.data`, the user's mapping cut to this micro-batch; `batch.share`, its
-            part of the batch's samples.
+            part of the batch's samples. What the device is still to be given is a `Slot`, which
+            says when it is there. Where the whole batch is that of several ranks, `batch.counts`
+            [S, B] is what its weights are made from.
         tokens: number of tokens, B * S.
     """
 
@@ -43,6 +46,7 @@ def cut(
     step: int,
     topology: Topology,
     targets: bool = True,
+    everyone: Everyone | None = None,
 ) -> list[MicroBatch]:
     """Cut a batch of this rank into micro-batches of at most `size` samples.
 
@@ -60,11 +64,12 @@ def cut(
         step: of the run.
         topology: this rank's place among those that share the layers and the samples.
         targets: whether labels are read, if there are any.
+        everyone: ranks whose batches together are the whole one; None where this one is. With them
+            every rank's batch must have labels, and every rank must call this.
     """
     tokens = batch["tokens"]
     samples = tokens.shape[0]
     rank, sharing = topology.rank_in_stage, topology.tp_size * topology.cp_size
-    labels, weights = _targets(batch, device) if targets else (None, None)
     pieces = []
     for index, start in enumerate(range(0, samples, size)):
         rows = slice(start, min(start + size, samples))
@@ -74,29 +79,37 @@ def cut(
             "batch.tokens": tokens[rows].to(device, non_blocking=True, copy=True),
             "batch.key": dropout.derive_key(seed, step, rank, index),
             "batch.whole_key": dropout.derive_key(seed, step, rank // sharing, index),
-            "batch.share": (rows.stop - start) / samples,
             "batch.data": {name: _rows(value, rows, samples) for name, value in batch.items()},
         }
-        if labels is not None and weights is not None:
-            slots["batch.labels"] = labels[:, rows].clone(memory_format=torch.contiguous_format)
-            slots["batch.weights"] = weights[:, rows].clone(memory_format=torch.contiguous_format)
         pieces.append(MicroBatch(slots, tokens[rows].numel()))
+    if targets and batch.get("labels") is not None:
+        _add_targets(pieces, batch, device, everyone)
     return pieces
 
 
-def _targets(batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Labels and weights [S, B] of the whole batch."""
-    given = batch.get("labels")
-    if given is None:
-        return None, None
-    labels = given.to(device, non_blocking=True).t()
+def _add_targets(
+    pieces: Sequence[MicroBatch],
+    batch: Mapping[str, Any],
+    device: torch.device,
+    everyone: Everyone | None,
+) -> None:
+    """Give each micro-batch its labels, and what its tokens and samples count."""
+    labels = batch["labels"].to(device, non_blocking=True).t()
     counts = (labels != IGNORED).float()
     mask = batch.get("loss_mask")
     if mask is not None:
         counts = counts * mask.to(device, torch.float32, non_blocking=True).t()
-    # A batch in which nothing counts has loss 0, not 0 / 0.
-    total = counts.sum()
-    return labels.clamp_min(0), counts / torch.where(total > 0, total, torch.ones_like(total))
+    sizes = [len(piece.slots["batch.tokens"]) for piece in pieces]
+    if everyone is None:
+        weights = weights_here(counts, sizes)
+    else:
+        weights = weights_everywhere(counts, sizes, everyone)
+    parts = labels.clamp_min(0).split(sizes, dim=1)
+    for piece, part, weight in zip(pieces, parts, weights, strict=True):
+        piece.slots["batch.labels"] = part.clone(memory_format=torch.contiguous_format)
+        piece.slots["batch.weights"], piece.slots["batch.share"] = weight
+        if everyone is not None:
+            piece.slots["batch.counts"] = counts
 
 
 def _rows(value: Any, rows: slice, samples: int) -> Any:

@@ -82,7 +82,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
-        """Slots for values that are ready now. The ledger does not count them."""
+        """Slots for values that are ready now, or are slots already. The ledger counts none."""
 
     @abstractmethod
     @contextmanager
@@ -177,7 +177,7 @@ class CpuLanes(Lanes):
 
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
         mark = Mark(_COMPUTE, 0, None, None)
-        return {name: Slot(value, mark) for name, value in values.items()}
+        return {name: _slot(value, mark) for name, value in values.items()}
 
     @contextmanager
     def on(self, lane: Lane) -> Iterator[None]:
@@ -293,7 +293,7 @@ class CudaLanes(Lanes):
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
         self._numbers[_COMPUTE] += 1
         mark = self._mark(_COMPUTE)
-        return {name: Slot(value, mark) for name, value in values.items()}
+        return {name: _slot(value, mark) for name, value in values.items()}
 
     @contextmanager
     def on(self, lane: Lane) -> Iterator[None]:
@@ -340,6 +340,10 @@ class CudaLanes(Lanes):
 
     def _owned_by(self, track: Track) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._streams[track])
+
+
+def _slot(value: Any, mark: Mark) -> Slot:
+    return value if isinstance(value, Slot) else Slot(value, mark)
 
 
 def hold(held: torch.cuda.Stream, stream: torch.cuda.Stream) -> None:

@@ -27,8 +27,8 @@ from lightning_dhellam.engine.executor import (
 )
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
+from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.engine.trace import Tracer
-from lightning_dhellam.engine.walk import Walks
 from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
 
@@ -203,13 +203,15 @@ class Engine:
         finally:
             self._executor.observer = None
 
-    def _legs(self, walks: Walks, legs: Sequence[Leg], forwards: Sequence[Graph]) -> Iterator[Leg]:
+    def _legs(
+        self, state: StepState, legs: Sequence[Leg], forwards: Sequence[Graph]
+    ) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
-        self._post(walks, legs[0], forwards)
+        self._post(state, legs[0], forwards)
         for index, leg in enumerate(legs):
             self.lanes.settle()
             for following in legs[index + 1 : index + 2]:
-                self._post(walks, following, forwards)
+                self._post(state, following, forwards)
             yield leg
         # The caller's tensors, the micro-batches, must outlive every lane's use of them.
         self.lanes.drain()
@@ -221,65 +223,67 @@ class Engine:
         on_gradient: OnGradient | None = None,
     ) -> list[Tensor]:
         """Walk `legs` forward and backward. Returns the losses that this stage has."""
-        walks = Walks(micro_batches, self.lanes, self._readers)
+        state = StepState(micro_batches, self.lanes, self._readers)
         losses: list[Tensor] = []
         final = len(micro_batches) - 1
-        for leg in self._legs(walks, legs, [pair.forward for pair in self.layers]):
-            self._pass(leg, walks, on_gradient if leg.backward == final else None)
+        for leg in self._legs(state, legs, [pair.forward for pair in self.layers]):
+            self._pass(leg, state, on_gradient if leg.backward == final else None)
             if leg.forward is not None:
-                losses += walks.results(leg.forward)
+                losses += state.results(leg.forward)
             if leg.backward is not None and leg.steps[-1][1] == 0:
-                walks.end(leg.backward)
+                state.end(leg.backward)
         return losses
 
     def _train_alone(self, pieces: list[MicroBatch]) -> None:
         _total(self._train(pieces, self.stage.rehearsal(len(pieces))), pieces)
 
-    def _post(self, walks: Walks, leg: Leg, forwards: Sequence[Graph]) -> None:
+    def _post(self, state: StepState, leg: Leg, forwards: Sequence[Graph]) -> None:
         """Issue what the first graph of each strand receives from another stage."""
         for strand, layer in leg.begins:
             micro_batch = leg.forward if strand is Strand.FORWARD else leg.backward
             assert micro_batch is not None
             graph = forwards[layer] if strand is Strand.FORWARD else self.layers[layer].backward
             if graph.receives:
-                self._executor.post(receives(graph), walks.tape(micro_batch, layer))
+                self._executor.post(receives(graph), state.tape(micro_batch, layer))
 
-    def _pass(self, leg: Leg, walks: Walks, on_gradient: OnGradient | None) -> None:
+    def _pass(self, leg: Leg, state: StepState, on_gradient: OnGradient | None) -> None:
         """Forward up to the last layer of the leg, backward down to its first."""
         previous: Job | None = None
         for forward, backward in leg.steps:
-            job = self._enter_pair(walks, leg, forward, backward)
+            job = self._enter_pair(state, leg, forward, backward)
             if previous is not None and previous.program.plan is not job.program.plan:
                 self._executor.finish(previous, on_gradient)
                 previous = None
             self._executor.run(job, previous, on_gradient)
-            self._leave_pair(walks, leg, forward, backward)
+            self._leave_pair(state, leg, forward, backward)
             previous = job if job.program.leaves else None
         if previous is not None:
             self._executor.finish(previous, on_gradient)
 
-    def _enter_pair(self, walks: Walks, leg: Leg, forward: int | None, backward: int | None) -> Job:
+    def _enter_pair(
+        self, state: StepState, leg: Leg, forward: int | None, backward: int | None
+    ) -> Job:
         """Open the tapes of a pair of layers."""
         tapes = {}
         if forward is not None:
             assert leg.forward is not None
             graph = self.layers[forward].forward
-            tapes[Strand.FORWARD] = walks.enter(leg.forward, forward, graph)
+            tapes[Strand.FORWARD] = state.enter(leg.forward, forward, graph)
         if backward is not None:
             assert leg.backward is not None
             graph = self.layers[backward].backward
-            tapes[Strand.BACKWARD] = walks.enter(leg.backward, backward, graph)
+            tapes[Strand.BACKWARD] = state.enter(leg.backward, backward, graph)
         return Job(self._program(forward, backward), tapes)
 
     def _leave_pair(
-        self, walks: Walks, leg: Leg, forward: int | None, backward: int | None
+        self, state: StepState, leg: Leg, forward: int | None, backward: int | None
     ) -> None:
         if forward is not None:
             assert leg.forward is not None
-            walks.leave(leg.forward, forward, self.layers[forward].forward)
+            state.leave(leg.forward, forward, self.layers[forward].forward)
         if backward is not None:
             assert leg.backward is not None
-            walks.leave(leg.backward, backward, self.layers[backward].backward)
+            state.leave(leg.backward, backward, self.layers[backward].backward)
 
     def _forward(
         self, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
@@ -301,20 +305,20 @@ class Engine:
         self, micro_batches: Sequence[MicroBatch], legs: Sequence[Leg], graphs: Sequence[Graph]
     ) -> list[Tensor]:
         """Walk `legs` forward only. Returns what the last graph hands over, where it is."""
-        walks = Walks(micro_batches, self.lanes, lambda layer: Counter(graphs[layer].readers))
+        state = StepState(micro_batches, self.lanes, lambda layer: Counter(graphs[layer].readers))
         found: list[Tensor] = []
-        for leg in self._legs(walks, legs, graphs):
+        for leg in self._legs(state, legs, graphs):
             assert leg.forward is not None
             for layer, _ in leg.steps:
                 assert layer is not None
-                tape = walks.enter(leg.forward, layer, graphs[layer])
+                tape = state.enter(leg.forward, layer, graphs[layer])
                 program = self._evaluation(graphs[layer])
                 self._executor.run(Job(program, {Strand.FORWARD: tape}))
-                walks.leave(leg.forward, layer, graphs[layer])
-                walks.close(leg.forward, layer)
-            found += walks.results(leg.forward)
+                state.leave(leg.forward, layer, graphs[layer])
+                state.close(leg.forward, layer)
+            found += state.results(leg.forward)
             if leg.steps[-1][0] == len(graphs) - 1:
-                walks.end(leg.forward)
+                state.end(leg.forward)
         return found
 
     def _readers(self, layer: int) -> Counter[str]:

@@ -65,6 +65,9 @@ def _share_one_gradient(gradients: Sequence[tuple[Parameter, Tensor]]) -> None:
 class GradientBuffers:
     """Contiguous `main_grad` buffers of a model, reduced bucket by bucket as they fill up.
 
+    The gradients of data-parallel ranks are added up: the weights of their tokens say what each is
+    of the whole (`engine/weights.py`).
+
     Args:
         model: every parameter that requires a gradient gets a `main_grad`. What ranks hold alike
             becomes what the first of them holds.
@@ -94,7 +97,7 @@ class GradientBuffers:
         start_alike(model, context)
         with context.megatron():
             self.ddp = DistributedDataParallel(
-                config,
+                _summing(config),
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=fp32,
                     overlap_grad_reduce=self._parallel,
@@ -162,6 +165,13 @@ class GradientBuffers:
                 parameter.__dict__.pop(name, None)
         for buffer in self.ddp.buffers + self.ddp.expert_parallel_buffers:
             buffer.grad_data.untyped_storage().resize_(0)
+
+
+def _summing(config: Any) -> Any:
+    """The configuration, but that Megatron does not divide sums by the number of ranks."""
+    config = copy(config)
+    config.calculate_per_token_loss = True
+    return config
 
 
 def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:

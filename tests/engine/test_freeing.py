@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_dhellam.engine.lanes import CpuLanes
+from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.engine.tape import Ledger, Mark, Slot
-from lightning_dhellam.engine.walk import Walks
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
@@ -188,8 +188,8 @@ def _saved_bytes(
     live: list[int] = []
     whole_pass = engine._pass
 
-    def watched(leg: Leg, walks: Walks, on_gradient: Any) -> None:
-        whole_pass(leg, walks, on_gradient)
+    def watched(leg: Leg, state: StepState, on_gradient: Any) -> None:
+        whole_pass(leg, state, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
     engine._pass = watched  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lightning_dhellam.engine import Engine
-from lightning_dhellam.engine.walk import Walks
+from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -135,8 +135,8 @@ def test_predicted_saved_bytes_are_those_measured(dtype: torch.dtype, device: to
     live: list[int] = []
     whole_pass = engine._pass
 
-    def watched(leg: Leg, walks: Walks, on_gradient: Any) -> None:
-        whole_pass(leg, walks, on_gradient)
+    def watched(leg: Leg, state: StepState, on_gradient: Any) -> None:
+        whole_pass(leg, state, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
     engine._pass = watched  # type: ignore[method-assign]

@@ -1,0 +1,101 @@
+"""How much each token of a batch counts: one over all that count, on every rank that trains.
+
+The loss of a global batch is the sum of its tokens' losses over the number of those that count,
+and a rank does not know how many the others have. So they add up their numbers on the `dp` lane
+while the first layers run; only the loss waits for it, on the device:
+
+    compute   count | embedding  layer  layer ...  head
+    dp              | all-reduce  divide ----------^
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dhellam.engine.lanes import Lanes
+from lightning_dhellam.engine.tape import Slot
+from lightning_dhellam.parallel.collectives import Pending
+from lightning_dhellam.parallel.work import Once
+from lightning_dhellam.plan import Lane, Operator
+
+
+class Everyone(NamedTuple):
+    """The ranks whose batches make up the global one.
+
+    Attributes:
+        group: of them.
+        lanes: of this rank's device.
+    """
+
+    group: dist.ProcessGroup
+    lanes: Lanes
+
+
+class Weights(NamedTuple):
+    """What counts of a micro-batch in the loss of the global batch.
+
+    Attributes:
+        tokens: the part of each token, [S, B] in fp32.
+        samples: the part of its samples together, a number or a scalar in fp32.
+    """
+
+    tokens: Tensor | Slot
+    samples: Any
+
+
+def weights_here(counts: Tensor, sizes: Sequence[int]) -> list[Weights]:
+    """The weights of each micro-batch where this rank's batch is the whole one.
+
+    Args:
+        counts: what each token of the batch counts for, [S, B] in fp32.
+        sizes: samples of each micro-batch.
+    """
+    weights = counts / _never_zero(counts.sum())
+    parts = weights.split(list(sizes), dim=1)
+    samples = sum(sizes)
+    return [
+        Weights(part.clone(memory_format=torch.contiguous_format), size / samples)
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def weights_everywhere(counts: Tensor, sizes: Sequence[int], everyone: Everyone) -> list[Weights]:
+    """The weights of each micro-batch in the global batch. Every rank of it must call this.
+
+    They are on their way when this returns: slots that say when they are there. `counts` must
+    outlive the step.
+    """
+
+    def run(counts: Tensor) -> Pending:
+        total = torch.stack([counts.sum(), counts.new_full((), float(sum(sizes)))])
+        tokens = [counts.new_empty(len(counts), size) for size in sizes]
+        samples = [counts.new_empty(()) for _ in sizes]
+
+        def divide() -> None:
+            for part, out in zip(counts.split(list(sizes), dim=1), tokens, strict=True):
+                torch.div(part, _never_zero(total[0]), out=out)
+            for size, out in zip(sizes, samples, strict=True):
+                torch.div(counts.new_full((), float(size)), total[1], out=out)
+
+        work = dist.all_reduce(total, group=everyone.group, async_op=not counts.is_cuda)
+        if work is None:
+            divide()
+            return Pending((tokens, samples), None)
+        return Pending((tokens, samples), Once([work], divide))
+
+    lanes = everyone.lanes
+    operator = Operator("weights", Lane.DP, ("counts",), ("tokens", "samples"), run)
+    read = lanes.constants({"counts": counts})["counts"]
+    (tokens, samples), mark = lanes.launch(operator, [read], crosses=True)
+    pairs = zip(tokens, samples, strict=True)
+    return [Weights(Slot(token, mark), Slot(sample, mark)) for token, sample in pairs]
+
+
+def _never_zero(total: Tensor) -> Tensor:
+    """A batch in which nothing counts has loss 0, not 0 / 0."""
+    return torch.where(total > 0, total, torch.ones_like(total))
