@@ -106,6 +106,11 @@ class Runner:
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
         self._closing = ExitStack()
+        if plan == "auto":
+            raise ValueError(
+                "plan='auto' searches in the first steps of a Trainer: use a plan file, which"
+                " `dhellam search` writes, or a built-in plan"
+            )
         self._length: int | None = None
         start_alike(model, self.context)
         lowered = lower(model, regather=regather, loss=loss, kernels=kernels)

@@ -22,6 +22,7 @@ from lightning_dhellam.parallel.emulate import Cluster
 from lightning_dhellam.parallel.groups import (
     OpenGroups,
     everywhere,
+    group_of_hosts,
     group_of_this_rank,
     open_groups,
     without_distributed,
@@ -55,6 +56,8 @@ class ParallelContext:
         edges: process groups of transfers between neighbouring pipeline stages.
         pipeline_split: layers of each chunk, if they were given.
         alone: the group of this rank only, in a pipeline.
+        host_group: all ranks, for values in host memory, so that nothing waits for a device; None
+            where there are no others.
         asked: what the groups were made for, with which the next context may take them over.
     """
 
@@ -65,6 +68,7 @@ class ParallelContext:
     edges: Mapping[EdgeKey, ProcessGroup] = field(default_factory=dict)
     pipeline_split: tuple[int, ...] = ()
     alone: ProcessGroup | None = None
+    host_group: ProcessGroup | None = None
     asked: _Asked | None = field(default=None, repr=False)
 
     @classmethod
@@ -128,6 +132,7 @@ class ParallelContext:
             communicators=open_communicators(topology, groups, device, timeout),
             edges=open_edges(topology, device, timeout),
             alone=group_of_this_rank() if topology.pp_size > 1 else None,
+            host_group=group_of_hosts(topology, timeout),
             asked=asked,
         )
 

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel import nccl
 from lightning_dhellam.parallel.cpu import megatron_device
+from lightning_dhellam.parallel.stand_in import is_emulated
 from lightning_dhellam.parallel.topology import LANES, Topology
 
 
@@ -81,6 +82,17 @@ def open_groups(
 def are_open() -> bool:
     """Whether somebody has opened Megatron's groups in this process."""
     return bool(parallel_state.model_parallel_is_initialized())
+
+
+def group_of_hosts(topology: Topology, timeout: timedelta) -> ProcessGroup | None:
+    """All ranks, by gloo: for values in host memory. None where there are no others.
+
+    Every rank must call this.
+    """
+    if topology.world_size == 1 or is_emulated():
+        return None
+    group: ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    return group
 
 
 def group_of_this_rank() -> ProcessGroup:

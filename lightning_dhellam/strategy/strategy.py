@@ -213,8 +213,8 @@ class DHellamStrategy(SavingStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        if self.context.world_group is not None:
-            self._termination = Termination(trainer, self.context.world_group)
+        if not self.context.emulated:
+            self._termination = Termination(trainer, self.context.host_group)
         self.model_to_device()
         module = self._module
         self._runner = Runner(
@@ -328,15 +328,16 @@ class DHellamStrategy(SavingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A callback such as GradientAccumulationScheduler may have changed it after the start.
         checks.check_trainer(self._module.trainer)
-        self._end_if_told()
-
-    def _end_if_told(self) -> None:
         if self._termination is not None:
             self._termination.check()
 
+    def _meet(self) -> None:
+        if self._termination is not None:
+            self._termination.meet()
+
     # Where ranks meet outside of steps.
-    on_train_end = on_validation_start = on_validation_end = _end_if_told
-    on_test_start = on_predict_start = _end_if_told
+    on_train_end = on_validation_start = on_validation_end = _meet
+    on_test_start = on_predict_start = _meet
 
     @contextmanager
     @override
