@@ -65,16 +65,14 @@ class ThroughputMonitor(Callback):
             self._steps.popleft()
         tokens = sum(step.tokens for step in passed[passed.index(first) + 1 :])
         self.tokens_per_second = tokens / first.seconds_until(last)
-        pl_module.log(
-            "tokens_per_second", self.tokens_per_second, prog_bar=True, rank_zero_only=True
-        )
+        _log(pl_module, "tokens_per_second", self.tokens_per_second, prog_bar=True)
         if _cluster(trainer) is not None:
-            pl_module.log("emulated", 1.0, rank_zero_only=True)
+            _log(pl_module, "emulated", 1.0)
         config = getattr(pl_module, "model_config", None)
         if self.peak_tflops is not None and isinstance(config, ModelConfig):
             flops = training_flops_per_token(config, length)
             share = self.tokens_per_second * flops / _ranks(trainer)
-            pl_module.log("mfu", share / (self.peak_tflops * 1e12), rank_zero_only=True)
+            _log(pl_module, "mfu", share / (self.peak_tflops * 1e12))
 
 
 class RunSummary(Callback):
@@ -101,18 +99,23 @@ class RunSummary(Callback):
         batch: Mapping[str, Tensor],
         batch_idx: int,
     ) -> None:
-        self._last = trainer.callback_metrics.get("train_loss")
-        if self._first is None and self._last is not None:
-            self._first = self._last.clone()
+        # Not from the trainer's metrics, which wait for the device.
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if loss is not None:
+            self._last = loss.detach()
+            self._first = self._last if self._first is None else self._first
         self._tokens += batch["tokens"].numel() * _replicas(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # a collective: every rank asks
-        if self._first is None or self._last is None or not trainer.is_global_zero:
+        if self._first is None or self._last is None:
+            return
+        losses = torch.stack([self._first, self._last])
+        first, last = trainer.strategy.reduce(losses, reduce_op="mean").tolist()
+        if not trainer.is_global_zero:
             return
         seconds = time.perf_counter() - self._started
-        first, last = self._first.item(), self._last.item()
         lines = [
             f"loss        {first:.3f} -> {last:.3f} in {trainer.global_step} steps",
             f"tokens/s    {self._tokens / seconds:,.0f} (mean of the run, {seconds:.0f} s)",
@@ -152,6 +155,11 @@ class _Moment:
         if self.event is not None and later.event is not None:
             return self.event.elapsed_time(later.event) / 1000
         return later.host - self.host
+
+
+def _log(module: pl.LightningModule, name: str, value: float, **options: Any) -> None:
+    """Log a number that the host knows. Lightning would copy it to the device, and wait for that."""
+    module.log(name, torch.tensor(value), rank_zero_only=True, **options)
 
 
 def _cluster(trainer: pl.Trainer) -> Cluster | None:

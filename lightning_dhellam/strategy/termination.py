@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ class Termination:
         self._rank = trainer.global_rank
         self._group = group
         self._told = False
-        self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._asked: tuple[array[float], dist.Work | None] | None = None
         setattr(self._connector, _NOTIFIER, self._note)
         setattr(self._loop, _ASKER, _nothing)
 
@@ -82,10 +83,11 @@ class Termination:
         self._loop.__dict__.pop(_ASKER, None)
 
     def _ask(self) -> None:
-        flag = torch.tensor(float(self._told))
+        flag = array("f", [self._told])
         work = None
         if self._group is not None:
-            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            shared = torch.frombuffer(flag, dtype=torch.float32)
+            work = dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._asked = flag, work
 
     def _answer(self) -> bool:
@@ -95,7 +97,7 @@ class Termination:
         (flag, work), self._asked = self._asked, None
         if work is not None:
             work.wait()
-        return bool(flag > 0)
+        return flag[0] > 0
 
     def _end_if(self, told: bool) -> None:
         if told:
