@@ -158,7 +158,7 @@ class _Moment:
 
 
 def _log(module: pl.LightningModule, name: str, value: float, **options: Any) -> None:
-    """Log a number that the host knows. Lightning would copy it to the device, and wait for that."""
+    """Log a number of the host. Lightning would copy it to the device, and wait for that."""
     module.log(name, torch.tensor(value), rank_zero_only=True, **options)
 
 
