@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
+from lightning_dhellam.late import show
 from lightning_dhellam.models import ModelConfig, training_flops_per_token
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy
@@ -65,7 +66,8 @@ class ThroughputMonitor(Callback):
             self._steps.popleft()
         tokens = sum(step.tokens for step in passed[passed.index(first) + 1 :])
         self.tokens_per_second = tokens / first.seconds_until(last)
-        _log(pl_module, "tokens_per_second", self.tokens_per_second, prog_bar=True)
+        _log(pl_module, "tokens_per_second", self.tokens_per_second)
+        show(trainer, "tokens_per_second", self.tokens_per_second)
         if _cluster(trainer) is not None:
             _log(pl_module, "emulated", 1.0)
         config = getattr(pl_module, "model_config", None)
@@ -157,9 +159,9 @@ class _Moment:
         return later.host - self.host
 
 
-def _log(module: pl.LightningModule, name: str, value: float, **options: Any) -> None:
+def _log(module: pl.LightningModule, name: str, value: float) -> None:
     """Log a number of the host. Lightning would copy it to the device, and wait for that."""
-    module.log(name, torch.tensor(value), rank_zero_only=True, **options)
+    module.log(name, torch.tensor(value), rank_zero_only=True)
 
 
 def _cluster(trainer: pl.Trainer) -> Cluster | None:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_dhellam.data.repeats import without_repeats
 from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
 from lightning_dhellam.parallel import ParallelContext
@@ -45,6 +46,7 @@ class DualStrandMixin(LightningModule):
 
     model_config: ModelConfig
     model: CausalLM
+    _late: LateValue | None = None
 
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
         """Make this rank's part of the model. Layers may be replaced by modules of your own.
@@ -140,8 +142,17 @@ class DualStrandMixin(LightningModule):
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss = self.batch_loss(batch)
-        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        self.log("train_loss", mean)
+        self._show("train_loss", mean)
         return loss
+
+    def _show(self, name: str, scalar: Tensor) -> None:
+        """Show a scalar in the progress bar, as soon as the host has it without waiting."""
+        if self._late is None:
+            self._late = LateValue(scalar.device)
+        self._late.put(scalar)
+        show(self.trainer, name, self._late.get())
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -26,8 +26,6 @@ from tests.strategy.runs import Model, join, loader, make_trainer
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 """Operators for which the host has to know what the device has computed."""
-COPIES = "aten::lift_fresh"
-"""Of a number that the host knows, which on a device is a copy that the host waits for."""
 LATE = ("item", "tolist", "numpy", "cpu")
 """Methods that read without an operator of their own on the CPU."""
 STEADY, STEPS = 2, 6
@@ -45,8 +43,12 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func._schema.name in READS and args[0].data_ptr() not in self.allowed:
-            self.note(func._schema.name)
+        name = func._schema.name
+        masks = name == "aten::index" and any(
+            i.dtype is torch.bool for i in args[1] if i is not None
+        )
+        if (name in READS or masks) and args[0].data_ptr() not in self.allowed:
+            self.note(name)
         return func(*args, **(kwargs or {}))
 
     def note(self, what: str) -> None:
