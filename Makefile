@@ -38,7 +38,8 @@ checks: $(STAMP)
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/lightning_dhellam
 	@ln -s "$(CURDIR)"/lightning_dhellam/* "$(CURDIR)"/kernels "$(CURDIR)"/search "$(CURDIR)"/recipes $(TYPES)/lightning_dhellam/
-	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lightning_dhellam
+	@ln -s "$(CURDIR)"/benchmarks $(TYPES)/
+	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lightning_dhellam -p benchmarks
 
 # Strict: a broken link, a missing name or a malformed docstring fails.
 docs: $(STAMP)
@@ -47,4 +48,4 @@ docs: $(STAMP)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find lightning_dhellam kernels search recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lightning_dhellam kernels search recipes benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for folder in (*INSTALLED_AS, "tests"):
+    for folder in (*INSTALLED_AS, "benchmarks", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
     done = subprocess.run(
@@ -71,7 +71,7 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("folder", INSTALLED_AS)
+@pytest.mark.parametrize("folder", [*INSTALLED_AS, "benchmarks"])
 def test_every_source_folder_is_a_regular_package(folder: str) -> None:
     holding_code = {file.parent for file in source_files(folder) if file.suffix == ".py"}
     missing = [str(path) for path in holding_code if not (ROOT / path / "__init__.py").exists()]

@@ -1,5 +1,6 @@
-"""Benchmarks behind `dhellam bench`: each checks what it times, prints a table, writes JSON."""
+"""Benchmarks behind `dhellam bench NAME`, a folder for each.
 
-from lightning_dhellam.bench.command import bench_command
-
-__all__ = ["bench_command"]
+A folder holds its `settings` (the options of the command), `run` (which measures) and `report` (the
+table). What several of them share stands beside the folders. Each benchmark checks what it times,
+prints a table, and writes it as text and JSON.
+"""

@@ -20,10 +20,10 @@ class MegatronSide:
     column-parallel input under the data gradient, and its scatter under the weight gradient.
 
     Args:
-        shape: of the model.
-        context: groups of this rank.
+        shape: The model.
+        context: The groups of this rank.
         batch: `tokens` and `labels` [B, S].
-        micro_batch: samples of each micro-batch.
+        micro_batch: Samples of each micro-batch.
     """
 
     def __init__(
@@ -56,5 +56,5 @@ class MegatronSide:
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def gradients(self) -> list[Tensor]:
-        """Those of this rank's parameters."""
+        """The gradients of this rank's parameters."""
         return [p.grad for p in self._model.parameters() if p.grad is not None]

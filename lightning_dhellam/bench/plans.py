@@ -21,13 +21,13 @@ needs any."""
 
 @dataclass(frozen=True)
 class Plans:
-    """Plans of the same layers by name.
+    """Plans of the same layers by name, and what is known of them.
 
     Attributes:
-        costs: of their operators.
-        builders: by name.
-        solutions: of those that were searched.
-        search_seconds: that the search of each took.
+        costs: What their operators cost.
+        builders: Their builders by name.
+        solutions: What the search says of those that were searched.
+        search_seconds: The seconds that the search of each took.
     """
 
     costs: Costs

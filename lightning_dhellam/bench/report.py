@@ -25,15 +25,15 @@ Row = dict[str, Any]
 
 @dataclass
 class Report:
-    """Rows of one benchmark.
+    """The rows of one benchmark, and what is to be known about them.
 
     Attributes:
-        name: of the benchmark.
-        device: what it was measured on.
-        columns: keys of the rows, in the order of the table. A row may hold more, for the JSON.
-        notes: lines above the table, and values that belong to no row.
-        rows: one for each thing measured; what failed has `failed` with the reason.
-        details: more tables by name, of which each row is printed whole.
+        name: The benchmark's name.
+        device: The device that was measured.
+        columns: Keys of the rows in the order of the table. A row may hold more, for the JSON.
+        notes: Lines above the table, and values that belong to no row.
+        rows: A row for each thing measured. One that failed has the reason under `failed`.
+        details: More tables by name, of which each row is printed whole.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """What went wrong, one line for each row."""
+        """The reasons of the rows that failed, one line for each."""
         return [str(row["failed"]) for row in self.rows if "failed" in row]
 
     def table(self) -> str:
@@ -58,10 +58,10 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> Path:
-        """Write `<name>-<device>-<date>.json` and `.txt` into `folder`. Returns the first.
+        """Write `<name>-<device>-<date>.json` and `.txt` into `folder`. Returns the JSON's path.
 
-        Each is there whole or not at all, and saving again replaces it: reports are saved after
-        every row, so that nothing measured is lost when a later row takes the process down.
+        Each file is there whole or not at all, and saving again replaces it: reports are saved
+        after every row, so that nothing measured is lost when a later row takes the process down.
         """
         now = datetime.now(UTC)
         device = self.device.lower().replace(" ", "-")
@@ -89,17 +89,17 @@ class Report:
 
 
 def device_name(device: torch.device) -> str:
-    """What `device` is called."""
+    """The name of `device` as its maker or the kernel has it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}"
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of the option `--device`.
+    """The device that the option `--device` names.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: The name is neither `cuda` nor `cpu`, or this machine has no such device.
     """
     if name not in ("cuda", "cpu"):
         raise ValueError(f"--device={name}: use cuda, or cpu for a rehearsal")

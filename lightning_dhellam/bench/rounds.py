@@ -24,19 +24,19 @@ more work goes on at its old clock for 0.3 s, and then, over its limit of power,
 
 
 @dataclass(frozen=True)
-class Clock:
+class Timer:
     """Times a step from a common start of all ranks to the last one's end.
 
     Attributes:
-        device: that computes.
-        group: the ranks; None for this process alone.
+        device: The device that computes.
+        group: The ranks; None for this process alone.
     """
 
     device: torch.device
     group: dist.ProcessGroup | None = None
 
     def seconds(self, step: Step) -> float:
-        """Of one step, the largest over the ranks."""
+        """The seconds of one step, the largest of any rank."""
         self._settle()
         begin = time.perf_counter()
         step()
@@ -59,24 +59,24 @@ class Clock:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the repetitions of one step."""
+    """The seconds of each repetition of one step."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """What counts."""
+        """The median of the repetitions, which is what counts."""
         return median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Half the distance from p20 to p80."""
+        """Half the distance from the 20th to the 80th percentile."""
         samples = Samples(self.seconds)
         return (samples.quantile(0.8) - samples.quantile(0.2)) / 2
 
 
 def in_turn(
-    sides: Mapping[str, Sequence[Step]], clock: Clock, rounds: int
+    sides: Mapping[str, Sequence[Step]], timer: Timer, rounds: int
 ) -> dict[str, tuple[Times, ...]]:
     """Time every step of every side once in each of `rounds` rounds. A first one does not count.
 
@@ -87,22 +87,22 @@ def in_turn(
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
     for steps in sides.values():
         for step in steps:
-            clock.seconds(step)
+            timer.seconds(step)
     for _ in range(rounds):
         for name in draw.sample(list(sides), len(sides)):
-            _until_settled(sides[name][-1], clock)
-            found[name].append(tuple(clock.seconds(step) for step in sides[name]))
+            _until_settled(sides[name][-1], timer)
+            found[name].append(tuple(timer.seconds(step) for step in sides[name]))
     return {name: tuple(map(Times, zip(*rows, strict=True))) for name, rows in found.items()}
 
 
-def _until_settled(step: Step, clock: Clock) -> None:
+def _until_settled(step: Step, timer: Timer) -> None:
     """Run a step until a GPU's clock is that of such steps.
 
     By what each takes now: the first ever, which takes memory and loads kernels, says nothing.
     """
     spent = 0.0
-    while clock.device.type == "cuda" and spent < _SETTLED:
-        spent += clock.seconds(step)
+    while timer.device.type == "cuda" and spent < _SETTLED:
+        spent += timer.seconds(step)
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Result:
     gradients: tuple[Tensor, ...]
 
     def errors(self, other: Result) -> list[float]:
-        """Relative ones, of the loss and of each gradient; 0 where they are bitwise equal."""
+        """The relative error of the loss and of each gradient; 0 where they are bitwise equal."""
         mine, others = (self.loss, *self.gradients), (other.loss, *other.gradients)
         return [_distance(a, b) for a, b in zip(mine, others, strict=True)]
 
     def distance(self, other: Result) -> float:
-        """The largest of the errors."""
+        """The largest of the relative errors."""
         return max(self.errors(other))
 
 

@@ -12,7 +12,7 @@ import torch
 
 _REPEATS = 7
 _SPREAD = 256 << 20
-"""Bytes that the tensors of one measurement should have together: several L2 caches."""
+"""Bytes that the tensors of one measurement should have together: several L2 caches of a GPU."""
 
 Calls = Sequence[Callable[[], Any]]
 

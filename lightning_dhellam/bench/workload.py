@@ -28,13 +28,13 @@ class Workload:
     """Layers of one rank, and micro-batches to train them on.
 
     Attributes:
-        model: whose weights are trained; every parameter has a `main_grad`.
-        layers: first to last.
-        pieces: micro-batches of the longest step that is timed.
-        kernels: backends of the operators.
-        priority: of communication streams, on CUDA.
-        processors: that a collective occupies.
-        lanes: of the device.
+        model: The model whose weights are trained; every parameter has a `main_grad`.
+        layers: The layers' graphs, first to last.
+        pieces: The micro-batches of the longest step that is timed.
+        kernels: The backends of the operators, by operator.
+        priority: The priority of communication streams, on CUDA.
+        processors: The processors that a collective occupies.
+        lanes: The lanes of the device.
     """
 
     model: CausalLM
@@ -52,7 +52,7 @@ class Workload:
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        """Of these layers."""
+        """The parameters that these layers train."""
         used = {
             id(parameter)
             for pair in self.layers
@@ -63,11 +63,11 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """The tokens of a micro-batch."""
         return self.pieces[0].tokens
 
     def engine(self, builder: Builder = BUILDERS["sequential"]) -> Engine:
-        """Runs the plans of `builder`. Engines share the lanes and their memory."""
+        """An engine that runs the plans of `builder`. Engines share the lanes and their memory."""
         return Engine(self.layers, self.lanes, builder)
 
     def profile(
@@ -76,7 +76,7 @@ class Workload:
         repeats: int = 7,
         rounds: int | None = None,
     ) -> Profile:
-        """Times of the operators, maximised over `group`; see `take_profile`."""
+        """The times of the operators, the largest of any rank of `group`; see `take_profile`."""
         engine, piece, context = self.engine(), self.pieces[0], self.model.context
         dtype = self.model.transformer_config.params_dtype
         made_for = conditions_of(

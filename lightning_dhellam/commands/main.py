@@ -68,7 +68,7 @@ def _run(command: str, words: list[str]) -> int:
 
         return simulate_command(words)
     if command == "bench":
-        from lightning_dhellam.bench import bench_command
+        from lightning_dhellam.bench.command import bench_command
 
         return bench_command(words)
     if command == "recipes":

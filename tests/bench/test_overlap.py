@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_dhellam.bench import bench_command
-from lightning_dhellam.bench.calibrate import find_rising
-from lightning_dhellam.bench.cells import Cell, cells, parse_link
-from lightning_dhellam.bench.overlap import LINKS
-from lightning_dhellam.bench.stage import Stage
+from lightning_dhellam.bench.command import bench_command
+from lightning_dhellam.bench.overlap.calibrate import find_rising
+from lightning_dhellam.bench.overlap.cells import Cell, cells
+from lightning_dhellam.bench.overlap.rank import Rank
+from lightning_dhellam.bench.overlap.settings import LINKS
+from lightning_dhellam.bench.shapes import parse_link
 from lightning_dhellam.parallel import Link
 
 REHEARSE = ("--device", "cpu", "--repeats", "2")
@@ -66,14 +67,14 @@ def test_a_calibrated_link_is_found(tmp_path: Path) -> None:
 def test_a_cell_that_fails_leaves_the_others_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Stage.measure
+    measure = Rank.measure
 
-    def fail(self: Stage, cell: Cell) -> Any:
+    def fail(self: Rank, cell: Cell) -> Any:
         if cell.link.sms:
             raise RuntimeError("no such link")
         return measure(self, cell)
 
-    monkeypatch.setattr(Stage, "measure", fail)
+    monkeypatch.setattr(Rank, "measure", fail)
     words = (
         "--links",
         "[16sm:200,copy:110]",

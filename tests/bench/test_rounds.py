@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from lightning_dhellam.bench.rounds import Clock, Result, Step, Times, in_turn, result_of
+from lightning_dhellam.bench.rounds import Result, Step, Timer, Times, in_turn, result_of
 
 
 def test_steps_are_timed_in_turn_and_the_first_round_does_not_count() -> None:
@@ -22,7 +22,7 @@ def test_steps_are_timed_in_turn_and_the_first_round_does_not_count() -> None:
         name: (lambda name=name: step(name), lambda name=name: step(name.upper()))
         for name in "abcdef"
     }
-    times = in_turn(sides, Clock(torch.device("cpu")), rounds=4)
+    times = in_turn(sides, Timer(torch.device("cpu")), rounds=4)
     pairs = [a + b for a, b in zip(ran[::2], ran[1::2], strict=True)]
     assert all(pair == pair[0] + pair[0].upper() for pair in pairs), "a side's steps go together"
     order = "".join(pair[0] for pair in pairs)
@@ -46,13 +46,13 @@ def test_a_gpu_runs_a_side_until_its_clock_has_settled(monkeypatch: pytest.Monke
         ran.append(name)
         return torch.zeros(())
 
-    def timed(self: Clock, run: Step) -> float:
+    def timed(self: Timer, run: Step) -> float:
         run()
         return first.pop(ran[-1], seconds[ran[-1]])
 
-    monkeypatch.setattr(Clock, "seconds", timed)
+    monkeypatch.setattr(Timer, "seconds", timed)
     pair = (lambda: step("few"), lambda: step("many"))
-    times = in_turn({"a": pair}, Clock(torch.device("cuda")), rounds=2)
+    times = in_turn({"a": pair}, Timer(torch.device("cuda")), rounds=2)
     assert ran == ["few", "many", *(["many"] * 3 + ["few", "many"]) * 2]
     assert [t.median for t in times["a"]] == [0.1, 0.25]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from lightning_dhellam.bench.several import _compare, parse
-from lightning_dhellam.bench.several_job import Job
+from lightning_dhellam.bench.several.job import Job
+from lightning_dhellam.bench.several.report import compare
+from lightning_dhellam.bench.several.settings import Settings
 from lightning_dhellam.commands.main import main
 
 WORDS = ["bench", "several", "--device=cpu", "--vocabulary=512", "--rounds=1", "--steps=1"]
@@ -77,11 +78,11 @@ def test_sides_that_train_something_else_are_not_compared() -> None:
         ]
 
     theirs, ours = found = rows(14.49)
-    _compare(found)
+    compare(found)
     assert ours["over megatron-core"] == 2.0 and "failed" not in theirs
     for wrong in (6.5, float("nan")):
         theirs, ours = found = rows(wrong)
-        _compare(found)
+        compare(found)
         assert "over megatron-core" not in ours
         assert theirs["failed"].endswith(f"grad norm {wrong:g}, ours 14.5")
 
@@ -98,10 +99,7 @@ def test_layers_that_do_not_fit_are_left_out() -> None:
 def test_what_a_real_machine_trains_fits_by_the_published_sizes() -> None:
     """18 bytes of state for each weight, and activations, of one H200 among two."""
 
-    class Options:
-        device, vocabulary, micro_batches, rounds, steps = "cuda", 32000, 4, 2, 3
-
-    job = parse("b:40:2:1", Options())  # type: ignore[arg-type]
-    layers = job.config(141e9).num_layers
+    shared, alone = Settings(cases=("b:40:2:1", "a:8:2:1")).jobs()
+    layers = shared.config(141e9).num_layers
     assert 10 <= layers <= 22
-    assert parse("a:8:2:1", Options()).config(141e9).num_layers == 8  # type: ignore[arg-type]
+    assert alone.config(141e9).num_layers == 8

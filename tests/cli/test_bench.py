@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dhellam.bench import kernels as kernel_bench
-from lightning_dhellam.bench.sides import Shape
-from lightning_dhellam.bench.throughput import CASES, _jobs
+from lightning_dhellam.bench.kernels import run as kernel_bench
+from lightning_dhellam.bench.processes import Budget
+from lightning_dhellam.bench.throughput.settings import CASES, Case, Job, Settings
+from lightning_dhellam.bench.throughput.workers import Workers
 from lightning_dhellam.bench.timing import seconds
-from lightning_dhellam.bench.workers import Budget, Workers
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.models import parameter_count
 
@@ -55,10 +55,7 @@ def test_a_side_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
 
 
 def test_jobs_stop_at_their_limit_and_at_the_budget(tmp_path: Path) -> None:
-    job = {
-        "case": "llama-tiny:4:512:1024:64", "side": "eager", "device": "cpu", "plan": "sequential",
-        "warm_up": 100, "steps": 100, "operators": False,
-    }  # fmt: skip
+    job = Job("llama-tiny:4:512:1024:64", "eager", "cpu", "sequential", warm_up=100, steps=100)
     with Workers(tmp_path / "log", Budget(3600), 2.0, shortest=1.0) as workers:
         process = workers._next
         assert process is not None
@@ -69,15 +66,17 @@ def test_jobs_stop_at_their_limit_and_at_the_budget(tmp_path: Path) -> None:
 
 
 def test_the_most_important_comes_first() -> None:
-    jobs = _jobs(CASES, ("ours", "eager", "compiled"))
+    found = Settings().jobs()
+    jobs = [(job.case, job.side) for job in found]
     assert jobs[:2] == [(CASES[0], "ours"), (CASES[0], "eager")]
     assert jobs.index((CASES[0], "compiled")) < jobs.index((CASES[2], "ours"))
     assert len(set(jobs)) == 3 * len(CASES)
+    assert [job.operators for job in found] == [True] + [False] * (len(jobs) - 1)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cases_name_real_shapes(case: str) -> None:
-    shape = Shape.parse(case)
+    shape = Case.parse(case)
     assert shape.length == shape.config.max_sequence_length
     # Six FLOPs for each weight and token, and attention.
     assert shape.flops_per_token > 6 * (

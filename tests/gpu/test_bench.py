@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dhellam.bench import bench_command
+from lightning_dhellam.bench.command import bench_command
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,1 @@
+"""What only this repository runs: benchmarks that need more than a user's machine, and results."""

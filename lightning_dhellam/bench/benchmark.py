@@ -1,0 +1,63 @@
+"""What every benchmark is: a name, options, and a run that returns a report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from lightning_dhellam.bench.report import Report
+from lightning_dhellam.files import check_folder
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Benchmark(Generic[Settings]):
+    """A benchmark as a command offers it.
+
+    Attributes:
+        name: The word that it is called by.
+        description: What it measures, in one line.
+        settings: A dataclass whose fields are the options of the command. It raises `ValueError`
+            for values that cannot be measured.
+        run: Measures with such settings and writes its files into a folder. What fails is a row of
+            the report that says so.
+    """
+
+    name: str
+    description: str
+    settings: type[Settings]
+    run: Callable[[Settings, Path], Report]
+
+    def command(self, program: str, words: Sequence[str]) -> int:
+        """Measure with the options in `words`, print the table and write the files.
+
+        Args:
+            program: How the user called the command, for its help.
+            words: The options as they were typed.
+
+        Returns:
+            The exit code: 1 if a row failed.
+
+        Raises:
+            ValueError: An option has a value that cannot be measured.
+        """
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        parser = ArgumentParser(prog=program, description=self.description)
+        parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="files go here")
+        parser.add_class_arguments(self.settings)
+        options = vars(parser.parse_args(list(words)))
+        folder = Path(options.pop("output"))
+        settings = self.settings(**options)
+        check_folder(folder, f"--output {folder}")
+        report = self.run(settings, folder)
+        if os.environ.get("RANK", "0") != "0":
+            return 0  # of several processes that torchrun has started, the first one writes
+        print(report.table())
+        print(f"written to {report.save(folder)}")
+        return 1 if report.failures else 0

@@ -1,0 +1,12 @@
+"""`dhellam bench gemms`: the GEMMs of a layer through each BLAS library that torch can call."""
+
+from lightning_dhellam.bench.benchmark import Benchmark
+from lightning_dhellam.bench.gemms.run import measure
+from lightning_dhellam.bench.gemms.settings import Settings
+
+BENCHMARK = Benchmark(
+    "gemms",
+    "GEMMs of a layer and of the head: TFLOP/s forward and backward, by BLAS library",
+    Settings,
+    measure,
+)

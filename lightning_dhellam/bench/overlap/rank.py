@@ -1,0 +1,260 @@
+"""Measures the cells of `dhellam bench overlap` on one rank of an emulated cluster."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isnan
+
+import torch
+
+from lightning_dhellam.bench.overlap.calibrate import find_rising
+from lightning_dhellam.bench.overlap.cells import PUBLISHED_EXPOSED, Cell
+from lightning_dhellam.bench.overlap.report import COMPUTE, PlanFigures, rows_of
+from lightning_dhellam.bench.overlap.settings import Settings
+from lightning_dhellam.bench.overlap.views import Views
+from lightning_dhellam.bench.plans import Plans, lane_seconds
+from lightning_dhellam.bench.report import Row
+from lightning_dhellam.bench.rounds import Step, Timer, in_turn, result_of
+from lightning_dhellam.bench.shapes import Shape
+from lightning_dhellam.bench.workload import Workload, trunk
+from lightning_dhellam.kernels.deterministic import deterministic
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import Link, ParallelContext
+from lightning_dhellam.parallel.link import EmulatedLink, Play
+from lightning_dhellam.plan import BUILDERS, Builder, Lane
+from lightning_dhellam.search.model import Costs
+
+_CALIBRATION_ROUNDS = 2
+_CALIBRATION_STEPS = 6
+_UNLIMITED = 1e15
+"""Bytes per second that nothing can carry."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one cell.
+
+    Attributes:
+        rows: The cell's rows of the table.
+        note: What else is to be said about it.
+        views: Timelines to draw.
+    """
+
+    rows: list[Row]
+    note: str
+    views: Views
+
+
+class Rank:
+    """One rank of an emulated cluster: holds one model at a time, and measures cells of its shape.
+
+    Args:
+        context: Of the emulated cluster.
+        shapes: The shapes by letter.
+        settings: What to measure, and how often.
+        slower: Times that links are slower than their cells say.
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        shapes: Mapping[str, Shape],
+        settings: Settings,
+        slower: float = 1.0,
+    ) -> None:
+        self._context = context
+        self._shapes = shapes
+        self._settings = settings
+        self._slower = slower
+        self._link: EmulatedLink = context.links[Lane.TP]
+        self._timer = Timer(context.device)
+        self._model: tuple[str, int, CausalLM] | None = None
+        self._searched: dict[tuple[str, int, Link, int], Plans] = {}
+
+    def measure(self, cell: Cell) -> Measured:
+        """Profile, search, compare results, and time every plan of one cell."""
+        work = self._workload(cell)
+        self._link.play = Play.TIME
+        link = cell.link.slower(self._slower)
+        if cell.calibrated:
+            link = self._calibrated(work, replace(cell, link=link))
+        self._link.become(link)
+        note = f"link {self._link.calibrated(self._crossing(work))}"
+        plans = self._plans(work, replace(cell, link=link))
+        steps = {name: self._steps(work, builder) for name, builder in plans.builders.items()}
+        parity = self._parity(cell, plans)
+        self._free()
+        figures = {
+            name: PlanFigures(
+                self._predicted(work, plans, name),
+                self._peak(work, many),
+                *parity[name],
+                plans.search_seconds.get(name),
+            )
+            for name, (_, many) in steps.items()
+        }
+        steps[COMPUTE] = self._compute(work)
+        timed = in_turn(steps, self._timer, self._settings.rounds)
+        more = self._settings.many - self._settings.few
+        busiest = lane_seconds(work.layers[1:2], plans.costs)[Lane.TP]
+        rows = rows_of(cell, more, busiest, timed, figures)
+        views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
+        return Measured(rows, f"{note}. {_searched(plans)}", views)
+
+    def recover(self) -> None:
+        """Let go of what a cell that failed may have left."""
+        self._model = None
+        self._free()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self._context.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._link.refill()
+
+    def _workload(self, cell: Cell) -> Workload:
+        shape = self._shapes[cell.shape]
+        if self._model is None or self._model[0] != cell.shape or self._model[1] < cell.layers:
+            self._model = None
+            self._free()
+            on_gpu = self._context.device.type == "cuda"
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            config = replace(shape.config, num_layers=cell.layers)
+            model = CausalLM(config, self._context, dtype).to(self._context.device)
+            self._model = (cell.shape, cell.layers, model)
+        return trunk(
+            self._model[2],
+            cell.layers,
+            shape.length,
+            shape.micro_batch,
+            self._settings.many,
+            priority=cell.priority,
+            processors=cell.link.sms,
+        )
+
+    def _steps(self, work: Workload, builder: Builder) -> tuple[Step, Step]:
+        """A short and a long step under the plans of `builder`."""
+        engine, few, many = work.engine(builder), work.pieces[: self._settings.few], work.pieces
+        return (lambda: engine.train(few)), (lambda: engine.train(many))
+
+    def _compute(self, work: Workload) -> tuple[Step, Step]:
+        """A short and a long step of compute alone."""
+        few, many = self._steps(work, BUILDERS["interleaved"])
+        return self._silent(few), self._silent(many)
+
+    def _silent(self, step: Step) -> Step:
+        def run() -> torch.Tensor:
+            self._link.play = Play.NOTHING
+            try:
+                return step()
+            finally:
+                self._link.play = Play.TIME
+
+        return run
+
+    def _calibrated(self, work: Workload, cell: Cell) -> Link:
+        """The cell's link with the bandwidth at which Megatron's order exposes what it should."""
+        megatron = self._steps(work, BUILDERS["megatron"])
+        steps = {"megatron": megatron, COMPUTE: self._compute(work)}
+        # Processors move bytes only so fast. How fast is measured before steps make the device hot:
+        # a transfer that is exposed runs while it is cool.
+        self._link.become(replace(cell.link, bandwidth=_UNLIMITED))
+        (crossing,) = self._crossing(work)
+        fastest = self._link.calibration(crossing)[1] / crossing
+
+        def exposed(slowness: float) -> float:
+            self._link.become(replace(cell.link, bandwidth=1 / slowness))
+            timed = in_turn(steps, self._timer, _CALIBRATION_ROUNDS)
+            # Of steps: the difference of two, as of a layer, is uncertain by some percent.
+            return timed["megatron"][1].median / timed[COMPUTE][1].median - 1
+
+        slowness = find_rising(
+            exposed, PUBLISHED_EXPOSED, 1 / cell.link.bandwidth, _CALIBRATION_STEPS, fastest
+        )
+        return replace(cell.link, bandwidth=1 / slowness)
+
+    def _plans(self, work: Workload, cell: Cell) -> Plans:
+        """The plans for this shape and link, and for as many layers: a step's memory asks for it.
+
+        They are searched once and kept.
+        """
+        key = (cell.shape, cell.layers, cell.link, cell.priority)
+        if key not in self._searched:
+            costs = Costs.of(work.profile(repeats=self._settings.repeats))
+            sequential = self._steps(work, BUILDERS["sequential"])[1]
+            self._searched[key] = Plans.of(
+                work.layers,
+                costs,
+                self._settings.plans,
+                tokens=work.tokens,
+                memory_slack=self._peak(work, sequential) * self._settings.memory_slack,
+            )
+        return self._searched[key]
+
+    def _predicted(self, work: Workload, plans: Plans, name: str) -> tuple[float, float]:
+        """Seconds of the shorter and the longer step by the simulator."""
+        few, many = (
+            plans.simulate(work.layers, name, count, work.tokens).seconds
+            for count in (self._settings.few, self._settings.many)
+        )
+        return few, many
+
+    def _parity(self, cell: Cell, plans: Plans) -> dict[str, tuple[float, str]]:
+        """How far results are from the sequential plan's, and which of them is farthest.
+
+        Collectives bring numbers, and kernels add up in a fixed order: the fastest gradient of
+        attention does not, which alone makes results differ from run to run.
+        """
+        self._link.play = Play.ECHO
+        try:
+            with deterministic():
+                work = self._workload(cell)
+                steps = {name: self._steps(work, b)[1] for name, b in plans.builders.items()}
+                return _farthest(work, steps)
+        finally:
+            self._link.play = Play.TIME
+
+    def _crossing(self, work: Workload) -> tuple[int, ...]:
+        """Bytes that cross the link for a collective of these layers."""
+        shape = work.layers[1].forward.bytes_per_token
+        return (
+            round(shape["attention_norm"] * (self._context.topology.tp_size - 1) * work.tokens),
+        )
+
+    def _peak(self, work: Workload, step: Step) -> float:
+        """The most bytes in use during a step: of the device, on a CPU of slots."""
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            torch.cuda.synchronize()
+            return float(torch.cuda.max_memory_allocated())
+        work.lanes.ledger.peak_bytes = work.lanes.ledger.bytes
+        step()
+        return float(work.lanes.ledger.peak_bytes)
+
+
+def _farthest(work: Workload, steps: Mapping[str, Step]) -> dict[str, tuple[float, str]]:
+    """The largest error of each step's results against the sequential one's, and what has it."""
+    names = {id(p): name for name, p in work.model.named_parameters()}
+    results = ["loss", *(names[id(p)] for p in work.parameters)]
+    reference = result_of(steps["sequential"], work.parameters)
+    found = {}
+    for name, step in steps.items():
+        errors = result_of(step, work.parameters).errors(reference)
+        # One that is no number is larger than any.
+        error, where = max(
+            zip(errors, results, strict=True), key=lambda one: (isnan(one[0]), one[0])
+        )
+        found[name] = (error, where if error else "-")
+    return found
+
+
+def _searched(plans: Plans) -> str:
+    """How long searches took, and what the search says about its own plan."""
+    parts = [f"search {name} {s:.1f} s" for name, s in plans.search_seconds.items()]
+    if "auto" in plans.solutions:
+        parts.append(f"auto {plans.solutions['auto'].main}")
+    return "; ".join(parts)

@@ -1,0 +1,117 @@
+"""The table of `dhellam bench overlap`: a row for each plan of each cell, and the bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_dhellam.autosearch.session import MEMORY_SLACK
+from lightning_dhellam.bench.overlap.cells import Cell
+from lightning_dhellam.bench.overlap.settings import Settings
+from lightning_dhellam.bench.report import Row
+from lightning_dhellam.bench.rounds import Times
+from lightning_dhellam.bench.shapes import SLOWER
+
+COLUMNS = (
+    "cell", "plan", "layer ms", "over megatron", "of bound", "exposed ms", "step ms", "spread ms",
+    "predicted ms", "error", "step error", "peak GiB", "of sequential", "parity", "farthest",
+)  # fmt: skip
+COMPUTE, BOUND = "compute", "bound"
+"""Rows that are no plans: collectives that take no time, and what no order can beat."""
+_PUBLISHED = "a layer takes 21.9 ms with Megatron, 19.2 with TWIST, 16.5 with nothing exposed"
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """What is known of a plan in a cell besides the times of its steps.
+
+    Attributes:
+        predicted: Seconds that the simulator says of the shorter and the longer step.
+        peak: The most bytes in use during the longer step.
+        parity: How far its results are from the sequential plan's; 0 when bitwise equal.
+        farthest: The result that is farthest away, or `-`.
+        search_seconds: What its search took, if it was searched.
+    """
+
+    predicted: tuple[float, float]
+    peak: float
+    parity: float
+    farthest: str
+    search_seconds: float | None
+
+
+def rows_of(
+    cell: Cell,
+    pieces: int,
+    bound: float,
+    timed: Mapping[str, Sequence[Times]],
+    figures: Mapping[str, PlanFigures],
+) -> list[Row]:
+    """The rows of one cell.
+
+    Args:
+        cell: The cell that was measured.
+        pieces: Micro-batches that the longer step has more than the shorter one.
+        bound: Seconds that the busier lane alone needs for a layer and micro-batch.
+        timed: The shorter and the longer step of each plan, and of `COMPUTE`.
+        figures: What else is known of each plan.
+    """
+
+    def layer(few: float, many: float) -> float:
+        return (many - few) / (pieces * cell.layers)
+
+    seconds = {name: layer(few.median, many.median) for name, (few, many) in timed.items()}
+    seconds[BOUND] = max(seconds[COMPUTE], bound)
+    rows: list[Row] = []
+    for name in (BOUND, COMPUTE, *figures):
+        row: Row = {"cell": cell.name, "plan": name, "layer ms": seconds[name] * 1e3}
+        row["over megatron"] = seconds["megatron"] / seconds[name]
+        row["of bound"] = seconds[BOUND] / seconds[name]
+        if name != BOUND:
+            step = timed[name][1]
+            row |= {"step ms": step.median * 1e3, "spread ms": step.spread * 1e3}
+        if name in figures:
+            found = figures[name]
+            predicted = layer(*found.predicted)
+            row |= {
+                "exposed ms": (seconds[name] - seconds[COMPUTE]) * 1e3,
+                "predicted ms": predicted * 1e3,
+                "error": predicted / seconds[name] - 1,
+                "step error": found.predicted[1] / timed[name][1].median - 1,
+                "peak GiB": found.peak / 2**30,
+                "of sequential": found.peak / figures["sequential"].peak,
+                "parity": found.parity,
+                "farthest": found.farthest,
+                "search s": found.search_seconds,
+            }
+        rows.append(row)
+    return rows
+
+
+def notes_of(settings: Settings, cells: Sequence[Cell]) -> Row:
+    """What is to be said above the table before anything is measured."""
+    notes: Row = {
+        "EMULATED": "one rank of 8, its links played: times mean something, numbers do not",
+        "steps": f"of {settings.few} and {settings.many} micro-batches; a layer is their"
+        " difference",
+    }
+    if not settings.rehearses and any(cell.shape == "b" for cell in cells):
+        notes["published for b on 8 H200"] = _PUBLISHED
+    if settings.memory_slack != MEMORY_SLACK:
+        notes["memory slack"] = f"{settings.memory_slack:g} instead of {MEMORY_SLACK:g}"
+    if settings.rehearses:
+        notes["REHEARSAL"] = f"in miniature, links {SLOWER} times slower"
+    return notes
+
+
+def lever_notes(cells: Sequence[Cell], rows: Sequence[Row]) -> Row:
+    """What each lever does to the searched plan, against the same cell without it."""
+    found = {row["cell"]: row["layer ms"] for row in rows if row["plan"] == "auto"}
+    plain = {cell.without_lever: cell.name for cell in cells if not cell.lever}
+    notes: Row = {}
+    for cell in cells:
+        before = plain.get(cell.without_lever)
+        if cell.lever and cell.name in found and before in found:
+            gain = found[before] / found[cell.name] - 1
+            notes[f"lever: {cell.lever}"] = f"auto {gain:+.1%} faster than {before}"
+    return notes

@@ -1,0 +1,108 @@
+"""What `dhellam bench overlap` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_dhellam.autosearch.session import MEMORY_SLACK
+from lightning_dhellam.bench.overlap.cells import Cell, cells
+from lightning_dhellam.bench.plans import PLANS
+from lightning_dhellam.bench.shapes import parse_link
+from lightning_dhellam.parallel import Cluster, Link
+
+LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
+"""In the order of their importance."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `dhellam bench overlap`."""
+
+    device: str = "cuda"
+    """cuda, or cpu to rehearse in miniature."""
+
+    miniature: bool = False
+    """Whether to rehearse in miniature on a GPU."""
+
+    links: tuple[str, ...] = LINKS
+    """Links over which to train: copy:110 is a copy engine at 110 GB/s, 16sm:200 are 16 SMs."""
+
+    cluster: str | None = None
+    """A cluster whose link is taken instead: a name or a file."""
+
+    plans: tuple[str, ...] = PLANS
+    """Plans to compare."""
+
+    cells: tuple[str, ...] | None = None
+    """Beginnings of the names of cells to measure, such as a4; all cells if left out."""
+
+    micro_batches: tuple[int, ...] = (4, 8)
+    """Micro-batches of the two steps whose difference gives the time of a layer."""
+
+    rounds: int = 4
+    """Rounds that count; one more comes before."""
+
+    repeats: int = 7
+    """Runs of each operator that count, in the profile."""
+
+    memory_slack: float = MEMORY_SLACK
+    """Share of the memory of a step that searched plans may need more."""
+
+    budget: float = 1e9
+    """Seconds after which no more cells are begun."""
+
+    levers: bool = False
+    """Whether to try what may pay beyond order."""
+
+    def __post_init__(self) -> None:
+        unknown = [plan for plan in self.plans if plan not in PLANS]
+        if unknown:
+            raise ValueError(f"--plans: '{unknown[0]}' is not a plan: use {', '.join(PLANS)}")
+        missing = [plan for plan in ("sequential", "megatron") if plan not in self.plans]
+        if missing:
+            raise ValueError(
+                f"--plans: '{missing[0]}' must be among them, others are compared to it"
+            )
+        if not self.memory_slack >= 0:
+            raise ValueError(f"--memory_slack {self.memory_slack} must be at least 0")
+        counts = self.micro_batches
+        if len(counts) != 2 or counts[0] == counts[1] or min(counts) < 1:
+            raise ValueError(
+                f"--micro_batches {list(counts)}: give two different numbers of at least 1"
+            )
+        for name in ("rounds", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
+    @property
+    def few(self) -> int:
+        """Micro-batches of the shorter step."""
+        return min(self.micro_batches)
+
+    @property
+    def many(self) -> int:
+        """Micro-batches of the longer step."""
+        return max(self.micro_batches)
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether shapes are miniatures and links slower."""
+        return self.miniature or self.device == "cpu"
+
+    def played_links(self) -> list[Link]:
+        """The links that are played, the most important first.
+
+        Raises:
+            ValueError: A link is written wrongly, or there is no such cluster.
+        """
+        if self.cluster is not None:
+            return [Cluster.load(self.cluster).links["tp"]]
+        return [parse_link(text) for text in self.links]
+
+    def chosen_cells(self) -> list[Cell]:
+        """The cells to measure, the most important first."""
+        links = self.played_links()
+        found = cells(links, calibrate=self.cluster is None, levers=self.levers)
+        if self.cells is None:
+            return found
+        return [cell for cell in found if any(map(cell.name.startswith, self.cells))]

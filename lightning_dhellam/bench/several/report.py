@@ -1,0 +1,89 @@
+"""The table of `dhellam bench several`: of each case a row for Megatron-core, one for each plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning_dhellam.bench.report import Row
+from lightning_dhellam.bench.several.job import EMULATED, MEGATRON, OURS, Job
+from lightning_dhellam.callbacks import training_flops_per_token
+
+COLUMNS = (
+    "case", "side", "plan", "step ms", "spread ms", "over megatron-core", "MFU", "whole ms",
+    "whole MFU", "predicted ms", "error", "of real", "loss", "grad norm", "peak GiB",
+)  # fmt: skip
+_SAME = {"loss": 1e-3, "grad norm": 2e-2}
+"""How far apart, of its value, the two sides may be in bf16."""
+_FILE = "ours"
+"""What an emulated rank calls the plan that ours has installed."""
+
+
+def rows_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> list[Row]:
+    """A row for each plan; for Megatron-core one.
+
+    Args:
+        job: What was trained.
+        side: Who trained it.
+        result: What its processes have measured, or `failed` with the reason.
+        peak_tflops: TFLOP/s that a device could compute at most.
+    """
+    case: Row = {"case": job.case, "side": side}
+    if "failed" in result:
+        return [case | result]
+    config = replace(job.config(1e18), num_layers=result["layers"])
+    tokens = job.micro_batches * job.micro_batch * job.length
+    work = training_flops_per_token(config, job.length) * tokens
+    full = peak_tflops * 1e12 * job.tensor * job.pipeline
+    common = ("loss", "grad norm", "peak GiB", "layers")
+    shared = case | {name: result[name] for name in common if side != EMULATED or name == "layers"}
+    whole = {"whole ms": result["step s"] * 1e3, "whole MFU": work / result["step s"] / full}
+    details = {name: value for name, value in result.items() if name != "plans"}
+    rows = []
+    for plan in result.get("plans", [{"plan": "-", "seconds": result.get("seconds")}]):
+        name = _FILE if plan["plan"].endswith(".json") else plan["plan"]
+        row: Row = shared | {"plan": name, "step ms": plan["seconds"] * 1e3}
+        row["MFU"] = work / plan["seconds"] / full
+        if "spread" in plan:
+            row["spread ms"] = plan["spread"] * 1e3
+        if "predicted" in plan:
+            row["predicted ms"] = plan["predicted"] * 1e3
+            row["error"] = plan["predicted"] / plan["seconds"] - 1
+        if plan["plan"] == result.get("winner", "-"):
+            row |= whole | {"details": details | ({"winner": name} if "winner" in result else {})}
+        rows.append(row)
+    return rows
+
+
+def compare(rows: list[Row]) -> None:
+    """Put into the rows of one case what they are against each other.
+
+    Ours over Megatron-core, if that trains the same, and the emulated rank over the real one.
+    """
+    timed: dict[str, list[Row]] = {side: [] for side in (MEGATRON, OURS, EMULATED)}
+    for row in rows:
+        if "step ms" in row:
+            timed[row["side"]].append(row)
+    ours = timed[OURS]
+    if timed[MEGATRON] and ours:
+        (theirs,) = timed[MEGATRON]
+        if difference := _difference(theirs, ours[0]):
+            theirs["failed"] = f"it trains something else, so nothing is compared: {difference}"
+        else:
+            for row in ours:
+                row["over megatron-core"] = theirs["step ms"] / row["step ms"]
+    real = {row["plan"]: row for row in ours}
+    real.update((_FILE, row) for row in ours if "details" in row)
+    for row in timed[EMULATED]:
+        if row["plan"] in real:
+            row["of real"] = row["step ms"] / real[row["plan"]]["step ms"]
+
+
+def _difference(theirs: Row, ours: Row) -> str:
+    """What tells that the two sides do not train the same; nothing if they do."""
+    wrong = [
+        f"{name} {theirs[name]:.6g}, ours {ours[name]:.6g}"
+        for name, tolerance in _SAME.items()
+        if not abs(theirs[name] - ours[name]) <= tolerance * abs(ours[name])
+    ]
+    return "; ".join(wrong)

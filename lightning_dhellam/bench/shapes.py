@@ -1,0 +1,82 @@
+"""What the benchmarks of overlap train: two shapes of layers, a rank of a cluster, and its link."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from lightning_dhellam.models import ModelConfig, preset
+from lightning_dhellam.parallel import Cluster, Link, ParallelContext
+
+SLOWER = 1000
+"""Times that links are slower in a rehearsal, as its layers are smaller."""
+_UNUSED_VOCABULARY = 512
+_LINK = re.compile(r"(?:copy|(?P<sms>\d+)sm):(?P<bandwidth>\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers as wide as those of a model, on one rank of a tensor-parallel group.
+
+    Attributes:
+        config: The model; its vocabulary is not used.
+        length: Tokens of a sequence.
+        micro_batch: Sequences that go through the layers together.
+        ranks: The tensor-parallel size.
+    """
+
+    config: ModelConfig
+    length: int
+    micro_batch: int
+    ranks: int
+
+
+def shapes(rehearse: bool) -> dict[str, Shape]:
+    """The shapes by letter, as in the published tables; to rehearse with, miniatures of them."""
+    if rehearse:
+        config = ModelConfig(8, 64, 128, 8, 8, _UNUSED_VOCABULARY, max_sequence_length=64)
+        return {"a": Shape(config, 64, 1, 8), "b": Shape(config, 32, 2, 8)}
+    llama = preset("llama-3-70b", vocab_size=_UNUSED_VOCABULARY)
+    qwen = replace(
+        llama,
+        hidden_size=5120,
+        ffn_hidden_size=17408,
+        num_attention_heads=40,
+        num_query_groups=8,
+        head_dim=128,
+    )
+    return {"a": Shape(llama, 8192, 1, 8), "b": Shape(qwen, 8192, 4, 8)}
+
+
+def parse_link(text: str) -> Link:
+    """The link written `copy:110`, a copy engine at 110 GB/s, or `16sm:200`, 16 SMs at 200 GB/s.
+
+    Raises:
+        ValueError: It is written otherwise.
+    """
+    match = _LINK.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"link '{text}': write copy:110 for a copy engine at 110 GB/s, or 16sm:200 for 16 SMs"
+            " at 200 GB/s"
+        )
+    return Link(float(match["bandwidth"]) * 1e9, sms=int(match["sms"] or 0))
+
+
+@contextmanager
+def rank_of(cluster: Cluster, ranks: int, device: torch.device) -> Iterator[ParallelContext]:
+    """Play a rank of `cluster`, whose tensor-parallel groups have `ranks` ranks."""
+    cluster.join()
+    try:
+        context = ParallelContext.create(device, tensor_parallel_size=ranks, cluster=cluster)
+        try:
+            yield context
+        finally:
+            context.destroy()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,97 @@
+"""The two Lightning modules that are compared: ours, and Hugging Face's as its users train it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_dhellam.bench.throughput.settings import Case
+from lightning_dhellam.models import import_llama
+from lightning_dhellam.module import DualStrandMixin
+
+_LEARNING_RATE = 1e-4
+
+
+class Ours(DualStrandMixin):
+    """Our model of `case` with the initial weights of Hugging Face's, made on `start`."""
+
+    def __init__(self, case: Case, start: torch.device) -> None:
+        super().__init__()
+        self.model_config = case.config
+        self.case = case
+        self.start = start
+
+    def configure_model(self) -> None:
+        first = "model" not in self._modules
+        super().configure_model()
+        if first:
+            import_llama(self.model, _huggingface(self.case, self.start).state_dict())
+            if self.start.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        return self.batch_loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, fused=True)
+
+
+class Theirs(pl.LightningModule):
+    """`LlamaForCausalLM` of `case`, eager or compiled."""
+
+    def __init__(self, case: Case, device: torch.device, compiled: bool) -> None:
+        super().__init__()
+        self.net = _huggingface(case, device)
+        self.run = torch.compile(self.net) if compiled else self.net
+        self.frequencies = (self.net.model.rotary_emb.inv_freq.clone(),)
+
+    def on_train_start(self) -> None:
+        # Lightning's bf16-true has rounded them too: angles of late positions were off by turns.
+        (frequencies,) = self.frequencies
+        self.net.model.rotary_emb.inv_freq = frequencies
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        labels = batch["labels"]
+        loss: Tensor = self.run(
+            input_ids=batch["tokens"], labels=labels, shift_labels=labels, use_cache=False
+        ).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=_LEARNING_RATE, fused=True)
+
+
+def _huggingface(case: Case, device: torch.device) -> Any:
+    """A `LlamaForCausalLM` in bf16 on `device`, the same on every call."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = case.config
+    scaling = config.rope_scaling_factor
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rotary_base}
+    if scaling is not None:
+        rope |= {
+            "rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }  # fmt: skip
+    theirs = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_query_groups,
+        head_dim=config.kv_channels,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_sequence_length,
+        rms_norm_eps=config.norm_epsilon,
+        rope_parameters=rope,
+        tie_word_embeddings=config.tie_embeddings,
+    )
+    torch.manual_seed(3)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            theirs, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )

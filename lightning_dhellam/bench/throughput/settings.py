@@ -1,0 +1,134 @@
+"""What `dhellam bench throughput` is told, and what it tells each of its processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_dhellam.callbacks import training_flops_per_token
+from lightning_dhellam.models import ModelConfig, preset
+
+OURS, EAGER, COMPILED = "ours", "eager", "compiled"
+SIDES = (OURS, EAGER, COMPILED)
+CASES = (
+    "llama-3-8b:8:32000:8192:4",
+    "llama-3-8b:8:128256:8192:4",
+    "llama-3.2-3b:28:128256:8192:4",
+    "llama-3-8b:8:32000:32768:2",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `dhellam bench throughput`."""
+
+    cases: tuple[str, ...] = CASES
+    """What to train, the most important first: preset:layers:vocabulary:sequence:micro-batches."""
+
+    sides: tuple[str, ...] = SIDES
+    """Who trains it: ours, and Hugging Face's model eager and compiled."""
+
+    steps: int = 6
+    """Optimizer steps that are timed."""
+
+    warm_up: int = 3
+    """Optimizer steps before those."""
+
+    plan: str = "interleaved"
+    """The plan of our side: a name or a plan file."""
+
+    operators: bool = True
+    """Whether our side's operators are timed as well, in the first case."""
+
+    peak_tflops: float = 989.0
+    """What the device could compute at most, for the MFU: TFLOP/s."""
+
+    device: str = "cuda"
+    """cuda, or cpu for a rehearsal."""
+
+    budget: float = 1800.0
+    """Seconds for everything."""
+
+    limit: float = 240.0
+    """Seconds for one side of one case."""
+
+    def __post_init__(self) -> None:
+        unknown = [side for side in self.sides if side not in SIDES]
+        if unknown:
+            raise ValueError(f"--sides: '{unknown[0]}' is not a side: use {', '.join(SIDES)}")
+        for case in self.cases:
+            Case.parse(case)
+
+    def jobs(self) -> list[Job]:
+        """Every side of every case, the most important first.
+
+        Compiling takes longest and has lost so far: it waits for the next case's other sides.
+        """
+        pairs = [(case, side) for case in self.cases for side in self.sides]
+        pairs.sort(key=lambda job: self.cases.index(job[0]) + 1.5 * (job[1] == COMPILED))
+        return [
+            Job(
+                case, side, self.device, self.plan, self.warm_up, self.steps,
+                operators=self.operators and side == OURS and case == self.cases[0],
+            )
+            for case, side in pairs
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        config: The model.
+        length: Tokens of a sequence.
+        micro_batches: Micro-batches of one sample each to an optimizer step.
+    """
+
+    config: ModelConfig
+    length: int
+    micro_batches: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The case that is written as `preset:layers:vocabulary:sequence:micro-batches`.
+
+        Raises:
+            ValueError: It is written otherwise, or there is no such preset.
+        """
+        name, *numbers = text.split(":")
+        if len(numbers) != 4 or not all(number.isdigit() for number in numbers):
+            raise ValueError(
+                f"--cases: '{text}' is not preset:layers:vocabulary:sequence:micro-batches, such as"
+                " llama-3-8b:8:32000:8192:4"
+            )
+        layers, vocabulary, length, micro_batches = map(int, numbers)
+        config = preset(name, num_layers=layers, vocab_size=vocabulary, max_sequence_length=length)
+        return cls(config, length, micro_batches)
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward for a token, with attention causal-halved."""
+        return training_flops_per_token(self.config, self.length)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One side of one case, as its process is told.
+
+    Attributes:
+        case: What is trained, as `Case.parse` reads it.
+        side: Who trains: one of `SIDES`.
+        device: `cuda`, or `cpu` for a rehearsal.
+        plan: The plan of our side.
+        warm_up: Optimizer steps before those that are timed.
+        steps: Optimizer steps that are timed.
+        operators: Whether to time our side's operators after the steps.
+    """
+
+    case: str
+    side: str
+    device: str
+    plan: str
+    warm_up: int
+    steps: int
+    operators: bool = False
