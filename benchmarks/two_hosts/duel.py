@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.two_hosts.settings import MEGATRON_CORE, Settings
+from benchmarks.two_hosts.settings import HEAD, MEGATRON_CORE, Settings
 from benchmarks.two_hosts.tap import Tap
 from lightning_dhellam.bench.megatron_side import MegatronSide
 from lightning_dhellam.bench.plans import PLANS, Plans
 from lightning_dhellam.bench.rounds import Result, Timer, in_turn, result_of
 from lightning_dhellam.bench.workload import Workload, whole
-from lightning_dhellam.models import CausalLM
+from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.measure import Profile, merged
@@ -27,6 +27,20 @@ _REPEATS = 3
 """Runs of each operator in a round."""
 
 
+def model_config(settings: Settings) -> ModelConfig:
+    """The Llama that all sides train."""
+    heads = settings.hidden // HEAD
+    return ModelConfig(
+        num_layers=settings.layers,
+        hidden_size=settings.hidden,
+        ffn_hidden_size=settings.ffn,
+        num_attention_heads=heads,
+        num_query_groups=heads // 2,
+        vocab_size=settings.vocabulary,
+        max_sequence_length=settings.length,
+    )
+
+
 class Duel:
     """One host's part of the comparison. torch.distributed is initialised, and spans both hosts."""
 
@@ -34,7 +48,7 @@ class Duel:
         self._settings = settings
         device = torch.device("cpu")
         context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
-        config = settings.config
+        config = model_config(settings)
         self._tap = Tap(context.communicators[Lane.TP])
         model = CausalLM(config, context.through(Lane.TP, self._tap))
         generator = torch.Generator().manual_seed(5)

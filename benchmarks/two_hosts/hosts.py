@@ -43,6 +43,8 @@ _KEEP_MEMORY = {
 }
 """glibc keeps what a step gives back for the next one, as allocators of GPUs do. By default large
 blocks go to the kernel, and each result of an operator begins with page faults."""
+_PATIENCE = timedelta(minutes=10)
+"""How long a host waits for the other one, which may be slow: to tell that it hangs is enough."""
 _READY = "ready"
 _RESULT = "result "
 
@@ -154,11 +156,9 @@ class Host:
         """Make gloo's process group of both hosts."""
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
         torch.set_num_threads(1)
-        store = dist.TCPStore(
-            _ADDRESSES[0], _PORT, is_master=self.rank == 0, timeout=timedelta(seconds=60)
-        )
+        store = dist.TCPStore(_ADDRESSES[0], _PORT, is_master=self.rank == 0, timeout=_PATIENCE)
         dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=2, timeout=timedelta(seconds=120)
+            "gloo", store=store, rank=self.rank, world_size=2, timeout=_PATIENCE
         )
 
     def limit(self, bits_per_second: float) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_dhellam.bench.plans import PLANS
-from lightning_dhellam.models import ModelConfig
 
 MEGATRON_CORE = "megatron-core"
 """Megatron-core's own model and schedule, not our plan of the same kind."""
@@ -16,7 +15,8 @@ SIDES = ("sequential", "megatron", "dhellam", "interleaved", "auto", MEGATRON_CO
 communication takes in any order, it is the plan of `auto`."""
 _KNOWN = (*(plan for plan in PLANS if plan != "spare"), MEGATRON_CORE)
 """`spare` leaves free what a host does not have: multiprocessors."""
-_HEAD = 64
+HEAD = 64
+"""Channels of an attention head."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Settings:
             )
         if self.hidden % 256:
             raise ValueError(
-                f"--hidden {self.hidden} must be a multiple of 256: heads of {_HEAD} on two"
+                f"--hidden {self.hidden} must be a multiple of 256: heads of {HEAD} on two"
             )
         counts = ("layers", "hidden", "ffn", "length", "micro_batch", "micro_batches")
         for name in (*counts, "vocabulary", "rounds"):
@@ -81,16 +81,3 @@ class Settings:
         for name in ("rates", "sides"):
             fields[name] = tuple(fields[name])
         return cls(**fields)
-
-    @property
-    def config(self) -> ModelConfig:
-        """The Llama that all sides train."""
-        return ModelConfig(
-            num_layers=self.layers,
-            hidden_size=self.hidden,
-            ffn_hidden_size=self.ffn,
-            num_attention_heads=self.hidden // _HEAD,
-            num_query_groups=self.hidden // _HEAD // 2,
-            vocab_size=self.vocabulary,
-            max_sequence_length=self.length,
-        )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from lightning_dhellam.bench import plans
 from lightning_dhellam.bench.command import bench_command
 from lightning_dhellam.bench.overlap.calibrate import find_rising
 from lightning_dhellam.bench.overlap.cells import Cell, cells
@@ -17,8 +19,15 @@ from lightning_dhellam.bench.overlap.rank import Rank
 from lightning_dhellam.bench.overlap.settings import LINKS
 from lightning_dhellam.bench.shapes import parse_link
 from lightning_dhellam.parallel import Link
+from lightning_dhellam.search.solve.solve import Budget
 
 REHEARSE = ("--device", "cpu", "--repeats", "2")
+
+
+@pytest.fixture(autouse=True)
+def little_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search for a moment only: how good the searched plans are is tested elsewhere."""
+    monkeypatch.setattr(plans, "solve", partial(plans.solve, budget=Budget(evaluations=200)))
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +50,9 @@ def test_every_plan_of_a_cell_is_measured_and_computes_the_same(
 ) -> None:
     found = bench("overlap", tmp_path, "--rounds", "1", "--links", "[copy:110]", "--cells", "[a4]")
     rows = {row["plan"]: row for row in found["rows"]}
-    plans = {"sequential", "megatron", "dhellam", "interleaved", "pairs", "order", "auto"}
-    assert rows.keys() == {"bound", "compute", *plans}
-    for name in plans:
+    names = {"sequential", "megatron", "dhellam", "interleaved", "pairs", "order", "auto"}
+    assert rows.keys() == {"bound", "compute", *names}
+    for name in names:
         assert rows[name]["parity"] == 0.0, "plans decide when, never what"
         assert rows[name]["predicted ms"] > 0 and rows[name]["peak GiB"] > 0
     # 0.11 GB/s: ten collectives of 64 x 64 fp32 numbers, seven eighths of which cross.
@@ -189,8 +198,8 @@ def test_nothing_is_tried_below_the_lowest() -> None:
 
 def test_levers_are_compared_with_the_cell_without_them(tmp_path: Path) -> None:
     words = ("--levers", "true", "--cells", "[a4 16sm:200,a4 8sm]", "--rounds", "1")
-    plans = ("--plans", "[sequential,megatron,auto]")
-    found = bench("overlap", tmp_path, "--links", "[16sm:200]", *words, *plans)
+    words += ("--plans", "[sequential,megatron,auto]", "--links", "[16sm:200]")
+    found = bench("overlap", tmp_path, *words)
     cells = {row["cell"] for row in found["rows"]}
     assert cells == {
         "a4 16sm:200",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning_dhellam.bench.kernels import run as kernel_bench
 from lightning_dhellam.bench.processes import Budget
 from lightning_dhellam.bench.throughput.settings import CASES, Case, Job, Settings
+from lightning_dhellam.bench.throughput.worker import result_of
 from lightning_dhellam.bench.throughput.workers import Workers
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.commands.main import main
@@ -46,12 +48,29 @@ def test_throughput_trains_both_sides_to_the_same_losses(tmp_path: Path) -> None
     assert operators["backward/output.wgrad"]["ms"] > 0
 
 
-def test_a_side_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
+def test_a_side_that_fails_costs_its_own_row_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Workers, job: Job, *, more: bool = True) -> dict[str, Any]:
+        return result_of(job)  # here: what processes are for has tests of its own
+
+    monkeypatch.setattr(Workers, "run", run)
     words = ["--device=cpu", "--sides=[ours, eager]", "--steps=1", "--warm_up=1"]
     words += ["--plan=no-such-plan", f"--cases=['{TINY}']", f"--output={tmp_path}"]
     assert main(["bench", "throughput", *words]) == 1
     ours, eager = _report(tmp_path, "throughput")["rows"]
     assert "no-such-plan" in ours["failed"] and "tokens/s" in eager
+
+
+def test_a_process_that_dies_costs_its_own_row_only(tmp_path: Path) -> None:
+    job = Job(TINY, "eager", "cpu", "sequential", warm_up=1, steps=1)
+    with Workers(tmp_path / "log", Budget(3600), 3600) as workers:
+        process = workers._next
+        assert process is not None
+        process.kill()
+        process.wait()
+        found = workers.run(job, more=False)
+    assert found == {"failed": f"its process ended with code {-signal.SIGKILL} and no result"}
 
 
 def test_jobs_stop_at_their_limit_and_at_the_budget(tmp_path: Path) -> None:
