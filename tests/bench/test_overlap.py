@@ -19,9 +19,10 @@ from lightning_dhellam.bench.overlap.rank import Rank
 from lightning_dhellam.bench.overlap.settings import LINKS
 from lightning_dhellam.bench.shapes import parse_link
 from lightning_dhellam.parallel import Link
-from lightning_dhellam.search.solve.solve import Budget
+from lightning_dhellam.search.solve import Budget
 
 REHEARSE = ("--device", "cpu", "--repeats", "2")
+SHORT = ("--rounds", "1", "--micro_batches", "[1,2]")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,8 @@ def bench(name: str, folder: Path, *words: str) -> dict[str, Any]:
 def test_every_plan_of_a_cell_is_measured_and_computes_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = bench("overlap", tmp_path, "--rounds", "1", "--links", "[copy:110]", "--cells", "[a4]")
+    words = ("--rounds", "1", "--micro_batches", "[2,4]", "--links", "[copy:110]")
+    found = bench("overlap", tmp_path, *words, "--cells", "[a4]")
     rows = {row["plan"]: row for row in found["rows"]}
     names = {"sequential", "megatron", "dhellam", "interleaved", "pairs", "order", "auto"}
     assert rows.keys() == {"bound", "compute", *names}
@@ -68,7 +70,7 @@ def test_every_plan_of_a_cell_is_measured_and_computes_the_same(
 
 def test_a_calibrated_link_is_found(tmp_path: Path) -> None:
     words = ("--links", "[16sm:200]", "--cells", "[b4]", "--plans", "[sequential,megatron]")
-    found = bench("overlap", tmp_path, "--rounds", "1", *words)
+    found = bench("overlap", tmp_path, *SHORT, *words)
     assert {row["cell"] for row in found["rows"]} == {"b4 16sm:calibrated"}
     assert "on 16 SMs" in found["b4 16sm:calibrated"]
 
@@ -92,7 +94,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(
         "--plans",
         "[sequential,megatron]",
     )
-    found = bench("overlap", tmp_path, "--rounds", "1", *words)
+    found = bench("overlap", tmp_path, *SHORT, *words)
     assert found["FAILED a4 16sm:200"] == "RuntimeError: no such link"
     assert {row["cell"] for row in found["rows"]} == {"a4 copy:110"}
 
@@ -197,7 +199,7 @@ def test_nothing_is_tried_below_the_lowest() -> None:
 
 
 def test_levers_are_compared_with_the_cell_without_them(tmp_path: Path) -> None:
-    words = ("--levers", "true", "--cells", "[a4 16sm:200,a4 8sm]", "--rounds", "1")
+    words = ("--levers", "true", "--cells", "[a4 16sm:200,a4 8sm]", *SHORT)
     words += ("--plans", "[sequential,megatron,auto]", "--links", "[16sm:200]")
     found = bench("overlap", tmp_path, *words)
     cells = {row["cell"] for row in found["rows"]}
