@@ -31,7 +31,7 @@ def _report(folder: Path, name: str) -> dict[str, Any]:
 
 def test_throughput_trains_both_sides_to_the_same_losses(tmp_path: Path) -> None:
     words = ["--device=cpu", f"--cases=['{TINY}']", "--sides=[ours, eager]"]
-    words += ["--steps=2", "--warm_up=1", f"--output={tmp_path}"]
+    words += ["--steps=2", "--warm_up=1", "--budget=1e6", "--limit=1e6", f"--output={tmp_path}"]
     assert main(["bench", "throughput", *words]) == 0
     report = _report(tmp_path, "throughput")
     ours, eager = report["rows"]

@@ -82,7 +82,7 @@ def _folded(settings: Settings, context: ParallelContext, plan: str) -> Side:
     grads: list[Tensor] = [p.main_grad for p in model.parameters()]  # type: ignore[attr-defined]
     lowered = lower(model)
     engine = Engine(lowered.layers, make_lanes(_CPU), builder(plan), stage=lowered.stage)
-    engine.suit(settings.length)
+    engine.suit(settings.sequence)
 
     def step() -> Tensor:
         for grad in grads:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.several.job import EMULATED, MEGATRON, OURS, Job
-from lightning_dhellam.callbacks import training_flops_per_token
+from lightning_dhellam.models import training_flops_per_token
 
 COLUMNS = (
     "case", "side", "plan", "step ms", "spread ms", "over megatron-core", "MFU", "whole ms",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dhellam.callbacks import training_flops_per_token
-from lightning_dhellam.models import ModelConfig, preset
+from lightning_dhellam.models import ModelConfig, preset, training_flops_per_token
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 SIDES = (OURS, EAGER, COMPILED)
