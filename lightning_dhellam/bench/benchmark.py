@@ -34,6 +34,25 @@ class Benchmark(Generic[Settings]):
     settings: type[Settings]
     run: Callable[[Settings, Path], Report]
 
+    def parse(self, program: str, words: Sequence[str]) -> tuple[Settings, Path]:
+        """The settings, and the folder for files, that a user has typed.
+
+        Args:
+            program: How the user called the command, for its help.
+            words: The options as they were typed.
+
+        Raises:
+            ValueError: An option has a value that cannot be measured.
+            SystemExit: There is no such option, or help was asked for.
+        """
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        parser = ArgumentParser(prog=program, description=self.description)
+        parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="files go here")
+        parser.add_class_arguments(self.settings)
+        options = vars(parser.parse_args(list(words)))
+        folder = Path(options.pop("output"))
+        return self.settings(**options), folder
+
     def command(self, program: str, words: Sequence[str]) -> int:
         """Measure with the options in `words`, print the table and write the files.
 
@@ -47,13 +66,7 @@ class Benchmark(Generic[Settings]):
         Raises:
             ValueError: An option has a value that cannot be measured.
         """
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        parser = ArgumentParser(prog=program, description=self.description)
-        parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="files go here")
-        parser.add_class_arguments(self.settings)
-        options = vars(parser.parse_args(list(words)))
-        folder = Path(options.pop("output"))
-        settings = self.settings(**options)
+        settings, folder = self.parse(program, words)
         check_folder(folder, f"--output {folder}")
         report = self.run(settings, folder)
         if os.environ.get("RANK", "0") != "0":

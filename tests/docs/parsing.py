@@ -8,7 +8,6 @@ import re
 import subprocess
 from collections.abc import Sequence
 
-import jsonargparse
 import pytest
 from torch.distributed import run
 
@@ -54,9 +53,7 @@ def _taken(words: list[str]) -> None:
 def _benchmark(name: str, *options: str) -> None:
     if name == "--help" or _PLACEHOLDER.fullmatch(name):
         return
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    BENCHMARKS[name].add_options(parser)
-    parser.parse_args(list(options))
+    BENCHMARKS[name].parse(f"dhellam bench {name}", options)
 
 
 def _known(words: list[str]) -> None:
