@@ -150,8 +150,10 @@ class OperatorTimer:
                 pauses = [round(pause * CYCLES * short) for short in alone]
             begin = time.perf_counter()
             self._again(subjects, pauses, _FEWEST)
-            # Of the host as well: it may need longer to issue small operators than they take.
-            each_round = (time.perf_counter() - begin) / _FEWEST
+            # Of the host as well: it may need longer to issue small operators than they take. The
+            # slowest rank's, as all must run a user's block that holds collectives equally often.
+            own = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+            each_round = float(largest(own, self._group)) / _FEWEST
             events = self._again(subjects, pauses, max(_FEWEST, round(seconds / each_round)))
             # Twice, since the host may be late for one: times would be too long by as much.
             behind = sum(min(self._time(pair, 0.0)[0] for _ in range(2)) for pair in after)

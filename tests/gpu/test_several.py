@@ -8,14 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan import BUILDERS
-from tests.engine.harness import batch_of, differing, engine_of, pieces, prepared, reduced, train
+from tests.engine.harness import (
+    add_main_grads,
+    batch_of,
+    differing,
+    engine_of,
+    pieces,
+    prepared,
+    reduced,
+    train,
+)
+from tests.layers.test_users_blocks import (
+    Convolution,
+    Perceptron,
+    TokenWisePerceptron,
+    split_along,
+)
 from tests.models.llama import SMALL, hugging_face_llama, relative_error, token_losses
 from tests.plan.graphs import random_builder
 from tests.ranks import run_ranks
@@ -114,6 +129,53 @@ def test_losses_and_gradients_are_those_of_one_gpu(
         errors = {name: relative_error(gradients[name], value) for name, value in reference.items()}
         assert errors.keys() == gradients.keys()
         assert max(errors.values()) <= 1e-5, errors
+
+
+def _same_weights(block: nn.Module, context: ParallelContext) -> None:
+    """Those of one process: on a GPU, what Megatron draws depends on how tensors are split."""
+    generator = torch.Generator().manual_seed(2)
+    topology = context.topology
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            axis, shape = split_along(name), list(parameter.shape)
+            if axis is not None:
+                shape[axis] *= topology.tp_size
+            drawn = torch.randn(shape, generator=generator) * 0.1
+            if axis is not None:
+                drawn = drawn.chunk(topology.tp_size, axis)[topology.tp_rank]
+            parameter.copy_(drawn)
+
+
+def _of_users_blocks(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients with blocks of whole sequences, one with Megatron's parallel layers."""
+    _reproducible()
+    context = _context(rank, sizes)
+    model = prepared(CONFIG, context).to(context.device)
+    _calm(model)
+    config, group = model.transformer_config, context.groups.tp
+    blocks = (Convolution(0.2, CONFIG.hidden_size), Perceptron(config, group))
+    for index, block in enumerate((*blocks, TokenWisePerceptron(config, group))):
+        _same_weights(block, context)
+        model.layers.insert(1 + index, block.to(context.device))
+    add_main_grads(model)
+    engine = engine_of(lower(model), context.device, poison=True)
+    loss, gradients = train(engine, model, pieces(_batch(5, context.device), 2, context))
+    gradients = reduced(model, gradients)
+    own = ("layers.1.", "layers.2.", "layers.3.")
+    return loss.cpu(), {n: g.cpu() for n, g in gradients.items() if n.startswith(own)}
+
+
+def test_users_blocks_on_two_gpus_are_as_on_one() -> None:
+    needs(2)
+    ((expected, reference),) = run_ranks(1, _of_users_blocks, {}, backend="nccl")
+    sizes = {"tensor_parallel_size": 2}
+    (loss, first), (other, second) = run_ranks(2, _of_users_blocks, sizes, backend="nccl")
+    assert torch.equal(loss, other) and abs(loss - expected) <= 2e-6 * expected
+    for name, value in reference.items():
+        axis = split_along(name)
+        found = first[name] if axis is None else torch.cat([first[name], second[name]], axis)
+        assert axis is not None or torch.equal(first[name], second[name]), name
+        assert relative_error(found, value) <= 1e-5, name
 
 
 def test_one_gpu_computes_what_hugging_face_does(

@@ -41,9 +41,9 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 class Convolution(nn.Module):
     """Causal, of width 3, for each channel; with dropout."""
 
-    def __init__(self, p: float = 0.0) -> None:
+    def __init__(self, p: float = 0.0, width: int = WIDTH) -> None:
         super().__init__()
-        self.kernel = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
+        self.kernel = nn.Conv1d(width, width, 3, groups=width)
         self.dropout = nn.Dropout(p)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,11 +56,12 @@ class Perceptron(nn.Module):
 
     def __init__(self, config: Any, group: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
+        width = config.hidden_size
+        self.norm = nn.LayerNorm(width)
         kinds = {"config": config, "init_method": nn.init.xavier_normal_, "tp_group": group}
-        self.up = ColumnParallelLinear(WIDTH, INNER, bias=True, **kinds)
+        self.up = ColumnParallelLinear(width, INNER, bias=True, **kinds)
         self.down = RowParallelLinear(
-            INNER, WIDTH, bias=True, input_is_parallel=True, skip_bias_add=False, **kinds
+            INNER, width, bias=True, input_is_parallel=True, skip_bias_add=False, **kinds
         )
         for bias in (self.up.bias, self.down.bias):
             bias.data.fill_(0.1)
@@ -176,7 +177,7 @@ def context() -> ParallelContext:
     return ParallelContext.single(CPU)
 
 
-def _split_along(name: str) -> int | None:
+def split_along(name: str) -> int | None:
     """Which dimension of a parameter's gradient two ranks share."""
     return {"up.weight": 0, "up.bias": 0, "down.weight": 1}.get(".".join(name.split(".")[-2:]))
 
@@ -194,7 +195,7 @@ def test_two_tensor_ranks_are_as_one(
     assert own and norms < gradients.keys()
     for parameter in own | norms:
         parts = [gradients_of_rank[parameter] for _, gradients_of_rank in outcomes]
-        axis = _split_along(parameter)
+        axis = split_along(parameter)
         if axis is None:
             assert torch.equal(*parts), f"{parameter} differs between the ranks"
         found = parts[0] if axis is None else torch.cat(parts, axis)
