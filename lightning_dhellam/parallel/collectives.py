@@ -32,24 +32,26 @@ class Pending(NamedTuple):
     work: Work | None
 
 
-def all_gather(communicator: Communicator, *tensors: Tensor) -> Pending:
+def all_gather(communicator: Communicator, x: Tensor, *more: Tensor) -> Pending:
     """Concatenate each tensor [n, ...] of all ranks along dimension 0: [ranks * n, ...].
 
     Over an emulated link nothing arrives, but the lane is busy for as long as it would take.
     """
-    given = [*map(_given, tensors)]
-    outs = [x.new_empty(x.shape[0] * communicator.size, *x.shape[1:]) for x in given]
-    return _joined(outs, [*map(communicator.transport.all_gather, given, outs)])
+    x = _given(x)
+    out = x.new_empty(x.shape[0] * communicator.size, *x.shape[1:])
+    pending = Pending(out, communicator.transport.all_gather(x, out))
+    return _joined(pending, *(all_gather(communicator, y) for y in more)) if more else pending
 
 
-def reduce_scatter(communicator: Communicator, *tensors: Tensor) -> Pending:
+def reduce_scatter(communicator: Communicator, x: Tensor, *more: Tensor) -> Pending:
     """Sum each tensor [ranks * n, ...] over all ranks and keep this rank's part [n, ...].
 
     Over an emulated link nothing is summed, but the lane is busy for as long as it would take.
     """
-    given = [*map(_given, tensors)]
-    outs = [x.new_empty(x.shape[0] // communicator.size, *x.shape[1:]) for x in given]
-    return _joined(outs, [*map(communicator.transport.reduce_scatter, given, outs)])
+    x = _given(x)
+    out = x.new_empty(x.shape[0] // communicator.size, *x.shape[1:])
+    pending = Pending(out, communicator.transport.reduce_scatter(x, out))
+    return _joined(pending, *(reduce_scatter(communicator, y) for y in more)) if more else pending
 
 
 def exchange(
@@ -75,7 +77,7 @@ def exchange(
     sizes = [x.shape[0] for x in given] if rows is None else rows
     outs = [x.new_empty(n, *x.shape[1:]) for x, n in zip(given, sizes, strict=True)]
     work = communicator.transport.exchange(given, outs, target, source)
-    return _joined(outs, [work])
+    return Pending(outs[0] if len(outs) == 1 else tuple(outs), work)
 
 
 def all_to_all(
@@ -98,7 +100,8 @@ def all_to_all(
     _check_rows(communicator, tensors, given, taken)
     sent = [*map(_given, tensors)]
     outs = [x.new_empty(sum(taken), *x.shape[1:]) for x in sent]
-    return _joined(outs, [communicator.transport.all_to_all(sent, outs, given, taken)])
+    work = communicator.transport.all_to_all(sent, outs, given, taken)
+    return Pending(outs[0] if len(outs) == 1 else tuple(outs), work)
 
 
 def _given(x: Tensor) -> Tensor:
@@ -126,13 +129,10 @@ def _check_rows(
             )
 
 
-def _joined(outs: Sequence[Tensor], works: Sequence[Work | None]) -> Pending:
-    """Results that are there when all works are done."""
-    value = outs[0] if len(outs) == 1 else tuple(outs)
-    left = [work for work in works if work is not None]
-    if len(left) < 2:
-        return Pending(value, left[0] if left else None)
-    return Pending(value, Once(left))
+def _joined(*pendings: Pending) -> Pending:
+    """Several results as one, which is there when all are."""
+    works = [pending.work for pending in pendings if pending.work is not None]
+    return Pending(tuple(pending.value for pending in pendings), Once(works) if works else None)
 
 
 def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:

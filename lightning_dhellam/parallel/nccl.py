@@ -18,10 +18,16 @@ CONFIGURATION = Path(__file__).with_name("nccl.yaml")
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 _MOST = 32
 _FEWEST = 8
-
-
-_BY_DEFAULT = dict.fromkeys(Collective, 32)
-"""Multiprocessors that NCCL takes of itself."""
+_BY_DEFAULT = {
+    Collective.ALL_GATHER: 24,
+    Collective.REDUCE_SCATTER: 24,
+    Collective.ALL_REDUCE: 24,
+    Collective.ALL_TO_ALL: 32,
+    Collective.EXCHANGE: 16,
+    Collective.SEND: 16,
+    Collective.RECEIVE: 16,
+}
+"""Multiprocessors that NCCL takes of itself, between two H200 with 128 MiB (2026-11-29)."""
 
 
 @cache

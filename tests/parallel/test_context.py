@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+import lightning_dhellam
 from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.duplex import Duplex
 from lightning_dhellam.parallel.transport import Alone, GroupTransport
@@ -79,3 +82,9 @@ def test_single_needs_no_torch_distributed() -> None:
     with pytest.raises(ZeroDivisionError), context.megatron():
         _ = 1 / 0
     assert not dist.is_initialized()
+
+
+def test_megatrons_global_state_is_read_in_one_place() -> None:
+    package = Path(lightning_dhellam.__file__).parent
+    readers = [file for file in package.rglob("*.py") if "parallel_state" in file.read_text()]
+    assert [str(file.relative_to(package)) for file in readers] == ["parallel/groups.py"]
