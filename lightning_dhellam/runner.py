@@ -15,7 +15,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam import checkpoint
 from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
-from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids
+from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids, pinned
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Loss, lower
 from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
@@ -379,6 +379,8 @@ class Runner:
         """The batch of this rank, checked and cut; the whole batch is that of `everyone`."""
         check_batch(batch, self.limits, needs_labels=needs_labels)
         check_ids(batch, self.limits)
+        if self.device.type == "cuda":
+            batch = {k: pinned(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return cut(
             batch,
             self.micro_batch_size,

@@ -35,6 +35,16 @@ class Limits(NamedTuple):
         return ("tokens",) if self.own_labels else ("tokens", "labels")
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """The tensor in memory that a GPU copies from by itself, if it is on the host of one.
+
+    For a copy from other memory the host may wait until the GPU has done all that it was given.
+    """
+    if tensor.device.type != "cpu" or not torch.cuda.is_available():
+        return tensor
+    return tensor.pin_memory()
+
+
 def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
     """Refuse sequences that are too long, or that do not divide over the ranks.
 

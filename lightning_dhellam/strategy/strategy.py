@@ -14,11 +14,12 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
-from lightning_dhellam.engine.inputs import check_ids
+from lightning_dhellam.engine.inputs import check_ids, pinned
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin, seed_of_run
 from lightning_dhellam.parallel import Cluster
@@ -270,6 +271,7 @@ class DHellamStrategy(SavingStrategy):
     ) -> Any:
         if self.root_device.type != "cpu":  # on the host the runner sees them itself
             check_ids(batch, self.runner.limits)
+            batch = apply_to_collection(batch, Tensor, pinned)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override

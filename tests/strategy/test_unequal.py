@@ -79,10 +79,12 @@ class Weights(Callback):
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy)
-        self.found = {name: w.clone() for name, w in export_llama(module.model).items()}
+        self.found = {name: w.cpu().clone() for name, w in export_llama(module.model).items()}
 
 
-def trained(case: str, strategy: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+def trained(
+    case: str, strategy: dict[str, Any], accelerator: str = "cpu"
+) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of each step, and the weights in the end."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     tensor = strategy.get("tensor_parallel_size", 1)
@@ -92,16 +94,22 @@ def trained(case: str, strategy: dict[str, Any]) -> tuple[list[float], dict[str,
         batches = [of_rank(batch, case, rank // tensor, ranks) for batch in batches]
     losses, weights = Losses(), Weights()
     trainer = make_trainer(
-        strategy, [losses, weights], max_steps=STEPS, use_distributed_sampler=False
+        strategy,
+        [losses, weights],
+        max_steps=STEPS,
+        use_distributed_sampler=False,
+        accelerator=accelerator,
     )
     data: Any = batches
     trainer.fit(MODULES[case](), DataLoader(data, batch_size=None))
     return losses.values, weights.found
 
 
-def on_ranks(rank: int, world: int, layouts: list[dict[str, Any]]) -> list[Any]:
+def on_ranks(
+    rank: int, world: int, layouts: list[dict[str, Any]], accelerator: str = "cpu"
+) -> list[Any]:
     join(rank, world)
-    return [trained(case, layout) for layout in layouts for case in MODULES]
+    return [trained(case, layout, accelerator) for layout in layouts for case in MODULES]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,86 @@
+"""Whole training steps under a Trainer, for which no host waits for its GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
+from tests.ranks import run_ranks
+from tests.strategy.runs import Model, Sequences, join, make_trainer
+
+pytestmark = pytest.mark.gpu
+
+STEADY, STEPS = 4, 8
+SECONDS, CYCLES = 3.0, 1.7e9
+"""For which the device sleeps while the host issues a step, and its cycles in a second."""
+SHAPE = {
+    "hidden_size": 256,
+    "ffn_hidden_size": 384,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+}
+RUNS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"alone": {}},
+    2: {"dp2": {}, "tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}},
+}
+
+
+class Asleep(Callback):
+    """Lets the device sleep through the time in which the host issues a step.
+
+    It begins between two steps, so fetching a batch and moving it to the device is part of it.
+    """
+
+    def __init__(self) -> None:
+        self.asleep: list[bool] = []
+        self._awake: Any = None
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._awake is not None:
+            self.asleep.append(not self._awake.query())
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+        self._awake = None
+        if STEADY <= trainer.global_step < STEPS:
+            torch.cuda._sleep(int(SECONDS * CYCLES))
+            self._awake = torch.cuda.Event()
+            self._awake.record()
+            torch.cuda.set_sync_debug_mode("error")
+
+
+def _asleep(folder: str, sizes: dict[str, Any], devices: int) -> list[bool]:
+    watch = Asleep()
+    trainer = make_trainer(
+        {"micro_batch_size": 3, **sizes},
+        [watch, LearningRateMonitor(), ThroughputMonitor(peak_tflops=1.0), RunSummary()],
+        accelerator="gpu",
+        devices=devices,
+        precision="bf16-mixed",
+        gradient_clip_val=0.1,
+        max_steps=STEPS,
+        logger=CSVLogger(folder),
+        log_every_n_steps=100,
+        enable_progress_bar=True,
+    )
+    trainer.fit(Model(hidden_dropout=0.1, **SHAPE), DataLoader(Sequences(200), batch_size=8))
+    return watch.asleep
+
+
+def _on_rank(rank: int, world: int, folder: str) -> dict[str, list[bool]]:
+    join(rank, world)
+    return {name: _asleep(f"{folder}/{name}", s, world) for name, s in RUNS[world].items()}
+
+
+@pytest.mark.parametrize("world", RUNS)
+def test_a_host_issues_whole_steps_while_its_device_sleeps(world: int, tmp_path: Any) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
+    for found in run_ranks(world, _on_rank, world, str(tmp_path), backend="nccl", timeout=280):
+        assert found == {name: [True] * (STEPS - STEADY) for name in RUNS[world]}
