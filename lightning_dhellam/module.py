@@ -16,11 +16,11 @@ from typing_extensions import override
 
 from lightning_dhellam.data.repeats import without_repeats
 from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.runner import RunnerStrategy
 
 _SEED = 1234
 

@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_dhellam import checkpoint
+from lightning_dhellam.checkpoint.loop import load, save
 from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
 from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids, pinned
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Loss, lower
-from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
+from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.models import pipeline_split as split_of
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import (
     from_first,
@@ -29,16 +30,11 @@ from lightning_dhellam.parallel.collectives import (
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
-from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, can_shard
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, shards
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.plan.file import conditions, named_plan
 from lightning_dhellam.precision import PRECISIONS
-
-_WEIGHTS = "model."
-"""Before the names of weights in a checkpoint: a Trainer's module has the model by this name."""
-_STEPS = "global_step"
-"""Where a checkpoint has the number of steps, as a Trainer's."""
 
 
 class Runner:
@@ -138,7 +134,7 @@ class Runner:
         *,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
-        split: list[int] | None = None,
+        pipeline_split: list[int] | None = None,
         precision: str = "32-true",
         seed: int = 1234,
         timeout: timedelta = default_pg_timeout,
@@ -155,7 +151,7 @@ class Runner:
             device: that this process computes on; its GPU, or else the CPU, if not given.
             tensor_parallel_size: ranks that share each layer, with sequence parallelism.
             pipeline_parallel_size: stages P that share the layers, as 2P chunks.
-            split: layers of each chunk; None to balance them by cost.
+            pipeline_split: layers of each chunk; None to balance them by cost.
             precision: `32-true`, `bf16-mixed` or `bf16-true`.
             seed: of weights and dropout.
             timeout: after which a collective that a rank does not join fails.
@@ -171,12 +167,12 @@ class Runner:
             stack.callback(join(device, timeout))
             if isinstance(model, ModelConfig):
                 model.validate(tensor_parallel_size)
-                split = list(pipeline_split(model, pipeline_parallel_size, split))
+                pipeline_split = list(split_of(model, pipeline_parallel_size, pipeline_split))
             context = ParallelContext.create(
                 device,
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,
-                pipeline_split=tuple(split or ()),
+                pipeline_split=tuple(pipeline_split or ()),
                 timeout=timeout,
             )
             stack.callback(context.destroy)
@@ -269,7 +265,7 @@ class Runner:
             self.use_plan(self.plan_in_use, self.engine.builder)
 
     def optimizer(
-        self, optimizer: torch.optim.Optimizer, *, sharded: bool | None = None
+        self, optimizer: torch.optim.Optimizer, *, distributed_optimizer: bool | None = None
     ) -> ModelParallelOptimizer:
         """Make the gradient buffers, and what steps `optimizer` on them.
 
@@ -278,14 +274,16 @@ class Runner:
 
         Args:
             optimizer: any of torch's over the parameters of the model.
-            sharded: spread its state over data-parallel ranks (ZeRO-1). None: when there are
-                several, it is AdamW and the precision is not `bf16-true`.
+            distributed_optimizer: spread its state over data-parallel ranks (ZeRO-1). None: when
+                there are several, it is AdamW and the precision is not `bf16-true`.
 
         Raises:
             ValueError: sharding was asked for where it cannot work.
         """
         numbers = PRECISIONS[self.precision]
-        sharded = self._shards(optimizer, sharded)
+        sharded = shards(
+            optimizer, distributed_optimizer, self.precision, self.context.topology.dp_size
+        )
         self._buffers = GradientBuffers(
             self.model,
             self.model.transformer_config,
@@ -302,19 +300,6 @@ class Runner:
             master_weights=numbers.master_weights,
         )
         return self._optimizer
-
-    def _shards(self, optimizer: torch.optim.Optimizer, asked: bool | None) -> bool:
-        """Whether Megatron's distributed optimizer is used."""
-        possible = can_shard(optimizer) and self.precision != "bf16-true"
-        if asked is None:
-            return possible and self.context.topology.dp_size > 1
-        if asked and not possible:
-            raise ValueError(
-                f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
-                f" precision='{self.precision}': it needs torch.optim.AdamW and"
-                " '32-true' or 'bf16-mixed'; or leave distributed_optimizer out"
-            )
-        return asked
 
     def train(self, batch: Mapping[str, Any], *, step: int | None = None) -> Tensor:
         """Forward and backward of this data-parallel rank's batch; the gradients are then there.
@@ -402,10 +387,7 @@ class Runner:
         Raises:
             OSError: a rank could not write; on every rank, and `path` is as it was before.
         """
-        state = self._optimizer.state_dict() if self._optimizer is not None else None
-        common = {_STEPS: self.steps, "extra": dict(extra or {})}
-        weights = {_WEIGHTS + name: value for name, value in self.model.state_dict().items()}
-        checkpoint.save(Path(path), self.context, common, weights, state, self.settings)
+        save(Path(path), self.model, self._optimizer, self.settings, dict(extra or {}))
 
     def load(self, path: Path | str) -> dict[str, Any]:
         """Go on from a checkpoint, also of a Trainer. Every rank must call this.
@@ -416,21 +398,7 @@ class Runner:
         Raises:
             ValueError: on every rank, when one of them cannot read its files, or they do not fit.
         """
-        saved = checkpoint.load(Path(path), self.context, self.settings)
-        weights = {
-            name.removeprefix(_WEIGHTS): value
-            for name, value in saved["state_dict"].items()
-            if name.startswith(_WEIGHTS)
-        }
-        found = checkpoint.misfit(weights, self.model.state_dict())
-        if found is not None:
-            raise ValueError(found)
-        self.model.load_state_dict(weights)
-        if self._optimizer is not None:
-            self._optimizer.reload()
-            self._optimizer.load_state_dict(saved["optimizer_states"][0])
-            self._optimizer.steps = saved[_STEPS]
-        return dict(saved.get("extra", {}))
+        return load(Path(path), self.model, self._optimizer, self.settings)
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -451,34 +419,6 @@ class Runner:
                 f"pipeline_split={list(split)} is another one on other ranks: every rank must run"
                 " the same model and split"
             )
-
-
-class Place(NamedTuple):
-    """Where and in what type a rank's part of a model is built, and from which seed."""
-
-    context: ParallelContext
-    dtype: torch.dtype
-    seed: int
-
-
-@runtime_checkable
-class RunnerStrategy(Protocol):
-    """A strategy that trains a module through a `Runner`.
-
-    It has methods only, so that a check whether a strategy is one asks it for no value.
-    """
-
-    def place(self) -> Place:
-        """Where the model is built, once the processes have started."""
-
-    def current_runner(self) -> Runner:
-        """The runner, once the model is there."""
-
-    def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
-        """The loss of this rank's batch, a scalar in fp32; with `backward`, its gradients too."""
-
-    def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits [B, S, V] of this rank's batch, without gradients."""
 
 
 def conditions_of(

@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session, use_unsearched
 from lightning_dhellam.files import check_file
+from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.plan import BUILDERS
-from lightning_dhellam.runner import Runner, RunnerStrategy
+from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.report import Findings
 

@@ -27,6 +27,32 @@ def can_shard(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.AdamW)
 
 
+def shards(
+    optimizer: Optimizer, asked: bool | None, precision: str, data_parallel_size: int
+) -> bool:
+    """Whether the state of `optimizer` is spread over data-parallel ranks.
+
+    Args:
+        optimizer: the user's.
+        asked: `distributed_optimizer` as the user gave it; None to spread it where that helps.
+        precision: of the run.
+        data_parallel_size: ranks that it can be spread over.
+
+    Raises:
+        ValueError: it was asked for where it cannot work.
+    """
+    possible = can_shard(optimizer) and precision != "bf16-true"
+    if asked is None:
+        return possible and data_parallel_size > 1
+    if asked and not possible:
+        raise ValueError(
+            f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
+            f" precision='{precision}': it needs torch.optim.AdamW and '32-true' or 'bf16-mixed';"
+            " or leave distributed_optimizer out"
+        )
+    return asked
+
+
 class ModelParallelOptimizer:
     """Steps the user's optimizer on Megatron's gradient buffers.
 

@@ -20,11 +20,12 @@ from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.engine.inputs import check_ids, pinned
+from lightning_dhellam.hosted import Place
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin, seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.plan.file import conditions
-from lightning_dhellam.runner import Place, Runner
+from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.precision import DHellamPrecision
 from lightning_dhellam.strategy.saving import SavingStrategy
@@ -258,7 +259,7 @@ class DHellamStrategy(SavingStrategy):
         (optimizer,) = self.optimizers
         checks.check_optimizer(self._module, optimizer)
         self._optimizer = self.precision_plugin.optimizer = self.runner.optimizer(
-            optimizer, sharded=self.distributed_optimizer
+            optimizer, distributed_optimizer=self.distributed_optimizer
         )
 
     @override

@@ -1,0 +1,70 @@
+"""Checkpoints of a loop of one's own: of the form of a Trainer's, as far as they hold the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_dhellam.checkpoint import folder
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+
+_WEIGHTS = "model."
+"""Before the names of weights: a Trainer's module has the model by this name."""
+_STEPS = "global_step"
+"""Where a Trainer's checkpoint has the number of steps."""
+
+
+def save(
+    path: Path,
+    model: CausalLM,
+    optimizer: ModelParallelOptimizer | None,
+    settings: Mapping[str, Any] | None,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint. Every rank must call this.
+
+    Args:
+        path: of the folder, on a file system that all ranks see.
+        model: this rank's part of it.
+        optimizer: whose state is saved as well, if there is one.
+        settings: what decides the form of that state.
+        extra: what else is to be kept, the same on all ranks.
+
+    Raises:
+        OSError: a rank could not write; on every rank, and `path` is as it was before.
+    """
+    steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
+    weights = {_WEIGHTS + name: value for name, value in model.state_dict().items()}
+    folder.save(path, model.context, {_STEPS: steps, "extra": extra}, weights, state, settings)
+
+
+def load(
+    path: Path,
+    model: CausalLM,
+    optimizer: ModelParallelOptimizer | None,
+    settings: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Restore `model` and, if there is one, `optimizer`. Every rank must call this.
+
+    Returns what was saved as `extra`, which is nothing where a Trainer has saved.
+
+    Raises:
+        ValueError: on every rank, when one of them cannot read its files, or they do not fit.
+    """
+    saved = folder.load(path, model.context, settings)
+    weights = {
+        name.removeprefix(_WEIGHTS): value
+        for name, value in saved["state_dict"].items()
+        if name.startswith(_WEIGHTS)
+    }
+    found = folder.misfit(weights, model.state_dict())
+    if found is not None:
+        raise ValueError(found)
+    model.load_state_dict(weights)
+    if optimizer is not None:
+        optimizer.reload()
+        optimizer.load_state_dict(saved["optimizer_states"][0])
+        optimizer.steps = saved[_STEPS]
+    return dict(saved.get("extra", {}))

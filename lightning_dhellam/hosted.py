@@ -1,0 +1,40 @@
+"""What a strategy that trains through a `Runner` offers to the module, and to callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.runner import Runner
+
+
+class Place(NamedTuple):
+    """Where and in what type a rank's part of a model is built, and from which seed."""
+
+    context: ParallelContext
+    dtype: torch.dtype
+    seed: int
+
+
+@runtime_checkable
+class RunnerStrategy(Protocol):
+    """A strategy that trains a module through a `Runner`.
+
+    It has methods only, so that a check whether a strategy is one asks it for no value.
+    """
+
+    def place(self) -> Place:
+        """Where the model is built, once the processes have started."""
+
+    def current_runner(self) -> Runner:
+        """The runner, once the model is there."""
+
+    def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
+        """The loss of this rank's batch, a scalar in fp32; with `backward`, its gradients too."""
+
+    def run_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits [B, S, V] of this rank's batch, without gradients."""
