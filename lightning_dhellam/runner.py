@@ -62,8 +62,9 @@ class Runner:
     Args:
         model: this rank's part of the model; it knows its processes.
         plan: order of the operators: the name of a built-in plan, or the path of a plan file.
-        micro_batch_size: samples that go through the layers together. Changes neither loss nor
-            gradients; the last micro-batch of a batch may be smaller.
+        micro_batch_size: samples that go through the layers together; the last micro-batch of a
+            batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
+            of dropout, which are others.
         precision: `32-true`, `bf16-mixed` or `bf16-true`; decides nothing about the model, which
             is of such a type already.
         seed: of dropout.

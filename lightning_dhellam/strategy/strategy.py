@@ -49,8 +49,9 @@ class DHellamStrategy(SavingStrategy):
             and 2P-1-s. Changes neither loss nor gradients.
         pipeline_split: layers of each of the 2P chunks; None to balance them by cost, with the
             embedding and the output layer on stage 0 counted.
-        micro_batch_size: samples that go through the layers together. Changes neither loss nor
-            gradients; the last micro-batch of a batch may be smaller.
+        micro_batch_size: samples that go through the layers together; the last micro-batch of a
+            batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
+            of dropout, which are others.
         plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, `auto`,
             which searches the best in the first steps (see `callbacks.AutoSearch`), or the path
             of a plan file (`.json`). Changes neither loss nor gradients.
