@@ -110,12 +110,18 @@ def test_a_mistake_is_one_line_and_no_process_is_started(tmp_path: Path) -> None
     ],
 )
 def test_a_bad_argument_of_the_strategy_or_a_callback_is_one_line(
-    tmp_path: Path, option: str, value: str, sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    sentence: str,
 ) -> None:
-    done = dhellam(tmp_path, "fit", "--config", "llama-tiny-2cpu", f"--trainer.{option}={value}")
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("Seed set")]
-    assert len(lines) == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "llama-tiny-2cpu", f"--trainer.{option}={value}"]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if not line.startswith("Seed set")]
+    assert len(lines) == 1, error
     assert re.fullmatch(f"dhellam fit: error: {sentence}", lines[0])
 
 
