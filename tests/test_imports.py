@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "strategy",
         "autosearch",
         "module",
+        "hosted",
         "runner",
         "precision",
         "checkpoint",
@@ -34,7 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "parallel",
         "plan",
-        "files kernels recipes versions",
+        "files kernels late recipes versions",
     )
 )
 """Rooms from the top floor down; those of one floor do not know each other."""

@@ -24,6 +24,8 @@ from tests.plan.graphs import sparing
 pytestmark = pytest.mark.gpu
 
 FREE = 16
+CARRIED = 40 << 20
+"""Bytes of a transfer: 0.21 ms at 200 GB/s."""
 CONFIG = ModelConfig(2, 2048, 4096, 16, 4, 1024, max_sequence_length=2048)
 
 
@@ -91,7 +93,7 @@ def test_a_profile_counts_what_communication_waits_for_a_gemm(
     y = torch.empty(8192, 32768, device=device, dtype=torch.bfloat16)
     timer = OperatorTimer(make_lanes(device, processors=free), None, repeats=12)
     gemm = Operator("gemm", Lane.COMPUTE, ("x",), ("y",), lambda x: torch.mm(x, weight.t(), out=y))
-    gather = Operator("gather", Lane.TP, ("x",), ("z",), lambda x: link._occupy(40 << 20, 0.2e-3))
+    gather = Operator("gather", Lane.TP, ("x",), ("z",), lambda x: link.carry(CARRIED))
     with timer.sharing(spare=True):
         for _ in range(2):  # at first the host is late
             waited, computed = timer.behind(Subject(gather, [x]), Subject(gemm, [x]), 20e-6)
@@ -100,12 +102,12 @@ def test_a_profile_counts_what_communication_waits_for_a_gemm(
 
 
 def test_what_runs_for_long_leaves_the_time_of_its_pauses(device: torch.device) -> None:
-    asked = 0.2e-3
     link = EmulatedLink(Link(bandwidth=200e9, sms=FREE), device)
+    asked = CARRIED / 200e9
     x, weight = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
     timer = OperatorTimer(make_lanes(device, processors=FREE), None)
     gemm = Subject(Operator("gemm", Lane.COMPUTE, ("x",), ("y",), lambda x: x @ weight), [x])
-    run = lambda x: link._occupy(40 << 20, asked)  # noqa: E731
+    run = lambda x: link.carry(CARRIED)  # noqa: E731
     gather = Subject(Operator("gather", Lane.TP, ("x",), ("z",), run), [x])
     full = timer.sustained([gemm, gemm], 0.1, 0.0, [(gather, gemm), (gather, gemm)])
     paused = timer.sustained([gemm, gemm], 0.1, 0.5)
@@ -140,7 +142,7 @@ def test_communication_begins_beside_a_gemm_that_leaves_processors(
         communication.wait_event(ready)
         with torch.cuda.stream(communication):
             torch.cuda._sleep(100_000)  # the GEMM has begun
-            link._occupy(40 << 20, 0.2e-3)
+            link.carry(CARRIED)
             link_ends.record()
         lanes.share(spare=False)
         torch.cuda.synchronize()
