@@ -44,7 +44,7 @@ def fingerprint(
     made_for: Mapping[str, Any],
     kernels: Mapping[str, str],
 ) -> Fingerprint:
-    """What a profile of `engine` on such micro-batches is valid for.
+    """Return what a profile of `engine` on such micro-batches is valid for.
 
     `made_for` are the `conditions`, `kernels` the backends of the operators.
     """
@@ -145,7 +145,7 @@ class EngineBench:
         self.lead = _LEAD if timer.on_cuda else 0.0
 
     def shrinks(self, target: Target) -> bool:
-        """Whether it can leave processors to communication, and still computes the same bits."""
+        """Tell whether a target can leave processors to communication with the same results."""
         return self._timer.same_bits(self._subject(target))
 
     def clock(self, profile: Profile) -> Clock:
@@ -213,7 +213,7 @@ class EngineBench:
 
 
 def _graphs(engine: Engine) -> Sequence[Graph]:
-    """One graph of each kind, those of the most frequent layers first."""
+    """Return one graph of each kind, those of the most frequent layers first."""
     counts: dict[str, int] = {}
     kinds: dict[str, Graph] = {}
     for pair in engine.layers:
@@ -224,7 +224,7 @@ def _graphs(engine: Engine) -> Sequence[Graph]:
 
 
 def _launch_seconds(engine: Engine, micro_batch: MicroBatch) -> float:
-    """Seconds the host needs to issue an operator; 0 on CPU, where operators run inline."""
+    """Return the seconds the host needs to issue an operator; 0 on CPU, where they run inline."""
     device = micro_batch.slots["batch.tokens"].device
     if device.type != "cuda":
         return 0.0

@@ -65,7 +65,7 @@ def schedule_command(argv: Sequence[str]) -> int:
 
 
 def fold_table(stages: int, micro_batches: int) -> str:
-    """The visits of every stage, below each other where they run at the same time.
+    """Print the visits of every stage, below each other where they run at the same time.
 
     All visits are taken to last equally long.
     """

@@ -39,11 +39,11 @@ class Subject(NamedTuple):
 
 
 class Sustained(NamedTuple):
-    """What operators do that run for long.
+    """Times of operators that run for long.
 
     Attributes:
-        share: of the time in which they run.
-        seconds: of each running once.
+        share: share of the time in which they run.
+        seconds: seconds of all of them running once.
         after: seconds of the communication that ran directly after them.
     """
 
@@ -90,12 +90,12 @@ class OperatorTimer:
             self._lanes.share(spare=False)
 
     def alone(self, subject: Subject) -> list[float]:
-        """Seconds of each run while nothing else runs."""
+        """Return the seconds of each run while nothing else runs."""
         (samples,) = self._samples([subject])
         return samples
 
     def beside(self, communication: Subject, other: Subject) -> tuple[list[float], list[float]]:
-        """Seconds of each from their common start to its own end.
+        """Return the seconds of each from their common start to its own end.
 
         `other` computes, or communicates on another lane. Communication goes first, as a plan can
         ask for: started at one moment, now one and now the other would have the SMs.
@@ -106,7 +106,7 @@ class OperatorTimer:
     def behind(
         self, communication: Subject, compute: Subject, lead: float
     ) -> tuple[list[float], list[float]]:
-        """Seconds of each from its own start, communication's being `lead` seconds later.
+        """Return the seconds of each from its own start; communication's is `lead` seconds later.
 
         On CUDA only: on CPU computation holds up the host, which could not start anything.
         """
@@ -203,7 +203,7 @@ class OperatorTimer:
         return columns
 
     def _rows(self, subjects: Sequence[Subject], lead: float, count: int) -> list[list[float]]:
-        """Each a sample: the time of each subject, and whether the host was late, 1 or 0."""
+        """Return samples: the time of each subject, and whether the host was late, 1 or 0."""
         rows: list[list[float]] = []
         failure: Exception | None = None
         with torch.no_grad():
@@ -223,7 +223,7 @@ class OperatorTimer:
         return [[float(value) for value in row] for row in samples]
 
     def _on_cpu(self, subjects: Sequence[Subject], lead: float) -> list[float]:
-        """Communication first, then compute inline; threads note when communication is done."""
+        """Start communication, then compute inline; threads note when communication is done."""
         if self._group is not None:
             dist.barrier(self._group)
         ends: dict[int, float] = {}
@@ -242,7 +242,7 @@ class OperatorTimer:
         return [*(ends[index] - start for index in range(len(subjects))), 0.0]
 
     def _on_cuda(self, subjects: Sequence[Subject], lead: float) -> list[float]:
-        """All start behind one event, which the device reaches when all have been issued, unless
+        """Start all behind one event, which the device reaches when all have been issued, unless
         the host is late. Communication goes first, unless it starts `lead` seconds later.
         """
         assert isinstance(self._lanes, CudaLanes)
@@ -288,12 +288,12 @@ def _recorded() -> torch.cuda.Event:
 
 
 def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Also of what is no number, as over emulated links."""
+    """Compare bits, also of what is no number, as over emulated links."""
     return torch.equal(*(value.reshape(-1).view(torch.uint8) for value in (one, other)))
 
 
 def _outcome(subject: Subject) -> list[torch.Tensor]:
-    """What an operator writes, and what it adds to gradients that are empty before.
+    """Return what an operator writes, and what it adds to gradients that are empty before.
 
     The gradients are as they were afterwards.
     """

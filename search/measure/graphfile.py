@@ -9,7 +9,7 @@ from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand
 
 
 def fields_of(graph: Graph) -> dict[str, Any]:
-    """What a JSON file holds of a graph."""
+    """Return what a JSON file holds of a graph."""
     return {
         "name": graph.name,
         "direction": str(graph.direction),
@@ -32,7 +32,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
 
 
 def graph_from(fields: Mapping[str, Any]) -> Graph:
-    """The graph of such fields. Its operators have names, lanes, slots and costs, no kernels.
+    """Make the graph of such fields. Its operators have names, lanes, slots and costs, no kernels.
 
     Raises:
         KeyError, TypeError, ValueError: fields are missing or malformed.

@@ -21,6 +21,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return kept
 
 
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function be compiled into those that call it.
+
+    A call with a few tuples of arrays would count references to every one of them.
+    """
+    return cast(Callable[..., Any], njit(inline="always")(function))
+
+
 class Rows(NamedTuple):
     """Rows of numbers of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_dhellam.search.model.arrays import Array, Rows, compiled
+from lightning_dhellam.search.model.arrays import Array, Rows, compiled, inlined
 
 BARRIER = -1
 """In an order: every lane waits for every other."""
@@ -48,15 +48,15 @@ class Slots(NamedTuple):
 
 
 class _Books(NamedTuple):
-    """What is noted while rounds are played. Row 0 is the round before the first.
+    """Notes that are kept while rounds are played. Row 0 is the round before the first.
 
     Attributes:
-        left: by round and slot, reads to come.
-        number: by round and slot, that of the operator which writes it on its lane, or -1.
-        knew: by round and slot, what that lane had seen of each other one.
-        used: by round and slot, the last operator of each lane that read it.
-        seen: by lane, the last operator of each other one that it has waited for.
-        issued: by lane, how many operators.
+        left: reads to come, by round and slot.
+        number: number on its lane of the operator that writes a slot, or -1, by round and slot.
+        knew: what that lane had seen of each other one, by round and slot.
+        used: last operator of each lane that read a slot, by round and slot.
+        seen: last operator of each other lane that a lane has waited for, by lane.
+        issued: how many operators were issued, by lane.
         waiting: round and slot of what is to be given back.
     """
 
@@ -103,16 +103,17 @@ def most(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
     return peak
 
 
-@compiled
+@inlined
 def _opened(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
-    """The books before the first round."""
+    """Open the books before the first round."""
     count, lanes = len(slots.bytes), slots.lanes
     left = np.zeros((rounds + 1, count), np.int64)
     for x in order:
         if x != BARRIER:
             for at in range(slots.reads.offsets[x], slots.reads.offsets[x + 1]):
                 slot = slots.reads.values[at]
-                left[1:, slot] += 1
+                for when in range(1, rounds + 1):
+                    left[when, slot] += 1
                 left[0, slot] += lagging[x]
     return _Books(
         left,
@@ -125,9 +126,9 @@ def _opened(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
     )
 
 
-@compiled
+@inlined
 def _brought(slots, lagging, books):  # type: ignore[no-untyped-def]
-    """Bytes that what lags in the first round reads of the round before."""
+    """Return the bytes that what lags in the first round reads of the round before."""
     total = 0.0
     for slot in range(len(slots.bytes)):
         writer = slots.writer[slot]
@@ -137,11 +138,11 @@ def _brought(slots, lagging, books):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled
+@inlined
 def _entered(slots, books, turn):  # type: ignore[no-untyped-def]
-    """Bytes that come from outside with a round, less those that the last one has kept.
+    """Return the bytes that come from outside with a round, less what the last one has kept.
 
-    Those are another pair's by now.
+    What was kept is another pair's by now.
     """
     total = 0.0
     for slot in range(len(slots.bytes)):
@@ -150,15 +151,16 @@ def _entered(slots, books, turn):  # type: ignore[no-untyped-def]
             old = slots.before[slot]
             if old >= 0:
                 books.number[turn + 1, slot] = books.number[turn, old]
-                books.knew[turn + 1, slot] = books.knew[turn, old]
+                for lane in range(slots.lanes):
+                    books.knew[turn + 1, slot, lane] = books.knew[turn, old, lane]
         if turn and slots.kept[slot]:
             total -= slots.bytes[slot]
     return total
 
 
-@compiled
+@inlined
 def _join(books):  # type: ignore[no-untyped-def]
-    """Every lane waits for every other."""
+    """Let every lane wait for every other."""
     for lane in range(len(books.issued)):
         for other in range(len(books.issued)):
             if other != lane:
@@ -166,9 +168,9 @@ def _join(books):  # type: ignore[no-untyped-def]
     return True
 
 
-@compiled
+@inlined
 def _wait(slots, books, x, when):  # type: ignore[no-untyped-def]
-    """The lane of an operator waits for what it reads. Whether it had to."""
+    """Let the lane of an operator wait for what it reads, and tell whether it had to."""
     own, waited = slots.lane[x], False
     for at in range(slots.reads.offsets[x], slots.reads.offsets[x + 1]):
         slot = slots.reads.values[at]
@@ -183,23 +185,23 @@ def _wait(slots, books, x, when):  # type: ignore[no-untyped-def]
     return waited
 
 
-@compiled
+@inlined
 def _collected(slots, books, length):  # type: ignore[no-untyped-def]
-    """Bytes that can be given back now, and how many slots still wait."""
+    """Return the bytes that can be given back now, and how many slots still wait."""
     freed, kept = 0.0, 0
     for at in range(length):
-        when, slot = books.waiting[at]
+        when, slot = books.waiting[at, 0], books.waiting[at, 1]
         if _passed(slots, books, when, slot):
             freed += slots.bytes[slot]
         else:
-            books.waiting[kept] = books.waiting[at]
+            books.waiting[kept, 0], books.waiting[kept, 1] = when, slot
             kept += 1
     return freed, kept
 
 
-@compiled
+@inlined
 def _written(slots, books, x, when):  # type: ignore[no-untyped-def]
-    """An operator is issued. Bytes that it writes."""
+    """Note that an operator is issued, and return the bytes that it writes."""
     own, total = slots.lane[x], 0.0
     books.issued[own] += 1
     for at in range(slots.reads.offsets[x], slots.reads.offsets[x + 1]):
@@ -207,14 +209,15 @@ def _written(slots, books, x, when):  # type: ignore[no-untyped-def]
     for at in range(slots.writes.offsets[x], slots.writes.offsets[x + 1]):
         slot = slots.writes.values[at]
         books.number[when, slot] = books.issued[own]
-        books.knew[when, slot] = books.seen[own]
+        for lane in range(slots.lanes):
+            books.knew[when, slot, lane] = books.seen[own, lane]
         total += slots.bytes[slot]
     return total
 
 
-@compiled
+@inlined
 def _read(slots, books, x, when, length):  # type: ignore[no-untyped-def]
-    """Bytes that nobody reads after an operator, those of them that wait, and how many slots do."""
+    """Return bytes that nobody reads after an operator, those that wait, and how many slots do."""
     gone, late = 0.0, 0.0
     for at in range(slots.reads.offsets[x], slots.reads.offsets[x + 1]):
         slot = slots.reads.values[at]
@@ -233,9 +236,9 @@ def _read(slots, books, x, when, length):  # type: ignore[no-untyped-def]
     return gone, late, length
 
 
-@compiled
+@inlined
 def _passed(slots, books, when, slot):  # type: ignore[no-untyped-def]
-    """Whether the lane that made a slot has waited for all that read it."""
+    """Tell whether the lane that made a slot has waited for all that read it."""
     own, passed = slots.owner[slot], True
     for lane in range(slots.lanes):
         passed = passed and (lane == own or books.seen[own, lane] >= books.used[when, slot, lane])

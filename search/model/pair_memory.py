@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from lightning_dhellam.plan import Graph, GraphPair, Lane
-from lightning_dhellam.search.model.arrays import Rows
+from lightning_dhellam.search.model.arrays import Array, Rows
 from lightning_dhellam.search.model.memory import Slots, most
 
 
@@ -42,12 +42,14 @@ class PairMemory:
             collector.add(behind, behind.backward, set(behind.backward.outputs))
         self._slots = collector.slots(waits)
 
-    def peak(self, order: Iterable[int], lagging: int = 0) -> float:
-        """Return the most bytes at once of operators in issue order; a bit mask says which lag."""
-        size = len(self._slots.lane)
-        late = np.array([lagging >> x & 1 for x in range(size)], np.int64)
-        issued = np.array(list(order), np.int64)
-        return float(most(self._slots, issued, late, self._rounds)) * self._tokens
+    def peak(self, issued: Array, lagging: Array) -> float:
+        """Return the most bytes at once.
+
+        Args:
+            issued: operators in issue order, or `memory.BARRIER`.
+            lagging: for each operator, whether it is carried out for the round before.
+        """
+        return float(most(self._slots, issued, lagging, self._rounds)) * self._tokens
 
 
 class _Collector:
@@ -109,5 +111,5 @@ class _Collector:
 
 
 def _makers(graph: Graph) -> dict[str, Lane]:
-    """The lane that makes each slot."""
+    """Return the lane that makes each slot."""
     return {slot: o.lane for o in graph.operators for slot in o.writes}

@@ -168,7 +168,7 @@ class Walk:
         )
 
     def _with_barriers(self, order: Sequence[int | None]) -> list[tuple[int, ...]]:
-        """What launches wait for when barriers count as well."""
+        """Return what launches wait for when barriers count as well."""
         waits = list(self.waits)
         latest: dict[int, int] = {}
         barrier: dict[int, set[int]] = defaultdict(set)
@@ -186,7 +186,7 @@ class Walk:
         """Return the most bytes of slots at once, by issue order, with `tokens` per micro-batch."""
         slots = self._slots.of(self.lane, len(self.lanes), waits=not self._costs.inline)
         issued = np.array([BARRIER if x is None else x for x in order], np.int64)
-        return float(most(slots, issued, np.zeros(len(self.lane), np.int64), 1)) * tokens
+        return float(most(slots, issued, np.zeros(len(self.lane), np.bool_), 1)) * tokens
 
 
 class _Slots:

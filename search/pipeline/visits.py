@@ -97,7 +97,7 @@ class LayerCosts:
 
     A visit is carried out in the fastest of the orders offered, whatever the schedule. Layers of
     the two strands meet in opposite order, as one frees what the other fills. Memory is what is
-    saved between forward and backward; what lives inside a layer only is left out. The next pass
+    saved between forward and backward; what lives inside a layer only is left out. The next visit
     is taken to start when nothing of this one is left to do, although the engine does not wait.
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from math import exp, inf
 
 from lightning_dhellam.search.solve.orders import PairOrder
@@ -173,7 +172,7 @@ def neighbour(problem: Problem, order: PairOrder, draw: random.Random) -> PairOr
     """Return a random valid order near to `order`."""
     if problem.sparable and draw.random() < _SPARE:
         x = draw.choice(problem.sparable_ones)
-        return replace(order, spare=order.spare ^ 1 << x)
+        return order._replace(spare=order.spare ^ 1 << x)
     if problem.loose and draw.random() < _LAG:
         x = draw.choice(problem.loose_ones)
         order = problem.toggled(order, x)
@@ -198,7 +197,7 @@ def _placed(problem: Problem, order: PairOrder, x: int, draw: random.Random) -> 
     while high < problem.size - 1 and not problem.related(order, x, numbers[high + 1]):
         high += 1
     moved = problem.moved(order, source, draw.randint(low, high))
-    return replace(moved, first=moved.first & ~(1 << x) | draw.getrandbits(1) << x)
+    return moved._replace(first=moved.first & ~(1 << x) | draw.getrandbits(1) << x)
 
 
 def slim(
@@ -238,8 +237,8 @@ def plain(problem: Problem, order: PairOrder) -> PairOrder:
 
 
 def _not_first(order: PairOrder, x: int) -> PairOrder:
-    return replace(order, first=order.first & ~(1 << x))
+    return order._replace(first=order.first & ~(1 << x))
 
 
 def _not_spare(order: PairOrder, x: int) -> PairOrder:
-    return replace(order, spare=order.spare & ~(1 << x))
+    return order._replace(spare=order.spare & ~(1 << x))

@@ -10,14 +10,13 @@ do so depends on the order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lightning_dhellam.plan import Graph, GraphPair, Issue, Operator, Plan, Strand
 from lightning_dhellam.search.model import lanes_of
 
 
-@dataclass(frozen=True)
-class PairOrder:
+class PairOrder(NamedTuple):
     """An issue order of a pair of layers.
 
     Attributes:
@@ -125,12 +124,12 @@ class Orders:
         if target < source:
             company = (self.ancestors[x] & same) | 1 << x
             taken, rest = _parted(numbers[target : source + 1], company)
-            return replace(
-                order, numbers=(*numbers[:target], *taken, *rest, *numbers[source + 1 :])
+            return order._replace(
+                numbers=(*numbers[:target], *taken, *rest, *numbers[source + 1 :])
             )
         company = (self.descendants[x] & same) | 1 << x
         taken, rest = _parted(numbers[source : target + 1], company)
-        return replace(order, numbers=(*numbers[:source], *rest, *taken, *numbers[target + 1 :]))
+        return order._replace(numbers=(*numbers[:source], *rest, *taken, *numbers[target + 1 :]))
 
     def toggled(self, order: PairOrder, x: int) -> PairOrder:
         """Let `x` begin or cease to lag, and what must go along with it: the same work order.
@@ -145,8 +144,8 @@ class Orders:
             company = (self.descendants[x] & ~lagging) | 1 << x
         taken, rest = _parted(order.numbers, company)
         if lagging >> x & 1:
-            return replace(order, numbers=(*rest, *taken), lagging=lagging & ~company)
-        return replace(order, numbers=(*taken, *rest), lagging=lagging | company)
+            return order._replace(numbers=(*rest, *taken), lagging=lagging & ~company)
+        return order._replace(numbers=(*taken, *rest), lagging=lagging | company)
 
     def plan(self, order: PairOrder, name: str = "auto") -> Plan:
         """Return the order as a plan."""
@@ -169,7 +168,10 @@ class Orders:
         return PairOrder(tuple(x for x, _ in rows), lagging, first, spare)
 
 
-def _parted(numbers: Sequence[int], company: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _parted(numbers: Sequence[int], company: int) -> tuple[list[int], list[int]]:
     """Return those of the numbers that are in a bit mask, and the others."""
-    taken = tuple(y for y in numbers if company >> y & 1)
-    return taken, tuple(y for y in numbers if not company >> y & 1)
+    taken: list[int] = []
+    rest: list[int] = []
+    for y in numbers:
+        (taken if company >> y & 1 else rest).append(y)
+    return taken, rest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -170,7 +169,7 @@ class Problem(Orders):
     def order(self, plan: Plan) -> PairOrder:
         """Return the order of a plan, without its barriers; spare is what may be."""
         order = super().order(plan)
-        return replace(order, spare=order.spare & self.sparable)
+        return order._replace(spare=order.spare & self.sparable)
 
     def cost(self, order: PairOrder) -> Cost:
         """Return what an order costs. It counts as an evaluation unless it is known."""
@@ -186,7 +185,7 @@ class Problem(Orders):
             return order
         moments = np.rint(begun / _MOMENT).tolist()
         numbers = tuple(sorted(order.numbers, key=lambda x: moments[x]))
-        other = replace(order, numbers=numbers)
+        other = order._replace(numbers=numbers)
         # What goes first might hold another compute operator.
         same = self.valid(other) and self._key(other) == self._key(order)
         return other if same else order
@@ -197,7 +196,7 @@ class Problem(Orders):
         if known is None:
             self.evaluations += 1
             seconds, begun = self._timed(order, _FEW)
-            excess = self._excess(order.numbers, order.lagging)
+            excess = self._excess(np.array(order.numbers, np.int64), order.lagging)
             known = self._known[key] = (excess, seconds), begun
         return known
 
@@ -221,27 +220,30 @@ class Problem(Orders):
         """Return what a plan costs, which may have barriers."""
         return self._excess(*self._issued(plan)), self.seconds_of_plan(plan)
 
-    def _excess(self, numbers: Iterable[int], lagging: int) -> float:
+    def _excess(self, numbers: Array, lagging: int) -> float:
         """Return the bytes above the limit."""
         if self.memory_limit is None:
             return 0.0
-        return max(0.0, self._memory.peak(numbers, lagging) - self.memory_limit)
+        return max(0.0, self._peak(numbers, lagging) - self.memory_limit)
+
+    def _peak(self, numbers: Array, lagging: int) -> float:
+        return self._memory.peak(numbers, self._marks(lagging))
 
     def peak(self, order: PairOrder) -> float:
         """Return the most bytes of slots at once while the pair is carried out."""
-        return self._memory.peak(order.numbers, order.lagging)
+        return self._peak(np.array(order.numbers, np.int64), order.lagging)
 
     def peak_of_plan(self, plan: Plan) -> float:
         """Return the most bytes at once by a plan, at whose barriers memory goes back."""
-        return self._memory.peak(*self._issued(plan))
+        return self._peak(*self._issued(plan))
 
-    def _issued(self, plan: Plan) -> tuple[list[int], int]:
+    def _issued(self, plan: Plan) -> tuple[Array, int]:
         """Return the operators of a plan with its barriers, and what lags."""
         numbers = [
             self.number[row.strand, row.operator] if isinstance(row, Issue) else BARRIER
             for row in plan.rows
         ]
-        return numbers, self.order(plan).lagging
+        return np.array(numbers, np.int64), self.order(plan).lagging
 
     def seconds_on_average(self, order: PairOrder) -> float:
         """Return the mean period by the costs and all that other measurements could have given.

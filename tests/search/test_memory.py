@@ -144,7 +144,7 @@ def test_two_rounds_of_a_pair_show_what_more_would() -> None:
     for _ in range(200):
         here = neighbour(problem, here, draw)
         order = np.array(here.numbers)
-        late = np.array([here.lagging >> x & 1 for x in range(problem.size)])
+        late = np.array([bool(here.lagging >> x & 1) for x in range(problem.size)])
         assert most(slots, order, late, 2) == most(slots, order, late, 5)
         lags += int(late.any())
     assert lags > 100

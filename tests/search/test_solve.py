@@ -176,8 +176,9 @@ def test_operators_that_take_no_time_can_be_ordered_and_refused() -> None:
     layer = transformer()
     nothing = Costs.nominal(graphs_of([layer]), 0)
     assert solve_pair(layer, layer, nothing).seconds == 0
+    few = Budget(evaluations=500)
     with pytest.raises(ValueError, match="memory_limit=0 bytes: the least found"):
-        solve_pair(layer, layer, nothing, tokens=TOKENS, memory_limit=0.0)
+        solve_pair(layer, layer, nothing, tokens=TOKENS, memory_limit=0.0, budget=few)
 
 
 def test_an_operator_that_never_ends_makes_a_period_infinite() -> None:
@@ -219,8 +220,10 @@ def test_noise_of_a_real_measurement_leads_to_equally_good_plans() -> None:
     (layer,) = (pair for pair in layers_of(profile, 1) if pair.name == "transformer")
     problem = Problem(layer, layer, Costs.of(profile))
     draw = random.Random(0)
+    budget = Budget(evaluations=6000)  # fewer than by default are enough
     plans = [
-        solve_pair(layer, layer, Costs.of(perturbed(profile, draw.random))).plan for _ in range(5)
+        solve_pair(layer, layer, Costs.of(perturbed(profile, draw.random)), budget=budget).plan
+        for _ in range(5)
     ]
     times = [problem.seconds_on_average(problem.order(plan)) for plan in plans]
     assert max(times) <= 1.02 * min(times)
@@ -275,7 +278,8 @@ def test_memory_stays_below_the_limit() -> None:
     given = costs(graphs_of([layer]), 110e9)
     free = solve_pair(layer, layer, given, tokens=TOKENS)
     limit = 0.85 * free.peak_bytes
-    tight = solve_pair(layer, layer, given, tokens=TOKENS, memory_limit=limit)
+    budget = Budget(evaluations=4000)
+    tight = solve_pair(layer, layer, given, tokens=TOKENS, memory_limit=limit, budget=budget)
     assert tight.peak_bytes <= limit
     assert tight.seconds >= free.seconds * (1 - 1e-9)
 
@@ -315,7 +319,7 @@ def test_the_peak_of_a_pair_is_what_a_walk_shows() -> None:
     draw = random.Random(7)
     order = problem.default()
     for _ in range(20):
-        order = replace(neighbour(problem, order, draw), lagging=0)
+        order = neighbour(problem, order, draw)._replace(lagging=0)
         if not _valid(problem, order):
             order = problem.default()
         plan = problem.plan(order)
@@ -408,7 +412,8 @@ def test_memory_stays_near_that_of_the_sequential_plan(link: float) -> None:
     given = costs(graphs_of(layers), link)
     free = solve(layers, given, tokens=TOKENS)
     slack = 0.02 * 2**30
-    found = solve(layers, given, tokens=TOKENS, memory_slack=slack)
+    budget = Budget(evaluations=4000)  # a quarter of the default is enough
+    found = solve(layers, given, tokens=TOKENS, memory_slack=slack, budget=budget)
     assert free.main.extra_bytes > slack, "the case is not one"
     for name, solution in found.solutions.items():
         assert solution.extra_bytes <= max(slack, 0), name
@@ -418,10 +423,9 @@ def test_memory_stays_near_that_of_the_sequential_plan(link: float) -> None:
 def test_a_limit_of_memory_leaves_little_to_the_seed() -> None:
     layer = transformer()
     given = costs(graphs_of([layer]), 110e9)
+    budgets = [Budget(evaluations=4000, seed=seed) for seed in (2, 3)]  # a quarter of the default
     seconds = [
-        solve_pair(
-            layer, layer, given, tokens=TOKENS, memory_slack=0.0, budget=Budget(seed=seed)
-        ).seconds
-        for seed in (2, 3)
+        solve_pair(layer, layer, given, tokens=TOKENS, memory_slack=0.0, budget=budget).seconds
+        for budget in budgets
     ]
     assert max(seconds) <= 1.01 * min(seconds)

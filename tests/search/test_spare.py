@@ -160,7 +160,7 @@ def test_a_choice_costs_the_same_whether_it_is_made_or_given() -> None:
         plan = choosing.plan(here)
         assert choosing.order(plan) == here
         given = Problem(LAYER, LAYER, as_planned(known, repeated(LAYER, LAYER, 1), [plan]))
-        same = replace(here, spare=0)
+        same = here._replace(spare=0)
         assert choosing.cost(here) == pytest.approx(given.cost(same))
         assert choosing.seconds_of_plan(plan) == pytest.approx(given.seconds_of_plan(plan))
         seen.add(here.spare)
@@ -171,7 +171,7 @@ def test_gemms_that_gain_nothing_by_it_take_all_processors() -> None:
     known = Costs.of(_profile())
     choosing = Problem(LAYER, LAYER, known, sharing=True)
     sequential = choosing.order(BUILDERS["sequential"](LAYER.forward, LAYER.backward))
-    everywhere = replace(sequential, spare=choosing.sparable)
+    everywhere = sequential._replace(spare=choosing.sparable)
     assert choosing.sparable.bit_count() == len(GEMMS)
     rid = plain(choosing, everywhere)
     assert rid.spare != everywhere.spare
