@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
+from tests.layers.test_users_blocks import Convolution, Perceptron, TokenWisePerceptron
 from tests.ranks import run_ranks
 from tests.strategy.runs import SHAPE, Model, join, train
 
@@ -48,7 +49,25 @@ class Gated(Model):
         return model
 
 
-MODULES = {"smoothed": Smoothed, "gated": Gated, "tied": Model, "biases": Model}
+class Blocks(Model):
+    """Blocks that mix tokens, and with Megatron's parallel linear layers inside."""
+
+    def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
+        model = super().build_model(context, dtype)
+        config, group = model.transformer_config, context.groups.tp
+        with context.megatron(), torch.random.fork_rng():
+            torch.manual_seed(4)
+            blocks = (
+                Convolution(width=SHAPE.hidden_size),
+                Perceptron(config, group),
+                TokenWisePerceptron(config, group),
+            )
+            for block in blocks:
+                model.layers.insert(1, block.to(context.device, dtype))
+        return model
+
+
+MODULES = {"blocks": Blocks, "smoothed": Smoothed, "gated": Gated, "tied": Model, "biases": Model}
 CHANGES: dict[str, dict[str, Any]] = {
     "tied": {"tie_embeddings": True},
     "biases": {
@@ -66,6 +85,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "smaller-last-batch": {"samples": 28},
     "smoothed": {},
     "gated": {},
+    "blocks": {"gradient_clip_val": 0.1},
     "tied": {"gradient_clip_val": 0.1},
     "biases": {"gradient_clip_val": 0.1},
 }
