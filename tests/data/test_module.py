@@ -326,7 +326,9 @@ def test_few_documents_get_a_split_that_works(
         warnings.simplefilter("always")
         data = IndexedDataModule(prefix, sequence_length=4, batch_size=1, **options)
     assert data.split == split
-    assert [f"split='{split}' is used" in str(w.message) for w in said] == [True] * (
+    # Megatron-core 0.19 warns of its own ranks, which a user sees only with this filter.
+    ours = [w for w in said if "megatron" not in w.filename]
+    assert [f"split='{split}' is used" in str(w.message) for w in ours] == [True] * (
         split != "98,1,1"
     )
     assert len(data.train_dataloader()) >= 1
