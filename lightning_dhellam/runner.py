@@ -337,6 +337,15 @@ class Runner:
             return None
         return Everyone(self.context.groups.dp_cp, self.engine.lanes)
 
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.
+
+        It is the same on every rank, and not read on the host.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("there are no gradients: call Runner.optimizer and train first")
+        return self._optimizer.grad_norm()
+
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""
         return from_first(self.engine.evaluate(self.micro_batches(batch)), self.context.groups.pp)

@@ -132,10 +132,10 @@ def _results(hosts: list[subprocess.Popen[str]]) -> Iterator[dict[str, Any]]:
 
 
 class Host:
-    """One of the two, from inside.
+    """One of the two hosts, as the process on it sees it.
 
     Args:
-        rank: 0 or 1.
+        rank: Its number, 0 or 1.
     """
 
     def __init__(self, rank: int) -> None:

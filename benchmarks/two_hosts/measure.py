@@ -49,14 +49,14 @@ class Strangers:
         self._begin = self._now()
 
     def share(self) -> float:
-        """Their share of all processors since the beginning. Both hosts must ask."""
+        """The share that others took of all processors since this was made. Both hosts must ask."""
         busy, total, own = (b - a for a, b in zip(self._begin, self._now(), strict=True))
         both = torch.tensor(own, dtype=torch.float64)
         dist.all_reduce(both)
         return max(0.0, (busy - both.item()) / total)
 
     def _now(self) -> tuple[float, float, float]:
-        """Seconds: busy and altogether of all processors, and of this process."""
+        """Seconds that all processors were busy, that they had, and that this process took."""
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]
         second = os.sysconf("SC_CLK_TCK")

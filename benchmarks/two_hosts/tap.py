@@ -34,7 +34,7 @@ class Tap:
         self._buffers: dict[tuple[_Sizes, _Sizes], tuple[_Tensors, _Tensors]] = {}
 
     def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
-        """See `Transport`."""
+        """Gather as `Transport` does. In silence this rank's part stands for all."""
         if self._is_silent:
             out.view(self._ranks, *x.shape).copy_(x)
             return Once([])
@@ -42,7 +42,7 @@ class Tap:
         return self._carry(lambda xs, outs: carry(xs[0], outs[0]), (x,), (out,))
 
     def reduce_scatter(self, x: Tensor, out: Tensor) -> Work | None:
-        """See `Transport`."""
+        """Scatter sums as `Transport` does. In silence this rank's parts are added."""
         if self._is_silent:
             torch.sum(x.view(self._ranks, *out.shape), dim=0, out=out)
             return Once([])
@@ -52,7 +52,7 @@ class Tap:
     def exchange(
         self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
     ) -> Work | None:
-        """See `Transport`. In silence it brings what is sent, so sizes must be the same."""
+        """Exchange as `Transport` does. In silence it brings what is sent: sizes must be equal."""
         if self._is_silent:
             for x, out in zip(sent, received, strict=True):
                 out.copy_(x)
@@ -69,7 +69,7 @@ class Tap:
         given: Sequence[int],
         taken: Sequence[int],
     ) -> Work | None:
-        """See `Transport`. In silence it brings zeros, but for what this rank keeps."""
+        """Deal out as `Transport` does. In silence all is zeros but what this rank keeps."""
         if self._is_silent:
             for x, out in zip(sent, received, strict=True):
                 parts = out.zero_().split(list(taken))
@@ -81,7 +81,7 @@ class Tap:
         )
 
     def processors(self, collective: Collective) -> int:
-        """See `Transport`."""
+        """The processors that the transport takes for a collective."""
         return self._transport.processors(collective)
 
     def silent(self, step: Step) -> Step:

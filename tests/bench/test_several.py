@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lightning_dhellam.bench.several import run
 from lightning_dhellam.bench.several.job import Job
 from lightning_dhellam.bench.several.report import compare
 from lightning_dhellam.bench.several.settings import Settings
@@ -26,6 +27,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.timeout(1200)  # up to nine processes, on a machine that may have other things to do
 @pytest.mark.parametrize("case", ["a:2:2:1", "a:4:2:2"])
 def test_all_sides_train_the_same(case: str, tmp_path: Path) -> None:
     options = [f"--cases=['{case}']", f"--output={tmp_path}"]
@@ -59,15 +61,22 @@ def test_a_case_that_is_none_is_refused(
     assert f"--cases: '{case}' is not shape:layers:tensor:pipeline" in capsys.readouterr().err
 
 
-def test_a_job_that_fails_costs_its_own_row(tmp_path: Path) -> None:
-    # The miniature has eight heads.
+def test_a_job_that_fails_costs_its_own_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One of its processes is enough: it fails before it talks to the others.
+    modules = run._modules
+    monkeypatch.setattr(run, "_modules", lambda job: modules(job)[-1:])
+    world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
     options = ["--cases=['a:1:3:1']", "--sides=[megatron-core]", f"--output={tmp_path}"]
     assert main([*WORDS, *options]) == 1
     (file,) = tmp_path.glob("several-*.json")
     (row,) = json.loads(file.read_text())["rows"]
     assert "ended with code 1: see" in row["failed"]
     log = Path(row["failed"].rpartition("see ")[2]).read_text()
-    assert "is not a multiple of tensor_parallel_size=3" in log
+    assert "the world size is 1: set devices" in log and "tensor_parallel_size" in log
 
 
 def test_sides_that_train_something_else_are_not_compared() -> None:

@@ -97,6 +97,7 @@ def is_joined(process: int) -> bool:
 
 
 @needs_namespaces
+@pytest.mark.timeout(1200)
 def test_both_models_compute_the_same_on_two_hosts(tmp_path: Path) -> None:
     benchmark = start(tmp_path)
     out, err = benchmark.communicate()

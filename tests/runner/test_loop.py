@@ -169,6 +169,18 @@ def test_a_model_of_ones_own_is_built_of_the_context() -> None:
         assert runner.evaluate(next(iter(loader({})))).isfinite()
 
 
+def test_the_gradient_has_a_norm_once_there_is_one() -> None:
+    with Runner.create(CONFIG, "cpu") as runner:
+        with pytest.raises(RuntimeError, match=r"call Runner.optimizer and train first"):
+            runner.grad_norm()
+        runner.optimizer(torch.optim.AdamW(runner.model.parameters()))
+        runner.train(next(iter(loader({}))))
+        grads = [p.main_grad for p in runner.model.parameters()]  # type: ignore[attr-defined]
+        norm = torch.stack([grad.float().norm() for grad in grads]).norm()
+        assert norm > 0
+        torch.testing.assert_close(runner.grad_norm(), norm)
+
+
 def test_what_cannot_work_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="precision='16-mixed' must be one of 32-true"):
         Runner.create(SHAPE, precision="16-mixed")

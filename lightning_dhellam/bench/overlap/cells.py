@@ -13,7 +13,7 @@ PUBLISHED_EXPOSED = 5.4 / 16.5
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape over one link.
+    """One row of the benchmark: a shape over a link.
 
     Attributes:
         shape: The letter of the shape.

@@ -13,12 +13,9 @@ from torch import Tensor
 from lightning_dhellam.bench.megatron_side import MegatronSide
 from lightning_dhellam.bench.pipeline.report import MEGATRON, Measured
 from lightning_dhellam.bench.pipeline.settings import Settings
-from lightning_dhellam.bench.workload import give_gradients
-from lightning_dhellam.engine import Engine, cut, make_lanes
-from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
-from lightning_dhellam.parallel import ParallelContext, Topology
-from lightning_dhellam.plan import builder
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.runner import Runner
 
 _CPU = torch.device("cpu")
 _WARM_UP = 1
@@ -28,36 +25,35 @@ class Side(NamedTuple):
     """One way to run a step.
 
     Attributes:
-        step: Forward and backward from cleared gradients; gives the loss, 0 on a stage without it.
-        gradients: Gives the gradients of this rank's parameters.
+        step: Forward and backward from cleared gradients; gives this rank's loss.
+        sums: Makes of that loss those of the whole model: its loss, and its gradient's norm.
     """
 
     step: Callable[[], Tensor]
-    gradients: Callable[[], list[Tensor]]
+    sums: Callable[[Tensor], tuple[float, float]]
 
 
 def measure_sides(settings: Settings) -> dict[str, Measured]:
     """Time every side in turn. torch.distributed is initialised, and has a rank for each stage."""
     context = ParallelContext.create(_CPU, pipeline_parallel_size=settings.stages)
-    theirs = MegatronSide(settings.config, context, settings.batch(), 1)
-    with context.megatron():
-        sides = {
-            "folded, two strands": _folded(settings, context, "interleaved"),
-            "folded, sequential": _folded(settings, context, "sequential"),
-            MEGATRON: Side(theirs.step, theirs.gradients),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        losses = {}
-        for _ in range(_WARM_UP + settings.steps):
-            # In turn, so that what else the machine does meets all sides alike.
-            for name, side in sides.items():
-                taken, losses[name] = _timed(side)
-                seconds[name].append(taken)
-    context.destroy()
-    return {
-        name: Measured(seconds[name][_WARM_UP:], *_sums(losses[name], side.gradients()))
+    sides = {
+        "folded, two strands": _folded(settings, context, "interleaved"),
+        "folded, sequential": _folded(settings, context, "sequential"),
+        MEGATRON: _megatron(settings, context),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses = {}
+    for _ in range(_WARM_UP + settings.steps):
+        # In turn, so that what else the machine does meets all sides alike.
+        for name, side in sides.items():
+            taken, losses[name] = _timed(side)
+            seconds[name].append(taken)
+    found = {
+        name: Measured(seconds[name][_WARM_UP:], *side.sums(losses[name]))
         for name, side in sides.items()
     }
+    context.destroy()
+    return found
 
 
 def _timed(side: Side) -> tuple[float, Tensor]:
@@ -68,26 +64,27 @@ def _timed(side: Side) -> tuple[float, Tensor]:
     return time.perf_counter() - begin, loss
 
 
-def _sums(loss: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
-    """Loss and gradient norm of the whole model."""
-    square = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-    total = torch.stack([loss.reshape(()), square])
-    dist.all_reduce(total)
-    return total[0].item(), total[1].sqrt().item()
-
-
 def _folded(settings: Settings, context: ParallelContext, plan: str) -> Side:
-    model = CausalLM(settings.config, context)
-    give_gradients(model)
-    grads: list[Tensor] = [p.main_grad for p in model.parameters()]  # type: ignore[attr-defined]
-    lowered = lower(model)
-    engine = Engine(lowered.layers, make_lanes(_CPU), builder(plan), stage=lowered.stage)
-    engine.suit(settings.sequence)
+    """Our side, under one of the built-in plans."""
+    runner = Runner(CausalLM(settings.config, context), plan=plan)
+    # Gradients belong to an optimizer. It never steps: all sides keep the weights they start from.
+    runner.optimizer(torch.optim.SGD(runner.model.parameters(), lr=1.0))
+    batch = settings.batch()
 
-    def step() -> Tensor:
-        for grad in grads:
-            grad.zero_()
-        batch = settings.batch()
-        return engine.train(cut(batch, 1, device=_CPU, seed=1, step=0, topology=Topology()))
+    def sums(loss: Tensor) -> tuple[float, float]:
+        return loss.item(), runner.grad_norm().item()
 
-    return Side(step, lambda: grads)
+    return Side(lambda: runner.train(batch), sums)
+
+
+def _megatron(settings: Settings, context: ParallelContext) -> Side:
+    """Megatron-core's side, whose loss is on its last stage alone."""
+    theirs = MegatronSide(settings.config, context, settings.batch(), 1)
+
+    def sums(loss: Tensor) -> tuple[float, float]:
+        square = torch.stack([grad.square().sum() for grad in theirs.gradients()]).sum()
+        total = torch.stack([loss.reshape(()), square])
+        dist.all_reduce(total)
+        return total[0].item(), total[1].sqrt().item()
+
+    return Side(theirs.step, sums)

@@ -87,7 +87,7 @@ class Training:
         return torch.stack([part["loss"] for part in parts]).mean() if parts else None
 
     def update(self) -> None:
-        """The optimizer's part of a step."""
+        """Step the optimizer on the gradients."""
         self._optimizer.step()
 
     def grad_norm(self) -> float:

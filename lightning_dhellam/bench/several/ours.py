@@ -71,8 +71,7 @@ class _Watch(pl.Callback):
     ) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy)
         if "grad norm" not in self.first:
-            assert trainer.strategy._optimizer is not None
-            self.first["grad norm"] = trainer.strategy._optimizer.grad_norm()
+            self.first["grad norm"] = trainer.strategy.runner.grad_norm()
 
     def on_train_batch_end(
         self,
@@ -155,8 +154,10 @@ def measure(job: Job, device: torch.device, folder: Path) -> dict[str, Any]:
 
 
 def _plan(job: Job, folder: Path) -> str:
-    """The plan that the strategy is given. A file comes from another run, whose conditions, such
-    as links that are real, this one need not meet."""
+    """The plan that the strategy is given.
+
+    A file comes from another run, whose conditions, such as links that are real, need not be met.
+    """
     if not job.plan.endswith(".json"):
         return job.plan
     copy = folder / "given.json"

@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """A model, and what a step trains it on.
 
     Attributes:
         config: The model.

@@ -38,8 +38,7 @@ class _Watch(pl.Callback):
         if trainer.global_step == 0:
             strategy = trainer.strategy
             if isinstance(strategy, DHellamStrategy):
-                assert strategy._optimizer is not None
-                self.norm = strategy._optimizer.grad_norm()
+                self.norm = strategy.runner.grad_norm()
             else:
                 grads = (p.grad for p in pl_module.parameters() if p.grad is not None)
                 self.norm = torch.stack([grad.float().norm() for grad in grads]).norm()
