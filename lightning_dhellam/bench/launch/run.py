@@ -22,6 +22,7 @@ from lightning_dhellam.plan import Graph, GraphPair, Operator, builder
 
 _WARM_UP = 4
 _MICRO_BATCHES = 4
+_LENGTH = 64
 
 
 def measure(settings: Settings, folder: Path) -> Report:
@@ -31,7 +32,7 @@ def measure(settings: Settings, folder: Path) -> Report:
     config = preset("llama-tiny", num_layers=8)
     model = CausalLM(config, ParallelContext.single(device), dtype).to(device)
     give_gradients(model)
-    layers = lower(model).layers
+    layers = [pair.at(_LENGTH) for pair in lower(model).layers]
     each = sum(len(p.forward.operators) + len(p.backward.operators) for p in layers)
     hollow = _Hollow()
     empty = [hollow.pair(pair) for pair in layers]
@@ -54,7 +55,7 @@ def measure(settings: Settings, folder: Path) -> Report:
 
 def _host_seconds(engine: Engine, device: torch.device, step: int) -> float:
     """The host's time for a step of micro-batches that are too small to be waited for."""
-    tokens = torch.randint(0, 4096, (_MICRO_BATCHES, 65), device=device)
+    tokens = torch.randint(0, 4096, (_MICRO_BATCHES, _LENGTH + 1), device=device)
     batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
     pieces = cut(batch, 1, device=device, seed=1, step=step, topology=Topology())
     _synchronize(device)
