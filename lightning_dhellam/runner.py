@@ -216,6 +216,13 @@ class Runner:
         return self._engine
 
     @property
+    def gradient_buffers(self) -> GradientBuffers:
+        """Where gradients are, and what reduces them."""
+        if self._buffers is None:
+            raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
+        return self._buffers
+
+    @property
     def steps(self) -> int:
         """How many steps the optimizer has done, of earlier runs as well."""
         return self._optimizer.steps if self._optimizer is not None else 0

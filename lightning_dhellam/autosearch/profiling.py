@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.engine import Engine, MicroBatch, OperatorTimer, Subject
 from lightning_dhellam.parallel.collectives import largest
 from lightning_dhellam.plan import Graph
@@ -82,6 +83,7 @@ def take_profile(
     repeats: int = 7,
     rounds: int | None = None,
     progress: Progress | None = None,
+    reduction: Reduction | None = None,
 ) -> Profile:
     """Time each kind of operator alone, and communication beside what may run with it.
 
@@ -96,6 +98,7 @@ def take_profile(
         repeats: runs of each measurement that count, at least.
         rounds: over which they are spread: one on a GPU, several on a host, if not given.
         progress: is told what is measured next.
+        reduction: of gradients, which is timed like an operator of a layer.
 
     Raises:
         BenchError: names the operator that failed.
@@ -107,7 +110,12 @@ def take_profile(
         failure: torch.OutOfMemoryError | None = None
         mine = math.inf
         try:
-            bench = EngineBench(timer, engine.capture(micro_batch))
+            captured = engine.capture(micro_batch)
+            graphs = [*_graphs(engine)]
+            if reduction is not None:
+                graphs.append(reduction.graph)
+                captured |= reduction.captured()
+            bench = EngineBench(timer, captured)
             mine = _launch_seconds(engine, micro_batch)
         except torch.OutOfMemoryError as error:
             failure = error
@@ -121,7 +129,7 @@ def take_profile(
             ) from failure
         profile = measure(
             bench,
-            _graphs(engine),
+            graphs,
             made_for,
             progress=progress,
             launch=launch,
@@ -132,7 +140,7 @@ def take_profile(
 
 
 class EngineBench:
-    """Times an engine's operators on captured values; a `search.profile.Bench`.
+    """Times an engine's operators on captured values; a `search.measure.Bench`.
 
     Args:
         timer: of this rank's lanes.

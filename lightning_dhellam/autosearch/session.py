@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_dhellam.autosearch.profiling import fingerprint, take_profile, versions
+from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.engine import Span
 from lightning_dhellam.files import FileError
 from lightning_dhellam.parallel import ParallelContext
@@ -20,7 +21,7 @@ from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile, Progress, Trials
-from lightning_dhellam.search.model import Costs, Interval, Simulation, simulate
+from lightning_dhellam.search.model import Costs, Interval, Reductions, Simulation, simulate
 from lightning_dhellam.search.pipeline import FoldedStep, VisitTable
 from lightning_dhellam.search.report import Findings, Outcome, choose, measured
 from lightning_dhellam.search.solve import ModelSolution, peak_bytes, solve
@@ -176,7 +177,12 @@ class Session:
             assert isinstance(given, Profile)
             return given
         profile = take_profile(
-            runner.engine, self._pieces[0], made_for, group=group, progress=progress
+            runner.engine,
+            self._pieces[0],
+            made_for,
+            group=group,
+            progress=progress,
+            reduction=Reduction.of(runner.gradient_buffers),
         )
         if path is not None and runner.context.topology.rank_in_stage == 0:
             profile.save(path)
@@ -215,8 +221,16 @@ class Session:
                 if name != REFERENCE
             }
             self.left_out = {name: peak for name, peak in needs.items() if peak > limit}
+        reductions = self._reductions()
         self._predicted: dict[str, Simulation] = {
-            name: simulate(layers, builder, costs, micro_batches=len(self._pieces), tokens=tokens)
+            name: simulate(
+                layers,
+                builder,
+                costs,
+                micro_batches=len(self._pieces),
+                tokens=tokens,
+                reductions=reductions,
+            )
             for name, builder in self._builders.items()
         }
         self._visits = (
@@ -224,6 +238,14 @@ class Session:
             if self._runner.context.topology.pp_size > 1
             else {}
         )
+
+    def _reductions(self) -> Reductions | None:
+        """What data-parallel ranks reduce in a step; nothing in a pipeline, whose visits know of
+        no reduction."""
+        reduction = Reduction.of(self._runner.gradient_buffers)
+        if reduction is None or self._runner.context.topology.pp_size > 1:
+            return None
+        return reduction.of_step(self._runner.engine, self._profile)
 
     def _costs_of(self, name: str, costs: Costs, tokens: int) -> VisitTable:
         """What the visits of this stage cost under a plan."""

@@ -8,6 +8,7 @@ from copy import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -17,8 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.replicas import is_split, share_buffers, start_alike
+from lightning_dhellam.plan import Collective
+from lightning_dhellam.versions import reduce_scatter_single
 
 OnLane = Callable[[], AbstractContextManager[None]]
 """Enters the `dp` lane, after everything that compute was given so far."""
@@ -151,6 +155,33 @@ class GradientBuffers:
         with self._context.megatron(), torch.no_grad():
             finalize_model_grads([self.ddp], pg_collection=self._groups)
             share_buffers(self._model, self._context)
+
+    @property
+    def are_reduced(self) -> bool:
+        """Whether there are replicas, over which gradients are added up."""
+        return self._parallel
+
+    @property
+    def collective(self) -> Collective:
+        """What reduces a bucket."""
+        sharded = self.ddp.ddp_config.use_distributed_optimizer
+        return Collective.REDUCE_SCATTER if sharded else Collective.ALL_REDUCE
+
+    @property
+    def largest_bucket(self) -> Tensor:
+        """The gradients of the largest bucket."""
+        buckets = [bucket.grad_data for buffer in self.ddp.buffers for bucket in buffer.buckets]
+        return max(buckets, key=Tensor.numel)
+
+    def reduce(self, bucket: Tensor) -> Pending:
+        """Start to reduce `bucket`, which is none of a step's, as those of a step are."""
+        group = self._context.groups.dp
+        wait = not bucket.is_cuda
+        with self._context.megatron():
+            if self.collective is Collective.ALL_REDUCE:
+                return Pending(None, dist.all_reduce(bucket, group=group, async_op=wait))
+            own = bucket.chunk(group.size())[group.rank()]
+            return Pending(None, reduce_scatter_single(own, bucket, group=group, async_op=wait))
 
     def close(self) -> None:
         """Let go of the model: it has no `main_grad` any more, and ordinary training works again.

@@ -2,6 +2,7 @@
 
 from lightning_dhellam.search.model.cost import Costs, Sample, lanes_of
 from lightning_dhellam.search.model.pair_memory import PairMemory
+from lightning_dhellam.search.model.reductions import Reductions
 from lightning_dhellam.search.model.simulation import Simulation, simulate
 from lightning_dhellam.search.model.slowdowns import slowdown_of
 from lightning_dhellam.search.model.stops import Place, Stop, names, repeated, step_stops
@@ -14,6 +15,7 @@ __all__ = [
     "Order",
     "PairMemory",
     "Place",
+    "Reductions",
     "Sample",
     "Simulation",
     "Stop",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_dhellam.plan import Builder, GraphPair, Kind, Lane, Plan, kind_of
 from lightning_dhellam.search.model.cost import Costs
+from lightning_dhellam.search.model.reductions import Reductions
 from lightning_dhellam.search.model.stops import Stop, step_stops
 from lightning_dhellam.search.model.timeline import Interval, Timeline
 from lightning_dhellam.search.model.walk import Order, Walk, as_planned
@@ -56,6 +57,7 @@ def simulate(
     *,
     micro_batches: int,
     tokens: int = 1,
+    reductions: Reductions | None = None,
 ) -> Simulation:
     """Play a training step of one rank.
 
@@ -65,13 +67,13 @@ def simulate(
         costs: what the operators cost.
         micro_batches: how many the step has.
         tokens: how many a micro-batch has, for the peak of memory.
+        reductions: what data-parallel ranks reduce; None where they do not, or nobody knows.
     """
-    return _simulate(step_stops(layers, micro_batches), builder, costs, tokens)
-
-
-def _simulate(stops: Sequence[Stop], builder: Builder, costs: Costs, tokens: int) -> Simulation:
+    stops = step_stops(layers, micro_batches)
     made: dict[Kind, Plan] = {}
     plans = [_plan(stop, builder, made) for stop in stops]
+    if reductions is not None:
+        stops, plans, costs = reductions.added(stops, plans, costs)
     costs = as_planned(costs, stops, plans)
     share = 1.0
     for _ in range(_CLOCK_ROUNDS):
