@@ -105,6 +105,23 @@ def test_nothing_imports_in_a_circle(imports: Imports) -> None:
     assert not circles, "circles:\n" + "\n".join(" - ".join(circle) for circle in circles)
 
 
+def test_the_rooms_of_search_know_those_before_them(imports: Imports) -> None:
+    """In the order in which its documentation lists them."""
+    text = Path(ROOT / "search" / "__init__.py").read_text()
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ")]
+    found = [path.name for path in (ROOT / "search").iterdir() if (path / "__init__.py").exists()]
+    assert sorted(listed) == sorted(found)
+    parts = {name: name.split(".") for name in imports if room(name) == "search"}
+    inside = {name: listed.index(path[2]) for name, path in parts.items() if path[2:]}
+    up = [
+        f"{importer} imports {imported}"
+        for importer in inside
+        for imported in sorted(imports[importer] & inside.keys())
+        if inside[imported] > inside[importer]
+    ]
+    assert not up, "imports of rooms that come later:\n" + "\n".join(up)
+
+
 @pytest.mark.parametrize("inside", INDEPENDENT)
 def test_rooms_that_import_nothing_of_ours(imports: Imports, inside: str) -> None:
     others = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from lightning_dhellam.plan import GraphPair
 from lightning_dhellam.search.measure import Profile, measure
 from lightning_dhellam.search.pipeline import cut, cut_folded, layers_of
 from lightning_dhellam.search.pipeline.layers import balanced, halves, seconds_of, with_halves
+from tests.plan.graphs import graph
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import (
     FINGERPRINT,
@@ -38,6 +40,10 @@ def test_a_profile_describes_a_model_of_any_depth() -> None:
     # The order in which graphs were profiled does not matter.
     assert layers_of(profile_of([*model(1)[1:], model(1)[0]]), 5) == found
     assert layers_of(profile_of([transformer()]), 3) == [transformer()] * 3
+    # A reduction of gradients, which is in no layer, may be in a profile too.
+    reduction = graph("backward", "reduce dp: gradients ->", "gradients", "", "gradients")
+    profile = profile_of(model(1))
+    assert layers_of(replace(profile, graphs=(*profile.graphs, reduction)), 5) == found
 
 
 def test_a_model_that_a_profile_does_not_determine_is_refused() -> None:

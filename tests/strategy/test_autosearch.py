@@ -103,11 +103,16 @@ def on_two_ranks(
     return plain, losses, plans.plans, alone, {o.name: o.predicted for o in found.outcomes}
 
 
-@pytest.mark.parametrize("size", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize("kind", ["tp", "pp", "dp"])
 def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
-    tmp_path: Path, size: str
+    tmp_path: Path, kind: str
 ) -> None:
-    results = run_ranks(2, on_two_ranks, tmp_path, {size: 2})
+    sizes = {
+        "tp": {"tensor_parallel_size": 2},
+        "pp": {"pipeline_parallel_size": 2},
+        "dp": {},  # takes the ranks that the others leave
+    }
+    results = run_ranks(2, on_two_ranks, tmp_path, sizes[kind])
     for plain, losses, *_ in results:
         assert losses == plain, "the search changed the losses"
     predicted = results[0][4]
@@ -116,20 +121,23 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
         stages = [alone[name] for *_, alone, _ in results]
         # A stage waits while the other begins and ends.
         longer = seconds > max(stages) * 1.01
-        assert longer if size == "pipeline_parallel_size" else stages == [seconds] * 2, name
+        assert longer if kind == "pp" else stages == [seconds] * 2, name
     plans = results[0][2]
     assert plans == results[1][2]
     assert plans[0] == "sequential" and sorted(plans[1:7]) == sorted(PLANS)
     assert sorted(plans[7:13]) == sorted(PLANS)
     folder = tmp_path / "search"
-    overlap = {"overlap.png"} if size == "tensor_parallel_size" else set()
+    overlap = {"overlap.png"} if kind != "pp" else set()
     assert {path.name for path in folder.iterdir()} == FILES | overlap
     found = json.loads((folder / "outcomes.json").read_text())
     assert plans[-1] == found["winner"]
     assert {row["name"] for row in found["outcomes"]} == set(PLANS)
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in found["outcomes"])
     profile = Profile.load(folder / "profile.json")
-    assert profile.fingerprint.sizes["tp" if overlap else "pp"] == 2
+    assert profile.fingerprint.sizes[kind] == 2
+    # Transfers between stages are in no profile.
+    exposed = {kind} if overlap else set()
+    assert all(set(row["exposed"]) == exposed for row in found["outcomes"])
     assert bool({row.partner for row in profile.timings} - {None}) == bool(overlap)
     names = [
         event["args"]["name"]
