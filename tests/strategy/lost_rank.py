@@ -11,26 +11,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-TIMEOUT = 20
-"""Seconds after which a collective that a rank does not join fails."""
+TIMEOUTS = {"cpu": 60, "gpu": 20}
+"""Seconds after which a collective that a rank does not join fails, and the start of the job as
+well. Without GPUs a lost connection is noticed at once, and the processes of a busy host may start
+far apart."""
 
-SCRIPT = f"""
+SCRIPT = """
 import os, signal, sys
 from datetime import timedelta
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from tests.strategy.runs import Model, Sequences, make_trainer
 
-victim, accelerator = int(sys.argv[1]), sys.argv[2]
+victim, accelerator, timeout = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
 class Killed(Callback):
     def on_before_optimizer_step(self, trainer, *_):
         if trainer.global_step == 2 and trainer.global_rank == victim:
-            print(f"rank {{victim}} is killed", flush=True)
+            print(f"rank {victim} is killed", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    strategy = {{"tensor_parallel_size": 2, "timeout": timedelta(seconds={TIMEOUT})}}
+    strategy = {"tensor_parallel_size": 2, "timeout": timedelta(seconds=timeout)}
     trainer = make_trainer(strategy, [Killed()], accelerator=accelerator, devices=2, max_steps=100)
     trainer.fit(Model(), DataLoader(Sequences(800), batch_size=8))
 """
@@ -48,17 +50,18 @@ def lose(victim: int, folder: Path, accelerator: str, *launcher: str) -> tuple[s
     """Output and exit code of the job; the processes that it started have ended by themselves."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
+    timeout = TIMEOUTS[accelerator]
     job = subprocess.Popen(
-        [sys.executable, *launcher, str(script), str(victim), accelerator],
+        [sys.executable, *launcher, str(script), str(victim), accelerator, str(timeout)],
         env=environment(),
         stdout=(folder / "output").open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
-        code = job.wait(timeout=150)
+        code = job.wait(timeout=200)
         # The first process of a job may end before those that it has started.
-        alone = _ends(job.pid, seconds=4 * TIMEOUT)
+        alone = _ends(job.pid, seconds=4 * timeout)
         output = (folder / "output").read_text()
         assert alone, f"a process of the job goes on without the others: {output}"
         return output, code
