@@ -175,7 +175,7 @@ class GradientBuffers:
 
     def reduce(self, bucket: Tensor) -> Pending:
         """Start to reduce `bucket`, which is none of a step's, as those of a step are."""
-        group = self._context.groups.dp
+        group = self._groups.dp_cp
         wait = not bucket.is_cuda
         with self._context.megatron():
             if self.collective is Collective.ALL_REDUCE:
