@@ -22,10 +22,11 @@ add_bias_linear add_qkv_bias bf16 expert_model_parallel_size expert_tensor_paral
 ffn_hidden_size fp16 hidden_dropout hidden_size kv_channels layernorm_epsilon num_attention_heads
 num_layers num_query_groups params_dtype sequence_parallel tensor_model_parallel_size
 """
-# These are over when a layer exists.
+# These are over when a layer exists. Not `perform_initialization`: without it, 0.16 leaves weights
+# unmarked that tensor-parallel ranks share out, and they would be taken for alike.
 _BUILDING = """
 embedding_init_method embedding_init_method_std init_method init_method_std output_layer_init_method
-perform_initialization use_cpu_initialization use_te_rng_tracker
+use_cpu_initialization use_te_rng_tracker
 """
 # These say how Megatron computes, sends or stores the same numbers: which kernel, in which order.
 # Operators and plans have their own ways.
@@ -42,8 +43,7 @@ overlap_p2p_comm overlap_p2p_comm_warmup_flush param_sync_func persist_layer_nor
 pipeline_model_parallel_comm_backend recompute_method recompute_modules recompute_num_layers timers
 tp_comm_atomic_ag tp_comm_atomic_rs tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad
 tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_disable_fc1 tp_comm_overlap_disable_qkv
-tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs transformer_impl
-variable_seq_lengths
+tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag tp_comm_split_rs variable_seq_lengths
 """
 # Nothing is generated, and nothing is cast by autocast.
 _ELSEWHERE = """

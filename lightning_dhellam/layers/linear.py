@@ -28,7 +28,12 @@ from lightning_dhellam.layers.writer import GraphWriter, main_grad
 from lightning_dhellam.parallel.gradients import taken_first
 from lightning_dhellam.plan.layout import CHANNELS, Held, Rule
 
-SUPPORTED: Supported = {"fp4": (None,), "fp8": (None,)}
+SUPPORTED: Supported = {
+    "fp4": (None,),
+    "fp8": (None,),
+    # Not `inference_optimized`, which gathers in another way where nothing is trained.
+    "transformer_impl": ("transformer_engine", "local"),
+}
 
 
 @dataclass(frozen=True)
