@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
 from lightning_dhellam.engine.lanes import CpuLanes
+from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Lowered
 from lightning_dhellam.models import CausalLM, ModelConfig, import_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -52,9 +53,23 @@ def batch_of(config: ModelConfig, samples: int = 3, length: int = 16) -> dict[st
     return {"tokens": tokens[:samples], "labels": labels[:samples]}
 
 
-def pieces(batch: Batch, size: int, context: ParallelContext, step: int = 0) -> list[MicroBatch]:
-    """Micro-batches of `size` samples."""
-    return cut(batch, size, device=context.device, seed=1, step=step, topology=context.topology)
+def pieces(
+    batch: Batch,
+    size: int,
+    context: ParallelContext,
+    step: int = 0,
+    everyone: Everyone | None = None,
+) -> list[MicroBatch]:
+    """Micro-batches of `size` samples, of this rank's batch or of that of `everyone`."""
+    return cut(
+        batch,
+        size,
+        device=context.device,
+        seed=1,
+        step=step,
+        topology=context.topology,
+        everyone=everyone,
+    )
 
 
 def engine_of(

@@ -68,7 +68,7 @@ def _rope(backend: Any) -> None:
     heads = backend.Heads(8, 4, 128)
     fused, table = _zeros(ROWS, 1, 48 * 128), _zeros(ROWS, 128, dtype=torch.float32)
     backend.forward(fused, table, table, heads)
-    parts = (part.contiguous() for part in backend.split(fused, heads))
+    parts = (part.contiguous() for part in heads.cut(fused[..., : heads.channels]))
     backend.backward(*parts, table, table, heads)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine
+from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -168,6 +169,9 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
     import_llama(model, hugging_face_llama(config).state_dict())
     engine = engine_of(lower(model), poison=True)
     buffers = GradientBuffers(model, model.transformer_config, context, sharded=False, fp32=True)
+    # The first stage has the loss.
+    has_loss = context.topology.pp_rank == 0
+    everyone = Everyone(context.groups.dp_cp, engine.lanes) if has_loss else None
     batch = {
         name: rows[context.topology.dp_rank :: 2]
         for name, rows in batch_of(config, 6, LENGTH).items()
@@ -175,7 +179,7 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
     for _ in range(2):  # what the first step leaves must not be in the second
         buffers.zero()
         engine.train(
-            pieces(batch, 2, context),
+            pieces(batch, 2, context, everyone=everyone),
             lambda parameters: buffers.ready(parameters, lambda: engine.lanes.on(Lane.DP)),
         )
         buffers.finish()
@@ -186,10 +190,8 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
 def test_gradients_of_replicated_stages_are_hugging_faces() -> None:
     config = replace(SMALL, num_layers=5)
     reference, batch = hugging_face_llama(config), batch_of(config, 6, LENGTH)
-    for half in range(2):
-        tokens, labels = batch["tokens"][half::2], batch["labels"][half::2]
-        losses = token_losses(reference, tokens, labels)
-        (losses.sum() / (labels != -100).sum() / 2).backward()
+    losses = token_losses(reference, batch["tokens"], batch["labels"])
+    (losses.sum() / (batch["labels"] != -100).sum()).backward()
     expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     found: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
     for replica, gradients in run_ranks(4, _on_data_parallel_stages):
@@ -203,9 +205,9 @@ def test_gradients_of_replicated_stages_are_hugging_faces() -> None:
 def _watched(engine: Engine, after: Callable[[Leg, Any], None]) -> None:
     whole_pass = engine._pass
 
-    def watched(leg: Leg, walks: Any, on_gradient: Any) -> None:
-        whole_pass(leg, walks, on_gradient)
-        after(leg, walks)
+    def watched(leg: Leg, state: Any, on_gradient: Any) -> None:
+        whole_pass(leg, state, on_gradient)
+        after(leg, state)
 
     engine._pass = watched  # type: ignore[method-assign]
 
@@ -284,15 +286,16 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
     held: list[int] = []
     bytes_of: list[tuple[int, int]] = []
 
-    def after(leg: Leg, walks: Any) -> None:
+    def after(leg: Leg, state: Any) -> None:
         following = legs[legs.index(leg) + 1 :][:1]
         posted = sum(
             _receives(engine, strand, layer) for f in following for strand, layer in f.begins
         )
         kept = [0, 0]
-        for walk in walks._walks.values():
+        for micro_batch in state._under_way.values():
+            tapes = micro_batch.tapes
             for half, layers in enumerate((range(stage.turn), range(stage.turn, stage.layers))):
-                open_tapes = [walk.tapes[i] for i in layers if i in walk.tapes]
+                open_tapes = [tapes[i] for i in layers if i in tapes]
                 # A tape that is there for a posted receive alone holds one slot.
                 kept[half] += any(len(tape.names()) > 1 for tape in open_tapes)
         held.append(sum(kept))
