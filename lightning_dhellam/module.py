@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_dhellam.data.repeats import without_repeats
 from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
@@ -39,9 +40,11 @@ class DualStrandMixin(LightningModule):
                 return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
     Batches are mappings with `tokens` [B, S] and `labels` [B, S] (already shifted; -100 does not
-    count), and optionally `loss_mask` [B, S]. Override `build_model` for other layers,
-    `compute_loss` for another loss, and any step to log something else: `batch_loss` and
-    `batch_logits` do the work under every strategy.
+    count), and optionally `loss_mask` [B, S]. What they say by the keys of other trainers, such as
+    `position_ids` or `attention_mask`, is refused unless it changes nothing.
+
+    Override `build_model` for other layers, `compute_loss` for another loss, and any step to log
+    something else: `batch_loss` and `batch_logits` do the work under every strategy.
     """
 
     model_config: ModelConfig
@@ -126,6 +129,7 @@ class DualStrandMixin(LightningModule):
         """
         if self._strands is not None:
             return self._strands.run_batch(batch, backward=self.trainer.training)
+        check_unread(batch, wait=True)
         if self.custom_loss is not None:
             return self.custom_loss(self.model(batch["tokens"]), batch)
         mask = _counts(batch)
@@ -136,6 +140,7 @@ class DualStrandMixin(LightningModule):
         """Logits [B, S, V] of this rank's batch, without gradients."""
         if self._strands is not None:
             return self._strands.run_logits(batch)
+        check_unread(batch, wait=True)
         with torch.no_grad():
             return self.model(batch["tokens"])
 

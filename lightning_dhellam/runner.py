@@ -16,6 +16,7 @@ from torch.distributed.constants import default_pg_timeout
 from lightning_dhellam.checkpoint.loop import load, save
 from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
 from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids, pinned
+from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Loss, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
@@ -109,6 +110,7 @@ class Runner:
                 " `dhellam search` writes, or a built-in plan"
             )
         self._length: int | None = None
+        self._has_begun = False
         start_alike(model, self.context)
         lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
         self.kernels = lowered.kernels
@@ -381,6 +383,8 @@ class Runner:
         """The batch of this rank, checked and cut; the whole batch is that of `everyone`."""
         check_batch(batch, self.limits, needs_labels=needs_labels)
         check_ids(batch, self.limits)
+        check_unread(batch, wait=not self._has_begun)
+        self._has_begun = True
         if self.device.type == "cuda":
             batch = {k: pinned(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return cut(

@@ -77,7 +77,8 @@ def check_batch(batch: Any, limits: Limits, *, needs_labels: bool) -> None:
         has = f"a mapping with {keys}" if keys is not None else f"a {type(batch).__name__}"
         raise ValueError(
             f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
-            " and `labels` [B, S]"
+            " and `labels` [B, S], the token after each (Hugging Face calls the tokens `input_ids`,"
+            " and shifts its labels itself)"
         )
     read = _BATCHED if needs_labels else needed
     given = {name: batch[name] for name in read if batch.get(name) is not None}

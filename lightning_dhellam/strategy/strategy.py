@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.engine.inputs import check_ids, pinned
+from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.hosted import Place
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin, seed_of_run
@@ -273,6 +274,7 @@ class DHellamStrategy(SavingStrategy):
     ) -> Any:
         if self.root_device.type != "cpu":  # on the host the runner sees them itself
             check_ids(batch, self.runner.limits)
+            check_unread(batch)
             batch = apply_to_collection(batch, Tensor, pinned)
         return super().batch_to_device(batch, device, dataloader_idx)
 

@@ -495,6 +495,17 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         r"the batch's labels hold -1, .*from 0 to 31, or -100 for what does not count",
     ),
+    "positions": (
+        {"tokens": _tokens(8), "labels": _tokens(8), "position_ids": _tokens(8)},
+        {},
+        r"the batch has position_ids, which are not 0 to S-1 in every sample, .*: leave"
+        r" position_ids out, or give it another name if only your own code reads it$",
+    ),
+    "mask": (
+        {"tokens": _tokens(8), "labels": _tokens(8), "attention_mask": torch.eye(8).long()},
+        {},
+        r"the batch has attention_mask, which masks what causal attention sees",
+    ),
     "empty": ({}, {"collate_fn": _emptied}, r"the batch has no samples: use drop_last=True"),
 }
 
