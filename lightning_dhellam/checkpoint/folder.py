@@ -16,10 +16,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 
+from lightning_dhellam.checkpoint import content
 from lightning_dhellam.files import put_in_place, sync_files
 from lightning_dhellam.parallel.collectives import of_all_ranks, together, try_together
 from lightning_dhellam.parallel.context import ParallelContext
@@ -27,7 +27,6 @@ from lightning_dhellam.parallel.context import ParallelContext
 TOPOLOGY = "topology.json"
 COMMON = "common.pt"
 _FORMAT = 1
-_REMEDY = "use another checkpoint, such as the one before it"
 
 
 def save(
@@ -44,6 +43,7 @@ def save(
 
     Raises:
         OSError: a rank could not write; on every rank, and `path` is as it was before.
+        ValueError: the same, because something cannot be saved so that it could be read again.
     """
     aside = path.with_name(f".{path.name}.partial")
 
@@ -54,11 +54,11 @@ def save(
 
     def write() -> None:
         if context.topology.dp_rank == 0:
-            torch.save(dict(weights), aside / _weights_name(context))
+            content.write(aside / _weights_name(context), weights)
         if state is not None:
-            torch.save(dict(state), aside / f"state-{context.topology.rank:05d}.pt")
+            content.write(aside / _state_name(context), state)
         if context.topology.rank == 0:
-            torch.save(dict(common), aside / COMMON)
+            content.write(aside / COMMON, common)
             topology = {**_topology(context), **(settings or {})}
             (aside / TOPOLOGY).write_text(json.dumps(topology, indent=2) + "\n")
 
@@ -74,7 +74,8 @@ def save(
                 shutil.rmtree(aside, ignore_errors=True)
             of_all_ranks(None, context.world_group)  # none may look before the folder is gone
             reasons = "; ".join(failure.text for failure in failures)
-            raise OSError(f"checkpoint {path} was not written: {reasons}")
+            kind = ValueError if all(failure.mistake for failure in failures) else OSError
+            raise kind(f"checkpoint {path} was not written: {reasons}")
 
 
 def load(
@@ -105,7 +106,7 @@ def load_common(path: Path) -> dict[str, Any]:
         ValueError: `path` is not a whole checkpoint of this format.
     """
     read_topology(path)
-    return _load(path / COMMON, weights_only=False)
+    return content.read(path / COMMON)
 
 
 def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
     mine = _topology(context)
     del mine["data_parallel_size"]
     _check(path, mine)
-    return _load(path / _weights_name(context), weights_only=True)
+    return content.read(path / _weights_name(context))
 
 
 def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]
             " from these weights, or save with save_weights_only=False"
         )
     _check(path, settings)
-    return _load(path / f"state-{context.topology.rank:05d}.pt", weights_only=False)
+    return content.read(path / _state_name(context))
 
 
 def misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
@@ -177,36 +178,8 @@ def read_topology(path: Path) -> dict[str, Any]:
     try:
         topology = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
-    return _mapping(file, topology)
-
-
-def _load(file: Path, *, weights_only: bool) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file.parent} has no {file.name}: {_REMEDY}")
-    try:
-        with file.open("rb") as stream:
-            # Of a file that is cut off torch says something else for each length.
-            whole = is_zipfile(stream)
-        content = torch.load(file, map_location="cpu", weights_only=weights_only) if whole else None
-    except Exception as error:
-        raise _unreadable(file, error) from error
-    if not whole:
-        raise ValueError(f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {_REMEDY}")
-    return _mapping(file, content)
-
-
-def _mapping(file: Path, content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {_REMEDY}")
-    return content
-
-
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    reason = str(error).partition("\n")[0].partition(". ")[0]
-    return ValueError(
-        f"{file} cannot be read ({type(error).__name__}: {reason}): if it is damaged, {_REMEDY}"
-    )
+        raise content.unreadable(file, error) from error
+    return content.mapping(file, topology)
 
 
 def _topology(context: ParallelContext) -> dict[str, Any]:
@@ -233,3 +206,7 @@ def _check(path: Path, mine: Mapping[str, Any]) -> None:
 def _weights_name(context: ParallelContext) -> str:
     topology = context.topology
     return f"weights-{topology.tp_rank + topology.pp_rank * topology.tp_size:05d}.pt"
+
+
+def _state_name(context: ParallelContext) -> str:
+    return f"state-{context.topology.rank:05d}.pt"

@@ -1,0 +1,201 @@
+"""The files of a checkpoint that torch writes: what may lie in them, and reading them safely.
+
+Unpickling can call any function. So files are read by torch's `weights_only`, which makes nothing
+but tensors, plain Python values and the types listed here; of anything else a file is refused, and
+none of its code is run. Types of one's own are allowed with `torch.serialization.add_safe_globals`.
+What could not be read again is said when it is written, by its place and its type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import decimal
+import fractions
+import io
+import pathlib
+import types
+import uuid
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+from zipfile import is_zipfile
+
+import jsonargparse
+import numpy
+import torch
+from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
+
+from lightning_dhellam.models.config import ModelConfig
+
+REMEDY = "use another checkpoint, such as the one before it"
+_MAKERS: dict[str, Any] = {
+    "multiarray.scalar": numpy.float64(0).__reduce__()[0],
+    "multiarray._reconstruct": numpy.empty(0).__reduce__()[0],
+}
+"""What numpy pickles scalars and arrays with: in modules that have moved."""
+_PATHS = (
+    pathlib.PosixPath,
+    pathlib.WindowsPath,
+    pathlib.PurePosixPath,
+    pathlib.PureWindowsPath,
+)
+ALLOWED: list[Any] = [
+    *(frozenset, range, slice),
+    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
+    *(decimal.Decimal, fractions.Fraction, uuid.UUID),
+    *(types.SimpleNamespace, argparse.Namespace, jsonargparse.Namespace),
+    *(
+        (kind, f"{home}.{kind.__name__}")
+        for kind in _PATHS
+        for home in ("pathlib", "pathlib._local")
+    ),
+    *(numpy.ndarray, numpy.dtype),
+    *(kind for name, kind in vars(numpy.dtypes).items() if name.endswith("DType")),
+    *(
+        (made, f"numpy.{core}.{name}")
+        for name, made in _MAKERS.items()
+        for core in ("core", "_core")
+    ),
+    ModelConfig,
+]
+"""Types that files may hold besides those that torch allows itself: values that do nothing."""
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.Size)
+_MAPPINGS = (dict, OrderedDict, Counter)
+
+
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that `read` reads.
+
+    Warns of types that it reads only when they are allowed.
+
+    Raises:
+        ValueError: something in it can not be saved, or never be read.
+    """
+    content = dict(content)
+    unknown: dict[str, set[str]] = {}
+    for place, value in _odd_parts(content):
+        names = _unknown_types(f"{file.name}: {place}", value)
+        if names:
+            unknown[place] = names
+    if unknown:
+        listed = ", ".join(f"{place} ({', '.join(sorted(unknown[place]))})" for place in unknown)
+        warnings.warn(
+            f"the checkpoint holds types that are read only when you allow them: {listed}; before"
+            f" loading it {_allow(set().union(*unknown.values()))}, or keep plain values instead",
+            stacklevel=2,
+        )
+    torch.save(content, file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The content of a file, of whatever device on the CPU; none of its code is run.
+
+    Raises:
+        ValueError: it is missing or damaged, or holds a type that is not allowed.
+    """
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file.parent} has no {file.name}: {REMEDY}")
+    try:
+        with file.open("rb") as stream:
+            # Of a file that is cut off torch says something else for each length.
+            whole = is_zipfile(stream)
+        if not whole:
+            raise ValueError(
+                f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {REMEDY}"
+            )
+        with _allowed():
+            unknown = set(get_unsafe_globals_in_checkpoint(file))
+            if unknown:
+                raise ValueError(
+                    f"{file} holds {', '.join(sorted(unknown))}, which could run code when it is"
+                    f" loaded: use another checkpoint, or if you trust this one, {_allow(unknown)}"
+                )
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise unreadable(file, error) from error
+    return mapping(file, content)
+
+
+def mapping(file: Path, content: Any) -> dict[str, Any]:
+    """`content`, if it is a mapping; a file of a checkpoint holds nothing else."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {REMEDY}")
+    return content
+
+
+def unreadable(file: Path, error: Exception) -> ValueError:
+    """What to raise when `error` was met in reading `file`."""
+    return ValueError(
+        f"{file} cannot be read ({type(error).__name__}: {_reason(error)}): if it is damaged,"
+        f" {REMEDY}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).partition("WeightsUnpickler error: ")
+    return (text[2] or text[0]).strip().partition("\n")[0].partition(". ")[0]
+
+
+def _allow(names: set[str]) -> str:
+    return f"call torch.serialization.add_safe_globals([{', '.join(sorted(names))}])"
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    # Leaving it takes all of these away, also what the user has allowed as well.
+    known = set(get_safe_globals())
+    with safe_globals([kind for kind in ALLOWED if kind not in known]):
+        yield
+
+
+def _odd_parts(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Each part that is no plain value, with the keys that lead to it."""
+    kind = type(value)
+    if kind in _MAPPINGS:
+        for key, part in value.items():
+            if type(key) not in _PLAIN:
+                yield f"{place}.{key!r}".lstrip("."), key
+            yield from _odd_parts(part, f"{place}.{key}".lstrip("."))
+    elif kind in (list, tuple):
+        for index, part in enumerate(value):
+            yield from _odd_parts(part, f"{place}[{index}]")
+    elif kind not in _PLAIN:
+        yield place, value
+
+
+def _unknown_types(place: str, value: Any) -> set[str]:
+    """Names of the types of a value that must be allowed before it can be read.
+
+    Raises:
+        ValueError: it can not be saved, or not be read even then.
+    """
+    kind = f"a {type(value).__module__}.{type(value).__qualname__}"
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+    except Exception as error:
+        raise ValueError(
+            f"{place} is {kind}, which cannot be saved ({_reason(error)}): keep it out of the state"
+            " and of the hyperparameters (save_hyperparameters(ignore=...))"
+        ) from error
+    buffer.seek(0)
+    with _allowed():
+        unknown = set(get_unsafe_globals_in_checkpoint(buffer))
+        buffer.seek(0)
+        try:
+            # As it will be read when the user allows them: a defaultdict cannot be even then.
+            with safe_globals([(resolve_name(name), name) for name in unknown]):
+                torch.load(buffer, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{place} is {kind}, which cannot be read again ({_reason(error)}): keep a dict, a"
+                " list or numbers instead"
+            ) from error
+    return unknown
