@@ -9,32 +9,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.checkpoint.loop import load, save
-from lightning_dhellam.engine import Engine, MicroBatch, cut, make_lanes
-from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids, pinned
-from lightning_dhellam.engine.unread import check_unread
+from lightning_dhellam.engine import Engine
+from lightning_dhellam.engine.inputs import Limits
+from lightning_dhellam.engine.intake import Intake
 from lightning_dhellam.engine.weights import Everyone
-from lightning_dhellam.layers import Loss, lower
+from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.models import pipeline_split as split_of
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import (
-    from_first,
-    largest,
-    reduced,
-    same_on_all_ranks,
-)
-from lightning_dhellam.parallel.device import device_name
+from lightning_dhellam.parallel.collectives import from_first, reduced
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, shards
-from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder, Lane
-from lightning_dhellam.plan.file import conditions, named_plan
 from lightning_dhellam.precision import PRECISIONS
 
 
@@ -96,38 +88,24 @@ class Runner:
     ) -> None:
         self.model = model
         self.context = model.context
-        self.plan = self.plan_in_use = plan
-        self.micro_batch_size = micro_batch_size
+        self.plan = plan
         self.precision = precision
-        self.seed = seed
         self._bucket_size = bucket_size
         self._buffers: GradientBuffers | None = None
         self._optimizer: ModelParallelOptimizer | None = None
         self._closing = ExitStack()
-        if plan == "auto":
-            raise ValueError(
-                "plan='auto' searches in the first steps of a Trainer: use a plan file, which"
-                " `dhellam search` writes, or a built-in plan"
-            )
-        self._length: int | None = None
-        self._has_begun = False
-        start_alike(model, self.context)
-        lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
-        self.kernels = lowered.kernels
-        config = model.config
-        self.limits = Limits(
-            config.vocab_size,
-            config.max_sequence_length,
-            self.context.topology.tp_size,
-            loss is not None,
+        self._agreed: AgreedEngine | None = AgreedEngine(
+            model,
+            plan,
+            micro_batch_size,
+            loss=loss,
+            kernels=kernels,
+            regather=regather,
+            module=module or model,
         )
-        lanes = make_lanes(self.device, processors=self.context.processors)
-        builder = named_plan(plan, self.conditions)
-        self._engine: Engine | None = Engine(
-            lowered.layers, lanes, builder, lowered.logits, lowered.stage, module or model
-        )
-        self._check_split()
-        self.use_plan(plan, builder)
+        config, tp_size = model.config, self.context.topology.tp_size
+        limits = Limits(config.vocab_size, config.max_sequence_length, tp_size, loss is not None)
+        self.intake = Intake(limits, micro_batch_size, seed, self.context)
 
     @classmethod
     def create(
@@ -202,7 +180,7 @@ class Runner:
         """
         if self._buffers is not None:
             self._buffers.close()
-        self._engine = self._buffers = None
+        self._agreed = self._buffers = None
         self._closing.close()
 
     @property
@@ -211,11 +189,16 @@ class Runner:
         return self.context.device
 
     @property
+    def agreed(self) -> AgreedEngine:
+        """The engine, and the plans that all ranks have agreed on."""
+        if self._agreed is None:
+            raise RuntimeError("this Runner is closed: make another one")
+        return self._agreed
+
+    @property
     def engine(self) -> Engine:
         """What carries out the plans of this rank."""
-        if self._engine is None:
-            raise RuntimeError("this Runner is closed: make another one")
-        return self._engine
+        return self.agreed.engine
 
     @property
     def gradient_buffers(self) -> GradientBuffers:
@@ -230,22 +213,9 @@ class Runner:
         return self._optimizer.steps if self._optimizer is not None else 0
 
     @property
-    def world_group(self) -> dist.ProcessGroup | None:
-        """All ranks; None where the others do not exist."""
-        return self.context.world_group
-
-    @property
-    def stage_group(self) -> dist.ProcessGroup | None:
-        """The ranks that run the same layers; None where the others do not exist."""
-        if self.context.topology.pp_size == 1:
-            return self.world_group
-        return self.context.groups.tp_dp_cp
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """What a plan file must have been made for to be used here."""
-        dtype = self.model.transformer_config.params_dtype
-        return conditions_of(self.context, self.model.config, dtype, self.micro_batch_size)
+    def plan_in_use(self) -> str:
+        """The name of the plan that orders the operators now."""
+        return self.agreed.plan_in_use
 
     def use_plan(self, name: str, builder: Builder) -> None:
         """Order operators by `builder` from the next step on. Every rank must call this.
@@ -253,26 +223,7 @@ class Runner:
         Raises:
             ValueError: ranks would order them differently, and wait for each other forever.
         """
-        self.engine.install(builder)
-        self.plan_in_use = name
-        digests = " ".join(plan.digest for plan in self.engine.plans())
-        stage = self.context.topology.pp_rank
-        if same_on_all_ranks(f"{name}: {digests}", self.world_group, stage=stage):
-            raise ValueError(
-                f"plan='{name}' orders the operators differently on different ranks: every"
-                " rank must run the same model, plan and version"
-            )
-
-    def _suit(self, length: int) -> None:
-        """Make the plans for sequences of `length` tokens, if this is the first batch.
-
-        Ranks whose batches are shorter take the longest of all; plans stay what they are after
-        that, since a change would have to be agreed on in each step.
-        """
-        if self._length is None:
-            self._length = int(largest(torch.tensor([length]), self.world_group))
-            self.engine.suit(self._length)
-            self.use_plan(self.plan_in_use, self.engine.builder)
+        self.agreed.use_plan(name, builder)
 
     def optimizer(
         self, optimizer: torch.optim.Optimizer, *, distributed_optimizer: bool | None = None
@@ -328,8 +279,9 @@ class Runner:
         if self._buffers is None or self._optimizer is None:
             raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
         step = self.steps if step is None else step
-        pieces = self.micro_batches(batch, step=step, everyone=self._everyone)
-        self._suit(batch["tokens"].shape[1])
+        everyone = Everyone.of(self.context, self.engine.lanes)
+        pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
+        self.agreed.suit(batch["tokens"].shape[1])
         self._optimizer.begin()
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)
@@ -337,14 +289,6 @@ class Runner:
         # What each rank has is its part of the sum.
         loss = loss * self.context.topology.dp_size
         return from_first(loss, self.context.groups.pp)
-
-    @property
-    def _everyone(self) -> Everyone | None:
-        """The ranks that share a global batch, where there are others and the loss is here."""
-        topology = self.context.topology
-        if topology.dp_size * topology.cp_size == 1 or topology.pp_rank or self.context.emulated:
-            return None
-        return Everyone(self.context.groups.dp_cp, self.engine.lanes)
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.
@@ -357,11 +301,13 @@ class Runner:
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""
-        return from_first(self.engine.evaluate(self.micro_batches(batch)), self.context.groups.pp)
+        return from_first(
+            self.engine.evaluate(self.intake.micro_batches(batch)), self.context.groups.pp
+        )
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch, without gradients."""
-        logits = self.engine.predict(self.micro_batches(batch, needs_labels=False))
+        logits = self.engine.predict(self.intake.micro_batches(batch, needs_labels=False))
         if self.context.topology.pp_rank > 0:
             shape = (*batch["tokens"].shape, self.model.config.vocab_size)
             dtype = self.model.transformer_config.params_dtype
@@ -371,32 +317,6 @@ class Runner:
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over data-parallel ranks. Nothing waits for it on the host."""
         return reduced(value, self.context.groups.dp)
-
-    def micro_batches(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        needs_labels: bool = True,
-        step: int = 0,
-        everyone: Everyone | None = None,
-    ) -> list[MicroBatch]:
-        """The batch of this rank, checked and cut; the whole batch is that of `everyone`."""
-        check_batch(batch, self.limits, needs_labels=needs_labels)
-        check_ids(batch, self.limits)
-        check_unread(batch, wait=not self._has_begun)
-        self._has_begun = True
-        if self.device.type == "cuda":
-            batch = {k: pinned(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return cut(
-            batch,
-            self.micro_batch_size,
-            device=self.device,
-            seed=self.seed,
-            step=step,
-            topology=self.context.topology,
-            targets=needs_labels,
-            everyone=everyone,
-        )
 
     def save(self, path: Path | str, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint, a folder with a file per rank. Every rank must call this.
@@ -431,20 +351,3 @@ class Runner:
     def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
         assert self._buffers is not None
         self._buffers.ready(parameters, lambda: self.engine.lanes.on(Lane.DP))
-
-    def _check_split(self) -> None:
-        """All stages must send and receive the same micro-batches at the same places."""
-        split = self.context.pipeline_split
-        if same_on_all_ranks(str(split), self.world_group):
-            raise ValueError(
-                f"pipeline_split={list(split)} is another one on other ranks: every rank must run"
-                " the same model and split"
-            )
-
-
-def conditions_of(
-    context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
-) -> dict[str, Any]:
-    """What a plan for this rank is made for; see `plan.file.conditions`."""
-    sizes = context.topology.sizes
-    return conditions(sizes, config, dtype, micro_batch_size, device_name(context))

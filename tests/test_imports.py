@@ -28,6 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "module",
         "hosted",
         "runner",
+        "agreed",
         "precision",
         "checkpoint",
         "models",

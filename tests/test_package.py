@@ -160,6 +160,11 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
     assert run_python(code, tmp_path) == "False"
 
 
+def test_a_run_that_searches_nothing_does_not_wait_for_numba(tmp_path: Path) -> None:
+    code = "import sys; from lightning_dhellam import *; print('numba' in sys.modules)"
+    assert run_python(code, tmp_path) == "False"
+
+
 def test_public_names_are_lazy_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     code = "import sys, lightning_dhellam; print('torch' in sys.modules, *dir(lightning_dhellam))"
     heavy, *names = run_python(code, tmp_path).split()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.engine import Engine, MicroBatch, OperatorTimer, Subject
+from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest
 from lightning_dhellam.plan import Graph
 from lightning_dhellam.search.measure import (
@@ -238,3 +240,10 @@ def _launch_seconds(engine: Engine, micro_batch: MicroBatch) -> float:
         return 0.0
     torch.cuda.synchronize(device)
     return min(engine.issue_seconds(micro_batch) for _ in range(3))
+
+
+def of_stage(path: Path | None, context: ParallelContext) -> Path | None:
+    """Stages have other operators, and so each its own file."""
+    if path is None or context.topology.pp_size == 1:
+        return path
+    return path.with_stem(f"{path.stem}-stage{context.topology.pp_rank}")

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from lightning_dhellam.autosearch.profiling import fingerprint, take_profile, versions
+from lightning_dhellam.autosearch.profiling import fingerprint, of_stage, take_profile, versions
 from lightning_dhellam.autosearch.reductions import Reduction
+from lightning_dhellam.autosearch.timing import Stopwatch, intervals
 from lightning_dhellam.engine import Span
 from lightning_dhellam.files import FileError
-from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile, Progress, Trials
-from lightning_dhellam.search.model import Costs, Interval, Reductions, Simulation, simulate
+from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate
 from lightning_dhellam.search.pipeline import FoldedStep, VisitTable
 from lightning_dhellam.search.report import Findings, Outcome, choose, measured
 from lightning_dhellam.search.solve import ModelSolution, peak_bytes, solve
@@ -93,13 +93,13 @@ class Session:
             ValueError: no order keeps the memory limit.
         """
         runner, options = self._runner, self._options
-        self._pieces = runner.micro_batches(batch)
+        self._pieces = runner.intake.micro_batches(batch)
         self._shapes = _shapes(batch)
         stage = runner.engine.stage
         self._stage = FoldedStep(stage.number, stage.count, len(self._pieces))
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
-        everyone = runner.world_group
+        everyone = runner.context.world_group
         with self._timed("profile"):
             self._profile = together(lambda: self._profiled(progress), everyone)
         with self._timed("solve"):
@@ -123,7 +123,7 @@ class Session:
         """Surround a training step. Gives what to call when its gradients are there."""
         name = self._trials.next() if self._trials.left else self._to_trace[0]
         self._runner.use_plan(name, self._builders[name])
-        watch = _Stopwatch(self._runner.device)
+        watch = Stopwatch(self._runner.device)
         with ExitStack() as stack:
             if not self._trials.left:
                 engine = self._runner.engine
@@ -131,7 +131,7 @@ class Session:
             watch.start()
             yield watch.stop
         counts = _shapes(batch) == self._shapes and watch.stopped
-        if not all(of_all_ranks(counts, self._runner.world_group)):
+        if not all(of_all_ranks(counts, self._runner.context.world_group)):
             self.skipped += 1
             return  # of another size, or skipped, on some rank: it says nothing
         self.skipped = 0
@@ -156,11 +156,11 @@ class Session:
 
     def _profiled(self, progress: Progress | None) -> Profile:
         """The profile file of this stage's first rank, or else a new one, which is saved there."""
-        runner, group = self._runner, self._runner.stage_group
+        runner, group = self._runner, self._runner.context.stage_group
         made_for = fingerprint(
-            runner.engine, self._pieces[0], runner.conditions, runner.kernels.names
+            runner.engine, self._pieces[0], runner.agreed.conditions, runner.agreed.kernels.names
         )
-        path = _of_stage(self._options.profile, runner.context)
+        path = of_stage(self._options.profile, runner.context)
         given: Profile | str | None = None
         if path is not None and runner.context.topology.rank_in_stage == 0 and path.exists():
             try:
@@ -169,11 +169,11 @@ class Session:
                 given = str(error)
         given = of_all_ranks(given, group)[0]
         refusal = given if isinstance(given, str) else ""
-        refused = [text for text in of_all_ranks(refusal, runner.world_group) if text]
+        refused = [text for text in of_all_ranks(refusal, runner.context.world_group) if text]
         if refused:
             raise FileError(refused[0])
         # Stages measure together, or none does: what operators read comes from another stage.
-        if all(of_all_ranks(given is not None, runner.world_group)):
+        if all(of_all_ranks(given is not None, runner.context.world_group)):
             assert isinstance(given, Profile)
             return given
         profile = take_profile(
@@ -193,10 +193,10 @@ class Session:
         costs = Costs.of(self._profile)
         # Data-parallel ranks may have batches of other sizes, but need the same plan.
         most = torch.tensor([float(self._pieces[0].tokens)])
-        tokens = int(largest(most, self._runner.stage_group))
+        tokens = int(largest(most, self._runner.context.stage_group))
         # Stages try the same plans, also one that has no GEMM to spare.
         some = torch.tensor([float(bool(costs.sparable))])
-        spares = bool(largest(some, self._runner.world_group))
+        spares = bool(largest(some, self._runner.context.world_group))
         self._solution: ModelSolution = solve(
             layers, costs, tokens=tokens, memory_limit=limit, memory_slack=slack
         )
@@ -213,7 +213,7 @@ class Session:
             self._builders["spare"] = spare.builder()
         given = self._runner.plan
         if given not in self._builders:
-            self._builders[given] = named_plan(given, self._runner.conditions)
+            self._builders[given] = named_plan(given, self._runner.agreed.conditions)
         if limit is not None:
             needs = {
                 name: peak_bytes(layers, builder, costs, tokens=tokens)
@@ -280,11 +280,11 @@ class Session:
             mine = float(torch.cuda.max_memory_allocated(device))
         else:
             mine = float(self._runner.engine.lanes.ledger.peak_bytes)
-        return float(largest(torch.tensor([mine]).double(), self._runner.stage_group))
+        return float(largest(torch.tensor([mine]).double(), self._runner.context.stage_group))
 
     def _choose(self) -> None:
         table = torch.tensor(self._trials.table(), dtype=torch.float64)
-        table = largest(table, self._runner.world_group)
+        table = largest(table, self._runner.context.world_group)
         predicted = [
             Outcome(name, self._step_seconds[name], self._predicted[name].exposed)
             for name in self._builders
@@ -320,7 +320,7 @@ class Session:
         mine = PlanFile.of(
             {(f, b): builder(graphs.get(f), graphs.get(b)) for f, b in kinds},
             graphs.values(),
-            conditions=self._runner.conditions,
+            conditions=self._runner.agreed.conditions,
             versions=versions(),
             notes={
                 "plan": self._winner,
@@ -333,7 +333,7 @@ class Session:
         )
         # Other stages have pairs of graphs that this one has not.
         plans, names = dict(mine.plans), dict(mine.graphs)
-        for more, others in of_all_ranks((plans, names), self._runner.world_group):
+        for more, others in of_all_ranks((plans, names), self._runner.context.world_group):
             plans, names = {**more, **plans}, {**others, **names}
         return replace(mine, plans=plans, graphs=names)
 
@@ -346,64 +346,7 @@ class Session:
 
 def use_unsearched(runner: Runner) -> None:
     """Where nothing can be chosen: use the plan that the runner began with."""
-    runner.use_plan(runner.plan, named_plan(runner.plan, runner.conditions))
-
-
-class _Stopwatch:
-    """Times a step without waiting for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_device = device.type == "cuda"
-        self._moments: list[Any] = []
-
-    @property
-    def stopped(self) -> bool:
-        return len(self._moments) == 2
-
-    def start(self) -> None:
-        self._moments = [self._now()]
-
-    def stop(self) -> None:
-        if len(self._moments) == 1:
-            self._moments.append(self._now())
-
-    def seconds(self) -> float:
-        start, end = self._moments
-        if not self._on_device:
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-
-    def _now(self) -> Any:
-        if not self._on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _of_stage(path: Path | None, context: ParallelContext) -> Path | None:
-    """Stages have other operators, and so each its own file."""
-    if path is None or context.topology.pp_size == 1:
-        return path
-    return path.with_stem(f"{path.stem}-stage{context.topology.pp_rank}")
-
-
-def intervals(spans: Sequence[Span]) -> tuple[Interval, ...]:
-    """A traced step as a timeline, with time 0 at its start."""
-    first = min((span.start for span in spans), default=0.0)
-    return tuple(
-        Interval(
-            span.operator.lane,
-            span.strand,
-            span.operator.name,
-            span.layer,
-            span.micro_batch,
-            span.start - first,
-            span.end - first,
-        )
-        for span in spans
-    )
+    runner.use_plan(runner.plan, named_plan(runner.plan, runner.agreed.conditions))
 
 
 def _shapes(batch: Mapping[str, Any]) -> tuple[int, ...]:

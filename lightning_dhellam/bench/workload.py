@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_dhellam.agreed import conditions_of
 from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
 from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
-from lightning_dhellam.runner import conditions_of
 from lightning_dhellam.search.measure import Profile
 
 _SEED = 1234

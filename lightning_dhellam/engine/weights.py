@@ -11,7 +11,7 @@ while the first layers run; only the loss waits for it, on the device:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot
+from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.parallel.work import Once
 from lightning_dhellam.plan import Lane, Operator
@@ -34,6 +35,14 @@ class Everyone(NamedTuple):
 
     group: dist.ProcessGroup
     lanes: Lanes
+
+    @classmethod
+    def of(cls, context: ParallelContext, lanes: Lanes) -> Self | None:
+        """The ranks that share this one's batches; None where it is alone, or has no loss."""
+        topology = context.topology
+        if topology.dp_size * topology.cp_size == 1 or topology.pp_rank or context.emulated:
+            return None
+        return cls(context.groups.dp_cp, lanes)
 
 
 class Weights(NamedTuple):

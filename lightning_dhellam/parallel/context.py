@@ -173,6 +173,11 @@ class ParallelContext:
         return None if self.emulated else dist.group.WORLD
 
     @property
+    def stage_group(self) -> ProcessGroup | None:
+        """The ranks that run the same layers; None where the others do not exist."""
+        return self.world_group if self.topology.pp_size == 1 else self.groups.tp_dp_cp
+
+    @property
     def emulated(self) -> bool:
         """Whether the other ranks do not exist, so that nothing may depend on their answers."""
         return is_emulated()

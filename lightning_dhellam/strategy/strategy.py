@@ -18,7 +18,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.engine.inputs import check_ids, pinned
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.hosted import Place
@@ -195,6 +194,9 @@ class DHellamStrategy(SavingStrategy):
         self._context = self._runner = self._optimizer = None
         self._ended_well = True
         if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
+            # Only a search needs numba, which takes longer to load than all the rest of ours.
+            from lightning_dhellam.autosearch import AutoSearch
+
             AutoSearch.attach(trainer)
         super().setup_environment()
         if self.cluster is not None:
@@ -234,7 +236,7 @@ class DHellamStrategy(SavingStrategy):
             bucket_size=self.bucket_size,
             module=module,
         )
-        rank_zero_info(str(self._runner.kernels))
+        rank_zero_info(str(self._runner.agreed.kernels))
         if trainer.state.fn is TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -273,7 +275,7 @@ class DHellamStrategy(SavingStrategy):
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
         if self.root_device.type != "cpu":  # on the host the runner sees them itself
-            check_ids(batch, self.runner.limits)
+            check_ids(batch, self.runner.intake.limits)
             check_unread(batch)
             batch = apply_to_collection(batch, Tensor, pinned)
         return super().batch_to_device(batch, device, dataloader_idx)

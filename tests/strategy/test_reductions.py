@@ -35,8 +35,8 @@ def _profiled(
         buffers = runner.gradient_buffers
         reduction = Reduction.of(buffers)
         assert reduction is not None
-        piece = runner.micro_batches(batch)[0]
-        made_for = fingerprint(runner.engine, piece, runner.conditions, runner.kernels.names)
+        piece, agreed = runner.intake.micro_batches(batch)[0], runner.agreed
+        made_for = fingerprint(agreed.engine, piece, agreed.conditions, agreed.kernels.names)
         before = buffers.largest_bucket.clone()
         with torch.no_grad():
             pending = buffers.reduce(torch.zeros_like(before))
@@ -47,7 +47,7 @@ def _profiled(
             runner.engine,
             piece,
             made_for,
-            group=runner.stage_group,
+            group=runner.context.stage_group,
             repeats=1,
             rounds=1,
             reduction=reduction,

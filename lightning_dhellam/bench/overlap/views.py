@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_dhellam.autosearch.session import intervals
+from lightning_dhellam.autosearch.timing import intervals
 from lightning_dhellam.bench.plans import Plans
 from lightning_dhellam.bench.workload import Workload
 from lightning_dhellam.plan import Strand

@@ -1,0 +1,124 @@
+"""An engine whose plans are the same on all ranks, so that none waits for another forever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_dhellam.engine import Engine, make_lanes
+from lightning_dhellam.layers import Loss, lower
+from lightning_dhellam.models import CausalLM, ModelConfig
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.collectives import largest, same_on_all_ranks
+from lightning_dhellam.parallel.device import device_name
+from lightning_dhellam.parallel.replicas import start_alike
+from lightning_dhellam.plan import Builder
+from lightning_dhellam.plan.file import conditions, named_plan
+
+
+class AgreedEngine:
+    """The engine of one rank. Every rank makes one of the same model, and installs the same plans.
+
+    Args:
+        model: this rank's part of the model; what ranks hold alike becomes the first one's.
+        plan: the name of a built-in plan, or the path of a plan file.
+        micro_batch_size: samples that go through the layers together.
+        loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
+        kernels: backends to use by operator; the fastest that this machine has for all others.
+        regather: gather the input of column-parallel layers again in backward.
+        module: what holds the model and the loss; its buffers are as before after a profile.
+
+    Attributes:
+        engine: what carries out the plans.
+        kernels: the backend of each operator.
+        plan_in_use: the name of the plan, or what it was called when it was installed.
+
+    Raises:
+        ValueError: a value that cannot work, or that differs between ranks.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        plan: str,
+        micro_batch_size: int,
+        *,
+        loss: Loss | None,
+        kernels: Mapping[str, str] | None,
+        regather: bool,
+        module: torch.nn.Module,
+    ) -> None:
+        if plan == "auto":
+            raise ValueError(
+                "plan='auto' searches in the first steps of a Trainer: use a plan file, which"
+                " `dhellam search` writes, or a built-in plan"
+            )
+        self._model = model
+        self._context = model.context
+        self._micro_batch_size = micro_batch_size
+        self._length: int | None = None
+        self._check_split()
+        start_alike(model, self._context)
+        lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
+        self.kernels = lowered.kernels
+        builder = named_plan(plan, self.conditions)
+        lanes = make_lanes(self._context.device, processors=self._context.processors)
+        self.engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, module)
+        self.use_plan(plan, builder)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a plan file must have been made for to be used here."""
+        dtype = self._model.transformer_config.params_dtype
+        return conditions_of(self._context, self._model.config, dtype, self._micro_batch_size)
+
+    def use_plan(self, name: str, builder: Builder) -> None:
+        """Order operators by `builder` from the next step on. Every rank must call this.
+
+        Raises:
+            ValueError: ranks would order them differently, and wait for each other forever.
+        """
+        self.engine.install(builder)
+        self.plan_in_use = name
+        digests = " ".join(plan.digest for plan in self.engine.plans())
+        stage = self._context.topology.pp_rank
+        if same_on_all_ranks(f"{name}: {digests}", self._world, stage=stage):
+            raise ValueError(
+                f"plan='{name}' orders the operators differently on different ranks: every"
+                " rank must run the same model, plan and version"
+            )
+
+    def suit(self, length: int) -> None:
+        """Make the plans for sequences of `length` tokens, if these are the first ones.
+
+        Ranks whose batches are shorter take the longest of all; plans stay what they are after
+        that, since a change would have to be agreed on in each step.
+        """
+        if self._length is None:
+            self._length = int(largest(torch.tensor([length]), self._world))
+            self.engine.suit(self._length)
+            self.use_plan(self.plan_in_use, self.engine.builder)
+
+    @property
+    def _world(self) -> dist.ProcessGroup | None:
+        return self._context.world_group
+
+    def _check_split(self) -> None:
+        """All stages must send and receive the same micro-batches at the same places."""
+        split = self._context.pipeline_split
+        if same_on_all_ranks(str(split), self._world):
+            raise ValueError(
+                f"pipeline_split={list(split)} is another one on other ranks: every rank must run"
+                " the same model and split"
+            )
+
+
+def conditions_of(
+    context: ParallelContext, config: ModelConfig, dtype: torch.dtype, micro_batch_size: int
+) -> dict[str, Any]:
+    """What a plan for this rank is made for; see `plan.file.conditions`."""
+    sizes = context.topology.sizes
+    return conditions(sizes, config, dtype, micro_batch_size, device_name(context))

@@ -1,0 +1,70 @@
+"""What brings a rank's batches into the form that the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dhellam.engine.batch import MicroBatch, cut
+from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids, pinned
+from lightning_dhellam.engine.unread import check_unread
+from lightning_dhellam.engine.weights import Everyone
+from lightning_dhellam.parallel import ParallelContext
+
+
+@dataclass
+class Intake:
+    """Checks the batches of this rank, and cuts them into micro-batches.
+
+    Attributes:
+        limits: what the model takes.
+        micro_batch_size: samples that go through the layers together.
+        seed: of dropout.
+        context: place and device of this rank.
+    """
+
+    limits: Limits
+    micro_batch_size: int
+    seed: int
+    context: ParallelContext
+    _has_begun: bool = field(default=False, init=False)
+
+    def micro_batches(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        needs_labels: bool = True,
+        step: int = 0,
+        everyone: Everyone | None = None,
+    ) -> list[MicroBatch]:
+        """Check a batch, and cut it. The whole batch is that of `everyone`, or else this one.
+
+        Args:
+            batch: `tokens` [B, S] and `labels` [B, S], and optionally `loss_mask` [B, S].
+            needs_labels: whether there is a loss to compute.
+            step: decides the random numbers.
+            everyone: the ranks that share a global batch, all of which must call this.
+
+        Raises:
+            ValueError: the batch cannot be cut, or has ids outside of the vocabulary.
+        """
+        check_batch(batch, self.limits, needs_labels=needs_labels)
+        check_ids(batch, self.limits)
+        check_unread(batch, wait=not self._has_begun)
+        self._has_begun = True
+        device = self.context.device
+        if device.type == "cuda":
+            batch = {k: pinned(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return cut(
+            batch,
+            self.micro_batch_size,
+            device=device,
+            seed=self.seed,
+            step=step,
+            topology=self.context.topology,
+            targets=needs_labels,
+            everyone=everyone,
+        )
