@@ -22,8 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
-def nothing_of_a_run_stays() -> Iterator[None]:
+def _leave_nothing() -> Iterator[None]:
     """Trainers of this process leave a process group and its port behind, which processes that a
     later test starts would take for theirs."""
     before, joined = dict(os.environ), dist.is_initialized()
@@ -32,3 +31,8 @@ def nothing_of_a_run_stays() -> Iterator[None]:
     os.environ.update(before)
     if dist.is_initialized() and not joined:
         dist.destroy_process_group()
+
+
+# What a module's fixtures leave is for its tests alone, whichever module a worker runs next.
+nothing_of_a_module_stays = pytest.fixture(scope="module", autouse=True)(_leave_nothing)
+nothing_of_a_test_stays = pytest.fixture(autouse=True)(_leave_nothing)

@@ -18,7 +18,7 @@ from tests.models.llama import SMALL
 from tests.plan.graphs import random_builder
 from tests.ranks import run_ranks
 
-CONFIG = replace(SMALL, num_layers=3, hidden_dropout=0.1, tie_embeddings=True, vocab_size=53)
+CONFIG = replace(SMALL, num_layers=2, hidden_dropout=0.1, tie_embeddings=True, vocab_size=53)
 RANDOM_PLANS = 200
 
 
@@ -27,7 +27,7 @@ def _steps_that_differ(context: ParallelContext, dtype: torch.dtype, plans: int)
     model = CausalLM(CONFIG, context, dtype)
     add_main_grads(model)
     lowered = lower(model, regather=lambda index: index % 2 == 0)
-    micro_batches = pieces(batch_of(CONFIG, samples=5, length=8), 2, context)
+    micro_batches = pieces(batch_of(CONFIG, samples=3, length=8), 2, context)
     plain = engine_of(lowered, builder=BUILDERS["sequential"])
     expected = train(plain, model, micro_batches)
     assert all(gradient.norm() > 0 for gradient in expected[1].values())
