@@ -29,6 +29,7 @@ from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.precision import DHellamPrecision
 from lightning_dhellam.strategy.saving import SavingStrategy
+from lightning_dhellam.strategy.skipping import Skipping
 from lightning_dhellam.strategy.termination import Termination
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class DHellamStrategy(SavingStrategy):
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.timeout = timeout or default_pg_timeout
         self._termination: Termination | None = None
+        self._skipping: Skipping | None = None
         self._losses_left: int | None = None
         self._ended_well = True
 
@@ -221,6 +223,8 @@ class DHellamStrategy(SavingStrategy):
         self.accelerator.setup(trainer)
         if not self.context.emulated:
             self._termination = Termination(trainer, self.context.host_group)
+            if self.context.host_group is not None:
+                self._skipping = Skipping(trainer, self.context.host_group)
         self.model_to_device()
         module = self._module
         self._runner = Runner(
@@ -289,9 +293,16 @@ class DHellamStrategy(SavingStrategy):
                 raise ValueError(
                     "training_step returned a loss without self.batch_loss(batch), which computes"
                     " the gradients under DHellamStrategy: call it (for a loss of your own override"
-                    " compute_loss), or return None to skip the batch"
+                    " compute_loss), or return None on all ranks to skip the batch"
                 )
-            return output
+            if output is not None or self._skipping is None:
+                return output
+            if not self._losses_left:
+                raise ValueError(
+                    "training_step returned None after self.batch_loss(batch), when the other ranks"
+                    " had its gradients already: return None before that to skip a batch"
+                )
+            return self._skipping.skips()
         finally:
             self._losses_left = None
 
@@ -312,6 +323,8 @@ class DHellamStrategy(SavingStrategy):
                 "training_step called batch_loss twice, and the second gradients would replace the"
                 " first: call it once, with one batch that holds all samples"
             )
+        if self._skipping is not None and self._losses_left:
+            self._skipping.trains()
         loss = self.runner.train(batch, step=self._module.trainer.global_step)
         self._losses_left = 0 if self._losses_left else None
         return loss
@@ -361,9 +374,11 @@ class DHellamStrategy(SavingStrategy):
     def teardown(self) -> None:
         if self._termination is not None:
             self._termination.close()
+        if self._skipping is not None:
+            self._skipping.close()
         if self._runner is not None:
             self._runner.close()
-        self._termination = None
+        self._termination = self._skipping = None
         # What saving a checkpoint needs stays until the next run.
         self.precision_plugin.optimizer = None
         self._leave(ended_well=self._ended_well)
