@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_dhellam.engine import Engine, make_lanes
+from lightning_dhellam.engine.structure import Structure
 from lightning_dhellam.layers import Loss, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
@@ -35,6 +36,7 @@ class AgreedEngine:
         engine: what carries out the plans.
         kernels: the backend of each operator.
         plan_in_use: the name of the plan, or what it was called when it was installed.
+        structure: what the model is made of, for which the engine was made.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -63,6 +65,7 @@ class AgreedEngine:
         self._check_split()
         start_alike(model, self._context)
         lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
+        self.structure = Structure(model)
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)
         lanes = make_lanes(self._context.device, processors=self._context.processors)

@@ -274,10 +274,12 @@ class Runner:
         tokens that count, on whatever rank they are. So is the gradient.
 
         Raises:
-            ValueError: the batch cannot be cut, or has ids outside of the vocabulary.
+            ValueError: the batch cannot be cut, or has ids outside of the vocabulary; or the model
+                is made of other modules or parameters than it was.
         """
         if self._buffers is None or self._optimizer is None:
             raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
+        self.agreed.structure.check()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)

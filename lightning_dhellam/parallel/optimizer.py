@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.masters import StepsFollow
 from lightning_dhellam.versions import gradients_for_norm
 
 
@@ -98,6 +99,9 @@ class ModelParallelOptimizer:
         self._norm_group = groups.intra_dist_opt if sharded else groups.mp
         self._megatron.grad_stats_parallel_group = self._norm_group
         self._megatron.tp_group = groups.tp
+        self._weights = StepsFollow(
+            self._megatron, buffers, sharded=sharded, master_weights=master_weights
+        )
         self._norm: Tensor | None = None
         self._prepared = False
         self.steps = 0
@@ -150,9 +154,13 @@ class ModelParallelOptimizer:
         self._norm = None
 
     def step(self) -> None:
-        """Step, and bring the model's parameters up to date on every rank."""
+        """Step, and bring the model's parameters up to date on every rank.
+
+        It goes on from the model's weights as they are, whatever has changed them since the last.
+        """
         self.prepare()
-        with self._context.megatron():
+        with self._context.megatron(), torch.no_grad():
+            self._weights.take_changes()
             self._megatron.step_with_ready_grads()
         for parameter in self.parameters:
             # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
@@ -161,8 +169,9 @@ class ModelParallelOptimizer:
         self.steps += 1
 
     def reload(self) -> None:
-        """Take the model's parameters as they are now, after they were loaded."""
-        with self._context.megatron():
+        """Take the model's parameters as they are now, after they were loaded, and no low bits."""
+        with self._context.megatron(), torch.no_grad():
+            self._weights.take_changes()
             self._megatron.reload_model_params()
 
     @property
@@ -172,6 +181,8 @@ class ModelParallelOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: of the user's optimizer, and the master weights if there are any."""
+        with torch.no_grad():
+            self._weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._has_masters else []
         return {"optimizer": self._inner.state_dict(), "master_weights": masters}
 

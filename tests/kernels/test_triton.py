@@ -19,7 +19,7 @@ from torch import Tensor
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
-from lightning_dhellam.kernels import cross_entropy, dropout, parity
+from lightning_dhellam.kernels import cross_entropy, dropout, masters, parity
 from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.dropout.philox import philox
 
@@ -171,3 +171,18 @@ def test_results_do_not_depend_on_strides(operator: str) -> None:
 def test_training_sizes_on_the_gpu(operator: str) -> None:
     draw = parity.Draw(4097, 4096, torch.bfloat16, DEVICE)
     assert not parity.check(operator, triton_of(operator), draw)
+
+
+@pytest.mark.parametrize("size", [1, 4096, 10001])
+def test_masters_follow_their_weights(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (size,), dtype=torch.int32, generator=generator)
+    # NaN are rounded to one of them.
+    master = bits.view(torch.float32).nan_to_num().to(DEVICE)
+    weight = master.bfloat16()
+    weight[::7] = torch.randn(len(weight[::7]), generator=generator).to(weight)
+    expected, found = master.clone(), master.clone()
+    masters.reference.take_changes_(expected, weight)
+    triton_of("masters").take_changes_(found, weight)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    assert size == 1 or not torch.equal(found, master)

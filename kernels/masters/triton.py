@@ -1,0 +1,30 @@
+"""Triton: 6 bytes are read for each element, and nothing is written where nothing has changed."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_dhellam.kernels.launch import blocks
+
+_BLOCK = 4096
+
+
+def take_changes_(master: Tensor, weight: Tensor) -> None:
+    """Do what `reference.take_changes_` does, of contiguous tensors."""
+    size = master.numel()
+    grid = (blocks(size, _BLOCK),)
+    _take_changes[grid](master, weight.view(torch.int16), size, BLOCK=_BLOCK, num_warps=8)
+
+
+@triton.jit
+def _take_changes(master: tl.tensor, weight: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    bits = tl.load(master + at, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    own = tl.load(weight + at, mask=inside, other=0).to(tl.int32) << 16
+    # The upper half, rounded to the nearest and to even between two, as a copy to bf16 does.
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+    tl.store(master + at, own.to(tl.float32, bitcast=True), mask=inside & (rounded != own))
