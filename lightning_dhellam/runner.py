@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam.agreed import AgreedEngine
-from lightning_dhellam.checkpoint.loop import load, save
+from lightning_dhellam.checkpoint.loop import WEIGHTS, load, save
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.engine.inputs import Limits
 from lightning_dhellam.engine.intake import Intake
@@ -257,6 +257,7 @@ class Runner:
             optimizer,
             self._buffers,
             self.context,
+            {parameter: WEIGHTS + name for name, parameter in self.model.named_parameters()},
             sharded=sharded,
             master_weights=numbers.master_weights,
         )
@@ -332,16 +333,21 @@ class Runner:
         """
         save(Path(path), self.model, self._optimizer, self.settings, dict(extra or {}))
 
-    def load(self, path: Path | str) -> dict[str, Any]:
+    def load(self, path: Path | str, *, resume_settings: str = "checkpoint") -> dict[str, Any]:
         """Go on from a checkpoint, also of a Trainer. Every rank must call this.
 
         With an optimizer its state is loaded too, and otherwise the weights alone. Returns what
         `save` was given as `extra`.
 
+        Args:
+            path: of the folder.
+            resume_settings: whose settings of the optimizer win where they differ: those of the
+                `checkpoint`, or the `arguments` that this run's was made with.
+
         Raises:
             ValueError: on every rank, when one of them cannot read its files, or they do not fit.
         """
-        return load(Path(path), self.model, self._optimizer, self.settings)
+        return load(Path(path), self.model, self._optimizer, self.settings, resume_settings)
 
     @property
     def settings(self) -> dict[str, Any] | None:

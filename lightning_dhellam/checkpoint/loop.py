@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint import folder
 from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 
-_WEIGHTS = "model."
+WEIGHTS = "model."
 """Before the names of weights: a Trainer's module has the model by this name."""
 _STEPS = "global_step"
 """Where a Trainer's checkpoint has the number of steps."""
@@ -36,7 +38,7 @@ def save(
         OSError: a rank could not write; on every rank, and `path` is as it was before.
     """
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
-    weights = {_WEIGHTS + name: value for name, value in model.state_dict().items()}
+    weights = {WEIGHTS + name: value for name, value in model.state_dict().items()}
     folder.save(path, model.context, {_STEPS: steps, "extra": extra}, weights, state, settings)
 
 
@@ -45,9 +47,11 @@ def load(
     model: CausalLM,
     optimizer: ModelParallelOptimizer | None,
     settings: Mapping[str, Any] | None,
+    resume_settings: str = "checkpoint",
 ) -> dict[str, Any]:
     """Restore `model` and, if there is one, `optimizer`. Every rank must call this.
 
+    Where settings of the optimizer differ, those of `resume_settings` win, and a warning says so.
     Returns what was saved as `extra`, which is nothing where a Trainer has saved.
 
     Raises:
@@ -55,9 +59,9 @@ def load(
     """
     saved = folder.load(path, model.context, settings)
     weights = {
-        name.removeprefix(_WEIGHTS): value
+        name.removeprefix(WEIGHTS): value
         for name, value in saved["state_dict"].items()
-        if name.startswith(_WEIGHTS)
+        if name.startswith(WEIGHTS)
     }
     found = folder.misfit(weights, model.state_dict())
     if found is not None:
@@ -65,6 +69,11 @@ def load(
     model.load_state_dict(weights)
     if optimizer is not None:
         optimizer.reload()
-        optimizer.load_state_dict(saved["optimizer_states"][0])
+        (state,) = saved["optimizer_states"]
+        group = model.context.world_group
+        restored = together(lambda: optimizer.load_state_dict(state, resume_settings), group)
+        if model.context.topology.rank == 0:
+            for override in restored.overrides:
+                warnings.warn(override.said(resume_settings), stacklevel=3)
         optimizer.steps = saved[_STEPS]
     return dict(saved.get("extra", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from torch.optim import Optimizer
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.masters import StepsFollow
+from lightning_dhellam.parallel.optimizer_state import (
+    Names,
+    Restored,
+    from_numbers,
+    named,
+    restore,
+)
 from lightning_dhellam.versions import gradients_for_norm
 
 
@@ -64,6 +72,7 @@ class ModelParallelOptimizer:
         optimizer: the user's, as `configure_optimizers` returned it.
         buffers: of the gradients.
         context: groups of this rank.
+        names: of the parameters.
         sharded: Megatron's distributed optimizer (ZeRO-1, arXiv 1910.02054).
         master_weights: keep fp32 copies of 16-bit parameters.
 
@@ -76,6 +85,7 @@ class ModelParallelOptimizer:
         optimizer: Optimizer,
         buffers: GradientBuffers,
         context: ParallelContext,
+        names: Mapping[Tensor, str],
         *,
         sharded: bool,
         master_weights: bool,
@@ -93,12 +103,17 @@ class ModelParallelOptimizer:
         for group in optimizer.param_groups:
             # Megatron's sharded optimizer asks every group; expert parallelism will say True.
             group.setdefault("is_expert_parallel", False)
+        groups = [
+            [names.get(p, f"parameter {i} of group {g}") for i, p in enumerate(group["params"])]
+            for g, group in enumerate(optimizer.param_groups)
+        ]
         with context.megatron():
             self._megatron = _wrap(optimizer, config, buffers, context, sharded, master_weights)
-        groups = context.groups
-        self._norm_group = groups.intra_dist_opt if sharded else groups.mp
+        self._parts = _parts(self._megatron, names) if sharded else {}
+        self._names = Names(_stepped(self._megatron, names) if sharded else groups, groups)
+        self._norm_group = context.groups.intra_dist_opt if sharded else context.groups.mp
         self._megatron.grad_stats_parallel_group = self._norm_group
-        self._megatron.tp_group = groups.tp
+        self._megatron.tp_group = context.groups.tp
         self._weights = StepsFollow(
             self._megatron, buffers, sharded=sharded, master_weights=master_weights
         )
@@ -180,18 +195,44 @@ class ModelParallelOptimizer:
         return {"optimizer": type(self._inner).__name__, "distributed_optimizer": self._sharded}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state: of the user's optimizer, and the master weights if there are any."""
+        """This rank's state, by the names of parameters; see `optimizer_state`."""
         with torch.no_grad():
             self._weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._has_masters else []
-        return {"optimizer": self._inner.state_dict(), "master_weights": masters}
+        return {
+            **named(self._inner.state_dict(), self._names),
+            "master_weights": dict(
+                zip(chain.from_iterable(self._names.own), masters, strict=False)
+            ),
+            "parts": self._parts,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned on the same rank of the same topology."""
-        self._inner.load_state_dict(state["optimizer"])
+    def load_state_dict(
+        self, state: Mapping[str, Any], resume_settings: str = "checkpoint"
+    ) -> Restored:
+        """Restore what `state_dict` returned on the same rank of the same topology.
+
+        Args:
+            state: as it was saved, also by version 0.1.
+            resume_settings: whose settings win, `checkpoint` or `arguments`.
+
+        Raises:
+            ValueError: a parameter or a group is not in both.
+        """
+        saved = from_numbers(state, self._names) if "optimizer" in state else state
+        if saved.get("parts", self._parts) != self._parts:
+            raise ValueError(
+                "the checkpoint's optimizer has other parts of the parameters on this rank: use the"
+                " bucket_size and the number of ranks that it was saved with"
+            )
+        restored = restore(self._inner, saved, self._names, resume_settings)
         if self._has_masters:
-            for parameter, saved in zip(self.parameters, state["master_weights"], strict=True):
-                parameter.data.copy_(saved)
+            masters = saved["master_weights"]
+            for name, parameter in zip(
+                chain.from_iterable(self._names.own), self.parameters, strict=True
+            ):
+                parameter.data.copy_(masters[name])
+        return restored
 
 
 def _wrap(
@@ -219,3 +260,15 @@ def _wrap(
     if master_weights:
         return Float16OptimizerWithFloat16Params(optimizer, config, None, None)
     return FP32Optimizer(optimizer, config, None)
+
+
+def _stepped(megatron: DistributedOptimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
+    """Names of what the sharded optimizer steps on this rank: of each group those in fp32 first."""
+    both = zip(megatron.model_fp32_groups, megatron.model_float16_groups, strict=True)
+    return [[names[p] for p in (*fp32, *half)] for fp32, half in both]
+
+
+def _parts(megatron: DistributedOptimizer, names: Mapping[Tensor, str]) -> dict[str, list[int]]:
+    """The first element of each parameter that this rank steps, and the end of its part."""
+    ranges = {p: megatron._get_model_param_range_map(p) for p in megatron.model_param_gbuf_map}
+    return {names[p]: [own["param"].start, own["param"].end] for p, own in ranges.items()}

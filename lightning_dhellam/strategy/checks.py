@@ -25,6 +25,7 @@ from lightning_dhellam.kernels.choose import check_names
 from lightning_dhellam.models import pipeline_split
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Topology
+from lightning_dhellam.parallel.optimizer_state import RESUME_SETTINGS
 from lightning_dhellam.plan.file import PlanFile, named_plan
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def check_arguments(
     emulate: Any,
     timeout: Any,
     kernels: Any,
+    resume_settings: Any,
 ) -> None:
     """Refuse values of `DHellamStrategy`'s own arguments that no run can use."""
     for name, value in (
@@ -59,6 +61,10 @@ def check_arguments(
         raise ValueError(f"plan={plan!r} must be a string: the name of a plan, or a file's path")
     if plan != "auto":
         named_plan(plan)
+    if resume_settings not in RESUME_SETTINGS:
+        raise ValueError(
+            f"resume_settings={resume_settings!r} must be one of {', '.join(RESUME_SETTINGS)}"
+        )
     if timeout is not None and not isinstance(timeout, timedelta):
         raise ValueError(
             f"timeout={timeout!r} must be a datetime.timedelta, such as timedelta(minutes=10)"

@@ -8,17 +8,27 @@ from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
+from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy.processes import JobStrategy
+from lightning_dhellam.strategy.resuming import carry_over
 
 
 class SavingStrategy(JobStrategy):
-    """A strategy whose checkpoints are folders with a file per rank; see `checkpoint.folder`."""
+    """A strategy whose checkpoints are folders with a file per rank; see `checkpoint.folder`.
 
+    Its subclass sets the attributes.
+
+    Attributes:
+        resume_settings: whose settings win where a checkpoint and the run differ.
+    """
+
+    resume_settings: str
     _runner: Runner | None = None
     _optimizer: ModelParallelOptimizer | None = None
 
@@ -80,9 +90,24 @@ class SavingStrategy(JobStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self._optimizer is not None
+        assert self._optimizer is not None and self.lightning_module is not None
+        trainer, optimizer = self.lightning_module.trainer, self._optimizer
         (state,) = checkpoint["optimizer_states"]
-        self._optimizer.load_state_dict(state)
+
+        def restore() -> tuple[list[dict[str, Any]], list[str]]:
+            return carry_over(
+                self.optimizers[0],
+                [config.scheduler for config in trainer.lr_scheduler_configs],
+                checkpoint["lr_schedulers"],
+                optimizer.load_state_dict(state, self.resume_settings),
+                self.resume_settings,
+            )
+
+        # Lightning loads them next, from this same dictionary.
+        schedules, lines = together(restore, self.context.world_group)
+        checkpoint["lr_schedulers"][:] = schedules
+        for line in lines:
+            rank_zero_warn(f"resuming: {line}")
 
     @override
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

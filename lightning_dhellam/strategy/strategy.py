@@ -68,6 +68,9 @@ class DHellamStrategy(SavingStrategy):
             which this process plays a single rank; links take time and bring nothing, so numbers
             mean nothing and checkpoints are refused.
         timeout: after which a collective that a rank does not join fails.
+        resume_settings: whose settings of optimizer and schedulers win where `ckpt_path` has other
+            ones than this run: those of the `checkpoint`, or the `arguments` that this run was
+            given. What differs is said either way.
 
     Raises:
         ValueError: a value or a combination that cannot work, before any process computes.
@@ -89,6 +92,7 @@ class DHellamStrategy(SavingStrategy):
         seed: int | None = None,
         emulate: str | Cluster | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        resume_settings: str = "checkpoint",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -108,6 +112,7 @@ class DHellamStrategy(SavingStrategy):
             emulate,
             timeout,
             kernels,
+            resume_settings,
         )
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
@@ -120,6 +125,7 @@ class DHellamStrategy(SavingStrategy):
         self.bucket_size = bucket_size
         self._seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
+        self.resume_settings = resume_settings
         self.timeout = timeout or default_pg_timeout
         self._termination: Termination | None = None
         self._skipping: Skipping | None = None
