@@ -7,16 +7,16 @@ not hear what the others say, so nothing waits in a step that is not skipped.
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from typing_extensions import override
 
+from lightning_dhellam.parallel.hosts import Question, ReduceOp
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    import torch.distributed as dist
 
 SKIPPED = object()
 """What the strategy gives Lightning instead of None."""
@@ -34,12 +34,13 @@ class Skipping:
     def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup) -> None:
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
         self._group = group
-        self._said: tuple[array[float], dist.Work] | None = None
+        self._said: Question | None = None
         setattr(self._loop, _RESULT, _Result)
 
     def trains(self) -> None:
         """Say that this rank trains in this step."""
-        self._say(0)
+        # Kept, since the others' answers come to its memory.
+        self._said = Question([0], self._group, ReduceOp.SUM)
 
     def skips(self) -> object:
         """Say that this rank does not. What `training_step` is to return instead of None.
@@ -48,11 +49,11 @@ class Skipping:
             ValueError: another rank trains.
         """
         ranks = self._group.size()
-        skipping, work = self._say(1)
-        work.wait()
-        if skipping[0] < ranks:
+        self._said = Question([1], self._group, ReduceOp.SUM)
+        (skipping,) = self._said.answer()
+        if skipping < ranks:
             raise ValueError(
-                f"training_step returned None on {skipping[0]:.0f} of {ranks} ranks, and a step is"
+                f"training_step returned None on {skipping:.0f} of {ranks} ranks, and a step is"
                 " skipped by all of them or by none: to leave out the batch of one, set its labels"
                 " to -100, so that nothing of it counts, and train on it"
             )
@@ -61,14 +62,6 @@ class Skipping:
     def close(self) -> None:
         """Let Lightning's own result be used again by the next run."""
         self._loop.__dict__.pop(_RESULT, None)
-
-    def _say(self, skips: int) -> tuple[array[float], dist.Work]:
-        flag = array("f", [skips])
-        shared = torch.frombuffer(flag, dtype=torch.float32)
-        work = dist.all_reduce(shared, group=self._group, async_op=True)
-        assert work is not None
-        self._said = flag, work  # the memory that the others' answers come to
-        return self._said
 
 
 class _Result(ClosureResult):

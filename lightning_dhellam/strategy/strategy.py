@@ -27,6 +27,7 @@ from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
+from lightning_dhellam.strategy.feeding import Feeding
 from lightning_dhellam.strategy.precision import DHellamPrecision
 from lightning_dhellam.strategy.saving import SavingStrategy
 from lightning_dhellam.strategy.skipping import Skipping
@@ -128,6 +129,7 @@ class DHellamStrategy(SavingStrategy):
         self.resume_settings = resume_settings
         self.timeout = timeout or default_pg_timeout
         self._termination: Termination | None = None
+        self._feeding: Feeding | None = None
         self._skipping: Skipping | None = None
         self._losses_left: int | None = None
         self._ended_well = True
@@ -230,6 +232,7 @@ class DHellamStrategy(SavingStrategy):
         if not self.context.emulated:
             self._termination = Termination(trainer, self.context.host_group)
             if self.context.host_group is not None:
+                self._feeding = Feeding(self.context.topology, self.context.host_group)
                 self._skipping = Skipping(trainer, self.context.host_group)
         self.model_to_device()
         module = self._module
@@ -284,11 +287,17 @@ class DHellamStrategy(SavingStrategy):
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
+        if self._feeding is not None:
+            self._feeding.compare(batch, (self._module.trainer.state.stage, dataloader_idx))
         if self.root_device.type != "cpu":  # on the host the runner sees them itself
             check_ids(batch, self.runner.intake.limits)
             check_unread(batch)
             batch = apply_to_collection(batch, Tensor, pinned)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        return dataloader if self._feeding is None else self._feeding.loader(dataloader)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -384,7 +393,7 @@ class DHellamStrategy(SavingStrategy):
             self._skipping.close()
         if self._runner is not None:
             self._runner.close()
-        self._termination = self._skipping = None
+        self._termination = self._feeding = self._skipping = None
         # What saving a checkpoint needs stays until the next run.
         self.precision_plugin.optimizer = None
         self._leave(ended_well=self._ended_well)

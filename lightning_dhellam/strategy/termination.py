@@ -19,15 +19,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from array import array
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_dhellam.parallel.hosts import Question
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    import torch.distributed as dist
 
 PARENT = "DHELLAM_PARENT"
 """Environment variable with the process that has started this one as a rank of its job."""
@@ -52,7 +52,7 @@ class Termination:
         self._rank = trainer.global_rank
         self._group = group
         self._told = False
-        self._asked: tuple[array[float], dist.Work | None] | None = None
+        self._asked: Question | None = None
         setattr(self._connector, _NOTIFIER, self._note)
         setattr(self._loop, _ASKER, _nothing)
 
@@ -83,21 +83,14 @@ class Termination:
         self._loop.__dict__.pop(_ASKER, None)
 
     def _ask(self) -> None:
-        flag = array("f", [self._told])
-        work = None
-        if self._group is not None:
-            shared = torch.frombuffer(flag, dtype=torch.float32)
-            work = dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._asked = flag, work
+        self._asked = Question([self._told], self._group)
 
     def _answer(self) -> bool:
         """Whether any rank had been told when it asked last; not asked yet is no."""
         if self._asked is None:
             return False
-        (flag, work), self._asked = self._asked, None
-        if work is not None:
-            work.wait()
-        return flag[0] > 0
+        asked, self._asked = self._asked, None
+        return asked.answer()[0] > 0
 
     def _end_if(self, told: bool) -> None:
         if told:
