@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_dhellam import runner
 from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
+from lightning_dhellam.engine import intake
 from lightning_dhellam.strategy import feeding
 from tests.ranks import run_ranks
 from tests.strategy.runs import Model, join, loader, make_trainer
@@ -120,7 +120,7 @@ def _reads(folder: str, sizes: dict[str, Any], **options: Any) -> list[str] | No
 def _on_rank(rank: int, world: int, folder: str, runs: list[tuple[Any, Any]]) -> list[Any]:
     join(rank, world)
     # They look at batches that are on the host.
-    runner.check_ids = lambda *_: None  # type: ignore[assignment]
+    intake.check_ids = lambda *_: None  # type: ignore[assignment]
     feeding.digest = lambda *_: 0  # type: ignore[assignment]
     return [_reads(folder, sizes, **options) for sizes, options in runs]
 
