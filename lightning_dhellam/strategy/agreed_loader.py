@@ -66,7 +66,7 @@ class AgreedLoader:
 
 
 class StatefulAgreedLoader(AgreedLoader):
-    """The same of a loader whose place is saved: it is never ahead of the batches it has given."""
+    """Is never ahead of the batches it has given, for a loader whose place is saved."""
 
     def __init__(self, loader: Any, length: int | None, ask: Ask | None) -> None:
         super().__init__(loader, length, ask)

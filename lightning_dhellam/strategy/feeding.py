@@ -159,7 +159,7 @@ class Feeding:
         )
 
     def _seed_workers(self, loader: Any) -> None:
-        """As Lightning does, but alike on the ranks of a model."""
+        """Seed workers as Lightning does, but alike on the ranks of a model."""
         wanted = bool(int(os.environ.get("PL_SEED_WORKERS", 0)))
         if wanted and getattr(loader, "worker_init_fn", loader) is None:
             loader.worker_init_fn = partial(pl_worker_init_function, rank=self._topology.dp_rank)
