@@ -1,7 +1,7 @@
 """A checkpoint of a model-parallel run: a folder with one file per rank.
 
     epoch=0-step=100.ckpt/
-        topology.json    sizes and settings of the run that wrote it
+        topology.json    sizes and settings of the run that wrote it, and its model
         common.pt        what every rank has alike: loops, callbacks, schedulers, hyperparameters
         weights-00001.pt of model-parallel rank 1
         state-00003.pt   optimizer state of rank 3
@@ -26,6 +26,8 @@ from lightning_dhellam.parallel.context import ParallelContext
 
 TOPOLOGY = "topology.json"
 COMMON = "common.pt"
+MODEL = "model"
+"""Where the topology has the description of the model."""
 _FORMAT = 1
 
 
@@ -36,10 +38,12 @@ def save(
     weights: Mapping[str, Any],
     state: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint. Every rank must call this, with the same path on a shared file system.
 
-    `settings` are what decides the form of `state`, by the names that the user knows.
+    `settings` are what decides the form of `state`, by the names that the user knows, and `model`
+    is what the weights are of.
 
     Raises:
         OSError: a rank could not write; on every rank, and `path` is as it was before.
@@ -59,7 +63,7 @@ def save(
             content.write(aside / _state_name(context), state)
         if context.topology.rank == 0:
             content.write(aside / COMMON, common)
-            topology = {**_topology(context), **(settings or {})}
+            topology = {**_topology(context), **(settings or {}), MODEL: model}
             (aside / TOPOLOGY).write_text(json.dumps(topology, indent=2) + "\n")
 
     def publish() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint import folder
+from lightning_dhellam.checkpoint.model import check_model, described
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
@@ -39,7 +40,9 @@ def save(
     """
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
     weights = {WEIGHTS + name: value for name, value in model.state_dict().items()}
-    folder.save(path, model.context, {_STEPS: steps, "extra": extra}, weights, state, settings)
+    common = {_STEPS: steps, "extra": extra}
+    described_model = described(model.config)
+    folder.save(path, model.context, common, weights, state, settings, described_model)
 
 
 def load(
@@ -57,6 +60,11 @@ def load(
     Raises:
         ValueError: on every rank, when one of them cannot read its files, or they do not fit.
     """
+    group, training = model.context.world_group, optimizer is not None
+    lines = together(
+        lambda: check_model(path, model.config, training=training, resume_settings=resume_settings),
+        group,
+    )
     saved = folder.load(path, model.context, settings)
     weights = {
         name.removeprefix(WEIGHTS): value
@@ -70,10 +78,10 @@ def load(
     if optimizer is not None:
         optimizer.reload()
         (state,) = saved["optimizer_states"]
-        group = model.context.world_group
         restored = together(lambda: optimizer.load_state_dict(state, resume_settings), group)
-        if model.context.topology.rank == 0:
-            for override in restored.overrides:
-                warnings.warn(override.said(resume_settings), stacklevel=3)
+        lines += [override.said(resume_settings) for override in restored.overrides]
         optimizer.steps = saved[_STEPS]
+    if model.context.topology.rank == 0:
+        for line in lines:
+            warnings.warn(line, stacklevel=3)
     return dict(saved.get("extra", {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ def run_lightning(words: list[str], save_config: bool = True) -> pl.Trainer:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
 
     class CLI(LightningCLI):
+        def before_instantiate_classes(self) -> None:
+            command = self.config[self.config.subcommand]
+            take_model_of_checkpoint(command.model, command.get("ckpt_path"))
+
         def instantiate_classes(self) -> None:
             # Where a string or nothing is allowed as well as an object, jsonargparse puts what the
             # constructor raised into the text of an error of its own, whose cause is another.
@@ -63,6 +68,29 @@ def run_lightning(words: list[str], save_config: bool = True) -> pl.Trainer:
         args=_with_recipes(words),
     )
     return done.trainer
+
+
+def take_model_of_checkpoint(model: Any, ckpt_path: Any) -> None:
+    """Where a `LanguageModel` is configured without overrides, take those of its checkpoint.
+
+    `model` is what LightningCLI has read: a class and its arguments, which are changed.
+    """
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+    from lightning_dhellam.checkpoint.model import overrides_for
+    from lightning_dhellam.module import LanguageModel, make_config
+
+    kind = resolve_name(model.class_path)
+    if not issubclass(kind, LanguageModel) or model.init_args.get("overrides"):
+        return
+    if not ckpt_path or not Path(ckpt_path).exists():  # what Lightning looks for is not known yet
+        return
+    preset = model.init_args.preset
+    overrides = overrides_for(Path(ckpt_path), make_config(preset, None))
+    if overrides:
+        model.init_args.overrides = overrides
+        shown = ", ".join(f"{name}={value}" for name, value in overrides.items())
+        rank_zero_info(f"model of {ckpt_path}: {preset} with {shown}")
 
 
 def _with_recipes(words: list[str]) -> list[str]:

@@ -19,10 +19,10 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_dhellam.checkpoint.folder import read_topology
+from lightning_dhellam.checkpoint import check_model
 from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.kernels.choose import check_names
-from lightning_dhellam.models import pipeline_split
+from lightning_dhellam.models import ModelConfig, pipeline_split
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Topology
 from lightning_dhellam.parallel.optimizer_state import RESUME_SETTINGS
@@ -190,11 +190,16 @@ def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
         plans.check({"device": plans.conditions.get("device"), **conditions}, plan)
 
 
-def check_ckpt_path(path: Any) -> None:
-    """Refuse the path of a checkpoint that is none. What Lightning looks for is not known yet."""
+def check_ckpt_path(
+    path: Any, config: ModelConfig, *, training: bool, resume_settings: str
+) -> None:
+    """Refuse the path of a checkpoint that is none, or is of another model than `config`.
+
+    What Lightning looks for is not known yet.
+    """
     spelt = os.fspath(path) if path else ""
     if spelt and "://" not in spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
-        read_topology(Path(spelt))
+        check_model(Path(spelt), config, training=training, resume_settings=resume_settings)
 
 
 def check_data(module: Any, data: Any, topology: Topology) -> None:

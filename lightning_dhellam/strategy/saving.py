@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
+from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.runner import Runner
@@ -38,6 +40,11 @@ class SavingStrategy(JobStrategy):
         return True
 
     @property
+    def _model_config(self) -> ModelConfig:
+        assert isinstance(self.lightning_module, DualStrandMixin)
+        return self.lightning_module.model_config
+
+    @property
     def _settings(self) -> dict[str, Any] | None:
         return self._runner.settings if self._runner is not None else None
 
@@ -62,7 +69,8 @@ class SavingStrategy(JobStrategy):
         if with_state and self._optimizer is not None:
             state, settings = self._optimizer.state_dict(), self._settings
         path = Path(self.broadcast(str(filepath)))
-        checkpoint_files.save(path, self.context, common, weights, state, settings)
+        model = checkpoint_files.described(self._model_config)
+        checkpoint_files.save(path, self.context, common, weights, state, settings, model)
 
     @override
     def load_checkpoint(
@@ -71,6 +79,14 @@ class SavingStrategy(JobStrategy):
         assert self.lightning_module is not None
         path = Path(self.broadcast(str(checkpoint_path)))
         fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
+
+        def check() -> list[str]:
+            return checkpoint_files.check_model(
+                path, self._model_config, training=fitting, resume_settings=self.resume_settings
+            )
+
+        for line in together(check, self.context.world_group):
+            rank_zero_warn(line)
         return checkpoint_files.load(path, self.context, self._settings if fitting else None)
 
     @override

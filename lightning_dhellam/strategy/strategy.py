@@ -69,9 +69,10 @@ class DHellamStrategy(SavingStrategy):
             which this process plays a single rank; links take time and bring nothing, so numbers
             mean nothing and checkpoints are refused.
         timeout: after which a collective that a rank does not join fails.
-        resume_settings: whose settings of optimizer and schedulers win where `ckpt_path` has other
-            ones than this run: those of the `checkpoint`, or the `arguments` that this run was
-            given. What differs is said either way.
+        resume_settings: whose settings win where `ckpt_path` has other ones than this run: those of
+            the `checkpoint`, or the `arguments` that this run was given. What differs is said
+            either way. A model that differs is refused, unless the `arguments` win and no shape
+            depends on it.
 
     Raises:
         ValueError: a value or a combination that cannot work, before any process computes.
@@ -190,7 +191,12 @@ class DHellamStrategy(SavingStrategy):
         data = data or getattr(trainer, "datamodule", None)
         checks.check_data(trainer.lightning_module, data, self.topology)
         checks.check_plan_file(self.plan, self._early_conditions)
-        checks.check_ckpt_path(ckpt_path)
+        checks.check_ckpt_path(
+            ckpt_path,
+            self._module.model_config,
+            training=trainer.state.fn is TrainerFn.FITTING,
+            resume_settings=self.resume_settings,
+        )
         if self.root_device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"accelerator='{self.root_device.type}' does not work with DHellamStrategy: use"

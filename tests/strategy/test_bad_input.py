@@ -27,7 +27,7 @@ from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.strategy import DHellamStrategy
 from lightning_dhellam.strategy.checks import check_ckpt_path
 from tests.ranks import run_ranks
-from tests.strategy.runs import Losses, Model, Sequences, join, make_trainer
+from tests.strategy.runs import SHAPE, Losses, Model, Sequences, join, make_trainer
 
 # Before processes
 
@@ -287,7 +287,7 @@ def test_a_plan_file_of_another_model_is_refused_at_launch(
     "path", [None, "", "last", "hpc", "registry:model:1", "s3://bucket/a.ckpt"]
 )
 def test_a_checkpoint_that_lightning_looks_for_is_not_checked_at_launch(path: str | None) -> None:
-    check_ckpt_path(path)
+    check_ckpt_path(path, SHAPE, training=True, resume_settings="checkpoint")
 
 
 @pytest.mark.parametrize(("devices", "num_nodes"), [(1, 1), (4, 1), (1, 2), (2, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -357,6 +358,9 @@ def test_weights_of_a_model_of_other_sizes_are_refused(
 ) -> None:
     writes = {"max_steps": 1, "enable_checkpointing": True}
     make_trainer({}, [_keep_every_step(tmp_path)], **writes).fit(Model(), loader({}, samples=8))
+    # As version 0.1 wrote it, without the model's configuration.
+    file = tmp_path / "step=1.ckpt" / "topology.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": None}))
     other = make_trainer({}, max_steps=2)
     with pytest.raises(ValueError, match="give the model the sizes") as caught:
         other.fit(Model(**changes), loader({}, samples=8), ckpt_path=tmp_path / "step=1.ckpt")

@@ -1,0 +1,94 @@
+"""Which model a checkpoint is of: the same weights compute something else with other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_dhellam.checkpoint.folder import MODEL, read_topology
+from lightning_dhellam.models.config import ModelConfig
+
+_OF_TRAINING = ("hidden_dropout",)
+_OF_NO_WEIGHT = ("init_std", "max_sequence_length")
+"""What weights that are loaded do not compute otherwise."""
+_FREE = (*_OF_TRAINING, "norm_epsilon", "rotary_base", "rope_scaling_factor")
+"""What may change from one run to the next, if that is asked for: no shape depends on it."""
+
+
+def described(config: ModelConfig) -> dict[str, Any]:
+    """A configuration as checkpoints hold it: equal models have equal descriptions."""
+    return asdict(replace(config, head_dim=config.kv_channels))
+
+
+def saved_model(path: Path) -> dict[str, Any] | None:
+    """The description of a checkpoint's model; None if version 0.1 has written it.
+
+    Raises:
+        ValueError: `path` is not a checkpoint, or a newer version has written it.
+    """
+    found = read_topology(path).get(MODEL)
+    if found is None:
+        return None
+    known = {field.name: field for field in fields(ModelConfig)}
+    for name in found:
+        if name not in known:
+            raise ValueError(
+                f"checkpoint {path} holds a model with {name}={found[name]!r}, which this version"
+                " of lightning-dhellam does not know: use the version that wrote it, or a newer one"
+            )
+    # A field that did not exist yet had the value that it now has when it is left out.
+    since = {name: f.default for name, f in known.items() if f.default is not MISSING}
+    return {**since, **found}
+
+
+def check_model(
+    path: Path, config: ModelConfig, *, training: bool, resume_settings: str
+) -> list[str]:
+    """Refuse a checkpoint of another model; what is worth a line where it is not refused.
+
+    Args:
+        path: of the checkpoint.
+        config: of this run's model.
+        training: whether it goes on training; dropout matters only then.
+        resume_settings: `arguments` if settings that no shape depends on may differ.
+
+    Raises:
+        ValueError: fields differ, with both values, or `path` is not a checkpoint.
+    """
+    saved = saved_model(path)
+    if saved is None:
+        return [
+            f"checkpoint {path} does not say which model it is of: if rotary_base, norm_epsilon"
+            " and the like are those of this run is not known"
+        ]
+    ignored = _OF_NO_WEIGHT if training else (*_OF_NO_WEIGHT, *_OF_TRAINING)
+    own = described(config)
+    different = [name for name in own if name not in ignored and saved[name] != own[name]]
+    fixed = [name for name in different if name not in _FREE]
+    if different and (fixed or resume_settings != "arguments"):
+        raise ValueError(
+            f"checkpoint {path} holds a model with {_listed(different, saved)}, this run has"
+            f" {_listed(different, own)}: give the model the same{_remedy(fixed)}"
+        )
+    return [
+        f"{name}: {own[name]}, as this run was given, not {saved[name]}, as in the checkpoint"
+        for name in different
+    ]
+
+
+def overrides_for(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """Fields of `config` that make it the model of a checkpoint; none if that is not known."""
+    saved, own = saved_model(path) or {}, described(config)
+    return {name: value for name, value in saved.items() if value != own[name]}
+
+
+def _listed(names: list[str], values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={values[name]!r}" for name in names)
+
+
+def _remedy(fixed: list[str]) -> str:
+    if fixed:
+        return ", in the module or in model.overrides of a recipe"
+    return ", or let this run's win with DHellamStrategy(resume_settings='arguments')"

@@ -1,0 +1,158 @@
+"""A checkpoint knows which model it is of: another one is refused, or restored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_dhellam.checkpoint import described
+from lightning_dhellam.commands.fit import run_lightning
+from lightning_dhellam.data.prepare import prepare
+from tests.strategy.runs import Losses, Model, evaluation, loader, make_trainer
+
+TRAINED: dict[str, Any] = {"rotary_base": 10_000.0, "norm_epsilon": 1e-4, "hidden_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kept")
+    keep = ModelCheckpoint(folder, filename="a", every_n_train_steps=1)
+    trainer = make_trainer({}, [keep], max_steps=1, enable_checkpointing=True)
+    trainer.fit(Model(**TRAINED), loader({}, samples=8))
+    return folder / "a.ckpt"
+
+
+def _validate(path: Path, strategy: dict[str, Any] | None = None, **changes: Any) -> list[str]:
+    """What is said when a checkpoint is validated."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = make_trainer(strategy or {})
+        model = Model(**changes)
+        trainer.validate(model, evaluation({}, samples=8), ckpt_path=path, verbose=False)
+    lines = [str(warning.message) for warning in said]
+    return [line for line in lines if not line.startswith("Be aware that when using `ckpt_path`")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved", "given", "remedy"),
+    [
+        ({"rotary_base": 5e5}, "rotary_base=10000.0", "rotary_base=500000.0", "resume_settings="),
+        ({"norm_epsilon": 1e-5}, "norm_epsilon=0.0001", "norm_epsilon=1e-05", "resume_settings="),
+        (
+            {"rope_scaling_factor": 8.0},
+            "rope_scaling_factor=None",
+            "rope_scaling_factor=8.0",
+            "resume_settings=",
+        ),
+        ({"tie_embeddings": True}, "tie_embeddings=False", "tie_embeddings=True", "overrides"),
+        (
+            {"num_layers": 3, "norm_epsilon": 1e-5},
+            "num_layers=2, norm_epsilon=0.0001",
+            "num_layers=3, norm_epsilon=1e-05",
+            "overrides",
+        ),
+    ],
+)
+def test_another_model_is_refused_by_field_with_both_values(
+    kept: Path, changes: dict[str, Any], saved: str, given: str, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match="give the model the same") as caught:
+        _validate(kept, **{**TRAINED, **changes})
+    message = str(caught.value)
+    assert f"holds a model with {saved}, this run has {given}" in message
+    assert remedy in message and "\n" not in message
+
+
+def test_what_weights_do_not_depend_on_may_differ(kept: Path) -> None:
+    same = {**TRAINED, "hidden_dropout": 0.0, "max_sequence_length": 32, "init_std": 0.1}
+    assert not [line for line in _validate(kept, head_dim=4, **same) if "checkpoint" in line]
+    with pytest.raises(
+        ValueError, match=r"with hidden_dropout=0\.1, this run has hidden_dropout=0\.0"
+    ):
+        make_trainer({}).fit(Model(**same), loader({}, samples=8), ckpt_path=kept)
+
+
+def test_this_runs_settings_win_where_no_shape_depends_on_them(kept: Path) -> None:
+    arguments = {"resume_settings": "arguments"}
+    given = {**TRAINED, "rotary_base": 5e5}
+    line = "rotary_base: 500000.0, as this run was given, not 10000.0, as in the checkpoint"
+    assert _validate(kept, arguments, **given).count(line) == 1
+    with pytest.raises(ValueError, match="num_layers=2"):
+        _validate(kept, arguments, **{**given, "num_layers": 1})
+    losses = Losses()
+    trainer = make_trainer(arguments, [losses], max_steps=2)
+    trainer.fit(Model(**{**given, "hidden_dropout": 0.0}), loader({}), ckpt_path=kept)
+    assert len(losses.values) == 1
+
+
+def _with_model(kept: Path, folder: Path, model: Any) -> Path:
+    path = shutil.copytree(kept, folder / "b.ckpt")
+    topology = json.loads((path / "topology.json").read_text())
+    (path / "topology.json").write_text(json.dumps({**topology, "model": model(topology["model"])}))
+    return path
+
+
+def test_a_checkpoint_without_configuration_is_loaded_with_a_line(
+    kept: Path, tmp_path: Path
+) -> None:
+    said = _validate(_with_model(kept, tmp_path, lambda model: None), rotary_base=5e5)
+    (line,) = (line for line in said if "checkpoint" in line)
+    assert "b.ckpt does not say which model it is of" in line
+
+
+def test_a_field_that_is_newer_or_older_than_the_checkpoint(kept: Path, tmp_path: Path) -> None:
+    older = _with_model(kept, tmp_path, lambda m: {k: m[k] for k in m if k != "qkv_bias"})
+    assert not [line for line in _validate(older, **TRAINED) if "checkpoint" in line]
+    with pytest.raises(ValueError, match="qkv_bias=False, this run has qkv_bias=True"):
+        _validate(older, qkv_bias=True, **TRAINED)
+    shutil.rmtree(older)
+    newer = _with_model(kept, tmp_path, lambda m: {**m, "sinks": 4})
+    with pytest.raises(ValueError, match="with sinks=4, which this version of lightning-dhellam"):
+        _validate(newer, **TRAINED)
+
+
+def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(20):
+        (tmp_path / "source" / f"{number}.txt").write_text("the quick brown fox\n" * 20)
+    prepare(tmp_path / "source", tmp_path / "data", vocab_size=270, workers=1)
+    shape = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 270}
+    words = [
+        "--model=lightning_dhellam.LanguageModel",
+        "--data=lightning_dhellam.data.IndexedDataModule",
+        f"--data.path={tmp_path / 'data'}",
+        "--data.sequence_length=16",
+        "--data.batch_size=4",
+        "--data.num_workers=0",
+        "--data.split=8,1,1",
+        "--trainer.strategy=dhellam",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    overrides = {**shape, "rotary_base": 10_000.0, "norm_epsilon": 1e-3}
+    kept = tmp_path / "kept"
+    saving = [
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
+        "--trainer.limit_val_batches=1",
+        "--trainer.callbacks=ModelCheckpoint",
+        f"--trainer.callbacks.dirpath={kept}",
+        "--trainer.callbacks.filename=a",
+    ]
+    fitted = run_lightning(["fit", *words, *saving, f"--model.overrides={overrides}"])
+    resume = f"--ckpt_path={kept / 'a.ckpt'}"
+    found = run_lightning(["validate", *words, "--trainer.limit_val_batches=1", resume])
+    assert found.callback_metrics["val_loss"] == fitted.callback_metrics["val_loss"]
+    models = [run.lightning_module.model_config for run in (found, fitted)]
+    assert described(models[0]) == described(models[1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"with rotary_base=10000\.0, norm_epsilon=0\.001"):
+        run_lightning(["validate", *words, resume, f"--model.overrides={shape}"])
