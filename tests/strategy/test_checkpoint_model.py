@@ -154,5 +154,5 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     assert found.callback_metrics["val_loss"] == fitted.callback_metrics["val_loss"]
     models = [run.lightning_module.model_config for run in (found, fitted)]
     assert described(models[0]) == described(models[1])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"with rotary_base=10000\.0, norm_epsilon=0\.001"):
+    with pytest.raises(ValueError, match=r"with norm_epsilon=0\.001, rotary_base=10000\.0"):
         run_lightning(["validate", *words, resume, f"--model.overrides={shape}"])
