@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from lightning_dhellam.engine.batch import IGNORED
 
 _BATCHED = ("tokens", "labels", "loss_mask")
 _ID_TYPES = (torch.int64, torch.int32)
+_UNSHIFTED = 0.95
+"""Share of the labels that may be the tokens themselves before it is said."""
 
 
 class Limits(NamedTuple):
@@ -126,3 +129,27 @@ def check_ids(batch: Any, limits: Limits) -> None:
                 f"the batch's {name} hold {low if low < 0 else high}, but the model has"
                 f" vocab_size={size}: ids must be from 0 to {size - 1}{remark}"
             )
+
+
+def unshifted(batch: Mapping[str, Any]) -> str | None:
+    """What is to be said of labels that were not shifted; None if they seem to be. May wait.
+
+    The label of a token is the one after it. Text of one token again and again fits both.
+
+    Args:
+        batch: that `check_batch` has passed, with labels that are ids.
+    """
+    tokens, labels = batch["tokens"], batch["labels"]
+    counts = labels != IGNORED
+    if batch.get("loss_mask") is not None:
+        counts = counts & (batch["loss_mask"] != 0)
+    same = (labels == tokens) & counts
+    after = (labels[:, :-1] == tokens[:, 1:]) & counts[:, :-1]
+    count, unmoved, moved = (int(value.sum()) for value in (counts, same, after))
+    if unmoved <= _UNSHIFTED * count or moved >= unmoved * _UNSHIFTED:
+        return None
+    return (
+        f"{unmoved} of the {count} labels of the first batch are the tokens at their own places, so"
+        " that there is nothing to learn: the label of a token is the token after it (Hugging"
+        " Face's models shift labels themselves, here the data does: labels = tokens[1:])"
+    )

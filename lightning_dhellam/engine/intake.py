@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch, cut
-from lightning_dhellam.engine.inputs import Limits, check_batch, check_ids, pinned
+from lightning_dhellam.engine.inputs import (
+    Limits,
+    check_batch,
+    check_ids,
+    pinned,
+    unshifted,
+)
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.parallel import ParallelContext
@@ -31,6 +38,7 @@ class Intake:
     seed: int
     context: ParallelContext
     _has_begun: bool = field(default=False, init=False)
+    _has_seen_labels: bool = field(default=False, init=False)
 
     def micro_batches(
         self,
@@ -55,6 +63,8 @@ class Intake:
         check_ids(batch, self.limits)
         check_unread(batch, wait=not self._has_begun)
         self._has_begun = True
+        if needs_labels:
+            self._look_at_labels(batch)
         device = self.context.device
         if device.type == "cuda":
             batch = {k: pinned(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -68,3 +78,12 @@ class Intake:
             targets=needs_labels,
             everyone=everyone,
         )
+
+    def _look_at_labels(self, batch: Mapping[str, Any]) -> None:
+        """Warn of labels that were not shifted: once, since it may wait for the device."""
+        if self._has_seen_labels or self.limits.own_labels:
+            return
+        self._has_seen_labels = True
+        remark = unshifted(batch)
+        if remark is not None and self.context.topology.rank == 0:
+            warnings.warn(remark, stacklevel=2)
