@@ -39,6 +39,15 @@ class LateValue:
             if self._arrived is not None:
                 self._arrived.record()
 
+    def wait(self) -> float | None:
+        """The last one that was sent, waited for if need be; None before the first.
+
+        A step after it was sent the device has long had it, and has newer work to go on with.
+        """
+        if self._under_way and self._arrived is not None:
+            self._arrived.synchronize()
+        return self.get()
+
     def get(self) -> float | None:
         """The last one that has arrived; None before the first."""
         if self._under_way and (self._arrived is None or self._arrived.query()):

@@ -144,6 +144,28 @@ class DualStrandMixin(LightningModule):
         with torch.no_grad():
             return self.model(batch["tokens"])
 
+    def grad_norm(self) -> Tensor:
+        """2-norm of the gradient of the whole model, over all ranks: a scalar in fp32.
+
+        It is there from `batch_loss` on (from backward on under other strategies), is that before
+        clipping until it is clipped, and is not read on the host. Under `DHellamStrategy` it is the
+        same on every rank, and NaN where the loss is not finite; `p.grad` of the module's
+        parameters may be None there.
+        """
+        if self._strands is not None:
+            return self._strands.current_runner().grad_norm()
+        grads = [p.grad.float() for p in self.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log `grad_norm`, and `skipped_steps` once there are any. An override should call it."""
+        self.log("grad_norm", self.grad_norm())
+        if self._strands is not None:
+            skipped = self._strands.current_runner().skipped_steps
+            if skipped:
+                self.log("skipped_steps", torch.tensor(float(skipped)))
+
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss = self.batch_loss(batch)

@@ -226,7 +226,11 @@ class Runner:
         self.agreed.use_plan(name, builder)
 
     def optimizer(
-        self, optimizer: torch.optim.Optimizer, *, distributed_optimizer: bool | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        distributed_optimizer: bool | None = None,
+        max_skipped_steps: int = 10,
     ) -> ModelParallelOptimizer:
         """Make the gradient buffers, and what steps `optimizer` on them.
 
@@ -236,7 +240,10 @@ class Runner:
         Args:
             optimizer: any of torch's over the parameters of the model.
             distributed_optimizer: spread its state over data-parallel ranks (ZeRO-1). None: when
-                there are several, it is AdamW and the precision is not `bf16-true`.
+                there are several, it is AdamW (or a class derived from it that says `elementwise =
+                True`) and the precision is not `bf16-true`.
+            max_skipped_steps: steps whose loss or gradient is not finite are left out; after so
+                many in a row `step` raises FloatingPointError.
 
         Raises:
             ValueError: sharding was asked for where it cannot work.
@@ -260,6 +267,7 @@ class Runner:
             {parameter: WEIGHTS + name for name, parameter in self.model.named_parameters()},
             sharded=sharded,
             master_weights=numbers.master_weights,
+            max_skipped_steps=max_skipped_steps,
         )
         return self._optimizer
 
@@ -290,8 +298,9 @@ class Runner:
         loss = self.engine.train(pieces, self._gradient_ready)
         self._buffers.finish()
         # What each rank has is its part of the sum.
-        loss = loss * self.context.topology.dp_size
-        return from_first(loss, self.context.groups.pp)
+        loss = from_first(loss * self.context.topology.dp_size, self.context.groups.pp)
+        self._optimizer.saw(loss)
+        return loss
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.
@@ -301,6 +310,11 @@ class Runner:
         if self._optimizer is None:
             raise RuntimeError("there are no gradients: call Runner.optimizer and train first")
         return self._optimizer.grad_norm()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because loss or gradient was not finite, as far as known."""
+        return self._optimizer.skipped_steps if self._optimizer is not None else 0
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""

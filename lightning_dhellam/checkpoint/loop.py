@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint import folder
+from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.model import check_model, described
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import together
@@ -37,7 +38,9 @@ def save(
 
     Raises:
         OSError: a rank could not write; on every rank, and `path` is as it was before.
+        ValueError: weights are not finite, on every rank.
     """
+    check_finite(path, model, model.context)
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
     weights = {WEIGHTS + name: value for name, value in model.state_dict().items()}
     common = {_STEPS: steps, "extra": extra}

@@ -28,12 +28,22 @@ from lightning_dhellam.parallel.optimizer_state import (
     named,
     restore,
 )
+from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer
 from lightning_dhellam.versions import gradients_for_norm
+
+ELEMENTWISE = "elementwise"
+"""What the class of an optimizer says of itself if its rule looks at each element alone."""
 
 
 def can_shard(optimizer: Optimizer) -> bool:
-    """Whether Megatron's distributed optimizer takes it: it does AdamW only."""
-    return isinstance(optimizer, torch.optim.AdamW)
+    """Whether Megatron's distributed optimizer takes it, and its rule allows for that.
+
+    Megatron takes AdamW and what is derived from it. A rank has flat parts of parameters, so a
+    derived class must say that it needs no whole ones: `elementwise = True`.
+    """
+    if type(optimizer) is torch.optim.AdamW:
+        return True
+    return isinstance(optimizer, torch.optim.AdamW) and getattr(optimizer, ELEMENTWISE, False)
 
 
 def shards(
@@ -56,8 +66,9 @@ def shards(
     if asked and not possible:
         raise ValueError(
             f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
-            f" precision='{precision}': it needs torch.optim.AdamW and '32-true' or 'bf16-mixed';"
-            " or leave distributed_optimizer out"
+            f" precision='{precision}': it needs '32-true' or 'bf16-mixed', and torch.optim.AdamW"
+            f" or a class derived from it that says {ELEMENTWISE} = True, since its rule looks at"
+            " each element alone; or leave distributed_optimizer out"
         )
     return asked
 
@@ -75,9 +86,11 @@ class ModelParallelOptimizer:
         names: of the parameters.
         sharded: Megatron's distributed optimizer (ZeRO-1, arXiv 1910.02054).
         master_weights: keep fp32 copies of 16-bit parameters.
+        max_skipped_steps: steps in a row with a loss or gradient that is not finite, after which
+            `step` ends the run.
 
     Attributes:
-        steps: how many it has done.
+        steps: how many there were, those that were left out included.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class ModelParallelOptimizer:
         *,
         sharded: bool,
         master_weights: bool,
+        max_skipped_steps: int,
     ) -> None:
         self._inner = optimizer
         self._context = context
@@ -117,7 +131,13 @@ class ModelParallelOptimizer:
         self._weights = StepsFollow(
             self._megatron, buffers, sharded=sharded, master_weights=master_weights
         )
+        self._skipping = SkippingOptimizer(optimizer, context.device)
+        self._megatron.optimizer = self._skipping
+        tells = context.topology.rank == 0
+        self._skipped = SkippedSteps(context.device, max_skipped_steps, tells=tells)
         self._norm: Tensor | None = None
+        self._finite: Tensor | None = None
+        self._loss: Tensor | None = None
         self._prepared = False
         self.steps = 0
 
@@ -126,10 +146,22 @@ class ModelParallelOptimizer:
         """What the user's optimizer steps on this rank."""
         return [p for group in self._inner.param_groups for p in group["params"]]
 
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because something was not finite, as far as is known.
+
+        The host hears of a step right before the next one, and when a checkpoint is made.
+        """
+        return self._skipped.count
+
     def begin(self) -> None:
         """A step begins: what was known of the gradients counts no more."""
-        self._norm = None
+        self._norm = self._finite = self._loss = None
         self._prepared = False
+
+    def saw(self, loss: Tensor) -> None:
+        """Note this rank's loss of the step, a scalar: unless it is finite, `step` does nothing."""
+        self._loss = loss.detach()
 
     def prepare(self) -> None:
         """Give every parameter its gradient from the buffers, unless it has it since `begin`."""
@@ -142,7 +174,8 @@ class ModelParallelOptimizer:
     def grad_norm(self) -> Tensor:
         """2-norm of the gradient of the whole model, the same on every rank: a scalar in fp32.
 
-        Parameters that tensor-parallel ranks hold in common count once. Not read on the host.
+        Parameters that tensor-parallel ranks hold in common count once. It is NaN if the loss of a
+        rank is not finite. Not read on the host.
         """
         self.prepare()
         if self._norm is None:
@@ -151,10 +184,23 @@ class ModelParallelOptimizer:
             square = torch.zeros((), dtype=torch.float32, device=self._context.device)
             if grads:
                 square = torch.nn.utils.get_total_norm(grads).float().square()
+            square = square + self._loss_unless_finite()
             if dist.is_initialized():
                 dist.all_reduce(square, group=self._norm_group)
             self._norm = square.sqrt()
+            if self._finite is None:
+                self._finite = self._norm.isfinite()
         return self._norm
+
+    def _loss_unless_finite(self) -> Tensor:
+        """NaN if the loss that this rank or a replica of it has seen is not finite, or else 0."""
+        if self._loss is None:
+            return torch.zeros((), device=self._context.device)
+        broken = self._loss.float() * 0
+        if not self._sharded and self._context.topology.dp_size > 1 and dist.is_initialized():
+            # Gradients of replicas are added up, but not all that spoils a loss spoils them.
+            dist.all_reduce(broken, group=self._context.groups.dp_cp)
+        return broken
 
     def clip_by_norm(self, limit: float) -> None:
         """Scale all gradients so that `grad_norm` is at most `limit`."""
@@ -164,7 +210,7 @@ class ModelParallelOptimizer:
 
     def clip_by_value(self, limit: float) -> None:
         """Clamp every element of every gradient to `[-limit, limit]`."""
-        self.prepare()
+        self.grad_norm()  # what is not finite would be afterwards
         torch.nn.utils.clip_grad_value_(self.parameters, limit)
         self._norm = None
 
@@ -172,8 +218,18 @@ class ModelParallelOptimizer:
         """Step, and bring the model's parameters up to date on every rank.
 
         It goes on from the model's weights as they are, whatever has changed them since the last.
+        If the loss or the gradient of any rank is not finite, all ranks leave the step out: neither
+        weights nor state change, as if the batch had not been there. The host waits for nothing.
+
+        Raises:
+            FloatingPointError: on all ranks, when too many steps in a row were left out.
         """
-        self.prepare()
+        if self._finite is None:
+            self.grad_norm()
+        self.settle()
+        self._skipped.check()
+        if not self._context.emulated:  # where numbers mean nothing
+            self._skipping.finite = self._finite
         with self._context.megatron(), torch.no_grad():
             self._weights.take_changes()
             self._megatron.step_with_ready_grads()
@@ -181,7 +237,17 @@ class ModelParallelOptimizer:
             # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
             # next zero_grad could clear what the next step has put there.
             parameter.grad = None
+        if self._skipping.finite is not None:
+            self._skipped.send(self._skipping.finite, self.steps)
         self.steps += 1
+
+    def settle(self) -> None:
+        """Hear whether the last step was left out, and take back what the host counted of it.
+
+        It waits for that step, so it is for the next one and for where the host waits anyway.
+        """
+        if self._skipped.hear():
+            self._skipping.was_skipped()
 
     def reload(self) -> None:
         """Take the model's parameters as they are now, after they were loaded, and no low bits."""
@@ -196,6 +262,7 @@ class ModelParallelOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, by the names of parameters; see `optimizer_state`."""
+        self.settle()
         with torch.no_grad():
             self._weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._has_masters else []
@@ -219,6 +286,7 @@ class ModelParallelOptimizer:
         Raises:
             ValueError: a parameter or a group is not in both.
         """
+        self.settle()
         saved = from_numbers(state, self._names) if "optimizer" in state else state
         if saved.get("parts", self._parts) != self._parts:
             raise ValueError(

@@ -45,6 +45,7 @@ def check_arguments(
     timeout: Any,
     kernels: Any,
     resume_settings: Any,
+    max_skipped_steps: int,
 ) -> None:
     """Refuse values of `DHellamStrategy`'s own arguments that no run can use."""
     for name, value in (
@@ -52,6 +53,7 @@ def check_arguments(
         ("pipeline_parallel_size", pipeline_parallel_size),
         ("micro_batch_size", micro_batch_size),
         ("bucket_size", bucket_size),
+        ("max_skipped_steps", max_skipped_steps),
     ):
         if value is None and name == "bucket_size":
             continue

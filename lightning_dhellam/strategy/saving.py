@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
+from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import together
@@ -52,7 +53,12 @@ class SavingStrategy(JobStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a folder with one file per rank; see `checkpoint.folder`."""
+        """Write a folder with one file per rank; see `checkpoint.folder`.
+
+        Raises:
+            ValueError: the run is emulated, or weights are not finite.
+            OSError: a rank could not write.
+        """
         if self.cluster is not None:
             raise ValueError(
                 "this run is emulated (emulate=...): its numbers mean nothing, so it saves no"
@@ -69,6 +75,8 @@ class SavingStrategy(JobStrategy):
         if with_state and self._optimizer is not None:
             state, settings = self._optimizer.state_dict(), self._settings
         path = Path(self.broadcast(str(filepath)))
+        assert self.lightning_module is not None
+        check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
         checkpoint_files.save(path, self.context, common, weights, state, settings, model)
 

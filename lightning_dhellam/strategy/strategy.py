@@ -58,12 +58,15 @@ class DHellamStrategy(SavingStrategy):
             which searches the best in the first steps (see `callbacks.AutoSearch`), or the path
             of a plan file (`.json`). Changes neither loss nor gradients.
         distributed_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1). None: when
-            there are several, the optimizer is AdamW and the precision is not `bf16-true`.
+            there are several, the optimizer is AdamW (or a class derived from it that says
+            `elementwise = True`) and the precision is not `bf16-true`.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the fastest that
             this machine has for all others.
         regather: gather the input of column-parallel layers again in backward; False keeps it,
             which saves communication and costs memory.
         bucket_size: parameters per bucket of the data-parallel reduction.
+        max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
+            after so many in a row the run ends with a FloatingPointError.
         seed: of weights and dropout; None for that of `seed_everything`, or else 1234.
         emulate: a cluster, the file of one, or the name of one that ships (`dhellam clusters`), of
             which this process plays a single rank; links take time and bring nothing, so numbers
@@ -91,6 +94,7 @@ class DHellamStrategy(SavingStrategy):
         kernels: dict[str, str] | None = None,
         regather: bool = True,
         bucket_size: int | None = None,
+        max_skipped_steps: int = 10,
         seed: int | None = None,
         emulate: str | Cluster | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -115,6 +119,7 @@ class DHellamStrategy(SavingStrategy):
             timeout,
             kernels,
             resume_settings,
+            max_skipped_steps,
         )
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
@@ -125,6 +130,7 @@ class DHellamStrategy(SavingStrategy):
         self.kernels = kernels
         self.regather = regather
         self.bucket_size = bucket_size
+        self.max_skipped_steps = max_skipped_steps
         self._seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.resume_settings = resume_settings
@@ -282,7 +288,9 @@ class DHellamStrategy(SavingStrategy):
         (optimizer,) = self.optimizers
         checks.check_optimizer(self._module, optimizer)
         self._optimizer = self.precision_plugin.optimizer = self.runner.optimizer(
-            optimizer, distributed_optimizer=self.distributed_optimizer
+            optimizer,
+            distributed_optimizer=self.distributed_optimizer,
+            max_skipped_steps=self.max_skipped_steps,
         )
 
     @override
@@ -377,8 +385,14 @@ class DHellamStrategy(SavingStrategy):
         if self._termination is not None:
             self._termination.meet()
 
+    @override
+    def on_train_end(self) -> None:
+        self._meet()
+        if self._optimizer is not None:
+            self._optimizer.settle()
+
     # Where ranks meet outside of steps.
-    on_train_end = on_validation_start = on_validation_end = _meet
+    on_validation_start = on_validation_end = _meet
     on_test_start = on_predict_start = _meet
 
     @contextmanager

@@ -1,0 +1,32 @@
+"""No checkpoint of weights that are not finite takes the place of a good one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.nn import Module
+
+from lightning_dhellam.parallel.collectives import together
+from lightning_dhellam.parallel.context import ParallelContext
+
+
+def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
+    """Refuse to save weights of which one is not finite. Every rank must call this.
+
+    Buffers may be anything: masks have infinities.
+
+    Raises:
+        ValueError: on every rank, when one of them has such a weight.
+    """
+    names, weights = zip(*model.named_parameters(), strict=True)
+
+    def check() -> None:
+        finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
+        if not all(finite):
+            raise ValueError(
+                f"checkpoint {path} is not written: '{names[finite.index(False)]}' is not finite,"
+                " so nothing could go on from it; go on from the checkpoint before"
+            )
+
+    together(check, context.world_group)
