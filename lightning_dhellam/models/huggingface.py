@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.source import check_config, open_weights
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.pipeline.split import stage_of
 
@@ -58,13 +60,31 @@ class _Rule:
         return stage_of(model.chunk_of(self.layer), model.context.topology.pp_size)
 
 
-def import_llama(model: CausalLM, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy a `LlamaForCausalLM` state dict into this rank's parameters.
+def import_llama(
+    model: CausalLM,
+    source: Mapping[str, Tensor] | torch.nn.Module | str | PathLike[str],
+    config: Any = None,
+) -> None:
+    """Copy the weights of a `LlamaForCausalLM` into this rank's parameters.
 
-    Every rank passes the whole state dict, of which it takes its layers' shards. Nothing is written
-    unless everything fits: raises ValueError naming the missing, unexpected and mis-shaped tensors.
+    Every rank passes the whole, of which it takes its layers' shards. Nothing is written unless
+    everything fits.
+
+    Args:
+        model: to be written.
+        source: the folder of a saved model, with its `config.json` and its tensors in safetensors
+            or `.bin` files; such a model itself; or its state dict.
+        config: what the weights were made with: what `config.json` holds, its path, or a
+            `LlamaConfig`. A folder or a model brings its own; a state dict alone is taken on trust,
+            with a warning.
+
+    Raises:
+        ValueError: the configuration differs from the model's or cannot be expressed, or tensors
+            are missing, unexpected or mis-shaped; all are named.
     """
-    _check_mapping("import_llama", state_dict)
+    state_dict, config = open_weights("import_llama", source, config)
+    if config is not None:
+        check_config(config, model.config)
     rules = list(_rules(model.config, model.padded_vocab_size))
     _check_state_dict(model.config, rules, state_dict)
     parameters = dict(model.named_parameters())
@@ -86,7 +106,11 @@ def export_llama(model: CausalLM, tensors: Mapping[str, Tensor] | None = None) -
     """
     if tensors is None:
         tensors = dict(model.named_parameters())
-    _check_mapping("export_llama", tensors)
+    if not isinstance(tensors, Mapping):
+        raise ValueError(
+            "export_llama takes tensors by their names, such as a model's state_dict(), not a"
+            f" {type(tensors).__name__}"
+        )
     rules = list(_rules(model.config, model.padded_vocab_size))
     missing = [rule.ours for rule in _own(rules, model) if rule.ours not in tensors]
     if missing:
@@ -227,17 +251,6 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str) -> _Rule:
         for letter, part in zip("qkv", parts, strict=True)
     }
     return _Rule(ours, names, join, split)
-
-
-def _check_mapping(function: str, given: object) -> None:
-    # A string would be taken for a mapping from its letters.
-    if not isinstance(given, Mapping):
-        shown = repr(given) if isinstance(given, str | PathLike) else f"a {type(given).__name__}"
-        raise ValueError(
-            f"{function} takes tensors by their names, such as a model's state_dict(), not {shown}:"
-            " load a checkpoint first, for example with"
-            " LlamaForCausalLM.from_pretrained(path).state_dict()"
-        )
 
 
 def _check_state_dict(

@@ -32,7 +32,7 @@ def prepared(
 ) -> CausalLM:
     """The model with Hugging Face's random weights and an empty `main_grad` for each."""
     model = CausalLM(config, context, dtype)
-    import_llama(model, hugging_face_llama(config).state_dict())
+    import_llama(model, hugging_face_llama(config))
     add_main_grads(model)
     return model
 

@@ -50,7 +50,7 @@ def _model(
                 # Matrices that keep the size of activations, where bf16 is at its best.
                 parameter.mul_(0.3)
             parameter.copy_(parameter.to(dtype))
-    import_llama(model, reference.state_dict())
+    import_llama(model, reference)
     add_main_grads(model)
     return model, reference
 

@@ -246,7 +246,7 @@ class SameStart(Model):
 
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
         model = super().build_model(context, dtype)
-        import_llama(model, hugging_face_llama(self.model_config).state_dict())
+        import_llama(model, hugging_face_llama(self.model_config))
         return model
 
 

@@ -41,7 +41,7 @@ Outcome = tuple[Tensor, Tensor, dict[str, Tensor]]
 def _outcome(config: ModelConfig, context: ParallelContext) -> Outcome:
     """Logits, losses and gradients by Hugging Face names, on whole tensors."""
     model = CausalLM(config, context)
-    import_llama(model, hugging_face_llama(config).state_dict())
+    import_llama(model, hugging_face_llama(config))
     tokens, labels = (tensor.to(context.device) for tensor in random_batch(config))
     with torch.no_grad():
         logits = model(tokens)

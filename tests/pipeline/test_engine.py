@@ -166,7 +166,7 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
     context = _context(2, Case(config))
     assert context.topology.dp_size == 2
     model = CausalLM(config, context)
-    import_llama(model, hugging_face_llama(config).state_dict())
+    import_llama(model, hugging_face_llama(config))
     engine = engine_of(lower(model), poison=True)
     buffers = GradientBuffers(model, model.transformer_config, context, sharded=False, fp32=True)
     # The first stage has the loss.

@@ -74,7 +74,7 @@ class Imported(DualStrandMixin):
 
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
         model = super().build_model(context, dtype)
-        import_llama(model, hugging_face_llama(self.model_config).state_dict())
+        import_llama(model, hugging_face_llama(self.model_config))
         return model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -29,7 +29,7 @@ class Ours(DualStrandMixin):
         first = "model" not in self._modules
         super().configure_model()
         if first:
-            import_llama(self.model, _huggingface(self.case, self.start).state_dict())
+            import_llama(self.model, _huggingface(self.case, self.start))
             if self.start.type == "cuda":
                 torch.cuda.empty_cache()
 
