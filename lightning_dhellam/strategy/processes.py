@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -23,6 +25,7 @@ from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.strategy import checks
+from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher
 from lightning_dhellam.strategy.termination import watch_parent
 
@@ -48,6 +51,8 @@ class JobStrategy(ParallelStrategy):
     timeout: timedelta
     num_nodes = 1
     _context: ParallelContext | None = None
+    _runs: int = 0
+    _is_alone: bool | None = None
     _parent_watch: Event | None = None
 
     def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
@@ -126,6 +131,8 @@ class JobStrategy(ParallelStrategy):
             if obstacle:
                 rank_zero_warn(obstacle)
         super().setup_environment()
+        JobStrategy._runs += 1
+        self._is_alone = None
         reset_seed()
         self._set_world_ranks()
         if self.cluster is not None:
@@ -167,9 +174,24 @@ class JobStrategy(ParallelStrategy):
             if self.cluster is not None:
                 dist.destroy_process_group()
 
+    @property
+    def alone(self) -> bool:
+        """Whether an exception ends this rank and not the others, so that it must not wait for
+        them: a callback may want to save a checkpoint then, or ask them something."""
+        trainer = self._lightning_module._trainer if self._lightning_module is not None else None
+        error = sys.exception()
+        if trainer is None or trainer.state.status is not TrainerStatus.INTERRUPTED:
+            return False
+        if error is None or not _distributed_is_initialized() or self.cluster is not None:
+            return False
+        if self._is_alone is None:
+            place = f"run {self._runs} step {trainer.global_step}"
+            self._is_alone = dist.get_world_size() > 1 and not is_shared(error, place)
+        return self._is_alone
+
     @override
     def barrier(self, name: str | None = None) -> None:
-        if not _distributed_is_initialized():
+        if not _distributed_is_initialized() or self.alone:
             return
         if self.root_device.type == "cuda":
             dist.barrier(device_ids=[self.root_device.index])
@@ -178,7 +200,7 @@ class JobStrategy(ParallelStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized() or self.cluster is not None:
+        if not _distributed_is_initialized() or self.cluster is not None or self.alone:
             return obj
         objects = [obj]
         dist.broadcast_object_list(objects, src)
@@ -187,11 +209,13 @@ class JobStrategy(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any | None = "mean") -> Any:
         """Over the data-parallel ranks: all ranks of a model hold the same value."""
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and not self.alone:
             return reduced(tensor, group or self.context.groups.dp, reduce_op)
         return tensor
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self.alone:
+            return decision
         mine = torch.tensor(int(decision), device=self.root_device)
         return bool(reduced(mine, self.context.world_group, "min" if all else "max"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,14 @@ class SavingStrategy(JobStrategy):
             raise ValueError(
                 "storage_options is not supported: DHellamStrategy writes checkpoints itself"
             )
+        if self.alone:
+            warnings.warn(
+                f"checkpoint {filepath} is not saved: rank {self.global_rank} alone has raised"
+                f" {type(sys.exception()).__name__}, and a checkpoint is written by all ranks; go"
+                " on from an earlier one",
+                stacklevel=2,
+            )
+            return
         common = dict(checkpoint)
         weights = common.pop("state_dict")
         with_state = common.pop("optimizer_states", None) is not None
@@ -79,6 +89,12 @@ class SavingStrategy(JobStrategy):
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
         checkpoint_files.save(path, self.context, common, weights, state, settings, model)
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        # What was to take its place was not saved.
+        if not self.alone:
+            super().remove_checkpoint(filepath)
 
     @override
     def load_checkpoint(
