@@ -22,6 +22,13 @@ Refusal = Callable[[torch.device, torch.dtype], str | None]
 """Why a device and a type cannot be used, or None if they can."""
 
 
+NO_BLOCKS = (
+    "with context parallelism attention is merged from blocks of keys, and it keeps their"
+    " log-sum-exp to itself"
+)
+"""Why a backend of attention cannot be used."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One implementation of an operator.
@@ -35,6 +42,7 @@ class Candidate:
         automatic: on which devices it may be chosen without being asked for.
         largest_head: of attention in 16 bits, whose heads must be a multiple of 8 then; 0 where
             any will do.
+        blocks: whether attention over many keys can be had of it in blocks.
     """
 
     load: Callable[[], Any]
@@ -44,9 +52,17 @@ class Candidate:
     extra: str = "lightning-dhellam[cuda]"
     automatic: Callable[[torch.device], bool] = lambda device: True
     largest_head: int = 0
+    blocks: bool = True
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype, head: int = 0) -> str | None:
-        """Why it cannot be used here, with heads of this size, or None if it can."""
+    def obstacle(
+        self, device: torch.device, dtype: torch.dtype, head: int = 0, *, in_blocks: bool = False
+    ) -> str | None:
+        """Why it cannot be used here, with heads of this size, or None if it can.
+
+        `in_blocks` says whether attention is over blocks of keys, whose results are merged.
+        """
+        if in_blocks and not self.blocks:
+            return NO_BLOCKS
         return self._lack() or self.refusal(device, dtype) or self._unfit(head)
 
     def _unfit(self, head: int) -> str | None:
@@ -83,6 +99,7 @@ class Kernels:
     gelu: protocols.ActivationKernel
     layer_norm: protocols.LayerNormKernel
     linear: protocols.LinearKernel
+    merge: protocols.MergeKernel
     rms_norm: protocols.RmsNormKernel
     rope: protocols.RopeKernel
     swiglu: protocols.ActivationKernel
@@ -102,6 +119,8 @@ def choose(
     dtype: torch.dtype,
     forced: Mapping[str, str] | None = None,
     head: int = 0,
+    *,
+    in_blocks: bool = False,
 ) -> Kernels:
     """The fastest usable implementation of each operator, unless `forced` names another.
 
@@ -110,6 +129,7 @@ def choose(
         dtype: of activations.
         forced: backends by operator.
         head: size of an attention head; 0 if it is not known.
+        in_blocks: whether attention is over blocks of keys, whose results are merged.
 
     Raises:
         ValueError: `forced` names an unknown operator or backend, or one that cannot be used here.
@@ -117,17 +137,19 @@ def choose(
     forced = forced or {}
     check_names(forced)
     names = {
-        operator: _forced(operator, forced[operator], device, dtype, head)
+        operator: _forced(operator, forced[operator], device, dtype, head, in_blocks=in_blocks)
         if operator in forced
-        else _first(operator, device, dtype, head)
+        else _first(operator, device, dtype, head, in_blocks=in_blocks)
         for operator in CANDIDATES
     }
     loaded = {operator: CANDIDATES[operator][name].load() for operator, name in names.items()}
     return Kernels(**loaded, names=names)
 
 
-def check_names(forced: Mapping[str, str]) -> None:
+def check_names(forced: Mapping[str, str], *, in_blocks: bool = False) -> None:
     """Refuse backends by operator of which there is no such operator, or no such backend of it.
+
+    With `in_blocks` also one that cannot attend to blocks of keys, as context parallelism does.
 
     Raises:
         ValueError: with the names that there are.
@@ -143,27 +165,49 @@ def check_names(forced: Mapping[str, str]) -> None:
                 f"kernels={{{operator}: {name}}}: {operator} has no backend '{name}';"
                 f" {_suggest(name, CANDIDATES[operator])}"
             )
+        if in_blocks and not CANDIDATES[operator][str(name)].blocks:
+            others = [other for other, one in CANDIDATES[operator].items() if one.blocks]
+            raise ValueError(
+                f"kernels={{{operator}: {name}}}: {NO_BLOCKS}; use {' or '.join(others)}, or leave"
+                f" {operator} out"
+            )
 
 
 def available(
-    operator: str, device: torch.device, dtype: torch.dtype, head: int = 0
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: int = 0,
+    *,
+    in_blocks: bool = False,
 ) -> Iterator[tuple[str, str | None]]:
     """Every backend of `operator`, with what stands against using it here, or None."""
     for name, candidate in CANDIDATES[operator].items():
-        yield name, candidate.obstacle(device, dtype, head)
+        yield name, candidate.obstacle(device, dtype, head, in_blocks=in_blocks)
 
 
-def _first(operator: str, device: torch.device, dtype: torch.dtype, head: int) -> str:
-    for name, candidate in CANDIDATES[operator].items():
-        if candidate.automatic(device) and candidate.obstacle(device, dtype, head) is None:
+def _first(
+    operator: str, device: torch.device, dtype: torch.dtype, head: int, *, in_blocks: bool = False
+) -> str:
+    for name, why in available(operator, device, dtype, head, in_blocks=in_blocks):
+        if why is None and CANDIDATES[operator][name].automatic(device):
             return name
     raise ValueError(f"no backend of {operator} computes {dtype} on {device.type}")
 
 
-def _forced(operator: str, name: str, device: torch.device, dtype: torch.dtype, head: int) -> str:
-    obstacle = CANDIDATES[operator][name].obstacle(device, dtype, head)
+def _forced(
+    operator: str,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: int,
+    *,
+    in_blocks: bool,
+) -> str:
+    obstacles = dict(available(operator, device, dtype, head, in_blocks=in_blocks))
+    obstacle = obstacles[name]
     if obstacle is not None:
-        usable = [other for other, why in available(operator, device, dtype, head) if why is None]
+        usable = [other for other, why in obstacles.items() if why is None]
         raise ValueError(
             f"kernels={{{operator}: {name}}} cannot be used here: {obstacle};"
             f" or use {' or '.join(usable)}, or leave {operator} out"
@@ -282,6 +326,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             _on_ampere_in_16_bits,
             "flash_attn",
             largest_head=256,
+            blocks=False,
         ),
         "torch_flash": Candidate(
             _backend("sdpa", "TorchFlash"), _on_ampere_in_16_bits, largest_head=256
@@ -291,6 +336,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             _on_ampere_in_16_bits,
             "transformer_engine",
             largest_head=128,
+            blocks=False,
         ),
         "efficient": Candidate(_backend("sdpa", "EfficientAttention"), _on_cuda),
         "cpu": Candidate(_backend("sdpa", "CpuFlash"), _on_cpu),
@@ -304,6 +350,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "cublas": Candidate(_module("linear.cublas"), _on_cuda),
         "reference": _reference("linear"),
     },
+    "merge": _with_triton("merge"),
     "rms_norm": _with_triton("rms_norm"),
     "rope": _with_triton("rope"),
     "swiglu": _with_triton("swiglu"),

@@ -17,6 +17,7 @@ from lightning_dhellam.kernels import (
     dropout,
     gelu,
     layer_norm,
+    merge,
     rms_norm,
     rope,
     swiglu,
@@ -139,16 +140,18 @@ def _rope(backend: Any, draw: Draw) -> Pairs:
     heads = Heads(groups, ratio, size)
     length = draw.tokens // batch
     angles = torch.outer(
-        torch.arange(length, device=draw.device), torch.rand(size // 2, device=draw.device)
+        torch.arange(2 * length, device=draw.device), torch.rand(size // 2, device=draw.device)
     ).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     qkv = draw.normal(length, batch, groups * (ratio + 2) * size)
-    y = backend.forward(qkv, cos, sin, heads)
-    yield "y", y, rope.forward(qkv.float(), cos, sin, heads)
+    positions = torch.randint(0, 2 * length, (length, batch), device=draw.device)
+    y = backend.forward(qkv, positions, cos, sin, heads)
+    yield "y", y, rope.forward(qkv.float(), positions, cos, sin, heads)
     q, k, v = heads.split(draw.normal(*qkv.shape))
     k = k.transpose(0, 1).contiguous().transpose(0, 1)
-    grad = backend.backward(q, k, v, cos, sin, heads)
-    yield "grad", grad, rope.backward(q.float(), k.float(), v.float(), cos, sin, heads)
+    grad = backend.backward(q, k, v, positions, cos, sin, heads)
+    tables = positions, cos, sin, heads
+    yield "grad", grad, rope.backward(q.float(), k.float(), v.float(), *tables)
 
 
 def _dropout(backend: Any, draw: Draw) -> Pairs:
@@ -157,6 +160,27 @@ def _dropout(backend: Any, draw: Draw) -> Pairs:
     y = backend.forward_add(x, residual, p, key)
     yield "y with residual", y, dropout.forward_add(x.float(), residual.float(), p, key)
     yield "grad", backend.backward(x, p, key), dropout.backward(x.float(), p, key)
+    # Rows of a long sequence, in an order of their own.
+    places = 1_000_000 + 7 * torch.randperm(draw.tokens, device=draw.device)
+    expected = dropout.forward_add(x.float(), residual.float(), p, key, places)
+    yield "y at places", backend.forward_add(x, residual, p, key, places), expected
+
+
+def _merge(backend: Any, draw: Draw) -> Pairs:
+    """Blocks that all queries attend to, the later half, and of which one attends to no key."""
+    heads, batch = 2, 2 - draw.tokens % 2
+    rows, channels = draw.tokens // batch, max(1, draw.width // heads) * heads
+    out, other = (draw.normal(rows, batch, channels) for _ in range(2))
+    lse, other_lse = (3 * torch.randn(batch, heads, rows, device=draw.device) for _ in range(2))
+    lse[0, 0, -1] = other_lse[0, -1, -1] = -torch.inf
+    for start in (0, rows // 2):
+        late = other[start:], other_lse[..., start:]
+        for dtype in (draw.dtype, torch.float32):
+            y, total = backend.forward(out, lse, *late, dtype)
+            assert y.dtype == dtype and total.dtype == torch.float32
+            expected = merge.forward(out.float(), lse, late[0].float(), late[1], torch.float32)
+            yield f"y from {start} in {dtype}", y, expected[0]
+            yield f"weights from {start} in {dtype}", total.exp(), expected[1].exp()
 
 
 def _cross_entropy(backend: Any, draw: Draw) -> Pairs:
@@ -189,6 +213,7 @@ CASES: dict[str, Callable[[Any, Draw], Pairs]] = {
     "swiglu": _swiglu,
     "rope": _rope,
     "dropout": _dropout,
+    "merge": _merge,
     "cross_entropy": _cross_entropy,
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.attention.heads import Heads
@@ -31,18 +32,20 @@ class CrossEntropyKernel(Protocol):
 
 
 class DropoutKernel(Protocol):
-    """Dropout whose mask follows from a key."""
+    """Dropout whose mask follows from a key, and from the places [s] of the rows of a tensor."""
 
     def derive_key(self, key: int, *counters: int) -> int:
         """A new key from a key and counters."""
 
-    def forward(self, x: Tensor, p: float, key: int) -> Tensor:
-        """Drop elements of `x` with probability `p`, and scale the others."""
+    def forward(self, x: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+        """Drop elements of `x` [s, ...] with probability `p`, and scale the others."""
 
-    def forward_add(self, x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
+    def forward_add(
+        self, x: Tensor, residual: Tensor, p: float, key: int, places: Tensor | None = None
+    ) -> Tensor:
         """Add to `residual` what `forward` makes of `x`."""
 
-    def backward(self, dy: Tensor, p: float, key: int) -> Tensor:
+    def backward(self, dy: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
         """The gradient by `x`, from `dy`, that of what `forward` gave."""
 
 
@@ -110,6 +113,18 @@ class LayerNormKernel(Protocol):
         """Gradients by `x`, plus `residual`, and by weight and bias."""
 
 
+class MergeKernel(Protocol):
+    """Attention over two blocks of keys made that over both."""
+
+    def forward(
+        self, out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Output [S, B, H*D] in `dtype` and log-sum-exp [B, H, S] over all keys.
+
+        `other` [T, B, H*D] and its log-sum-exp [B, H, T] are of the last T queries.
+        """
+
+
 class RmsNormKernel(Protocol):
     """RMSNorm, and the sum with the residual stream before it."""
 
@@ -135,10 +150,22 @@ class RmsNormKernel(Protocol):
 class RopeKernel(Protocol):
     """Rotary position embedding, which puts heads in order on its way."""
 
-    def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
-        """Rotated heads in the layout of `Heads.split`, from a projection [S, B, ...]."""
+    def forward(
+        self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: Heads
+    ) -> Tensor:
+        """Rotated heads in the layout of `Heads.split`, from a projection [S, B, ...].
+
+        Each token turns by the row of its position [S, B] in the tables.
+        """
 
     def backward(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: Heads
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
     ) -> Tensor:
         """The gradient by the projection, from those by queries, keys and values."""

@@ -30,6 +30,8 @@ class AgreedEngine:
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
         regather: gather the input of column-parallel layers again in backward.
+        context_exchange: how keys and values come to the ranks that share sequences.
+        context_fp32_gradients: whether gradients by them travel in fp32.
         module: what holds the model and the loss; its buffers are as before after a profile.
 
     Attributes:
@@ -51,6 +53,8 @@ class AgreedEngine:
         loss: Loss | None,
         kernels: Mapping[str, str] | None,
         regather: bool,
+        context_exchange: str,
+        context_fp32_gradients: bool,
         module: torch.nn.Module,
     ) -> None:
         if plan == "auto":
@@ -64,7 +68,14 @@ class AgreedEngine:
         self._length: int | None = None
         self._check_split()
         start_alike(model, self._context)
-        lowered = lower(model, regather=regather, loss=loss, kernels=kernels)
+        lowered = lower(
+            model,
+            regather=regather,
+            loss=loss,
+            kernels=kernels,
+            context_exchange=context_exchange,
+            context_fp32_gradients=context_fp32_gradients,
+        )
         self.structure = Structure(model)
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)

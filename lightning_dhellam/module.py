@@ -57,9 +57,11 @@ class DualStrandMixin(LightningModule):
         Such a block maps hidden states [S, B, H] to the same shape. It gets whole sequences, which
         with tensor parallelism every rank computes alike. One that works token by token, and sets
         `token_wise = True` on its class, gets each rank's own tokens instead, [S / TP, B, H], and
-        computes them once. Megatron's parallel linear layers inside it split their weights either
-        way. Parameters that are not split, and buffers, start as those of the first rank, whatever
-        each rank has drawn; after each training step buffers are the first rank's again.
+        computes them once. With context parallelism every block must be such a one; it gets the
+        tokens of its rank's two pieces of each sequence. Megatron's parallel linear layers inside a
+        block split their weights either way. Parameters that are not split, and buffers, start as
+        those of the first rank, whatever each rank has drawn; after each training step buffers are
+        the first rank's again.
 
         With pipeline parallelism every rank must put in the same modules at the same places; one
         of your own belongs to the stage of the layer before it, and the others forget it.
@@ -75,6 +77,11 @@ class DualStrandMixin(LightningModule):
         data-parallel ranks in training, of what its micro-batches return; so with a mean over
         tokens, `micro_batch_size` changes it where samples have different numbers of tokens that
         count. This one is such a mean.
+
+        With context parallelism it sees this rank's part of each sequence: two pieces of it, with
+        every tensor [B, S, …] of the batch cut alike and `position_ids` [B, S] that say where each
+        token stands; the loss is the mean of what the parts return. So a loss that looks at
+        neighbouring tokens does not see those of other ranks.
 
         It runs more often than there are micro-batches: a search times it, and on GPUs a stage of
         a pipeline rehearses with logits that are made up. So it must leave nothing behind, neither

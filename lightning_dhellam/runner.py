@@ -21,8 +21,8 @@ from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.models import pipeline_split as split_of
-from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import from_first, reduced
+from lightning_dhellam.parallel import ParallelContext, zigzag
+from lightning_dhellam.parallel.collectives import from_first, of_every_rank, reduced
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, shards
@@ -64,6 +64,10 @@ class Runner:
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
         regather: gather the input of column-parallel layers again in backward.
+        context_exchange: how keys and values come to the ranks that share sequences: from rank to
+            rank (`ring`), or all at once (`all_gather`). Changes loss and gradients by rounding.
+        context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
+            the type of activations, which is half of the bytes in 16 bits.
         bucket_size: parameters per bucket of the data-parallel reduction.
         module: what holds the model and the loss, if that is more than the model: its buffers are
             as before after a profile or a rehearsal.
@@ -83,6 +87,8 @@ class Runner:
         loss: Loss | None = None,
         kernels: Mapping[str, str] | None = None,
         regather: bool = True,
+        context_exchange: str = "ring",
+        context_fp32_gradients: bool = True,
         bucket_size: int | None = None,
         module: torch.nn.Module | None = None,
     ) -> None:
@@ -101,10 +107,18 @@ class Runner:
             loss=loss,
             kernels=kernels,
             regather=regather,
+            context_exchange=context_exchange,
+            context_fp32_gradients=context_fp32_gradients,
             module=module or model,
         )
-        config, tp_size = model.config, self.context.topology.tp_size
-        limits = Limits(config.vocab_size, config.max_sequence_length, tp_size, loss is not None)
+        config, topology = model.config, self.context.topology
+        limits = Limits(
+            config.vocab_size,
+            config.max_sequence_length,
+            topology.tp_size,
+            loss is not None,
+            topology.cp_size,
+        )
         self.intake = Intake(limits, micro_batch_size, seed, self.context)
 
     @classmethod
@@ -115,6 +129,7 @@ class Runner:
         *,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        context_parallel_size: int = 1,
         pipeline_split: list[int] | None = None,
         precision: str = "32-true",
         seed: int = 1234,
@@ -124,7 +139,7 @@ class Runner:
         """Join the processes of the job, build this rank's part of the model, and its `Runner`.
 
         The groups of processes are made here, in place of Megatron's `initialize_model_parallel`.
-        Data parallelism takes the processes that tensor and pipeline parallelism leave. Call
+        Data parallelism takes the processes that the other kinds of parallelism leave. Call
         `close` in the end, or use the runner as a context manager.
 
         Args:
@@ -132,6 +147,7 @@ class Runner:
             device: that this process computes on; its GPU, or else the CPU, if not given.
             tensor_parallel_size: ranks that share each layer, with sequence parallelism.
             pipeline_parallel_size: stages P that share the layers, as 2P chunks.
+            context_parallel_size: ranks that share each sequence.
             pipeline_split: layers of each chunk; None to balance them by cost.
             precision: `32-true`, `bf16-mixed` or `bf16-true`.
             seed: of weights and dropout.
@@ -153,6 +169,7 @@ class Runner:
                 device,
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,
+                context_parallel_size=context_parallel_size,
                 pipeline_split=tuple(pipeline_split or ()),
                 timeout=timeout,
             )
@@ -239,9 +256,9 @@ class Runner:
 
         Args:
             optimizer: any of torch's over the parameters of the model.
-            distributed_optimizer: spread its state over data-parallel ranks (ZeRO-1). None: when
-                there are several, it is AdamW (or a class derived from it that says `elementwise =
-                True`) and the precision is not `bf16-true`.
+            distributed_optimizer: spread its state over the ranks that hold the same weights
+                (ZeRO-1). None: when there are several, it is AdamW (or a class derived from it that
+                says `elementwise = True`) and the precision is not `bf16-true`.
             max_skipped_steps: steps whose loss or gradient is not finite are left out; after so
                 many in a row `step` raises FloatingPointError.
 
@@ -250,7 +267,7 @@ class Runner:
         """
         numbers = PRECISIONS[self.precision]
         sharded = shards(
-            optimizer, distributed_optimizer, self.precision, self.context.topology.dp_size
+            optimizer, distributed_optimizer, self.precision, self.context.topology.replicas
         )
         self._buffers = GradientBuffers(
             self.model,
@@ -297,10 +314,16 @@ class Runner:
         self._buffers.zero()
         loss = self.engine.train(pieces, self._gradient_ready)
         self._buffers.finish()
-        # What each rank has is its part of the sum.
-        loss = from_first(loss * self.context.topology.dp_size, self.context.groups.pp)
+        # What the ranks with a sample have together is their part of the sum.
+        loss = self._of_sequences(loss) * self.context.topology.dp_size
         self._optimizer.saw(loss)
         return loss
+
+    def _of_sequences(self, loss: Tensor) -> Tensor:
+        """The loss of whole sequences, from what each rank has computed of its tokens."""
+        if self.context.topology.pp_rank == 0:
+            loss = reduced(loss, self.context.groups.cp, "sum")
+        return from_first(loss, self.context.groups.pp)
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.
@@ -318,9 +341,9 @@ class Runner:
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""
-        return from_first(
-            self.engine.evaluate(self.intake.micro_batches(batch)), self.context.groups.pp
-        )
+        everyone = Everyone.with_same_samples(self.context, self.engine.lanes)
+        pieces = self.intake.micro_batches(batch, everyone=everyone)
+        return self._of_sequences(self.engine.evaluate(pieces))
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch, without gradients."""
@@ -329,6 +352,8 @@ class Runner:
             shape = (*batch["tokens"].shape, self.model.config.vocab_size)
             dtype = self.model.transformer_config.params_dtype
             logits = torch.empty(shape, dtype=dtype, device=self.device)
+        elif self.context.topology.cp_size > 1:
+            logits = zigzag.whole_sequence(of_every_rank(logits, self.context.groups.cp), dim=1)
         return from_first(logits, self.context.groups.pp)
 
     def mean(self, value: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""What every attention backend is: an explicit forward and backward, causal, without dropout."""
+"""What every attention backend is: an explicit forward and backward, without dropout.
+
+Attention over many keys can be had in blocks: each gives an output and a log-sum-exp, of which
+`kernels.merge` makes those of all keys together. Backward of one block, with the *merged* output
+and log-sum-exp, gives what the block adds to the gradients.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +16,26 @@ from torch import Tensor
 
 
 class Backend(ABC):
-    """One implementation of causal attention. Dropout is not supported.
+    """One implementation of attention. Dropout is not supported.
 
-    Shapes: S sequence, B batch, H query heads, G key and value heads, D head size.
+    Shapes: S queries, T keys, B batch, H query heads, G key and value heads, D head size. With
+    `causal` T is S, and each token attends to itself and those before it; otherwise every query
+    attends to every key.
 
     Attributes:
         name: by which it is asked for.
         gives_lse: whether `forward` gives the log-sum-exp; some libraries keep it to themselves.
+            Without it a backend takes no blocks: it is causal always.
     """
 
     name: str
     gives_lse: bool = True
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        """Attention of `q` [S, B, H, D] over `k`, `v` [S, B, G, D].
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Attention of `q` [S, B, H, D] over `k`, `v` [T, B, G, D].
 
         Returns the output [S, B, H*D]; the natural logarithm of the sum of exponentials of each
         token's scaled scores, [B, H, S] in fp32, or an empty tensor where it is not given; and
@@ -43,8 +53,14 @@ class Backend(ABC):
         lse: Tensor,
         state: Any,
         scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients by `q` [S, B, H, D], `k` and `v` [S, B, G, D] from `dout` [S, B, H*D]."""
+        """Gradients by `q` [S, B, H, D], `k` and `v` [T, B, G, D] from `dout` [S, B, H*D].
+
+        `out` and `lse` are those of all keys that the queries attend to, of which `k` and `v` may
+        be a block; `state` is what `forward` of this block gave.
+        """
 
 
 @dataclass
@@ -75,7 +91,10 @@ class AutogradBackend(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """The differentiable function: the arguments of `forward` to its output."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+    ) -> tuple[Tensor, Tensor, Any]:
+        assert causal, f"{self.name} takes no blocks"
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
             out = self.attend(q, k, v, scale)
@@ -91,6 +110,8 @@ class AutogradBackend(Backend):
         lse: Tensor,
         state: Any,
         scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         recorded: Recorded = state
         recorded.used = True

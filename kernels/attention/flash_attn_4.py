@@ -20,13 +20,15 @@ class FlashAttention4(Backend):
 
     name = "flash_attn_4"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+    ) -> tuple[Tensor, Tensor, Any]:
         # Contiguous as it is returned, where the package would allocate [B, S, H, D].
         out = q.new_empty(q.shape)
         _, lse, *_ = _flash_attn_fwd(
             *_arranged(q, k, v),
             softmax_scale=scale,
-            causal=True,
+            causal=causal,
             return_lse=True,
             out=out.transpose(0, 1),
         )
@@ -42,13 +44,15 @@ class FlashAttention4(Backend):
         lse: Tensor,
         state: Any,
         scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, out = (t.view(q.shape) for t in (dout, out))
         dq, dk, dv = _flash_attn_bwd(
             *_arranged(q, k, v, out, dout),
             lse,
             softmax_scale=scale,
-            causal=True,
+            causal=causal,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)

@@ -25,9 +25,11 @@ class SdpaBackend(Backend):
     expands_groups = True
     """Whether keys and values must be repeated to as many heads as there are queries."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+    ) -> tuple[Tensor, Tensor, Any]:
         q, k, v = self._arrange(q, k, v)
-        out, lse, state = self._forward(q, k, v, scale)
+        out, lse, state = self._forward(q, k, v, scale, causal)
         s, b = q.shape[2], q.shape[0]
         return out.permute(2, 0, 1, 3).reshape(s, b, -1), lse, state
 
@@ -41,11 +43,13 @@ class SdpaBackend(Backend):
         lse: Tensor,
         state: Any,
         scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, groups = q.shape, k.shape[2]
         dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
         q, k, v = self._arrange(q, k, v)
-        grads = self._backward(dout, q, k, v, out, lse, state, scale)
+        grads = self._backward(dout, q, k, v, out, lse, state, scale, causal)
         dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in grads)
         return dq, _sum_groups(dk, groups), _sum_groups(dv, groups)
 
@@ -57,7 +61,9 @@ class SdpaBackend(Backend):
         return q, k, v
 
     @abstractmethod
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Any]:
         """Compute `forward` of arguments [B, heads, S, D]; the output lies so too."""
 
     @abstractmethod
@@ -71,6 +77,7 @@ class SdpaBackend(Backend):
         lse: Tensor,
         state: Any,
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute `backward` of arguments [B, heads, S, D]; the gradients lie so too."""
 
@@ -87,8 +94,12 @@ class CpuFlash(SdpaBackend):
 
     name = "cpu"
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, scale=scale
+        )
         return out, lse, None
 
     def _backward(
@@ -101,9 +112,10 @@ class CpuFlash(SdpaBackend):
         lse: Tensor,
         state: Any,
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, True, scale=scale
+            dout, q, k, v, out, lse, 0.0, causal, scale=scale
         )
         return dq, dk, dv
 
@@ -116,9 +128,11 @@ class CudnnAttention(SdpaBackend):
     # instead of 2.80, and nothing to add up afterwards.
     expands_groups = False
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Any]:
         out, lse, *rest = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, False, scale=scale
+            q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return out, lse.view(q.shape[:3]), rest[:6]
 
@@ -132,15 +146,16 @@ class CudnnAttention(SdpaBackend):
         lse: Tensor,
         state: Any,
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if q.shape[2] == 1:
+        if causal and q.shape[2] == 1:
             # A single token attends to itself alone, which cuDNN does not take.
             grouped = dout.unflatten(1, (v.shape[1], -1)).float().sum(dim=2).to(v.dtype)
             return torch.zeros_like(q), torch.zeros_like(k), grouped
         cum_q, cum_k, max_q, max_k, seed, offset = state
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], seed, offset, None, cum_q, cum_k, max_q, max_k,
-            0.0, True, scale=scale,
+            0.0, causal, scale=scale,
         )  # fmt: skip
         return dq, dk, dv
 
@@ -150,9 +165,11 @@ class TorchFlash(SdpaBackend):
 
     name = "torch_flash"
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Any]:
         out, lse, *rest = aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, True, False, scale=scale
+            q, k, v, 0.0, causal, False, scale=scale
         )
         return out, lse, rest[:6]
 
@@ -166,10 +183,11 @@ class TorchFlash(SdpaBackend):
         lse: Tensor,
         state: Any,
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         cum_q, cum_k, max_q, max_k, seed, offset = state
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
+            dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset,
             scale=scale,
         )  # fmt: skip
         return dq, dk, dv
@@ -180,9 +198,11 @@ class EfficientAttention(SdpaBackend):
 
     name = "efficient"
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor, Any]:
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, True, scale=scale
+            q, k, v, None, True, 0.0, causal, scale=scale
         )
         return out, lse[..., : q.shape[2]], (seed, offset)
 
@@ -196,11 +216,12 @@ class EfficientAttention(SdpaBackend):
         lse: Tensor,
         state: Any,
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Rows of whole blocks, as forward makes them: what is beyond the sequence counts nothing.
         padded = torch.nn.functional.pad(lse, (0, -q.shape[2] % _BLOCK), value=torch.inf)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, padded, *state, 0.0, (True, True, True, False), True,
+            dout, q, k, v, None, out, padded, *state, 0.0, (True, True, True, False), causal,
             scale=scale,
         )  # fmt: skip
         return dq, dk, dv

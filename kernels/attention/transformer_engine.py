@@ -41,6 +41,8 @@ class TransformerEngineAttention(AutogradBackend):
         lse: Tensor,
         state: Recorded,
         scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if state.used:
             # Its graph serves once. Who times this waits for a forward as well, but no step does.

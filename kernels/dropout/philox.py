@@ -1,8 +1,10 @@
 """Philox4x32-10 in integer torch operations (Salmon et al., SC 2011, "Parallel random numbers").
 
-It turns a key and a counter into four 32-bit words. Element `e` of a tensor takes word `q` of
-counter `c`, where `e = (c // SPAN) * 4 * SPAN + q * SPAN + c % SPAN`: the four words of a counter
-go to four contiguous runs, which is how a GPU program wants to load and store them.
+It turns a key and a counter into four 32-bit words. Each row of a tensor has counters of its own,
+as many as blocks of 4 * SPAN elements cover it, that begin at the row's place times their number.
+Element `e` of a row takes word `q` of its counter `c`, where
+`e = (c // SPAN) * 4 * SPAN + q * SPAN + c % SPAN`: the four words of a counter go to four
+contiguous runs, which is how a GPU program wants to load and store them.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
 
-def words(size: int, key: int, device: torch.device) -> Tensor:
-    """A random 32-bit word, as int64, for each of `size` elements."""
-    blocks = -(-size // (4 * SPAN))
-    counters = torch.arange(blocks * SPAN, device=device)
-    drawn = torch.stack(philox(counters, key))
-    return drawn.view(4, blocks, SPAN).transpose(0, 1).reshape(-1)[:size]
+def words(places: Tensor, width: int, key: int) -> Tensor:
+    """A random 32-bit word, as int64, for each of `width` elements of rows at `places`."""
+    blocks = -(-width // (4 * SPAN))
+    used = (blocks - 1) * SPAN + min(SPAN, width - (blocks - 1) * 4 * SPAN)
+    counters = places[:, None] * (blocks * SPAN) + torch.arange(used, device=places.device)
+    drawn = torch.stack(philox(counters, key), dim=-1).flatten(1)
+    element = torch.arange(width, device=places.device)
+    counter, word = element // (4 * SPAN) * SPAN + element % SPAN, element // SPAN % 4
+    return drawn.index_select(1, 4 * counter + word)
 
 
 def philox(counter: Tensor, key: int) -> list[Tensor]:

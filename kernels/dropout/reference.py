@@ -2,10 +2,14 @@
 
 The mask is drawn again in backward from the same key, so it is never saved, and it cannot depend
 on the order in which operators run. Every backend draws the same bits.
+
+A tensor is a row for each index of its first dimension. What is drawn for a row follows from its
+place, so that ranks that share a sequence draw for their tokens what one rank would.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.dropout.philox import threshold, words
@@ -23,22 +27,29 @@ def derive_key(key: int, *counters: int) -> int:
     return key >> 1
 
 
-def forward(x: Tensor, p: float, key: int) -> Tensor:
-    """Zero each element of `x` with probability `p`, and scale the others by `1 / (1 - p)`."""
-    return (x.float() * _factors(x, p, key)).to(x.dtype)
+def forward(x: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+    """Zero each element of `x` [s, ...] with probability `p`, and scale others by `1 / (1 - p)`.
+
+    `places` [s] says where in the whole each row stands; its index, if not given.
+    """
+    return (x.float() * _factors(x, p, key, places)).to(x.dtype)
 
 
-def forward_add(x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
+def forward_add(
+    x: Tensor, residual: Tensor, p: float, key: int, places: Tensor | None = None
+) -> Tensor:
     """`residual` plus `forward` of `x`, rounded once."""
-    return (residual.float() + x.float() * _factors(x, p, key)).to(x.dtype)
+    return (residual.float() + x.float() * _factors(x, p, key, places)).to(x.dtype)
 
 
-def backward(dy: Tensor, p: float, key: int) -> Tensor:
-    """Gradient of `forward` by `x`, with the same `p` and `key`."""
-    return forward(dy, p, key)
+def backward(dy: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+    """Gradient of `forward` by `x`, with the same `p`, `key` and `places`."""
+    return forward(dy, p, key, places)
 
 
-def _factors(like: Tensor, p: float, key: int) -> Tensor:
+def _factors(like: Tensor, p: float, key: int, places: Tensor | None) -> Tensor:
     """0 or `1 / (1 - p)` for each element, in fp32."""
-    keep = words(like.numel(), key, like.device) >= threshold(p)
-    return keep.view(like.shape).float().mul_(1 / (1 - p) if p < 1 else 0.0)
+    if places is None:
+        places = torch.arange(len(like), device=like.device)
+    keep = words(places, like[0].numel(), key) >= threshold(p)
+    return keep.reshape(like.shape).float().mul_(1 / (1 - p) if p < 1 else 0.0)

@@ -14,28 +14,36 @@ from lightning_dhellam.kernels.launch import blocks
 __all__ = ["backward", "derive_key", "forward", "forward_add"]
 
 
-def forward(x: Tensor, p: float, key: int) -> Tensor:
+def forward(x: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
     """Compute what `reference.forward` does."""
-    return _launch(x, None, p, key)
+    return _launch(x, None, p, key, places)
 
 
-def forward_add(x: Tensor, residual: Tensor, p: float, key: int) -> Tensor:
+def forward_add(
+    x: Tensor, residual: Tensor, p: float, key: int, places: Tensor | None = None
+) -> Tensor:
     """Compute what `reference.forward_add` does."""
-    return _launch(x, residual.contiguous(), p, key)
+    return _launch(x, residual.contiguous(), p, key, places)
 
 
-def backward(dy: Tensor, p: float, key: int) -> Tensor:
+def backward(dy: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
     """Compute what `reference.backward` does."""
-    return _launch(dy, None, p, key)
+    return _launch(dy, None, p, key, places)
 
 
-def _launch(x: Tensor, residual: Tensor | None, p: float, key: int) -> Tensor:
+def _launch(
+    x: Tensor, residual: Tensor | None, p: float, key: int, places: Tensor | None
+) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     scale = 1 / (1 - p) if p < 1 else 0.0
-    _drop[(blocks(x.numel(), 4 * SPAN),)](
-        x, x if residual is None else residual, out, x.numel(), key, threshold(p), scale,
-        ADDS=residual is not None, WIDTH=SPAN, num_warps=4,
+    rows = x.shape[0]
+    width = x.numel() // rows
+    across = blocks(width, 4 * SPAN)
+    _drop[(rows * across,)](
+        x, x if residual is None else residual, out, x if places is None else places.contiguous(),
+        width, across, key, threshold(p), scale,
+        ADDS=residual is not None, PLACED=places is not None, WIDTH=SPAN, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -45,14 +53,22 @@ def _drop(
     x: tl.tensor,
     residual: tl.tensor,
     out: tl.tensor,
+    places: tl.tensor,
     size: int,
+    across: int,
     key: tl.tensor,
     limit: int,
     scale: float,
     ADDS: tl.constexpr,
+    PLACED: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    block = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    block = tl.program_id(0) % across
+    place = row
+    if PLACED:
+        place = tl.load(places + row)
+    x, residual, out = x + row * size, residual + row * size, out + row * size
     lane = tl.arange(0, WIDTH)
     start = block * 4 * WIDTH + lane
     # All loads are under way while the words are drawn.
@@ -60,7 +76,7 @@ def _drop(
     x1, r1 = _read(x, residual, start + WIDTH, size, ADDS)
     x2, r2 = _read(x, residual, start + 2 * WIDTH, size, ADDS)
     x3, r3 = _read(x, residual, start + 3 * WIDTH, size, ADDS)
-    a, b, c, d = tl.randint4x(key.to(tl.int64), block * WIDTH + lane)
+    a, b, c, d = tl.randint4x(key.to(tl.int64), (place * across + block) * WIDTH + lane)
     _write(out, start, x0, r0, a, size, limit, scale, ADDS)
     _write(out, start + WIDTH, x1, r1, b, size, limit, scale, ADDS)
     _write(out, start + 2 * WIDTH, x2, r2, c, size, limit, scale, ADDS)

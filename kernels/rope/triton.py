@@ -1,8 +1,9 @@
 """Triton: rotation and regrouping of heads in one pass.
 
-A program takes one token with all its heads, so that the token's cosines and sines are read once.
+A program takes one token with all its heads, so that the token's cosines and sines, the row of its
+position in the tables, are read once.
 Both directions are the same walk over the heads, between the grouped layout (Megatron's
-projection) and queries, keys and values. The two halves of `cos` and `sin` [S, D] are equal, as
+projection) and queries, keys and values. The two halves of `cos` and `sin` [L, D] are equal, as
 rotary tables have them; only the first is read.
 """
 
@@ -19,15 +20,23 @@ _ELEMENTS = 1024
 """Of each half that a program holds at a time: one 16-byte load of a 16-bit type per thread."""
 
 
-def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
+def forward(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
     """Compute what `reference.forward` does."""
     qkv = qkv.contiguous()
     out = qkv.new_empty(qkv.shape)
-    _launch(qkv, heads.split(out), cos, sin, heads, forward=True)
+    _launch(qkv, heads.split(out), positions, cos, sin, heads, forward=True)
     return out
 
 
-def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
+def backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: Heads,
+) -> Tensor:
     """Compute what `reference.backward` does.
 
     Of the gradients only the last dimension must be contiguous.
@@ -35,13 +44,14 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads
     dq, dk, dv = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq, dk, dv))
     s, b = dq.shape[:2]
     dqkv = dq.new_empty(s, b, heads.channels)
-    _launch(dqkv, (dq, dk, dv), cos, sin, heads, forward=False)
+    _launch(dqkv, (dq, dk, dv), positions, cos, sin, heads, forward=False)
     return dqkv
 
 
 def _launch(
     grouped: Tensor,
     parts: Parts,
+    positions: Tensor,
     cos: Tensor,
     sin: Tensor,
     heads: Heads,
@@ -53,7 +63,8 @@ def _launch(
     half = power_of_two(heads.size // 2)
     most = max(1, _ELEMENTS // half)
     _walk[(s * b,)](
-        grouped, q, k, v, cos, sin, b, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        grouped, q, k, v, positions.contiguous(), cos, sin, b,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         GROUPS=heads.groups, RATIO=heads.ratio, SIZE=heads.size, HALF=half,
         QUERIES=min(most, power_of_two(heads.queries)), KEYS=min(most, power_of_two(heads.groups)),
         FORWARD=forward, num_warps=4,
@@ -66,6 +77,7 @@ def _walk(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
+    positions: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     batch: int,
@@ -87,15 +99,16 @@ def _walk(
     FORWARD: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
-    position, sample = token // batch, token % batch
+    row, sample = token // batch, token % batch
+    position = tl.load(positions + token)
     column = tl.arange(0, HALF)[None, :]
     real = column < SIZE // 2
     c = tl.load(cos + position * SIZE + column, mask=real, other=1.0)
     s = tl.load(sin + position * SIZE + column, mask=real, other=0.0)
     here = grouped + token * GROUPS * (RATIO + 2) * SIZE + column
-    here_q = q + position * q_s + sample * q_b + column
-    here_k = k + position * k_s + sample * k_b + column
-    here_v = v + position * v_s + sample * v_b + column
+    here_q = q + row * q_s + sample * q_b + column
+    here_k = k + row * k_s + sample * k_b + column
+    here_v = v + row * v_s + sample * v_b + column
     for first in tl.static_range(0, GROUPS * RATIO, QUERIES):
         head = first + tl.arange(0, QUERIES)[:, None]
         place = here + (head // RATIO * (RATIO + 2) + head % RATIO) * SIZE

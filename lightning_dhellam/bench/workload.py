@@ -110,6 +110,7 @@ def trunk(
     *,
     priority: int = -1,
     processors: int = 0,
+    context_exchange: str = "ring",
 ) -> Workload:
     """The first `layers` transformer layers alone: `count` micro-batches of [micro_batch, length].
 
@@ -117,18 +118,26 @@ def trunk(
     that embedding and loss head, which have little to hide, do not blur the times.
     """
     give_gradients(model)
-    lowered = lower(model)
+    lowered = lower(model, context_exchange=context_exchange)
     inner = [pair.at(length) for pair in lowered.layers[1 : layers + 1]]
     context = model.context
     generator = torch.Generator(context.device).manual_seed(_SEED)
-    shape = (length // context.topology.tp_size, micro_batch, model.config.hidden_size)
+    unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
+    (piece,) = cut(
+        {"tokens": unread},
+        micro_batch,
+        device=context.device,
+        seed=_SEED,
+        step=0,
+        topology=context.topology,
+    )
+    own = piece.tokens // micro_batch // context.topology.tp_size
+    shape = (own, micro_batch, model.config.hidden_size)
     options: dict[str, Any] = {"generator": generator, "device": context.device}
     options["dtype"] = model.transformer_config.params_dtype
     x, dy = torch.randn(shape, **options), torch.randn(shape, **options) / length
-    tokens = length * micro_batch
-    unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
-    slots = {"batch.key": None, "batch.whole_key": None, "batch.tokens": unread}
-    pieces = [MicroBatch(dict(slots), tokens) for _ in range(count)]
+    slots = {**piece.slots, "batch.key": None, "batch.whole_key": None}
+    pieces = [MicroBatch(dict(slots), piece.tokens) for _ in range(count)]
     layers_and_ends = (_source(x), *inner, _sink(dy))
     return Workload(model, layers_and_ends, pieces, lowered.kernels.names, priority, processors)
 

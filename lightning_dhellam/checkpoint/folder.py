@@ -29,6 +29,8 @@ COMMON = "common.pt"
 MODEL = "model"
 """Where the topology has the description of the model."""
 _FORMAT = 1
+_OF_REPLICAS = ("context_parallel_size", "data_parallel_size")
+"""Sizes that weights do not depend on."""
 
 
 def save(
@@ -57,7 +59,7 @@ def save(
             aside.mkdir(parents=True)
 
     def write() -> None:
-        if context.topology.dp_rank == 0:
+        if context.topology.replica == 0:
             content.write(aside / _weights_name(context), weights)
         if state is not None:
             content.write(aside / _state_name(context), state)
@@ -114,13 +116,14 @@ def load_common(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
-    """This model-parallel rank's weights. The data-parallel size may have changed.
+    """This model-parallel rank's weights. Data and context-parallel sizes may have changed.
 
     Raises:
         ValueError: the checkpoint was written with other model-parallel sizes, or is damaged.
     """
     mine = _topology(context)
-    del mine["data_parallel_size"]
+    for name in _OF_REPLICAS:
+        del mine[name]
     _check(path, mine)
     return content.read(path / _weights_name(context))
 
@@ -193,12 +196,14 @@ def _topology(context: ParallelContext) -> dict[str, Any]:
         "tensor_parallel_size": topology.tp_size,
         "pipeline_parallel_size": topology.pp_size,
         "pipeline_split": list(context.pipeline_split) if topology.pp_size > 1 else None,
+        "context_parallel_size": topology.cp_size,
         "data_parallel_size": topology.dp_size,
     }
 
 
 def _check(path: Path, mine: Mapping[str, Any]) -> None:
-    saved = read_topology(path)
+    # Older checkpoints do not name what every run had then.
+    saved = {"context_parallel_size": 1, **read_topology(path)}
     for name in mine:
         if saved.get(name) != mine[name]:
             raise ValueError(

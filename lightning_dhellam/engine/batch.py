@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dhellam.engine.weights import Everyone, weights_everywhere, weights_here
 from lightning_dhellam.kernels import dropout
+from lightning_dhellam.parallel import zigzag
 from lightning_dhellam.parallel.topology import Topology
 
 IGNORED = -100
@@ -22,14 +23,16 @@ class MicroBatch:
     """What the operators read of one micro-batch.
 
     Attributes:
-        slots: `batch.tokens` [B, S] int64; `batch.labels` [S, B] int64, never negative;
+        slots: `batch.tokens` [B, S] int64; `batch.positions` [S, B] int64, where in its sequence
+            each token stands, and `batch.places` [S / TP], where those that this rank has between
+            the layers do; `batch.labels` [S, B] int64, never negative;
             `batch.weights` [S, B] fp32, what each token's loss counts, with a sum of 1 over the
             whole batch; `batch.key`, the random key of what this rank alone computes, and
-            `batch.whole_key`, of what all ranks with these samples compute alike, both None in
-            evaluation; `batch.data`, the user's mapping cut to this micro-batch; `batch.share`, its
-            part of the batch's samples. What the device is still to be given is a `Slot`, which
-            says when it is there. Where the whole batch is that of several ranks, `batch.counts`
-            [S, B] is what its weights are made from.
+            `batch.whole_key`, of what all ranks with these samples compute alike or by places, both
+            None in evaluation; `batch.data`, the user's mapping cut to this micro-batch;
+            `batch.share`, its part of the batch's samples. What the device is still to be given is
+            a `Slot`, which says when it is there. Where the whole batch is that of several ranks,
+            `batch.counts` [S, B] is what its weights are made from.
         tokens: number of tokens, B * S.
     """
 
@@ -48,15 +51,19 @@ def cut(
     targets: bool = True,
     everyone: Everyone | None = None,
 ) -> list[MicroBatch]:
-    """Cut a batch of this rank into micro-batches of at most `size` samples.
+    """Cut a batch into micro-batches of at most `size` samples, and this rank's part of sequences.
 
     Each token counts the same, whichever micro-batch it falls into: the loss of the batch is the
     mean over all tokens that count, so `size` changes neither loss nor gradients, and the last
     micro-batch may be smaller.
 
+    With context parallelism this rank takes its two pieces of each sequence (`parallel.zigzag`),
+    so that S is then the length of both together.
+
     Args:
         batch: `tokens` [B, S] and, for a loss, `labels` [B, S]; optionally `loss_mask` [B, S].
-            Every other tensor whose first dimension is B is cut as well.
+            Every other tensor whose first dimension is B is cut as well, and along the sequence if
+            its second is S.
         size: samples per micro-batch.
         device: where the slots are needed.
         seed: of the run; with `step`, this rank's place in its pipeline stage and the micro-batch
@@ -67,13 +74,20 @@ def cut(
         everyone: ranks whose batches together are the whole one; None where this one is. With them
             every rank's batch must have labels, and every rank must call this.
     """
+    samples, length = batch["tokens"].shape
+    share = (topology.cp_rank, topology.cp_size)
+    positions = zigzag.places(length, *share, device)
+    own = positions.chunk(topology.tp_size)[topology.tp_rank]
+    batch = _of_part(batch, share, device)
     tokens = batch["tokens"]
-    samples = tokens.shape[0]
     rank, sharing = topology.rank_in_stage, topology.tp_size * topology.cp_size
     pieces = []
     for index, start in enumerate(range(0, samples, size)):
         rows = slice(start, min(start + size, samples))
+        count = rows.stop - rows.start
         slots: dict[str, Any] = {
+            "batch.positions": positions[:, None].expand(-1, count).contiguous(),
+            "batch.places": own,
             # A copy: kernels are chosen by the place of their arguments too, and a part of a batch
             # may begin anywhere.
             "batch.tokens": tokens[rows].to(device, non_blocking=True, copy=True),
@@ -85,6 +99,26 @@ def cut(
     if targets and batch.get("labels") is not None:
         _add_targets(pieces, batch, device, everyone)
     return pieces
+
+
+def _of_part(
+    batch: Mapping[str, Any], share: tuple[int, int], device: torch.device
+) -> Mapping[str, Any]:
+    """The batch with the tokens of one of the ranks that share sequences, and their positions.
+
+    They are on the device, since a part that was cut on the host would be copied there with a wait.
+    """
+    if share[1] == 1:
+        return batch
+    samples, length = batch["tokens"].shape
+    positions = torch.arange(length, device=device).expand(samples, length)
+    given = {"position_ids": positions, **batch}
+    return {
+        name: zigzag.own_part(value.to(device, non_blocking=True), 1, *share)
+        if isinstance(value, Tensor) and value.shape[:2] == (samples, length)
+        else value
+        for name, value in given.items()
+    }
 
 
 def _add_targets(

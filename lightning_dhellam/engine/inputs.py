@@ -22,15 +22,17 @@ class Limits(NamedTuple):
     Attributes:
         vocab_size: ids are below it.
         max_sequence_length: in tokens.
-        tensor_parallel_size: ranks that share each sequence.
+        tensor_parallel_size: ranks that share each sequence between the layers.
         own_labels: whether the labels are read by the user's own loss alone, so that they may mean
             anything; otherwise they are ids of the vocabulary.
+        context_parallel_size: ranks that share each sequence everywhere.
     """
 
     vocab_size: int
     max_sequence_length: int
     tensor_parallel_size: int
     own_labels: bool = False
+    context_parallel_size: int = 1
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -48,7 +50,9 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor.pin_memory()
 
 
-def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
+def check_length(
+    length: int, longest: int, tensor_parallel_size: int, context_parallel_size: int = 1
+) -> None:
     """Refuse sequences that are too long, or that do not divide over the ranks.
 
     Raises:
@@ -58,6 +62,14 @@ def check_length(length: int, longest: int, tensor_parallel_size: int) -> None:
         raise ValueError(
             f"sequence_length={length} is longer than the model's max_sequence_length={longest}:"
             " shorten the sequences or raise max_sequence_length"
+        )
+    pieces = 2 * context_parallel_size * tensor_parallel_size
+    if context_parallel_size > 1 and length % pieces:
+        raise ValueError(
+            f"sequence_length={length} is not a multiple of {pieces}, 2 x"
+            f" context_parallel_size={context_parallel_size} x"
+            f" tensor_parallel_size={tensor_parallel_size}: every rank holds two equal pieces of"
+            " each sequence; change one of them, or pad the sequences"
         )
     if length % tensor_parallel_size:
         raise ValueError(
@@ -101,7 +113,12 @@ def check_batch(batch: Any, limits: Limits, *, needs_labels: bool) -> None:
     if not shapes["tokens"][0]:
         raise ValueError("the batch has no samples: use drop_last=True, or a smaller batch size")
     length = shapes["tokens"][1]
-    check_length(length, limits.max_sequence_length, limits.tensor_parallel_size)
+    check_length(
+        length,
+        limits.max_sequence_length,
+        limits.tensor_parallel_size,
+        limits.context_parallel_size,
+    )
 
 
 def check_ids(batch: Any, limits: Limits) -> None:

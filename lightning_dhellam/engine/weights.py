@@ -38,11 +38,17 @@ class Everyone(NamedTuple):
 
     @classmethod
     def of(cls, context: ParallelContext, lanes: Lanes) -> Self | None:
-        """The ranks that share this one's batches; None where it is alone, or has no loss."""
-        topology = context.topology
-        if topology.dp_size * topology.cp_size == 1 or topology.pp_rank or context.emulated:
+        """The ranks that share a global batch; None where this one is alone, or has no loss."""
+        if context.topology.replicas == 1 or context.topology.pp_rank or context.emulated:
             return None
         return cls(context.groups.dp_cp, lanes)
+
+    @classmethod
+    def with_same_samples(cls, context: ParallelContext, lanes: Lanes) -> Self | None:
+        """The ranks that share this one's sequences; None where it is alone, or has no loss."""
+        if context.topology.cp_size == 1 or context.topology.pp_rank or context.emulated:
+            return None
+        return cls(context.groups.cp, lanes)
 
 
 class Weights(NamedTuple):

@@ -5,12 +5,14 @@
 
 Shapes: S sequence, B batch, H query heads, G key and value heads of this rank, D head size. With
 rotary embedding the kernel that turns the heads also puts them in order; without, attention reads
-the heads where the projection has left them.
+the heads where the projection has left them. Where ranks share sequences, attention is that of
+`shared`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,7 +22,8 @@ from torch.nn import Parameter
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.layers.block import Setting, Supported, check_config
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
-from lightning_dhellam.layers.rules import OF_SEQUENCES
+from lightning_dhellam.layers.rules import OF_SEQUENCES, on_tp
+from lightning_dhellam.layers.shared import SharedAttention
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
 
@@ -28,7 +31,6 @@ SUPPORTED: Supported = {
     "apply_query_key_layer_scaling": (False,),
     "attention_dropout": (0.0,),
     "attention_output_gate": (False,),
-    "context_parallel_size": (1,),
     "experimental_attention_variant": (None,),
     "linear_attention_freq": (None,),
     "multi_latent_attention": (False,),
@@ -66,6 +68,8 @@ class Attention:
     def of(cls, module: Any, setting: Setting) -> Attention:
         """What lowers `module`; what it would compute otherwise is refused by name."""
         check_config(module.config, SUPPORTED)
+        ranks = (setting.sizes.context.topology.cp_size,)
+        check_config(module.config, {"context_parallel_size": ranks})
         _check_module(module, setting.index)
         groups = module.num_query_groups_per_partition
         heads = Heads(
@@ -99,18 +103,36 @@ class Attention:
         """Add the operators of forward. Returns the slot of the result [s, B, hidden]."""
         self.qkv.forward(w, read, "qkv")
         self._rope(w)
-        self._attend(w)
+        if self._shared is not None:
+            self._shared.forward(w)
+        else:
+            self._attend(w)
         return self.proj.forward(w, "context")
 
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward. Returns the slot of the gradient by `read`."""
         self.proj.backward(w, grad, "context")
-        if self.setting.rotary is None:
+        if self._shared is not None:
+            self._shared.backward(w)
+        elif self.setting.rotary is None:
             self._attend_grad(w)
         else:
             self._attend_grad_of_parts(w)
+        if self.setting.rotary is not None:
             self._rope_grad(w)
+        elif self._shared is not None:
+            self._join(w)
         return self.qkv.backward(w, "d_qkv", read)
+
+    @cached_property
+    def _shared(self) -> SharedAttention | None:
+        """What attends where context-parallel ranks share sequences."""
+        kernels, way = self.setting.kernels, self.setting.way
+        if way is None:
+            return None
+        return SharedAttention(
+            self.heads, self.scale, self._read, self._cut, kernels, way, _BACKWARD
+        )
 
     @property
     def _read(self) -> str:
@@ -128,11 +150,11 @@ class Attention:
         size = w.sizes.wide(heads.channels)
         w.compute(
             "rope",
-            ("qkv",),
+            ("qkv", "batch.positions"),
             {"rotated": size},
-            lambda qkv: rope.forward(qkv, *rotary(qkv), heads),
+            lambda qkv, positions: rope.forward(qkv, positions, *rotary(qkv), heads),
             moved=2 * size,
-            rule=OF_SEQUENCES,
+            rule=on_tp((Held.HEADS, Held.REPLICATED), Held.HEADS),
         )
 
     def _rope_grad(self, w: GraphWriter) -> None:
@@ -141,12 +163,18 @@ class Attention:
         size = w.sizes.wide(heads.channels)
         w.compute(
             "rope.grad",
-            ("dq", "dk", "dv"),
+            ("dq", "dk", "dv", "batch.positions"),
             {"d_qkv": size},
-            lambda dq, dk, dv: rope.backward(dq, dk, dv, *rotary(dq), heads),
+            lambda dq, dk, dv, positions: rope.backward(dq, dk, dv, positions, *rotary(dq), heads),
             moved=2 * size,
-            rule=OF_SEQUENCES,
+            rule=on_tp((*[Held.HEADS] * 3, Held.REPLICATED), Held.HEADS),
         )
+
+    def _join(self, w: GraphWriter) -> None:
+        """Put gradients by queries, keys and values where the projection has the heads."""
+        size = w.sizes.wide(self.heads.channels)
+        join = self.heads.join
+        w.compute("attention.join", ("dq", "dk", "dv"), {"d_qkv": size}, join, moved=2 * size)
 
     def _attend(self, w: GraphWriter) -> None:
         forward, cut, scale = self.setting.kernels.attention.forward, self._cut, self.scale

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.rotary import RotaryTable
+from lightning_dhellam.layers.ways import Way
 from lightning_dhellam.layers.writer import GraphWriter, Sizes
 
 Supported = Mapping[str, tuple[Any, ...]]
@@ -26,6 +27,7 @@ class Setting:
         rotary: cosines and sines of the positions; None for a model without rotary embedding.
         regather: gather a column-parallel input again in backward, instead of keeping it.
         index: of the layer in the model, which enters its random numbers.
+        way: by which keys come to the ranks that share a sequence; None where each has its own.
     """
 
     sizes: Sizes
@@ -33,6 +35,7 @@ class Setting:
     rotary: RotaryTable | None
     regather: bool
     index: int
+    way: Way | None = None
 
 
 class Block(Protocol):

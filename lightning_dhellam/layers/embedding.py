@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dhellam.kernels.choose import Kernels
-from lightning_dhellam.layers.rules import on_tp
+from lightning_dhellam.layers.rules import DRAWN, DRAWS, on_tp
 from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.plan import GraphPair, Strand
-from lightning_dhellam.plan.layout import Held, Rule
+from lightning_dhellam.plan.layout import Held
 
 SALT = (-1, 0)
 """Counters of the dropout after the embedding: no layer has these."""
@@ -41,13 +41,13 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
     if p:
         forward.compute(
             "embedding.dropout",
-            ("embedded" if sizes.tp > 1 else "found", "batch.key"),
+            ("embedded" if sizes.tp > 1 else "found", *DRAWS),
             {"y": sizes.shard},
-            lambda x, key: (
-                x if key is None else dropout.forward(x, p, dropout.derive_key(key, *SALT))
+            lambda x, key, places: (
+                x if key is None else dropout.forward(x, p, dropout.derive_key(key, *SALT), places)
             ),
             moved=2 * sizes.shard,
-            rule=Rule(draws="batch.key"),
+            rule=DRAWN,
         )
 
     backward = GraphWriter("embedding", Strand.BACKWARD, sizes)
@@ -61,11 +61,11 @@ def lower_embedding(words: Any, sizes: Sizes, kernels: Kernels, p: float) -> Gra
         grad = "d_embedded"
         backward.compute(
             "embedding.dropout.grad",
-            ("dy", "batch.key"),
+            ("dy", *DRAWS),
             {grad: sizes.shard},
-            lambda dy, key: dropout.backward(dy, p, dropout.derive_key(key, *SALT)),
+            lambda dy, key, places: dropout.backward(dy, p, dropout.derive_key(key, *SALT), places),
             moved=2 * sizes.shard,
-            rule=Rule(draws="batch.key"),
+            rule=DRAWN,
         )
     grad = backward.gather("embedding.grad_gather", grad, "d_found", sizes.hidden)
 

@@ -18,7 +18,8 @@ from lightning_dhellam.versions import QUIET_FIELDS
 
 # Lowering reads these, or the modules that were built from them.
 _READ = """
-add_bias_linear add_qkv_bias bf16 expert_model_parallel_size expert_tensor_parallel_size
+add_bias_linear add_qkv_bias bf16 context_parallel_size expert_model_parallel_size
+expert_tensor_parallel_size
 ffn_hidden_size fp16 hidden_dropout hidden_size kv_channels layernorm_epsilon num_attention_heads
 num_layers num_query_groups params_dtype sequence_parallel tensor_model_parallel_size
 """

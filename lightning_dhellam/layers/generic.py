@@ -42,10 +42,17 @@ def lower_module(module: Module, sizes: Sizes, index: int) -> GraphPair:
 
     Raises:
         ValueError: a parameter has another type than the hidden states, or the module cannot work
-            on a rank's own tokens though it declares that it does.
+            on a rank's own tokens though it declares that it does, or does not where it must.
     """
     _check_dtype(module, sizes.dtype, index)
     block = _Block(module, sizes, index)
+    if sizes.context.topology.cp_size > 1 and not is_token_wise(module):
+        raise ValueError(
+            f"layer {index}, a {type(module).__name__}, is given whole sequences, but with"
+            f" context_parallel_size={sizes.context.topology.cp_size} no rank has one: set"
+            " token_wise = True on its class if it works token by token, or leave"
+            " context_parallel_size at 1"
+        )
     if not block.whole and sizes.tp > 1:
         check_parallel_layers(module, index)
     return GraphPair(block.forward(), block.backward())

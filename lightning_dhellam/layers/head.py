@@ -25,7 +25,7 @@ from lightning_dhellam.layers.writer import GraphWriter, Sizes, main_grad
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Strand
-from lightning_dhellam.plan.layout import CHANNELS, Held, Rule
+from lightning_dhellam.plan.layout import CHANNELS, Held, Move, Rule
 
 Loss = Callable[[Tensor, Any], Tensor]
 """A user's loss: logits [B, S, V] and the micro-batch to a scalar, under autograd."""
@@ -268,7 +268,12 @@ class HeadLowering:
             {"loss": 0.0, "loss_graph": self.sizes.wide(self.vocab_size)},
             run,
             moved=4 * self.sizes.wide(self.vocab_size),
-            rule=Rule(mixes=CHANNELS | {Held.SEQUENCE}, sums=("loss",)),
+            # Where ranks share sequences, each takes the loss of its own part.
+            rule=Rule(
+                {"cp": Move(Held.SEQUENCE, (Held.PARTIAL, Held.SEQUENCE))},
+                mixes=CHANNELS | {Held.SEQUENCE},
+                sums=("loss",),
+            ),
         )
         return w.graph({"x": self.sizes.shard}, ("loss",))
 

@@ -22,6 +22,7 @@ from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
+from lightning_dhellam.layers.ways import WAYS, check_exchange
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair, check_chain
@@ -55,6 +56,8 @@ def lower(
     regather: bool | Callable[[int], bool] = True,
     loss: Loss | None = None,
     kernels: Mapping[str, str] | None = None,
+    context_exchange: str = "ring",
+    context_fp32_gradients: bool = True,
 ) -> Lowered:
     """Lower a `models.CausalLM`.
 
@@ -65,6 +68,8 @@ def lower(
         loss: a custom loss, or None for the vocabulary-parallel cross-entropy.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the others are
             chosen by device, type and what is installed.
+        context_exchange: how keys come to the ranks that share sequences: `ring` or `all_gather`.
+        context_fp32_gradients: whether gradients by them travel in fp32, or as activations.
 
     Raises:
         ValueError: the configuration or a layer cannot be lowered, a backend not be used, no
@@ -75,17 +80,25 @@ def lower(
     sizes = Sizes(
         model.context, config.params_dtype, config.hidden_size, model.config.max_sequence_length
     )
-    chosen = choose(sizes.context.device, sizes.dtype, kernels, config.kv_channels)
-    rotary = None if model.rotary is None else RotaryTable(model.rotary)
+    topology = sizes.context.topology
+    ranks = topology.cp_size
+    rotary = None if model.rotary is None else RotaryTable(model.rotary, ranks)
+    chosen = choose(
+        sizes.context.device, sizes.dtype, kernels, config.kv_channels, in_blocks=ranks > 1
+    )
+    check_exchange(context_exchange)
+    way = None
+    if ranks > 1:
+        travelling = torch.float32 if context_fp32_gradients else sizes.dtype
+        way = WAYS[context_exchange](topology.cp_rank, ranks, travelling)
     again = regather if callable(regather) else lambda index: regather
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
-            _lower_layer(layer, Setting(sizes, chosen, rotary, again(index), index))
+            _lower_layer(layer, Setting(sizes, chosen, rotary, again(index), index, way))
             for index, layer in model.own_layers(chunk)
         ]
 
-    topology = sizes.context.topology
     early, late = topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank
     falling, rising, logits = lowered(early), lowered(late), None
     if topology.pp_rank == 0:

@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from lightning_dhellam.kernels.protocols import DropoutKernel
 from lightning_dhellam.layers.block import Supported
 from lightning_dhellam.layers.norm import Norm
+from lightning_dhellam.layers.rules import DRAWN, DRAWS
 from lightning_dhellam.layers.writer import GraphWriter
-from lightning_dhellam.plan.layout import Rule
 
 SUPPORTED: Supported = {
     "apply_residual_connection_post_layernorm": (False,),
@@ -42,20 +42,22 @@ class Residual:
         """Add `write`, the sum of a block's result and of the stream before it."""
         p, counters, dropout, bias = self.p, self.counters, self.kernel, self.bias
 
-        def run(x: Tensor, residual: Tensor, key: int | None = None) -> Tensor:
+        def run(
+            x: Tensor, residual: Tensor, key: int | None = None, places: Tensor | None = None
+        ) -> Tensor:
             if bias is not None:
                 x = x + bias
             if key is None:
                 return residual + x
-            return dropout.forward_add(x, residual, p, dropout.derive_key(key, *counters))
+            return dropout.forward_add(x, residual, p, dropout.derive_key(key, *counters), places)
 
         w.compute(
             f"{self.name}.residual",
-            (*reads, "batch.key") if p else reads,
+            (*reads, *DRAWS) if p else reads,
             {write: w.sizes.shard},
             run,
             moved=(3 if bias is None else 5) * w.sizes.shard,
-            rule=Rule(draws="batch.key"),
+            rule=DRAWN,
         )
 
     def forward_and_norm(
@@ -77,10 +79,12 @@ class Residual:
             return grad
         w.compute(
             f"{self.name}.dropout.grad",
-            (grad, "batch.key"),
+            (grad, *DRAWS),
             {write: w.sizes.shard},
-            lambda dy, key: dropout.backward(dy, p, dropout.derive_key(key, *counters)),
+            lambda dy, key, places: dropout.backward(
+                dy, p, dropout.derive_key(key, *counters), places
+            ),
             moved=2 * w.sizes.shard,
-            rule=Rule(draws="batch.key"),
+            rule=DRAWN,
         )
         return write

@@ -13,15 +13,20 @@ class RotaryTable:
 
     Args:
         rotary: the module that holds `inv_freq`.
+        ranks: that share each sequence by context parallelism.
     """
 
-    def __init__(self, rotary: Any) -> None:
+    def __init__(self, rotary: Any, ranks: int = 1) -> None:
         self.rotary = rotary
+        self.ranks = ranks
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`cos` and `sin` [S, D] in fp32 for the sequence of `like` [S, ...]."""
-        key = (like.shape[0], like.device)
+        """`cos` and `sin` [L, D] in fp32 for all L positions of a sequence.
+
+        This rank has the tokens of `like` [S, ...] of it.
+        """
+        key = (like.shape[0] * self.ranks, like.device)
         if key not in self._tables:
             self._tables[key] = self._make(*key)
         return self._tables[key]

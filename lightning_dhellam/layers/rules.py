@@ -21,6 +21,13 @@ OF_SEQUENCES = Rule(mixes=frozenset({Held.SEQUENCE}))
 """As `ALIKE`, of what is computed of all tokens of a sequence, or of their positions."""
 
 
+DRAWS = ("batch.whole_key", "batch.places")
+"""What dropout of hidden states reads: a key, and where in its sequence each token stands."""
+
+DRAWN = Rule(draws="batch.whole_key", placed="batch.places")
+"""As `ALIKE`, of that dropout: ranks that share a sequence draw what one rank would."""
+
+
 def several(context: ParallelContext) -> frozenset[str]:
     """The communicators of more than one rank: on all others everything is replicated."""
     return frozenset(c for c in COMMUNICATORS if context.topology.sizes[c] > 1)
@@ -39,13 +46,16 @@ def of_stream(context: ParallelContext) -> Layout:
 def of_batch(context: ParallelContext) -> dict[str, Layout]:
     """How the slots of a micro-batch lie. Its numbers and the user's mapping lie nowhere.
 
-    Tensor-parallel ranks have the same tokens, and draw from different keys, since between the
-    layers each has a part of them; `batch.whole_key` is for what they all compute of the whole.
+    Tensor-parallel ranks have the same tokens, and draw from different keys what has no place in
+    the sequence, since between the layers each has a part of them; `batch.whole_key` is for what
+    they all compute of the whole, and for what has.
     """
     tokens = _layout(context, cp=Held.SEQUENCE, ep=Held.SAMPLES, dp=Held.SAMPLES)
     apart = dict.fromkeys(COMMUNICATORS, Held.DISTINCT)
     return {
         "batch.tokens": tokens,
+        "batch.positions": tokens,
+        "batch.places": of_stream(context),
         "batch.labels": tokens,
         "batch.weights": tokens,
         "batch.key": _layout(context, **apart),

@@ -29,9 +29,6 @@ class SdpaCoreAttention(nn.Module):
         unsupported = {
             f"attn_mask_type={attn_mask_type.name}": attn_mask_type is not AttnMaskType.causal,
             f"attention_dropout={dropout}": dropout != 0.0,
-            f"context_parallel_size={config.context_parallel_size}": (
-                config.context_parallel_size > 1
-            ),
             f"window_size={config.window_size}": config.window_size is not None,
             f"softmax_type={config.softmax_type!r}": config.softmax_type != "vanilla",
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,

@@ -181,6 +181,11 @@ class CausalLM(nn.Module):
         max_sequence_length or is not a multiple of tensor_parallel_size, and RuntimeError when
         this rank has only a pipeline stage's layers.
         """
+        if self.context.topology.cp_size > 1:
+            raise RuntimeError(
+                "this rank has only its pieces of each sequence: run them under DHellamStrategy,"
+                " with batch_loss and batch_logits"
+            )
         if self.context.topology.pp_size > 1:
             raise RuntimeError(
                 "this rank has only its pipeline stage's layers: run them under DHellamStrategy,"

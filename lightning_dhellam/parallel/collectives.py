@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.work import Once, Work
+from lightning_dhellam.versions import all_gather_single
 
 Found = TypeVar("Found")
 
@@ -187,6 +188,13 @@ def reduced(value: Tensor, group: dist.ProcessGroup | None, operation: Any = "me
         result, getattr(dist.ReduceOp, name.upper()) if isinstance(name, str) else name, group
     )
     return (result / group.size()).to(value.dtype) if mean else result
+
+
+def of_every_rank(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The values of all ranks, of one shape, by rank: [ranks, ...]."""
+    found = value.new_empty(group.size(), *value.shape)
+    all_gather_single(found, value.contiguous()[None], group=group)
+    return found
 
 
 def same_on_all_ranks(value: str, group: dist.ProcessGroup | None, *, stage: int = 0) -> list[str]:

@@ -69,8 +69,8 @@ def _share_one_gradient(gradients: Sequence[tuple[Parameter, Tensor]]) -> None:
 class GradientBuffers:
     """Contiguous `main_grad` buffers of a model, reduced bucket by bucket as they fill up.
 
-    The gradients of data-parallel ranks are added up: the weights of their tokens say what each is
-    of the whole (`engine/weights.py`).
+    The gradients of data-parallel and context-parallel ranks are added up: the weights of their
+    tokens say what each is of the whole (`engine/weights.py`).
 
     Args:
         model: every parameter that requires a gradient gets a `main_grad`. What ranks hold alike
@@ -94,7 +94,7 @@ class GradientBuffers:
     ) -> None:
         self._context = context
         self._model = model
-        self._parallel = context.topology.dp_size > 1
+        self._parallel = context.topology.replicas > 1
         self._groups = _groups_of_stage(context)
         if context.topology.tp_size > 1:
             _mark_partial(model)

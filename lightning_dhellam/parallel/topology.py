@@ -87,6 +87,19 @@ class Topology:
         return self.world_size // (self.tp_size * self.cp_size * self.pp_size)
 
     @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, over which gradients are added up.
+
+        They train on other samples, or on other parts of the same.
+        """
+        return self.dp_size * self.cp_size
+
+    @property
+    def replica(self) -> int:
+        """Which of those this rank is."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
     def tp_rank(self) -> int:
         """Which part of each layer this rank holds."""
         return self.rank % self.tp_size

@@ -94,8 +94,9 @@ class _Step:
 
     def _check_draws(self, held: Held) -> None:
         key = next((held for _, slot, held in self._reads if slot == self._rule.draws), None)
-        if key is not None and (key is Held.DISTINCT) is (held is Held.REPLICATED):
-            needed = "a key for all" if held is Held.REPLICATED else "a key of each rank"
+        alike = held is Held.REPLICATED or (bool(self._rule.placed) and held is Held.SEQUENCE)
+        if key is not None and (key is Held.DISTINCT) is alike:
+            needed = "a key for all" if alike else "a key of each rank"
             self._refuse(self._rule.draws, key, f"{needed}, since it draws for what lies {held}")
 
     def _check_gradient(self, number: int, kept: Kept, held: Held) -> None:

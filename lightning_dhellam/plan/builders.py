@@ -16,12 +16,12 @@ Time runs to the right; `F` and `B` are compute of the two strands, `f` and `b` 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
 from lightning_dhellam.plan.graph import Graph
 from lightning_dhellam.plan.interleave import interleave
-from lightning_dhellam.plan.operator import Operator, Strand
+from lightning_dhellam.plan.operator import Collective, Operator, Strand
 from lightning_dhellam.plan.plan import Barrier, Issue, Plan, Row
 
 Builder = Callable[[Graph | None, Graph | None], Plan]
@@ -43,15 +43,45 @@ def megatron(forward: Graph | None, backward: Graph | None) -> Plan:
 
     Forward communication is exposed. In backward, the input of a column-parallel linear is
     gathered again under the data gradient, and the data gradient is scattered under the weight
-    gradient (Megatron-core `LinearWithGradAccumulationAndAsyncCommunication`).
+    gradient (Megatron-core `LinearWithGradAccumulationAndAsyncCommunication`). A ring hides under
+    the attention beside which it stands in the graph, in both directions (transformer-engine).
     """
     rows: list[Row] = []
-    for operator in forward.operators if forward else ():
-        rows.append(issue(forward, operator))
-        if operator.is_communication:
-            rows.append(Barrier())
-    rows.extend(_megatron_backward(backward) if backward else ())
+    if forward is not None:
+        rows.extend(_awaiting_rings(forward, _megatron_forward(forward)))
+    if backward is not None:
+        rows.extend(_awaiting_rings(backward, _megatron_backward(backward)))
     return _plan("megatron", forward, backward, rows)
+
+
+def _megatron_forward(graph: Graph) -> Iterator[Row]:
+    """All communication is exposed, but for a ring's."""
+    for operator in graph.operators:
+        yield issue(graph, operator)
+        if operator.is_communication and not _is_of_ring(operator):
+            yield Barrier()
+
+
+def _awaiting_rings(graph: Graph, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, and barriers where a hop of a ring must have ended: what it brings is read, or the
+    next hop begins."""
+    under_way: set[str] = set()
+    hiding = False
+    for row in rows:
+        operator = graph.by_name[row.operator] if isinstance(row, Issue) else None
+        if operator is None:
+            under_way.clear()
+        elif under_way & {*operator.reads} or (hiding and _is_of_ring(operator)):
+            yield Barrier()
+            under_way.clear()
+        yield row
+        if operator is not None and _is_of_ring(operator):
+            under_way.update(operator.writes)
+        hiding = bool(under_way) and operator is not None and not operator.is_communication
+
+
+def _is_of_ring(operator: Operator) -> bool:
+    return operator.collective is Collective.EXCHANGE
 
 
 def _megatron_backward(graph: Graph) -> Iterator[Row]:
@@ -70,7 +100,8 @@ def _megatron_backward(graph: Graph) -> Iterator[Row]:
             yield issue(graph, gather)
         yield issue(graph, operator)
         starts = operator.is_communication and following is not None and _is_leaf(following)
-        if gather or hiding or (operator.is_communication and not starts):
+        exposed = operator.is_communication and not starts and not _is_of_ring(operator)
+        if gather or hiding or exposed:
             yield Barrier()
         hiding = starts
 

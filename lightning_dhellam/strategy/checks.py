@@ -22,9 +22,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_dhellam.checkpoint import check_model
 from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.kernels.choose import check_names
+from lightning_dhellam.layers import check_exchange
 from lightning_dhellam.models import ModelConfig, pipeline_split
 from lightning_dhellam.module import DualStrandMixin
-from lightning_dhellam.parallel import Topology
+from lightning_dhellam.parallel import Cluster, Topology
 from lightning_dhellam.parallel.optimizer_state import RESUME_SETTINGS
 from lightning_dhellam.plan.file import PlanFile, named_plan
 
@@ -55,10 +56,8 @@ def check_arguments(
         ("bucket_size", bucket_size),
         ("max_skipped_steps", max_skipped_steps),
     ):
-        if value is None and name == "bucket_size":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if value is not None or name != "bucket_size":
+            check_count(name, value)
     if not isinstance(plan, str):
         raise ValueError(f"plan={plan!r} must be a string: the name of a plan, or a file's path")
     if plan != "auto":
@@ -82,6 +81,31 @@ def check_arguments(
             f"emulate=... plays one rank alone, but with"
             f" pipeline_parallel_size={pipeline_parallel_size} a stage computes only what others"
             " send: leave pipeline_parallel_size at 1; `dhellam simulate` predicts pipelines"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no number of ranks, samples or parameters."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_context(
+    context_parallel_size: int, context_exchange: str, kernels: Mapping[str, str] | None
+) -> None:
+    """Refuse arguments of `DHellamStrategy` by which no sequence can be shared."""
+    check_count("context_parallel_size", context_parallel_size)
+    check_exchange(context_exchange)
+    check_names(kernels or {}, in_blocks=context_parallel_size > 1)
+
+
+def check_links(cluster: Cluster | None, context_parallel_size: int) -> None:
+    """Refuse an emulated cluster over which what ranks exchange would take no time."""
+    if cluster is not None and context_parallel_size > 1 and "cp" not in cluster.links:
+        raise ValueError(
+            f"emulate='{cluster.name}' has no link 'cp', so with"
+            f" context_parallel_size={context_parallel_size} keys and values would take no time:"
+            " add one under `links`"
         )
 
 
@@ -209,7 +233,7 @@ def check_data(module: Any, data: Any, topology: Topology) -> None:
     config = module.model_config
     length = getattr(data, "sequence_length", None)
     if length is not None:
-        check_length(length, config.max_sequence_length, topology.tp_size)
+        check_length(length, config.max_sequence_length, topology.tp_size, topology.cp_size)
     vocab_size = getattr(data, "vocab_size", None)
     if vocab_size is not None and vocab_size > config.vocab_size:
         raise ValueError(

@@ -34,19 +34,21 @@ if TYPE_CHECKING:
 
 
 class JobStrategy(ParallelStrategy):
-    """A strategy of one process per device, in groups of tensor, pipeline and data parallelism.
+    """A strategy of one process per device, in groups of every kind of parallelism.
 
     Its subclass sets the attributes, checks a run, and says how the layers are split.
 
     Attributes:
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: stages that share the layers.
+        context_parallel_size: ranks that share each sequence.
         cluster: that this process only pretends to be part of, or None.
         timeout: after which a collective that a rank does not join fails.
     """
 
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    context_parallel_size: int
     cluster: Cluster | None
     timeout: timedelta
     num_nodes = 1
@@ -96,6 +98,7 @@ class JobStrategy(ParallelStrategy):
             world_size=self.cluster.world_size if self.cluster is not None else processes,
             tp_size=self.tensor_parallel_size,
             pp_size=self.pipeline_parallel_size,
+            cp_size=self.context_parallel_size,
         )
 
     @property
@@ -143,6 +146,7 @@ class JobStrategy(ParallelStrategy):
             self.root_device,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
+            context_parallel_size=self.context_parallel_size,
             cluster=self.cluster,
             pipeline_split=self.layers_of_chunks(),
             timeout=self.timeout,

@@ -43,7 +43,7 @@ class DHellamStrategy(SavingStrategy):
     """Trains with two strands: while one micro-batch goes forward, another goes backward.
 
     The batch that a DataLoader yields is this rank's share of the global batch; it is cut into
-    micro-batches. Data parallelism takes the processes that tensor and pipeline parallelism leave.
+    micro-batches. Data parallelism takes the processes that the other kinds of parallelism leave.
 
     Args:
         tensor_parallel_size: ranks that share each layer, with sequence parallelism.
@@ -51,15 +51,23 @@ class DHellamStrategy(SavingStrategy):
             and 2P-1-s. Changes neither loss nor gradients.
         pipeline_split: layers of each of the 2P chunks; None to balance them by cost, with the
             embedding and the output layer on stage 0 counted.
+        context_parallel_size: ranks C that share each sequence, for long ones: each has two of 2C
+            pieces. Changes loss and gradients by rounding alone. Blocks of your own must be
+            `token_wise`, and a `compute_loss` of your own sees each rank's pieces.
+        context_exchange: how keys and values come to those ranks: from rank to rank (`ring`), or
+            all at once (`all_gather`), which holds those of the whole sequence at a time.
+        context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
+            the type of activations, which is half of the bytes in 16 bits.
         micro_batch_size: samples that go through the layers together; the last micro-batch of a
             batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
             of dropout, which are others.
         plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, `auto`,
             which searches the best in the first steps (see `callbacks.AutoSearch`), or the path
             of a plan file (`.json`). Changes neither loss nor gradients.
-        distributed_optimizer: shard optimizer state over data-parallel ranks (ZeRO-1). None: when
-            there are several, the optimizer is AdamW (or a class derived from it that says
-            `elementwise = True`) and the precision is not `bf16-true`.
+        distributed_optimizer: shard optimizer state over the ranks that hold the same weights, of
+            data and context parallelism (ZeRO-1). None: when there are several, the optimizer is
+            AdamW (or a class derived from it that says `elementwise = True`) and the precision is
+            not `bf16-true`.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the fastest that
             this machine has for all others.
         regather: gather the input of column-parallel layers again in backward; False keeps it,
@@ -99,6 +107,9 @@ class DHellamStrategy(SavingStrategy):
         emulate: str | Cluster | None = None,
         timeout: timedelta | None = default_pg_timeout,
         resume_settings: str = "checkpoint",
+        context_parallel_size: int = 1,
+        context_exchange: str = "ring",
+        context_fp32_gradients: bool = True,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -121,9 +132,13 @@ class DHellamStrategy(SavingStrategy):
             resume_settings,
             max_skipped_steps,
         )
+        checks.check_context(context_parallel_size, context_exchange, kernels)
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
         self.pipeline_split = pipeline_split
+        self.context_parallel_size = context_parallel_size
+        self.context_exchange = context_exchange
+        self.context_fp32_gradients = context_fp32_gradients
         self.micro_batch_size = micro_batch_size
         self.plan = plan
         self.distributed_optimizer = distributed_optimizer
@@ -134,6 +149,7 @@ class DHellamStrategy(SavingStrategy):
         self._seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.resume_settings = resume_settings
+        checks.check_links(self.cluster, context_parallel_size)
         self.timeout = timeout or default_pg_timeout
         self._termination: Termination | None = None
         self._feeding: Feeding | None = None
@@ -258,6 +274,8 @@ class DHellamStrategy(SavingStrategy):
             loss=module.custom_loss,
             kernels=self.kernels,
             regather=self.regather,
+            context_exchange=self.context_exchange,
+            context_fp32_gradients=self.context_fp32_gradients,
             bucket_size=self.bucket_size,
             module=module,
         )

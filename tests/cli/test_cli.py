@@ -14,6 +14,7 @@ import yaml
 from lightning_dhellam import __version__, recipes
 from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.commands.main import main
+from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.plan import Plan
 from lightning_dhellam.plan.file import PlanFile
@@ -41,8 +42,11 @@ def test_every_recipe_parses_against_the_real_signatures(
     config.validate(tensor)
     assert len(pipeline_split(config, stages)) == 2 * stages
     assert strategy["plan"] == "auto"
-    assert parsed["trainer"]["devices"] % (tensor * stages) == 0
-    assert parsed["data"]["init_args"]["sequence_length"] <= config.max_sequence_length
+    context = strategy["context_parallel_size"]
+    assert parsed["trainer"]["devices"] % (tensor * stages * context) == 0
+    check_length(
+        parsed["data"]["init_args"]["sequence_length"], config.max_sequence_length, tensor, context
+    )
 
 
 def test_a_misspelt_key_of_a_recipe_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,6 +211,28 @@ def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
     assert all(d["name"] == "not a tensor" and d["scalar"] == 3 for d in data)
 
 
+def test_ranks_that_share_sequences_take_their_pieces_of_all_that_is_cut() -> None:
+    batch = batch_of(SMALL, 3, 16) | {"deep": torch.rand(3, 16, 2), "other": torch.rand(3, 5)}
+    batch["loss_mask"] = torch.rand(3, 16)
+    own = {0: [0, 1, 2, 3, 12, 13, 14, 15], 1: [4, 5, 6, 7, 8, 9, 10, 11]}
+    for rank in range(4):
+        topology = Topology(world_size=4, rank=rank, tp_size=2, cp_size=2)
+        first, last = cut(batch, 2, device=CPU, seed=1, step=2, topology=topology)
+        places = own[topology.cp_rank]
+        assert (first.tokens, last.tokens) == (16, 8)
+        for piece, rows in ((first, slice(0, 2)), (last, slice(2, 3))):
+            slots, data = piece.slots, piece.slots["batch.data"]
+            assert torch.equal(slots["batch.tokens"], batch["tokens"][rows, places])
+            assert slots["batch.positions"].tolist() == [[p] * len(data["tokens"]) for p in places]
+            assert slots["batch.places"].tolist() == places[4 * (rank % 2) :][:4]
+            assert data["position_ids"].tolist() == [places] * len(data["tokens"])
+            for name in ("labels", "loss_mask", "deep"):
+                assert torch.equal(data[name], batch[name][rows][:, places]), name
+            assert torch.equal(data["other"], batch["other"][rows])
+        labels = batch["labels"][:2, places].clamp_min(0).t()
+        assert torch.equal(first.slots["batch.labels"], labels)
+
+
 def test_labels_that_are_not_read_may_be_anything() -> None:
     limits = Limits(SMALL.vocab_size, SMALL.max_sequence_length, tensor_parallel_size=1)
     tokens = batch_of(SMALL, 5, 8)["tokens"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels.attention import BACKENDS, Backend
 from lightning_dhellam.kernels.attention.heads import Heads
+from tests.kernels.blocks import Shape, check_blocks
 from tests.kernels.checks import assert_close, drawn, truth
 
 # sequence, batch, query heads, key heads, head size
@@ -86,6 +87,15 @@ def test_log_sum_exp_is_what_it_is_said_to_be(
         assert lse.shape == (b, h, s) and lse.dtype == torch.float32
         tolerance = 1e-6 if dtype is torch.float32 else 1e-3
         assert (lse - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("queries", [24, 11], ids=["all", "the-later"])
+def test_blocks_merge_to_the_whole_and_so_do_their_gradients(
+    queries: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    for backend in _backends(device, dtype):
+        shape = Shape(24, queries, 17, 2, Heads(2, 3, 16))
+        check_blocks(backend, shape, dtype, device, 2e-6 if dtype is torch.float32 else 1.5e-2)
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 3, 4), Heads(3, 1, 4), Heads(1, 5, 2)], ids=str)

@@ -41,7 +41,7 @@ def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     assert {name for o, name in kernels.names.items() if o != "attention"} == {"reference"}
     assert str(kernels) == (
         "kernels: cpu for attention; reference for cross_entropy, dropout, embedding, gelu,"
-        " layer_norm, linear, rms_norm, rope, swiglu"
+        " layer_norm, linear, merge, rms_norm, rope, swiglu"
     )
     assert kernels.swiglu.forward(torch.ones(1, 4)).shape == (1, 2)
 
@@ -70,6 +70,18 @@ def test_attention_is_chosen_by_the_size_of_heads() -> None:
             f"its heads are multiples of 8 up to 128, and these are {size}"
         )
     assert choose.choose(CPU, torch.bfloat16, head=4).names["attention"] == "cpu"
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "transformer_engine"])
+def test_a_backend_without_a_log_sum_exp_takes_no_blocks(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        choose.choose(CPU, torch.bfloat16, {"attention": name}, in_blocks=True)
+    assert str(error.value) == (
+        f"kernels={{attention: {name}}} cannot be used here: with context parallelism attention is"
+        " merged from blocks of keys, and it keeps their log-sum-exp to itself; or use cpu, or"
+        " leave attention out"
+    )
+    assert choose.choose(CPU, torch.bfloat16, in_blocks=True).names["attention"] == "cpu"
 
 
 def test_a_folder_that_another_package_shares_is_not_a_package(

@@ -67,9 +67,10 @@ def _norm(backend: Any, parameters: int) -> None:
 def _rope(backend: Any) -> None:
     heads = backend.Heads(8, 4, 128)
     fused, table = _zeros(ROWS, 1, 48 * 128), _zeros(ROWS, 128, dtype=torch.float32)
-    backend.forward(fused, table, table, heads)
+    tables = _zeros(ROWS, 1, dtype=torch.int64), table, table, heads
+    backend.forward(fused, *tables)
     parts = (part.contiguous() for part in heads.cut(fused[..., : heads.channels]))
-    backend.backward(*parts, table, table, heads)
+    backend.backward(*parts, *tables)
 
 
 def _cross_entropy(backend: Any) -> None:
@@ -83,8 +84,14 @@ def _cross_entropy(backend: Any) -> None:
 
 def _dropout(backend: Any) -> None:
     x = _zeros(ROWS, WIDTH)
-    backend.forward(x, 0.1, 1 << 40)
+    backend.forward(x, 0.1, 1 << 40, _zeros(ROWS, dtype=torch.int64))
     backend.forward_add(x, x, 0.1, 1 << 40)
+
+
+def _merge(backend: Any) -> None:
+    out, lse = _zeros(64, 1, WIDTH), _zeros(1, 32, 64, dtype=torch.float32)
+    backend.forward(out, lse, out, lse, torch.float32)
+    backend.forward(out.float(), lse, out[32:], lse[..., 32:], torch.bfloat16)
 
 
 def _activation(backend: Any, halves: int) -> None:
@@ -98,6 +105,7 @@ CALLS: dict[str, Callable[[Any], None]] = {
     "dropout": _dropout,
     "gelu": partial(_activation, halves=1),
     "layer_norm": partial(_norm, parameters=2),
+    "merge": _merge,
     "rms_norm": partial(_norm, parameters=1),
     "rope": _rope,
     "swiglu": partial(_activation, halves=2),

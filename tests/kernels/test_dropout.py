@@ -24,6 +24,18 @@ def test_backward_drops_what_forward_dropped(dtype: torch.dtype, device: torch.d
     assert torch.equal(dropout.forward(dy, 0.4, 5), dx)
 
 
+def test_ranks_draw_for_their_tokens_what_one_rank_draws(device: torch.device) -> None:
+    x = drawn((12, 2, 1300), torch.float32, device).abs() + 1
+    whole = dropout.forward(x, 0.4, 5)
+    for places in (torch.arange(6, 9), torch.tensor([11, 0, 4])):
+        own = places.to(device)
+        assert torch.equal(dropout.forward(x[own], 0.4, 5, own), whole[own])
+        assert torch.equal(dropout.backward(x[own], 0.4, 5, own), whole[own])
+        added = dropout.forward_add(x[own], x[own], 0.4, 5, own)
+        assert torch.equal(added, dropout.forward_add(x, x, 0.4, 5)[own])
+    assert not torch.equal(whole[0] == 0, whole[1] == 0)
+
+
 def test_keep_rate_and_scale(device: torch.device) -> None:
     x = torch.ones(200_000, device=device)
     for p in (0.1, 0.5):

@@ -93,7 +93,10 @@ def _tables(length: int, size: int, device: torch.device) -> tuple[Tensor, Tenso
 def test_rope(heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
     groups, ratio, size = heads
     s, b = 7, 3
-    cos, sin = _tables(s, size, device)
+    cos, sin = _tables(2 * s, size, device)
+    # Each sample begins somewhere else, and the last one again in its midst.
+    positions = torch.arange(s, device=device)[:, None] + torch.arange(b, device=device) * 3
+    positions[4:, -1] = torch.arange(s - 4)
     qkv = drawn((s, b, groups * (ratio + 2) * size), dtype, device)
 
     def rotated(x: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ def test_rope(heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
         plane = torch.complex(*x.chunk(2, dim=-1))
         half = size // 2
         turn = torch.complex(cos[:, :half].double(), sin[:, :half].double())
-        turned = plane * turn[:, None, None]
+        turned = plane * turn[positions][:, :, None]
         return torch.cat([turned.real, turned.imag], dim=-1)
 
     def reference(qkv: Tensor) -> Tensor:
@@ -112,11 +115,11 @@ def test_rope(heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
 
     grads = [drawn((s, b, n, size), dtype, device, n) for n in (heads.queries, groups, groups)]
     expected, (expected_grad,) = truth(reference, (qkv,), torch.cat(grads, dim=2))
-    out = rope.forward(qkv, cos, sin, heads)
+    out = rope.forward(qkv, positions, cos, sin, heads)
     # Attention hands back permuted views.
     views = [g.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for g in grads]
     for handed in (grads, views):
-        grad = rope.backward(*handed, cos, sin, heads)
+        grad = rope.backward(*handed, positions, cos, sin, heads)
         assert out.dtype == grad.dtype == dtype
         assert_close(
             {"rotated": out.view(expected.shape), "d_qkv": grad},

@@ -20,6 +20,8 @@ from torch import Tensor
 from lightning_dhellam.kernels import choose
 from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.deterministic import deterministic
+from tests.kernels.blocks import Shape as Blocks
+from tests.kernels.blocks import check_blocks
 from tests.kernels.checks import assert_close, drawn, truth
 
 BACKENDS = {
@@ -87,14 +89,11 @@ def flash_attn_4_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None, None, None]:
     """What we use of `_flash_attn_fwd` of flash-attn 4.0.0b36, on [B, S, heads, D]."""
-    assert causal and return_lse and softmax_scale is not None and out is not None
+    assert return_lse and softmax_scale is not None and out is not None
     assert out.shape == q.shape
-    keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    products = torch.einsum("bshd,bthd->bhst", q, keys).float() * softmax_scale
-    future = products.new_ones(products.shape[-2:], dtype=torch.bool).triu(1)
-    lse = products.masked_fill(future, -torch.inf).logsumexp(dim=-1)
-    out.copy_(_attend_with_heads_last(q, k, v, softmax_scale))
-    return out, lse, None, None, None
+    products, values = _products(q, k, v, softmax_scale, causal)
+    out.copy_(torch.einsum("bhst,bthd->bshd", products.softmax(dim=-1), values))
+    return out, products.logsumexp(dim=-1), None, None, None
 
 
 def flash_attn_4_backward(
@@ -109,16 +108,28 @@ def flash_attn_4_backward(
     *,
     deterministic: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What we use of `_flash_attn_bwd` of flash-attn 4.0.0b36, on [B, S, heads, D]."""
-    assert causal and deterministic is torch.are_deterministic_algorithms_enabled()
-    expected, expected_lse, *_ = flash_attn_4_forward(
-        q, k, v, softmax_scale=softmax_scale, causal=True, return_lse=True, out=torch.empty_like(q)
-    )
-    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    """What we use of `_flash_attn_bwd` of flash-attn 4.0.0b36, on [B, S, heads, D].
+
+    It takes the weights from `lse`, and what their gradients have in common from `out`.
+    """
+    assert deterministic is torch.are_deterministic_algorithms_enabled()
+    assert softmax_scale is not None and lse.is_contiguous()
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        again = _attend_with_heads_last(*leaves, softmax_scale)
-    return torch.autograd.grad(again, leaves, dout)
+        products, values = _products(*leaves, softmax_scale, causal)
+        weights = (products - lse[..., None]).exp()
+        given = torch.einsum("bhst,bthd->bshd", weights, values)
+        common = (out * dout).sum(-1).transpose(1, 2)[..., None]
+        loss = (given * dout).sum() - (weights * common).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Masked scores [B, H, S, T], and the values of every query head."""
+    keys, values = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    products = torch.einsum("bshd,bthd->bhst", q, keys) * scale
+    future = products.new_ones(products.shape[-2:], dtype=torch.bool).triu(1)
+    return products.masked_fill(future & causal, -torch.inf), values
 
 
 class DotProductAttention(torch.nn.Module):
@@ -220,6 +231,13 @@ def test_what_we_make_of_the_published_interface(stand_in: Any, shape: str) -> N
             _check(stand_in, SHAPES[shape], torch.float32, torch.device("cpu"), 2e-6, 2e-6)
 
 
+@pytest.mark.parametrize("stand_in", ["flash_attn_4"], indirect=True)
+@pytest.mark.parametrize("queries", [24, 11], ids=["all", "the-later"])
+def test_blocks_of_the_published_interface(stand_in: Any, queries: int) -> None:
+    shape = Blocks(24, queries, 17, 2, Heads(2, 3, 16))
+    check_blocks(stand_in, shape, torch.float32, torch.device("cpu"), 2e-6)
+
+
 def _on_gpu(name: str, dtype: torch.dtype) -> Any:
     device = torch.device("cuda", 0)
     obstacle = dict(choose.available("attention", device, dtype))[name]
@@ -244,6 +262,17 @@ def test_results_on_a_gpu(name: str, shape: str, dtype: torch.dtype) -> None:
         0.8 * ROUNDING[dtype],
         1.3 * ROUNDING[dtype],
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [Heads(2, 4, 128), Heads(3, 1, 64)], ids=str)
+@pytest.mark.parametrize("queries", [512, 256], ids=["all", "the-later"])
+@pytest.mark.parametrize("name", ["cudnn", "torch_flash", "flash_attn_4"])
+def test_blocks_on_a_gpu(name: str, queries: int, heads: Heads) -> None:
+    # Merged outputs are rounded twice, and gradients by queries of two blocks are added.
+    dtype = torch.bfloat16
+    shape, limit = Blocks(512, queries, 1024, 2, heads), 2 * ROUNDING[dtype]
+    check_blocks(_on_gpu(name, dtype), shape, dtype, torch.device("cuda", 0), limit)
 
 
 @pytest.mark.gpu

@@ -120,7 +120,8 @@ def _rope_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]
     parts = heads.split(dy.contiguous())
     if not x.is_contiguous():  # each with gaps of its own between samples
         parts = tuple(torch.cat([part, part], dim=1)[:, :2] for part in parts)
-    return rope.forward(x, cos, sin, heads), rope.backward(*parts, cos, sin, heads)
+    tables = torch.arange(12, device=DEVICE).view(2, 6).t() // 2, cos, sin, heads
+    return rope.forward(x, *tables), rope.backward(*parts, *tables)
 
 
 def _dropout_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
@@ -130,6 +131,11 @@ def _dropout_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, .
         dropout.forward_add(x, residual, 0.4, 3),
         dropout.backward(dy, 0.4, 3),
     )
+
+
+def _merge_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    lse = torch.rand(2, 5, 6, device=DEVICE)
+    return triton_of("merge").forward(x, lse, dy[2:], lse[..., 2:] / 3, torch.float32)
 
 
 def _statistics(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
@@ -142,6 +148,7 @@ RESULTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "dropout": _dropout_results,
     "gelu": lambda x, dy, _: (triton_of("gelu").forward(x), triton_of("gelu").backward(dy, x)),
     "layer_norm": partial(_norm_results, "layer_norm"),
+    "merge": _merge_results,
     "rms_norm": partial(_norm_results, "rms_norm"),
     "rope": _rope_results,
     "swiglu": lambda x, dy, _: (

@@ -82,7 +82,8 @@ def _by_autograd(model: CausalLM, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 def test_transformer_layer(model: CausalLM) -> None:
     x, dy = _hidden(model, 0), _hidden(model, 1)
-    slots = _both_ways(lower(model).layers[1], {"x": x, "dy": dy})
+    given = _piece(model).slots | {"x": x, "dy": dy}
+    slots = _both_ways(lower(model).layers[1], given)
     actual = {"y": slots["y"], "dx": slots["dx"]} | _grads(model.layers[0], "main_grad")
     megatron = _by_autograd(model, x, dy)
     if x.dtype is torch.float32:
@@ -155,8 +156,9 @@ def test_residual_dropout_is_that_of_its_key() -> None:
     model = CausalLM(replace(CONFIG, hidden_dropout=0.5), ParallelContext.single(CPU))
     add_main_grads(model)
     pair = lower(model).layers[1]
-    slots = {"x": _hidden(model, 0), "dy": torch.ones_like(_hidden(model, 0))}
-    first, again, other = (_both_ways(pair, slots | {"batch.key": key}) for key in (3, 3, 4))
+    slots = _piece(model).slots | {"x": _hidden(model, 0)}
+    slots |= {"dy": torch.ones_like(slots["x"])}
+    first, again, other = (_both_ways(pair, slots | {"batch.whole_key": key}) for key in (3, 3, 4))
     assert torch.equal(first["y"], again["y"]) and torch.equal(first["dx"], again["dx"])
     assert not torch.equal(first["y"], other["y"])
     dropped = first["y"] == first["mid"]

@@ -14,7 +14,7 @@ from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.layers.rules import of_stream
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Topology
-from lightning_dhellam.plan import Graph, GraphPair, Lane, Layout, LayoutError
+from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Layout, LayoutError
 from lightning_dhellam.plan.layout import Rule
 from tests.models.llama import SMALL
 from tests.plan.real_graphs import context_of_rank_0, lowered
@@ -133,6 +133,22 @@ def test_data_parallel_ranks_have_other_samples_and_partial_losses() -> None:
     assert str(head.lies["loss"]) == "dp partial" and str(head.lies["lse"]) == "dp sharded(samples)"
 
 
+def test_where_ranks_share_sequences_blocks_work_token_by_token() -> None:
+    model = CausalLM(CONFIG, context_of_rank_0(1, context_parallel_size=2))
+    model.layers.append(TokenWise())
+    *_, token_wise, head = lower(model).layers
+    assert _lies(token_wise) == dict.fromkeys(("y", "autograd", "dx"), "cp sharded(sequence)")
+    assert _lies(head)["loss"] == "cp partial"
+    assert _lies(lower(model, loss=_custom_loss).layers[-1])["loss"] == "cp partial"
+    model.layers.append(Mixing())
+    with pytest.raises(
+        ValueError,
+        match=r"^layer 2, a Mixing, is given whole sequences, but with context_parallel_size=2 no"
+        r" rank has one: set token_wise = True on its class if .*, or leave context_parallel_size",
+    ):
+        lower(model)
+
+
 def _custom_loss(logits: Tensor, batch: Any) -> Tensor:
     return logits.sum()
 
@@ -148,6 +164,10 @@ MODELS: dict[str, Callable[[], Lowered]] = {
     "gpt with biases": lambda: lowered(2, replace(GPT, linear_bias=True, qkv_bias=True)),
     "tied": lambda: lowered(2, replace(CONFIG, tie_embeddings=True)),
     "custom loss": _custom,
+    "shared sequences": lambda: lowered(2, GPT, torch.bfloat16, context_parallel_size=3),
+    "shared sequences, gathered": lambda: lowered(
+        2, CONFIG, context_parallel_size=3, context_exchange="all_gather"
+    ),
 }
 
 
@@ -160,7 +180,10 @@ def _without(graph: Graph, name: str) -> Graph:
 
 
 def _collectives(graph: Graph) -> list[str]:
-    return [o.name for o in graph.operators if o.lane is Lane.TP]
+    # What a ring hands on lies as what it is given does.
+    still = Collective.EXCHANGE
+    lanes = (Lane.TP, Lane.CP)
+    return [o.name for o in graph.operators if o.lane in lanes and o.collective is not still]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,21 +18,25 @@ from lightning_dhellam.plan import Lane
 from tests.models.llama import SMALL
 
 
-def context_of_rank_0(tensor_parallel_size: int) -> ParallelContext:
-    """Rank 0 of so many tensor ranks, with a group that cannot communicate."""
+def context_of_rank_0(tensor_parallel_size: int, context_parallel_size: int = 1) -> ParallelContext:
+    """Rank 0 of so many ranks, with groups that cannot communicate."""
     context = ParallelContext.single(torch.device("cpu"))
-    if tensor_parallel_size == 1:
-        return context
-    group = ProcessGroup(0, tensor_parallel_size)  # type: ignore[call-arg]
-    groups = copy(context.groups)
-    groups.tp = group
-    topology = Topology(world_size=tensor_parallel_size, tp_size=tensor_parallel_size)
-    tensor = Communicator(Lane.TP, group, Alone(), 0, tensor_parallel_size)
+    groups, communicators = copy(context.groups), dict(context.communicators)
+    sizes = {Lane.TP: tensor_parallel_size, Lane.CP: context_parallel_size}
+    for lane, size in sizes.items():
+        if size > 1:
+            group = ProcessGroup(0, size)  # type: ignore[call-arg]
+            setattr(groups, lane.value, group)
+            communicators[lane] = Communicator(lane, group, Alone(), 0, size)
     return replace(
         context,
-        topology=topology,
+        topology=Topology(
+            world_size=tensor_parallel_size * context_parallel_size,
+            tp_size=tensor_parallel_size,
+            cp_size=context_parallel_size,
+        ),
         megatron_groups=OpenGroups(groups),
-        communicators={**context.communicators, Lane.TP: tensor},
+        communicators=communicators,
     )
 
 
@@ -41,7 +45,10 @@ def lowered(
     config: ModelConfig = SMALL,
     dtype: torch.dtype = torch.float32,
     regather: bool = True,
+    context_parallel_size: int = 1,
+    context_exchange: str = "ring",
 ) -> Lowered:
-    """The graphs that rank 0 of `tensor_parallel_size` ranks has."""
-    model = CausalLM(config, context_of_rank_0(tensor_parallel_size), dtype)
-    return lower(model, regather=regather)
+    """The graphs that rank 0 of so many ranks has."""
+    context = context_of_rank_0(tensor_parallel_size, context_parallel_size)
+    model = CausalLM(config, context, dtype)
+    return lower(model, regather=regather, context_exchange=context_exchange)

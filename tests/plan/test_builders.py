@@ -212,6 +212,75 @@ def test_megatron_hides_regathers_under_dgrad_and_scatters_under_wgrad_only(
     assert str(BUILDERS["megatron"](None, head.backward)) == MEGATRON_HEAD
 
 
+RINGS = """
+plan megatron: forward transformer, backward transformer
+  0  forward   compute  attention.norm
+  1  forward   compute  qkv.gemm
+  2  forward   compute  rope
+  3  forward   compute  attention.keys
+  4  forward   cp       keys.exchange.1
+  5  forward   compute  attention.0
+  -  barrier
+  6  forward   cp       keys.exchange.2
+  7  forward   compute  attention.1
+  8  forward   compute  attention.merge.1
+  -  barrier
+  9  forward   compute  attention.2
+ 10  forward   compute  attention.merge.2
+ 11  forward   compute  proj.gemm
+ 12  forward   compute  attention.residual
+ 13  forward   compute  mlp.norm
+ 14  forward   compute  fc1.gemm
+ 15  forward   compute  swiglu
+ 16  forward   compute  fc2.gemm
+ 17  forward   compute  mlp.residual
+ 18  backward  compute  fc2.dgrad
+ 19  backward  compute  fc2.wgrad
+ 20  backward  compute  swiglu.grad
+ 21  backward  compute  fc1.dgrad
+ 22  backward  compute  fc1.wgrad
+ 23  backward  compute  mlp.norm.grad
+ 24  backward  compute  proj.dgrad
+ 25  backward  compute  proj.wgrad
+ 26  backward  compute  attention.keys.again
+ 27  backward  cp       keys_again.exchange.1
+ 28  backward  compute  attention.grad.0
+  -  barrier
+ 29  backward  cp       keys_again.exchange.2
+ 30  backward  compute  attention.grad.1
+  -  barrier
+ 31  backward  cp       keys.grad.exchange.1
+ 32  backward  compute  attention.grad.2
+  -  barrier
+ 33  backward  compute  keys.grad.add.2
+ 34  backward  cp       keys.grad.exchange.2
+  -  barrier
+ 35  backward  compute  attention.grad.join
+ 36  backward  compute  rope.grad
+ 37  backward  compute  qkv.dgrad
+ 38  backward  compute  qkv.wgrad
+ 39  backward  compute  attention.norm.grad
+"""
+
+
+def test_megatron_hides_a_ring_under_its_own_attention_only() -> None:
+    pair = lowered(1, context_parallel_size=3).layers[1]
+    plan = BUILDERS["megatron"](pair.forward, pair.backward)
+    assert str(plan) == RINGS.strip()
+    validate(plan, pair.forward, pair.backward)
+
+
+@pytest.mark.parametrize("way", ["ring", "all_gather"])
+def test_a_shared_sequence_is_planned_by_every_builder(way: str) -> None:
+    pair = lowered(2, context_parallel_size=4, context_exchange=way).layers[1]
+    for name in BUILDERS:
+        validate(BUILDERS[name](pair.forward, pair.backward), pair.forward, pair.backward)
+    ring = [o for o in (*pair.forward.operators, *pair.backward.operators) if o.lane == "cp"]
+    assert len(ring) == (9 if way == "ring" else 3)
+    # Keys of other ranks come again in backward.
+    assert pair.saved_bytes(64) == lowered(2).layers[1].saved_bytes(64)
+
+
 def test_without_communication_only_dhellam_has_barriers(models: dict[int, Lowered]) -> None:
     pair = models[1].layers[1]
     for name in ("sequential", "megatron"):

@@ -196,6 +196,18 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "drop reads batch.key, which lies tp distinct:"
         " it needs a key for all, since it draws for what lies replicated",
     ),
+    "ranks that draw apart for what has a place": (
+        "forward",
+        {
+            "residual": (
+                "drop",
+                "compute: out batch.key x -> y",
+                Rule(draws="batch.key", placed="x"),
+            )
+        },
+        "drop reads batch.key, which lies tp distinct:"
+        " it needs a key for all, since it draws for what lies sharded(sequence)",
+    ),
     "a weight gradient without the whole input": (
         "backward",
         {"fc1.wgrad": ("fc1.wgrad", "compute: d_inner normal ->", COLUMN_GRAD)},

@@ -117,10 +117,10 @@ def _place(strategy: dict[str, Any] | str) -> tuple[int, int]:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if isinstance(strategy, str):
         return world, rank
-    # Tensor-parallel ranks are neighbours, and pipeline stages are farthest apart.
-    tensor = strategy.get("tensor_parallel_size", 1)
-    replicas = world // tensor // strategy.get("pipeline_parallel_size", 1)
-    return replicas, rank // tensor % replicas
+    # Ranks with the same samples are neighbours, and pipeline stages are farthest apart.
+    sharing = strategy.get("tensor_parallel_size", 1) * strategy.get("context_parallel_size", 1)
+    replicas = world // sharing // strategy.get("pipeline_parallel_size", 1)
+    return replicas, rank // sharing % replicas
 
 
 def train(

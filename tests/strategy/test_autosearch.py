@@ -103,13 +103,14 @@ def on_two_ranks(
     return plain, losses, plans.plans, alone, {o.name: o.predicted for o in found.outcomes}
 
 
-@pytest.mark.parametrize("kind", ["tp", "pp", "dp"])
+@pytest.mark.parametrize("kind", ["tp", "pp", "dp", "cp"])
 def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     tmp_path: Path, kind: str
 ) -> None:
     sizes = {
         "tp": {"tensor_parallel_size": 2},
         "pp": {"pipeline_parallel_size": 2},
+        "cp": {"context_parallel_size": 2},
         "dp": {},  # takes the ranks that the others leave
     }
     results = run_ranks(2, on_two_ranks, tmp_path, sizes[kind])
@@ -137,6 +138,8 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     assert profile.fingerprint.sizes[kind] == 2
     # Transfers between stages are in no profile.
     exposed = {kind} if overlap else set()
+    # Gradients are added up over ranks that share sequences too.
+    exposed |= {"dp"} if kind == "cp" else set()
     assert all(set(row["exposed"]) == exposed for row in found["outcomes"])
     assert bool({row.partner for row in profile.timings} - {None}) == bool(overlap)
     names = [

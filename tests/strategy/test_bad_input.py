@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dhellam.data import IndexedDataModule
 from lightning_dhellam.models import preset
+from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.strategy import DHellamStrategy
 from lightning_dhellam.strategy.checks import check_ckpt_path
@@ -69,6 +70,27 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     "world-does-not-divide-by-stages": (
         _trainer({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, devices=6),
         r"tensor_parallel_size=2, pipeline_parallel_size=2 needs a multiple of 4 processes",
+    ),
+    "no-context-rank": (
+        _arguments(context_parallel_size=0),
+        r"context_parallel_size=0 must be .*at least 1",
+    ),
+    "world-does-not-divide-by-context": (
+        _trainer({"context_parallel_size": 3, "tensor_parallel_size": 2}, devices=4),
+        r"tensor_parallel_size=2, context_parallel_size=3 needs a multiple of 6 processes.*is 4",
+    ),
+    "unknown-exchange": (
+        _arguments(context_parallel_size=2, context_exchange="p2p"),
+        r"context_exchange='p2p' is not known: use ring or all_gather",
+    ),
+    "kernel-without-blocks": (
+        _arguments(context_parallel_size=2, kernels={"attention": "flash_attn"}),
+        r"kernels=\{attention: flash_attn\}: with context parallelism attention is merged from .*"
+        r"log-sum-exp to itself; use flash_attn_4 or cudnn or torch_flash or .*leave attention out",
+    ),
+    "emulated-without-a-link": (
+        _arguments(context_parallel_size=2, emulate=Cluster(8, {"tp": Link(1e9)})),
+        r"emulate='cluster' has no link 'cp', so with context_parallel_size=2 .*add one under",
     ),
     "unknown-operator": (
         _arguments(kernels={"atention": "cpu"}),
@@ -238,6 +260,13 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
     "data-over-ranks": (
         _launch(data=Data(sequence_length=9), strategy=TP2),
         r"sequence_length=9 is not a multiple of tensor_parallel_size=2.*change one",
+    ),
+    "data-over-context-ranks": (
+        _launch(
+            data=Data(sequence_length=12), strategy=TP2 | {"context_parallel_size": 2}, devices=4
+        ),
+        r"sequence_length=12 is not a multiple of 8, 2 x context_parallel_size=2 x"
+        r" tensor_parallel_size=2: every rank holds two equal pieces .*change one of them, or pad",
     ),
     "large-tokenizer": (
         _launch(data=Data(vocab_size=50)),

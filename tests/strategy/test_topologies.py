@@ -112,6 +112,12 @@ PAIR: dict[str, dict[str, Any] | str] = {
     "pp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
     "pp2-ragged-micro-batches": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
     "pp2-one-micro-batch": {"pipeline_parallel_size": 2, "micro_batch_size": 8},
+    "cp2": {"context_parallel_size": 2, "micro_batch_size": 3},
+    "cp2-gathered": {
+        "context_parallel_size": 2,
+        "context_exchange": "all_gather",
+        "distributed_optimizer": False,
+    },
     "pp2-dhellam": {"pipeline_parallel_size": 2, "plan": "dhellam"},
 }
 FOUR: dict[str, dict[str, Any] | str] = {
@@ -119,6 +125,9 @@ FOUR: dict[str, dict[str, Any] | str] = {
     "tp2-dp2-unsharded": {"tensor_parallel_size": 2, "distributed_optimizer": False},
     "pp2-tp2": {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "micro_batch_size": 2},
     "pp2-dp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
+    "tp2-cp2": {"tensor_parallel_size": 2, "context_parallel_size": 2, "micro_batch_size": 2},
+    "cp2-dp2": {"context_parallel_size": 2, "micro_batch_size": 2},
+    "pp2-cp2": {"pipeline_parallel_size": 2, "context_parallel_size": 2, "plan": "megatron"},
     "pp2-dp2-unsharded-small-buckets": {
         "pipeline_parallel_size": 2,
         "distributed_optimizer": False,
@@ -129,12 +138,16 @@ LAYOUTS = {1: ALONE, 2: PAIR, 4: FOUR}
 # Every layout runs the default; what else could go wrong in it depends on the optimizer and
 # on the groups, so one layout of each kind runs the rest.
 THOROUGH = {"two-samples", "ddp", "dp2", "tp2", "tp2-dp2", "tp2-dp2-unsharded", "pp2", "pp2-dp2"}
+# Blocks that mix tokens cannot be where ranks share sequences; what else such ranks share can.
+OTHERS = {
+    (layout, run) for layout in ("cp2", "cp2-dp2") for run in ("clip-by-norm", "smoothed", "biases")
+}
 CASES = [
     (world, layout, run)
     for world, layouts in LAYOUTS.items()
     for layout in layouts
     for run in RUNS
-    if run == "default" or layout in THOROUGH
+    if run == "default" or layout in THOROUGH or (layout, run) in OTHERS
 ]
 
 

@@ -113,8 +113,8 @@ def _rope_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Case
     heads = Heads(max(1, hidden // (size * ratio)), ratio, size)
     positions = torch.arange(tokens, device=device)
     angles = torch.outer(positions, torch.rand(size // 2, device=device)).repeat(1, 2)
-    extra = (angles.cos(), angles.sin(), heads)
-    moved = 4 * tokens * heads.channels + 4 * tokens * size
+    extra = (positions[:, None], angles.cos(), angles.sin(), heads)
+    moved = 4 * tokens * heads.channels + 4 * tokens * size + 8 * tokens
     fused = (tokens, 1, heads.channels)
     queries, keys = (tokens, 1, heads.queries, size), (tokens, 1, heads.groups, size)
     draw = partial(_draw, device)
