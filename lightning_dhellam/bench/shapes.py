@@ -28,19 +28,37 @@ class Shape:
         length: Tokens of a sequence.
         micro_batch: Sequences that go through the layers together.
         ranks: The tensor-parallel size.
+        context_ranks: How many ranks share each sequence.
     """
 
     config: ModelConfig
     length: int
     micro_batch: int
     ranks: int
+    context_ranks: int = 1
 
 
-def shapes(rehearse: bool) -> dict[str, Shape]:
-    """The shapes by letter, as in the published tables; to rehearse with, miniatures of them."""
-    if rehearse:
-        config = ModelConfig(8, 64, 128, 8, 8, _UNUSED_VOCABULARY, max_sequence_length=64)
-        return {"a": Shape(config, 64, 1, 8), "b": Shape(config, 32, 2, 8)}
+def shapes(rehearse: bool, *, shared: bool = False) -> dict[str, Shape]:
+    """The shapes by letter, as in the published tables; to rehearse with, miniatures of them.
+
+    Those with sequences that ranks share are among them if `shared`.
+    """
+    known = _miniatures() if rehearse else _published()
+    return {name: shape for name, shape in known.items() if shared or shape.context_ranks == 1}
+
+
+def _miniatures() -> dict[str, Shape]:
+    config = ModelConfig(8, 64, 128, 8, 8, _UNUSED_VOCABULARY, max_sequence_length=128)
+    grouped = replace(config, num_attention_heads=16)
+    return {
+        "a": Shape(config, 64, 1, 8),
+        "b": Shape(config, 32, 2, 8),
+        "c": Shape(config, 128, 1, 8, 4),
+        "d": Shape(grouped, 128, 1, 8, 4),
+    }
+
+
+def _published() -> dict[str, Shape]:
     llama = preset("llama-3-70b", vocab_size=_UNUSED_VOCABULARY)
     qwen = replace(
         llama,
@@ -50,7 +68,15 @@ def shapes(rehearse: bool) -> dict[str, Shape]:
         num_query_groups=8,
         head_dim=128,
     )
-    return {"a": Shape(llama, 8192, 1, 8), "b": Shape(qwen, 8192, 4, 8)}
+    long = replace(llama, max_sequence_length=32768)
+    # As wide as the 66B of the published long sequences, whose heads have keys of their own.
+    ungrouped = replace(long, num_query_groups=long.num_attention_heads)
+    return {
+        "a": Shape(llama, 8192, 1, 8),
+        "b": Shape(qwen, 8192, 4, 8),
+        "c": Shape(ungrouped, 32768, 1, 8, 4),
+        "d": Shape(long, 32768, 1, 8, 4),
+    }
 
 
 def parse_link(text: str) -> Link:
@@ -69,11 +95,18 @@ def parse_link(text: str) -> Link:
 
 
 @contextmanager
-def rank_of(cluster: Cluster, ranks: int, device: torch.device) -> Iterator[ParallelContext]:
-    """Play a rank of `cluster`, whose tensor-parallel groups have `ranks` ranks."""
+def rank_of(
+    cluster: Cluster, ranks: int, device: torch.device, context_ranks: int = 1
+) -> Iterator[ParallelContext]:
+    """Play a rank of `cluster`, of so many tensor-parallel and context-parallel ranks."""
     cluster.join()
     try:
-        context = ParallelContext.create(device, tensor_parallel_size=ranks, cluster=cluster)
+        context = ParallelContext.create(
+            device,
+            tensor_parallel_size=ranks,
+            context_parallel_size=context_ranks,
+            cluster=cluster,
+        )
         try:
             yield context
         finally:

@@ -197,7 +197,7 @@ class ModelParallelOptimizer:
         if self._loss is None:
             return torch.zeros((), device=self._context.device)
         broken = self._loss.float() * 0
-        if not self._sharded and self._context.topology.dp_size > 1 and dist.is_initialized():
+        if not self._sharded and self._context.topology.replicas > 1 and dist.is_initialized():
             # Gradients of replicas are added up, but not all that spoils a loss spoils them.
             dist.all_reduce(broken, group=self._context.groups.dp_cp)
         return broken

@@ -105,6 +105,22 @@ def test_cells_that_the_budget_does_not_allow_are_named(tmp_path: Path) -> None:
     assert found["not measured, for lack of time"].startswith("a4 copy:110, a4 16sm:100, b4 copy")
 
 
+def test_sequences_are_shared_in_either_way(tmp_path: Path) -> None:
+    words = ("--links", "[copy:110]", "--context_links", "[copy:50]", "--cells", "[c4,d4]")
+    plans = ("--plans", "[sequential,megatron,auto]")
+    found = bench("overlap", tmp_path, *SHORT, *words, *plans)
+    rows = {(row["cell"], row["plan"]): row for row in found["rows"]}
+    cells = [f"{s}4 copy:110 {way} copy:50" for s in "cd" for way in ("ring", "all_gather")]
+    assert [cell for cell, plan in rows if plan == "bound"] == cells
+    for cell in cells:
+        for plan in ("sequential", "megatron", "auto"):
+            assert rows[cell, plan]["parity"] == 0.0, "plans decide when, never what"
+    # 0.05 GB/s: keys and values of 128 / 4 tokens, of a head on each of 8 ranks, 8 fp32 numbers.
+    # Three hops forward, and backward as many with them and with their gradients.
+    hops = 9 * (10e-6 + 32 * 2 * 8 * 4 / 0.05e9) * 1e3
+    assert rows["c4 copy:110 ring copy:50", "bound"]["layer ms"] >= 0.9 * hops
+
+
 def test_the_most_important_cells_come_first() -> None:
     links = [parse_link(text) for text in LINKS]
     names = [cell.name for cell in cells(links, calibrate=True, levers=True)]

@@ -21,6 +21,9 @@ class Cell:
         link: The link over which tensor-parallel ranks talk.
         calibrated: Whether to choose the link's bandwidth so that Megatron's order exposes what
             was published.
+        context_link: The link over which context-parallel ranks talk; None where sequences are not
+            shared.
+        exchange: How keys and values come to those ranks.
         priority: The priority of communication streams, on CUDA.
         lever: What is unusual about the cell, in words.
     """
@@ -29,16 +32,25 @@ class Cell:
     layers: int
     link: Link
     calibrated: bool = False
+    context_link: Link | None = None
+    exchange: str = "ring"
     priority: int = -1
     lever: str = ""
 
     @property
     def name(self) -> str:
         """A short name, for tables and files."""
-        rate = "calibrated" if self.calibrated else f"{self.link.bandwidth / 1e9:g}"
-        manner = f"{self.link.sms}sm" if self.link.sms else "copy"
+        rate = f"{_manner(self.link)}:calibrated" if self.calibrated else _spell(self.link)
         lever = f" {self.lever}" if self.lever else ""
-        return f"{self.shape}{self.layers} {manner}:{rate}{lever}"
+        context = ""
+        if self.context_link is not None:
+            context = f" {self.exchange} {_spell(self.context_link)}"
+        return f"{self.shape}{self.layers} {rate}{context}{lever}"
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors that a collective takes at most."""
+        return max(self.link.sms, self.context_link.sms if self.context_link else 0)
 
     @property
     def file_name(self) -> str:
@@ -51,8 +63,22 @@ class Cell:
         return self.shape, self.layers, self.calibrated, self.link.bandwidth, bool(self.link.sms)
 
 
-def cells(links: Sequence[Link], *, calibrate: bool, levers: bool) -> list[Cell]:
-    """The most important cells first: a with 4 layers, b, a with 8 layers, then the levers."""
+def _manner(link: Link) -> str:
+    return f"{link.sms}sm" if link.sms else "copy"
+
+
+def _spell(link: Link) -> str:
+    return f"{_manner(link)}:{link.bandwidth / 1e9:g}"
+
+
+def cells(
+    links: Sequence[Link], *, calibrate: bool, levers: bool, context_links: Sequence[Link] = ()
+) -> list[Cell]:
+    """The most important cells first: a with 4 layers, b, a with 8 layers, then the levers.
+
+    Behind them come c and d, whose sequences are shared, with a link between tensor-parallel ranks
+    of the same manner as that of `context_links`.
+    """
     found = [Cell("a", 4, link) for link in links]
     manners = dict.fromkeys(link.sms for link in links)
     if calibrate:
@@ -60,6 +86,20 @@ def cells(links: Sequence[Link], *, calibrate: bool, levers: bool) -> list[Cell]
     found += [Cell("a", 8, link) for link in links]
     if levers:
         found += _levers(links)
+    return found + _shared(links, context_links)
+
+
+def _shared(links: Sequence[Link], context_links: Sequence[Link]) -> list[Cell]:
+    """Both ways for keys over each link, of wide and of grouped ones."""
+    found = []
+    for context_link in context_links:
+        alike = [link for link in links if bool(link.sms) is bool(context_link.sms)]
+        for link in alike[:1]:
+            found += [
+                Cell(shape, 4, link, context_link=context_link, exchange=exchange)
+                for shape in ("c", "d")
+                for exchange in ("ring", "all_gather")
+            ]
     return found
 
 

@@ -68,16 +68,19 @@ class Rank:
         self._shapes = shapes
         self._settings = settings
         self._slower = slower
-        self._link: EmulatedLink = context.links[Lane.TP]
+        self._links: Mapping[Lane, EmulatedLink] = context.links
+        self._link = self._links[Lane.TP]
         self._timer = Timer(context.device)
         self._model: tuple[str, int, CausalLM] | None = None
-        self._searched: dict[tuple[str, int, Link, int], Plans] = {}
+        self._searched: dict[Cell, Plans] = {}
 
     def measure(self, cell: Cell) -> Measured:
         """Profile, search, compare results, and time every plan of one cell."""
         work = self._workload(cell)
-        self._link.play = Play.TIME
+        self._play(Play.TIME)
         link = cell.link.slower(self._slower)
+        if cell.context_link is not None:
+            self._links[Lane.CP].become(cell.context_link.slower(self._slower))
         if cell.calibrated:
             link = self._calibrated(work, replace(cell, link=link))
         self._link.become(link)
@@ -98,7 +101,8 @@ class Rank:
         steps[COMPUTE] = self._compute(work)
         timed = in_turn(steps, self._timer, self._settings.rounds)
         more = self._settings.many - self._settings.few
-        busiest = lane_seconds(work.layers[1:2], plans.costs)[Lane.TP]
+        busy = lane_seconds(work.layers[1:2], plans.costs)
+        busiest = max(busy[lane] for lane in self._links)
         rows = rows_of(cell, more, busiest, timed, figures)
         views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
         return Measured(rows, f"{note}. {_searched(plans)}", views)
@@ -112,7 +116,12 @@ class Rank:
         gc.collect()
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._link.refill()
+        for link in self._links.values():
+            link.refill()
+
+    def _play(self, play: Play) -> None:
+        for link in self._links.values():
+            link.play = play
 
     def _workload(self, cell: Cell) -> Workload:
         shape = self._shapes[cell.shape]
@@ -131,7 +140,8 @@ class Rank:
             shape.micro_batch,
             self._settings.many,
             priority=cell.priority,
-            processors=cell.link.sms,
+            processors=cell.processors,
+            context_exchange=cell.exchange,
         )
 
     def _steps(self, work: Workload, builder: Builder) -> tuple[Step, Step]:
@@ -146,11 +156,11 @@ class Rank:
 
     def _silent(self, step: Step) -> Step:
         def run() -> torch.Tensor:
-            self._link.play = Play.NOTHING
+            self._play(Play.NOTHING)
             try:
                 return step()
             finally:
-                self._link.play = Play.TIME
+                self._play(Play.TIME)
 
         return run
 
@@ -180,7 +190,7 @@ class Rank:
 
         They are searched once and kept.
         """
-        key = (cell.shape, cell.layers, cell.link, cell.priority)
+        key = replace(cell, lever="")
         if key not in self._searched:
             costs = Costs.of(work.profile(repeats=self._settings.repeats))
             sequential = self._steps(work, BUILDERS["sequential"])[1]
@@ -207,14 +217,14 @@ class Rank:
         Collectives bring numbers, and kernels add up in a fixed order: the fastest gradient of
         attention does not, which alone makes results differ from run to run.
         """
-        self._link.play = Play.ECHO
+        self._play(Play.ECHO)
         try:
             with deterministic():
                 work = self._workload(cell)
                 steps = {name: self._steps(work, b)[1] for name, b in plans.builders.items()}
                 return _farthest(work, steps)
         finally:
-            self._link.play = Play.TIME
+            self._play(Play.TIME)
 
     def _crossing(self, work: Workload) -> tuple[int, ...]:
         """Bytes that cross the link for a collective of these layers."""

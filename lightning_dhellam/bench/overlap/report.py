@@ -18,6 +18,7 @@ COLUMNS = (
 )  # fmt: skip
 COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""
+_PUBLISHED_LONG = "DHelix is 1.24 times as fast as Megatron with sequences of 32,768 tokens"
 _PUBLISHED = "a layer takes 21.9 ms with Megatron, 19.2 with TWIST, 16.5 with nothing exposed"
 
 
@@ -91,12 +92,15 @@ def rows_of(
 def notes_of(settings: Settings, cells: Sequence[Cell]) -> Row:
     """What is to be said above the table before anything is measured."""
     notes: Row = {
-        "EMULATED": "one rank of 8, its links played: times mean something, numbers do not",
+        "EMULATED": "one rank of 8, or of 32 where 4 share each sequence, its links played: times"
+        " mean something, numbers do not",
         "steps": f"of {settings.few} and {settings.many} micro-batches; a layer is their"
         " difference",
     }
     if not settings.rehearses and any(cell.shape == "b" for cell in cells):
         notes["published for b on 8 H200"] = _PUBLISHED
+    if not settings.rehearses and any(cell.shape == "c" for cell in cells):
+        notes["published for c on A800"] = _PUBLISHED_LONG
     if settings.memory_slack != MEMORY_SLACK:
         notes["memory slack"] = f"{settings.memory_slack:g} instead of {MEMORY_SLACK:g}"
     if settings.rehearses:

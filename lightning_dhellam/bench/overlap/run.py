@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_dhellam.bench.overlap.cells import Cell
 from lightning_dhellam.bench.overlap.rank import Rank
 from lightning_dhellam.bench.overlap.report import COLUMNS, lever_notes, notes_of
 from lightning_dhellam.bench.overlap.settings import Settings
 from lightning_dhellam.bench.report import Report, device_name, pick_device
-from lightning_dhellam.bench.shapes import SLOWER, rank_of, shapes
+from lightning_dhellam.bench.shapes import SLOWER, Shape, rank_of, shapes
 from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.parallel import Cluster
 
@@ -21,33 +25,84 @@ _PICTURED = ("a4 copy:110", "a4 16sm:200", "b4 copy:calibrated", "b4 16sm:calibr
 def measure(settings: Settings, folder: Path) -> Report:
     """Measure every cell that the budget allows, the most important first."""
     device = pick_device(settings.device)
-    links, todo = settings.played_links(), settings.chosen_cells()
+    todo, known = settings.chosen_cells(), shapes(settings.rehearses, shared=True)
     prepare()
     report = Report("overlap", device_name(device), COLUMNS, notes_of(settings, todo))
-    with rank_of(Cluster(world_size=8, links={"tp": links[0]}), 8, device) as context:
-        slower = SLOWER if settings.rehearses else 1
-        rank = Rank(context, shapes(settings.rehearses), settings, slower)
-        _measure(todo, rank, report, settings.budget, folder)
-    return report
-
-
-def _measure(todo: Sequence[Cell], rank: Rank, report: Report, budget: float, folder: Path) -> None:
-    """Measure one cell after the other. One that fails is noted, and the others go on."""
-    begin = time.perf_counter()
-    longest = 0.0
-    skipped = []
-    for cell in todo:
-        started = time.perf_counter()
-        if started - begin + longest > budget:
-            skipped.append(cell.name)
-            continue
-        _measure_cell(cell, rank, report, folder)
-        longest = max(longest, time.perf_counter() - started)
-        report.save(folder)
+    slower = SLOWER if settings.rehearses else 1
+    clock = _Clock(settings.budget)
+    skipped: list[str] = []
+    for sizes, cells in groupby(todo, lambda cell: _sizes(known[cell.shape])):
+        group = list(cells)
+        with rank_of(_cluster(group[0], sizes), sizes.tensor, device, sizes.context) as context:
+            rank = Rank(context, known, settings, slower)
+            skipped += _measure(group, rank, report, clock, folder)
     report.notes |= lever_notes(todo, report.rows)
     if skipped:
         report.notes["not measured, for lack of time"] = ", ".join(skipped)
     report.save(folder)
+    return report
+
+
+class _Sizes(NamedTuple):
+    """Ranks of the groups of a shape."""
+
+    tensor: int
+    context: int
+
+
+def _sizes(shape: Shape) -> _Sizes:
+    return _Sizes(shape.ranks, shape.context_ranks)
+
+
+def _cluster(cell: Cell, sizes: _Sizes) -> Cluster:
+    links = {"tp": cell.link}
+    if cell.context_link is not None:
+        links["cp"] = cell.context_link
+    return Cluster(world_size=sizes.tensor * sizes.context, links=links)
+
+
+@dataclass
+class _Clock:
+    """How much of the time is left.
+
+    Attributes:
+        budget: Seconds after which no more cells are begun.
+        longest: Seconds that a cell took at most.
+    """
+
+    budget: float
+    longest: float = 0.0
+    begin: float = field(default_factory=time.perf_counter)
+
+    @property
+    def allows(self) -> bool:
+        """Whether another cell would be done in time."""
+        return time.perf_counter() - self.begin + self.longest <= self.budget
+
+    @contextmanager
+    def cell(self) -> Iterator[None]:
+        """Note how long the body takes."""
+        started = time.perf_counter()
+        yield
+        self.longest = max(self.longest, time.perf_counter() - started)
+
+
+def _measure(
+    todo: Sequence[Cell], rank: Rank, report: Report, clock: _Clock, folder: Path
+) -> list[str]:
+    """Measure one cell after the other. One that fails is noted, and the others go on.
+
+    Returns the cells for which there was no time.
+    """
+    skipped = []
+    for cell in todo:
+        if not clock.allows:
+            skipped.append(cell.name)
+            continue
+        with clock.cell():
+            _measure_cell(cell, rank, report, folder)
+        report.save(folder)
+    return skipped
 
 
 def _measure_cell(cell: Cell, rank: Rank, report: Report, folder: Path) -> None:

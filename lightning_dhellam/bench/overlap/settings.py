@@ -12,6 +12,8 @@ from lightning_dhellam.parallel import Cluster, Link
 
 LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""
+CONTEXT_LINKS = ("copy:50", "copy:25", "copy:110", "16sm:50", "16sm:25", "16sm:110")
+"""Between ranks that share sequences, likewise."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Settings:
 
     links: tuple[str, ...] = LINKS
     """Links over which to train: copy:110 is a copy engine at 110 GB/s, 16sm:200 are 16 SMs."""
+
+    context_links: tuple[str, ...] = CONTEXT_LINKS
+    """Links between the ranks that share the sequences of shapes c and d."""
 
     cluster: str | None = None
     """A cluster whose link is taken instead: a name or a file."""
@@ -102,7 +107,10 @@ class Settings:
     def chosen_cells(self) -> list[Cell]:
         """The cells to measure, the most important first."""
         links = self.played_links()
-        found = cells(links, calibrate=self.cluster is None, levers=self.levers)
+        shared = [] if self.cluster is not None else [*map(parse_link, self.context_links)]
+        found = cells(
+            links, calibrate=self.cluster is None, levers=self.levers, context_links=shared
+        )
         if self.cells is None:
             return found
         return [cell for cell in found if any(map(cell.name.startswith, self.cells))]
