@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,7 +22,7 @@ from lightning_dhellam.models import ModelConfig, training_flops_per_token
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy
 
-__all__ = ["AutoSearch", "RunSummary", "ThroughputMonitor"]
+__all__ = ["AutoSearch", "RunSummary", "SaveEnd", "ThroughputMonitor"]
 
 
 class ThroughputMonitor(Callback):
@@ -77,6 +79,30 @@ class ThroughputMonitor(Callback):
             _log(pl_module, "mfu", share / (self.peak_tflops * 1e12))
 
 
+class SaveEnd(Callback):
+    """Saves the end of training as `last.ckpt`, where a ModelCheckpoint has not saved it already.
+
+    It lies beside the checkpoints of the first ModelCheckpoint, so that `ckpt_path="last"` goes on
+    from it. Without a ModelCheckpoint nothing is saved, and that is said.
+    """
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        keeps = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        step, folder = trainer.global_step, keeps[0].dirpath if keeps else None
+        if folder is None or getattr(trainer, "fast_dev_run", False):
+            rank_zero_info(f"no checkpoint of step {step} was saved: checkpoints are switched off")
+            return
+        done = [c for c in keeps if c._last_global_step_saved == step]
+        if done:
+            path = done[0]._last_checkpoint_saved
+        else:
+            keep = keeps[0]
+            path = os.path.join(folder, keep.CHECKPOINT_NAME_LAST + keep.FILE_EXTENSION)
+            trainer.save_checkpoint(path, keep.save_weights_only)
+        rank_zero_info(f"checkpoint of step {step}: {path}")
+
+
 class RunSummary(Callback):
     """Prints, at the end of training, what was reached and where the run's files are."""
 
@@ -124,6 +150,8 @@ class RunSummary(Callback):
             f"plan        {_plan(trainer)}",
             f"files       {folder}",
         ]
+        if not _saves(trainer):
+            lines.append("checkpoint  none was saved")
         emulated = _cluster(trainer)
         if emulated is not None:
             lines.insert(0, f"EMULATED    {emulated}; times mean something, numbers do not")
@@ -131,6 +159,13 @@ class RunSummary(Callback):
         if validation is not None:
             lines.insert(1 + (emulated is not None), f"validation  {validation.item():.3f}")
         print("\n" + "\n".join(lines), flush=True)
+
+
+def _saves(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint was saved, or will be before the training is over."""
+    keeps = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    ends = any(isinstance(c, SaveEnd) for c in getattr(trainer, "callbacks", ()))
+    return any(ends or c.save_last or c._last_checkpoint_saved for c in keeps)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,24 @@ _SPELLINGS = {
 
 class FileError(ValueError):
     """A file that cannot be used. The message says why and what to do."""
+
+
+def local_path(path: str | os.PathLike[str], given: str = "") -> Path:
+    """A path on a file system of this machine, also of `file://`.
+
+    `given` is what the user typed, if not the path itself. Raises ValueError for `s3://` and
+    others, which would become a folder of that name.
+    """
+    spelt = os.fspath(path)
+    scheme, mark, rest = spelt.partition("://")
+    if not mark or not re.fullmatch(r"[A-Za-z][\w+.:-]*", scheme):
+        return Path(spelt)
+    if scheme in ("file", "local"):
+        return Path(rest)
+    raise ValueError(
+        f"{given or spelt}: {scheme}:// is not a file system of this machine, and every rank writes"
+        " and reads its part there: give a folder that all nodes see, and copy it when it is whole"
+    )
 
 
 def check_folder(folder: Path, given: str) -> None:

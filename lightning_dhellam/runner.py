@@ -18,6 +18,7 @@ from lightning_dhellam.engine import Engine
 from lightning_dhellam.engine.inputs import Limits
 from lightning_dhellam.engine.intake import Intake
 from lightning_dhellam.engine.weights import Everyone
+from lightning_dhellam.files import local_path
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.models import pipeline_split as split_of
@@ -370,7 +371,7 @@ class Runner:
         Raises:
             OSError: a rank could not write; on every rank, and `path` is as it was before.
         """
-        save(Path(path), self.model, self._optimizer, self.settings, dict(extra or {}))
+        save(local_path(path), self.model, self._optimizer, self.settings, dict(extra or {}))
 
     def load(self, path: Path | str, *, resume_settings: str = "checkpoint") -> dict[str, Any]:
         """Go on from a checkpoint, also of a Trainer. Every rank must call this.
@@ -386,7 +387,7 @@ class Runner:
         Raises:
             ValueError: on every rank, when one of them cannot read its files, or they do not fit.
         """
-        return load(Path(path), self.model, self._optimizer, self.settings, resume_settings)
+        return load(local_path(path), self.model, self._optimizer, self.settings, resume_settings)
 
     @property
     def settings(self) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session, use_unsearched
-from lightning_dhellam.files import check_file
+from lightning_dhellam.files import check_file, local_path
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.runner import Runner
@@ -241,15 +241,15 @@ class AutoSearch(Callback):
         self._over = True
         # A collective: every rank asks.
         run = self.folder or trainer.log_dir or trainer.default_root_dir
-        folder = Path(run) if self.folder else Path(run) / "search"
         if not trainer.is_global_zero:
             return
         files = ""
         try:
+            folder = local_path(run) if self.folder else local_path(run) / "search"
             self._plan_file = findings.write(folder)
             files = f"\n  files: {folder}"
         except Exception as error:  # the plan is chosen and installed: training need not end here
-            rank_zero_warn(f"search: {folder} could not be written: {error}")
+            rank_zero_warn(f"search: {run} could not be written: {error}")
         for logger in trainer.loggers:
             logger.log_metrics(findings.metrics(), trainer.global_step)
             if isinstance(logger, TensorBoardLogger):

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def run_lightning(words: list[str], save_config: bool = True) -> pl.Trainer:
+def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
     """LightningCLI with Lightning's subcommands: `fit --config recipe --trainer.max_steps 10`.
 
-    `save_config` keeps the configuration beside the logs, as Lightning does. Gives the trainer
-    when it is done.
+    `keep` leaves the configuration beside the logs, as Lightning does, and a checkpoint of the end
+    of training. Gives the trainer when it is done.
 
     Raises:
         ValueError: a mistake in the configuration.
@@ -28,6 +28,7 @@ def run_lightning(words: list[str], save_config: bool = True) -> pl.Trainer:
         from lightning.pytorch.strategies import Strategy
 
         import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
+        from lightning_dhellam.callbacks import SaveEnd
     # Lightning suspects a mistake when arguments are given that are not the process's own.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
 
@@ -60,7 +61,8 @@ def run_lightning(words: list[str], save_config: bool = True) -> pl.Trainer:
     done = CLI(
         LightningModule,
         LightningDataModule,
-        SaveConfigCallback if save_config else None,
+        SaveConfigCallback if keep else None,
+        trainer_defaults={"callbacks": [SaveEnd()]} if keep else None,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},

@@ -58,7 +58,7 @@ def search_command(argv: Sequence[str]) -> int:
         },
     }
     callbacks = f"--trainer.callbacks={json.dumps([search])}"
-    trainer = run_lightning(["fit", *words, callbacks, *_NOTHING_ELSE], save_config=False)
+    trainer = run_lightning(["fit", *words, callbacks, *_NOTHING_ELSE], keep=False)
     return _report(trainer) if trainer.is_global_zero else 0
 
 

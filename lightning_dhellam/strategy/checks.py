@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_dhellam.checkpoint import check_model
 from lightning_dhellam.engine.inputs import check_length
+from lightning_dhellam.files import local_path
 from lightning_dhellam.kernels.choose import check_names
 from lightning_dhellam.layers import check_exchange
 from lightning_dhellam.models import ModelConfig, pipeline_split
@@ -140,6 +140,21 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )
     for callback in getattr(trainer, "callbacks", ()):
         _check_callback(callback)
+    if trainer.state.fn is TrainerFn.FITTING:
+        _check_places(trainer)
+
+
+def _check_places(trainer: pl.Trainer) -> None:
+    """Refuse folders for checkpoints and for plans that are not on this machine."""
+    root = trainer.default_root_dir
+    local_path(root, f"default_root_dir={root}")
+    for callback in trainer.checkpoint_callbacks:
+        folder = getattr(callback, "dirpath", None)
+        if folder is not None:
+            local_path(folder, f"{type(callback).__name__}(dirpath={str(folder)!r})")
+        elif trainer.loggers and trainer.loggers[0].save_dir:
+            name, folder = type(callback).__name__, trainer.loggers[0].save_dir
+            local_path(folder, f"{name} without dirpath, beside the logs in {folder}")
 
 
 def _check_callback(callback: pl.Callback) -> None:
@@ -224,8 +239,9 @@ def check_ckpt_path(
     What Lightning looks for is not known yet.
     """
     spelt = os.fspath(path) if path else ""
-    if spelt and "://" not in spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
-        check_model(Path(spelt), config, training=training, resume_settings=resume_settings)
+    if spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
+        path = local_path(spelt, f"ckpt_path={spelt}")
+        check_model(path, config, training=training, resume_settings=resume_settings)
 
 
 def check_data(module: Any, data: Any, topology: Topology) -> None:

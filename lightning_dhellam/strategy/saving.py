@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
 from lightning_dhellam.checkpoint.finite import check_finite
+from lightning_dhellam.files import local_path
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import together
@@ -58,7 +59,7 @@ class SavingStrategy(JobStrategy):
         """Write a folder with one file per rank; see `checkpoint.folder`.
 
         Raises:
-            ValueError: the run is emulated, or weights are not finite.
+            ValueError: the run is emulated, weights are not finite, or `filepath` is remote.
             OSError: a rank could not write.
         """
         if self.cluster is not None:
@@ -84,7 +85,7 @@ class SavingStrategy(JobStrategy):
         state = settings = None
         if with_state and self._optimizer is not None:
             state, settings = self._optimizer.state_dict(), self._settings
-        path = Path(self.broadcast(str(filepath)))
+        path = local_path(self.broadcast(str(filepath)))
         assert self.lightning_module is not None
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
@@ -101,7 +102,7 @@ class SavingStrategy(JobStrategy):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         assert self.lightning_module is not None
-        path = Path(self.broadcast(str(checkpoint_path)))
+        path = local_path(self.broadcast(str(checkpoint_path)))
         fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
 
         def check() -> list[str]:

@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_dhellam import DHellamStrategy
+from lightning_dhellam.callbacks import RunSummary, SaveEnd
+from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.models import export_llama
 from lightning_dhellam.parallel import context
 from tests.ranks import run_ranks
@@ -176,3 +179,31 @@ def test_the_mean_of_compute_loss_counts_what_the_built_in_loss_counts() -> None
     assert mine.item() == pytest.approx(((losses * weights).sum() / weights.sum()).item())
     nothing = {**batch, "labels": torch.full((2, 6), -100)}
     assert Own().compute_loss(logits, nothing).item() == 0.0
+
+
+def test_the_end_of_a_run_is_saved_or_it_is_said_that_nothing_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(steps: int, *callbacks: Callback, **resume: Any) -> str:
+        saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        trainer = make_trainer({}, callbacks, max_steps=steps, enable_checkpointing=saves)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            trainer.fit(Model(), loader({}, samples=64), **resume)
+        return caplog.text
+
+    def keep(every: int) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every)
+
+    last = tmp_path / "last.ckpt"
+    assert f"checkpoint of step 3: {last}" in fit(3, keep(2), SaveEnd(), RunSummary())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=2.ckpt"]
+    assert "checkpoint  none" not in capsys.readouterr().out
+    said = fit(4, keep(2), SaveEnd(), ckpt_path="last")
+    assert f"Restored all states from the checkpoint at {last}" in said
+    assert f"checkpoint of step 4: {tmp_path / 'step=4.ckpt'}" in said
+    assert load_common(last)["global_step"] == 3
+    assert "no checkpoint of step 1 was saved: checkpoints are switched off" in fit(1, SaveEnd())
+    capsys.readouterr()
+    fit(1, keep(2), RunSummary())
+    assert "checkpoint  none was saved" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -14,10 +15,12 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +31,7 @@ from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.strategy import DHellamStrategy
 from lightning_dhellam.strategy.checks import check_ckpt_path
 from tests.ranks import run_ranks
-from tests.strategy.runs import SHAPE, Losses, Model, Sequences, join, make_trainer
+from tests.strategy.runs import SHAPE, Losses, Model, Sequences, join, loader, make_trainer
 
 # Before processes
 
@@ -312,11 +315,45 @@ def test_a_plan_file_of_another_model_is_refused_at_launch(
     assert "device" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "path", [None, "", "last", "hpc", "registry:model:1", "s3://bucket/a.ckpt"]
-)
+@pytest.mark.parametrize("path", [None, "", "last", "hpc", "registry:model:1"])
 def test_a_checkpoint_that_lightning_looks_for_is_not_checked_at_launch(path: str | None) -> None:
     check_ckpt_path(path, SHAPE, training=True, resume_settings="checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "fit", "given"),
+    [
+        ({"callbacks": [ModelCheckpoint("memory://ck")]}, {}, "(dirpath='memory://ck'): memory://"),
+        ({"default_root_dir": "memory://root"}, {}, "default_root_dir=memory://root: memory://"),
+        ({"logger": CSVLogger("memory://logs")}, {}, "beside the logs in memory://logs: memory://"),
+        ({}, {"ckpt_path": "s3://bucket/a.ckpt"}, "ckpt_path=s3://bucket/a.ckpt: s3:// is not a"),
+    ],
+)
+def test_places_that_are_not_on_this_machine_are_refused_before_training(
+    trainer: dict[str, Any], fit: dict[str, Any], given: str, tmp_path: Path
+) -> None:
+    options = {
+        "enable_checkpointing": True,
+        "default_root_dir": tmp_path,
+        **trainer,
+    }
+    callbacks = options.pop("callbacks", [])
+    with contextlib.chdir(tmp_path):
+        with pytest.raises(ValueError, match="a folder that all nodes see") as caught:
+            make_trainer({}, callbacks, max_steps=1, **options).fit(Model(), loader({}), **fit)
+        assert given in str(caught.value) and "\n" not in str(caught.value)
+        assert not list(tmp_path.rglob("memory*"))
+
+
+def test_a_checkpoint_is_not_saved_into_a_folder_named_like_a_url(tmp_path: Path) -> None:
+    trainer = make_trainer({}, max_steps=1)
+    trainer.fit(Model(), loader({}, samples=8))
+    with contextlib.chdir(tmp_path):
+        with pytest.raises(ValueError, match="memory:// is not a file system of this machine"):
+            trainer.save_checkpoint("memory://ck/a.ckpt")
+        assert not list(tmp_path.iterdir())
+        trainer.save_checkpoint(f"file://{tmp_path}/b.ckpt")
+        assert (tmp_path / "b.ckpt" / "topology.json").exists()
 
 
 @pytest.mark.parametrize(("devices", "num_nodes"), [(1, 1), (4, 1), (1, 2), (2, 2)])

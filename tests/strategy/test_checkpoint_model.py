@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.checkpoint import described
+from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.commands.fit import run_lightning
 from lightning_dhellam.data.prepare import prepare
 from tests.strategy.runs import Losses, Model, evaluation, loader, make_trainer
@@ -141,7 +142,7 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     overrides = {**shape, "rotary_base": 10_000.0, "norm_epsilon": 1e-3}
     kept = tmp_path / "kept"
     saving = [
-        "--trainer.max_steps=2",
+        "--trainer.max_steps=3",
         "--trainer.val_check_interval=2",
         "--trainer.limit_val_batches=1",
         "--trainer.callbacks=ModelCheckpoint",
@@ -149,6 +150,8 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
         "--trainer.callbacks.filename=a",
     ]
     fitted = run_lightning(["fit", *words, *saving, f"--model.overrides={overrides}"])
+    assert load_common(kept / "a.ckpt")["global_step"] == 2
+    assert load_common(kept / "last.ckpt")["global_step"] == 3
     resume = f"--ckpt_path={kept / 'a.ckpt'}"
     found = run_lightning(["validate", *words, "--trainer.limit_val_batches=1", resume])
     assert found.callback_metrics["val_loss"] == fitted.callback_metrics["val_loss"]
