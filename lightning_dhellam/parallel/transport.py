@@ -3,6 +3,7 @@
     Alone           one rank: everything is here already
     GroupTransport  the group's own: NCCL, or gloo where `Duplex` is not used
     Duplex          gloo with connections of its own (`duplex.py`)
+    CopyEngine      exchanges through memory that GPUs of one host share (`copy_engine.py`)
     EmulatedLink    takes the time and brings nothing (`link.py`)
 
 None of them is seen by autograd.

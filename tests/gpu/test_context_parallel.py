@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dhellam.engine import make_lanes
+from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.kernels.deterministic import prepare
-from lightning_dhellam.plan import BUILDERS
-from tests.engine.harness import differing
+from lightning_dhellam.layers import lower
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.copy_engine import CopyEngine, open_memory
+from lightning_dhellam.plan import BUILDERS, Lane
+from tests.engine.harness import batch_of, differing, engine_of, pieces, prepared, train
 from tests.gpu.test_several import needs
 from tests.models.llama import SMALL
+from tests.parallel.test_collectives import passed_on
 from tests.plan.graphs import random_builder
 from tests.ranks import run_ranks
 from tests.runner.test_context_parallel import (
@@ -52,6 +58,32 @@ def _with_plans(rank: int) -> dict[str, Any]:
                     found["wrong"].append(f"{way}, {plan}: {differing(outcome, expected)}")
             found[way] = float(expected[0])
     return found
+
+
+def _by_both_transports(rank: int) -> list[str]:
+    prepare()
+    torch.use_deterministic_algorithms(True)
+    device = torch.device("cuda", rank)
+    context = ParallelContext.create(device, context_parallel_size=2)
+    on = context.communicators[Lane.CP]
+    engine = CopyEngine(open_memory(on.group, device), on.rank, on.transport)
+    passed_on(replace(on, transport=engine), "cuda")
+    torch.cuda.synchronize()
+    model = prepared(SMALL, context, torch.bfloat16).to(device)
+    batch = {name: x.to(device) for name, x in batch_of(SMALL, 4, 24).items()}
+    outcomes = []
+    for each in (context, context.through(Lane.CP, engine)):
+        model.context = each
+        lanes = make_lanes(device)
+        everyone = Everyone(context.groups.cp, lanes)
+        micro_batches = pieces(batch, 2, each, everyone=everyone)
+        outcomes.append(train(engine_of(lower(model), device, lanes=lanes), model, micro_batches))
+    return differing(*outcomes)
+
+
+def test_keys_that_are_pulled_by_copy_engine_are_those_that_nccl_brings() -> None:
+    needs(2)
+    assert run_ranks(2, _by_both_transports, backend="nccl") == [[], []]
 
 
 def test_no_plan_changes_a_bit() -> None:
