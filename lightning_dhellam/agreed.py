@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.engine import Engine, make_lanes
 from lightning_dhellam.engine.structure import Structure
-from lightning_dhellam.layers import Loss, lower
+from lightning_dhellam.layers import Loss, check_exchange, exchanges, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, same_on_all_ranks
@@ -30,7 +31,8 @@ class AgreedEngine:
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
         regather: gather the input of column-parallel layers again in backward.
-        context_exchange: how keys and values come to the ranks that share sequences.
+        context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
+            search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
         module: what holds the model and the loss; its buffers are as before after a profile.
 
@@ -39,6 +41,7 @@ class AgreedEngine:
         kernels: the backend of each operator.
         plan_in_use: the name of the plan, or what it was called when it was installed.
         structure: what the model is made of, for which the engine was made.
+        exchanges: ways for keys and values that a search may choose from.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -68,20 +71,42 @@ class AgreedEngine:
         self._length: int | None = None
         self._check_split()
         start_alike(model, self._context)
-        lowered = lower(
+        check_exchange(context_exchange)
+        self.exchanges = exchanges(context_exchange, self._context.topology.cp_size)
+        self._module = module
+        self._lower = partial(
+            lower,
             model,
             regather=regather,
             loss=loss,
             kernels=kernels,
-            context_exchange=context_exchange,
             context_fp32_gradients=context_fp32_gradients,
         )
+        lowered = self._lower(context_exchange=self.exchanges[0])
         self.structure = Structure(model)
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)
         lanes = make_lanes(self._context.device, processors=self._context.processors)
         self.engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, module)
         self.use_plan(plan, builder)
+
+    def exchange(self, name: str) -> None:
+        """Let keys and values come by another way from the next step on. Every rank must call this.
+
+        The plans are those of the same builder.
+        """
+        lowered, before = self._lower(context_exchange=name), self.engine
+        self.engine = Engine(
+            lowered.layers,
+            before.lanes,
+            before.builder,
+            lowered.logits,
+            lowered.stage,
+            self._module,
+        )
+        if self._length is not None:
+            self.engine.suit(self._length)
+        self.use_plan(self.plan_in_use, before.builder)
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class Runner:
         kernels: backends to use by operator; the fastest that this machine has for all others.
         regather: gather the input of column-parallel layers again in backward.
         context_exchange: how keys and values come to the ranks that share sequences: from rank to
-            rank (`ring`), or all at once (`all_gather`). Changes loss and gradients by rounding.
+            rank (`ring`), or all at once (`all_gather`). With `auto` a search may choose; without
+            one it is `ring`. Changes loss and gradients by rounding.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
         bucket_size: parameters per bucket of the data-parallel reduction.

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lightning_dhellam.autosearch.profiling import fingerprint, of_stage, take_profile, versions
 from lightning_dhellam.autosearch.reductions import Reduction
@@ -20,7 +22,7 @@ from lightning_dhellam.parallel.collectives import largest, of_all_ranks, togeth
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.runner import Runner
-from lightning_dhellam.search.measure import Profile, Progress, Trials
+from lightning_dhellam.search.measure import Fingerprint, Profile, Progress, Trials
 from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate
 from lightning_dhellam.search.pipeline import FoldedStep, VisitTable
 from lightning_dhellam.search.report import Findings, Outcome, choose, measured
@@ -64,6 +66,7 @@ class Session:
         left_out: plans that are not tried since they need more than the given memory limit, and
             the bytes that they need. `sequential`, to which all are compared, is always tried.
         skipped: steps in a row that said nothing, since their batches had another size.
+        exchange: the way for keys and values that it has chosen; empty if there was no choice.
         findings: what the search has found; None until it is over.
     """
 
@@ -76,6 +79,7 @@ class Session:
         self._outcomes: list[Outcome] = []
         self._to_trace: list[str] = []
         self._spans: dict[str, list[Span]] = {}
+        self.exchange = ""
         self.left_out: dict[str, float] = {}
         self.findings: Findings | None = None
         self.skipped = 0
@@ -100,6 +104,9 @@ class Session:
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         everyone = runner.context.world_group
+        if len(runner.agreed.exchanges) > 1:
+            with self._timed("exchange"):
+                together(lambda: self._take_exchange(progress, slack), everyone)
         with self._timed("profile"):
             self._profile = together(lambda: self._profiled(progress), everyone)
         with self._timed("solve"):
@@ -154,12 +161,54 @@ class Session:
         else:
             use_unsearched(self._runner)
 
+    def _take_exchange(self, progress: Progress | None, slack: float | None) -> None:
+        """Let keys and values come by the way with the shortest step, as predicted."""
+        runner, agreed = self._runner, self._runner.agreed
+        seconds = []
+        for name in agreed.exchanges:
+            agreed.exchange(name)
+            profile = take_profile(
+                runner.engine, self._pieces[0], self._made_for, group=self._group, progress=progress
+            )
+            layers, costs = runner.engine.layers, Costs.of(profile)
+            solution = solve(
+                layers,
+                costs,
+                tokens=self._tokens,
+                memory_limit=self._options.memory_limit,
+                memory_slack=slack,
+            )
+            step = simulate(
+                layers,
+                solution.builder(),
+                costs,
+                micro_batches=len(self._pieces),
+                tokens=self._tokens,
+            )
+            seconds.append(step.seconds)
+        # Stages take the same, by the one that takes longest.
+        slowest = largest(torch.tensor(seconds, dtype=torch.float64), runner.context.world_group)
+        self.exchange = agreed.exchanges[int(slowest.argmin())]
+        agreed.exchange(self.exchange)
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return self._runner.context.stage_group
+
+    @property
+    def _made_for(self) -> Fingerprint:
+        agreed = self._runner.agreed
+        return fingerprint(agreed.engine, self._pieces[0], agreed.conditions, agreed.kernels.names)
+
+    @cached_property
+    def _tokens(self) -> int:
+        """Tokens of a micro-batch: ranks may have other batches, but need the same plan."""
+        most = torch.tensor([float(self._pieces[0].tokens)])
+        return int(largest(most, self._group))
+
     def _profiled(self, progress: Progress | None) -> Profile:
         """The profile file of this stage's first rank, or else a new one, which is saved there."""
-        runner, group = self._runner, self._runner.context.stage_group
-        made_for = fingerprint(
-            runner.engine, self._pieces[0], runner.agreed.conditions, runner.agreed.kernels.names
-        )
+        runner, group, made_for = self._runner, self._group, self._made_for
         path = of_stage(self._options.profile, runner.context)
         given: Profile | str | None = None
         if path is not None and runner.context.topology.rank_in_stage == 0 and path.exists():
@@ -191,9 +240,7 @@ class Session:
     def _solve(self, limit: float | None, slack: float | None) -> None:
         layers = self._runner.engine.layers
         costs = Costs.of(self._profile)
-        # Data-parallel ranks may have batches of other sizes, but need the same plan.
-        most = torch.tensor([float(self._pieces[0].tokens)])
-        tokens = int(largest(most, self._runner.context.stage_group))
+        tokens = self._tokens
         # Stages try the same plans, also one that has no GEMM to spare.
         some = torch.tensor([float(bool(costs.sparable))])
         spares = bool(largest(some, self._runner.context.world_group))
@@ -291,6 +338,8 @@ class Session:
         ]
         self._outcomes = measured(predicted, table.tolist())
         winner, self._reason = choose(self._outcomes, REFERENCE)
+        if self.exchange:
+            self._reason += f"; keys and values come by {self.exchange}"
         self._winner = winner.name
         self._to_trace = list(dict.fromkeys((REFERENCE, self._winner)))
         self._seconds["trials"] = time.perf_counter() - self._began

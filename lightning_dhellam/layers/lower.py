@@ -22,7 +22,7 @@ from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
-from lightning_dhellam.layers.ways import WAYS, check_exchange
+from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair, check_chain
@@ -86,7 +86,6 @@ def lower(
     chosen = choose(
         sizes.context.device, sizes.dtype, kernels, config.kv_channels, in_blocks=ranks > 1
     )
-    check_exchange(context_exchange)
     way = None
     if ranks > 1:
         travelling = torch.float32 if context_fp32_gradients else sizes.dtype

@@ -238,13 +238,23 @@ class Gathered(Way):
 
 WAYS: dict[str, type[Way]] = {"ring": Ring, "all_gather": Gathered}
 """Ways by the names that users know."""
+AUTO = "auto"
+"""Leaves the way to a search."""
 
 
 def check_exchange(name: str) -> None:
-    """Refuse the name of a way that there is not.
+    """Refuse the name of a way that there is not. With `auto` a search may choose.
 
     Raises:
         ValueError: with the names that there are.
     """
-    if name not in WAYS:
-        raise ValueError(f"context_exchange={name!r} is not known: use {' or '.join(WAYS)}")
+    if name not in (*WAYS, AUTO):
+        known = " or ".join((*WAYS, AUTO))
+        raise ValueError(f"context_exchange={name!r} is not known: use {known}")
+
+
+def exchanges(name: str, ranks: int) -> tuple[str, ...]:
+    """The ways that `name` leaves open where so many ranks share a sequence, the first for now."""
+    if name != AUTO:
+        return (name,)
+    return tuple(WAYS) if ranks > 1 else tuple(WAYS)[:1]

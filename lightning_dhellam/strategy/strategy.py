@@ -55,7 +55,8 @@ class DHellamStrategy(SavingStrategy):
             pieces. Changes loss and gradients by rounding alone. Blocks of your own must be
             `token_wise`, and a `compute_loss` of your own sees each rank's pieces.
         context_exchange: how keys and values come to those ranks: from rank to rank (`ring`), or
-            all at once (`all_gather`), which holds those of the whole sequence at a time.
+            all at once (`all_gather`), which holds those of the whole sequence at a time. With
+            `auto` a search takes what it predicts to be faster; without one it is `ring`.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
         micro_batch_size: samples that go through the layers together; the last micro-batch of a

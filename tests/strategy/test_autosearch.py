@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.autosearch import AutoSearch, profiling, session
 from lightning_dhellam.autosearch import callback as autosearch
-from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.parallel import Cluster, Link
+from lightning_dhellam.plan import BUILDERS, Collective, Lane
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import BenchError, Profile
 from lightning_dhellam.search.model import Costs
@@ -61,6 +63,18 @@ class InUse(Callback):
         self.plans.append(trainer.strategy.runner.plan_in_use)
 
 
+class InUseExchange(Callback):
+    """The collective that brings keys and values, once there has been a search."""
+
+    found = ""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        assert isinstance(trainer.strategy, DHellamStrategy)
+        layer = trainer.strategy.runner.engine.layers[1]
+        first = next(o for o in layer.forward.operators if o.lane is Lane.CP)
+        self.found = "ring" if first.collective is Collective.EXCHANGE else "all_gather"
+
+
 def searched(
     root: Path, steps: int = STEPS + 2, strategy: Mapping[str, Any] | None = None, **search: Any
 ) -> tuple[list[float], list[str]]:
@@ -78,7 +92,7 @@ def searched(
 
 
 def on_two_ranks(
-    rank: int, folder: Path, sizes: dict[str, int]
+    rank: int, folder: Path, sizes: dict[str, Any]
 ) -> tuple[list[float], list[float], list[str], dict[str, float], dict[str, float]]:
     """Losses without and with a search, the plans of the latter, and by plan what a step would
     take on this rank's stage alone and what it is predicted to take."""
@@ -110,7 +124,7 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     sizes = {
         "tp": {"tensor_parallel_size": 2},
         "pp": {"pipeline_parallel_size": 2},
-        "cp": {"context_parallel_size": 2},
+        "cp": {"context_parallel_size": 2, "context_exchange": "auto"},
         "dp": {},  # takes the ranks that the others leave
     }
     results = run_ranks(2, on_two_ranks, tmp_path, sizes[kind])
@@ -132,6 +146,11 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     assert {path.name for path in folder.iterdir()} == FILES | overlap
     found = json.loads((folder / "outcomes.json").read_text())
     assert plans[-1] == found["winner"]
+    # Of two ranks each adds but one number to a gradient, so either way gives the same bits.
+    ways = re.search(
+        "keys and values come by (ring|all_gather)", (folder / "summary.txt").read_text()
+    )
+    assert bool(ways) is (kind == "cp")
     assert {row["name"] for row in found["outcomes"]} == set(PLANS)
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in found["outcomes"])
     profile = Profile.load(folder / "profile.json")
@@ -148,6 +167,26 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
         if event["name"] == "process_name"
     ]
     assert {"sequential, measured", "sequential, predicted"} <= set(names)
+
+
+@pytest.mark.parametrize("slow", [Collective.EXCHANGE, Collective.ALL_GATHER])
+def test_keys_come_by_the_faster_way(slow: Collective, tmp_path: Path) -> None:
+    link = Link(1e9, collectives=((slow, Link(1e6, latency=5e-3)),))
+    exchange = InUseExchange()
+    strategy = {
+        "plan": "auto",
+        "context_parallel_size": 2,
+        "context_exchange": "auto",
+        "micro_batch_size": 3,
+        "emulate": Cluster(2, {"cp": link}),
+    }
+    callbacks = [AutoSearch(rounds=ROUNDS), exchange]
+    trainer = make_trainer(
+        strategy, callbacks, devices=1, max_steps=STEPS, default_root_dir=tmp_path
+    )
+    data = Sequences((STEPS + 1) * GLOBAL_BATCH)
+    trainer.fit(Model(), DataLoader(data, batch_size=GLOBAL_BATCH))
+    assert exchange.found == ("all_gather" if slow is Collective.EXCHANGE else "ring")
 
 
 def test_plan_auto_searches_and_says_what_it_found(
