@@ -102,7 +102,8 @@ class Findings:
             pictures.save_heat_map(folder / "overlap.png", self.profile)
         exposed = {outcome.name: outcome.exposed for outcome in self.outcomes}
         steps = {outcome.name: outcome.predicted for outcome in self.outcomes}
-        pictures.save_exposed(folder / "exposed.png", exposed, steps)
+        real = {outcome.name: outcome.measured for outcome in self.outcomes if outcome.measured}
+        pictures.save_exposed(folder / "exposed.png", exposed, steps, real)
 
     def _middle(self, name: str, real: bool) -> tuple[Interval, ...]:
         """Return some layers in the middle of a step, with time 0 at their start."""

@@ -68,7 +68,7 @@ def choose(outcomes: Sequence[Outcome], reference: str = "sequential") -> tuple[
 
 def summary(outcomes: Sequence[Outcome], winner: str, reason: str = "the fastest") -> str:
     """Print the table of a search: each candidate, the winner, and what it gains."""
-    head = ("plan", "predicted", "measured", "error", "exposed")
+    head = ("plan", "predicted", "measured", "error", "exposed (predicted)")
     rows = [head, *(_row(outcome) for outcome in sorted(outcomes, key=lambda o: o.time))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = []
@@ -102,7 +102,10 @@ def _gains(outcomes: Sequence[Outcome], winner: str) -> list[str]:
             continue
         both = other.measured is not None and won.measured is not None
         ratio = other.time / won.time if both else other.predicted / won.predicted
-        gains.append(f"{ratio:.2f}× over {name}{'' if both else ' (predicted)'}")
+        remark = "" if both else " (predicted)"
+        if both and abs(other.time - won.time) <= other.spread + won.spread:
+            remark = " (within the noise)"
+        gains.append(f"{ratio:.2f}× over {name}{remark}")
     return [f"  speed-up: {', '.join(gains)}"] if gains else []
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lightning_dhellam.files import save_bytes
@@ -205,18 +207,23 @@ def _short(key: Key) -> str:
 
 
 def save_exposed(
-    path: Path | str, exposed: Mapping[str, Mapping[Lane, float]], steps: Mapping[str, float]
+    path: Path | str,
+    exposed: Mapping[str, Mapping[Lane, float]],
+    steps: Mapping[str, float],
+    measured: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw exposed communication of each plan beside the rest of its step.
+    """Draw predicted exposed communication of each plan beside the rest of its step.
 
     Args:
         path: file of the picture.
-        exposed: exposed seconds by plan and lane, in the order of the bars.
-        steps: seconds of a whole step, by plan.
+        exposed: predicted exposed seconds by plan and lane, in the order of the bars.
+        steps: predicted seconds of a whole step, by plan.
+        measured: seconds of a real step, of the plans that were tried; marked where they end.
     """
+    measured = measured or {}
     lanes = [lane for lane in Lane if any(lane in of for of in exposed.values())]
     shades = dict(zip(lanes, _SHADES, strict=False))
-    longest = max(steps.values())
+    longest = max(*steps.values(), *measured.values(), 0.0)
     unit, scale = ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
     figure = new_figure(9, 1.3 + 0.5 * len(exposed))
     axis = figure.subplots()
@@ -227,14 +234,21 @@ def save_exposed(
             axis.barh(row, seconds * scale, left=left, height=0.66, color=shades[lane])
             left += seconds * scale
         share = sum(lost.values()) / steps[plan]
-        text = f"{steps[plan] * scale:.1f} {unit}, {share:.0%} exposed"
+        text = f"predicted {steps[plan] * scale:.1f} {unit}, {share:.0%} exposed"
+        if plan in measured:
+            end = measured[plan] * scale
+            axis.plot([end, end], [row - 0.4, row + 0.4], color=INK, linewidth=1.5)
+            text += f"; measured {end:.1f} {unit}"
+            left = max(left, end)
         axis.text(left + longest * scale * 0.01, row, text, va="center", fontsize=9, color=INK)
     axis.set_yticks(range(len(exposed)), list(exposed))
     axis.set_ylim(len(exposed) - 0.5, -0.5)
-    axis.set_xlim(0, longest * scale * 1.24)
-    axis.set_xlabel(f"time of a step ({unit})", color=INK)
-    handles = [Patch(color="#cfd8d3", label="compute, with hidden communication")]
+    axis.set_xlim(0, longest * scale * (1.65 if measured else 1.4))
+    axis.set_xlabel(f"time of a step ({unit}): bars are predicted by the simulator", color=INK)
+    handles: list[Artist] = [Patch(color="#cfd8d3", label="compute, with hidden communication")]
     handles += [Patch(color=shades[lane], label=f"exposed {lane}") for lane in lanes]
+    if measured:
+        handles.append(Line2D([], [], color=INK, linewidth=1.5, label="end of a measured step"))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9
     )

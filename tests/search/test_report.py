@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_dhellam.plan import BUILDERS, Lane
 from lightning_dhellam.search.measure import Profile, Timing
 from lightning_dhellam.search.model import simulate
-from lightning_dhellam.search.report import Outcome, choose, save_trace, summary, time_text
+from lightning_dhellam.search.report import (
+    Outcome,
+    choose,
+    pictures,
+    save_trace,
+    summary,
+    time_text,
+)
 from lightning_dhellam.search.report.pictures import (
     Panel,
     hidden_shares,
@@ -46,12 +55,12 @@ def test_without_measurements_predictions_count() -> None:
 
 def test_the_summary_table() -> None:
     assert summary([SEQUENTIAL, PAIRS, MEGATRON, AUTO], "auto").splitlines() == [
-        "  plan        predicted         measured  error       exposed",
-        "  -----------------------------------------------------------",
-        "  pairs       300.00 ms                -      -   tp 50.00 ms",
-        "* auto        330.00 ms  320.00 ms ±1.2%  +3.1%   tp 10.00 ms",
-        "  megatron    380.00 ms  360.00 ms ±1.1%  +5.6%   tp 60.00 ms",
-        "  sequential  420.00 ms  400.00 ms ±1.0%  +5.0%  tp 100.00 ms",
+        "  plan        predicted         measured  error  exposed (predicted)",
+        "  ------------------------------------------------------------------",
+        "  pairs       300.00 ms                -      -          tp 50.00 ms",
+        "* auto        330.00 ms  320.00 ms ±1.2%  +3.1%          tp 10.00 ms",
+        "  megatron    380.00 ms  360.00 ms ±1.1%  +5.6%          tp 60.00 ms",
+        "  sequential  420.00 ms  400.00 ms ±1.0%  +5.0%         tp 100.00 ms",
         "* installed: 'auto', the fastest",
         "  speed-up: 1.25× over sequential, 1.12× over megatron",
     ]
@@ -60,6 +69,15 @@ def test_the_summary_table() -> None:
 def test_speed_up_over_what_was_only_predicted_compares_predictions() -> None:
     megatron = Outcome("megatron", 0.396, {})
     assert "1.20× over megatron (predicted)" in summary([megatron, AUTO], "auto")
+
+
+def test_a_speed_up_within_the_noise_says_so() -> None:
+    close = replace(MEGATRON, measured=0.327)
+    assert summary([SEQUENTIAL, close, AUTO], "auto").splitlines()[-1] == (
+        "  speed-up: 1.25× over sequential, 1.02× over megatron (within the noise)"
+    )
+    slower = replace(MEGATRON, measured=0.315)
+    assert summary([slower, AUTO], "auto").endswith("0.98× over megatron (within the noise)")
 
 
 def test_times_in_the_unit_that_reads_best() -> None:
@@ -104,7 +122,8 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     plan = BUILDERS["dhellam"](layer.forward, layer.backward)
     steady = steady_state(layer, layer, plan, given, shown=1)
     save_timeline(tmp_path / "timeline.png", [Panel("dhellam", steady.intervals, [steady.period])])
-    save_exposed(tmp_path / "exposed.png", {"dhellam": steady.exposed}, {"dhellam": steady.period})
+    exposed, steps = {"dhellam": steady.exposed}, {"dhellam": steady.period}
+    save_exposed(tmp_path / "exposed.png", exposed, steps, {"dhellam": 1.2 * steady.period})
     rows = (Timing("a/gather", None, 1.0, 1.0, 1.0), Timing("a/gemm", None, 1.0, 1.0, 1.0))
     lanes = {"a/gather": Lane.TP, "a/gemm": Lane.COMPUTE}
     save_heat_map(tmp_path / "heat.png", Profile(FINGERPRINT, {}, lanes, rows))
@@ -116,6 +135,24 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     pixels = (imread(tmp_path / "timeline.png")[..., :3] * 255).round().astype(int)
     for colour in ((0x2F, 0x6D, 0xB3), (0xE0, 0x8A, 0x2C)):
         assert (pixels == colour).all(axis=2).mean() > 0.02
+
+
+def test_the_picture_of_exposed_communication_says_what_is_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
+    exposed = {"auto": {Lane.TP: 1e-3}, "pairs": {Lane.TP: 2e-3}}
+    save_exposed(tmp_path / "x.png", exposed, {"auto": 4e-3, "pairs": 5e-3}, {"auto": 4.5e-3})
+    (axis,) = drawn[0].axes
+    assert "bars are predicted" in axis.get_xlabel()
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == [
+        "predicted 4.0 ms, 25% exposed; measured 4.5 ms",
+        "predicted 5.0 ms, 40% exposed",
+    ]
+    (legend,) = drawn[0].legends
+    assert "end of a measured step" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_a_steady_state_adds_up() -> None:
