@@ -4,12 +4,17 @@ The public names load on first use, so that importing a light sub-package such a
 `lightning_dhellam.plan` does not import torch.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_dhellam.module import DualStrandMixin, LanguageModel
     from lightning_dhellam.strategy import DHellamStrategy
+
+# Megatron-core says in every process, once for each of its modules, that extensions are missing
+# which are optional here.
+warnings.filterwarnings("ignore", r".*Apex (is|are) not installed", UserWarning, r"megatron\.core")
 
 __version__ = "0.2.0"
 __all__ = ["DHellamStrategy", "DualStrandMixin", "LanguageModel", "__version__"]

@@ -17,12 +17,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
+from lightning_dhellam.displays import EpochBar, ProgressLines, RankSummary
 from lightning_dhellam.late import show
 from lightning_dhellam.models import ModelConfig, training_flops_per_token
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.strategy import DHellamStrategy
+from lightning_dhellam.values import check_kinds
 
-__all__ = ["AutoSearch", "RunSummary", "SaveEnd", "ThroughputMonitor"]
+__all__ = [
+    "AutoSearch",
+    "EpochBar",
+    "ProgressLines",
+    "RankSummary",
+    "RunSummary",
+    "SaveEnd",
+    "ThroughputMonitor",
+]
 
 
 class ThroughputMonitor(Callback):
@@ -38,6 +48,7 @@ class ThroughputMonitor(Callback):
     """
 
     def __init__(self, window: int = 10, peak_tflops: float | None = None) -> None:
+        check_kinds(ThroughputMonitor.__init__, locals())
         if window < 1:
             raise ValueError(f"window={window} must be at least 1 optimizer step")
         self.window = window

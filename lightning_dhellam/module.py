@@ -22,6 +22,7 @@ from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.values import check_kinds
 
 _SEED = 1234
 
@@ -231,6 +232,8 @@ class LanguageModel(DualStrandMixin):
         betas: of AdamW.
         warmup_steps: optimizer steps of linear warm-up.
         min_lr_ratio: learning rate at the end of training, as a part of the highest.
+
+    Raises ValueError, by name, for a value of another kind or one that no model can have.
     """
 
     def __init__(
@@ -243,6 +246,7 @@ class LanguageModel(DualStrandMixin):
         warmup_steps: int = 0,
         min_lr_ratio: float = 0.1,
     ) -> None:
+        check_kinds(LanguageModel.__init__, locals())
         super().__init__()
         self.save_hyperparameters()
         self.model_config = make_config(preset, overrides)

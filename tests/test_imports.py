@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "callbacks",
         "strategy",
         "autosearch",
-        "module",
+        "displays module",
         "hosted",
         "runner",
         "agreed",
@@ -36,7 +36,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "parallel",
         "plan",
-        "files kernels late recipes versions",
+        "failures files kernels late recipes values versions",
     )
 )
 """Rooms from the top floor down; those of one floor do not know each other."""

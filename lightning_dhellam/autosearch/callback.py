@@ -21,6 +21,7 @@ from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.report import Findings
+from lightning_dhellam.values import check_kinds
 
 _PATIENCE = 10
 """Steps in a row that may be of another size than the one that was profiled."""
@@ -66,6 +67,7 @@ class AutoSearch(Callback):
         folder: str | None = None,
         replay: bool = False,
     ) -> None:
+        check_kinds(AutoSearch.__init__, locals())
         if rounds < 1:
             raise ValueError(f"rounds={rounds} must be at least 1 step of each plan")
         if not memory_slack >= 0:
@@ -92,6 +94,11 @@ class AutoSearch(Callback):
     def findings(self) -> Findings | None:
         """What the search has found; None until it is over."""
         return self._session.findings if self._session is not None and self._over else None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is measured, since the search has ended or there was none."""
+        return self._over
 
     @property
     def plan_file(self) -> Path | None:
@@ -197,7 +204,9 @@ class AutoSearch(Callback):
     def _begin(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> Session:
         session = Session(_runner(trainer), self._options)
         with tqdm(
-            desc="search: profile", unit="measurement", disable=not trainer.is_global_zero
+            desc="search: profile",
+            unit="measurement",
+            disable=None if trainer.is_global_zero else True,  # None: on a terminal only
         ) as bar:
 
             def show(done: int, total: int, label: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -55,10 +54,8 @@ def prepare_command(argv: Sequence[str]) -> int:
 
 
 def _prepare(options: dict[str, Any]) -> "PreparedData":
-    with warnings.catch_warnings():
-        # On import Megatron-core warns about GPU kernels that preparing data does not use.
-        warnings.simplefilter("ignore", UserWarning)
-        from lightning_dhellam.data.prepare import prepare
+    from lightning_dhellam.data.prepare import prepare
+
     return prepare(**options)
 
 

@@ -14,11 +14,12 @@ RECIPE = "llama-tiny-2cpu"
 def demo_command(argv: Sequence[str]) -> int:
     """Prepare the standard library's source as data, then fit the demo's recipe on it.
 
-    Uses the GPUs of this machine if there are any, otherwise two CPU processes.
+    Uses the GPUs of this machine if there are any, otherwise two CPU processes. It does as many
+    steps as fit into three minutes, the search of the plan included.
     """
     parser = ArgumentParser(prog="dhellam demo", description=demo_command.__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="for data and run")
-    parser.add_argument("--max_steps", type=int, default=None, help="instead of the recipe's")
+    parser.add_argument("--max_steps", type=int, default=None, help="instead of what fits")
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens of the tokenizer")
     options = parser.parse_args(list(argv))
 
@@ -37,6 +38,8 @@ def demo_command(argv: Sequence[str]) -> int:
     words += ["--model.overrides", f"{{vocab_size: {options.vocab_size}}}"]
     if options.max_steps is not None:
         words += ["--trainer.max_steps", str(options.max_steps)]
+    else:
+        words += ["--trainer.callbacks+=lightning_dhellam.commands.pace.Pace"]
     run_lightning([*words, *_hardware()])
     return 0
 

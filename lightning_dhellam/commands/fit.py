@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+_NOT_IN_FILES = ("help", "config", "print_config")
 
 
 def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
@@ -20,36 +26,87 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
     Raises:
         ValueError: a mistake in the configuration.
     """
-    with warnings.catch_warnings():
-        # On import Megatron-core warns about GPU extensions that are optional here.
-        warnings.simplefilter("ignore", UserWarning)
-        from lightning.pytorch import Callback, LightningDataModule, LightningModule
-        from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-        from lightning.pytorch.strategies import Strategy
+    import lightning
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelSummary
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy
 
-        import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
-        from lightning_dhellam.callbacks import SaveEnd
+    import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
+    from lightning_dhellam.callbacks import SaveEnd
+    from lightning_dhellam.commands.configuration import (
+        check_devices,
+        prepared,
+        refuse_blanks,
+    )
+    from lightning_dhellam.commands.mistakes import one_line
+    from lightning_dhellam.displays import displays
+
+    # A user's own module lies where he is; an installed one of that name goes before it.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     # Lightning suspects a mistake when arguments are given that are not the process's own.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
 
     class CLI(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            # A parser takes a second to make, and one is needed.
+            return {words[0]: LightningCLI.subcommands()[words[0]]}
+
+        def init_parser(self, **options: Any) -> LightningArgumentParser:
+            return super().init_parser(**options, exit_on_error=False)
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            options = self._options(words[0])
+            keys = list(dict.fromkeys(name.partition(".")[0] for name in options))
+            try:
+                super().parse_arguments(parser, [words[0], *prepared(words[1:], keys)])
+            except ArgumentError as error:
+                raise ValueError(one_line(str(error), options, words[0])) from None
+            config = self.config[self.config.subcommand].as_dict()
+            refuse_blanks(config, Trainer.__init__)
+            check_devices(config["trainer"])
+
+        def _options(self, command: str) -> list[str]:
+            """What can be configured, such as `trainer.max_steps`."""
+            actions = self._subcommand_parsers[command]._actions
+            return [action.dest for action in actions if action.dest not in _NOT_IN_FILES]
+
         def before_instantiate_classes(self) -> None:
             command = self.config[self.config.subcommand]
             take_model_of_checkpoint(command.model, command.get("ckpt_path"))
 
+        def instantiate_trainer(self, **options: Any) -> Trainer:
+            trainer = self._get(self.config_init, "trainer", default={})
+            given = trainer.get("callbacks") or []
+            shown = displays(trainer)
+            options["callbacks"] = [*(given if isinstance(given, list) else [given]), *shown]
+            if any(isinstance(one, ModelSummary) for one in shown):
+                options["enable_model_summary"] = False  # of Lightning's own
+            try:
+                return super().instantiate_trainer(**options)
+            except (ValueError, TypeError, ImportError) as error:
+                raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+                if not raised_in.startswith(str(Path(lightning.__file__).parent)):
+                    raise
+                # What flags of the Trainer cannot be, in a line or two.
+                raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
+
         def instantiate_classes(self) -> None:
             # Where a string or nothing is allowed as well as an object, jsonargparse puts what the
             # constructor raised into the text of an error of its own, whose cause is another.
-            raised: list[ValueError] = []
+            raised: list[Exception] = []
 
             def construct(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
                 try:
                     return kind(*args, **kwargs)
-                except ValueError as error:
+                except Exception as error:
                     raised.append(error)
                     raise
 
-            for base in (Strategy, Callback):
+            for base in (LightningModule, LightningDataModule, Strategy, Callback, Logger):
                 self.parser.add_instantiator(construct, base)
             try:
                 super().instantiate_classes()
@@ -67,7 +124,7 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=1234,
-        args=_with_recipes(words),
+        args=words,
     )
     return done.trainer
 
@@ -93,18 +150,3 @@ def take_model_of_checkpoint(model: Any, ckpt_path: Any) -> None:
         model.init_args.overrides = overrides
         shown = ", ".join(f"{name}={value}" for name, value in overrides.items())
         rank_zero_info(f"model of {ckpt_path}: {preset} with {shown}")
-
-
-def _with_recipes(words: list[str]) -> list[str]:
-    """Replace the name of a recipe behind `--config` or `-c` by its file."""
-    from lightning_dhellam import recipes
-
-    found = []
-    for before, word in zip(["", *words], words, strict=False):
-        option, equals, value = word.partition("=")
-        if option in recipes.OPTIONS and equals and not Path(value).exists():
-            word = f"{option}={recipes.find(value, option)}"
-        elif before in recipes.OPTIONS and not Path(word).exists():
-            word = str(recipes.find(word, before))
-        found.append(word)
-    return found

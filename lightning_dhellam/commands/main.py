@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_dhellam import __version__
+from lightning_dhellam.failures import fold, is_ours, was_said
 
 USAGE = """\
 usage: dhellam COMMAND [options]
@@ -42,12 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(command, words[1:])
-    except ValueError as error:
+    except Exception as error:
         mistake = _mistake(error)
-        if mistake is None:
-            raise
-        print(f"dhellam {command}: error: {mistake}", file=sys.stderr)
-        return 2
+        if mistake is not None:
+            if not was_said(error):
+                line = " ".join(str(mistake).split())
+                print(f"dhellam {command}: error: {line}", file=sys.stderr)
+            return 2
+        fold(error)
+        raise
 
 
 def _run(command: str, words: list[str]) -> int:
@@ -95,15 +98,18 @@ def _run(command: str, words: list[str]) -> int:
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:
-    """The user's mistake behind an error: what this package raised, which needs no traceback.
+    """The user's mistake behind an error: what this package raised, which needs no traceback, or
+    what Lightning calls one.
 
     jsonargparse wraps what a constructor raises, so the causes are searched.
     """
-    here = Path(__file__).resolve().parents[1]
-    ours = (here, *(here.parent / name for name in ("kernels", "search", "recipes")))
-    while error is not None:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if isinstance(error, ValueError) and any(map(raised_in.is_relative_to, ours)):
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))  # an error that is raised anew may be among its own causes
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frames and is_ours(frames[-1].filename):
+            return error
+        if type(error).__name__ == "MisconfigurationException":
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.values import check_fields
 from lightning_dhellam.versions import QUIET_FIELDS
 
 # Rows of the vocabulary that one rank's GEMM works on come in multiples of this many.
@@ -23,7 +24,8 @@ _KINDS = {
 class ModelConfig:
     """Shape and initialisation of one model; immutable, valid once constructed.
 
-    Raises ValueError, naming the field, when the numbers do not fit together.
+    Raises ValueError, naming the field, when a value is of another kind than the field says, or the
+    numbers do not fit together.
     """
 
     num_layers: int
@@ -85,7 +87,7 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
-        self._check_types_and_ranges()
+        self._check_kinds_and_ranges()
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of "
@@ -102,14 +104,12 @@ class ModelConfig:
                 f"num_query_groups={self.num_query_groups}: every group needs as many queries"
             )
 
-    def _check_types_and_ranges(self) -> None:
+    def _check_kinds_and_ranges(self) -> None:
+        check_fields(self)
         for field in fields(self):
             value = getattr(self, field.name)
-            counts = field.type == "int" or (field.type == "int | None" and value is not None)
-            if counts and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name}={value!r} must be an integer of at least 1")
-            if field.type == "bool" and not isinstance(value, bool):
-                raise ValueError(f"{field.name}={value!r} must be true or false")
+            if str(field.type).startswith("int") and value is not None and value < 1:
+                raise ValueError(f"{field.name}={value!r} must be at least 1")
         for name, known in _KINDS.items():
             if getattr(self, name) not in known:
                 choices = " or ".join(map(repr, known))

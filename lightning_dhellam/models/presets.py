@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.values import suggestion
 
 _LLAMA_3_8B = ModelConfig(
     num_layers=32,
@@ -68,6 +68,5 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 
 
 def _unknown(kind: str, value: str, known: list[str]) -> str:
-    close = get_close_matches(value, known, n=1, cutoff=0.5)
-    suggestion = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {kind} {value!r}: {suggestion}Known: {', '.join(known)}"
+    hint = suggestion(value, known) or "."
+    return f"unknown {kind} {value!r}{hint} Known: {', '.join(known)}"

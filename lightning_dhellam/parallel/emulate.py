@@ -14,12 +14,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_dhellam.parallel import stand_in
 from lightning_dhellam.parallel.topology import LANES
 from lightning_dhellam.plan import Collective
 from lightning_dhellam.recipes import clusters
+from lightning_dhellam.values import check_fields, load_yaml
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +38,7 @@ class Link:
     collectives: tuple[tuple[Collective, Link], ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.bandwidth > 0:
             raise ValueError(f"bandwidth={self.bandwidth} must be more than 0 bytes per second")
         if not self.latency >= 0:
@@ -89,6 +89,7 @@ class Cluster:
     name: str = "cluster"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank} must be below world_size={self.world_size}")
         unknown = sorted(set(self.links) - set(LANES))
@@ -109,14 +110,7 @@ class Cluster:
         name = str(path)
         path = Path(path) if Path(path).suffix else clusters.find(name)
         try:
-            given = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise ValueError(f"cluster file {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"cluster file {path} is not YAML: {reason}") from error
-        try:
-            return _cluster(given, name)
+            return _cluster(load_yaml(path), name)
         except ValueError as error:
             raise ValueError(f"cluster file {path}: {error}") from error
 
@@ -185,12 +179,6 @@ def _fields(kind: Any, given: Any, place: str, needed: tuple[str, ...]) -> dict[
 
 
 def _number(value: Any, place: str) -> float:
-    """A number as people write it: YAML takes 370e9, without a point and a sign, for text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{place}={value!r} must be a number, such as 370e9")
     return value

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from lightning_dhellam.plan import Collective, Lane
+from lightning_dhellam.values import load_yaml
 
 CONFIGURATION = Path(__file__).with_name("nccl.yaml")
 """Settings of communicators, as Megatron-core's `nccl_communicator_config_path`."""
@@ -32,7 +32,7 @@ _BY_DEFAULT = {
 
 @cache
 def _settings() -> dict[str, dict[str, int]]:
-    settings: dict[str, dict[str, int]] = yaml.safe_load(CONFIGURATION.read_text())
+    settings: dict[str, dict[str, int]] = load_yaml(CONFIGURATION)
     return settings
 
 

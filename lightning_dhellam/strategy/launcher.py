@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
+from lightning_dhellam.failures import BOARD, Board, Watch
 from lightning_dhellam.strategy.termination import PARENT
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         num_nodes: of the job.
         check: raises what is wrong with a trainer and with the data module and the checkpoint that
             it is to be given.
+
+    Attributes:
+        board: where ranks agree on who says why the job fails, once there are others.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class CheckingLauncher(_SubprocessScriptLauncher):
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._check = check
+        self.board: Board | None = None
 
     @override
     def launch(
@@ -56,8 +61,14 @@ class CheckingLauncher(_SubprocessScriptLauncher):
 
     @override
     def _call_children_scripts(self) -> None:
-        os.environ[PARENT] = str(os.getpid())
+        board = Board.make()
+        told = {PARENT: str(os.getpid()), BOARD: board.address}
+        os.environ |= told
         try:
             super()._call_children_scripts()
         finally:
-            del os.environ[PARENT]
+            for name in told:
+                del os.environ[name]
+        if self.procs:
+            self.board = board
+            Watch(self.procs, board)

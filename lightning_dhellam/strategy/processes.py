@@ -21,13 +21,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dhellam.failures import Board, fold, judge
 from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher
-from lightning_dhellam.strategy.termination import watch_parent
+from lightning_dhellam.strategy.termination import parent_of_rank, watch_parent
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -56,6 +57,7 @@ class JobStrategy(ParallelStrategy):
     _runs: int = 0
     _is_alone: bool | None = None
     _parent_watch: Event | None = None
+    _board: Board | None = None
 
     def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
         """Refuse what cannot work, before any process computes."""
@@ -164,10 +166,25 @@ class JobStrategy(ParallelStrategy):
         backend = _get_default_process_group_backend_for_device(self.root_device)
         device_id = self.root_device if self.root_device.type == "cuda" else None
         # From here on this process waits for others.
+        self._board = Board.find()
         self._parent_watch = watch_parent(self.timeout.total_seconds())
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self.timeout, device_id=device_id
         )
+
+    def _say_why(self, error: BaseException) -> None:
+        """Let one rank of the job say why it fails."""
+        launcher = self._launcher
+        alone = self.num_processes * self.num_nodes == 1 or self.cluster is not None
+        if isinstance(launcher, CheckingLauncher):
+            alone = alone or launcher.board is None  # nobody else has been started
+            board = launcher.board
+        else:
+            board = self._board or Board.find()
+        if alone:
+            fold(error)
+        else:
+            judge(error, self.global_rank, board, parent_of_rank())
 
     def _leave(self, *, ended_well: bool) -> None:
         """The run is over: other runs may use the groups if it has left nothing in them."""

@@ -18,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dhellam.displays import size_of
 from lightning_dhellam.engine.inputs import check_ids, pinned
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.hosted import Place
@@ -32,6 +33,7 @@ from lightning_dhellam.strategy.precision import DHellamPrecision
 from lightning_dhellam.strategy.saving import SavingStrategy
 from lightning_dhellam.strategy.skipping import Skipping
 from lightning_dhellam.strategy.termination import Termination
+from lightning_dhellam.values import check_kinds
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -134,6 +136,7 @@ class DHellamStrategy(SavingStrategy):
             max_skipped_steps,
         )
         checks.check_context(context_parallel_size, context_exchange, kernels)
+        check_kinds(DHellamStrategy.__init__, locals())
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
         self.pipeline_split = pipeline_split
@@ -282,6 +285,10 @@ class DHellamStrategy(SavingStrategy):
         )
         rank_zero_info(str(self._runner.agreed.kernels))
         if trainer.state.fn is TrainerFn.FITTING:
+            config = module.model_config
+            length = getattr(getattr(trainer, "datamodule", None), "sequence_length", None)
+            size = size_of(module.model, config, self.context, length or config.max_sequence_length)
+            rank_zero_info(size)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         self.barrier()
@@ -423,6 +430,7 @@ class DHellamStrategy(SavingStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._ended_well = False
+        self._say_why(exception)
 
     @override
     def teardown(self) -> None:

@@ -109,6 +109,12 @@ def _nothing() -> None:
     """Lightning's loop need not ask: `Termination` does."""
 
 
+def parent_of_rank() -> int | None:
+    """The process that has started this one as a rank of its job, if one has."""
+    parent = os.environ.get(PARENT)
+    return int(parent) if parent else None
+
+
 def watch_parent(grace: float) -> threading.Event:
     """If a rank has started this process, end it `grace` seconds after that one has ended.
 

@@ -18,7 +18,7 @@ from tests.models.llama import SMALL
         ({"num_query_groups": 3}, ["num_attention_heads=4", "num_query_groups=3"]),
         ({"head_dim": 7}, ["head_dim=7", "even"]),
         ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
-        ({"vocab_size": "53"}, ["vocab_size='53'", "integer"]),
+        ({"vocab_size": "53"}, ["vocab_size='53'", "whole number"]),
         ({"hidden_dropout": 1.0}, ["hidden_dropout=1.0", "[0, 1)"]),
         ({"norm_epsilon": 0.0}, ["norm_epsilon=0.0", "greater than 0"]),
         ({"rope_scaling_factor": 0.5}, ["rope_scaling_factor=0.5", "at least 1"]),

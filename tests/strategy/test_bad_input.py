@@ -130,7 +130,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "unknown-preset": (
         lambda: preset("llama-3-80b"),
-        r"unknown preset 'llama-3-80b': did you mean 'llama-3-8b'",
+        r"unknown preset 'llama-3-80b'; did you mean 'llama-3-8b'",
     ),
     "missing-dataset": (
         lambda: IndexedDataModule("nowhere/data", 8, 4),

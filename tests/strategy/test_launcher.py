@@ -49,6 +49,7 @@ def _run(folder: Path, heads: int) -> subprocess.CompletedProcess[str]:
 def test_two_ranks_are_started_and_train_together(tmp_path: Path) -> None:
     done = _run(tmp_path, heads=4)
     assert done.returncode == 0, done.stderr
+    assert "Apex" not in done.stderr, "Megatron warns of what is not needed"
     assert len(list(tmp_path.glob("process-*"))) == 2
     first, second = (json.loads((tmp_path / f"losses-{rank}").read_text()) for rank in (0, 1))
     assert first == second and len(first) == 4
@@ -69,9 +70,60 @@ def test_a_job_ends_when_a_rank_is_killed_in_a_step(
     output, code = lose(victim, tmp_path, "cpu", *launcher)
     assert f"rank {victim} is killed" in output
     assert code != 0
-    # The rank that is left says that it lost its connection, unless the launcher is faster.
-    signs = ("Connection", "terminated with code -9", "Signal 9 (SIGKILL)")
-    assert any(sign in output for sign in signs), output
+    # It is named, by the rank that is left or, if that is faster, by Lightning or torchrun.
+    signs = (
+        rf"rank {victim} \(process \d+\) was killed",
+        "terminated with code -9",
+        r"Signal 9 \(SIGKILL\)",
+    )
+    assert any(re.search(sign, output) for sign in signs), output
+    if not launcher:
+        assert "Traceback" not in output and "gloo/" not in output, output
+
+
+FAILING = """
+import sys
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+from tests.strategy.runs import Model, Sequences, make_trainer
+
+class Mine(Model):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1 and self.global_rank == 1:
+            batch["tokenz"]
+        return super().training_step(batch, batch_idx)
+
+if __name__ == "__main__":
+    strategy = {"tensor_parallel_size": 2}
+    if sys.argv[1] == "kernel":
+        strategy["kernels"] = {"attention": "flash_attn"}
+    trainer = make_trainer(strategy, devices=2, max_steps=4)
+    trainer.fit(Mine(), DataLoader(Sequences(), batch_size=8))
+"""
+
+
+@pytest.mark.parametrize("fault", ["module", "kernel"])
+def test_the_rank_that_fails_first_says_why_and_no_other(fault: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    done = subprocess.run(
+        [sys.executable, str(script), fault],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    said = done.stderr[re.search(r"rank \d failed first:", done.stderr).start() :]  # type: ignore[union-attr]
+    assert done.stderr.count("Traceback") == (fault == "module"), said
+    assert done.stderr.count("failed first") == 1, said
+    assert "gloo/" not in done.stderr
+    if fault == "module":
+        assert said.startswith("rank 1 failed first:")
+        assert said.count("KeyError: 'tokenz'") == 1 and 'batch["tokenz"]' in said
+    else:
+        assert said.count("kernels={attention: flash_attn} cannot be used here") == 1
+    assert len(said.splitlines()) < 16, said
 
 
 STOPPED = """
