@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from lightning_dhellam.values import check_fields
+
 DEFAULT_VOCAB_SIZE = 8192
 
 
@@ -16,10 +18,15 @@ class PrepareConfig:
     times, all of them are taken, in this order."""
 
     output: str
-    """Directory to make: tokenizer.model, data.bin, data.idx and meta.json."""
+    """Directory to make: the tokenizer, data.bin, data.idx and meta.json."""
 
     tokenizer: str | None = None
-    """A sentencepiece tokenizer.model to use. Left out, one is trained on the source."""
+    """A tokenizer to use: a sentencepiece tokenizer.model, a tokenizer.json of Hugging Face, the
+    tokenizer.model of Llama 3, or a folder with one. Left out, one is trained on the source."""
+
+    eod_token: str | None = None
+    """The token of the given tokenizer that ends a document, where its files do not say, or another
+    one than they say."""
 
     vocab_size: int | None = None
     """Token ids of the tokenizer to train (8192 if left out), or the size that the given tokenizer
@@ -45,6 +52,7 @@ class PrepareConfig:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.workers < 0:
             raise ValueError(
                 f"workers={self.workers} is negative. Give --workers 1 or more, or 0 for all cores."

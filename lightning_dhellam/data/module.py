@@ -21,6 +21,7 @@ from lightning_dhellam.data.indexed import (
 )
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder, position_in
 from lightning_dhellam.data.tokenizer import Tokenizer
+from lightning_dhellam.values import check_kinds
 
 TokenBatch = dict[str, torch.Tensor]
 _KEYS = ("tokens", "labels", "loss_mask")
@@ -48,8 +49,8 @@ class IndexedDataModule(LightningDataModule):
         num_workers: Processes per DataLoader that read ahead; 0 reads in the training process.
         train_samples: Samples in a training epoch: the next so many of an order that goes through
             the data again and again, pass by pass. Left out, as many as the data holds.
-        tokenizer: The sentencepiece model of a Megatron-LM dataset.
-        vocab_size: Number of token ids of a Megatron-LM dataset without a sentencepiece model.
+        tokenizer: The tokenizer of a Megatron-LM dataset: the file of one, or a folder with it.
+        vocab_size: Number of token ids of a Megatron-LM dataset without a tokenizer.
         cache_dir: Where the index cache goes (shared by all ranks); by default beside the data.
 
     Raises ValueError, when it is constructed, for every argument that does not suit the data.
@@ -69,6 +70,7 @@ class IndexedDataModule(LightningDataModule):
         vocab_size: int | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
+        check_kinds(IndexedDataModule.__init__, locals())
         super().__init__()
         _at_least(1, sequence_length=sequence_length, batch_size=batch_size)
         _at_least(0, seed=seed, num_workers=num_workers)

@@ -19,11 +19,15 @@ from lightning_dhellam.data.prepared import (
     DATA,
     FORMAT,
     META,
-    TOKENIZER,
     PreparedData,
     is_prepared,
 )
-from lightning_dhellam.data.tokenizer import SAMPLE_BYTES, Tokenizer, train_tokenizer
+from lightning_dhellam.data.tokenizer import (
+    FILE_NAMES,
+    SAMPLE_BYTES,
+    Tokenizer,
+    train_tokenizer,
+)
 from lightning_dhellam.files import check_folder, staged_directory
 
 _FILES = (DATA + ".bin", DATA + ".idx")
@@ -51,7 +55,7 @@ def prepare(
     check_folder(target.parent, f"output={output}")
     with staged_directory(target, replace=True) as folder:
         tokenizer = given or _train(config, corpus)
-        tokenizer.save(folder / TOKENIZER)
+        tokenizer.save(folder / tokenizer.file_name)
         documents, tokens = _write_dataset(config, corpus, tokenizer, folder)
         _write_meta(config, tokenizer, documents, tokens, fingerprint, folder)
     return PreparedData.load(target)
@@ -60,7 +64,7 @@ def prepare(
 def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     if config.tokenizer is None:
         return None
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = Tokenizer.load(config.tokenizer, config.eod_token)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(
             f"vocab_size={config.vocab_size}, but tokenizer={config.tokenizer} has"
@@ -69,7 +73,7 @@ def _given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     if config.append_eod and tokenizer.eod < 0:
         raise ValueError(
             f"tokenizer={config.tokenizer} has no end-of-document id (eos)."
-            " Pass --append_eod=false or give another tokenizer."
+            " Name the token with --eod_token, pass --append_eod=false, or give another tokenizer."
         )
     return tokenizer
 
@@ -90,6 +94,7 @@ def _fingerprint(
         "json_key": config.json_key if corpus.has_keys else None,
         "tokenizer": tokenizer.sha256 if tokenizer else None,
         "vocab_size": tokenizer.vocab_size if tokenizer else _vocab_size(config),
+        "eod_token": tokenizer.eod_token if tokenizer else None,
         "append_eod": config.append_eod,
         "max_document_tokens": config.max_document_tokens,
     }
@@ -114,7 +119,7 @@ def _finished(target: Path, fingerprint: dict[str, Any], overwrite: bool) -> Pre
             )
         return None
     if overwrite:
-        foreign = {file.name for file in target.iterdir()} - {META, TOKENIZER, CACHE, *_FILES}
+        foreign = {file.name for file in target.iterdir()} - {*(META, CACHE, *FILE_NAMES, *_FILES)}
         if foreign:
             raise ValueError(
                 f"output={target} also holds {', '.join(sorted(foreign))}, which --overwrite would"
@@ -188,7 +193,7 @@ def _write_meta(
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("lightning-dhellam", "megatron-core", "sentencepiece"):
+    for name in ("lightning-dhellam", "megatron-core", "sentencepiece", "tokenizers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -6,11 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_dhellam.data.tokenizer import Tokenizer
+from lightning_dhellam.data.tokenizer import FILE_NAMES, Tokenizer
 
 FORMAT = 1
 META = "meta.json"
-TOKENIZER = "tokenizer.model"
 CACHE = "index-cache"
 DATA = "data"
 """Megatron's prefix inside the directory: data.bin holds the tokens, data.idx the documents."""
@@ -38,7 +37,9 @@ class PreparedData:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.path / TOKENIZER)
+        """What the text was encoded by."""
+        (name,) = [name for name in FILE_NAMES if (self.path / name).is_file()]
+        return Tokenizer.load(self.path / name, self.fingerprint.get("eod_token"))
 
     @classmethod
     def load(cls, path: str | Path) -> "PreparedData":

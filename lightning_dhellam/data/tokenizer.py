@@ -1,15 +1,21 @@
-"""A sentencepiece tokenizer: trained on documents, or loaded from a `tokenizer.model`."""
+"""A tokenizer: a sentencepiece model trained on documents, or a file of any known kind."""
 
 import hashlib
 import io
+import json
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
+from lightning_dhellam.data.tokenizer_kinds import read_tokenizer
 from lightning_dhellam.files import write_atomically
+
+FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+"""Of tokenizers in the folder of a model, or of a dataset."""
 
 SAMPLE_BYTES = 64 * 2**20
 """Training reads at most this much text (about 10 s); a larger corpus is thinned evenly."""
@@ -27,52 +33,67 @@ _RESERVED = str.maketrans({"\0": " ", "\t": " ", "\u2581": " ", "\u2585": " "})
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Text to token ids and back, by a file of any of the kinds of `tokenizer_kinds`.
 
     Also what Megatron-core's datasets ask of a tokenizer: `vocab_size`, `eod`, `pad` and
     `unique_identifiers`. Encoding is lossless for a tokenizer trained here, except that
     sentencepiece cannot tell U+2581 from a space.
+
+    Args:
+        model: content of a sentencepiece `tokenizer.model`, a `tokenizer.json` of Hugging Face or a
+            `tokenizer.model` of Llama 3.
+        eod_token: token that ends a document; None for what the file says, or models usually have.
+
+    Raises ValueError if it is of no such kind, or has no such token.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, eod_token: str | None = None) -> None:
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.eod_token = eod_token
+        self._reader = read_tokenizer(model, eod_token)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its file: what tokenizers pickles has lost that special tokens in a text are text.
+        return type(self), (self.model, self.eod_token)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a sentencepiece model file. Raises ValueError if it is missing or is not one."""
+    def load(cls, path: str | Path, eod_token: str | None = None) -> "Tokenizer":
+        """Read a file of a tokenizer, or of a folder of a model the one in it.
+
+        A `tokenizer_config.json` beside it may say what ends a document. Raises ValueError if the
+        file is missing, or is none; it is named, and so is what it seems to be.
+        """
+        file = _in_folder(Path(path))
         try:
-            model = Path(path).read_bytes()
+            model = file.read_bytes()
         except OSError as error:
             raise ValueError(
                 f"tokenizer={path} cannot be read ({error.strerror})."
-                " Give the path of a sentencepiece tokenizer.model."
+                " Give the path of a tokenizer.model or tokenizer.json."
             ) from error
         try:
-            tokenizer = cls(model)
-            valid = tokenizer.vocab_size > 0
-        except (RuntimeError, ValueError, TypeError):
-            valid = False
-        if not valid:
-            raise ValueError(
-                f"tokenizer={path} is not a sentencepiece model."
-                " Give the path of a sentencepiece tokenizer.model."
-            )
-        return tokenizer
+            return cls(model, eod_token or _said_beside(file))
+        except ValueError as error:
+            raise ValueError(f"tokenizer={path} {error}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the model file; an interrupted write leaves the old file as it was."""
+        """Write the file; an interrupted write leaves the old one as it was."""
         write_atomically(Path(path), self.model)
+
+    @property
+    def file_name(self) -> str:
+        """What such a file is called: `tokenizer.model` or `tokenizer.json`."""
+        return self._reader.file_name
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, special ones included."""
-        return int(self._processor.vocab_size())
+        return self._reader.vocab_size
 
     @property
     def eod(self) -> int:
-        """The id that ends a document (sentencepiece's eos), or -1 if the model has none."""
-        return int(self._processor.eos_id())
+        """The id that ends a document, or -1 if there is none."""
+        return self._reader.eod
 
     @property
     def pad(self) -> int:
@@ -81,28 +102,48 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Hash of the model file."""
+        """Hash of the file."""
         return hashlib.sha256(self.model).hexdigest()
 
     @property
     def unique_identifiers(self) -> "OrderedDict[str, str]":
         """What Megatron's index cache is keyed by: the content, wherever the file lies."""
-        return OrderedDict([("class", "sentencepiece"), ("sha256", self.sha256)])
+        return OrderedDict([("class", self._reader.library), ("sha256", self.sha256)])
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without an end-of-document id."""
-        ids: list[int] = self._processor.encode(text)
-        return ids
+        return self._reader.encode_many([text], 1)[0]
 
     def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """The token ids of each text, encoded by `threads` threads."""
-        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=threads)
-        return ids
+        """The token ids of each text, encoded by about `threads` threads."""
+        return self._reader.encode_many(texts, threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; end-of-document ids have no text."""
-        text: str = self._processor.decode([int(token) for token in ids])
-        return text
+        return self._reader.decode(ids)
+
+
+def _in_folder(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+    if not found:
+        raise ValueError(f"tokenizer={path} is a folder without {' or '.join(FILE_NAMES)}.")
+    return found[0]
+
+
+def _said_beside(file: Path) -> str | None:
+    """The token that ends a document by the `tokenizer_config.json` of the same model."""
+    if file.suffix != ".json":
+        return None  # a sentencepiece model says it, and Llama 3's is known
+    try:
+        fields = json.loads((file.parent / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    token = fields.get("eos_token") if isinstance(fields, dict) else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
 
 
 class BareVocabulary:

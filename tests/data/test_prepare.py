@@ -201,9 +201,9 @@ def test_bad_options(tmp_path: Path, source: Path, prepared: PreparedData) -> No
     with pytest.raises(ValueError, match=r"vocab_size=77, but tokenizer=.* has 300 ids"):
         prepare(source, tmp_path / "out", tokenizer=model, vocab_size=77)
     with pytest.raises(ValueError, match=r"workers=-1 is negative"):
-        PrepareConfig("a", "b", workers=-1)
+        PrepareConfig(["a"], "b", workers=-1)
     with pytest.raises(ValueError, match=r"max_document_tokens=0 is not positive"):
-        PrepareConfig("a", "b", max_document_tokens=0)
+        PrepareConfig(["a"], "b", max_document_tokens=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -85,5 +85,5 @@ def test_errors(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "none.model")
     for content in (b"", b"hello", TRAINED.model[:1000]):
         (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.model is not a sentencepiece model"):
+        with pytest.raises(ValueError, match=r"bad\.model is no tokenizer: it is neither"):
             Tokenizer.load(tmp_path / "bad.model")
