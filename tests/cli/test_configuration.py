@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,33 @@ def test_a_mistake_on_the_command_line(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in said(capsys, "--config", "llama-tiny-2cpu", *words)
+
+
+def test_a_configuration_that_was_printed_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "llama-tiny-2cpu", "--print_config"])
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    assert "holds no dataset" in said(capsys, "--config", "mine.yaml"), "and nothing is blank"
+
+
+def test_a_module_in_the_current_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place])
+    Path("here_alone.py").write_text(
+        "from lightning.pytorch import LightningDataModule\n"
+        "class Mine(LightningDataModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        import lightning_dhellam.models as models\n"
+        "        models.preset('found')\n"
+    )
+    line = said(capsys, "--config", "llama-tiny-2cpu", "--data=here_alone.Mine")
+    assert line.startswith("unknown preset 'found'")
 
 
 def test_gpus_that_are_not_there(
