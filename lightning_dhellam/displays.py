@@ -131,7 +131,7 @@ def _listed(metrics: Mapping[str, Any]) -> str:
 
 
 def displays(trainer: Mapping[str, Any]) -> list[pl.Callback]:
-    """Those that suit where the output goes, but for those that a run has or does without.
+    """Displays that suit where the output goes, but for what a run has or does without.
 
     Args:
         trainer: arguments of the Trainer.

@@ -57,7 +57,7 @@ class Board:
 
     @classmethod
     def find(cls) -> Board | None:
-        """That of the process which has started this one as a rank; None if none has."""
+        """The board of the process that has started this one as a rank; None if none has."""
         owner, _, number = os.environ.get(BOARD, "").partition(" ")
         if owner != str(os.getppid()):
             return None
