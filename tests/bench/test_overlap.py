@@ -184,6 +184,15 @@ def test_pairs_draws_what_hides_what(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_pairs_of_a_layer_whose_sequences_are_shared(tmp_path: Path) -> None:
+    found = bench("pairs", tmp_path, "--shape", "d")
+    # Gradients by keys, in fp32 too, are as many bytes: both are timed as one.
+    assert "keys.exchange.1" in {row["collective"] for row in found["rows"]}
+    assert "tp: " in found["EMULATED"] and "; cp: " in found["EMULATED"]
+    with pytest.raises(ValueError, match=r"--cluster a800-node has no link 'cp', .* of shape d"):
+        bench("pairs", tmp_path, "--shape", "d", "--cluster", "a800-node")
+
+
 def test_a_rising_function_is_inverted() -> None:
     seen = []
 

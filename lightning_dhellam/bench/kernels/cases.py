@@ -96,6 +96,7 @@ def _hidden_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Ca
         "swiglu", "swiglu grad", "backward", lambda: draw((n, wide), (n, 2 * wide)), 5 * gates
     )
     yield from _rope_cases(tokens, hidden, device)
+    yield _merge_case(tokens, hidden, device)
     yield case(
         "dropout", "dropout + residual", "forward_add", lambda: draw(row, row), 3 * x, 0.1, 1 << 40
     )
@@ -121,6 +122,20 @@ def _rope_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Case
     case = partial(Case, "rope", extra=extra, moved=moved, tokens=tokens, width=hidden)
     yield case("rope", attrgetter("forward"), lambda: draw(fused))
     yield case("rope grad", attrgetter("backward"), lambda: draw(queries, keys, keys))
+
+
+def _merge_case(tokens: int, hidden: int, device: torch.device) -> Case:
+    """Attention over two blocks of keys that all queries attend to."""
+    heads = max(1, hidden // 128)
+
+    def make() -> tuple[Tensor, ...]:
+        out, other = _draw(device, *[(tokens, 1, hidden)] * 2)
+        lse, other_lse = torch.rand((2, 1, heads, tokens), device=device)
+        return out, lse, other, other_lse
+
+    moved = 6 * tokens * hidden + 12 * tokens * heads
+    forward = attrgetter("forward")
+    return Case("merge", "merge", forward, make, (torch.bfloat16,), moved, tokens, hidden)
 
 
 def _loss_cases(tokens: int, columns: int, device: torch.device) -> Iterator[Case]:

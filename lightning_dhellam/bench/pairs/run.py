@@ -18,7 +18,6 @@ from lightning_dhellam.bench.shapes import rank_of
 from lightning_dhellam.bench.workload import trunk
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.report.pictures import save_heat_map
 
@@ -40,7 +39,9 @@ def measure(settings: Settings, folder: Path) -> Report:
         profile = work.profile(group, settings.repeats)
         notes: Row = {"device": profile.fingerprint.device, "shape": settings.shape}
         if context.emulated:
-            notes["EMULATED"] = f"link {context.links[Lane.TP].calibrated(_sizes(profile))}"
+            sizes = _sizes(profile)
+            links = (f"{name}: {link.calibrated(sizes)}" for name, link in context.links.items())
+            notes["EMULATED"] = f"link {'; '.join(links)}"
         report = report_of(profile, notes)
         if context.topology.rank == 0:
             path = folder / f"pairs-{settings.shape}-{date.today()}.png"
@@ -53,20 +54,26 @@ def _rank(settings: Settings) -> Iterator[ParallelContext]:
     """A rank of an emulated cluster, or, under torchrun, of a real one."""
     device = pick_device(settings.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield from _real(device)
+        yield from _real(device, shared=settings.trained_shape().context_ranks > 1)
         return
-    cluster = settings.played_cluster()
-    with rank_of(cluster, cluster.world_size, device) as context:
+    cluster, sharing = settings.played_cluster(), settings.trained_shape().context_ranks
+    with rank_of(cluster, cluster.world_size // sharing, device, sharing) as context:
         yield context
 
 
-def _real(device: torch.device) -> Iterator[ParallelContext]:
+def _real(device: torch.device, *, shared: bool) -> Iterator[ParallelContext]:
+    """A rank of those that share the layers, or the sequences."""
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        context = ParallelContext.create(device, tensor_parallel_size=dist.get_world_size())
+        world = dist.get_world_size()
+        context = ParallelContext.create(
+            device,
+            tensor_parallel_size=1 if shared else world,
+            context_parallel_size=world if shared else 1,
+        )
         try:
             yield context
         finally:

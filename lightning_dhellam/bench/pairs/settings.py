@@ -16,19 +16,23 @@ class Settings:
     """cuda, or cpu to rehearse in miniature."""
 
     shape: str = "a"
-    """a for layers of Llama-3-70B width, b for Qwen3-14B width."""
+    """a for layers of Llama-3-70B width, b for Qwen3-14B width. Ranks share the sequences of c,
+    whose heads have keys of their own, and of d, which is a otherwise."""
 
     link: str = "16sm:370"
     """The link to emulate: copy:110 is a copy engine at 110 GB/s, 16sm:200 are 16 SMs."""
 
+    context_link: str = "16sm:50"
+    """The link between ranks that share the sequences of c and d."""
+
     cluster: str | None = None
-    """A cluster whose link is taken instead: a name or a file."""
+    """A cluster whose links are taken instead: a name or a file."""
 
     repeats: int = 7
     """Runs of each pair that count."""
 
     def __post_init__(self) -> None:
-        known = shapes(self.rehearses)
+        known = shapes(self.rehearses, shared=True)
         if self.shape not in known:
             raise ValueError(f"--shape '{self.shape}' is not a shape: use {', '.join(known)}")
         if self.repeats < 1:
@@ -41,16 +45,26 @@ class Settings:
 
     def trained_shape(self) -> Shape:
         """The shape whose layer is measured."""
-        return shapes(self.rehearses)[self.shape]
+        return shapes(self.rehearses, shared=True)[self.shape]
 
     def played_cluster(self) -> Cluster:
         """The cluster of which a rank is played.
 
         Raises:
-            ValueError: The link is written wrongly, or there is no such cluster.
+            ValueError: A link is written wrongly, or there is no such cluster, or it has no link
+                for ranks that share sequences.
         """
+        shape = self.trained_shape()
         if self.cluster is not None:
-            return Cluster.load(self.cluster)
-        link = parse_link(self.link)
-        ranks = self.trained_shape().ranks
-        return Cluster(ranks, {"tp": link.slower(SLOWER) if self.rehearses else link})
+            cluster = Cluster.load(self.cluster)
+            if shape.context_ranks > 1 and "cp" not in cluster.links:
+                raise ValueError(
+                    f"--cluster {self.cluster} has no link 'cp', over which the ranks of shape"
+                    f" {self.shape} share sequences: add one under `links`, or use --context_link"
+                )
+            return cluster
+        slower = SLOWER if self.rehearses else 1
+        links = {"tp": parse_link(self.link).slower(slower)}
+        if shape.context_ranks > 1:
+            links["cp"] = parse_link(self.context_link).slower(slower)
+        return Cluster(shape.ranks * shape.context_ranks, links)
