@@ -174,6 +174,18 @@ def kind(hint: Any) -> str:
     return "anything" if hint is Any else f"of type {getattr(hint, '__name__', hint)}"
 
 
+def plainly(message: str, options: Sequence[str]) -> str:
+    """What a parser says, on one line, with the option nearest to one that it does not know.
+
+    Args:
+        message: of the parser.
+        options: that it has, as they are typed.
+    """
+    line = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", line)
+    return line + (suggestion(unknown[1], options) if unknown else "")
+
+
 def suggestion(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` for a name that is nearly a known one, or nothing."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from lightning_dhellam.bench.report import Report
 from lightning_dhellam.files import check_folder
+from lightning_dhellam.values import plainly
 
 Settings = TypeVar("Settings")
 
@@ -42,14 +43,18 @@ class Benchmark(Generic[Settings]):
             words: The options as they were typed.
 
         Raises:
-            ValueError: An option has a value that cannot be measured.
-            SystemExit: There is no such option, or help was asked for.
+            ValueError: There is no such option, or its value cannot be measured.
+            SystemExit: Help was asked for.
         """
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        parser = ArgumentParser(prog=program, description=self.description)
+        parser = ArgumentParser(prog=program, description=self.description, exit_on_error=False)
         parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="files go here")
         parser.add_class_arguments(self.settings)
-        options = vars(parser.parse_args(list(words)))
+        try:
+            options = vars(parser.parse_args(list(words)))
+        except ArgumentError as error:
+            known = [name for action in parser._actions for name in action.option_strings]
+            raise ValueError(plainly(str(error), known)) from None
         folder = Path(options.pop("output"))
         return self.settings(**options), folder
 

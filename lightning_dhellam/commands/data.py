@@ -44,7 +44,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         options = vars(parser.parse_args(_spelled_out(argv)))
         prepared = _prepare(options)
     except (ValueError, ArgumentError) as error:
-        print(f"dhellam data prepare: error: {_one_line(error)}", file=sys.stderr)
+        print(f"dhellam data prepare: error: {_one_line(error, parser)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dhellam data prepare: interrupted; nothing was written.", file=sys.stderr)
@@ -66,6 +66,7 @@ def _prepare_parser() -> ArgumentParser:
         description="Make a dataset directory from text. It appears whole or not at all, and a"
         " finished one is reused when nothing changed.",
         exit_on_error=False,
+        allow_abbrev=False,  # what was meant is said instead
     )
     parser.add_class_arguments(PrepareConfig)
     return parser
@@ -110,5 +111,9 @@ def _summary(prepared: "PreparedData") -> str:
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(error: Exception, parser: ArgumentParser) -> str:
+    if not isinstance(error, ArgumentError) or "are required" in str(error):
+        return " ".join(str(error).split())
+    from lightning_dhellam.commands.mistakes import one_line
+
+    return one_line(str(error), [action.dest for action in parser._actions], "prepare")

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from lightning_dhellam.commands.numbers import positive
+from lightning_dhellam.commands.parser import Parser
 
 RECIPE = "llama-tiny-2cpu"
 
@@ -17,10 +18,10 @@ def demo_command(argv: Sequence[str]) -> int:
     Uses the GPUs of this machine if there are any, otherwise two CPU processes. It does as many
     steps as fit into three minutes, the search of the plan included.
     """
-    parser = ArgumentParser(prog="dhellam demo", description=demo_command.__doc__)
+    parser = Parser(prog="dhellam demo", description=demo_command.__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="for data and run")
-    parser.add_argument("--max_steps", type=int, default=None, help="instead of what fits")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens of the tokenizer")
+    parser.add_argument("--max_steps", type=positive, default=None, help="instead of what fits")
+    parser.add_argument("--vocab_size", type=positive, default=4096, help="tokens of the tokenizer")
     options = parser.parse_args(list(argv))
 
     from lightning_dhellam.commands.data import data_command

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_dhellam.commands.numbers import add_sizes
+from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.commands.simulate import title
 from lightning_dhellam.files import check_file
 from lightning_dhellam.plan import Strand
@@ -43,7 +43,7 @@ def plan_command(words: list[str]) -> int:
 
 def schedule_command(argv: Sequence[str]) -> int:
     """Print the fold as a table, and draw it."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="dhellam plan schedule",
         description="Print the visits of every stage of the folded pipeline.",
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.files import check_folder
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.recipes import OPTIONS
@@ -26,12 +26,7 @@ def search_command(argv: Sequence[str]) -> int:
     writes the plan file, the profile, the table and the pictures.
     """
     # argparse, since jsonargparse cannot leave the words that are meant for LightningCLI.
-    parser = argparse.ArgumentParser(
-        prog="dhellam search",
-        usage=USAGE,
-        description=search_command.__doc__,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="dhellam search", usage=USAGE, description=search_command.__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/search"), help="folder")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each plan")
     parser.add_argument("--profile", type=str, default=None, help="file to load or to make")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.commands.numbers import add_sizes, amount, not_negative, positive
+from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.files import check_folder
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import PlanFile
@@ -37,8 +38,8 @@ def simulate_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _simulate_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _simulate_parser() -> Parser:
+    parser = Parser(
         prog="dhellam simulate",
         description="Play a training step on the stages of a pipeline, from measured times of"
         " operators, under 1F1B, interleaved 1F1B, ZB-V, DualPipeV and the fold.",

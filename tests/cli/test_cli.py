@@ -73,6 +73,28 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
     assert "dhellam COMMAND --help" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["demo", "--max_step", "3"], "--max_step 3; did you mean '--max_steps'?"),
+        (["demo", "--max_steps", "0"], "--max_steps: '0' must be a whole number of at least 1"),
+        (["simulate", "--stage", "2"], "the following arguments are required: --stages"),
+        (["plan", "schedule", "--stages=2", "--micro_batches=2", "--out=x"], "mean '--output'?"),
+        (["bench", "gemms", "--outptu", "x"], "--outptu x; did you mean '--output'?"),
+    ],
+)
+def test_a_mistake_in_an_option_of_any_command_is_one_line(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: int | str | None = main(words)
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1, error
+    assert error.startswith(f"dhellam {words[0]}") and sentence in error
+
+
 @pytest.mark.parametrize("words", [["-c", "llama-tiny-2cpu"], ["-c=llama-tiny-2cpu"]])
 def test_a_recipe_is_found_behind_the_short_option(
     words: list[str], capsys: pytest.CaptureFixture[str]

@@ -58,6 +58,12 @@ def test_an_output_below_a_file_is_refused_in_one_line(
         (["prepare", "--source", "a", "--output", "b", "--vocab_size", "many"], "many"),
         (["prepare", "--source", "a", "--output", "b", "--workers", "-2"], "workers=-2 is negat"),
         (["prepare", "--wrong", "1"], "--wrong"),
+        (
+            ["prepare", "--source=a", "--output=b", "--worker=1"],
+            "--worker is not known; did you mean '--workers'?",
+        ),
+        (["prepare", "--source=a", "--output=b", "--workers=x"], "workers=x must be a whole numb"),
+        (["prepare", "--source", "x"], "the following arguments are required: output"),
         (["train"], "unknown command 'train'. Use: prepare."),
     ],
 )
