@@ -41,7 +41,7 @@ def test_steps_fill_the_time_of_a_fast_machine(capsys: pytest.CaptureFixture[str
     trainer, module = _timed(Pace(seconds=25.0, fewest=5), lambda step: 5.0 * (step > 0) + step / 2)
     assert trainer.global_step == 40, "of which the recipe has 30"
     assert (
-        "pace: 11 steps and the search took 10 s, and a step takes 500 ms now: 40 steps in all"
+        "pace: 11 steps and the search took 10 s, and a step takes 500 ms: 40 steps in all"
         " will take about 0.4 minutes" in capsys.readouterr().out
     )
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
@@ -51,6 +51,12 @@ def test_a_slow_machine_does_fewer_steps_but_enough() -> None:
     assert _timed(Pace(seconds=60.0, fewest=5), lambda step: 4.0 * step)[0].global_step == 15
     assert _timed(Pace(seconds=60.0, fewest=18), lambda step: 10.0 * step)[0].global_step == 18
     assert _timed(Pace(seconds=60.0, fewest=5), lambda step: 10.0 * step)[0].global_step == 11
+
+
+def test_a_machine_that_becomes_faster_does_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, _ = _timed(Pace(seconds=60.0, fewest=5), lambda step: min(step, 11) + step / 2)
+    assert 1.0 * 11 + trainer.global_step / 2 == pytest.approx(60.0, rel=0.1)
+    assert capsys.readouterr().out.count("pace: ") > 1
 
 
 def test_speed_is_told_when_the_search_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
