@@ -82,7 +82,8 @@ class AgreedEngine:
             kernels=kernels,
             context_fp32_gradients=context_fp32_gradients,
         )
-        lowered = self._lower(context_exchange=self.exchanges[0])
+        self._exchange = self.exchanges[0]
+        lowered = self._lower(context_exchange=self._exchange)
         self.structure = Structure(model)
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)
@@ -95,7 +96,13 @@ class AgreedEngine:
 
         The plans are those of the same builder.
         """
-        lowered, before = self._lower(context_exchange=name), self.engine
+        self._exchange = name
+        self._make_anew()
+        self._agree(self._world)
+
+    def _make_anew(self) -> None:
+        """Make the operators anew, and the engine, with the builder of before."""
+        lowered, before = self._lower(context_exchange=self._exchange), self.engine
         self.engine = Engine(
             lowered.layers,
             before.lanes,
@@ -106,7 +113,6 @@ class AgreedEngine:
         )
         if self._length is not None:
             self.engine.suit(self._length)
-        self.use_plan(self.plan_in_use, before.builder)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -122,9 +128,37 @@ class AgreedEngine:
         """
         self.engine.install(builder)
         self.plan_in_use = name
-        digests = " ".join(plan.digest for plan in self.engine.plans())
+        self._agree(self._world)
+
+    def check_frozen(self, stage_group: dist.ProcessGroup | None) -> None:
+        """Refuse that other parameters are frozen on other ranks of the stage; see `freeze_others`.
+
+        Raises:
+            ValueError: on all ranks of the stage.
+        """
+        own = [name for name, p in self._model.named_parameters() if p.requires_grad]
         stage = self._context.topology.pp_rank
-        if same_on_all_ranks(f"{name}: {digests}", self._world, stage=stage):
+        for theirs in same_on_all_ranks(" ".join(own), stage_group, stage=stage):
+            others = set(own) ^ set(theirs.split())
+            if others:
+                raise ValueError(
+                    f"'{min(others)}' is frozen on some ranks only: requires_grad_ must do the same"
+                    " on all ranks"
+                )
+
+    def freeze_others(self, stage_group: dist.ProcessGroup | None) -> None:
+        """Make the operators anew, of which some train parameters that did not, or no longer do.
+
+        Every rank of the stage, `stage_group`, must call this, between steps.
+        """
+        self.structure = Structure(self._model)
+        self._make_anew()
+        self._agree(stage_group)
+
+    def _agree(self, group: dist.ProcessGroup | None) -> None:
+        digests = " ".join(plan.digest for plan in self.engine.plans())
+        stage, name = self._context.topology.pp_rank, self.plan_in_use
+        if same_on_all_ranks(f"{name}: {digests}", group, stage=stage):
             raise ValueError(
                 f"plan='{name}' orders the operators differently on different ranks: every"
                 " rank must run the same model, plan and version"

@@ -27,6 +27,9 @@ class RunnerStrategy(Protocol):
     It has methods only, so that a check whether a strategy is one asks it for no value.
     """
 
+    def has_place(self) -> bool:
+        """Whether the processes have started, so that the model can be built."""
+
     def place(self) -> Place:
         """Where the model is built, once the processes have started."""
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -51,6 +53,7 @@ class DualStrandMixin(LightningModule):
     model_config: ModelConfig
     model: CausalLM
     _late: LateValue | None = None
+    _is_building = False
 
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
         """Make this rank's part of the model. Layers may be replaced by modules of your own.
@@ -114,6 +117,28 @@ class DualStrandMixin(LightningModule):
             dtype = torch.get_default_dtype()
         self.model = self.build_model(context, dtype)
         self.model.settle()
+
+    def __getattr__(self, name: str) -> Any:
+        # Callbacks may want the model before `configure_model`: to freeze a part of it in `setup`.
+        missing = name == "model" and name not in self.__dict__.get("_modules", (name,))
+        if missing and not self._is_building and self._has_place:
+            self._is_building = True
+            try:
+                _call_configure_model(self.trainer)
+            finally:
+                self._is_building = False
+        return super().__getattr__(name)
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether a run has begun, whose processes are there."""
+        trainer = self.__dict__.get("_trainer")
+        if trainer is None or trainer.state.status is not TrainerStatus.RUNNING:
+            return False
+        strategy = trainer.strategy
+        if isinstance(strategy, RunnerStrategy):
+            return strategy.has_place()
+        return trainer.world_size == 1 or torch.distributed.is_initialized()
 
     @property
     def _strands(self) -> RunnerStrategy | None:

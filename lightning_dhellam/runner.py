@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -253,8 +254,10 @@ class Runner:
     ) -> ModelParallelOptimizer:
         """Make the gradient buffers, and what steps `optimizer` on them.
 
-        From here on `optimizer` holds what it really steps: fp32 master weights, or this rank's
-        part of them. Schedulers of the learning rate may be given `optimizer` itself.
+        In each step, from `grad_norm` or clipping on, `optimizer` holds what it really steps: fp32
+        master weights, or this rank's part of them. At all other times its groups hold the model's
+        parameters, and may be given more of them. Schedulers of the learning rate may be given
+        `optimizer` itself.
 
         Args:
             optimizer: any of torch's over the parameters of the model.
@@ -271,7 +274,8 @@ class Runner:
         sharded = shards(
             optimizer, distributed_optimizer, self.precision, self.context.topology.replicas
         )
-        self._buffers = GradientBuffers(
+        self._make_buffers = partial(
+            GradientBuffers,
             self.model,
             self.model.transformer_config,
             self.context,
@@ -279,6 +283,7 @@ class Runner:
             fp32=numbers.fp32_gradients,
             bucket_size=self._bucket_size,
         )
+        self._buffers = self._make_buffers()
         self._optimizer = ModelParallelOptimizer(
             optimizer,
             self._buffers,
@@ -308,6 +313,7 @@ class Runner:
         if self._buffers is None or self._optimizer is None:
             raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
         self.agreed.structure.check()
+        self.follow_frozen()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
@@ -326,6 +332,26 @@ class Runner:
         if self.context.topology.pp_rank == 0:
             loss = reduced(loss, self.context.groups.cp, "sum")
         return from_first(loss, self.context.groups.pp)
+
+    def follow_frozen(self) -> None:
+        """Train from the next step on what requires a gradient by now, and leave all else alone.
+
+        `train` does this itself. All ranks of a stage must have frozen the same parameters.
+
+        Raises:
+            ValueError: they have not, or the optimizer lacks a parameter that requires a gradient.
+        """
+        assert self._optimizer is not None
+        if self.agreed.structure.is_trained_alike and not self._optimizer.has_others:
+            return
+        self.agreed.check_frozen(self.context.stage_group)
+        self._optimizer.follow(self._replace_buffers)
+        self.agreed.freeze_others(self.context.stage_group)
+
+    def _replace_buffers(self) -> GradientBuffers:
+        self.gradient_buffers.close()
+        self._buffers = self._make_buffers()
+        return self._buffers
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.
@@ -388,6 +414,8 @@ class Runner:
         Raises:
             ValueError: on every rank, when one of them cannot read its files, or they do not fit.
         """
+        if self._optimizer is not None:
+            self.follow_frozen()
         return load(local_path(path), self.model, self._optimizer, self.settings, resume_settings)
 
     @property

@@ -1,7 +1,8 @@
 """What a model was made of when its operators were made, which it must be made of still.
 
 Operators hold the modules' parameters. A module or a parameter that is put in afterwards would be
-evaluated by nothing and trained by nothing, without a word.
+evaluated by nothing and trained by nothing, without a word. Which parameters are frozen may change:
+then other operators are made.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class Structure:
         self._forms = [
             (name, parameter, _form(parameter)) for name, parameter in model.named_parameters()
         ]
+        self._trained = [parameter.requires_grad for parameter in model.parameters()]
+
+    @property
+    def is_trained_alike(self) -> bool:
+        """Whether the same parameters are frozen as then. It waits for no device."""
+        return self._trained == [parameter.requires_grad for _, parameter, _ in self._forms]
 
     def check(self) -> None:
         """Refuse a model that is made of something else by now. It waits for no device.

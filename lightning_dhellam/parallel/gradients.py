@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -96,6 +96,7 @@ class GradientBuffers:
         self._model = model
         self._parallel = context.topology.replicas > 1
         self._groups = _groups_of_stage(context)
+        self._frozen: tuple[Parameter, ...] = ()
         if context.topology.tp_size > 1:
             _mark_partial(model)
         start_alike(model, context)
@@ -125,8 +126,20 @@ class GradientBuffers:
         for parameter in self.ddp.params_with_grad:
             parameter.grad_added_to_main_grad = False
             setattr(parameter, _OLD, True)
-        for group in self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups:
+        self._frozen = tuple(p for p in self.ddp.params_with_grad if not p.requires_grad)
+        for group in self._bucket_groups:
             group.reset()
+
+    def expect_others(self) -> None:
+        """Other parameters are frozen from the next step on."""
+        for group in self._bucket_groups:
+            # How often each gradient is completed is learned in a step, and holds no longer.
+            group.is_first_batch = True
+            group.golden_per_param_grad_ready_counts = {}
+
+    @property
+    def _bucket_groups(self) -> list[Any]:
+        return list(self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups)
 
     def ready(self, parameters: tuple[Parameter, ...], on_lane: OnLane) -> None:
         """Note that the gradients of `parameters` are complete.
@@ -136,9 +149,10 @@ class GradientBuffers:
         if not self._parallel:
             return
         with on_lane(), self._context.megatron():
-            for parameter in parameters:
-                if parameter.requires_grad:
-                    self.ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
+            # A bucket is reduced when all of it is complete. Nothing comes of what is frozen.
+            for parameter in (*self._frozen, *parameters):
+                self.ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
+        self._frozen = ()
 
     def finish(self) -> None:
         """Wait for the reductions, and add up what tensor-parallel ranks hold in part.
@@ -147,6 +161,7 @@ class GradientBuffers:
         weights, and of every other weight that is not split, are partial sums. Buffers that the
         step has changed become those of the first rank.
         """
+        self.ready((), nullcontext)  # on a stage where all is frozen nothing was ready
         for parameter in self.ddp.params_with_grad:
             if taken_first(parameter):  # nothing was added: it took no part in this step
                 parameter.main_grad.zero_()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MegatronOptimizer,
-)
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,7 +23,9 @@ from lightning_dhellam.parallel.optimizer_state import (
     named,
     restore,
 )
+from lightning_dhellam.parallel.regroup import put_back, requiring_gradients, whole_state
 from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer
+from lightning_dhellam.parallel.wrapping import parts, stepped, weights_of, wrap
 from lightning_dhellam.versions import gradients_for_norm
 
 ELEMENTWISE = "elementwise"
@@ -76,8 +73,9 @@ def shards(
 class ModelParallelOptimizer:
     """Steps the user's optimizer on Megatron's gradient buffers.
 
-    After construction the user's optimizer holds the parameters that it really steps: fp32 master
-    weights for a 16-bit model, and with `sharded` only this rank's part of them.
+    The user's optimizer has the state of what it really steps: fp32 master weights for a 16-bit
+    model, and with `sharded` only this rank's part of them. From `prepare` to the end of `step` its
+    groups hold those, with their gradients, and the model's parameters at all other times.
 
     Args:
         optimizer: the user's, as `configure_optimizers` returned it.
@@ -106,45 +104,92 @@ class ModelParallelOptimizer:
     ) -> None:
         self._inner = optimizer
         self._context = context
+        self._parameter_names = names
         self._has_masters = master_weights
         self._sharded = sharded
-        config = OptimizerConfig(
-            bf16=master_weights,
-            use_distributed_optimizer=sharded,
-            # Clipping is done here: Megatron's reads the norm on the host in every step.
-            clip_grad=0.0,
-        )
-        for group in optimizer.param_groups:
-            # Megatron's sharded optimizer asks every group; expert parallelism will say True.
-            group.setdefault("is_expert_parallel", False)
-        groups = [
-            [names.get(p, f"parameter {i} of group {g}") for i, p in enumerate(group["params"])]
-            for g, group in enumerate(optimizer.param_groups)
-        ]
-        with context.megatron():
-            self._megatron = _wrap(optimizer, config, buffers, context, sharded, master_weights)
-        self._parts = _parts(self._megatron, names) if sharded else {}
-        self._names = Names(_stepped(self._megatron, names) if sharded else groups, groups)
+        self._members: list[list[Tensor]] = [list(g["params"]) for g in optimizer.param_groups]
         self._norm_group = context.groups.intra_dist_opt if sharded else context.groups.mp
-        self._megatron.grad_stats_parallel_group = self._norm_group
-        self._megatron.tp_group = context.groups.tp
-        self._weights = StepsFollow(
-            self._megatron, buffers, sharded=sharded, master_weights=master_weights
-        )
-        self._skipping = SkippingOptimizer(optimizer, context.device)
-        self._megatron.optimizer = self._skipping
         tells = context.topology.rank == 0
         self._skipped = SkippedSteps(context.device, max_skipped_steps, tells=tells)
         self._norm: Tensor | None = None
         self._finite: Tensor | None = None
         self._loss: Tensor | None = None
         self._prepared = False
+        self._hidden: list[Tensor] = []
+        self._shown: list[list[Tensor]] | None = None
         self.steps = 0
+        self._hold(buffers)
+
+    def _hold(self, buffers: GradientBuffers) -> None:
+        """Step the parameters that have a buffer. All others of the user's groups rest."""
+        optimizer, context, names = self._inner, self._context, self._parameter_names
+        held = set(map(id, buffers.ddp.params_with_grad))
+        groups = [
+            [names.get(p, f"parameter {i} of group {g}") for i, p in enumerate(members)]
+            for g, members in enumerate(self._members)
+        ]
+        own = []
+        for group, members, of_group in zip(
+            optimizer.param_groups, self._members, groups, strict=True
+        ):
+            # Megatron's sharded optimizer asks every group; expert parallelism will say True.
+            group.setdefault("is_expert_parallel", False)
+            group["params"] = [p for p in members if id(p) in held]
+            both = zip(members, of_group, strict=True)
+            own.append([name for p, name in both if id(p) in held])
+        config = OptimizerConfig(
+            bf16=self._has_masters,
+            use_distributed_optimizer=self._sharded,
+            # Clipping is done here: Megatron's reads the norm on the host in every step.
+            clip_grad=0.0,
+        )
+        with context.megatron():
+            self._megatron = wrap(
+                optimizer, config, buffers, context, self._sharded, self._has_masters
+            )
+        self._buffers = buffers
+        self._parts = parts(self._megatron, names) if self._sharded else {}
+        self._names = Names(stepped(self._megatron, names) if self._sharded else own, groups)
+        self._megatron.grad_stats_parallel_group = self._norm_group
+        self._megatron.tp_group = context.groups.tp
+        self._models = weights_of(self._megatron)
+        self._own = [group["params"] for group in optimizer.param_groups]
+        for group, members in zip(optimizer.param_groups, self._members, strict=True):
+            group["params"] = list(members)
+        self._weights = StepsFollow(
+            self._megatron, buffers, sharded=self._sharded, master_weights=self._has_masters
+        )
+        self._skipping = SkippingOptimizer(optimizer, context.device)
+        self._megatron.optimizer = self._skipping
 
     @property
     def parameters(self) -> list[Tensor]:
         """What the user's optimizer steps on this rank."""
-        return [p for group in self._inner.param_groups for p in group["params"]]
+        return [p for group in self._own for p in group]
+
+    def _show_stepped(self) -> None:
+        """Let the user's optimizer hold what it steps, as it must for a step and in its hooks."""
+        if self._shown is None:
+            self._shown = [group["params"] for group in self._inner.param_groups]
+            for group, own in zip(self._inner.param_groups, self._own, strict=False):
+                group["params"] = own
+
+    def _show_model(self) -> None:
+        """Let the user's optimizer hold the model's parameters, which the user has given to it."""
+        if self._shown is not None:
+            for group, shown in zip(self._inner.param_groups, self._shown, strict=True):
+                group["params"] = shown
+            self._shown = None
+
+    @contextmanager
+    def _showing_stepped(self) -> Iterator[None]:
+        before = self._shown is None
+        self._show_stepped()
+        try:
+            yield
+        finally:
+            if before:
+                self._show_model()
 
     @property
     def skipped_steps(self) -> int:
@@ -156,8 +201,10 @@ class ModelParallelOptimizer:
 
     def begin(self) -> None:
         """A step begins: what was known of the gradients counts no more."""
+        self._show_model()
         self._norm = self._finite = self._loss = None
         self._prepared = False
+        self._hidden = [own for own, model in self._models if not model.requires_grad]
 
     def saw(self, loss: Tensor) -> None:
         """Note this rank's loss of the step, a scalar: unless it is finite, `step` does nothing."""
@@ -168,8 +215,11 @@ class ModelParallelOptimizer:
         if self._prepared:
             return
         self._prepared = True
+        self._show_stepped()
         with self._context.megatron():
             self._megatron.prepare_grads()
+        for parameter in self._hidden:  # frozen: no decay either, and no momentum
+            parameter.grad = None
 
     def grad_norm(self) -> Tensor:
         """2-norm of the gradient of the whole model, the same on every rank: a scalar in fp32.
@@ -237,6 +287,7 @@ class ModelParallelOptimizer:
             # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
             # next zero_grad could clear what the next step has put there.
             parameter.grad = None
+        self._show_model()
         if self._skipping.finite is not None:
             self._skipped.send(self._skipping.finite, self.steps)
         self.steps += 1
@@ -249,9 +300,70 @@ class ModelParallelOptimizer:
         if self._skipped.hear():
             self._skipping.was_skipped()
 
+    @property
+    def has_others(self) -> bool:
+        """Whether the user's optimizer was given parameters since, as by `add_param_group`."""
+        groups = self._shown or [group["params"] for group in self._inner.param_groups]
+        return [[*map(id, group)] for group in groups] != [[*map(id, m)] for m in self._members]
+
+    def follow(self, make_buffers: Callable[[], GradientBuffers]) -> None:
+        """Step what requires a gradient by now, and nothing else, from the next step on.
+
+        What was stepped before keeps its buffer and its state, as in torch. All ranks of a stage
+        must call this, between steps.
+
+        Args:
+            make_buffers: replaces the buffers by those of what requires a gradient just then.
+
+        Raises:
+            ValueError: the user's optimizer does not have a parameter that requires a gradient.
+        """
+        self._show_model()
+        new = self.has_others
+        groups = [list(group["params"]) for group in self._inner.param_groups]
+        members = {id(p) for of_group in groups for p in of_group}
+        held = {id(p) for p in self._buffers.ddp.params_with_grad}
+        for parameter, name in self._parameter_names.items():
+            if parameter.requires_grad and id(parameter) not in members:
+                raise ValueError(
+                    f"'{name}' requires a gradient since the last step, but the optimizer does not"
+                    " have it: give it to configure_optimizers, or to optimizer.add_param_group"
+                )
+            new = new or (parameter.requires_grad and id(parameter) not in held)
+        if not new:
+            self._buffers.expect_others()
+            return
+        self._regroup(groups, make_buffers)
+
+    def _by_name(self) -> dict[str, Any]:
+        stepped = list(zip(chain.from_iterable(self._names.own), self.parameters, strict=True))
+        state = self._inner.state
+        return {
+            "state": {name: state[p] for name, p in stepped if p in state},
+            "master_weights": {n: p.detach() for n, p in stepped} if self._has_masters else {},
+            "parts": self._parts,
+        }
+
+    def _regroup(
+        self, groups: list[list[Tensor]], make_buffers: Callable[[], GradientBuffers]
+    ) -> None:
+        self.settle()
+        shapes = {name: p.shape for p, name in self._parameter_names.items()}
+        group = self._context.groups.dp_cp if self._sharded else None
+        with torch.no_grad():
+            self._weights.take_changes()
+            state = whole_state(self._by_name(), shapes, group)
+        self._inner.state.clear()
+        self._members = groups
+        with requiring_gradients(self._buffers.ddp.params_with_grad):
+            self._hold(make_buffers())
+        names = chain.from_iterable(self._names.own)
+        with torch.no_grad():
+            put_back(self._inner, [*zip(names, self.parameters, strict=True)], state, self._parts)
+
     def reload(self) -> None:
         """Take the model's parameters as they are now, after they were loaded, and no low bits."""
-        with self._context.megatron(), torch.no_grad():
+        with self._showing_stepped(), self._context.megatron(), torch.no_grad():
             self._weights.take_changes()
             self._megatron.reload_model_params()
 
@@ -266,8 +378,10 @@ class ModelParallelOptimizer:
         with torch.no_grad():
             self._weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._has_masters else []
+        with self._showing_stepped():
+            state = self._inner.state_dict()
         return {
-            **named(self._inner.state_dict(), self._names),
+            **named(state, self._names),
             "master_weights": dict(
                 zip(chain.from_iterable(self._names.own), masters, strict=False)
             ),
@@ -288,12 +402,20 @@ class ModelParallelOptimizer:
         """
         self.settle()
         saved = from_numbers(state, self._names) if "optimizer" in state else state
+        frozen = set(saved["state"]).difference(*self._names.own)
+        if frozen:
+            raise ValueError(
+                f"the checkpoint has the optimizer's state of '{min(frozen)}', which has not been"
+                " trained in this run: unfreeze what was trained by then, in on_fit_start or"
+                " on_load_checkpoint, and freeze it again after that if need be"
+            )
         if saved.get("parts", self._parts) != self._parts:
             raise ValueError(
                 "the checkpoint's optimizer has other parts of the parameters on this rank: use the"
                 " bucket_size and the number of ranks that it was saved with"
             )
-        restored = restore(self._inner, saved, self._names, resume_settings)
+        with self._showing_stepped():
+            restored = restore(self._inner, saved, self._names, resume_settings)
         if self._has_masters:
             masters = saved["master_weights"]
             for name, parameter in zip(
@@ -301,42 +423,3 @@ class ModelParallelOptimizer:
             ):
                 parameter.data.copy_(masters[name])
         return restored
-
-
-def _wrap(
-    optimizer: Optimizer,
-    config: OptimizerConfig,
-    buffers: GradientBuffers,
-    context: ParallelContext,
-    sharded: bool,
-    master_weights: bool,
-) -> MegatronOptimizer:
-    if sharded:
-        topology = context.topology
-        return DistributedOptimizer(
-            optimizer,
-            config,
-            grad_scaler=None,
-            init_state_fn=None,
-            model_chunks=[buffers.ddp],
-            per_model_buffers={0: buffers.ddp.buffers},
-            data_parallel_group=context.groups.dp_cp,
-            data_parallel_group_gloo=None,
-            data_parallel_group_idx=topology.tp_rank + topology.pp_rank * topology.tp_size,
-            distributed_optimizer_instance_id=0,
-        )
-    if master_weights:
-        return Float16OptimizerWithFloat16Params(optimizer, config, None, None)
-    return FP32Optimizer(optimizer, config, None)
-
-
-def _stepped(megatron: DistributedOptimizer, names: Mapping[Tensor, str]) -> list[list[str]]:
-    """Names of what the sharded optimizer steps on this rank: of each group those in fp32 first."""
-    both = zip(megatron.model_fp32_groups, megatron.model_float16_groups, strict=True)
-    return [[names[p] for p in (*fp32, *half)] for fp32, half in both]
-
-
-def _parts(megatron: DistributedOptimizer, names: Mapping[Tensor, str]) -> dict[str, list[int]]:
-    """The first element of each parameter that this rank steps, and the end of its part."""
-    ranges = {p: megatron._get_model_param_range_map(p) for p in megatron.model_param_gbuf_map}
-    return {names[p]: [own["param"].start, own["param"].end] for p, own in ranges.items()}

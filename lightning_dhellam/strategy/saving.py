@@ -132,6 +132,8 @@ class SavingStrategy(JobStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self._optimizer is not None and self.lightning_module is not None
+        if self._runner is not None:  # hooks may have unfrozen what there is state of
+            self._runner.follow_frozen()
         trainer, optimizer = self.lightning_module.trainer, self._optimizer
         (state,) = checkpoint["optimizer_states"]
 

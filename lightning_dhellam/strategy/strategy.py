@@ -361,6 +361,10 @@ class DHellamStrategy(SavingStrategy):
         finally:
             self._losses_left = None
 
+    def has_place(self) -> bool:
+        """Whether the processes have started, so that the model can be built."""
+        return self._context is not None
+
     def place(self) -> Place:
         """Where the model is built, once the processes have started."""
         return Place(self.context, self.dtype, self.seed)

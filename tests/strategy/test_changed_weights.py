@@ -85,9 +85,8 @@ class Changes(Callback):
         assert self.left == []
         for name, weight in module.model.named_parameters():
             self.found[name] = set(weight.flatten().tolist())
-        for group in trainer.optimizers[0].param_groups:
-            for stepped in group["params"]:
-                self.masters |= set(stepped.flatten().tolist())
+        for stepped in trainer.optimizers[0].state:
+            self.masters |= set(stepped.flatten().tolist())
 
 
 class Still(Model):

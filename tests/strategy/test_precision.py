@@ -28,7 +28,7 @@ class Types(Callback):
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        stepped = optimizer.state  # outside of a step the groups hold the model's parameters
         self.found = {
             "weights": {p.dtype for p in module.model.parameters()},
             "gradients": {p.main_grad.dtype for p in module.model.parameters()},
