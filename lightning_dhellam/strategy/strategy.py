@@ -327,6 +327,8 @@ class DHellamStrategy(SavingStrategy):
     def batch_to_device(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
+        if self._termination is not None and not self._module.trainer.training:
+            self._termination.check()
         if self._feeding is not None:
             self._feeding.compare(batch, (self._module.trainer.state.stage, dataloader_idx))
         if self.root_device.type != "cpu":  # on the host the runner sees them itself
@@ -408,8 +410,6 @@ class DHellamStrategy(SavingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A callback such as GradientAccumulationScheduler may have changed it after the start.
         checks.check_trainer(self._module.trainer)
-        if self._termination is not None:
-            self._termination.check()
 
     def _meet(self) -> None:
         if self._termination is not None:

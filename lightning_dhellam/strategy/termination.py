@@ -1,17 +1,17 @@
-"""How a job of several processes ends when one of them is told to, or is killed.
+"""How a job of several processes ends when one of them is told to, or saves itself to be requeued.
 
-Lightning's own handler of SIGTERM calls a collective wherever the signal finds the process. In the
-middle of a step that is for ever: one rank waits in the handler's collective, another in one of the
-step's. Its training loop asks another rank before each step, and drains the device to hear the
-answer. Here the handler only takes note, and all ranks end together where they meet next.
+Lightning's own handlers call collectives wherever the signal finds the process. In the middle of a
+step that is for ever: one rank waits in the handler's collective, another in one of the step's. Its
+training loop asks another rank before each step, and drains the device to hear the answer. Here the
+handlers only take note, and all ranks obey together where they meet next.
 
-At the start of a step each rank asks all others, in host memory, whether one was told, and reads
-what they answered to the question of the step before. That answer is there once every rank's host
-has begun the step before, so no rank waits for one that is less than a step behind, nor for its
-device. All read the same answers in the same order, so all end at the start of the same step:
+At the end of a step each rank asks all others, in host memory, whether one was told, and reads what
+they answered to the question of the step before. That answer is there once every rank's host has
+ended the step before, so no rank waits for one that is less than a step behind, nor for its device.
+All read the same answers in the same order, so all obey at the end of the same step:
 
-    rank 0   asks 1 |  step 1  | reads 1, asks 2 | step 2, told | reads 2, asks 3 | step 3 | reads 3
-    rank 1     asks 1 |  step 1  | reads 1, asks 2 |   step 2   | reads 2, asks 3 | step 3 | reads 3
+    rank 0   step 1  | reads 0, asks 1 | step 2, told | reads 1, asks 2 | step 3 | reads 2, obeys
+    rank 1     step 1  | reads 0, asks 1 |   step 2   | reads 1, asks 2 | step 3 | reads 2, obeys
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
 
 from lightning_dhellam.parallel.hosts import Question
 
@@ -32,14 +34,16 @@ if TYPE_CHECKING:
 PARENT = "DHELLAM_PARENT"
 """Environment variable with the process that has started this one as a rank of its job."""
 _NOTIFIER = "_sigterm_notifier_fn"
+_REQUEUER = "_slurm_sigusr_handler_fn"
 _ASKER = "_broadcast_sigterm_tensor"
 _GRACE = 30.0
 
 
-class Termination:
-    """SIGTERM of a run, for all of its ranks.
+class Termination(Callback):
+    """SIGTERM of a run, and the signal at which SLURM's jobs requeue themselves, for all ranks.
 
-    What others do at SIGTERM, a user's handler or the requeueing of SLURM, is done as ever.
+    A callback of the trainer's, behind all others, so that what they do at the end of a step is
+    done. What a user's own handler of SIGTERM does is done as ever.
 
     Args:
         trainer: that has not yet registered its handlers.
@@ -47,25 +51,43 @@ class Termination:
     """
 
     def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup | None) -> None:
+        self._trainer = trainer
         self._connector = trainer._signal_connector
         self._loop = trainer.fit_loop.epoch_loop
-        self._rank = trainer.global_rank
         self._group = group
-        self._told = False
+        self._told = self._to_requeue = self._has_requeued = False
         self._asked: Question | None = None
-        setattr(self._connector, _NOTIFIER, self._note)
+        _callbacks(trainer).append(self)
+        setattr(self._connector, _NOTIFIER, self._note_end)
+        setattr(self._connector, _REQUEUER, self._note_requeue)
         setattr(self._loop, _ASKER, _nothing)
 
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Obey what any rank was told before the end of the last step. Waits for no device."""
+        asked, self._asked = self._asked, self._ask()
+        if self._group is None:
+            asked = self._asked
+        if asked is None:
+            return
+        told, to_requeue = asked.answer()
+        if to_requeue and not self._has_requeued:
+            self._has_requeued = True
+            self._requeue()
+        if told:
+            # Lightning's loop ends by this when the step's numbers are logged.
+            self._connector.received_sigterm = True
+
     def check(self) -> None:
-        """End every rank if any was told to end before the last check. For the start of a step.
+        """End every rank if any was told to end before the last check. For batches of other loops.
 
         All ranks must call this and `meet` at the same places. It waits for no device.
 
         Raises:
             SIGTERMException: as Lightning does, which runs the callbacks' `on_exception`.
         """
-        self._end_if(self._answer())
-        self._ask()
+        asked, self._asked = self._asked, self._ask()
+        self._end_if(asked)
 
     def meet(self) -> None:
         """End every rank if any was told to end by now. For places where ranks wait anyway.
@@ -73,36 +95,49 @@ class Termination:
         Raises:
             SIGTERMException: as `check`.
         """
-        self._end_if(self._answer())
-        self._ask()
-        self._end_if(self._answer())
+        self.check()
+        self._end_if(self._asked)
 
     def close(self) -> None:
-        """Let Lightning's handler be registered again by the next run."""
-        self._connector.__dict__.pop(_NOTIFIER, None)
+        """Let Lightning's handlers be registered again by the next run."""
+        _callbacks(self._trainer).remove(self)
+        for name in (_NOTIFIER, _REQUEUER):
+            self._connector.__dict__.pop(name, None)
         self._loop.__dict__.pop(_ASKER, None)
 
-    def _ask(self) -> None:
-        self._asked = Question([self._told], self._group)
+    def _ask(self) -> Question:
+        return Question([self._told, self._to_requeue], self._group)
 
-    def _answer(self) -> bool:
-        """Whether any rank had been told when it asked last; not asked yet is no."""
-        if self._asked is None:
-            return False
-        asked, self._asked = self._asked, None
-        return asked.answer()[0] > 0
-
-    def _end_if(self, told: bool) -> None:
-        if told:
+    def _end_if(self, asked: Question | None) -> None:
+        if asked is not None and asked.answer()[0]:
             self._connector.received_sigterm = True
+        if self._connector.received_sigterm:
             raise SIGTERMException
 
-    def _note(self, signum: int, frame: Any) -> None:
+    def _requeue(self) -> None:
+        """Save, and have SLURM start the job again: Lightning's handler, on all ranks at once."""
+        handler = getattr(type(self._connector), _REQUEUER)
+        handler(self._connector, signal.SIGUSR1, None)
+
+    def _note_end(self, signum: int, frame: Any) -> None:
         if not self._told:
             self._told = True
-            message = f"[rank {self._rank}] {signal.Signals(signum).name}: all ranks end at"
-            # Not by `print`, in the middle of which the signal may have come.
-            os.write(2, f"{message} their next step or the one after it\n".encode())
+            self._say(signum, "all ranks end")
+
+    def _note_requeue(self, signum: int, frame: Any) -> None:
+        if not self._to_requeue:
+            self._to_requeue = True
+            self._say(signum, "all ranks save and the job is requeued")
+
+    def _say(self, signum: int, what: str) -> None:
+        message = f"[rank {self._trainer.global_rank}] {signal.Signals(signum).name}: {what} at"
+        # Not by `print`, in the middle of which the signal may have come.
+        os.write(2, f"{message} their next step or the one after it\n".encode())
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009  set by a connector
+    return callbacks
 
 
 def _nothing() -> None:
