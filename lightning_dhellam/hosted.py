@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -20,8 +21,18 @@ class Place(NamedTuple):
     seed: int
 
 
+class Ending(Protocol):
+    """How a process learns that it is to end."""
+
+    def is_told_to_end(self) -> bool:
+        """Whether this process was told to end."""
+
+    def ending_at_once(self) -> AbstractContextManager[None]:
+        """Inside, where no other rank is needed, the exception that ends it is raised at once."""
+
+
 @runtime_checkable
-class RunnerStrategy(Protocol):
+class RunnerStrategy(Ending, Protocol):
     """A strategy that trains a module through a `Runner`.
 
     It has methods only, so that a check whether a strategy is one asks it for no value.

@@ -202,7 +202,8 @@ class AutoSearch(Callback):
         self._over = True
 
     def _begin(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> Session:
-        session = Session(_runner(trainer), self._options)
+        assert isinstance(trainer.strategy, RunnerStrategy)
+        session = Session(_runner(trainer), self._options, trainer.strategy)
         with tqdm(
             desc="search: profile",
             unit="measurement",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dhellam.autosearch.profiling import fingerprint, of_stage, take_profile, versions
 from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
 from lightning_dhellam.engine import Span
 from lightning_dhellam.files import FileError
+from lightning_dhellam.hosted import Ending
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
@@ -61,6 +63,7 @@ class Session:
     Args:
         runner: that trains.
         options: how to search.
+        ending: tells whether the process is to end, which it then does before the search is over.
 
     Attributes:
         left_out: plans that are not tried since they need more than the given memory limit, and
@@ -70,9 +73,10 @@ class Session:
         findings: what the search has found; None until it is over.
     """
 
-    def __init__(self, runner: Runner, options: Options) -> None:
+    def __init__(self, runner: Runner, options: Options, ending: Ending | None = None) -> None:
         self._runner = runner
         self._options = options
+        self._ending = ending
         self._seconds: dict[str, float] = {}
         self._winner = ""
         self._reason = ""
@@ -95,6 +99,7 @@ class Session:
             BenchError: an operator could not be timed; it is named.
             FileError: the given profile was made for something else.
             ValueError: no order keeps the memory limit.
+            SIGTERMException: a rank was told to end; on all of them.
         """
         runner, options = self._runner, self._options
         self._pieces = runner.intake.micro_batches(batch)
@@ -104,13 +109,19 @@ class Session:
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         everyone = runner.context.world_group
+        measuring = partial(self._measuring, progress)
         if len(runner.agreed.exchanges) > 1:
             with self._timed("exchange"):
-                together(lambda: self._take_exchange(progress, slack), everyone)
+                together(lambda: self._take_exchange(measuring, slack), everyone)
         with self._timed("profile"):
-            self._profile = together(lambda: self._profiled(progress), everyone)
+            self._profile = together(lambda: self._profiled(measuring), everyone)
         with self._timed("solve"):
-            together(lambda: self._solve(options.memory_limit, slack), everyone)
+
+            def solve_or_end() -> None:
+                with self._ending.ending_at_once() if self._ending is not None else nullcontext():
+                    self._solve(options.memory_limit, slack)
+
+            together(solve_or_end, everyone)
             self._agree()
         self._trials = Trials(tuple(self._builders), options.rounds)
         self._began = time.perf_counter()
@@ -205,6 +216,15 @@ class Session:
         """Tokens of a micro-batch: ranks may have other batches, but need the same plan."""
         most = torch.tensor([float(self._pieces[0].tokens)])
         return int(largest(most, self._group))
+
+    def _measuring(self, progress: Progress | None, done: int, total: int, label: str) -> None:
+        """Between two measurements, at the same ones on all ranks that measure together."""
+        if self._ending is not None:
+            told = torch.tensor([float(self._ending.is_told_to_end())])
+            if largest(told, self._group).item():
+                raise SIGTERMException
+        if progress is not None:
+            progress(done, total, label)
 
     def _profiled(self, progress: Progress | None) -> Profile:
         """The profile file of this stage's first rank, or else a new one, which is saved there."""

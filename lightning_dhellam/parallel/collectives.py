@@ -217,28 +217,36 @@ def of_all_ranks(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 class Failure(NamedTuple):
-    """What went wrong on a rank, and whether it is a mistake of the user."""
+    """What went wrong on a rank.
+
+    Attributes:
+        text: of the error.
+        mistake: whether it is one of the user.
+        end: what ends the rank, if nothing was wrong but it was told to end.
+    """
 
     text: str
     mistake: bool
+    end: SystemExit | None = None
 
 
 def try_together(
     part: Callable[[], None], group: dist.ProcessGroup | None
-) -> tuple[Exception | None, list[Failure]]:
+) -> tuple[Exception | SystemExit | None, list[Failure]]:
     """Do `part` on every rank, and wait for all of them: what went wrong here, and on any rank.
 
     A rank that raised at once would leave the others waiting for it.
     """
-    mine: Exception | None = None
+    mine: Exception | SystemExit | None = None
     failure: Failure | None = None
     try:
         part()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         rank = 0 if group is None else group.rank()
         mine = error
         text = f"rank {rank}: {type(error).__name__}: {error}"
-        failure = Failure(text, isinstance(error, ValueError))
+        end = error if isinstance(error, SystemExit) else None
+        failure = Failure(text, isinstance(error, ValueError), end)
     return mine, [found for found in of_all_ranks(failure, group) if found is not None]
 
 
@@ -248,12 +256,15 @@ def together(part: Callable[[], Found], group: dist.ProcessGroup | None) -> Foun
     Raises:
         ValueError: on the ranks where nothing failed, with the text of a ValueError of another.
         RuntimeError: the same, of any other error.
+        SystemExit: another rank was told to end.
     """
     found: list[Found] = []
     mine, failures = try_together(lambda: found.append(part()), group)
     if mine is not None:
         raise mine
     if failures:
+        if failures[0].end is not None:
+            raise failures[0].end
         kind = ValueError if failures[0].mistake else RuntimeError
         raise kind(failures[0].text)
     return found[0]

@@ -28,7 +28,11 @@ from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher
-from lightning_dhellam.strategy.termination import parent_of_rank, watch_parent
+from lightning_dhellam.strategy.termination import (
+    end_soon_at_exit,
+    parent_of_rank,
+    watch_parent,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -188,8 +192,10 @@ class JobStrategy(ParallelStrategy):
 
     def _leave(self, *, ended_well: bool) -> None:
         """The run is over: other runs may use the groups if it has left nothing in them."""
-        if self._parent_watch is not None:
+        if ended_well and self._parent_watch is not None:
             self._parent_watch.set()
+        if not ended_well and self.cluster is None and self.topology.world_size > 1:
+            end_soon_at_exit()
         if self._context is not None:
             self._context.destroy(keep=ended_well and self.cluster is None)
             if self.cluster is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -374,6 +374,14 @@ class DHellamStrategy(SavingStrategy):
     def current_runner(self) -> Runner:
         """What trains; see `runner`."""
         return self.runner
+
+    def is_told_to_end(self) -> bool:
+        """Whether this process was told to end."""
+        return self._termination is not None and self._termination.told
+
+    def ending_at_once(self) -> AbstractContextManager[None]:
+        """Inside, SIGTERM is raised where it comes; see `Termination.at_once`."""
+        return self._termination.at_once() if self._termination is not None else nullcontext()
 
     def run_batch(self, batch: Mapping[str, Any], *, backward: bool) -> Tensor:
         """Loss of this rank's batch, a scalar in fp32; with `backward`, its gradients as well."""

@@ -8,7 +8,8 @@ handlers only take note, and all ranks obey together where they meet next.
 At the end of a step each rank asks all others, in host memory, whether one was told, and reads what
 they answered to the question of the step before. That answer is there once every rank's host has
 ended the step before, so no rank waits for one that is less than a step behind, nor for its device.
-All read the same answers in the same order, so all obey at the end of the same step:
+All read the same answers in the same order, so all obey at the end of the same step. Who is told
+tells the other processes of its node: a rank that computes alone, as in a search, asks nobody.
 
     rank 0   step 1  | reads 0, asks 1 | step 2, told | reads 1, asks 2 | step 3 | reads 2, obeys
     rank 1     step 1  | reads 0, asks 1 |   step 2   | reads 1, asks 2 | step 3 | reads 2, obeys
@@ -16,9 +17,12 @@ All read the same answers in the same order, so all obey at the end of the same 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -36,7 +40,8 @@ PARENT = "DHELLAM_PARENT"
 _NOTIFIER = "_sigterm_notifier_fn"
 _REQUEUER = "_slurm_sigusr_handler_fn"
 _ASKER = "_broadcast_sigterm_tensor"
-_GRACE = 30.0
+_GRACE = 10.0
+"""Seconds that a process may take to end after the one that has started it, or by itself."""
 
 
 class Termination(Callback):
@@ -45,9 +50,14 @@ class Termination(Callback):
     A callback of the trainer's, behind all others, so that what they do at the end of a step is
     done. What a user's own handler of SIGTERM does is done as ever.
 
+    Before training begins a signal does what it does to any process: there is nothing to lose.
+
     Args:
         trainer: that has not yet registered its handlers.
         group: of all ranks, for tensors in host memory; None where there are no others.
+
+    Attributes:
+        told: whether this process was told to end.
     """
 
     def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup | None) -> None:
@@ -55,7 +65,8 @@ class Termination(Callback):
         self._connector = trainer._signal_connector
         self._loop = trainer.fit_loop.epoch_loop
         self._group = group
-        self._told = self._to_requeue = self._has_requeued = False
+        self.told = self._to_requeue = self._has_requeued = False
+        self._at_once = False
         self._asked: Question | None = None
         _callbacks(trainer).append(self)
         setattr(self._connector, _NOTIFIER, self._note_end)
@@ -98,6 +109,23 @@ class Termination(Callback):
         self.check()
         self._end_if(self._asked)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """End this rank in the middle of what is inside if it is told to, or was.
+
+        Of other ranks it must need nothing, and they must hear of it afterwards.
+
+        Raises:
+            SIGTERMException: at any place inside.
+        """
+        self._at_once = True
+        try:
+            if self.told:
+                raise SIGTERMException
+            yield
+        finally:
+            self._at_once = False
+
     def close(self) -> None:
         """Let Lightning's handlers be registered again by the next run."""
         _callbacks(self._trainer).remove(self)
@@ -106,7 +134,7 @@ class Termination(Callback):
         self._loop.__dict__.pop(_ASKER, None)
 
     def _ask(self) -> Question:
-        return Question([self._told, self._to_requeue], self._group)
+        return Question([self.told, self._to_requeue], self._group)
 
     def _end_if(self, asked: Question | None) -> None:
         if asked is not None and asked.answer()[0]:
@@ -120,14 +148,26 @@ class Termination(Callback):
         handler(self._connector, signal.SIGUSR1, None)
 
     def _note_end(self, signum: int, frame: Any) -> None:
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             self._say(signum, "all ranks end")
+            self._tell_others(signum)
+        if self._at_once:
+            raise SIGTERMException
 
     def _note_requeue(self, signum: int, frame: Any) -> None:
         if not self._to_requeue:
             self._to_requeue = True
             self._say(signum, "all ranks save and the job is requeued")
+
+    def _tell_others(self, signum: int) -> None:
+        """Tell the processes that this one has started as ranks, or the one that has started it."""
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signum)
+        if os.environ.get(PARENT) == str(os.getppid()):
+            with suppress(ProcessLookupError):
+                os.kill(os.getppid(), signum)
 
     def _say(self, signum: int, what: str) -> None:
         message = f"[rank {self._trainer.global_rank}] {signal.Signals(signum).name}: {what} at"
@@ -157,12 +197,21 @@ def watch_parent(grace: float) -> threading.Event:
     the store through which they would agree on that was in it. Returns what ends the watch, for
     when this process has work left that needs no other.
     """
-    done = threading.Event()
-    parent = os.getppid()
-    if os.environ.get(PARENT) == str(parent):
-        arguments = (parent, min(grace, _GRACE), done)
+    global _watched
+    if _watched is not None:
+        _watched.set()  # of an earlier run
+    done = _watched = threading.Event()
+    parent = os.environ.get(PARENT)
+    is_ours = parent == str(os.getppid())
+    # It may have ended before this process has come here.
+    if parent is not None and (is_ours or not _is_running(int(parent))):
+        arguments = (int(parent), min(grace, _GRACE), done)
         threading.Thread(target=_watch, args=arguments, daemon=True).start()
     return done
+
+
+_watched: threading.Event | None = None
+"""What ends the watch of this process."""
 
 
 def _watch(parent: int, grace: float, done: threading.Event) -> None:
@@ -174,3 +223,30 @@ def _watch(parent: int, grace: float, done: threading.Event) -> None:
         message = f"process {parent}, which has started this one, ended {grace:.0f} s ago"
         os.write(2, f"{message}: so does this one\n".encode())
         os._exit(1)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def end_soon_at_exit() -> None:
+    """Let this process take no longer than some seconds to exit, once it does.
+
+    For one that has left others in the middle of a collective: what is left of NCCL's communicators
+    may wait for them when the interpreter lets go of it. Then no thread of Python's runs any more,
+    so that the kernel must end it.
+    """
+    atexit.unregister(_set_alarm)
+    atexit.register(_set_alarm)
+
+
+def _set_alarm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(_GRACE))
