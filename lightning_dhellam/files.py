@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,8 +23,50 @@ _SPELLINGS = {
 """What the user calls a field; those of `shapes` have the names of the model's configuration."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, a quota or a file that is full."""
+
+
 class FileError(ValueError):
     """A file that cannot be used. The message says why and what to do."""
+
+
+class WriteError(OSError):
+    """What could not be written. The message says what, where and why, and how much is missing."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
+def write_error(
+    path: Path, error: OSError, written: int, needed: int | None = None, about: str = ""
+) -> WriteError:
+    """What to raise when a file could not be written to its end.
+
+    Args:
+        path: of the file.
+        error: that writing has met.
+        written: bytes of it that were.
+        needed: bytes that it takes, if that is known.
+        about: "about " if `needed` is an estimate.
+    """
+    text = f"{path.name} in {path.parent}: {error.strerror or error}"
+    if error.errno in _FULL:
+        more = "" if needed is None else f", {about}{_size(needed - written)} more are needed"
+        free = shutil.disk_usage(_existing(path.parent)).free
+        text += f": {_size(written)} were written{more}, and {_size(free)} are free"
+    return WriteError(error.errno, text)
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def local_path(path: str | os.PathLike[str], given: str = "") -> Path:
@@ -66,13 +109,20 @@ def check_file(file: Path, given: str) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        WriteError: there is no room for it, or the disk fails.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(path, error, os.path.getsize(name), len(content)) from error
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
@@ -97,6 +147,11 @@ def staged_directory(target: Path, replace: bool = False) -> Iterator[Path]:
             put_in_place(partial, target)
         else:
             _claim(partial, target)
+    except OSError as error:
+        if isinstance(error, WriteError) or error.errno not in _FULL:
+            raise
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        raise write_error(target, error, written) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -136,7 +191,11 @@ def sync_files(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:  # where the space is only looked for now
+                    size = path.stat().st_size
+                    raise write_error(path, error, size) from error
 
 
 def _umask() -> int:

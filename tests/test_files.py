@@ -1,4 +1,4 @@
-"""Places that nothing can be written to are refused."""
+"""Places that nothing can be written to are refused, and full disks are named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dhellam.files import check_file, check_folder
+from lightning_dhellam.files import (
+    WriteError,
+    check_file,
+    check_folder,
+    save_text,
+    staged_directory,
+)
+from lightning_dhellam.plan.file import PlanFile
+from tests.full_disk import full_disk
 
 
 def test_folders_that_are_there_or_can_be_made_are_taken(
@@ -33,3 +41,23 @@ def test_a_link_to_nowhere_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match="link is not a folder"):
         check_folder(tmp_path / "link", "--output x")
+
+
+@pytest.mark.parametrize("kind", ["text", "plan", "folder"])
+def test_a_full_disk_is_named_with_what_is_missing(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("old")
+    with full_disk(tmp_path, 10), pytest.raises(WriteError, match="No space left") as caught:
+        if kind == "text":
+            save_text(file, "x" * 5000)
+        elif kind == "plan":
+            PlanFile({}, {}).save(file)
+        else:
+            with staged_directory(file, replace=True) as folder, (folder / "x").open("wb") as part:
+                part.write(b"x" * 5000)
+    message = str(caught.value)
+    assert f"plan.json in {tmp_path}: No space left on device: 10 bytes were written, " in message
+    assert kind != "text" or "5.0 kB more are needed, and " in message
+    assert message.endswith(" are free") and "\n" not in message
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -18,11 +18,11 @@ import types
 import uuid
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import IO, Any, cast
 from zipfile import is_zipfile
 
 import jsonargparse
@@ -30,6 +30,7 @@ import numpy
 import torch
 from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
 
+from lightning_dhellam.files import write_error
 from lightning_dhellam.models.config import ModelConfig
 
 REMEDY = "use another checkpoint, such as the one before it"
@@ -75,6 +76,7 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: something in it can not be saved, or never be read.
+        WriteError: there is no room for it, or the disk fails.
     """
     content = dict(content)
     unknown: dict[str, set[str]] = {}
@@ -89,7 +91,52 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
             f" loading it {_allow(set().union(*unknown.values()))}, or keep plain values instead",
             stacklevel=2,
         )
-    torch.save(content, file)
+    _save(file, content)
+
+
+class _Stream:
+    """What torch writes to: of a disk's error torch makes one about positions."""
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self.file = file
+        self.name = "" if file is None else file.name
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.file is not None:
+            self._try(lambda file: file.write(data))
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        if self.file is not None:
+            self._try(lambda file: file.flush())
+
+    def _try(self, part: Callable[[IO[bytes]], object]) -> None:
+        assert self.file is not None
+        try:
+            part(self.file)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def _save(file: Path, content: Any) -> None:
+    opened = file.open("wb")
+    stream = _Stream(opened)
+    try:
+        torch.save(content, cast(IO[bytes], stream))
+        stream.flush()
+    except Exception as error:
+        if stream.error is None:
+            raise
+        whole = _Stream(None)
+        torch.save(content, cast(IO[bytes], whole))
+        raise write_error(file, stream.error, stream.size, whole.size) from error
+    finally:
+        with suppress(OSError):  # what it still holds finds no room either
+            opened.close()
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightning_dhellam.checkpoint import content
-from lightning_dhellam.files import put_in_place, sync_files
+from lightning_dhellam.files import WriteError, put_in_place, save_text, sync_files
 from lightning_dhellam.parallel.collectives import of_all_ranks, together, try_together
 from lightning_dhellam.parallel.context import ParallelContext
 
@@ -48,7 +48,7 @@ def save(
     is what the weights are of.
 
     Raises:
-        OSError: a rank could not write; on every rank, and `path` is as it was before.
+        WriteError: a rank could not write; on every rank, and `path` is as it was before.
         ValueError: the same, because something cannot be saved so that it could be read again.
     """
     aside = path.with_name(f".{path.name}.partial")
@@ -66,7 +66,7 @@ def save(
         if context.topology.rank == 0:
             content.write(aside / COMMON, common)
             topology = {**_topology(context), **(settings or {}), MODEL: model}
-            (aside / TOPOLOGY).write_text(json.dumps(topology, indent=2) + "\n")
+            save_text(aside / TOPOLOGY, json.dumps(topology, indent=2) + "\n")
 
     def publish() -> None:
         if context.topology.rank == 0:
@@ -80,7 +80,7 @@ def save(
                 shutil.rmtree(aside, ignore_errors=True)
             of_all_ranks(None, context.world_group)  # none may look before the folder is gone
             reasons = "; ".join(failure.text for failure in failures)
-            kind = ValueError if all(failure.mistake for failure in failures) else OSError
+            kind = ValueError if all(failure.mistake for failure in failures) else WriteError
             raise kind(f"checkpoint {path} was not written: {reasons}")
 
 

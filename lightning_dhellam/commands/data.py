@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from lightning_dhellam.data.config import PrepareConfig
+from lightning_dhellam.files import WriteError
 
 if TYPE_CHECKING:
     from lightning_dhellam.data.prepared import PreparedData
@@ -38,7 +39,9 @@ def data_command(argv: Sequence[str]) -> int:
 
 
 def prepare_command(argv: Sequence[str]) -> int:
-    """Run `dhellam data prepare <argv>`. Returns the exit code: 0, or 2 for a user's mistake."""
+    """Run `dhellam data prepare <argv>`. Returns the exit code: 2 for a user's mistake, 1 if there
+    is no room for the data, or else 0.
+    """
     parser = _prepare_parser()
     try:
         options = vars(parser.parse_args(_spelled_out(argv)))
@@ -46,6 +49,9 @@ def prepare_command(argv: Sequence[str]) -> int:
     except (ValueError, ArgumentError) as error:
         print(f"dhellam data prepare: error: {_one_line(error, parser)}", file=sys.stderr)
         return 2
+    except WriteError as error:
+        print(f"dhellam data prepare: error: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dhellam data prepare: interrupted; nothing was written.", file=sys.stderr)
         return 130

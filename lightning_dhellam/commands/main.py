@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_dhellam import __version__
 from lightning_dhellam.failures import fold, is_ours, was_said
+from lightning_dhellam.files import WriteError
 
 USAGE = """\
 usage: dhellam COMMAND [options]
@@ -31,7 +32,7 @@ LOOPS = ("fit", "validate", "test", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 2 for a mistake in the configuration."""
+    """Run the command. Returns the exit code: 2 for a user's mistake, 1 for a full disk."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else "--help"
     if command in ("-h", "--help", "help"):
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(command, words[1:])
+    except WriteError as error:
+        if not was_said(error):
+            print(f"dhellam {command}: error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         mistake = _mistake(error)
         if mistake is not None:

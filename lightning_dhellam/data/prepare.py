@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +29,7 @@ from lightning_dhellam.data.tokenizer import (
     Tokenizer,
     train_tokenizer,
 )
-from lightning_dhellam.files import check_folder, staged_directory
+from lightning_dhellam.files import check_folder, save_text, staged_directory, write_error
 
 _FILES = (DATA + ".bin", DATA + ".idx")
 _BATCH_CHARACTERS = 4 * 2**20
@@ -152,10 +153,11 @@ def _write_dataset(
     builder = IndexedDatasetBuilder(
         prefix + ".bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
     )
-    documents = tokens = 0
+    documents = tokens = read = 0
     try:
         for batch in _batches(_with_progress(config, corpus, "tokenizing")):
-            for ids in tokenizer.encode_many([d.text for d in batch], config.threads):
+            encoded = tokenizer.encode_many([d.text for d in batch], config.threads)
+            for document, ids in zip(batch, encoded, strict=True):
                 if config.append_eod:
                     ids.append(tokenizer.eod)
                 limit = config.max_document_tokens or max(1, len(ids))
@@ -164,9 +166,17 @@ def _write_dataset(
                     builder.add_document(piece, [len(piece)])
                     documents += 1
                 tokens += len(ids)
+                read += document.source_bytes
         builder.finalize(prefix + ".idx")
+    except OSError as error:
+        files = [Path(prefix + end) for end in (".bin", ".idx")]
+        written = sum(file.stat().st_size for file in files if file.exists())
+        needed = int(written * corpus.size / read) if read else None
+        at = Path(config.output).absolute() / files[0].name
+        raise write_error(at, error, written, needed, about="about ") from error
     finally:
-        builder.data_file.close()
+        with suppress(OSError):  # what it still holds finds no room either
+            builder.data_file.close()
     return documents, tokens
 
 
@@ -188,7 +198,7 @@ def _write_meta(
         "fingerprint": fingerprint,
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    save_text(folder / META, json.dumps(meta, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:

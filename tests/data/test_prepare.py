@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from lightning_dhellam.commands.data import data_command
 from lightning_dhellam.data import prepare as prepare_module
 from lightning_dhellam.data.config import PrepareConfig
 from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.data.prepared import PreparedData
 from lightning_dhellam.data.tokenizer import Tokenizer
 from lightning_dhellam.files import staged_directory, write_atomically
+from tests.full_disk import full_disk
 
 from .conftest import TEXTS
 
@@ -240,3 +242,21 @@ def test_an_interrupted_file_keeps_its_old_content(
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_is_said_in_a_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for number in range(1000):
+        (source / f"{number}.txt").write_text(f"{number} quick brown foxes\n" * 20)
+    words = ["prepare", "--source", str(source), "--output", str(target / "data")]
+    with full_disk(target, 50_000):
+        assert data_command([*words, "--vocab_size", "300", "--progress", "false"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "dhellam data prepare: error: data.bin in " in line
+    assert "No space left on device: " in line
+    assert " were written, about " in line and " more are needed, and " in line
+    assert not list(target.iterdir())

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_dhellam.files import WriteError
 from lightning_dhellam.strategy import DHellamStrategy
+from tests.full_disk import full_disk
 from tests.ranks import run_ranks
 from tests.strategy.runs import SHAPE, Losses, Model, evaluation, join, loader, make_trainer
 
@@ -85,10 +87,10 @@ class FailingSave:
     def __init__(self, rank: int, error: Exception) -> None:
         self.rank, self.error, self.save = rank, error, torch.save
 
-    def __call__(self, value: Any, path: Path) -> None:
-        if path.name == f"state-{self.rank:05d}.pt":
+    def __call__(self, value: Any, stream: Any) -> None:
+        if Path(stream.name).name == f"state-{self.rank:05d}.pt":
             raise self.error
-        self.save(value, path)
+        self.save(value, stream)
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -277,6 +279,27 @@ def test_a_weights_only_checkpoint_validates_like_the_run_that_wrote_it(
     for outcome in outcomes[2]:
         direct, loaded = outcome["weights"]
         assert direct == loaded
+
+
+@pytest.mark.parametrize("room", [0, 100, 1500, 4500, 10_000])
+def test_a_full_disk_is_said_with_the_file_and_what_is_missing(room: int, tmp_path: Path) -> None:
+    from lightning_dhellam.checkpoint import folder as checkpoint
+    from lightning_dhellam.parallel import ParallelContext
+
+    context = ParallelContext.single(torch.device("cpu"))
+    path = tmp_path / "a.ckpt"
+    weights = {"first": torch.ones(1000), "second": torch.ones(1000)}
+    checkpoint.save(path, context, {"value": 1}, weights, {"state": torch.ones(1000)})
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    with full_disk(tmp_path, room), pytest.raises(WriteError) as caught:
+        checkpoint.save(path, context, {"value": 2}, weights, {"state": torch.ones(1000)})
+    message = str(caught.value)
+    file = "weights-00000.pt" if room < sizes["weights-00000.pt"] else "state-00000.pt"
+    assert f"{path} was not written: rank 0: WriteError: {file} in {tmp_path}" in message
+    assert "No space left on device" in message and "more are needed, and" in message
+    assert "unexpected pos" not in message and "\n" not in message
+    assert checkpoint.load_common(path) == {"value": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path: Path) -> None:
