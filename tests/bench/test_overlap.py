@@ -106,11 +106,12 @@ def test_cells_that_the_budget_does_not_allow_are_named(tmp_path: Path) -> None:
 
 
 def test_sequences_are_shared_in_either_way(tmp_path: Path) -> None:
-    words = ("--links", "[copy:110]", "--context_links", "[copy:50]", "--cells", "[c4,d4]")
+    cells = ["c4 copy:110 ring copy:50", "d4 copy:110 all_gather copy:50"]
+    words = ("--links", "[copy:110]", "--context_links", "[copy:50]")
+    words += ("--cells", f"[{','.join(cells)}]")
     plans = ("--plans", "[sequential,megatron,auto]")
     found = bench("overlap", tmp_path, *SHORT, *words, *plans)
     rows = {(row["cell"], row["plan"]): row for row in found["rows"]}
-    cells = [f"{s}4 copy:110 {way} copy:50" for s in "cd" for way in ("ring", "all_gather")]
     assert [cell for cell, plan in rows if plan == "bound"] == cells
     for cell in cells:
         for plan in ("sequential", "megatron", "auto"):

@@ -190,7 +190,7 @@ def _with_plans(rank: int, path: Path) -> dict[str, Any]:
     for name in ("ring", "all_gather"):
         with started(case, context_exchange=name, plan="sequential") as runner:
             expected = runner.train(batch, step=0), gradients_of(runner)
-            builders = BUILDERS | {f"random-{seed}": random_builder(seed) for seed in range(25)}
+            builders = BUILDERS | {f"random-{seed}": random_builder(seed) for seed in range(12)}
             for plan, builder in builders.items():
                 runner.use_plan(plan, builder)
                 outcome = runner.train(batch, step=0), gradients_of(runner)
