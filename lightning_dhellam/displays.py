@@ -174,10 +174,13 @@ def size_of(model: nn.Module, config: ModelConfig, context: ParallelContext, len
         context: groups and sizes of this rank.
         length: tokens of the sequences that are trained on.
     """
-    count = get_human_readable_count(whole_parameters(model, context)).strip()
+    own = sum(p.numel() for p in model.parameters())
+    count, part = map(get_human_readable_count, (whole_parameters(model, context), own))
+    shared = context.topology.tp_size * context.topology.pp_size > 1
+    share = f" ({part.strip()} of them on this rank)" if shared else ""
     flops = training_flops_per_token(config, length)
     unit, size = next((pair for pair in _UNITS if flops >= pair[1]), _UNITS[-1])
     return (
-        f"model: {count} parameters in all, {flops / size:.3g} {unit} per token to train on"
-        f" sequences of {length} tokens"
+        f"model: {count.strip()} parameters in all{share}, {flops / size:.3g} {unit} per token to"
+        f" train on sequences of {length} tokens"
     )

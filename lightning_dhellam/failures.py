@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 BOARD = "DHELLAM_BOARD"
 """Environment variable with the process that has the board open, and its number there."""
@@ -40,15 +41,22 @@ class Board:
 
     Args:
         file: open for reading and appending.
+
+    Attributes:
+        run: number of the run that it is about, the same on all ranks: a script may have several.
     """
+
+    _of_this_process: ClassVar[Board | None] = None
 
     def __init__(self, file: int) -> None:
         self._file = file
+        self.run = 0
 
     @classmethod
     def make(cls) -> Board:
         """A new one, which goes with this process."""
-        return cls(os.memfd_create("dhellam-failures"))
+        cls._of_this_process = cls(os.memfd_create("dhellam-failures"))
+        return cls._of_this_process
 
     @property
     def address(self) -> str:
@@ -57,28 +65,34 @@ class Board:
 
     @classmethod
     def find(cls) -> Board | None:
-        """The board of the process that has started this one as a rank; None if none has."""
+        """The board of the process that has started the ranks, this one or its parent, if any."""
         owner, _, number = os.environ.get(BOARD, "").partition(" ")
-        if owner != str(os.getppid()):
-            return None
-        with suppress(OSError):
-            return cls(os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR | os.O_APPEND))
-        return None
+        if cls._of_this_process is None and owner == str(os.getppid()):
+            with suppress(OSError):
+                file = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR)
+                cls._of_this_process = cls(file)
+        return cls._of_this_process
 
     def write(self, who: str) -> bool:
-        """Write, and tell whether nobody has before."""
-        mark = f"{who} of {os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}\n".encode()
+        """Write, and tell whether nobody has before in this run."""
+        author = f"{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}"
+        mark = f"{self.run}: {who} by {author}"
         file = os.open(f"/proc/self/fd/{self._file}", os.O_RDWR | os.O_APPEND)
         try:
-            os.write(file, mark)
+            os.write(file, f"{mark}\n".encode())
         finally:
             os.close(file)
-        return os.pread(self._file, len(mark), 0) == mark
+        return self._marks[0] == mark
 
     @property
     def written(self) -> bool:
-        """Whether anybody has."""
-        return bool(os.pread(self._file, 1, 0))
+        """Whether anybody has in this run."""
+        return bool(self._marks)
+
+    @property
+    def _marks(self) -> list[str]:
+        text = os.pread(self._file, os.fstat(self._file).st_size, 0).decode()
+        return [line for line in text.splitlines() if line.startswith(f"{self.run}: ")]
 
 
 class Watch:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelSummary, TQDMProgressBar
 
 from lightning_dhellam.callbacks import EpochBar, ProgressLines, RankSummary
-from lightning_dhellam.displays import displays, whole_parameters
+from lightning_dhellam.displays import displays, size_of, whole_parameters
 from lightning_dhellam.models import CausalLM, parameter_count
 from lightning_dhellam.parallel import ParallelContext
 from tests.ranks import run_ranks
@@ -23,18 +23,24 @@ CPU = torch.device("cpu")
 DEEP = replace(SHAPE, num_layers=4)
 
 
-def _counts(rank: int) -> list[int]:
-    found = []
+def _counts(rank: int) -> tuple[list[int], str]:
+    found, said = [], ""
     for sizes in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
         split = (1, 1, 1, 1) if "pipeline_parallel_size" in sizes else ()
         context = ParallelContext.create(CPU, pipeline_split=split, **sizes)
-        found.append(whole_parameters(CausalLM(DEEP, context), context))
+        model = CausalLM(DEEP, context)
+        found.append(whole_parameters(model, context))
+        said = size_of(model, DEEP, context, 16)
         context.destroy()
-    return found
+    return found, said
 
 
 def test_parameters_of_the_whole_model_are_counted_on_every_rank() -> None:
-    assert run_ranks(2, _counts) == [[parameter_count(DEEP)] * 2] * 2
+    (first, said), (second, said_second) = run_ranks(2, _counts)
+    assert first == second == [parameter_count(DEEP)] * 2
+    # The first stage has embedding and head as well.
+    assert said.startswith("model: 10.4 K parameters in all (5.7 K of them on this rank), ")
+    assert said_second.startswith("model: 10.4 K parameters in all (4.7 K of them on this rank), ")
 
 
 def test_a_run_in_a_file_shows_lines_and_says_what_is_of_one_rank(

@@ -51,8 +51,9 @@ def users(tmp_path: Path) -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def _hook(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(Board, "_of_this_process", None)
 
 
 def _raised(users: ModuleType, name: str) -> BaseException:
@@ -129,10 +130,22 @@ def test_a_child_finds_the_board_and_nobody_else_does(monkeypatch: pytest.Monkey
     command = [sys.executable, "-c", program]
     told = [subprocess.run(command, capture_output=True, text=True).stdout for _ in range(2)]
     assert told == ["True\n", "False\n"]
+    assert Board.find() is board, "whoever has made it"
+    monkeypatch.setattr(Board, "_of_this_process", None)
     monkeypatch.setenv(failures.BOARD, f"1 {board.address.split()[1]}")
     assert Board.find() is None
     monkeypatch.delenv(failures.BOARD)
     assert Board.find() is None
+
+
+def test_a_second_run_of_a_script_has_a_word_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    board = Board.make()
+    for _ in range(2):
+        board.run += 1
+        assert not board.written
+        judge(KeyError("tokenz"), 1, board, None)
+        judge(KeyError("tokenz"), 0, board, None)
+    assert capfd.readouterr().err.count("rank 1 failed first") == 2
 
 
 def test_who_fails_first_speaks(capfd: pytest.CaptureFixture[str]) -> None:

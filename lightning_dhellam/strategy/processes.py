@@ -171,6 +171,8 @@ class JobStrategy(ParallelStrategy):
         device_id = self.root_device if self.root_device.type == "cuda" else None
         # From here on this process waits for others.
         self._board = Board.find()
+        if self._board is not None:
+            self._board.run += 1
         self._parent_watch = watch_parent(self.timeout.total_seconds())
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self.timeout, device_id=device_id
