@@ -50,7 +50,7 @@ def prepare_command(argv: Sequence[str]) -> int:
         print(f"dhellam data prepare: error: {_one_line(error, parser)}", file=sys.stderr)
         return 2
     except WriteError as error:
-        print(f"dhellam data prepare: error: {_one_line(error)}", file=sys.stderr)
+        print(f"dhellam data prepare: error: {_one_line(error, parser)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dhellam data prepare: interrupted; nothing was written.", file=sys.stderr)
