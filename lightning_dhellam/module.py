@@ -98,7 +98,7 @@ class DualStrandMixin(LightningModule):
             reduction="none",
         )
         mask = _counts(batch)
-        return (losses * mask.flatten()).sum() / mask.sum().clamp_min(1)
+        return _mean((losses * mask.flatten()).sum(), mask)
 
     @property
     def custom_loss(self) -> Loss | None:
@@ -167,7 +167,7 @@ class DualStrandMixin(LightningModule):
             return self.custom_loss(self.model(batch["tokens"]), batch)
         mask = _counts(batch)
         losses = self.model(batch["tokens"], batch["labels"], mask)
-        return losses.sum() / mask.sum().clamp_min(1)
+        return _mean(losses.sum(), mask)
 
     def batch_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits [B, S, V] of this rank's batch, without gradients."""
@@ -313,6 +313,11 @@ def _counts(batch: Mapping[str, Any]) -> Tensor:
     """The weight of each label, [B, S] in fp32: 0 where it does not count."""
     mask = (batch["labels"] != IGNORED).float()
     return mask if batch.get("loss_mask") is None else mask * batch["loss_mask"]
+
+
+def _mean(total: Tensor, weights: Tensor) -> Tensor:
+    """The mean of what adds up to `total`; 0, and not 0 / 0, where nothing counts."""
+    return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def seed_of_run() -> int:

@@ -179,8 +179,11 @@ class CausalLM(nn.Module):
         ``tokens`` [B, S]. ``labels`` [B, S] are the next tokens (already shifted); -100 is ignored.
         ``loss_mask`` [B, S] multiplies the losses. Raises ValueError when S exceeds
         max_sequence_length or is not a multiple of tensor_parallel_size, and RuntimeError when
-        this rank has only a pipeline stage's layers.
+        this rank has only a pipeline stage's layers. Under autocast on the CPU it computes in that
+        type, with copies of the weights.
         """
+        if self.context.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return self._in_autocast(tokens, labels, loss_mask)
         if self.context.topology.cp_size > 1:
             raise RuntimeError(
                 "this rank has only its pieces of each sequence: run them under DHellamStrategy,"
@@ -215,6 +218,15 @@ class CausalLM(nn.Module):
                 logits, labels, self.config.vocab_size, self.context
             )
         return losses if loss_mask is None else losses * loss_mask
+
+    def _in_autocast(self, *args: Tensor | None) -> Tensor:
+        # Backward of Megatron's linear layers restores autocast of CUDA only: on the CPU it would
+        # multiply gradients in bf16 by weights in fp32.
+        dtype = torch.get_autocast_dtype("cpu")
+        copies = {name: weight.to(dtype) for name, weight in self.named_parameters()}
+        with torch.autocast("cpu", enabled=False):
+            found: Tensor = torch.func.functional_call(self, copies, args)
+        return found
 
     def _of_users_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states of this rank's tokens from those before the block."""
