@@ -21,12 +21,14 @@ from lightning_dhellam.displays import EpochBar, ProgressLines, RankSummary
 from lightning_dhellam.late import show
 from lightning_dhellam.models import ModelConfig, training_flops_per_token
 from lightning_dhellam.parallel import Cluster
+from lightning_dhellam.predictions import PredictionWriter
 from lightning_dhellam.strategy import DHellamStrategy
 from lightning_dhellam.values import check_kinds
 
 __all__ = [
     "AutoSearch",
     "EpochBar",
+    "PredictionWriter",
     "ProgressLines",
     "RankSummary",
     "RunSummary",

@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "callbacks",
         "strategy",
         "autosearch",
-        "displays module",
+        "displays module predictions",
         "hosted",
         "runner",
         "agreed",

@@ -34,7 +34,7 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
     from lightning.pytorch.strategies import Strategy
 
     import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
-    from lightning_dhellam.callbacks import SaveEnd
+    from lightning_dhellam.callbacks import PredictionWriter, SaveEnd
     from lightning_dhellam.commands.configuration import (
         check_devices,
         prepared,
@@ -119,7 +119,7 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
         LightningModule,
         LightningDataModule,
         SaveConfigCallback if keep else None,
-        trainer_defaults={"callbacks": [SaveEnd()]} if keep else None,
+        trainer_defaults={"callbacks": [SaveEnd(), PredictionWriter()]} if keep else None,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},

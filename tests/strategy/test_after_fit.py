@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,25 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_dhellam import DHellamStrategy
-from lightning_dhellam.callbacks import RunSummary, SaveEnd
+from lightning_dhellam.callbacks import PredictionWriter, RunSummary, SaveEnd
 from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.models import export_llama
 from lightning_dhellam.parallel import context
 from tests.ranks import run_ranks
-from tests.strategy.runs import GLOBAL_BATCH, Model, evaluation, join, loader, make_trainer, train
+from tests.strategy.runs import (
+    GLOBAL_BATCH,
+    LENGTH,
+    Model,
+    Sequences,
+    evaluation,
+    join,
+    loader,
+    make_trainer,
+    train,
+)
 
 
 def test_seed_decides_the_weights_and_none_takes_the_one_of_the_run(
@@ -207,3 +219,36 @@ def test_the_end_of_a_run_is_saved_or_it_is_said_that_nothing_was(
     capsys.readouterr()
     fit(1, keep(2), RunSummary())
     assert "checkpoint  none was saved" in capsys.readouterr().out
+
+
+def _predictions(rank: int, world: int, folder: Path) -> list[list[dict[str, Any]]]:
+    join(rank, world)
+    found = []
+    for name, strategy in (("dp", {}), ("tp", {"tensor_parallel_size": 2})):
+        options: dict[str, Any] = {"default_root_dir": folder / name}
+        trainer = make_trainer(strategy, [PredictionWriter()], **options)
+        trainer.predict(Model(), DataLoader(Sequences(10), 2), return_predictions=False)
+        file = folder / name / "predictions.jsonl"
+        found.append([json.loads(line) for line in file.read_text().splitlines()])
+        assert [path.name for path in (folder / name).iterdir()] == ["predictions.jsonl"]
+    return found
+
+
+def test_predictions_are_written_once_for_each_sample_whatever_the_ranks(tmp_path: Path) -> None:
+    for replicas, parallel in run_ranks(2, _predictions, 2, tmp_path):
+        assert [line["sample"] for line in replicas] == list(range(10))
+        assert all(len(line["prediction"]) == LENGTH for line in replicas)
+        assert replicas == parallel
+
+
+def test_predictions_of_any_form_are_written(tmp_path: Path) -> None:
+    class Means(Model):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"mean": batch["tokens"].float().mean()}
+
+    file = tmp_path / "below" / "mine.jsonl"
+    trainer = make_trainer({}, [PredictionWriter(str(file))])
+    trainer.predict(Means(), evaluation({}, samples=12))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["batch"] for line in lines] == [0, 1]
+    assert all(0 < line["prediction"]["mean"] < 32 for line in lines)

@@ -157,5 +157,8 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     assert found.callback_metrics["val_loss"] == fitted.callback_metrics["val_loss"]
     models = [run.lightning_module.model_config for run in (found, fitted)]
     assert described(models[0]) == described(models[1])  # type: ignore[arg-type]
+    run_lightning(["predict", *words, resume])
+    predicted = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["prediction"]) == 16 for line in predicted) and predicted
     with pytest.raises(ValueError, match=r"with norm_epsilon=0\.001, rotary_base=10000\.0"):
         run_lightning(["validate", *words, resume, f"--model.overrides={shape}"])
