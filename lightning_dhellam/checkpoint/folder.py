@@ -11,6 +11,7 @@ Written aside and renamed when every rank is done, so that a folder of the final
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ def save(
         WriteError: a rank could not write; on every rank, and `path` is as it was before.
         ValueError: the same, because something cannot be saved so that it could be read again.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside_of(path)
 
     def clear() -> None:
         if context.topology.rank == 0:
@@ -82,6 +83,15 @@ def save(
             reasons = "; ".join(failure.text for failure in failures)
             kind = ValueError if all(failure.mistake for failure in failures) else WriteError
             raise kind(f"checkpoint {path} was not written: {reasons}")
+
+
+def aside_of(path: Path) -> Path:
+    """Where a checkpoint is written to before it is whole.
+
+    Its name tells nothing of the checkpoint's: a job that goes on under SLURM takes the highest
+    number of all names with `hpc_ckpt_` in them, hidden ones as well.
+    """
+    return path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.partial")
 
 
 def load(

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_dhellam.checkpoint.folder import aside_of
 from tests.ranks import run_ranks
 from tests.strategy.runs import Model, loader, make_trainer
 
@@ -135,3 +136,11 @@ def test_a_requeued_job_ends_as_the_one_that_was_never_interrupted(
             assert gone_on == never
     # On both ranks, and at most moments.
     assert requeued % 2 == 0 and requeued >= MOMENTS
+
+
+def test_a_job_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    whole = tmp_path / "hpc_ckpt_1.ckpt"
+    whole.mkdir()
+    aside_of(tmp_path / "hpc_ckpt_2.ckpt").mkdir()  # its job was killed while it saved
+    trainer = make_trainer({}, default_root_dir=tmp_path)
+    assert trainer._checkpoint_connector._hpc_resume_path == str(whole)
