@@ -103,7 +103,10 @@ def _gains(outcomes: Sequence[Outcome], winner: str) -> list[str]:
         both = other.measured is not None and won.measured is not None
         ratio = other.time / won.time if both else other.predicted / won.predicted
         remark = "" if both else " (predicted)"
-        if both and abs(other.time - won.time) <= other.spread + won.spread:
+        noise = other.spread + won.spread
+        if both and not noise:
+            remark = " (measured once: its noise is not known)"
+        elif both and abs(other.time - won.time) <= noise:
             remark = " (within the noise)"
         gains.append(f"{ratio:.2f}× over {name}{remark}")
     return [f"  speed-up: {', '.join(gains)}"] if gains else []

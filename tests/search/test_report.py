@@ -76,6 +76,8 @@ def test_a_speed_up_within_the_noise_says_so() -> None:
     assert summary([SEQUENTIAL, close, AUTO], "auto").splitlines()[-1] == (
         "  speed-up: 1.25× over sequential, 1.02× over megatron (within the noise)"
     )
+    once = [replace(outcome, spread=0.0) for outcome in (SEQUENTIAL, AUTO)]
+    assert summary(once, "auto").endswith("sequential (measured once: its noise is not known)")
     slower = replace(MEGATRON, measured=0.315)
     assert summary([slower, AUTO], "auto").endswith("0.98× over megatron (within the noise)")
 
