@@ -67,8 +67,10 @@ class DualStrandMixin(LightningModule):
         those of the first rank, whatever each rank has drawn; after each training step buffers are
         the first rank's again.
 
-        With pipeline parallelism every rank must put in the same modules at the same places; one
-        of your own belongs to the stage of the layer before it, and the others forget it.
+        Layers run in the order of `model.layers`, and a module that is there twice is trained by
+        both. With pipeline parallelism every rank must put in the same modules at the same places;
+        one of your own belongs to the stage of the layer before it, and the others forget it.
+        There each is once in `model.layers`, and layers change places within a chunk only.
         """
         strands = self._strands
         seed = seed_of_run() if strands is None else strands.place().seed

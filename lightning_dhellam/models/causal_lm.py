@@ -30,7 +30,7 @@ from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.spec import llama_layer_spec
-from lightning_dhellam.models.stage import Elsewhere, chunks_of_layers, is_here
+from lightning_dhellam.models.stage import Elsewhere, check_order, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
 
 
@@ -132,10 +132,12 @@ class CausalLM(nn.Module):
         other stages than that chunk's forget it. All ranks must have put in the same.
 
         Raises:
-            ValueError: a chunk has lost its last layer.
+            ValueError: a chunk has lost its last layer, or layers are not in the chunks that they
+                were built for, in order and once each.
         """
         if self.context.topology.pp_size == 1:
             return
+        check_order(self.layers, self.context.topology.pp_size)
         chunk = 0
         for index, layer in enumerate(self.layers):
             chunk = getattr(layer, "pipeline_chunk", chunk)

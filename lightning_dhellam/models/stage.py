@@ -49,6 +49,35 @@ def chunks_of_layers(config: ModelConfig, context: ParallelContext) -> list[int]
     return [chunk for chunk, layers in enumerate(chunks(split)) for _ in layers]
 
 
+def check_order(layers: Iterable[nn.Module], stages: int) -> None:
+    """Refuse layers that would have to move to another stage, or be on several.
+
+    Every rank finds the same: what is built on another stage has something that stands for it.
+
+    Raises:
+        ValueError: with the number of the layer.
+    """
+    found: dict[int, int] = {}
+    last = 0
+    for index, layer in enumerate(layers):
+        first = found.setdefault(id(layer), index)
+        if first != index:
+            raise ValueError(
+                f"model.layers[{index}] is model.layers[{first}] once more, which a pipeline of"
+                f" pipeline_parallel_size={stages} stages cannot share: put in a module of its own,"
+                " or leave pipeline_parallel_size at 1"
+            )
+        chunk = getattr(layer, "pipeline_chunk", last)
+        if chunk < last:
+            raise ValueError(
+                f"model.layers[{index}] was built for chunk {chunk} of the pipeline, but is behind"
+                f" a layer of chunk {last}: with pipeline_parallel_size={stages} a layer cannot"
+                " change its stage; exchange layers of one chunk only, or give them other weights"
+                " instead of another place"
+            )
+        last = chunk
+
+
 def is_here(chunk: int, context: ParallelContext) -> bool:
     """Whether this rank's stage holds a chunk."""
     topology = context.topology
