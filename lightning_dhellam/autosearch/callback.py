@@ -61,10 +61,10 @@ class AutoSearch(Callback):
     def __init__(
         self,
         rounds: int = 5,
-        profile: str | None = None,
+        profile: str | Path | None = None,
         memory_limit: float | None = None,
         memory_slack: float = MEMORY_SLACK,
-        folder: str | None = None,
+        folder: str | Path | None = None,
         replay: bool = False,
     ) -> None:
         check_kinds(AutoSearch.__init__, locals())
