@@ -27,7 +27,8 @@ from lightning_dhellam.parallel import ParallelContext, zigzag
 from lightning_dhellam.parallel.collectives import from_first, of_every_rank, reduced
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
-from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer, shards
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.parallel.wrapping import shards
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import PRECISIONS
 

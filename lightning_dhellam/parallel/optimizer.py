@@ -28,47 +28,6 @@ from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer
 from lightning_dhellam.parallel.wrapping import parts, stepped, weights_of, wrap
 from lightning_dhellam.versions import gradients_for_norm
 
-ELEMENTWISE = "elementwise"
-"""What the class of an optimizer says of itself if its rule looks at each element alone."""
-
-
-def can_shard(optimizer: Optimizer) -> bool:
-    """Whether Megatron's distributed optimizer takes it, and its rule allows for that.
-
-    Megatron takes AdamW and what is derived from it. A rank has flat parts of parameters, so a
-    derived class must say that it needs no whole ones: `elementwise = True`.
-    """
-    if type(optimizer) is torch.optim.AdamW:
-        return True
-    return isinstance(optimizer, torch.optim.AdamW) and getattr(optimizer, ELEMENTWISE, False)
-
-
-def shards(
-    optimizer: Optimizer, asked: bool | None, precision: str, data_parallel_size: int
-) -> bool:
-    """Whether the state of `optimizer` is spread over data-parallel ranks.
-
-    Args:
-        optimizer: the user's.
-        asked: `distributed_optimizer` as the user gave it; None to spread it where that helps.
-        precision: of the run.
-        data_parallel_size: ranks that it can be spread over.
-
-    Raises:
-        ValueError: it was asked for where it cannot work.
-    """
-    possible = can_shard(optimizer) and precision != "bf16-true"
-    if asked is None:
-        return possible and data_parallel_size > 1
-    if asked and not possible:
-        raise ValueError(
-            f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
-            f" precision='{precision}': it needs '32-true' or 'bf16-mixed', and torch.optim.AdamW"
-            f" or a class derived from it that says {ELEMENTWISE} = True, since its rule looks at"
-            " each element alone; or leave distributed_optimizer out"
-        )
-    return asked
-
 
 class ModelParallelOptimizer:
     """Steps the user's optimizer on Megatron's gradient buffers.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.parallel.optimizer import shards
+from lightning_dhellam.parallel.wrapping import shards
 from lightning_dhellam.runner import Runner
 from tests.ranks import run_ranks
 from tests.strategy.runs import SHAPE
