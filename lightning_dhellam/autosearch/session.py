@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_dhellam.autosearch.exchanges import take_fastest
 from lightning_dhellam.autosearch.profiling import fingerprint, of_stage, take_profile, versions
 from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
@@ -173,34 +174,24 @@ class Session:
             use_unsearched(self._runner)
 
     def _take_exchange(self, progress: Progress | None, slack: float | None) -> None:
-        """Let keys and values come by the way with the shortest step, as predicted."""
-        runner, agreed = self._runner, self._runner.agreed
-        seconds = []
-        for name in agreed.exchanges:
-            agreed.exchange(name)
-            profile = take_profile(
-                runner.engine, self._pieces[0], self._made_for, group=self._group, progress=progress
-            )
-            layers, costs = runner.engine.layers, Costs.of(profile)
-            solution = solve(
-                layers,
-                costs,
-                tokens=self._tokens,
-                memory_limit=self._options.memory_limit,
-                memory_slack=slack,
-            )
-            step = simulate(
-                layers,
-                solution.builder(),
-                costs,
-                micro_batches=len(self._pieces),
-                tokens=self._tokens,
-            )
-            seconds.append(step.seconds)
-        # Stages take the same, by the one that takes longest.
-        slowest = largest(torch.tensor(seconds, dtype=torch.float64), runner.context.world_group)
-        self.exchange = agreed.exchanges[int(slowest.argmin())]
-        agreed.exchange(self.exchange)
+        self.exchange = take_fastest(
+            self._runner,
+            self._pieces,
+            partial(self._measure, progress),
+            tokens=self._tokens,
+            memory_limit=self._options.memory_limit,
+            memory_slack=slack,
+        )
+
+    def _measure(self, progress: Progress | None, reduction: Reduction | None = None) -> Profile:
+        return take_profile(
+            self._runner.engine,
+            self._pieces[0],
+            self._made_for,
+            group=self._group,
+            progress=progress,
+            reduction=reduction,
+        )
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -228,12 +219,12 @@ class Session:
 
     def _profiled(self, progress: Progress | None) -> Profile:
         """The profile file of this stage's first rank, or else a new one, which is saved there."""
-        runner, group, made_for = self._runner, self._group, self._made_for
+        runner, group = self._runner, self._group
         path = of_stage(self._options.profile, runner.context)
         given: Profile | str | None = None
         if path is not None and runner.context.topology.rank_in_stage == 0 and path.exists():
             try:
-                given = Profile.load(path, made_for)
+                given = Profile.load(path, self._made_for)
             except FileError as error:
                 given = str(error)
         given = of_all_ranks(given, group)[0]
@@ -245,14 +236,7 @@ class Session:
         if all(of_all_ranks(given is not None, runner.context.world_group)):
             assert isinstance(given, Profile)
             return given
-        profile = take_profile(
-            runner.engine,
-            self._pieces[0],
-            made_for,
-            group=group,
-            progress=progress,
-            reduction=Reduction.of(runner.gradient_buffers),
-        )
+        profile = self._measure(progress, Reduction.of(runner.gradient_buffers))
         if path is not None and runner.context.topology.rank_in_stage == 0:
             profile.save(path)
         return profile
