@@ -52,7 +52,7 @@ class SteppingStrategy(SavingStrategy):
         return self.lightning_module
 
     def _meet_others(self, trainer: pl.Trainer) -> None:
-        """From here on ranks tell each other what they are fed, and when to end."""
+        """Have ranks tell each other what they are fed, and when to end."""
         if self.context.emulated:
             return
         self._termination = Termination(trainer, self.context.host_group)
