@@ -24,7 +24,7 @@ from lightning_dhellam.parallel.optimizer_state import (
     restore,
 )
 from lightning_dhellam.parallel.regroup import put_back, requiring_gradients, whole_state
-from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer
+from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer, prefer_fused
 from lightning_dhellam.parallel.wrapping import parts, stepped, weights_of, wrap
 from lightning_dhellam.versions import gradients_for_norm
 
@@ -61,6 +61,7 @@ class ModelParallelOptimizer:
         master_weights: bool,
         max_skipped_steps: int,
     ) -> None:
+        prefer_fused(optimizer, context.device)
         self._inner = optimizer
         self._context = context
         self._parameter_names = names

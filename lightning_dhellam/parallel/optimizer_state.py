@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 RESUME_SETTINGS = ("checkpoint", "arguments")
-_OF_PARAMETERS = ("params", "param_names", "names")
-_NOT_CHOSEN = (*_OF_PARAMETERS, "initial_lr", "is_expert_parallel")
+_HOW = ("foreach", "fused", "capturable", "differentiable")
+"""How an optimizer computes on this machine: another one may do it otherwise."""
+_NOT_TAKEN = ("params", "param_names", "names", *_HOW)
+_NOT_CHOSEN = (*_NOT_TAKEN, "initial_lr", "is_expert_parallel")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def named(state: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """What `Optimizer.state_dict` returned, with names for its numbers."""
     flat = list(chain.from_iterable(names.own))
     groups = [
-        {"names": list(of_group), **_without(group, _OF_PARAMETERS)}
+        {"names": list(of_group), **_without(group, _NOT_TAKEN)}
         for group, of_group in zip(state["param_groups"], names.groups, strict=True)
     ]
     found: dict[str, Any] = {"groups": groups, "state": {}, "other": {}}
@@ -141,14 +143,14 @@ def restore(
     found: dict[tuple[str, str, str], list[int]] = {}
     overrides: list[Override] = []
     for number, (group, place) in enumerate(zip(own["param_groups"], order, strict=True)):
-        theirs = {} if place is None else _without(saved["groups"][place], _OF_PARAMETERS)
+        theirs = {} if place is None else _without(saved["groups"][place], _NOT_TAKEN)
         for name, mine, yours in _different(theirs, group, chosen):
             places = found.setdefault((name, repr(yours), repr(mine)), [])
             if not places:
                 overrides.append(Override(name, yours, mine))
             places.append(number)
         keeps = {key for key in group if key in chosen(group) or key in _NOT_CHOSEN}
-        keep = _OF_PARAMETERS if resume_settings == "checkpoint" else (*keeps, *_OF_PARAMETERS)
+        keep = _NOT_TAKEN if resume_settings == "checkpoint" else (*keeps, *_NOT_TAKEN)
         groups.append({**group, **{k: v for k, v in theirs.items() if k not in keep}})
     _load(optimizer, saved, names, groups)
     rates = [None if place is None else saved["groups"][place] for place in order]

@@ -25,7 +25,29 @@ from lightning_dhellam.late import LateValue
 _PART = 1 << 27
 """Elements of parameters that are stepped at a time, where steps of several parts are like one."""
 
+_FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
+"""Not SGD, whose fused form leaves its momentum undefined if the first step is left out."""
+
 Undo = Callable[[], None]
+
+
+def prefer_fused(optimizer: Optimizer, device: torch.device) -> None:
+    """Let a GPU step by torch's fused form, where the user has left the choice to torch.
+
+    It goes over weights and state once, and leaves out a step by itself.
+    """
+    if device.type == "cuda" and type(optimizer) in _FUSABLE and _is_left_to_torch(optimizer):
+        for settings in (optimizer.defaults, *optimizer.param_groups):
+            settings["fused"] = True
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+
+
+def _is_left_to_torch(optimizer: Optimizer) -> bool:
+    """Whether no group says in which form it is to be stepped."""
+    return not any(
+        group["differentiable"] or group["fused"] is not None or group["foreach"] is not None
+        for group in optimizer.param_groups
+    )
 
 
 class SkippingOptimizer:

@@ -182,3 +182,42 @@ def test_a_run_of_nothing_else_ends_on_all_ranks(first: int) -> None:
         assert step == first + 3
         assert "3 steps in a row" in text and "max_skipped_steps=3" in text
         assert good
+
+
+def _weights(optimizer: Optimizer) -> Tensor:
+    """The weights after three steps, of which the second is left out."""
+    (weight,) = optimizer.param_groups[0]["params"]
+    stepping = skipping.SkippingOptimizer(optimizer, weight.device)
+    for value in (0.5, float("inf"), 0.25):
+        weight.grad = torch.full_like(weight, value)
+        stepping.finite = weight.grad.isfinite().all()
+        stepping.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_gpu_steps_by_the_fused_form_unless_the_user_says_otherwise(kind: Any) -> None:
+    def made(device: str, **options: Any) -> Optimizer:
+        optimizer = kind([torch.nn.Parameter(torch.ones(9))], lr=0.1, **options)
+        skipping.prefer_fused(optimizer, torch.device(device))
+        return optimizer
+
+    left = made("cuda")  # its parameters are on the CPU, where the fused form works as well
+    assert torch.equal(_weights(left), _weights(made("cpu", fused=True)))
+    left.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    assert all(group["fused"] for group in left.param_groups)
+    for device, options in (("cpu", {}), ("cuda", {"fused": False}), ("cuda", {"foreach": True})):
+        (group,) = made(device, **options).param_groups
+        assert not group["fused"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_on_a_gpu_a_step_is_left_out_as_on_a_cpu(kind: Any) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        weight = torch.nn.Parameter(torch.ones(4099, device=device))
+        optimizer = kind([weight], lr=0.1)
+        skipping.prefer_fused(optimizer, weight.device)
+        found[device] = _weights(optimizer).cpu()
+    torch.testing.assert_close(found["cuda"], found["cpu"])
