@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam.agreed import AgreedEngine
-from lightning_dhellam.checkpoint.loop import WEIGHTS, load, save
+from lightning_dhellam.checkpoint.loop import load, save
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.engine.inputs import Limits
 from lightning_dhellam.engine.intake import Intake
@@ -28,9 +27,9 @@ from lightning_dhellam.parallel.collectives import from_first, of_every_rank, re
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
-from lightning_dhellam.parallel.wrapping import shards
-from lightning_dhellam.plan import Builder, Lane
+from lightning_dhellam.plan import Builder
 from lightning_dhellam.precision import PRECISIONS
+from lightning_dhellam.training import Training
 
 
 class Runner:
@@ -101,8 +100,7 @@ class Runner:
         self.plan = plan
         self.precision = precision
         self._bucket_size = bucket_size
-        self._buffers: GradientBuffers | None = None
-        self._optimizer: ModelParallelOptimizer | None = None
+        self._training: Training | None = None
         self._closing = ExitStack()
         self._agreed: AgreedEngine | None = AgreedEngine(
             model,
@@ -199,9 +197,9 @@ class Runner:
 
         The model stays. What was trained can still be saved if the processes are still there.
         """
-        if self._buffers is not None:
-            self._buffers.close()
-        self._agreed = self._buffers = None
+        if self._training is not None:
+            self._training.buffers.close()
+        self._agreed = None
         self._closing.close()
 
     @property
@@ -224,14 +222,12 @@ class Runner:
     @property
     def gradient_buffers(self) -> GradientBuffers:
         """Where gradients are, and what reduces them."""
-        if self._buffers is None:
-            raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
-        return self._buffers
+        return self._trained_with().buffers
 
     @property
     def steps(self) -> int:
         """How many steps the optimizer has done, of earlier runs as well."""
-        return self._optimizer.steps if self._optimizer is not None else 0
+        return self._training.optimizer.steps if self._training is not None else 0
 
     @property
     def plan_in_use(self) -> str:
@@ -271,30 +267,21 @@ class Runner:
         Raises:
             ValueError: sharding was asked for where it cannot work.
         """
-        numbers = PRECISIONS[self.precision]
-        sharded = shards(
-            optimizer, distributed_optimizer, self.precision, self.context.topology.replicas
-        )
-        self._make_buffers = partial(
-            GradientBuffers,
+        self._training = Training(
             self.model,
-            self.model.transformer_config,
-            self.context,
-            sharded=sharded,
-            fp32=numbers.fp32_gradients,
-            bucket_size=self._bucket_size,
-        )
-        self._buffers = self._make_buffers()
-        self._optimizer = ModelParallelOptimizer(
+            self.agreed,
             optimizer,
-            self._buffers,
-            self.context,
-            {parameter: WEIGHTS + name for name, parameter in self.model.named_parameters()},
-            sharded=sharded,
-            master_weights=numbers.master_weights,
+            precision=self.precision,
+            bucket_size=self._bucket_size,
+            distributed_optimizer=distributed_optimizer,
             max_skipped_steps=max_skipped_steps,
         )
-        return self._optimizer
+        return self._training.optimizer
+
+    def _trained_with(self) -> Training:
+        if self._training is None:
+            raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
+        return self._training
 
     def train(self, batch: Mapping[str, Any], *, step: int | None = None) -> Tensor:
         """Forward and backward of this data-parallel rank's batch; the gradients are then there.
@@ -311,21 +298,16 @@ class Runner:
             ValueError: the batch cannot be cut, or has ids outside of the vocabulary; or the model
                 is made of other modules or parameters than it was.
         """
-        if self._buffers is None or self._optimizer is None:
-            raise RuntimeError("there is nothing to train with: call Runner.optimizer first")
-        self.agreed.structure.check()
-        self.follow_frozen()
+        training = self._trained_with()
+        training.follow_model()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
         self.agreed.suit(batch["tokens"].shape[1])
-        self._optimizer.begin()
-        self._buffers.zero()
-        loss = self.engine.train(pieces, self._gradient_ready)
-        self._buffers.finish()
+        loss = training.run(pieces)
         # What the ranks with a sample have together is their part of the sum.
         loss = self._of_sequences(loss) * self.context.topology.dp_size
-        self._optimizer.saw(loss)
+        training.optimizer.saw(loss)
         return loss
 
     def _of_sequences(self, loss: Tensor) -> Tensor:
@@ -334,7 +316,7 @@ class Runner:
             loss = reduced(loss, self.context.groups.cp, "sum")
         return from_first(loss, self.context.groups.pp)
 
-    def follow_frozen(self) -> None:
+    def follow_model(self) -> None:
         """Train from the next step on what requires a gradient by now, and leave all else alone.
 
         `train` does this itself. All ranks of a stage must have frozen the same parameters.
@@ -342,31 +324,19 @@ class Runner:
         Raises:
             ValueError: they have not, or the optimizer lacks a parameter that requires a gradient.
         """
-        assert self._optimizer is not None
-        if self.agreed.structure.is_trained_alike and not self._optimizer.has_others:
-            return
-        self.agreed.check_frozen(self.context.stage_group)
-        self._optimizer.follow(self._replace_buffers)
-        self.agreed.freeze_others(self.context.stage_group)
-
-    def _replace_buffers(self) -> GradientBuffers:
-        self.gradient_buffers.close()
-        self._buffers = self._make_buffers()
-        return self._buffers
+        self._trained_with().follow_model()
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.
 
         It is the same on every rank, and not read on the host.
         """
-        if self._optimizer is None:
-            raise RuntimeError("there are no gradients: call Runner.optimizer and train first")
-        return self._optimizer.grad_norm()
+        return self._trained_with().optimizer.grad_norm()
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because loss or gradient was not finite, as far as known."""
-        return self._optimizer.skipped_steps if self._optimizer is not None else 0
+        return self._training.optimizer.skipped_steps if self._training is not None else 0
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss over the tokens of this rank's batch that count, without gradients."""
@@ -399,7 +369,7 @@ class Runner:
         Raises:
             OSError: a rank could not write; on every rank, and `path` is as it was before.
         """
-        save(local_path(path), self.model, self._optimizer, self.settings, dict(extra or {}))
+        save(local_path(path), self.model, self._stepped, self.settings, dict(extra or {}))
 
     def load(self, path: Path | str, *, resume_settings: str = "checkpoint") -> dict[str, Any]:
         """Go on from a checkpoint, also of a Trainer. Every rank must call this.
@@ -415,17 +385,15 @@ class Runner:
         Raises:
             ValueError: on every rank, when one of them cannot read its files, or they do not fit.
         """
-        if self._optimizer is not None:
-            self.follow_frozen()
-        return load(local_path(path), self.model, self._optimizer, self.settings, resume_settings)
+        if self._training is not None:
+            self._training.follow_model()
+        return load(local_path(path), self.model, self._stepped, self.settings, resume_settings)
+
+    @property
+    def _stepped(self) -> ModelParallelOptimizer | None:
+        return self._training.optimizer if self._training is not None else None
 
     @property
     def settings(self) -> dict[str, Any] | None:
         """What decides the form of the optimizer's state; None without an optimizer."""
-        if self._optimizer is None:
-            return None
-        return {"precision": self.precision, **self._optimizer.settings}
-
-    def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
-        assert self._buffers is not None
-        self._buffers.ready(parameters, lambda: self.engine.lanes.on(Lane.DP))
+        return self._training.settings if self._training is not None else None

@@ -133,7 +133,7 @@ class SavingStrategy(JobStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self._optimizer is not None and self.lightning_module is not None
         if self._runner is not None:  # hooks may have unfrozen what there is state of
-            self._runner.follow_frozen()
+            self._runner.follow_model()
         trainer, optimizer = self.lightning_module.trainer, self._optimizer
         (state,) = checkpoint["optimizer_states"]
 

@@ -67,8 +67,8 @@ def _spoilt(kind: str) -> Any:
 
 
 def _state(runner: Runner) -> list[Any]:
-    assert runner._optimizer is not None
-    return [*runner.model.parameters(), *_leaves(runner._optimizer.state_dict())]
+    assert runner._training is not None
+    return [*runner.model.parameters(), *_leaves(runner._training.optimizer.state_dict())]
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -1,0 +1,114 @@
+"""What a model is trained with: its gradients, and what steps the user's optimizer on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.agreed import AgreedEngine
+from lightning_dhellam.checkpoint.loop import WEIGHTS
+from lightning_dhellam.engine import MicroBatch
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.parallel.wrapping import shards
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.precision import PRECISIONS
+
+
+class Training:
+    """Gradient buffers of a model, and the optimizer that steps on them.
+
+    Args:
+        model: this rank's part of it.
+        agreed: computes the gradients.
+        optimizer: the user's, over the parameters of the model.
+        precision: of the run.
+        bucket_size: parameters per bucket of the data-parallel reduction; None for Megatron's.
+        distributed_optimizer: whether its state is sharded; None to do so where that helps.
+        max_skipped_steps: steps in a row that may be left out.
+
+    Attributes:
+        buffers: where gradients are, and what reduces them.
+        optimizer: what steps the user's.
+
+    Raises:
+        ValueError: sharding was asked for where it cannot work.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        agreed: AgreedEngine,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str,
+        bucket_size: int | None,
+        distributed_optimizer: bool | None,
+        max_skipped_steps: int,
+    ) -> None:
+        numbers, context = PRECISIONS[precision], model.context
+        sharded = shards(optimizer, distributed_optimizer, precision, context.topology.replicas)
+        self._agreed = agreed
+        self._precision = precision
+        self._stage_group = context.stage_group
+        self._make_buffers = partial(
+            GradientBuffers,
+            model,
+            model.transformer_config,
+            context,
+            sharded=sharded,
+            fp32=numbers.fp32_gradients,
+            bucket_size=bucket_size,
+        )
+        self.buffers = self._make_buffers()
+        self.optimizer = ModelParallelOptimizer(
+            optimizer,
+            self.buffers,
+            context,
+            {parameter: WEIGHTS + name for name, parameter in model.named_parameters()},
+            sharded=sharded,
+            master_weights=numbers.master_weights,
+            max_skipped_steps=max_skipped_steps,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the form of the optimizer's state."""
+        return {"precision": self._precision, **self.optimizer.settings}
+
+    def follow_model(self) -> None:
+        """Train what the model is made of now, and of that what requires a gradient by now.
+
+        All ranks of a stage must have frozen the same parameters.
+
+        Raises:
+            ValueError: they have not, or the optimizer lacks a parameter that requires a gradient;
+                or the model is made of other modules or parameters than it was.
+        """
+        self._agreed.structure.check()
+        if self._agreed.structure.is_trained_alike and not self.optimizer.has_others:
+            return
+        self._agreed.check_frozen(self._stage_group)
+        self.optimizer.follow(self._replace_buffers)
+        self._agreed.freeze_others(self._stage_group)
+
+    def run(self, pieces: Sequence[MicroBatch]) -> Tensor:
+        """Forward and backward of the micro-batches: this rank's loss, a scalar in fp32."""
+        self.optimizer.begin()
+        self.buffers.zero()
+        loss = self._agreed.engine.train(pieces, self._gradient_ready)
+        self.buffers.finish()
+        return loss
+
+    def _gradient_ready(self, parameters: tuple[Any, ...]) -> None:
+        self.buffers.ready(parameters, lambda: self._agreed.engine.lanes.on(Lane.DP))
+
+    def _replace_buffers(self) -> GradientBuffers:
+        self.buffers.close()
+        self.buffers = self._make_buffers()
+        return self.buffers
