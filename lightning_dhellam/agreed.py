@@ -69,10 +69,17 @@ class AgreedEngine:
         self._context = model.context
         self._micro_batch_size = micro_batch_size
         self._length: int | None = None
-        self._check_split()
+        self._check_alike("pipeline_split", list(self._context.pipeline_split))
+        self._check_alike("context_exchange", context_exchange)
+        self._check_alike("context_fp32_gradients", context_fp32_gradients)
         start_alike(model, self._context)
         check_exchange(context_exchange)
         self.exchanges = exchanges(context_exchange, self._context.topology.cp_size)
+        if len(self.exchanges) > 1 and plan.endswith(".json"):
+            raise ValueError(
+                f"context_exchange='auto' leaves to a search what plan={plan!r} was made for: say"
+                f" context_exchange={' or '.join(map(repr, self.exchanges))}, as it was searched"
+            )
         self._module = module
         self._lower = partial(
             lower,
@@ -179,13 +186,12 @@ class AgreedEngine:
     def _world(self) -> dist.ProcessGroup | None:
         return self._context.world_group
 
-    def _check_split(self) -> None:
-        """All stages must send and receive the same micro-batches at the same places."""
-        split = self._context.pipeline_split
-        if same_on_all_ranks(str(split), self._world):
+    def _check_alike(self, name: str, value: Any) -> None:
+        """Ranks must send and receive the same things at the same places."""
+        if same_on_all_ranks(str(value), self._world):
             raise ValueError(
-                f"pipeline_split={list(split)} is another one on other ranks: every rank must run"
-                " the same model and split"
+                f"{name}={value!r} is another one on other ranks: every rank must run the same"
+                " model with the same settings"
             )
 
 

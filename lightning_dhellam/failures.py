@@ -227,7 +227,8 @@ def describe(error: BaseException) -> str:
         frames = traceback.extract_tb(one.__traceback__)
         yours = [is_yours(frame.filename) for frame in frames]
         last = "".join(traceback.format_exception_only(one)).rstrip()
-        if not any(yours) and isinstance(one, ValueError) and is_ours(frames[-1].filename):
+        ours = bool(frames) and is_ours(frames[-1].filename)
+        if ours and isinstance(one, ValueError) and not any(yours):
             parts.append(f"error: {' '.join(str(one).split())}")
             continue
         parts.append(
@@ -325,8 +326,11 @@ def _install() -> None:
         said = getattr(error, _JUDGED, None)
         if said is None:
             before(kind, error, trace)
-        elif not said:
+            return
+        if not said:
             _say(describe(error))
+        if before is not sys.__excepthook__:  # a logger's, which marks the run as failed
+            before(kind, error, trace)
 
     setattr(hook, _JUDGED, True)
     sys.excepthook = hook

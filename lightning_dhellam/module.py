@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,8 +189,9 @@ class DualStrandMixin(LightningModule):
         """
         if self._strands is not None:
             return self._strands.current_runner().grad_norm()
-        grads = [p.grad.float() for p in self.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        return torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -217,12 +218,18 @@ class DualStrandMixin(LightningModule):
         show(self.trainer, name, self._late.get())
 
     @override
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._evaluate("val_loss", batch, batch_idx, self.trainer.val_dataloaders)
+    def validation_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        loader = _one_of(self.trainer.val_dataloaders, dataloader_idx)
+        return self._evaluate("val_loss", batch, batch_idx, loader)
 
     @override
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._evaluate("test_loss", batch, batch_idx, self.trainer.test_dataloaders)
+    def test_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        loader = _one_of(self.trainer.test_dataloaders, dataloader_idx)
+        return self._evaluate("test_loss", batch, batch_idx, loader)
 
     def _evaluate(self, name: str, batch: Mapping[str, Any], batch_idx: int, loader: Any) -> Tensor:
         """Log the mean over all that counts in the data set, each sample once."""
@@ -243,7 +250,9 @@ class DualStrandMixin(LightningModule):
         return torch.tensor(float(len(batch["tokens"])))
 
     @override
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def predict_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
         """The most likely next token after each position, [B, S]."""
         return self.batch_logits(batch).argmax(dim=-1)
 
@@ -309,6 +318,12 @@ class LanguageModel(DualStrandMixin):
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         return float(lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _one_of(loaders: Any, index: int) -> Any:
+    """The DataLoader of that number, of one or of several in a list or a mapping."""
+    several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    return several[index] if isinstance(several, Sequence) else several
 
 
 def _counts(batch: Mapping[str, Any]) -> Tensor:

@@ -211,3 +211,11 @@ def test_python_shows_what_is_left_to_say_and_other_errors_as_ever(
     other = ValueError("other")
     sys.excepthook(ValueError, other, None)
     assert capfd.readouterr().err == "ValueError: other\n"
+
+
+def test_a_cause_that_was_never_raised_has_no_frames_to_show() -> None:
+    try:
+        raise RuntimeError("bad") from ValueError("cause")
+    except RuntimeError as error:
+        text = describe(error)
+    assert "ValueError: cause" in text and text.endswith("RuntimeError: bad")

@@ -112,8 +112,14 @@ class Session:
         everyone = runner.context.world_group
         measuring = partial(self._measuring, progress)
         if len(runner.agreed.exchanges) > 1:
+            if options.profile is not None:
+                raise ValueError(
+                    f"profile={options.profile} is of one way of keys and values, and"
+                    " context_exchange='auto' compares several: give context_exchange="
+                    f"{' or '.join(map(repr, runner.agreed.exchanges))}"
+                )
             with self._timed("exchange"):
-                together(lambda: self._take_exchange(measuring, slack), everyone)
+                self._take_exchange(measuring, slack)
         with self._timed("profile"):
             self._profile = together(lambda: self._profiled(measuring), everyone)
         with self._timed("solve"):

@@ -22,7 +22,9 @@ def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
     names, weights = zip(*model.named_parameters(), strict=True)
 
     def check() -> None:
-        finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
+        # After a run only what was trained may be on the host.
+        flags = [weight.isfinite().all().to(weights[0].device) for weight in weights]
+        finite = torch.stack(flags).tolist()
         if not all(finite):
             raise ValueError(
                 f"checkpoint {path} is not written: '{names[finite.index(False)]}' is not finite,"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def without_repeats(
 
     Args:
         batch: of this rank; tensors whose first dimension is that of `tokens` [B, S] hold samples.
-        loader: that it comes from, or a sequence with only that.
+        loader: that it comes from.
         batch_index: which of its batches it is.
     """
     samples = len(batch["tokens"])
@@ -38,8 +38,6 @@ def without_repeats(
 
 def own_samples(loader: Any, batch_index: int, samples: int) -> int:
     """How many of the `samples` of a batch, the first ones, are not repeated."""
-    if isinstance(loader, Sequence) and len(loader) == 1:
-        (loader,) = loader
     sampler = getattr(loader, "sampler", None)
     in_batches = getattr(loader, "batch_sampler", None)
     if in_batches is not None and not isinstance(sampler, DistributedSampler):

@@ -112,7 +112,8 @@ def _of_part(
         return batch
     samples, length = batch["tokens"].shape
     positions = torch.arange(length, device=device).expand(samples, length)
-    given = {"position_ids": positions, **batch}
+    # Those of the user say the same, or else they were refused, but may have another shape.
+    given = {**batch, "position_ids": positions}
     return {
         name: zigzag.own_part(value.to(device, non_blocking=True), 1, *share)
         if isinstance(value, Tensor) and value.shape[:2] == (samples, length)

@@ -46,8 +46,9 @@ class StepsFollow:
         for parameter, place in self._places:
             if parameter.data_ptr() != place.data_ptr():  # `weight.data = ...`
                 place.copy_(parameter.data)
-                parameter.data = place
+                if parameter.device == place.device:  # else the run is over, and they were moved
+                    parameter.data = place
         if self._master_weights:
             weights, masters = self._optimizer._get_model_and_main_params_data_float16()
             for weight, master in zip(weights, masters, strict=True):
-                take_changes_(master, weight)
+                take_changes_(master, weight.to(master.device))

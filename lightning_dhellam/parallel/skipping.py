@@ -123,7 +123,8 @@ class SkippingOptimizer:
             if isinstance(now, Tensor) and now.device == self._device:
                 _choose(finite, now, before)
             elif isinstance(now, Tensor):
-                self._undo.append(_Copy(now, before))
+                if not torch.equal(now, before):
+                    self._undo.append(_Copy(now, before))
             elif now != before:
                 self._undo.append(_Set(owner, key, before))
 

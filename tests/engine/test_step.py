@@ -213,6 +213,7 @@ def test_cut_keeps_every_row_once_and_weights_sum_to_one() -> None:
 
 def test_ranks_that_share_sequences_take_their_pieces_of_all_that_is_cut() -> None:
     batch = batch_of(SMALL, 3, 16) | {"deep": torch.rand(3, 16, 2), "other": torch.rand(3, 5)}
+    batch["position_ids"] = torch.arange(16)  # says what is so without it
     batch["loss_mask"] = torch.rand(3, 16)
     own = {0: [0, 1, 2, 3, 12, 13, 14, 15], 1: [4, 5, 6, 7, 8, 9, 10, 11]}
     for rank in range(4):

@@ -191,3 +191,18 @@ def test_an_evaluation_counts_every_sample_once_whatever_the_batch_size(
             for samples, losses in zip((13, 13, 12, 13, 7, 1), found, strict=True):
                 expected = truth(kind, samples)
                 assert losses == pytest.approx((expected, expected), rel=1e-6), (kind, samples)
+
+
+def test_each_of_several_loaders_has_a_mean_of_its_own() -> None:
+    found = {}
+    for name in ("validate", "test"):
+        trainer, module = make_trainer({}), Model()
+        loaders = [DataLoader(Sequences(count), batch_size=2) for count in (3, 4)]
+        both = getattr(trainer, name)(module, loaders, verbose=False)
+        alone = [
+            getattr(make_trainer({}), name)(Model(), loader, verbose=False)[0] for loader in loaders
+        ]
+        key = "val_loss" if name == "validate" else "test_loss"
+        found[name] = [own[f"{key}/dataloader_idx_{i}"] for i, own in enumerate(both)]
+        assert found[name] == [own[key] for own in alone]
+    assert found["validate"] == found["test"] and len(set(found["test"])) == 2
