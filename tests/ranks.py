@@ -42,7 +42,7 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 120,
+    timeout: float = 600,
     backend: str = "gloo",
 ) -> list[Any]:
     """Run ``function(rank, *args)`` in ``world_size`` fresh processes and return their results.

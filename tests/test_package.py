@@ -39,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
     done = subprocess.run(
-        [sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
@@ -54,7 +54,7 @@ def run_python(code: str, cwd: Path, *path: Path) -> str:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

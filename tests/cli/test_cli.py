@@ -23,7 +23,7 @@ from lightning_dhellam.plan.file import PlanFile
 def dhellam(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam", *words]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=900, check=False
     )
 
 

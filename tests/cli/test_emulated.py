@@ -60,7 +60,7 @@ def test_a_recipe_runs_as_a_rank_of_a_shipped_cluster(
         [*command, *(f"--{name}={value}" for name, value in words.items())],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
     )

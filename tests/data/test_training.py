@@ -153,7 +153,7 @@ def _setup_with_a_failing_first_rank(rank: int, path: Path, root: Path) -> str:
 
 def test_no_rank_hangs_when_the_first_cannot_build(prepared: PreparedData, tmp_path: Path) -> None:
     first, second = run_ranks(
-        2, _setup_with_a_failing_first_rank, prepared.path, tmp_path, timeout=60
+        2, _setup_with_a_failing_first_rank, prepared.path, tmp_path, timeout=600
     )
     assert first.startswith(("FileExistsError", "NotADirectoryError"))
     assert second.startswith("RuntimeError")

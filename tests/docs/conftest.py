@@ -54,7 +54,7 @@ class Workshop:
 
     def _process(self, command: list[str]) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, capture_output=True, text=True, timeout=280, check=False
+            command, cwd=self.folder, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

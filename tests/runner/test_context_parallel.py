@@ -207,7 +207,7 @@ def _with_plans(rank: int, path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     path = tmp_path_factory.mktemp("context") / "saved.ckpt"
-    return run_ranks(2, _with_plans, path, timeout=240), path
+    return run_ranks(2, _with_plans, path, timeout=600), path
 
 
 def test_no_plan_changes_a_bit(plans: tuple[list[dict[str, Any]], Path]) -> None:

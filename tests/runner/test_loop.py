@@ -112,7 +112,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_documented_loop_does_what_a_trainer_does(layout: str, tmp_path: Path) -> None:
     world, options = LAYOUTS[layout]
-    for found in run_ranks(world, both, world, tmp_path, options, timeout=240):
+    for found in run_ranks(world, both, world, tmp_path, options, timeout=600):
         losses, weights = found["trainer"]
         assert len(set(losses)) == STEPS
         assert found["first part"][0] == losses[:2]

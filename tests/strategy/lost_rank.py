@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.process_groups import is_running
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
 TIMEOUTS = {"cpu": 60, "gpu": 20}
@@ -59,28 +61,20 @@ def lose(victim: int, folder: Path, accelerator: str, *launcher: str) -> tuple[s
         start_new_session=True,
     )
     try:
-        code = job.wait(timeout=200)
+        code = job.wait(timeout=900)
         # The first process of a job may end before those that it has started.
         alone = _ends(job.pid, seconds=4 * timeout)
         output = (folder / "output").read_text()
         assert alone, f"a process of the job goes on without the others: {output}"
         return output, code
     finally:
-        if _are_running(job.pid):
+        if is_running(job.pid):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
 
 
 def _ends(group: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while _are_running(group) and time.monotonic() < deadline:
+    while is_running(group) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return not _are_running(group)
-
-
-def _are_running(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return not is_running(group)

@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 from lightning_dhellam.autosearch import session
 from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.strategy import termination
+from tests.process_groups import is_running
 from tests.ranks import _PRELOAD
 from tests.strategy.runs import Model, Sequences, make_trainer
 
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 """Seconds after which a job hangs, on however slow a machine."""
 
 
@@ -224,11 +225,8 @@ def _end(group: int) -> bool:
     while time.monotonic() < deadline:
         if not reaped:
             reaped = os.waitpid(group, os.WNOHANG)[0] != 0
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            if reaped:
-                return True
+        if reaped and not is_running(group):
+            return True
         time.sleep(0.05)
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)

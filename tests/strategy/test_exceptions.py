@@ -51,7 +51,7 @@ def test_one_rank_saves_nothing_and_its_error_is_what_ends_the_job(
 ) -> None:
     # Were the rank to wait for the others, the collectives' time-out would come first.
     with pytest.raises(KeyError, match="the user's") as error:
-        run_ranks(2, _on_one, tmp_path, victim, timeout=100)
+        run_ranks(2, _on_one, tmp_path, victim, timeout=600)
     assert isinstance(error.value.__cause__, RankTraceback)
     assert f"[rank {victim}]" in str(error.value.__cause__)
     # What all ranks raised together was saved, and went on.

@@ -117,7 +117,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     stub = folder / "scontrol"
     stub.write_text(SCONTROL.format(folder=folder))
     stub.chmod(0o755)
-    return run_ranks(2, _on_rank, folder, timeout=300)
+    return run_ranks(2, _on_rank, folder, timeout=600)
 
 
 def test_a_requeued_job_ends_as_the_one_that_was_never_interrupted(

@@ -138,7 +138,7 @@ def plain() -> list[Found]:
 
 @pytest.mark.parametrize("world", RUNS)
 def test_freezing_is_followed_from_the_next_step_on(world: int, plain: list[Found]) -> None:
-    for rank in run_ranks(world, _all, world, RUNS[world], timeout=240):
+    for rank in run_ranks(world, _all, world, RUNS[world], timeout=600):
         for (sizes, precision), runs in zip(RUNS[world], rank, strict=True):
             for (changed, weights), (expected, whole) in zip(runs, plain, strict=True):
                 case = f"{sizes} {precision}"

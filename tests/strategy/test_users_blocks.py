@@ -90,7 +90,7 @@ def _on_rank(rank: int, root: Path) -> dict[str, dict[str, Outcome]]:
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Outcome]]]:
-    return run_ranks(4, _on_rank, tmp_path_factory.mktemp("blocks"), timeout=240)
+    return run_ranks(4, _on_rank, tmp_path_factory.mktemp("blocks"), timeout=600)
 
 
 @pytest.mark.parametrize("block", ["Centred", "TokenWise"])
