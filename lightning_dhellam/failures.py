@@ -11,6 +11,7 @@ has started it does, or, if that is the one, any other.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
@@ -329,7 +330,7 @@ def _install() -> None:
             return
         if not said:
             _say(describe(error))
-        if before is not sys.__excepthook__:  # a logger's, which marks the run as failed
+        with redirect_stderr(io.StringIO()):  # a logger's, say, marks the run as failed
             before(kind, error, trace)
 
     setattr(hook, _JUDGED, True)

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -219,3 +220,23 @@ def test_a_cause_that_was_never_raised_has_no_frames_to_show() -> None:
     except RuntimeError as error:
         text = describe(error)
     assert "ValueError: cause" in text and text.endswith("RuntimeError: bad")
+
+
+def test_a_hook_that_was_there_before_hears_of_a_failure_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[BaseException] = []
+
+    def loggers(kind: Any, error: BaseException, trace: Any) -> None:
+        heard.append(error)
+        print("said again", file=sys.stderr)
+
+    monkeypatch.setattr(sys, "excepthook", loggers)
+    failures._install()
+    for said in (True, False):
+        error = ValueError("wrong")
+        setattr(error, failures._JUDGED, said)
+        sys.excepthook(ValueError, error, None)
+        assert heard.pop() is error
+        output = capfd.readouterr().err
+        assert "said again" not in output and ("wrong" in output) == (not said)
