@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types
 PYTEST_ARGS ?=
-# Tests at a time: most start processes of their own, of which two keep a core busy.
-JOBS ?= 2
+# Tests at a time. Most start processes of their own, which keep two cores busy.
+JOBS ?= 1
 
 # On a machine without a GPU the default torch wheel brings gigabytes of CUDA libraries along;
 # TORCH_INDEX=<address of PyTorch's CPU wheels> avoids that.
@@ -32,7 +32,7 @@ demo: $(STAMP)
 
 # One thread per process: tests start several ranks, and their thread pools would fight for the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not gpu' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal) -m 'not gpu' $(PYTEST_ARGS)
 
 # mypy cannot follow `package-dir`, so it is shown the tree as it is installed, made of links.
 checks: $(STAMP)
