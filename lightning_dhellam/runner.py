@@ -331,7 +331,9 @@ class Runner:
 
         It is the same on every rank, and not read on the host.
         """
-        return self._trained_with().optimizer.grad_norm()
+        if self._training is None:
+            raise RuntimeError("there are no gradients: call Runner.optimizer and train first")
+        return self._training.optimizer.grad_norm()
 
     @property
     def skipped_steps(self) -> int:
