@@ -58,7 +58,7 @@ def open_memory(group: ProcessGroup, device: torch.device, piece: int = PIECE) -
     return memory
 
 
-class CopyEngine:
+class SharedMemoryTransport:
     """Carries exchanges through memory that ranks share, and other collectives as before.
 
     Args:

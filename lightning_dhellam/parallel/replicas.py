@@ -30,7 +30,7 @@ def is_split(parameter: Parameter) -> bool:
 def start_alike(model: Module, context: ParallelContext) -> None:
     """Give this rank what the first rank of its stage holds. Every rank must call this.
 
-    Of a split parameter data-parallel ranks get what the first one with the same part holds.
+    Of a split parameter all replicas get what the first rank with the same part holds.
     """
     groups = context.groups
     for parameter in model.parameters():

@@ -1,10 +1,10 @@
 """What carries the collectives of a lane: torch.distributed's own group, or something else.
 
-    Alone           one rank: everything is here already
-    GroupTransport  the group's own: NCCL, or gloo where `Duplex` is not used
-    Duplex          gloo with connections of its own (`duplex.py`)
-    CopyEngine      exchanges through memory that GPUs of one host share (`copy_engine.py`)
-    EmulatedLink    takes the time and brings nothing (`link.py`)
+    Alone                  one rank: everything is here already
+    GroupTransport         the group's own: NCCL, or gloo where `Duplex` is not used
+    Duplex                 gloo with connections of its own (`duplex.py`)
+    SharedMemoryTransport  exchanges through memory that GPUs of one host share (`copy_engine.py`)
+    EmulatedLink           takes the time and brings nothing (`link.py`)
 
 None of them is seen by autograd.
 """

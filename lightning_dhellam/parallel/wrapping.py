@@ -34,23 +34,21 @@ def can_shard(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.AdamW) and getattr(optimizer, ELEMENTWISE, False)
 
 
-def shards(
-    optimizer: Optimizer, asked: bool | None, precision: str, data_parallel_size: int
-) -> bool:
-    """Whether the state of `optimizer` is spread over data-parallel ranks.
+def shards(optimizer: Optimizer, asked: bool | None, precision: str, replicas: int) -> bool:
+    """Whether the state of `optimizer` is spread over the ranks that hold the same weights.
 
     Args:
         optimizer: the user's.
         asked: `distributed_optimizer` as the user gave it; None to spread it where that helps.
         precision: of the run.
-        data_parallel_size: ranks that it can be spread over.
+        replicas: ranks that it can be spread over.
 
     Raises:
         ValueError: it was asked for where it cannot work.
     """
     possible = can_shard(optimizer) and precision != "bf16-true"
     if asked is None:
-        return possible and data_parallel_size > 1
+        return possible and replicas > 1
     if asked and not possible:
         raise ValueError(
             f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"

@@ -75,7 +75,6 @@ def check_arguments(
             f"kernels={kernels!r} must be a mapping from operator to backend, such as"
             " {'attention': 'flash_attn'}"
         )
-    check_names(kernels or {})
     if emulate is not None and pipeline_parallel_size > 1:
         raise ValueError(
             f"emulate=... plays one rank alone, but with"

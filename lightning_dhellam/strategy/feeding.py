@@ -1,9 +1,9 @@
 """What ranks say to each other about the batches they are fed.
 
-Ranks that hold one model, its tensor-parallel ranks and pipeline stages, must be given the same
-batches, and data-parallel ranks as many batches as each other. A loader need not do so: one that
-shards by the global rank, or an augmentation that draws by it, feeds a model halves that do not
-belong together, and nothing but the loss is wrong.
+Ranks of one model, whether they share layers, sequences or stages, must be given the same batches,
+and data-parallel ranks as many batches as each other. A loader need not do so: one that shards by
+the global rank, or an augmentation that draws by it, feeds a model halves that do not belong
+together, and nothing but the loss is wrong.
 
 So ranks compare, in host memory: how many batches there are; what is in the first one of each
 loader, before it is computed on; and from then on what is in some of them, of which the answer is

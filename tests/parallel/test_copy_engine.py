@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel.collectives import exchange
 from lightning_dhellam.parallel.communicator import Communicator
-from lightning_dhellam.parallel.copy_engine import CopyEngine
+from lightning_dhellam.parallel.copy_engine import SharedMemoryTransport
 from lightning_dhellam.parallel.transport import Alone
 from lightning_dhellam.plan import Collective, Lane
 from tests.parallel.test_collectives import passed_on, received
@@ -59,7 +59,7 @@ def _communicators(ranks: int) -> list[Communicator]:
         Communicator(
             Lane.CP,
             ProcessGroup(rank, ranks),  # type: ignore[call-arg]
-            CopyEngine(View(shared, rank), rank, Alone(), PIECE),
+            SharedMemoryTransport(View(shared, rank), rank, Alone(), PIECE),
             rank,
             ranks,
         )
