@@ -2,7 +2,8 @@
 
 Inside `megatron_device(cpu)` the process believes that it has one CUDA device, which is the CPU:
 allocations that name ``cuda`` land in host memory, ``Tensor.type()`` answers with the CUDA name
-(Megatron's optimizers sort parameters by it), and CUDA's random generator is the CPU's.
+(Megatron's optimizers sort parameters by it), and CUDA's random generator is the CPU's. Its router
+runs without transformer-engine, and its expert exchange takes sizes that are on the CPU already.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -88,6 +91,13 @@ class _CpuGenerators:
         return torch.default_generator
 
 
+class _HostEvent:
+    """An event of such a machine, which has happened."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
 class _HostStream:
     """``torch.cuda.current_stream()`` of such a machine: whatever was issued is done."""
 
@@ -96,6 +106,10 @@ class _HostStream:
 
     def wait_stream(self, stream: object) -> None:
         """Return at once."""
+
+    def record_event(self) -> _HostEvent:
+        """An event that has happened."""
+        return _HostEvent()
 
 
 class _NotTheForkedGenerator(logging.Filter):
@@ -115,6 +129,17 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+def _stream(stream: object) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _on_the_host(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron's function of this place makes of tensors on a GPU: sizes of an exchange."""
+    return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
+
+
+_ABSENT = object()
+
 # `is_initialized` must be true, or torch queues every generator write for a CUDA start that never
 # comes, and the queue holds a copy of the state for each.
 _REPLACEMENTS: dict[tuple[Any, str], object] = {
@@ -128,6 +153,12 @@ _REPLACEMENTS: dict[tuple[Any, str], object] = {
     (torch.cuda, "manual_seed"): _manual_seed,
     (torch.cuda.random, "get_rng_state"): _get_rng_state,
     (torch.cuda.random, "set_rng_state"): _set_rng_state,
+    (torch.cuda, "stream"): _stream,
+    # Only an import of transformer-engine defines it in 0.16, and its GEMM is for GPUs.
+    (moe_utils, "te_general_gemm"): None,
+    (token_dispatcher, "maybe_move_tensor_to_cpu"): _on_the_host,
+    # The first dispatcher of a process makes a stream for all.
+    (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream"): _HostStream(),
 }
 
 _inside = threading.local()
@@ -143,7 +174,7 @@ def _install() -> None:
         _depth += 1
         if _depth == 1:
             for (owner, name), replacement in _REPLACEMENTS.items():
-                _originals[owner, name] = getattr(owner, name)
+                _originals[owner, name] = getattr(owner, name, _ABSENT)
                 setattr(owner, name, replacement)
             _RNG_LOGGER.addFilter(_filter)
 
@@ -154,6 +185,9 @@ def _uninstall() -> None:
         _depth -= 1
         if _depth == 0:
             for (owner, name), original in _originals.items():
-                setattr(owner, name, original)
+                if original is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
             _originals.clear()
             _RNG_LOGGER.removeFilter(_filter)

@@ -21,15 +21,25 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
 )
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.models.norm import RMSNorm
 from lightning_dhellam.models.spec import llama_layer_spec
 from lightning_dhellam.parallel import ParallelContext, megatron_device
+from lightning_dhellam.versions import QUIET_FIELDS
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -42,6 +52,7 @@ REPLACED = (
     "get_rng_state",
     "set_rng_state",
     "manual_seed",
+    "stream",
 )
 
 
@@ -233,3 +244,60 @@ def test_tensor_and_data_parallel_training_follows_one_process() -> None:
         # The distributed optimizer shards the state only: the gradient norm, which scales every
         # update, is summed in another order, all else is equal.
         torch.testing.assert_close(result[dtype, True], result[dtype, False], rtol=1e-6, atol=0)
+
+
+def _experts(context: ParallelContext) -> MoELayer:
+    torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        ffn_hidden_size=24,
+        moe_ffn_hidden_size=24,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=context.topology.ep_size,
+        add_bias_linear=False,
+        **QUIET_FIELDS,
+    )
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+    return MoELayer(config, MoESubmodules(experts=experts), 1, context.groups)
+
+
+def _run_experts(rank: int) -> None:
+    """Two ranks exchange tokens, and compute what each computes with all experts."""
+    torch.manual_seed(rank)
+    x = torch.randn(6, 2, 16)
+    results = []
+    whole: MoELayer | None = None
+    for context in (
+        ParallelContext.single(CPU),
+        ParallelContext.create(CPU, expert_parallel_size=2),
+    ):
+        with context.megatron():
+            layer = _experts(context)
+            if whole is None:
+                whole = layer
+            layer.router.load_state_dict(whole.router.state_dict())
+            held = layer.local_expert_indices
+            for own, index in zip(layer.experts.local_experts, held, strict=True):
+                own.load_state_dict(whole.experts.local_experts[index].state_dict())
+            read = x.clone().requires_grad_()
+            y, _ = layer(read)
+            y.square().sum().backward()
+        results.append((y.detach(), read.grad, layer.router.weight.grad))
+    for alone, exchanged in zip(*results, strict=True):
+        torch.testing.assert_close(exchanged, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_run_on_the_cpu_and_exchange_tokens() -> None:
+    """The router lacks a name without transformer-engine; the exchange takes tensors for sizes."""
+    before = MoEAlltoAllTokenDispatcher.cuda_dtoh_stream, hasattr(moe_utils, "te_general_gemm")
+    run_ranks(2, _run_experts)
+    with megatron_device(CPU):
+        assert moe_utils.te_general_gemm is None
+    now = MoEAlltoAllTokenDispatcher.cuda_dtoh_stream, hasattr(moe_utils, "te_general_gemm")
+    assert now == before, "nothing remains"
