@@ -94,7 +94,8 @@ class AgreedEngine:
         self.structure = Structure(model)
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)
-        lanes = make_lanes(self._context.device, processors=self._context.processors)
+        processors = self._context.processors(lowered.layers)
+        lanes = make_lanes(self._context.device, processors=processors)
         self.engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, module)
         self.use_plan(plan, builder)
 
@@ -110,6 +111,7 @@ class AgreedEngine:
     def _make_anew(self) -> None:
         """Make the operators anew, and the engine, with the builder of before."""
         lowered, before = self._lower(context_exchange=self._exchange), self.engine
+        before.lanes.processors = self._context.processors(lowered.layers)
         self.engine = Engine(
             lowered.layers,
             before.lanes,

@@ -97,7 +97,7 @@ def whole(model: CausalLM, batch: dict[str, Tensor], micro_batch: int) -> Worklo
     )
     lowered = lower(model)
     layers = [pair.at(batch["tokens"].shape[1]) for pair in lowered.layers]
-    processors = model.context.processors
+    processors = model.context.processors(layers)
     return Workload(model, layers, pieces, lowered.kernels.names, processors=processors)
 
 
@@ -109,18 +109,21 @@ def trunk(
     count: int,
     *,
     priority: int = -1,
-    processors: int = 0,
+    processors: int | None = None,
     context_exchange: str = "ring",
 ) -> Workload:
     """The first `layers` transformer layers alone: `count` micro-batches of [micro_batch, length].
 
     They start from fixed hidden states, and their loss is a linear function of what comes out, so
-    that embedding and loss head, which have little to hide, do not blur the times.
+    that embedding and loss head, which have little to hide, do not blur the times. GEMMs can leave
+    so many `processors` free; None: as many as collectives of these layers occupy.
     """
     give_gradients(model)
     lowered = lower(model, context_exchange=context_exchange)
     inner = [pair.at(length) for pair in lowered.layers[1 : layers + 1]]
     context = model.context
+    if processors is None:
+        processors = context.processors(inner)
     generator = torch.Generator(context.device).manual_seed(_SEED)
     unread = torch.zeros(micro_batch, length, dtype=torch.long, device=context.device)
     (piece,) = cut(

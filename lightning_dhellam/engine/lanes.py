@@ -38,9 +38,11 @@ class Lanes(ABC):
         ledger: what is live.
         loads: whether the first launch of a kernel loads it, for which the device may have to
             finish all that it was given.
+        processors: that a collective occupies, which GEMMs can leave free.
     """
 
     loads = False
+    processors = 0
 
     def __init__(self, *, poison: bool = False) -> None:
         self.ledger = Ledger()

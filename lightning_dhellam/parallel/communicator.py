@@ -42,11 +42,6 @@ class Communicator:
         """Multiprocessors that such a collective of this lane occupies."""
         return self.transport.processors(collective)
 
-    @property
-    def most_processors(self) -> int:
-        """Multiprocessors that any collective of this lane occupies at most."""
-        return max(self.processors(collective) for collective in Collective)
-
 
 Communicators = Mapping[Lane, Communicator]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -31,7 +31,7 @@ from lightning_dhellam.parallel.link import EmulatedLink, play_links
 from lightning_dhellam.parallel.stand_in import is_emulated
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.transport import Transport
-from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan import GraphPair, Lane
 
 
 class _Asked(NamedTuple):
@@ -161,11 +161,17 @@ class ParallelContext:
             if isinstance(transport, EmulatedLink) and transport.link is not None
         }
 
-    @property
-    def processors(self) -> int:
-        """Multiprocessors that a collective inside of a layer occupies at most."""
-        lanes = (Lane.TP, Lane.CP, Lane.EP)
-        return max(self.communicators[lane].most_processors for lane in lanes)
+    def processors(self, layers: Iterable[GraphPair]) -> int:
+        """Multiprocessors that a collective inside of `layers` occupies at most.
+
+        Transfers between stages are none of them: no GEMM leaves processors to those.
+        """
+        graphs = (graph for pair in layers for graph in (pair.forward, pair.backward))
+        used = {(each.lane, each.collective) for graph in graphs for each in graph.operators}
+        return max(
+            (self.communicators[lane].processors(one) for lane, one in used if one is not None),
+            default=0,
+        )
 
     @property
     def world_group(self) -> ProcessGroup | None:

@@ -7,8 +7,13 @@ import torch
 import yaml
 from megatron.core.parallel_state import get_nccl_options
 
+from lightning_dhellam.layers import lower
+from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext, nccl
+from lightning_dhellam.parallel.transport import Alone
 from lightning_dhellam.plan import Collective, Lane
+from tests.models.llama import SMALL
+from tests.plan.real_graphs import context_of_rank_0
 from tests.ranks import run_ranks
 
 
@@ -33,9 +38,34 @@ def test_processors_are_those_of_the_lane_and_the_collective() -> None:
     assert nccl.processors(Lane.EP, Collective.ALL_TO_ALL) > 16
 
 
+class _LikeNccl(Alone):
+    """Takes as many processors as NCCL on a lane."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def processors(self, collective: Collective) -> int:
+        return nccl.processors(self._lane, collective)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "exchange", "expected"),
+    [((1, 2), "ring", 16), ((1, 2), "all_gather", 24), ((2, 1), "ring", 16), ((1, 1), "ring", 0)],
+)
+def test_gemms_leave_what_the_collectives_of_the_layers_take(
+    sizes: tuple[int, int], exchange: str, expected: int
+) -> None:
+    context = context_of_rank_0(*sizes)
+    model = CausalLM(SMALL, context, torch.float32)
+    layers = lower(model, context_exchange=exchange).layers
+    for lane in (Lane.TP, Lane.CP, Lane.EP):
+        context = context.through(lane, _LikeNccl(lane))
+    assert context.processors(layers) == expected
+
+
 def _on_gloo(rank: int) -> tuple[object, int]:
     context = ParallelContext.create(torch.device("cpu"), tensor_parallel_size=2)
-    return nccl.high_priority(), context.processors
+    return nccl.high_priority(), context.communicators[Lane.TP].processors(Collective.ALL_GATHER)
 
 
 def test_gloo_takes_no_processors_and_has_no_priorities() -> None:

@@ -15,7 +15,7 @@ from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.parallel.stand_in import BACKEND, Done, EmulatedGroup, is_emulated
-from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan import Collective, Lane
 from lightning_dhellam.versions import all_gather_single, reduce_scatter_single
 from tests.models.llama import SMALL
 
@@ -160,6 +160,6 @@ def test_lanes_without_a_link_take_no_time(rank_1_of_4: None) -> None:
     )
     transport = context.communicators[Lane.TP].transport
     assert isinstance(transport, EmulatedLink) and transport.link is None
-    assert not context.links and context.processors == 0
+    assert not context.links and transport.processors(Collective.ALL_GATHER) == 0
     assert transport.all_gather(x, whole.clone()) is None
     context.destroy()

@@ -33,7 +33,6 @@ def measure(settings: Settings, folder: Path) -> Report:
             shape.length,
             shape.micro_batch,
             1,
-            processors=context.processors,
         )
         group = None if context.emulated else dist.group.WORLD
         profile = work.profile(group, settings.repeats)

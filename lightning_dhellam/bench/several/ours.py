@@ -59,7 +59,7 @@ class _Watch(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy)
-        self.processors = trainer.strategy.context.processors
+        self.processors = trainer.strategy.runner.engine.lanes.processors
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
