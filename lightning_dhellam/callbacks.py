@@ -244,6 +244,7 @@ def _plan(trainer: pl.Trainer) -> str:
     topology = context.topology
     pipeline = f" pipeline parallel {topology.pp_size}," if topology.pp_size > 1 else ""
     pipeline += f" context parallel {topology.cp_size}," if topology.cp_size > 1 else ""
+    pipeline += f" expert parallel {topology.ep_size}," if topology.ep_size > 1 else ""
     return (
         f"{plan}, tensor parallel {topology.tp_size}, data parallel {topology.dp_size},"
         f"{pipeline} {strategy.root_device.type}"

@@ -132,6 +132,8 @@ class Runner:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        expert_tensor_parallel_size: int | None = None,
         pipeline_split: list[int] | None = None,
         precision: str = "32-true",
         seed: int = 1234,
@@ -150,6 +152,9 @@ class Runner:
             tensor_parallel_size: ranks that share each layer, with sequence parallelism.
             pipeline_parallel_size: stages P that share the layers, as 2P chunks.
             context_parallel_size: ranks that share each sequence.
+            expert_parallel_size: ranks that share the experts of each layer.
+            expert_tensor_parallel_size: ranks that share each expert: as many as share each layer
+                (None), or 1.
             pipeline_split: layers of each chunk; None to balance them by cost.
             precision: `32-true`, `bf16-mixed` or `bf16-true`.
             seed: of weights and dropout.
@@ -172,6 +177,8 @@ class Runner:
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,
                 context_parallel_size=context_parallel_size,
+                expert_parallel_size=expert_parallel_size,
+                expert_tensor_parallel_size=expert_tensor_parallel_size,
                 pipeline_split=tuple(pipeline_split or ()),
                 timeout=timeout,
             )

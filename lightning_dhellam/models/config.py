@@ -187,6 +187,7 @@ class ModelConfig:
             tensor_model_parallel_size=topology.tp_size,
             context_parallel_size=topology.cp_size,
             expert_model_parallel_size=topology.ep_size,
+            expert_tensor_parallel_size=topology.etp_size,
             sequence_parallel=topology.tp_size > 1,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,

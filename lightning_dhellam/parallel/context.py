@@ -80,6 +80,7 @@ class ParallelContext:
         pipeline_parallel_size: int = 1,
         context_parallel_size: int = 1,
         expert_parallel_size: int = 1,
+        expert_tensor_parallel_size: int | None = None,
         cluster: Cluster | None = None,
         pipeline_split: tuple[int, ...] = (),
         timeout: timedelta = default_pg_timeout,
@@ -96,6 +97,8 @@ class ParallelContext:
             pipeline_parallel_size: stages.
             context_parallel_size: ranks that share a sequence.
             expert_parallel_size: ranks that share experts.
+            expert_tensor_parallel_size: ranks that share each expert: all that share a layer, if
+                None, or 1.
             cluster: to emulate: this process has joined it, and its links are played.
             pipeline_split: layers of each chunk, which otherwise the model balances.
             timeout: after which a collective fails that a rank does not join.
@@ -112,6 +115,11 @@ class ParallelContext:
             pp_size=pipeline_parallel_size,
             cp_size=context_parallel_size,
             ep_size=expert_parallel_size,
+            etp_size=(
+                tensor_parallel_size
+                if expert_tensor_parallel_size is None
+                else expert_tensor_parallel_size
+            ),
         )
         asked = _Asked(dist.group.WORLD, device, topology, timeout, tuned)
         context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)

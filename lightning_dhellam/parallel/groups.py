@@ -65,6 +65,7 @@ def open_groups(
             pipeline_model_parallel_size=topology.pp_size,
             context_parallel_size=topology.cp_size,
             expert_model_parallel_size=topology.ep_size,
+            expert_tensor_parallel_size=topology.etp_size,
             # A second set, of gloo groups, serves only a checkpoint format that we do not use.
             create_gloo_process_groups=False,
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
@@ -76,6 +77,8 @@ def open_groups(
     for lane in LANES:
         ranks = dist.get_process_group_ranks(getattr(groups, lane.value))
         assert ranks in topology.groups(lane) and topology.rank in ranks, f"{lane}: {ranks}"
+    assert groups.expt_tp.size() == topology.etp_size
+    assert groups.expt_dp.size() == topology.expert_dp_size
     return OpenGroups(groups, state)
 
 

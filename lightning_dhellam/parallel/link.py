@@ -190,11 +190,14 @@ def play_links(
     """
     played = dict(communicators)
     for lane, communicator in communicators.items():
-        if communicator.size == 1:
+        others = (groups.dp_cp, groups.expt_dp) if lane is Lane.DP else ()
+        of_lane = [group for group in (communicator.group, *others) if group.size() > 1]
+        if not of_lane:
             continue
         link = EmulatedLink(links.get(lane), device, communicator.rank)
-        played[lane] = replace(communicator, transport=link)
-        for group in (communicator.group, groups.dp_cp if lane is Lane.DP else None):
+        if communicator.size > 1:
+            played[lane] = replace(communicator, transport=link)
+        for group in of_lane:
             if isinstance(group, EmulatedGroup):
                 group.link = link
     return played

@@ -2,10 +2,13 @@
 
 The order of ranks is Megatron-core's, stated here and nowhere else: tensor ranks are neighbours,
 then come context, data and pipeline ranks. Experts are spread over the ranks of a stage in an order
-of their own, in which expert ranks come after tensor ranks:
+of their own, in which expert ranks come after the ranks that share each expert (expert tensor
+parallelism: those of `tp`, or none), and then ranks that hold the same experts:
 
     rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp))
-    rank = tp + tp_size * (ep + ep_size * (expert_dp + expert_dp_size * pp))
+    rank = etp + etp_size * (ep + ep_size * (expert_dp + expert_dp_size * pp))
+
+So experts that are not split lie on tensor, context and data-parallel ranks alike.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ class Topology:
         pp_size: stages that share the layers (pipeline parallelism).
         cp_size: ranks that share each sequence (context parallelism).
         ep_size: ranks that share the experts of each layer (expert parallelism).
+        etp_size: ranks that share each expert (expert tensor parallelism): those of `tp_size`, also
+            if None is given, or 1.
 
     Raises:
         ValueError: the ranks cannot be cut into groups of these sizes.
@@ -43,6 +48,7 @@ class Topology:
     pp_size: int = 1
     cp_size: int = 1
     ep_size: int = 1
+    etp_size: int = None  # type: ignore[assignment]  # becomes a number in any case
 
     SPELLING: ClassVar[dict[str, str]] = {
         "tp_size": "tensor_parallel_size",
@@ -58,7 +64,16 @@ class Topology:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}={size!r} must be an integer of at least 1")
         self._check_model(sizes)
-        self._check_experts(sizes)
+        if self.etp_size is None:
+            object.__setattr__(self, "etp_size", self.tp_size)
+        if self.etp_size not in (1, self.tp_size) or isinstance(self.etp_size, bool):
+            ranks = f" or {self.tp_size}" if self.tp_size > 1 else ""
+            raise ValueError(
+                f"expert_tensor_parallel_size={self.etp_size!r} with"
+                f" tensor_parallel_size={self.tp_size} must be 1{ranks}: experts are whole, or"
+                " split over all tensor-parallel ranks"
+            )
+        self._check_experts()
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"
 
     def _check_model(self, sizes: dict[str, int]) -> None:
@@ -72,14 +87,18 @@ class Topology:
             f" {' × '.join(given)} to a divisor of {self.world_size}"
         )
 
-    def _check_experts(self, sizes: dict[str, int]) -> None:
-        experts = self.tp_size * self.pp_size * self.ep_size
-        if self.world_size % experts:
-            given = {name: size for name, size in sizes.items() if size > 1}
-            raise ValueError(
-                f"{_spell(given)}: experts are spread over groups of {experts} processes, which"
-                f" does not divide the world size {self.world_size}: lower expert_parallel_size"
-            )
+    def _check_experts(self) -> None:
+        experts = self.etp_size * self.ep_size
+        if self.stage_size % experts == 0:
+            return
+        holder = f"a stage of {self.pp_size}" if self.pp_size > 1 else "the job"
+        split = f" x {self.etp_size} that share each expert" if self.etp_size > 1 else ""
+        whole = " or set expert_tensor_parallel_size=1" if self.etp_size > 1 else ""
+        raise ValueError(
+            f"expert_parallel_size={self.ep_size}{split} needs a multiple of {experts} ranks, but"
+            f" {holder} has {self.stage_size}: lower expert_parallel_size to a divisor of"
+            f" {self.stage_size // self.etp_size}{whole}"
+        )
 
     @property
     def dp_size(self) -> int:
@@ -112,7 +131,22 @@ class Topology:
     @property
     def ep_rank(self) -> int:
         """Which part of the experts this rank holds."""
-        return self.rank // self.tp_size % self.ep_size
+        return self.rank // self.etp_size % self.ep_size
+
+    @property
+    def etp_rank(self) -> int:
+        """Which part of each of its experts this rank holds."""
+        return self.rank % self.etp_size
+
+    @property
+    def expert_dp_size(self) -> int:
+        """Ranks that hold the same experts, over which their gradients are added up."""
+        return self.stage_size // (self.etp_size * self.ep_size)
+
+    @property
+    def expert_dp_rank(self) -> int:
+        """Which of those this rank is."""
+        return self.rank_in_stage // (self.etp_size * self.ep_size)
 
     @property
     def dp_rank(self) -> int:
@@ -147,6 +181,7 @@ class Topology:
             tp_size=self.tp_size,
             cp_size=self.cp_size,
             ep_size=self.ep_size,
+            etp_size=self.etp_size,
         )
 
     @property
@@ -170,7 +205,7 @@ class Topology:
         return {
             Lane.TP: 1,
             Lane.CP: self.tp_size,
-            Lane.EP: self.tp_size,
+            Lane.EP: self.etp_size,
             Lane.DP: self.tp_size * self.cp_size,
             Lane.PP: self.stage_size,
         }[lane]

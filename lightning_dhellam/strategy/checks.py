@@ -98,14 +98,26 @@ def check_context(
     check_names(kernels or {}, in_blocks=context_parallel_size > 1)
 
 
-def check_links(cluster: Cluster | None, context_parallel_size: int) -> None:
+def check_experts(expert_parallel_size: int, expert_tensor_parallel_size: int | None) -> None:
+    """Refuse arguments of `DHellamStrategy` by which no experts can be shared."""
+    check_count("expert_parallel_size", expert_parallel_size)
+    if expert_tensor_parallel_size is not None:
+        check_count("expert_tensor_parallel_size", expert_tensor_parallel_size)
+
+
+def check_links(
+    cluster: Cluster | None, context_parallel_size: int, expert_parallel_size: int
+) -> None:
     """Refuse an emulated cluster over which what ranks exchange would take no time."""
-    if cluster is not None and context_parallel_size > 1 and "cp" not in cluster.links:
-        raise ValueError(
-            f"emulate='{cluster.name}' has no link 'cp', so with"
-            f" context_parallel_size={context_parallel_size} keys and values would take no time:"
-            " add one under `links`"
-        )
+    for lane, size, what, name in (
+        ("cp", context_parallel_size, "keys and values", "context_parallel_size"),
+        ("ep", expert_parallel_size, "tokens on their way to experts", "expert_parallel_size"),
+    ):
+        if cluster is not None and size > 1 and lane not in cluster.links:
+            raise ValueError(
+                f"emulate='{cluster.name}' has no link '{lane}', so with {name}={size} {what}"
+                " would take no time: add one under `links`"
+            )
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

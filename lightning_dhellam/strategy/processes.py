@@ -47,6 +47,8 @@ class JobStrategy(ParallelStrategy):
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: stages that share the layers.
         context_parallel_size: ranks that share each sequence.
+        expert_parallel_size: ranks that share the experts of each layer.
+        expert_tensor_parallel_size: ranks that share each expert; None for those of a layer.
         cluster: that this process only pretends to be part of, or None.
         timeout: after which a collective that a rank does not join fails.
     """
@@ -54,6 +56,8 @@ class JobStrategy(ParallelStrategy):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     context_parallel_size: int
+    expert_parallel_size: int
+    expert_tensor_parallel_size: int | None
     cluster: Cluster | None
     timeout: timedelta
     num_nodes = 1
@@ -105,6 +109,12 @@ class JobStrategy(ParallelStrategy):
             tp_size=self.tensor_parallel_size,
             pp_size=self.pipeline_parallel_size,
             cp_size=self.context_parallel_size,
+            ep_size=self.expert_parallel_size,
+            etp_size=(
+                self.tensor_parallel_size
+                if self.expert_tensor_parallel_size is None
+                else self.expert_tensor_parallel_size
+            ),
         )
 
     @property
@@ -153,6 +163,8 @@ class JobStrategy(ParallelStrategy):
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
             context_parallel_size=self.context_parallel_size,
+            expert_parallel_size=self.expert_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
             cluster=self.cluster,
             pipeline_split=self.layers_of_chunks(),
             timeout=self.timeout,

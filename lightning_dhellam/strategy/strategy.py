@@ -54,6 +54,11 @@ class DHellamStrategy(SteppingStrategy):
             `auto` a search takes what it predicts to be faster; without one it is `ring`.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
+        expert_parallel_size: ranks that share the experts of each layer, of all ranks of a stage:
+            tokens go to the ranks of their experts and come back. Changes loss and gradients by
+            rounding alone. All of them must have equally many micro-batches in each batch.
+        expert_tensor_parallel_size: ranks that share each expert: as many as share each layer
+            (None), or 1, so that experts are whole and lie on tensor-parallel ranks as well.
         micro_batch_size: samples that go through the layers together; the last micro-batch of a
             batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
             of dropout, which are others.
@@ -106,6 +111,8 @@ class DHellamStrategy(SteppingStrategy):
         context_parallel_size: int = 1,
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
+        expert_parallel_size: int = 1,
+        expert_tensor_parallel_size: int | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -129,6 +136,7 @@ class DHellamStrategy(SteppingStrategy):
             max_skipped_steps,
         )
         checks.check_context(context_parallel_size, context_exchange, kernels)
+        checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
@@ -136,6 +144,8 @@ class DHellamStrategy(SteppingStrategy):
         self.context_parallel_size = context_parallel_size
         self.context_exchange = context_exchange
         self.context_fp32_gradients = context_fp32_gradients
+        self.expert_parallel_size = expert_parallel_size
+        self.expert_tensor_parallel_size = expert_tensor_parallel_size
         self.micro_batch_size = micro_batch_size
         self.plan = plan
         self.distributed_optimizer = distributed_optimizer
@@ -146,7 +156,7 @@ class DHellamStrategy(SteppingStrategy):
         self._seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.resume_settings = resume_settings
-        checks.check_links(self.cluster, context_parallel_size)
+        checks.check_links(self.cluster, context_parallel_size, expert_parallel_size)
         self.timeout = timeout or default_pg_timeout
         self._ended_well = True
 

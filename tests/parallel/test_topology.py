@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 
 
 SHORT = {shown: name for name, shown in Topology.SPELLING.items()}
+SHORT["expert_tensor_parallel_size"] = "etp_size"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,32 @@ SHORT = {shown: name for name, shown in Topology.SPELLING.items()}
             ["tensor_parallel_size=4, pipeline_parallel_size=4", "multiple of 16"],
         ),
         (2, {"context_parallel_size": 4}, ["context_parallel_size=4", "world size is 2"]),
-        (4, {"expert_parallel_size": 3}, ["expert_parallel_size=3", "world size 4"]),
+        (
+            4,
+            {"expert_parallel_size": 3},
+            ["expert_parallel_size=3", "the job has 4", "divisor of 4"],
+        ),
+        (
+            2,
+            {"expert_parallel_size": 4},
+            ["expert_parallel_size=4", "multiple of 4 ranks", "has 2"],
+        ),
+        (
+            4,
+            {"tensor_parallel_size": 2, "expert_parallel_size": 4},
+            ["expert_parallel_size=4 x 2", "divisor of 2", "expert_tensor_parallel_size=1"],
+        ),
+        (
+            4,
+            {"pipeline_parallel_size": 2, "expert_parallel_size": 4},
+            ["expert_parallel_size=4", "a stage of 2 has 2"],
+        ),
+        (
+            8,
+            {"tensor_parallel_size": 4, "expert_tensor_parallel_size": 2},
+            ["expert_tensor_parallel_size=2", "tensor_parallel_size=4", "1 or 4"],
+        ),
+        (8, {"expert_tensor_parallel_size": 2}, ["expert_tensor_parallel_size=2", "must be 1:"]),
         (4, {"tensor_parallel_size": 0}, ["tensor_parallel_size=0", "at least 1"]),
         (4, {"tensor_parallel_size": "2"}, ["tensor_parallel_size='2'", "integer"]),
     ],
@@ -63,7 +89,7 @@ def test_a_rank_has_a_place_on_every_lane() -> None:
 
 def test_a_stage_is_a_world_of_its_own() -> None:
     topology = Topology(16, rank=13, tp_size=2, pp_size=2, ep_size=4)
-    assert topology.stage == Topology(8, rank=5, tp_size=2, ep_size=4)
+    assert topology.stage == Topology(8, rank=5, tp_size=2, ep_size=4, etp_size=2)
     assert topology.stage.ep_rank == topology.ep_rank == 2
     assert topology.stage.dp_rank == topology.dp_rank == 2
 
@@ -73,13 +99,20 @@ SIZES = [
     {"cp": 2, "tp": 2},
     {"ep": 4},
     {"tp": 2, "ep": 2},
+    {"tp": 2, "ep": 4, "etp": 1},
+    {"tp": 2, "pp": 2, "ep": 2, "etp": 1},
+    {"tp": 2, "cp": 2, "ep": 2},
     {"pp": 2, "ep": 2},
     {"pp": 2, "cp": 2, "ep": 2},
     {"pp": 2, "tp": 2, "cp": 2, "ep": 1},
 ]
 
 
-def _megatrons_groups(rank: int) -> list[tuple[Topology, dict[Lane, tuple[int, list[int]]]]]:
+_Place = tuple[int, list[int]]
+"""A rank in a group, and the ranks of the group."""
+
+
+def _megatrons_groups(rank: int) -> list[tuple[Topology, dict[Lane, _Place], list[_Place]]]:
     found = []
     for sizes in SIZES:
         topology = Topology(8, rank, **{f"{name}_size": size for name, size in sizes.items()})
@@ -88,6 +121,7 @@ def _megatrons_groups(rank: int) -> list[tuple[Topology, dict[Lane, tuple[int, l
             pipeline_model_parallel_size=topology.pp_size,
             context_parallel_size=topology.cp_size,
             expert_model_parallel_size=topology.ep_size,
+            expert_tensor_parallel_size=topology.etp_size,
             create_gloo_process_groups=False,
         )
         groups = {
@@ -98,19 +132,27 @@ def _megatrons_groups(rank: int) -> list[tuple[Topology, dict[Lane, tuple[int, l
             Lane.DP: parallel_state.get_data_parallel_group(),
         }
         assert set(groups) == set(LANES)
-        ranks = {
-            lane: (group.rank(), dist.get_process_group_ranks(group))
-            for lane, group in groups.items()
-        }
-        found.append((topology, ranks))
+        of_experts = (
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_data_parallel_group(),
+        )
+        ranks = {lane: _place(group) for lane, group in groups.items()}
+        found.append((topology, ranks, [*map(_place, of_experts)]))
         parallel_state.destroy_model_parallel()
     return found
+
+
+def _place(group: dist.ProcessGroup) -> _Place:
+    return group.rank(), dist.get_process_group_ranks(group)
 
 
 def test_ranks_lie_as_megatrons_do() -> None:
     for found in run_ranks(8, _megatrons_groups):
         assert len(found) == len(SIZES)
-        for topology, groups in found:
+        for topology, groups, ((etp_rank, etp_ranks), (expert_dp_rank, holders)) in found:
+            assert (topology.etp_rank, topology.etp_size) == (etp_rank, len(etp_ranks))
+            assert topology.expert_dp_rank == expert_dp_rank
+            assert topology.expert_dp_size == len(holders)
             for lane, (rank, ranks) in groups.items():
                 assert ranks in topology.groups(lane), (topology, lane)
                 assert getattr(topology, f"{lane.value}_rank") == rank, (topology, lane)

@@ -82,6 +82,22 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         _trainer({"context_parallel_size": 3, "tensor_parallel_size": 2}, devices=4),
         r"tensor_parallel_size=2, context_parallel_size=3 needs a multiple of 6 processes.*is 4",
     ),
+    "no-expert-rank": (
+        _arguments(expert_parallel_size=0),
+        r"expert_parallel_size=0 must be .*at least 1",
+    ),
+    "experts-beyond-the-ranks": (
+        _trainer({"expert_parallel_size": 4}, devices=2),
+        r"expert_parallel_size=4 needs a multiple of 4 ranks, but the job has 2: lower",
+    ),
+    "experts-in-some-parts": (
+        _trainer({"tensor_parallel_size": 4, "expert_tensor_parallel_size": 2}, devices=4),
+        r"expert_tensor_parallel_size=2 with tensor_parallel_size=4 must be 1 or 4: experts are",
+    ),
+    "emulated-without-a-link-to-experts": (
+        _arguments(expert_parallel_size=4, emulate=Cluster(8, {"tp": Link(1e9)})),
+        r"emulate='cluster' has no link 'ep', so with expert_parallel_size=4 tokens .*add one",
+    ),
     "unknown-exchange": (
         _arguments(context_parallel_size=2, context_exchange="p2p"),
         r"context_exchange='p2p' is not known: use ring or all_gather",
