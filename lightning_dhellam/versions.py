@@ -15,6 +15,9 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -49,6 +52,26 @@ def mlp_spec(submodules: MLPSubmodules, **parameters: Any) -> Any:
         # 0.19 takes a ModuleSpec as well, but warns, and writes into the caller's specification.
         return partial(MLP.as_mlp_submodule, submodules=submodules, **parameters)
     return ModuleSpec(module=MLP, submodules=submodules, params=parameters)
+
+
+def moe_spec(router: Any, submodules: MLPSubmodules) -> Any:
+    """The `mlp` of a layer's specification: a mixture of experts.
+
+    Each expert is an MLP with its own weights, the one kind that needs no transformer-engine.
+
+    Args:
+        router: what builds the router.
+        submodules: the linear layers of an expert, and of the shared ones.
+    """
+    experts: Any = ModuleSpec(module=SequentialMLP, submodules=submodules)
+    shared: Any = ModuleSpec(module=SharedExpertMLP, submodules=submodules)
+    if hasattr(MLP, "as_mlp_submodule"):
+        experts = partial(SequentialMLP, submodules=submodules)
+        shared = partial(SharedExpertMLP, submodules=submodules)
+    parts = MoESubmodules(experts=experts, shared_experts=shared, router=router)
+    if hasattr(MLP, "as_mlp_submodule"):
+        return partial(MoELayer, submodules=parts)
+    return ModuleSpec(module=MoELayer, submodules=parts)
 
 
 def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:

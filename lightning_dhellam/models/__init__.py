@@ -2,7 +2,11 @@
 
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.counts import parameter_count, training_flops_per_token
+from lightning_dhellam.models.counts import (
+    active_parameter_count,
+    parameter_count,
+    training_flops_per_token,
+)
 from lightning_dhellam.models.huggingface import export_llama, import_llama
 from lightning_dhellam.models.presets import PRESETS, preset
 from lightning_dhellam.models.stage import pipeline_split
@@ -11,6 +15,7 @@ __all__ = [
     "PRESETS",
     "CausalLM",
     "ModelConfig",
+    "active_parameter_count",
     "export_llama",
     "import_llama",
     "parameter_count",

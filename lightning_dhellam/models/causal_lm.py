@@ -29,7 +29,7 @@ from lightning_dhellam.layers.sequence import is_token_wise, of_whole_sequences
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
-from lightning_dhellam.models.spec import llama_layer_spec
+from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.models.stage import Elsewhere, check_order, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
 
@@ -107,7 +107,7 @@ class CausalLM(nn.Module):
     def _build_layer(self, index: int, chunk: int, seed: int) -> nn.Module:
         _seed(self.context, seed, 2 + index)
         layer = build_module(
-            llama_layer_spec(self.config.ffn_hidden_size, self.config.normalization),
+            layer_spec(self.config, index),
             config=self.transformer_config,
             layer_number=index + 1,
             pg_collection=self.context.groups,

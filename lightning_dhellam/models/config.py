@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lightning_dhellam.models.experts import ExpertFields, as_pattern, check_expert_shares
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.values import check_fields
 from lightning_dhellam.versions import QUIET_FIELDS
@@ -21,8 +22,10 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ExpertFields):
     """Shape and initialisation of one model; immutable, valid once constructed.
+
+    A mixture of experts has the fields of `ExpertFields` as well.
 
     Raises ValueError, naming the field, when a value is of another kind than the field says, or the
     numbers do not fit together.
@@ -80,6 +83,15 @@ class ModelConfig:
     qkv_bias: bool = False
     """Whether the query-key-value projection has a bias; with `linear_bias` it has one anyway."""
 
+    attention_bias: bool = False
+    """Whether both projections of attention have biases, though `linear_bias` gives none."""
+
+    output_bias: bool = False
+    """Whether the output layer has a bias (Hugging Face: lm_head_bias)."""
+
+    qk_norm: bool = False
+    """Whether each head's queries and keys pass through a norm of their own (Qwen3)."""
+
     position_embedding: str = "rope"
     """`rope`, rotary position embedding, or `none`: then only the causal mask tells positions."""
 
@@ -103,12 +115,19 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups}: every group needs as many queries"
             )
+        self.check_experts(self.num_layers)
+        if self.num_experts is not None and self.linear_bias:
+            raise ValueError(
+                "linear_bias=True with num_experts: experts have no biases here; use"
+                " attention_bias=True for those of attention"
+            )
 
     def _check_kinds_and_ranges(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "moe_layer_freq", as_pattern(self.moe_layer_freq))
         for field in fields(self):
             value = getattr(self, field.name)
-            if str(field.type).startswith("int") and value is not None and value < 1:
+            if field.type in ("int", "int | None") and value is not None and value < 1:
                 raise ValueError(f"{field.name}={value!r} must be at least 1")
         for name, known in _KINDS.items():
             if getattr(self, name) not in known:
@@ -135,34 +154,59 @@ class ModelConfig:
         """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has experts."""
+        return self.layers_with_experts(self.num_layers)
+
+    @property
+    def expert_width(self) -> int:
+        """Width of one expert."""
+        return self.expert_ffn_hidden_size or self.ffn_hidden_size
+
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding table: vocab_size rounded up so that every rank's share is whole
         and aligned."""
         multiple = _VOCABULARY_ALIGNMENT * tensor_parallel_size
         return -(-self.vocab_size // multiple) * multiple
 
-    def validate(self, tensor_parallel_size: int) -> None:
-        """Raise ValueError unless the model can be cut over ``tensor_parallel_size`` ranks."""
+    def validate(
+        self,
+        tensor_parallel_size: int,
+        expert_parallel_size: int = 1,
+        expert_tensor_parallel_size: int | None = None,
+    ) -> None:
+        """Raise ValueError unless the model can be cut over so many ranks.
+
+        Experts are cut over `tensor_parallel_size` where their own size is left out.
+        """
         for name in (
             "num_attention_heads",
             "num_query_groups",
             "ffn_hidden_size",
+            "shared_expert_ffn_hidden_size",
             "max_sequence_length",
         ):
             value = getattr(self, name)
-            if value % tensor_parallel_size:
+            if name == "ffn_hidden_size" and all(self.expert_layers):
+                continue  # no layer has an MLP of that width but its experts
+            if value is not None and value % tensor_parallel_size:
                 raise ValueError(
                     f"{name}={value} is not a multiple of "
                     f"tensor_parallel_size={tensor_parallel_size}: every rank holds an equal "
                     f"share; lower tensor_parallel_size or change {name}"
                 )
+        ranks = tensor_parallel_size
+        if expert_tensor_parallel_size is not None:
+            ranks = expert_tensor_parallel_size
+        check_expert_shares(self, self.expert_width, expert_parallel_size, ranks)
 
     def transformer_config(
         self, context: ParallelContext, dtype: torch.dtype = torch.float32
     ) -> TransformerConfig:
         """Megatron's configuration of this model on ``context``, weights in ``dtype``."""
         topology = context.topology
-        self.validate(topology.tp_size)
+        self.validate(topology.tp_size, topology.ep_size)
         on_cpu = context.device.type == "cpu"
         return TransformerConfig(
             num_layers=self.num_layers,
@@ -174,7 +218,8 @@ class ModelConfig:
             normalization=self.normalization,
             layernorm_epsilon=self.norm_epsilon,
             add_bias_linear=self.linear_bias,
-            add_qkv_bias=self.qkv_bias,
+            add_qkv_bias=self.qkv_bias or self.attention_bias,
+            qk_layernorm=self.qk_norm,
             gated_linear_unit=self.activation == "swiglu",
             activation_func=(
                 torch.nn.functional.silu
@@ -201,5 +246,6 @@ class ModelConfig:
             masked_softmax_fusion=False,
             gradient_accumulation_fusion=False,
             apply_rope_fusion=False,
+            **self.expert_fields(self.num_layers, self.expert_width),
             **QUIET_FIELDS,
         )

@@ -17,18 +17,12 @@ _BYTE = 175
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of weights of the whole model, vocabulary padding not counted."""
-    norm = config.hidden_size * (1 if config.normalization == "RMSNorm" else 2)
-    layer = matrix_weights(config) + _biases(config) + 2 * norm
-    tables = 1 if config.tie_embeddings else 2
-    table = config.vocab_size * config.hidden_size
-    return config.num_layers * layer + tables * table + norm
+    return _parameters(config, config.num_experts or 0)
 
 
-def matrix_weights(config: ModelConfig) -> int:
-    """Weights of the matrices of one layer."""
-    heads = heads_of(config)
-    attention = heads.channels + heads.queries * heads.size
-    return config.hidden_size * (attention + _mlp_matrices(config) * config.ffn_hidden_size)
+def active_parameter_count(config: ModelConfig) -> int:
+    """Number of weights that one token meets: of its experts, and all others."""
+    return _parameters(config, _chosen(config))
 
 
 def heads_of(config: ModelConfig) -> Heads:
@@ -40,12 +34,12 @@ def heads_of(config: ModelConfig) -> Heads:
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of forward and backward per token of a sequence of `length`, attention causal-halved.
 
-    Two for each weight of a matrix product in forward and twice that in backward; the embedding's
-    look-up, biases and norms count nothing.
+    Two for each weight of a matrix product in forward and twice that in backward, of those experts
+    only that a token goes to; the embedding's look-up, biases and norms count nothing.
     """
-    weights = config.num_layers * matrix_weights(config) + config.vocab_size * config.hidden_size
+    layers = sum(_matrices(config, experts, _chosen(config)) for experts in config.expert_layers)
     attention = config.num_layers * heads_of(config).flops(length)
-    return 6.0 * weights + 3.0 * attention
+    return 6.0 * (layers + config.vocab_size * config.hidden_size) + 3.0 * attention
 
 
 def costs_in_layers(config: ModelConfig) -> tuple[float, float]:
@@ -53,12 +47,47 @@ def costs_in_layers(config: ModelConfig) -> tuple[float, float]:
 
     By matrix products and attention, over sequences as long as models are mostly trained on, since
     a split is made before there is a batch; the embedding by the 10 bytes per channel that it
-    moves.
+    moves. Where dense layers lie between those with experts, a layer is the mean of them.
     """
     length = min(config.max_sequence_length, _TRAINING_LENGTH)
-    layer = 6.0 * matrix_weights(config) + 3.0 * heads_of(config).flops(length)
+    head = 6.0 * config.vocab_size * config.hidden_size
+    layer = (training_flops_per_token(config, length) - head) / config.num_layers
     embedding = 10 * _BYTE * config.hidden_size
-    return embedding / layer, 6.0 * config.vocab_size * config.hidden_size / layer
+    return embedding / layer, head / layer
+
+
+def _parameters(config: ModelConfig, experts: int) -> int:
+    """Weights of the model, `experts` counted in each layer that has them."""
+    norm = config.hidden_size * _per_norm(config)
+    layers = sum(
+        _matrices(config, here, experts) + _biases(config, here) for here in config.expert_layers
+    )
+    heads = 2 * config.kv_channels * _per_norm(config) if config.qk_norm else 0
+    tables = 1 if config.tie_embeddings else 2
+    table = config.vocab_size * config.hidden_size
+    bias = config.vocab_size if config.output_bias else 0
+    return layers + config.num_layers * (2 * norm + heads) + tables * table + bias + norm
+
+
+def _matrices(config: ModelConfig, has_experts: bool, experts: int) -> int:
+    """Weights of the matrices of one layer, `experts` counted if it has any."""
+    heads = heads_of(config)
+    attention = heads.channels + heads.queries * heads.size
+    width = _mlp_matrices(config) * config.ffn_hidden_size
+    if has_experts:
+        widths = experts * config.expert_width + (config.shared_expert_ffn_hidden_size or 0)
+        width = _mlp_matrices(config) * widths + (config.num_experts or 0)  # and the router
+    return config.hidden_size * (attention + width)
+
+
+def _chosen(config: ModelConfig) -> int:
+    """Experts of a token in a layer."""
+    return 0 if config.num_experts is None else config.experts_per_token
+
+
+def _per_norm(config: ModelConfig) -> int:
+    """Parameters of a norm for each channel."""
+    return 1 if config.normalization == "RMSNorm" else 2
 
 
 def _mlp_matrices(config: ModelConfig) -> int:
@@ -66,10 +95,11 @@ def _mlp_matrices(config: ModelConfig) -> int:
     return 3 if config.activation == "swiglu" else 2
 
 
-def _biases(config: ModelConfig) -> int:
-    """Biases of the linear layers of one layer."""
+def _biases(config: ModelConfig, has_experts: bool) -> int:
+    """Biases of the linear layers of one layer; experts have none."""
     qkv = heads_of(config).channels
-    if not config.linear_bias:
-        return qkv if config.qkv_bias else 0
-    mlp = (_mlp_matrices(config) - 1) * config.ffn_hidden_size
-    return qkv + mlp + 2 * config.hidden_size
+    both = config.linear_bias or config.attention_bias
+    attention = (qkv if both or config.qkv_bias else 0) + (config.hidden_size if both else 0)
+    if has_experts or not config.linear_bias:
+        return attention
+    return attention + (_mlp_matrices(config) - 1) * config.ffn_hidden_size + config.hidden_size

@@ -32,6 +32,21 @@ _LLAMA_3_2_1B = ModelConfig(
     tie_embeddings=True,
 )
 
+_MOE_TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=128,
+    ffn_hidden_size=256,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=4096,
+    max_sequence_length=1024,
+    tie_embeddings=True,
+    num_experts=8,
+    experts_per_token=2,
+    expert_ffn_hidden_size=128,
+    aux_loss_coefficient=0.01,
+)
+
 PRESETS: dict[str, ModelConfig] = {
     # Small enough for two CPU cores; every size divides by 4 ranks.
     "llama-tiny": ModelConfig(
@@ -50,6 +65,69 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-3.1-8b": replace(_LLAMA_3_8B, max_sequence_length=131072, rope_scaling_factor=8.0),
     "llama-3-70b": _LLAMA_3_70B,
     "llama-3.1-70b": replace(_LLAMA_3_70B, max_sequence_length=131072, rope_scaling_factor=8.0),
+    # Small enough for two CPU cores; experts divide by 8 ranks, everything else by 2.
+    "moe-tiny": _MOE_TINY,
+    # As DeepSeek-V3 routes: the first layer dense, a shared expert, sigmoid scores in groups, and a
+    # bias that balances the experts; with the attention of Llama.
+    "deepseek-moe-tiny": replace(
+        _MOE_TINY,
+        num_layers=3,
+        moe_layer_freq=(0, 1, 1),
+        shared_expert_ffn_hidden_size=128,
+        router_scores="sigmoid",
+        router_scaling_factor=2.5,
+        router_groups=4,
+        router_groups_per_token=2,
+        router_bias_update_rate=1e-3,
+        aux_loss="seq_aux_loss",
+        aux_loss_coefficient=1e-4,
+    ),
+    "mixtral-8x7b": ModelConfig(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        vocab_size=32000,
+        max_sequence_length=32768,
+        rotary_base=1e6,
+        num_experts=8,
+        experts_per_token=2,
+        aux_loss_coefficient=0.02,
+    ),
+    "phi-3.5-moe": ModelConfig(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=6400,
+        num_attention_heads=32,
+        num_query_groups=8,
+        vocab_size=32064,
+        max_sequence_length=4096,
+        rotary_base=10_000.0,
+        normalization="LayerNorm",
+        attention_bias=True,
+        output_bias=True,
+        num_experts=16,
+        experts_per_token=2,
+        router_scores="sparsemixer",
+    ),
+    "qwen3-30b-a3b": ModelConfig(
+        num_layers=48,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
+        num_query_groups=4,
+        head_dim=128,
+        vocab_size=151936,
+        max_sequence_length=40960,
+        norm_epsilon=1e-6,
+        rotary_base=1e6,
+        qk_norm=True,
+        num_experts=128,
+        experts_per_token=8,
+        expert_ffn_hidden_size=768,
+        aux_loss_coefficient=0.001,
+    ),
 }
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -14,16 +18,47 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from lightning_dhellam.models.attention import SdpaCoreAttention
+from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.norm import NORMS
-from lightning_dhellam.versions import mlp_spec
+from lightning_dhellam.models.router import SparseMixer
+from lightning_dhellam.versions import mlp_spec, moe_spec
+
+
+class _BiasedRowParallelLinear:
+    """Makes a `RowParallelLinear` with a bias, where the configuration would give it none.
+
+    Megatron-core has one field for the biases of attention's output, experts and MLPs.
+    """
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return RowParallelLinear(*args, **{**options, "bias": True})
+
+
+def layer_spec(config: ModelConfig, index: int) -> ModuleSpec:
+    """Pre-norm layer `index` of a model: norm, attention, norm, and an MLP or experts."""
+    experts = config.expert_layers[index]
+    return llama_layer_spec(
+        config.ffn_hidden_size,
+        config.normalization,
+        mlp=_experts(config) if experts else None,
+        qk_norm=NORMS[config.normalization] if config.qk_norm else None,
+        proj=_BiasedRowParallelLinear if config.attention_bias else RowParallelLinear,
+    )
 
 
 def llama_layer_spec(
-    ffn_hidden_size: int | None = None, normalization: str = "RMSNorm"
+    ffn_hidden_size: int | None = None,
+    normalization: str = "RMSNorm",
+    *,
+    mlp: Any = None,
+    qk_norm: type | None = None,
+    proj: type = RowParallelLinear,
 ) -> ModuleSpec:
     """Pre-norm layer: norm, grouped-query attention, norm, MLP.
 
     ``ffn_hidden_size`` only spares Megatron's warning that it reads it from its configuration.
+    ``mlp`` is another specification than that of an MLP, ``qk_norm`` the norm of each head's
+    queries and keys, ``proj`` the class of attention's output projection.
     """
     norm = NORMS[normalization]
     mlp_params = {} if ffn_hidden_size is None else {"ffn_hidden_size": ffn_hidden_size}
@@ -37,15 +72,25 @@ def llama_layer_spec(
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SdpaCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=proj,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp_spec(
-                MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-                **mlp_params,
-            ),
+            mlp=mlp_spec(_linears(), **mlp_params) if mlp is None else mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _experts(config: ModelConfig) -> Any:
+    """A `MoELayer` of experts that are MLPs of their own, with shared ones if there are any."""
+    mixer = config.router_scores == "sparsemixer"
+    router = partial(SparseMixer, jitter=config.router_jitter) if mixer else TopKRouter
+    return moe_spec(router, _linears())
+
+
+def _linears() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

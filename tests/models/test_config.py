@@ -38,6 +38,96 @@ def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], words: lis
         assert word in str(error.value)
 
 
+MOE = replace(SMALL, num_experts=6, experts_per_token=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts": 0}, ["num_experts=0", "at least 1"]),
+        ({"num_experts": None, "experts_per_token": 4}, ["experts_per_token=4", "num_experts"]),
+        ({"experts_per_token": 7}, ["experts_per_token=7", "num_experts=6"]),
+        ({"experts_per_token": 1}, ["experts_per_token=1", "router_pre_softmax=True"]),
+        ({"moe_layer_freq": 0}, ["moe_layer_freq=0", "at least 1"]),
+        ({"moe_layer_freq": [1]}, ["moe_layer_freq=[1]", "num_layers=2"]),
+        ({"moe_layer_freq": [1, 2]}, ["moe_layer_freq=[1, 2]", "a 1 (experts) or a 0"]),
+        ({"moe_layer_freq": [0, 0]}, ["moe_layer_freq=[0, 0]", "leave num_experts out"]),
+        ({"moe_layer_freq": "all"}, ["moe_layer_freq='all'", "whole number"]),
+        ({"router_scores": "sinkhorn"}, ["router_scores='sinkhorn'", "'sparsemixer'"]),
+        ({"router_scores": "sigmoid", "router_pre_softmax": True}, ["router_pre_softmax=True"]),
+        ({"router_bias_update_rate": 0.01}, ["router_bias_update_rate=0.01", "'sigmoid'"]),
+        ({"router_scaling_factor": 0.0}, ["router_scaling_factor=0.0", "greater than 0"]),
+        ({"z_loss_coefficient": -1.0}, ["z_loss_coefficient=-1.0", "at least 0"]),
+        ({"router_groups": 3}, ["router_groups=3", "without router_groups_per_token"]),
+        ({"router_groups": 4, "router_groups_per_token": 2}, ["num_experts=6", "router_groups=4"]),
+        ({"router_groups": 3, "router_groups_per_token": 4}, ["router_groups_per_token=4"]),
+        (
+            {"router_groups": 6, "router_groups_per_token": 3},
+            ["router_groups_per_token=3", "experts_per_token=2"],
+        ),
+        (
+            {"router_groups": 6, "router_groups_per_token": 1},
+            ["experts_per_token=2", "1 experts of router_groups_per_token=1"],
+        ),
+        ({"capacity_factor": 0}, ["capacity_factor=0", "leave it out"]),
+        ({"drop_policy": "last"}, ["drop_policy='last'", "'probs' or 'position'"]),
+        ({"aux_loss": "none"}, ["aux_loss='none'", "'seq_aux_loss'"]),
+        ({"linear_bias": True}, ["linear_bias=True", "attention_bias=True"]),
+        (
+            {"router_scores": "sparsemixer", "experts_per_token": 3},
+            ["experts_per_token=3", "leave it at 2"],
+        ),
+        ({"router_scores": "sparsemixer", "router_jitter": 0.0}, ["router_jitter=0.0"]),
+        ({"router_scores": "sparsemixer", "capacity_factor": 1.0}, ["capacity_factor=1.0"]),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        replace(MOE, **changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("freq", "layers"),
+    [
+        (1, (True, True, True, True)),
+        (3, (True, False, False, True)),
+        ([0, 1, 1, 0], (False, True, True, False)),
+    ],
+)
+def test_layers_have_experts_by_number_or_by_pattern(freq: Any, layers: tuple[bool, ...]) -> None:
+    config = replace(MOE, num_layers=4, moe_layer_freq=freq)
+    assert config.expert_layers == layers
+    assert replace(SMALL, num_layers=2).expert_layers == (False, False)
+    # A list is kept as what does not change, so that configurations can be compared and kept.
+    assert config == replace(config, moe_layer_freq=config.moe_layer_freq) and hash(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        ({}, (1, 4), ["num_experts=6", "expert_parallel_size=4", "1, 2, 3, 6"]),
+        ({"expert_ffn_hidden_size": 33}, (2, 2), ["expert_ffn_hidden_size=33", "size=2"]),
+        ({"shared_expert_ffn_hidden_size": 33}, (2, 1), ["shared_expert_ffn_hidden_size=33"]),
+        ({"ffn_hidden_size": 33}, (2, 1), ["ffn_hidden_size=33", "expert_tensor_parallel_size=1"]),
+    ],
+)
+def test_experts_that_cannot_be_cut_are_refused(
+    changes: dict[str, Any], sizes: tuple[int, int], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        replace(MOE, **changes).validate(*sizes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_experts_are_cut_only_where_they_are_shared() -> None:
+    replace(MOE, expert_ffn_hidden_size=33).validate(2, 6, expert_tensor_parallel_size=1)
+    with pytest.raises(ValueError, match=r"expert_parallel_size=2, but the model has no experts"):
+        SMALL.validate(1, 2)
+
+
 def test_heads_of_odd_width_need_no_pairs_without_rotary_embedding() -> None:
     assert replace(SMALL, head_dim=7, position_embedding="none").kv_channels == 7
 
@@ -76,13 +166,17 @@ PUBLIC_TOTALS = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3.1-70b": 70_553_706_496,
+    "mixtral-8x7b": 46_702_792_704,
+    "phi-3.5-moe": 41_873_153_344,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 
 
 def test_presets_have_the_published_number_of_weights() -> None:
     assert {name: parameter_count(PRESETS[name]) for name in PUBLIC_TOTALS} == PUBLIC_TOTALS
-    assert 2e6 < parameter_count(PRESETS["llama-tiny"]) < 8e6
-    assert set(PRESETS) == {*PUBLIC_TOTALS, "llama-tiny"}
+    tiny = {"llama-tiny", "moe-tiny", "deepseek-moe-tiny"}
+    assert all(1e6 < parameter_count(PRESETS[name]) < 8e6 for name in tiny)
+    assert set(PRESETS) == {*PUBLIC_TOTALS, *tiny}
 
 
 def test_presets_differ_where_the_generations_do() -> None:
@@ -93,11 +187,8 @@ def test_presets_differ_where_the_generations_do() -> None:
     ):
         assert PRESETS[name].rope_scaling_factor == factor
         assert PRESETS[name].max_sequence_length == length
-    assert [name for name in PRESETS if PRESETS[name].tie_embeddings] == [
-        "llama-tiny",
-        "llama-3.2-1b",
-        "llama-3.2-3b",
-    ]
+    published = [name for name in PUBLIC_TOTALS if PRESETS[name].tie_embeddings]
+    assert published == ["llama-3.2-1b", "llama-3.2-3b"]
 
 
 def test_preset_with_overrides() -> None:

@@ -1,0 +1,76 @@
+"""Models with experts, as they are built of Megatron-core's modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+
+from lightning_dhellam.models import CausalLM, ModelConfig, parameter_count
+from lightning_dhellam.models.router import SparseMixer, sparse_mix
+from lightning_dhellam.parallel import ParallelContext
+from tests.models.llama import SMALL
+
+CPU = torch.device("cpu")
+MOE = replace(SMALL, num_experts=5, experts_per_token=2, expert_ffn_hidden_size=24)
+CASES = {
+    "all layers": MOE,
+    "dense first, a shared expert": replace(
+        MOE, moe_layer_freq=(0, 1), shared_expert_ffn_hidden_size=40
+    ),
+    "two-step routing, biases": replace(
+        MOE,
+        router_scores="sparsemixer",
+        normalization="LayerNorm",
+        attention_bias=True,
+    ),
+    "a norm of heads": replace(MOE, qk_norm=True, head_dim=10, tie_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_layers_are_of_stock_modules_and_counted(config: ModelConfig) -> None:
+    model = CausalLM(config, ParallelContext.single(CPU))
+    assert [type(layer.mlp) for layer in model.layers] == [
+        MoELayer if here else MLP for here in config.expert_layers
+    ]
+    mixture = model.layers[1].mlp
+    assert type(mixture.experts) is SequentialMLP
+    mixer = config.router_scores == "sparsemixer"
+    assert type(mixture.router) is (SparseMixer if mixer else TopKRouter)
+    shared = config.shared_expert_ffn_hidden_size is not None
+    assert type(mixture.shared_experts) is (SharedExpertMLP if shared else type(None))
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(config)
+    biases = [name for name, _ in model.layers.named_parameters() if "linear_" in name]
+    with_bias = [name for name in biases if name.endswith("bias")]
+    assert len(with_bias) == (4 if config.attention_bias else 0)
+    assert not any("experts" in name for name in with_bias)
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_models_with_experts_run_by_plain_autograd(config: ModelConfig) -> None:
+    model = CausalLM(config, ParallelContext.single(CPU))
+    tokens = torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
+    with model.context.megatron():
+        losses = model(tokens, tokens)
+        losses.mean().backward()
+    assert losses.shape == (2, 12) and losses.isfinite().all()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without
+
+
+def test_the_two_steps_of_sparse_mixing() -> None:
+    logits = torch.tensor([[4.0, 3.99, 1.0, 3.0], [-1.0, -1.01, -5.0, -9.0], [2.0, 2.0, 2.0, 2.0]])
+    weights, chosen = sparse_mix(logits, jitter=0.01)
+    # Of the first token the two best are within 2%, then the third is far; of the second the two
+    # best are within 2% of the larger magnitude; of the third all are equal.
+    near = 1 / (1 + torch.tensor(-0.01).exp())
+    assert chosen[:2].tolist() == [[0, 1], [0, 1]] and len(set(chosen[2].tolist())) == 2
+    expected = torch.tensor([[near, 1.0], [near, 1.0], [1 / 4, 1 / 3]])
+    torch.testing.assert_close(weights, expected)
