@@ -4,6 +4,7 @@ from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.counts import (
     active_parameter_count,
+    keys_bytes,
     parameter_count,
     training_flops_per_token,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "active_parameter_count",
     "export_llama",
     "import_llama",
+    "keys_bytes",
     "parameter_count",
     "pipeline_split",
     "preset",

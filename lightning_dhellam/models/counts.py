@@ -6,6 +6,8 @@ model accepts.
 
 from __future__ import annotations
 
+import torch
+
 from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.models.config import ModelConfig
 
@@ -29,6 +31,11 @@ def heads_of(config: ModelConfig) -> Heads:
     """The heads of a layer, on all ranks together."""
     groups = config.num_query_groups
     return Heads(groups, config.num_attention_heads // groups, config.kv_channels)
+
+
+def keys_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of a layer's keys and values of so many tokens, on all ranks together."""
+    return 2 * tokens * config.num_query_groups * config.kv_channels * dtype.itemsize
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:

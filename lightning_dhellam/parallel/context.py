@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_dhellam.parallel.choice import AUTO, CROSSING, check_transport, choose_transport
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.communicator import Communicators, alone, open_communicators
 from lightning_dhellam.parallel.cpu import megatron_device
@@ -42,6 +43,8 @@ class _Asked(NamedTuple):
     topology: Topology
     timeout: timedelta
     tuned: bool
+    context_transport: str
+    shared_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ParallelContext:
         edges: process groups of transfers between neighbouring pipeline stages.
         pipeline_split: layers of each chunk, if they were given.
         alone: the group of this rank only, in a pipeline.
+        carried: what carries exchanges of the `cp` lane and why, where there was a choice.
         host_group: all ranks, for values in host memory, so that nothing waits for a device; None
             where there are no others.
         asked: what the groups were made for, with which the next context may take them over.
@@ -68,6 +72,7 @@ class ParallelContext:
     edges: Mapping[EdgeKey, ProcessGroup] = field(default_factory=dict)
     pipeline_split: tuple[int, ...] = ()
     alone: ProcessGroup | None = None
+    carried: str = ""
     host_group: ProcessGroup | None = None
     asked: _Asked | None = field(default=None, repr=False)
 
@@ -85,6 +90,8 @@ class ParallelContext:
         pipeline_split: tuple[int, ...] = (),
         timeout: timedelta = default_pg_timeout,
         tuned: bool = True,
+        context_transport: str = AUTO,
+        shared_bytes: int | None = None,
     ) -> ParallelContext:
         """Cut the initialised world into groups, in the order that `Topology` states.
 
@@ -103,9 +110,13 @@ class ParallelContext:
             pipeline_split: layers of each chunk, which otherwise the model balances.
             timeout: after which a collective fails that a rank does not join.
             tuned: set NCCL's communicators up for two strands (`nccl.yaml`).
+            context_transport: what carries exchanges between ranks that share a sequence: `auto`,
+                `nccl` or `copy_engine`; see `choice`.
+            shared_bytes: of what such ranks exchange parts of: a layer's keys and values. With such
+                a part `auto` measures.
 
         Raises:
-            ValueError: the sizes do not fit the world.
+            ValueError: the sizes do not fit the world, or the transport not the device.
         """
         assert dist.is_initialized(), "torch.distributed must be initialised first"
         topology = Topology(
@@ -121,7 +132,10 @@ class ParallelContext:
                 else expert_tensor_parallel_size
             ),
         )
-        asked = _Asked(dist.group.WORLD, device, topology, timeout, tuned)
+        check_transport(context_transport, device.type, emulated=cluster is not None)
+        asked = _Asked(
+            dist.group.WORLD, device, topology, timeout, tuned, context_transport, shared_bytes
+        )
         context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)
         if cluster is None:
             return context
@@ -133,11 +147,21 @@ class ParallelContext:
         device, topology, timeout = asked.device, asked.topology, asked.timeout
         opened = open_groups(topology, device, timeout, tuned=asked.tuned)
         groups = opened.collection
+        communicators = dict(open_communicators(topology, groups, device, timeout))
+        parts = topology.tp_size * topology.cp_size
+        communicators[Lane.CP], carried = choose_transport(
+            asked.context_transport,
+            communicators[Lane.CP],
+            device,
+            asked.world,
+            CROSSING if asked.shared_bytes is None else asked.shared_bytes // parts,
+        )
         return cls(
             device=device,
             topology=topology,
             megatron_groups=opened,
-            communicators=open_communicators(topology, groups, device, timeout),
+            communicators=communicators,
+            carried=carried,
             edges=open_edges(topology, device, timeout),
             alone=group_of_this_rank() if topology.pp_size > 1 else None,
             host_group=group_of_hosts(topology, timeout),

@@ -8,7 +8,7 @@ one may be pulled while the next is laid out:
 
 Signals are awaited on the device, by the stream that is current. Between two H200 with NVLink
 (2026-11-29) such a pull of 64 MiB moved 363 GB/s each way, also beside GEMMs, which lost 1 to 2%;
-NCCL's send and receive 244. Nothing chooses it yet: `ParallelContext.through` puts it on a lane.
+NCCL's send and receive 244. `choice.py` says where it is used.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ class JobStrategy(ParallelStrategy):
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: stages that share the layers.
         context_parallel_size: ranks that share each sequence.
+        context_transport: what carries exchanges between those.
         expert_parallel_size: ranks that share the experts of each layer.
         expert_tensor_parallel_size: ranks that share each expert; None for those of a layer.
         cluster: that this process only pretends to be part of, or None.
@@ -56,6 +57,7 @@ class JobStrategy(ParallelStrategy):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     context_parallel_size: int
+    context_transport: str
     expert_parallel_size: int
     expert_tensor_parallel_size: int | None
     cluster: Cluster | None
@@ -73,6 +75,10 @@ class JobStrategy(ParallelStrategy):
 
     def layers_of_chunks(self) -> tuple[int, ...]:
         """Layers of each chunk of the pipeline."""
+        raise NotImplementedError
+
+    def shared_bytes(self) -> int:
+        """Bytes of a layer's keys and values, of a micro-batch of the longest sequences."""
         raise NotImplementedError
 
     @property
@@ -168,6 +174,8 @@ class JobStrategy(ParallelStrategy):
             cluster=self.cluster,
             pipeline_split=self.layers_of_chunks(),
             timeout=self.timeout,
+            context_transport=self.context_transport,
+            shared_bytes=self.shared_bytes(),
         )
 
     def _set_world_ranks(self) -> None:

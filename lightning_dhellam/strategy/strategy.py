@@ -18,9 +18,10 @@ from typing_extensions import override
 
 from lightning_dhellam.displays import size_of
 from lightning_dhellam.hosted import Place
-from lightning_dhellam.models import pipeline_split
+from lightning_dhellam.models import keys_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
+from lightning_dhellam.parallel.choice import check_transport
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
@@ -54,6 +55,10 @@ class DHellamStrategy(SteppingStrategy):
             `auto` a search takes what it predicts to be faster; without one it is `ring`.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
+        context_transport: what carries the exchanges of a `ring` between GPUs: `nccl`, or
+            `copy_engine`, by which a GPU pulls from the memory of another one of its host and
+            leaves its processors to computation. With `auto` the faster of both is measured at the
+            start; on several hosts it is `nccl`. Changes neither loss nor gradients.
         expert_parallel_size: ranks that share the experts of each layer, of all ranks of a stage:
             tokens go to the ranks of their experts and come back. Changes loss and gradients by
             rounding alone. All of them must have equally many micro-batches in each batch.
@@ -111,6 +116,7 @@ class DHellamStrategy(SteppingStrategy):
         context_parallel_size: int = 1,
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
+        context_transport: str = "auto",
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
         accelerator: Accelerator | None = None,
@@ -136,6 +142,7 @@ class DHellamStrategy(SteppingStrategy):
             max_skipped_steps,
         )
         checks.check_context(context_parallel_size, context_exchange, kernels)
+        check_transport(context_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
         self.tensor_parallel_size = tensor_parallel_size
@@ -144,6 +151,7 @@ class DHellamStrategy(SteppingStrategy):
         self.context_parallel_size = context_parallel_size
         self.context_exchange = context_exchange
         self.context_fp32_gradients = context_fp32_gradients
+        self.context_transport = context_transport
         self.expert_parallel_size = expert_parallel_size
         self.expert_tensor_parallel_size = expert_tensor_parallel_size
         self.micro_batch_size = micro_batch_size
@@ -212,6 +220,7 @@ class DHellamStrategy(SteppingStrategy):
                 f"accelerator='{self.root_device.type}' does not work with DHellamStrategy: use"
                 " 'gpu' or 'cpu'"
             )
+        check_transport(self.context_transport, self.root_device.type)
 
     @override
     def setup_environment(self) -> None:
@@ -232,6 +241,13 @@ class DHellamStrategy(SteppingStrategy):
     def layers_of_chunks(self) -> tuple[int, ...]:
         config = self._module.model_config
         return pipeline_split(config, self.pipeline_parallel_size, self.pipeline_split)
+
+    @override
+    def shared_bytes(self) -> int:
+        config = self._module.model_config
+        length = getattr(getattr(self._module.trainer, "datamodule", None), "sequence_length", None)
+        tokens = self.micro_batch_size * (length or config.max_sequence_length)
+        return keys_bytes(config, self.dtype, tokens)
 
     def _announce(self, cluster: Cluster) -> None:
         """Say that the run is emulated, and how well: in the log and in the loggers' files."""
@@ -264,6 +280,8 @@ class DHellamStrategy(SteppingStrategy):
             module=module,
         )
         rank_zero_info(str(self._runner.agreed.kernels))
+        if self.context.carried:
+            rank_zero_info(f"exchanges of the cp lane: {self.context.carried}")
         if trainer.state.fn is TrainerFn.FITTING:
             config = module.model_config
             length = getattr(getattr(trainer, "datamodule", None), "sequence_length", None)

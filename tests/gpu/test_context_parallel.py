@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.layers import lower
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.copy_engine import SharedMemoryTransport, open_memory
+from lightning_dhellam.parallel.collectives import exchange
+from lightning_dhellam.parallel.copy_engine import PIECE, SharedMemoryTransport, open_memory
 from lightning_dhellam.plan import BUILDERS, Lane
 from tests.engine.harness import batch_of, differing, engine_of, pieces, prepared, train
 from tests.gpu.test_several import needs
@@ -84,6 +86,66 @@ def _by_both_transports(rank: int) -> list[str]:
 def test_keys_that_are_pulled_by_copy_engine_are_those_that_nccl_brings() -> None:
     needs(2)
     assert run_ranks(2, _by_both_transports, backend="nccl") == [[], []]
+
+
+def _chosen(rank: int) -> dict[str, Any]:
+    """What each transport trains, whether hosts wait for it, and what is found to be faster."""
+    prepare()
+    torch.use_deterministic_algorithms(True)
+    device = torch.device("cuda", rank)
+    batch = {name: x.to(device) for name, x in batch_with_mask(SMALL).items()}
+    found: dict[str, Any] = {"wrong": []}
+    expected = None
+    for name in ("nccl", "copy_engine", "auto"):
+        options = {"context_transport": name, "precision": "bf16-mixed"}
+        with started(Case({"context_parallel_size": 2}), device, **options) as runner:
+            for seed in range(5):
+                runner.use_plan(f"random-{seed}", random_builder(seed))
+                outcome = runner.train(batch, step=0), gradients_of(runner)
+                expected = expected or outcome
+                if differing(outcome, expected):
+                    found["wrong"].append(f"{name}, {seed}: {differing(outcome, expected)}")
+            transport = runner.context.communicators[Lane.CP].transport
+            found[name] = runner.context.carried, type(transport).__name__
+    # Enough for many turns of both places; then on a device that is kept busy.
+    shared = 2 * 4 * PIECE
+    context = ParallelContext.create(
+        device, context_parallel_size=2, context_transport="copy_engine", shared_bytes=shared
+    )
+    on = context.communicators[Lane.CP]
+    passed_on(on, "cuda")
+    torch.cuda.synchronize()
+    x = torch.arange(4 * PIECE // 8, device=device) + rank
+    exchange(on, x[:1], target=1 - rank, source=1 - rank)  # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e9))
+    torch.cuda.set_sync_debug_mode("error")
+    got = exchange(on, x, target=1 - rank, source=1 - rank).value
+    busy = torch.cuda.Event()
+    busy.record()
+    found["waits"] = busy.query()
+    torch.cuda.set_sync_debug_mode("default")
+    found["arrived"] = bool((got == x - rank + 1 - rank).all())
+    context.destroy()
+    measured = ParallelContext.create(device, context_parallel_size=2, shared_bytes=shared)
+    found["measured"] = measured.carried
+    measured.destroy()
+    return found
+
+
+def test_the_transport_is_as_asked_or_as_is_faster() -> None:
+    needs(2)
+    first, second = run_ranks(2, _chosen, backend="nccl", timeout=240)
+    print(first["auto"], first["measured"])
+    for found in (first, second):
+        assert found["wrong"] == []
+        assert found["nccl"] == ("nccl", "GroupTransport")
+        assert found["copy_engine"] == ("copy_engine", "SharedMemoryTransport")
+        assert found["arrived"] and not found["waits"]
+    times = r"an exchange of [\d.]+ MiB takes [\d.]+ ms by copy_engine and [\d.]+ ms by nccl"
+    for each in (first["auto"][0], first["measured"]):
+        assert re.fullmatch(f"(nccl|copy_engine): {times}", each), each
+    assert (first["auto"], first["measured"]) == (second["auto"], second["measured"])
 
 
 def test_no_plan_changes_a_bit() -> None:

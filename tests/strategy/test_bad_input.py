@@ -78,6 +78,18 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         _arguments(context_parallel_size=0),
         r"context_parallel_size=0 must be .*at least 1",
     ),
+    "unknown-transport": (
+        _arguments(context_parallel_size=2, context_transport="nvlink"),
+        r"context_transport='nvlink' is not known: use one of auto, nccl, copy_engine",
+    ),
+    "transport-over-a-link": (
+        _arguments(
+            context_parallel_size=2,
+            context_transport="nccl",
+            emulate=Cluster(8, {"tp": Link(1e9), "cp": Link(1e9)}),
+        ),
+        r"context_transport='nccl' carries nothing under emulate=.*link 'cp'.* leave it at 'auto'",
+    ),
     "world-does-not-divide-by-context": (
         _trainer({"context_parallel_size": 3, "tensor_parallel_size": 2}, devices=4),
         r"tensor_parallel_size=2, context_parallel_size=3 needs a multiple of 6 processes.*is 4",
@@ -286,6 +298,10 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"sequence_length=12 is not a multiple of 8, 2 x context_parallel_size=2 x"
         r" tensor_parallel_size=2: every rank holds two equal pieces .*change one of them, or pad",
+    ),
+    "transport-of-gpus": (
+        _launch(strategy={"context_parallel_size": 2, "context_transport": "copy_engine"}),
+        r"context_transport='copy_engine' works between GPUs, but the device is 'cpu': leave it at",
     ),
     "large-tokenizer": (
         _launch(data=Data(vocab_size=50)),
