@@ -1,7 +1,7 @@
 """Self-attention as operators: projection, rotary embedding if there is one, attention, projection.
 
-    forward   gather|qkv  (rope)  attention  proj|scatter
-    backward  gather|proj  attention  (rope)  qkv|scatter
+    forward   gather|qkv  (head_norm)  (rope)  attention  proj|scatter
+    backward  gather|proj  attention  (rope)  (head_norm)  qkv|scatter
 
 Shapes: S sequence, B batch, H query heads, G key and value heads of this rank, D head size. With
 rotary embedding the kernel that turns the heads also puts them in order; without, attention reads
@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.layers.block import Setting, Supported, check_config
+from lightning_dhellam.layers.head_norm import HeadNorm
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.rules import OF_SEQUENCES, on_tp
 from lightning_dhellam.layers.shared import SharedAttention
@@ -37,7 +38,6 @@ SUPPORTED: Supported = {
     "no_rope_freq": (None,),
     "qk_clip": (False,),
     "qk_l2_norm": (False,),
-    "qk_layernorm": (False,),
     "rotary_interleaved": (False,),
     "softmax_scale": (None,),
     "softmax_type": ("vanilla",),
@@ -57,12 +57,14 @@ class Attention:
         proj: from what the heads have found to hidden states.
         heads: of this rank.
         setting: what it is lowered with.
+        norm: of queries and keys, if there is one.
     """
 
     qkv: ColumnLinear
     proj: RowLinear
     heads: Heads
     setting: Setting
+    norm: HeadNorm | None = None
 
     @classmethod
     def of(cls, module: Any, setting: Setting) -> Attention:
@@ -82,6 +84,7 @@ class Attention:
             RowLinear.of(module.linear_proj, "proj", Held.HEADS, setting),
             heads,
             setting,
+            HeadNorm.of(module, heads, setting.kernels, setting.index),
         )
 
     @property
@@ -102,6 +105,8 @@ class Attention:
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the operators of forward. Returns the slot of the result [s, B, hidden]."""
         self.qkv.forward(w, read, "qkv")
+        if self.norm is not None:
+            self.norm.forward(w, "qkv", self._heads)
         self._rope(w)
         if self._shared is not None:
             self._shared.forward(w)
@@ -122,6 +127,8 @@ class Attention:
             self._rope_grad(w)
         elif self._shared is not None:
             self._join(w)
+        if self.norm is not None:
+            self.norm.backward(w, f"d_{self._heads}", "qkv", "d_qkv")
         return self.qkv.backward(w, "d_qkv", read)
 
     @cached_property
@@ -135,9 +142,14 @@ class Attention:
         )
 
     @property
+    def _heads(self) -> str:
+        """The slot of the heads as the projection lays them, normalised if they are."""
+        return "qkv" if self.norm is None else "heads"
+
+    @property
     def _read(self) -> str:
         """The slot of the heads that attention reads."""
-        return "qkv" if self.setting.rotary is None else "rotated"
+        return self._heads if self.setting.rotary is None else "rotated"
 
     def _cut(self, heads: Tensor) -> Parts:
         """Queries, keys and values of what attention reads."""
@@ -150,7 +162,7 @@ class Attention:
         size = w.sizes.wide(heads.channels)
         w.compute(
             "rope",
-            ("qkv", "batch.positions"),
+            (self._heads, "batch.positions"),
             {"rotated": size},
             lambda qkv, positions: rope.forward(qkv, positions, *rotary(qkv), heads),
             moved=2 * size,
@@ -164,7 +176,7 @@ class Attention:
         w.compute(
             "rope.grad",
             ("dq", "dk", "dv", "batch.positions"),
-            {"d_qkv": size},
+            {f"d_{self._heads}": size},
             lambda dq, dk, dv, positions: rope.backward(dq, dk, dv, positions, *rotary(dq), heads),
             moved=2 * size,
             rule=on_tp((*[Held.HEADS] * 3, Held.REPLICATED), Held.HEADS),
@@ -174,7 +186,8 @@ class Attention:
         """Put gradients by queries, keys and values where the projection has the heads."""
         size = w.sizes.wide(self.heads.channels)
         join = self.heads.join
-        w.compute("attention.join", ("dq", "dk", "dv"), {"d_qkv": size}, join, moved=2 * size)
+        write = {f"d_{self._heads}": size}
+        w.compute("attention.join", ("dq", "dk", "dv"), write, join, moved=2 * size)
 
     def _attend(self, w: GraphWriter) -> None:
         forward, cut, scale = self.setting.kernels.attention.forward, self._cut, self.scale
@@ -209,7 +222,7 @@ class Attention:
         def run(dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Tensor:
             return self.heads.join(*self._grads(dout, heads, out, lse, state))
 
-        self._add_grad(w, {"d_qkv": w.sizes.wide(self.heads.channels)}, run)
+        self._add_grad(w, {f"d_{self._heads}": w.sizes.wide(self.heads.channels)}, run)
 
     def _add_grad(self, w: GraphWriter, writes: dict[str, float], run: Any) -> None:
         w.compute(
@@ -229,9 +242,3 @@ def _check_module(module: Any, index: int) -> None:
             f"layer {index}: its attention has the mask {module.attn_mask_type.name}: use"
             " attn_mask_type=AttnMaskType.causal"
         )
-    for part in ("q_layernorm", "k_layernorm"):
-        if getattr(module, part, None) is not None:
-            raise ValueError(
-                f"layer {index}: its attention has a {part}, which has no lowering: leave it out of"
-                " the layer's spec"
-            )

@@ -21,7 +21,7 @@ _READ = """
 add_bias_linear add_qkv_bias bf16 context_parallel_size expert_model_parallel_size
 expert_tensor_parallel_size
 ffn_hidden_size fp16 hidden_dropout hidden_size kv_channels layernorm_epsilon num_attention_heads
-num_layers num_query_groups params_dtype sequence_parallel tensor_model_parallel_size
+num_layers num_query_groups params_dtype qk_layernorm sequence_parallel tensor_model_parallel_size
 """
 # These are over when a layer exists. Not `perform_initialization`: without it, 0.16 leaves weights
 # unmarked that tensor-parallel ranks share out, and they would be taken for alike.

@@ -37,7 +37,8 @@ class HeadLowering:
 
     Attributes:
         norm: the final norm.
-        output: the output layer, whose weight [V_rank, H] is the embedding's when tied.
+        output: the output layer, whose weight [V_rank, H] is the embedding's when tied; it may have
+            a bias [V_rank].
         vocab_size: without padding.
         sizes: of slots and costs.
         kernels: what computes the operators.
@@ -104,13 +105,13 @@ class HeadLowering:
 
     def _chunked_forward(self) -> Graph:
         w = self._begin()
-        linear, weight = self.kernels.linear, self.output.weight
+        linear, weight, bias = self.kernels.linear, self.output.weight, self.output.bias
 
         def run(x: Tensor, labels: Tensor) -> Tensor:
             chunks = zip(*map(self._chunks, (x.flatten(0, 1), labels.flatten())), strict=True)
             parts = [
                 self.kernels.cross_entropy.statistics(
-                    linear.forward(rows, weight), chunk, self.first, self.valid
+                    linear.forward(rows, weight, bias), chunk, self.first, self.valid
                 )
                 for rows, chunk in chunks
             ]
@@ -182,19 +183,21 @@ class HeadLowering:
 
     def _chunked_backward(self) -> Graph:
         w = GraphWriter("head", Strand.BACKWARD, self.sizes)
-        linear, weight = self.kernels.linear, self.output.weight
+        linear, weight, bias = self.kernels.linear, self.output.weight, self.output.bias
 
         def run(x: Tensor, labels: Tensor, lse: Tensor, weights: Tensor) -> Tensor:
             out = torch.empty_like(x)
             labels, weights = labels.flatten(), weights.flatten()
             flat = (x.flatten(0, 1), labels, lse, weights, out.flatten(0, 1))
             for rows, label, total, counts, part in zip(*map(self._chunks, flat), strict=True):
-                logits = linear.forward(rows, weight)
+                logits = linear.forward(rows, weight, bias)
                 flat_chunk = (logits, label, total, counts, self.first, self.valid)
                 grad = self.kernels.cross_entropy.backward_(*flat_chunk)
                 part.copy_(linear.dgrad(grad, weight))
                 if weight.requires_grad:
                     linear.accumulate_wgrad(main_grad(weight), grad, rows)
+                if bias is not None and bias.requires_grad:
+                    linear.accumulate_bias_grad(main_grad(bias), grad)
             return out
 
         w.compute(
@@ -203,7 +206,7 @@ class HeadLowering:
             {"d_final_norm_full": self.sizes.whole},
             run,
             flops=(3 if weight.requires_grad else 2) * self.output.flops,
-            accumulates=(weight,),
+            accumulates=(weight,) if bias is None else (weight, bias),
             rule=on_tp(Held.REPLICATED, Held.PARTIAL, Held.VOCABULARY),
         )
         return self._norm_grad(w, self.output.scatter_grad(w, self.norm.output))

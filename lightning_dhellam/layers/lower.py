@@ -138,9 +138,8 @@ def _head(
     for supported in (norm.SUPPORTED, linear.SUPPORTED):
         check_config(model.transformer_config, supported)
     final = Norm.of(model.final_norm, "final", kernels, "the model")
-    output = ColumnLinear(
-        "output", model.output_weight, None, Held.VOCABULARY, kernels.linear, regather
-    )
+    weight, bias = model.output_weight, model.output_layer.bias
+    output = ColumnLinear("output", weight, bias, Held.VOCABULARY, kernels.linear, regather)
     return HeadLowering(final, output, model.config.vocab_size, sizes, kernels, loss)
 
 

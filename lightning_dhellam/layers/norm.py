@@ -62,17 +62,11 @@ class Norm:
 
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the norm of `read`. Returns the slot of the result."""
-        rms, layer = self.kernels.rms_norm.forward, self.kernels.layer_norm.forward
-        weight, bias, eps = self.module.weight, self._bias, self.module.eps
-
-        def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            return rms(x, weight, eps) if bias is None else layer(x, weight, bias, eps)
-
         w.compute(
             f"{self.name}.norm",
             (read,),
             self._writes(w),
-            run,
+            self.normalise,
             moved=2 * w.sizes.shard,
             rule=OF_TOKENS,
         )
@@ -104,27 +98,35 @@ class Norm:
         self, w: GraphWriter, grad: str, x: str, write: str, residual: str | None = None
     ) -> None:
         """Add the gradient by `x`, plus the slot `residual`, and those of the parameters."""
-        rms, layer = self.kernels.rms_norm.backward, self.kernels.layer_norm.backward
-        weight, parameters = self.module.weight, self.parameters
-        kernel = rms if self._bias is None else layer
-
-        def run(dy: Tensor, x: Tensor, statistics: Tensor, branch: Tensor | None = None) -> Tensor:
-            dx, *grads = kernel(dy, x, weight, statistics, branch)
-            for parameter, one in zip(parameters, grads, strict=True):
-                if parameter.requires_grad:  # the kernels compute all gradients at once
-                    main_grad(parameter).add_(one)
-            return dx
-
         reads = (grad, x, self._statistics)
         w.compute(
             f"{self.name}.norm.grad",
             reads if residual is None else (*reads, residual),
             {write: w.sizes.shard},
-            run,
+            self.gradient,
             moved=(3 if residual is None else 4) * w.sizes.shard,
-            accumulates=parameters,
+            accumulates=self.parameters,
             rule=OF_TOKENS,
         )
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` [..., H] normalised, and the statistics that `gradient` needs."""
+        weight, bias, eps = self.module.weight, self._bias, self.module.eps
+        if bias is None:
+            return self.kernels.rms_norm.forward(x, weight, eps)
+        return self.kernels.layer_norm.forward(x, weight, bias, eps)
+
+    def gradient(
+        self, dy: Tensor, x: Tensor, statistics: Tensor, branch: Tensor | None = None
+    ) -> Tensor:
+        """The gradient by `x`, plus `branch`; adds those of the parameters in place."""
+        rms, layer = self.kernels.rms_norm.backward, self.kernels.layer_norm.backward
+        kernel = rms if self._bias is None else layer
+        dx, *grads = kernel(dy, x, self.module.weight, statistics, branch)
+        for parameter, one in zip(self.parameters, grads, strict=True):
+            if parameter.requires_grad:  # the kernels compute all gradients at once
+                main_grad(parameter).add_(one)
+        return dx
 
     @property
     def _bias(self) -> Parameter | None:

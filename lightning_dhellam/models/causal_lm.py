@@ -6,8 +6,7 @@ tensor parallelism every rank holds S / TP of the tokens between the layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -17,16 +16,16 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
-    model_parallel_cuda_manual_seed,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from lightning_dhellam.kernels.dropout import derive_key
 from lightning_dhellam.layers.sequence import is_token_wise, of_whole_sequences
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.drawing import draw_experts, draw_part, seeded
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.spec import layer_spec
@@ -58,7 +57,7 @@ class CausalLM(nn.Module):
         self.context = context
         self.transformer_config = config.transformer_config(context, dtype)
         self.padded_vocab_size = config.padded_vocab_size(context.topology.tp_size)
-        with context.megatron(), _seeded(context, seed):
+        with context.megatron(), seeded(context, seed):
             self._build(seed)
 
     def _build(self, seed: int) -> None:
@@ -80,7 +79,7 @@ class CausalLM(nn.Module):
         if ends:
             norm = NORMS[config.normalization]
             self.final_norm = norm(self.transformer_config, config.hidden_size, config.norm_epsilon)
-            _seed(context, seed, 1)
+            draw_part(context, seed, 1)
             self.output_layer = self._build_output()
 
     def _build_embedding(self) -> LanguageModelEmbedding:
@@ -105,13 +104,15 @@ class CausalLM(nn.Module):
         )
 
     def _build_layer(self, index: int, chunk: int, seed: int) -> nn.Module:
-        _seed(self.context, seed, 2 + index)
+        draw_part(self.context, seed, 2 + index)
         layer = build_module(
             layer_spec(self.config, index),
             config=self.transformer_config,
             layer_number=index + 1,
             pg_collection=self.context.groups,
         )
+        if isinstance(layer.mlp, MoELayer):
+            draw_experts(layer.mlp, self.context, seed, 2 + index)
         return _placed(layer, chunk)
 
     def _build_output(self) -> ColumnParallelLinear:
@@ -120,7 +121,7 @@ class CausalLM(nn.Module):
             self.padded_vocab_size,
             config=self.transformer_config,
             init_method=self.transformer_config.embedding_init_method,
-            bias=False,
+            bias=self.config.output_bias,
             skip_weight_param_allocation=self.config.tie_embeddings,
             tp_group=self.context.groups.tp,
         )
@@ -264,23 +265,3 @@ class CausalLM(nn.Module):
 def _placed(layer: nn.Module, chunk: int) -> nn.Module:
     layer.pipeline_chunk = chunk  # type: ignore[assignment]
     return layer
-
-
-@contextmanager
-def _seeded(context: ParallelContext, seed: int) -> Iterator[None]:
-    """Draw from generators seeded by ``seed``, then put the caller's generators back."""
-    devices = [context.device] if context.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        _seed(context, seed, 0)
-        yield
-
-
-def _seed(context: ParallelContext, seed: int, part: int) -> None:
-    """Seed the generators for one part of the model."""
-    # Megatron's tracker takes neighbouring seeds for neighbouring tensor ranks.
-    mixed = derive_key(seed, part) % 2**31
-    torch.manual_seed(mixed)
-    topology = context.topology
-    model_parallel_cuda_manual_seed(
-        mixed, tp_rank=topology.tp_rank, ep_rank=topology.ep_rank, etp_rank=0
-    )

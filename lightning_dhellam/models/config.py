@@ -206,7 +206,7 @@ class ModelConfig(ExpertFields):
     ) -> TransformerConfig:
         """Megatron's configuration of this model on ``context``, weights in ``dtype``."""
         topology = context.topology
-        self.validate(topology.tp_size, topology.ep_size)
+        self.validate(topology.tp_size, topology.ep_size, topology.etp_size)
         on_cpu = context.device.type == "cpu"
         return TransformerConfig(
             num_layers=self.num_layers,

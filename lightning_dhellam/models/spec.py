@@ -79,7 +79,7 @@ def llama_layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp_spec(_linears(), **mlp_params) if mlp is None else mlp,
+            mlp=mlp_spec(linears(), **mlp_params) if mlp is None else mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -89,8 +89,9 @@ def _experts(config: ModelConfig) -> Any:
     """A `MoELayer` of experts that are MLPs of their own, with shared ones if there are any."""
     mixer = config.router_scores == "sparsemixer"
     router = partial(SparseMixer, jitter=config.router_jitter) if mixer else TopKRouter
-    return moe_spec(router, _linears())
+    return moe_spec(router, linears())
 
 
-def _linears() -> MLPSubmodules:
+def linears() -> MLPSubmodules:
+    """The linear layers of an MLP, and of an expert."""
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

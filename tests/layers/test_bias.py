@@ -39,6 +39,9 @@ CONFIGS = {
     "swiglu": LLAMA,
     "gelu": replace(LLAMA, activation="gelu"),
     "qkv": replace(LLAMA, linear_bias=False, qkv_bias=True),
+    "attention and output": replace(
+        LLAMA, linear_bias=False, attention_bias=True, output_bias=True, normalization="LayerNorm"
+    ),
     "none": replace(LLAMA, linear_bias=False, position_embedding="none"),
     "gpt": GPT,
 }
@@ -47,7 +50,7 @@ FROZEN = ("nothing", "linear_qkv.bias", "linear_proj.bias", "linear_fc1.bias", "
 BIASES = ("linear_qkv.bias", "linear_proj.bias", "linear_fc1.bias", "linear_fc2.bias")
 
 
-def _model(
+def filled(
     config: ModelConfig, context: ParallelContext, dtype: torch.dtype = torch.float32
 ) -> CausalLM:
     """A model in which no bias is zero, equal on every number of ranks."""
@@ -82,14 +85,14 @@ def _share(
     return whole.chunk(ranks, dim=parameter.partition_dim)[rank]
 
 
-def _freeze(model: CausalLM, names: Iterable[str]) -> None:
+def freeze(model: CausalLM, names: Iterable[str]) -> None:
     for name, parameter in model.named_parameters():
         frozen = "layers" in name and any(name.endswith(one) for one in names)
         parameter.requires_grad_(not frozen)
     add_main_grads(model)
 
 
-def _by_autograd(
+def by_autograd(
     model: CausalLM, batch: dict[str, Tensor], context: ParallelContext
 ) -> tuple[Tensor, dict[str, Tensor]]:
     with context.megatron():
@@ -103,12 +106,12 @@ def _by_autograd(
 
 def _errors(config: ModelConfig, frozen: str, context: ParallelContext) -> dict[str, float]:
     """How far the engine's loss and each gradient are from those of autograd."""
-    model = _model(config, context)
-    _freeze(model, [frozen])
+    model = filled(config, context)
+    freeze(model, [frozen])
     batch = batch_of(config, 3, 16)
     loss, gradients = train(engine_of(lower(model), poison=True), model, pieces(batch, 3, context))
     gradients = reduced(model, gradients)
-    expected_loss, expected = _by_autograd(model, batch, context)
+    expected_loss, expected = by_autograd(model, batch, context)
     assert gradients.keys() == expected.keys()
     errors = {name: relative_error(gradients[name], value) for name, value in expected.items()}
     errors["loss"] = (loss - expected_loss).abs().item() / expected_loss.item()
@@ -126,7 +129,8 @@ def _check(errors: dict[str, float]) -> float:
 def test_against_autograd(config: str) -> None:
     errors = _errors(CONFIGS[config], "nothing", ParallelContext.single(CPU))
     biases = [name for name in errors if name.endswith(BIASES)]
-    per_layer = {"qkv": 1, "none": 0}.get(config, 4)
+    per_layer = {"qkv": 1, "none": 0, "attention and output": 2}.get(config, 4)
+    assert ("output_layer.bias" in errors) == CONFIGS[config].output_bias
     assert len(biases) == per_layer * SMALL.num_layers
     _check(errors)
 
@@ -138,7 +142,7 @@ def test_frozen_ones_against_autograd(frozen: str) -> None:
 
 def _dropped(context: ParallelContext, dtype: torch.dtype) -> dict[str, Any]:
     """A bias is dropped with what it is added to: in Megatron-core's order."""
-    model = _model(replace(LLAMA, hidden_dropout=0.3), context, dtype)
+    model = filled(replace(LLAMA, hidden_dropout=0.3), context, dtype)
     micro_batches = pieces(batch_of(LLAMA, 4, 16), 2, context)
     lowered = lower(model)
     expected = train(engine_of(lowered, builder=BUILDERS["sequential"]), model, micro_batches)
@@ -185,7 +189,7 @@ def test_no_plan_changes_a_model_with_biases_and_dropout(dtype: torch.dtype) -> 
 
 def test_a_bias_is_dropped_with_what_it_joins() -> None:
     context = ParallelContext.single(CPU)
-    model = _model(replace(LLAMA, num_layers=1, hidden_dropout=0.5), context)
+    model = filled(replace(LLAMA, num_layers=1, hidden_dropout=0.5), context)
     layer = model.layers[0]
     with torch.no_grad():
         layer.self_attention.linear_proj.weight.zero_()
@@ -206,7 +210,7 @@ def test_a_bias_is_dropped_with_what_it_joins() -> None:
 
 def test_operators_of_biases() -> None:
     def names(config: ModelConfig) -> list[str]:
-        model = _model(config, ParallelContext.single(CPU))
+        model = filled(config, ParallelContext.single(CPU))
         return [o.name for o in lower(model).layers[1].backward.operators]
 
     with_biases, without = names(LLAMA), names(replace(LLAMA, linear_bias=False))
@@ -217,7 +221,7 @@ def test_operators_of_biases() -> None:
 
 
 def test_without_rotary_embedding_heads_are_read_where_they_are() -> None:
-    model = _model(GPT, ParallelContext.single(CPU))
+    model = filled(GPT, ParallelContext.single(CPU))
     assert model.rotary is None
     layer = lower(model).layers[1]
     assert not [n for n in (*layer.forward.by_name, *layer.backward.by_name) if "rope" in n]

@@ -336,6 +336,10 @@ def _other_part(layer: Any, part: str) -> None:
         attention.attn_mask_type = AttnMaskType.padding
     elif part == "q_layernorm":
         attention.q_layernorm = nn.Identity()
+    elif part == "norms":
+        attention.q_layernorm = attention.k_layernorm = nn.Identity()
+    elif part == "wide norms":
+        attention.q_layernorm = attention.k_layernorm = nn.LayerNorm(16)
     elif part == "cross_attention":
         layer.cross_attention = nn.Identity()
     else:
@@ -348,7 +352,9 @@ def _other_part(layer: Any, part: str) -> None:
         ("linear_fc1", "its linear_fc1 is a OtherLinear, .* Megatron-core's ColumnParallelLinear"),
         ("mlp", "its mlp is a Identity, .* use one of SelfAttention, MLP"),
         ("mask", "its attention has the mask padding: use attn_mask_type=AttnMaskType.causal"),
-        ("q_layernorm", "its attention has a q_layernorm, .* leave it out"),
+        ("q_layernorm", "its attention has no k_layernorm, but the other: .* both, or none"),
+        ("norms", "its query norm is a Identity, .* a norm that has a weight and eps"),
+        ("wide norms", "its q_layernorm is of 16 channels, .* a norm of one head's 8"),
         ("cross_attention", "its cross_attention is a Identity, .* Megatron-core's IdentityOp"),
         ("norm", "its attention norm is a Identity, .* a norm that has a weight and eps"),
     ],
