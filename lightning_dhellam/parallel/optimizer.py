@@ -193,7 +193,9 @@ class ModelParallelOptimizer:
                 grads = gradients_for_norm(self._megatron)
             square = torch.zeros((), dtype=torch.float32, device=self._context.device)
             if grads:
-                square = torch.nn.utils.get_total_norm(grads).float().square()
+                # In the type of the gradients torch would round it, and of bf16 keep two digits.
+                norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+                square = torch.linalg.vector_norm(torch.stack(norms)).square()
             square = square + self._loss_unless_finite()
             if dist.is_initialized():
                 dist.all_reduce(square, group=self._norm_group)

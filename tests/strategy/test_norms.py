@@ -69,7 +69,8 @@ def _norms(rank: int, world: int, runs: list[tuple[Any, str]]) -> list[Found]:
 
 WHOLE = {"distributed_optimizer": False}
 TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
-ALONE: list[tuple[Any, str]] = [("auto", "32-true"), ({}, "32-true"), ({}, "bf16-mixed")]
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+ALONE: list[tuple[Any, str]] = [("auto", "32-true"), *[({}, each) for each in PRECISIONS]]
 PAIR: list[tuple[Any, str]] = [
     *[(sizes, "32-true") for sizes in ({}, WHOLE, TP, PP)],
     *[(sizes, "bf16-mixed") for sizes in ({}, WHOLE, PP)],
@@ -82,6 +83,8 @@ def test_the_norm_is_that_of_one_process() -> None:
     for norms in alone:
         assert norms.seen == norms.logged
         assert min(norms.seen) > 0.5, "nothing would be clipped"
+        if norms.squares is not None:  # bf16-true as well: of what is rounded, not rounded itself
+            torch.testing.assert_close(norms.seen[0], sum(norms.squares) ** 0.5, rtol=1e-5, atol=0)
     pair = run_ranks(2, _norms, 2, PAIR)
     expected = {precision: norms.seen for (_, precision), norms in zip(ALONE, alone, strict=True)}
     torch.testing.assert_close(alone[0].seen, alone[1].seen, rtol=1e-5, atol=0)
