@@ -252,5 +252,6 @@ def _values(holder: Any) -> Iterator[tuple[Any, Any, Any]]:
             yield from _values(value)
 
 
+@torch.no_grad()
 def _choose(finite: Tensor, now: Tensor, before: Tensor) -> None:
     torch.where(finite, now, before, out=now)
