@@ -13,6 +13,7 @@ from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.checkpoint.loop import WEIGHTS
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel.experts import ExpertNames, is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.wrapping import shards
@@ -51,8 +52,8 @@ class Training:
         distributed_optimizer: bool | None,
         max_skipped_steps: int,
     ) -> None:
-        numbers, context = PRECISIONS[precision], model.context
-        sharded = shards(optimizer, distributed_optimizer, precision, context.topology.replicas)
+        numbers, context, experts = PRECISIONS[precision], model.context, ExpertNames(model)
+        sharded = shards(optimizer, distributed_optimizer, precision, _holders(model))
         self._agreed = agreed
         self._precision = precision
         self._stage_group = context.stage_group
@@ -70,7 +71,7 @@ class Training:
             optimizer,
             self.buffers,
             context,
-            {parameter: WEIGHTS + name for name, parameter in model.named_parameters()},
+            {p: WEIGHTS + experts.of_all(name) for name, p in model.named_parameters()},
             sharded=sharded,
             master_weights=numbers.master_weights,
             max_skipped_steps=max_skipped_steps,
@@ -112,3 +113,10 @@ class Training:
         self.buffers.close()
         self.buffers = self._make_buffers()
         return self.buffers
+
+
+def _holders(model: CausalLM) -> int:
+    """How many ranks hold the same parameters, of those of `model` that are on most ranks."""
+    topology = model.context.topology
+    experts = topology.expert_dp_size if any(map(is_expert, model.parameters())) else 1
+    return max(topology.replicas, experts)

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 # Torch 2.13 renamed both; 2.11 has only the old names.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -72,15 +70,3 @@ def moe_spec(router: Any, submodules: MLPSubmodules) -> Any:
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(MoELayer, submodules=parts)
     return ModuleSpec(module=MoELayer, submodules=parts)
-
-
-def gradients_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
-    """The gradients that a rank adds to the norm of the whole model's.
-
-    Those that several tensor-parallel ranks hold are with one of them only.
-    """
-    name = "get_grads_for_grad_norm"
-    if not hasattr(optimizer, name):
-        name = "get_main_grads_for_grad_norm"  # until 0.16
-    gradients: list[Tensor] = getattr(optimizer, name)()
-    return gradients

@@ -53,7 +53,8 @@ class Reduction(NamedTuple):
         for layer, pair in enumerate(engine.layers):
             for operator in pair.backward.operators:
                 for parameter in operator.accumulates:
-                    if parameter.requires_grad and id(parameter) not in seen:
+                    reduced = parameter.requires_grad and self.buffers.is_reduced(parameter)
+                    if reduced and id(parameter) not in seen:
                         seen.add(id(parameter))
                         sizes[layer] += parameter.main_grad.nbytes
         return Reductions(key, float(self.buffers.largest_bucket.nbytes), tuple(sizes))

@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.replicas import is_split, share_buffers, start_alike
 from lightning_dhellam.plan import Collective
 from lightning_dhellam.versions import reduce_scatter_single
@@ -70,7 +71,8 @@ class GradientBuffers:
     """Contiguous `main_grad` buffers of a model, reduced bucket by bucket as they fill up.
 
     The gradients of data-parallel and context-parallel ranks are added up: the weights of their
-    tokens say what each is of the whole (`engine/weights.py`).
+    tokens say what each is of the whole (`engine/weights.py`). Those of an expert are added up over
+    the ranks that hold it, which have seen the tokens of all ranks that share it with others.
 
     Args:
         model: every parameter that requires a gradient gets a `main_grad`. What ranks hold alike
@@ -94,12 +96,12 @@ class GradientBuffers:
     ) -> None:
         self._context = context
         self._model = model
-        self._parallel = context.topology.replicas > 1
         self._groups = _groups_of_stage(context)
         self._frozen: tuple[Parameter, ...] = ()
+        start_alike(model, context)
         if context.topology.tp_size > 1:
             _mark_partial(model)
-        start_alike(model, context)
+        self._parallel = any(map(self.is_reduced, model.parameters()))
         with context.megatron():
             self.ddp = DistributedDataParallel(
                 _summing(config),
@@ -165,15 +167,20 @@ class GradientBuffers:
         for parameter in self.ddp.params_with_grad:
             if taken_first(parameter):  # nothing was added: it took no part in this step
                 parameter.main_grad.zero_()
-        if not self._parallel and self._context.topology.tp_size == 1:
+        if self._context.topology.stage_size == 1:
             return
         with self._context.megatron(), torch.no_grad():
             finalize_model_grads([self.ddp], pg_collection=self._groups)
             share_buffers(self._model, self._context)
 
+    def is_reduced(self, parameter: Tensor) -> bool:
+        """Whether the gradient of `parameter` is added up over several ranks."""
+        topology = self._context.topology
+        return (topology.expert_dp_size if is_expert(parameter) else topology.replicas) > 1
+
     @property
     def are_reduced(self) -> bool:
-        """Whether there are replicas, over which gradients are added up."""
+        """Whether there are gradients that are added up over several ranks."""
         return self._parallel
 
     @property
@@ -184,13 +191,24 @@ class GradientBuffers:
 
     @property
     def largest_bucket(self) -> Tensor:
-        """The gradients of the largest bucket."""
-        buckets = [bucket.grad_data for buffer in self.ddp.buffers for bucket in buffer.buckets]
-        return max(buckets, key=Tensor.numel)
+        """The gradients of the largest bucket that is reduced."""
+        bucket, _ = self._largest
+        return bucket
+
+    @property
+    def _largest(self) -> tuple[Tensor, dist.ProcessGroup]:
+        """The largest bucket that is reduced, and the ranks over which it is."""
+        buckets = [
+            (bucket.grad_data, buffer.data_parallel_group)
+            for buffer in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers)
+            if buffer.data_parallel_group.size() > 1
+            for bucket in buffer.buckets
+        ]
+        return max(buckets, key=lambda of: of[0].numel())
 
     def reduce(self, bucket: Tensor) -> Pending:
-        """Start to reduce `bucket`, which is none of a step's, as those of a step are."""
-        group = self._groups.dp_cp
+        """Start to reduce `bucket`, as large as the largest, which is none of a step's."""
+        _, group = self._largest
         wait = not bucket.is_cuda
         with self._context.megatron():
             if self.collective is Collective.ALL_REDUCE:
@@ -214,9 +232,13 @@ class GradientBuffers:
 
 
 def _summing(config: Any) -> Any:
-    """The configuration, but that Megatron does not divide sums by the number of ranks."""
+    """The configuration, but that Megatron does not divide sums by the number of ranks.
+
+    Nor does it move the biases of routers, by counts that no forward of its own has made.
+    """
     config = copy(config)
     config.calculate_per_token_loss = True
+    config.moe_router_enable_expert_bias = False
     return config
 
 
@@ -236,7 +258,9 @@ def _groups_of_stage(context: ParallelContext) -> ProcessGroupCollection:
 def _mark_partial(model: Module) -> None:
     """Tell Megatron which gradients to add up over the tensor-parallel ranks.
 
-    It marks its own norms when it makes them; a user's block comes unmarked.
+    It marks its own norms when it makes them; a user's block comes unmarked, and the biases of
+    experts come marked, though those of another rank are another expert's.
     """
     for parameter in model.parameters():
-        parameter.sequence_parallel = not is_split(parameter)  # type: ignore[attr-defined]
+        partial = not is_split(parameter) and not is_expert(parameter)
+        parameter.sequence_parallel = partial  # type: ignore[attr-defined]

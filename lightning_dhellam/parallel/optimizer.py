@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.masters import StepsFollow
 from lightning_dhellam.parallel.optimizer_state import (
@@ -23,10 +24,10 @@ from lightning_dhellam.parallel.optimizer_state import (
     named,
     restore,
 )
-from lightning_dhellam.parallel.regroup import put_back, requiring_gradients, whole_state
+from lightning_dhellam.parallel.regroup import State, put_back, requiring_gradients, whole_state
+from lightning_dhellam.parallel.replicas import counts_here
 from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer, prefer_fused
 from lightning_dhellam.parallel.wrapping import parts, stepped, weights_of, wrap
-from lightning_dhellam.versions import gradients_for_norm
 
 
 class ModelParallelOptimizer:
@@ -68,7 +69,6 @@ class ModelParallelOptimizer:
         self._has_masters = master_weights
         self._sharded = sharded
         self._members: list[list[Tensor]] = [list(g["params"]) for g in optimizer.param_groups]
-        self._norm_group = context.groups.intra_dist_opt if sharded else context.groups.mp
         tells = context.topology.rank == 0
         self._skipped = SkippedSteps(context.device, max_skipped_steps, tells=tells)
         self._norm: Tensor | None = None
@@ -92,7 +92,7 @@ class ModelParallelOptimizer:
         for group, members, of_group in zip(
             optimizer.param_groups, self._members, groups, strict=True
         ):
-            # Megatron's sharded optimizer asks every group; expert parallelism will say True.
+            # Megatron's sharded optimizer asks every group. One optimizer steps experts as well.
             group.setdefault("is_expert_parallel", False)
             group["params"] = [p for p in members if id(p) in held]
             both = zip(members, of_group, strict=True)
@@ -110,8 +110,6 @@ class ModelParallelOptimizer:
         self._buffers = buffers
         self._parts = parts(self._megatron, names) if self._sharded else {}
         self._names = Names(stepped(self._megatron, names) if self._sharded else own, groups)
-        self._megatron.grad_stats_parallel_group = self._norm_group
-        self._megatron.tp_group = context.groups.tp
         self._models = weights_of(self._megatron)
         self._own = [group["params"] for group in optimizer.param_groups]
         for group, members in zip(optimizer.param_groups, self._members, strict=True):
@@ -184,35 +182,30 @@ class ModelParallelOptimizer:
     def grad_norm(self) -> Tensor:
         """2-norm of the gradient of the whole model, the same on every rank: a scalar in fp32.
 
-        Parameters that tensor-parallel ranks hold in common count once. It is NaN if the loss of a
-        rank is not finite. Not read on the host.
+        What several ranks hold counts once. It is NaN if the loss of a rank is not finite. Not read
+        on the host.
         """
         self.prepare()
         if self._norm is None:
-            with self._context.megatron():
-                grads = gradients_for_norm(self._megatron)
+            topology = self._context.topology
+            grads = [
+                own.grad
+                for own, model in self._models
+                if own.grad is not None and counts_here(model, topology, in_parts=self._sharded)
+            ]
             square = torch.zeros((), dtype=torch.float32, device=self._context.device)
             if grads:
                 # In the type of the gradients torch would round it, and of bf16 keep two digits.
                 norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
                 square = torch.linalg.vector_norm(torch.stack(norms)).square()
-            square = square + self._loss_unless_finite()
+            if self._loss is not None:
+                square = square + self._loss.float() * 0  # NaN unless it is finite
             if dist.is_initialized():
-                dist.all_reduce(square, group=self._norm_group)
+                dist.all_reduce(square, group=self._context.groups.intra_dist_opt)
             self._norm = square.sqrt()
             if self._finite is None:
                 self._finite = self._norm.isfinite()
         return self._norm
-
-    def _loss_unless_finite(self) -> Tensor:
-        """NaN if the loss that this rank or a replica of it has seen is not finite, or else 0."""
-        if self._loss is None:
-            return torch.zeros((), device=self._context.device)
-        broken = self._loss.float() * 0
-        if not self._sharded and self._context.topology.replicas > 1 and dist.is_initialized():
-            # Gradients of replicas are added up, but not all that spoils a loss spoils them.
-            dist.all_reduce(broken, group=self._context.groups.dp_cp)
-        return broken
 
     def clip_by_norm(self, limit: float) -> None:
         """Scale all gradients so that `grad_norm` is at most `limit`."""
@@ -306,15 +299,23 @@ class ModelParallelOptimizer:
             "parts": self._parts,
         }
 
+    def _whole_state(self) -> State:
+        """The whole state of every parameter, from all ranks that hold it."""
+        saved, ranks = self._by_name(), self._context.groups
+        whole: State = {}
+        for of_experts, group in ((False, ranks.dp_cp), (True, ranks.expt_dp)):
+            named = self._parameter_names.items()
+            shapes = {name: p.shape for p, name in named if is_expert(p) is of_experts}
+            whole |= whole_state(saved, shapes, group if self._sharded else None)
+        return whole
+
     def _regroup(
         self, groups: list[list[Tensor]], make_buffers: Callable[[], GradientBuffers]
     ) -> None:
         self.settle()
-        shapes = {name: p.shape for p, name in self._parameter_names.items()}
-        group = self._context.groups.dp_cp if self._sharded else None
         with torch.no_grad():
             self._weights.take_changes()
-            state = whole_state(self._by_name(), shapes, group)
+            state = self._whole_state()
         self._inner.state.clear()
         self._members = groups
         with requiring_gradients(self._buffers.ddp.params_with_grad):

@@ -38,17 +38,18 @@ def requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 def whole_state(
     saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], group: dist.ProcessGroup | None
 ) -> State:
-    """The whole state of every parameter.
+    """The whole state of some parameters.
 
     Args:
         saved: what `ModelParallelOptimizer.state_dict` returns.
-        shapes: of the parameters.
+        shapes: of these parameters.
         group: over which they are sharded, all of whose ranks must call this; None if they are not.
     """
     masters = saved["master_weights"]
     own: State = {
         name: {**saved["state"].get(name, {}), **_named(_MASTER, masters.get(name))}
         for name in {**saved["state"], **masters}
+        if name in shapes
     }
     if group is None:
         return own

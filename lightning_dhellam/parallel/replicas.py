@@ -1,10 +1,11 @@
 """What ranks hold alike starts alike, and stays alike.
 
 Parameters that are not split, and all buffers, are those of the first rank of a pipeline stage when
-training or evaluation starts, whatever each rank has drawn. From then on equal gradients keep
-parameters equal. Buffers, such as the running statistics of a norm over samples, change by what a
-rank has seen: after every training step they are the first rank's again, as in torch's
-`DistributedDataParallel`. So a run that goes on from a checkpoint is the run that was never ended.
+training or evaluation starts, whatever each rank has drawn; experts are those of the first rank
+that holds them. From then on equal gradients keep parameters equal. Buffers, such as the running
+statistics of a norm over samples, change by what a rank has seen: after every training step they
+are the first rank's again, as in torch's `DistributedDataParallel`. So a run that goes on from a
+checkpoint is the run that was never ended.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import is_expert, mark_experts
+from lightning_dhellam.parallel.topology import Topology
 
 
-def is_split(parameter: Parameter) -> bool:
+def is_split(parameter: Tensor) -> bool:
     """Whether tensor-parallel ranks have different parts of `parameter`, by Megatron's mark of it.
 
     Of every other parameter each rank computes a part of the gradient, and the parts are added up
@@ -27,18 +30,33 @@ def is_split(parameter: Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
+def counts_here(parameter: Tensor, topology: Topology, *, in_parts: bool) -> bool:
+    """Whether this rank counts `parameter` where each of the whole model's counts once.
+
+    With `in_parts` the ranks that hold the same parameter count a part of it each; without it the
+    first of them counts it.
+    """
+    if is_expert(parameter):
+        return in_parts or topology.expert_dp_rank == 0
+    first = in_parts or topology.replica == 0
+    return first and (is_split(parameter) or topology.tp_rank == 0)
+
+
 def start_alike(model: Module, context: ParallelContext) -> None:
     """Give this rank what the first rank of its stage holds. Every rank must call this.
 
-    Of a split parameter all replicas get what the first rank with the same part holds.
+    Of a split parameter all replicas get what the first rank with the same part holds, and of an
+    expert those that hold the same one.
     """
     groups = context.groups
+    mark_experts(model, context.topology)
     for parameter in model.parameters():
+        if is_expert(parameter):
+            _broadcast(parameter.detach(), groups.expt_dp)
+            continue
         if not is_split(parameter):
             _broadcast(parameter.detach(), groups.tp)
-        # Megatron's mark of an expert: other ranks hold other experts.
-        whole = getattr(parameter, "allreduce", True)
-        _broadcast(parameter.detach(), groups.dp_cp if whole else groups.expt_dp)
+        _broadcast(parameter.detach(), groups.dp_cp)
     share_buffers(model, context)
 
 

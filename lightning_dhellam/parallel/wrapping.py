@@ -76,7 +76,8 @@ def wrap(
             grad_scaler=None,
             init_state_fn=None,
             model_chunks=[buffers.ddp],
-            per_model_buffers={0: buffers.ddp.buffers},
+            # As if experts were another model: one has a single buffer of a type.
+            per_model_buffers={0: buffers.ddp.buffers, 1: buffers.ddp.expert_parallel_buffers},
             data_parallel_group=context.groups.dp_cp,
             data_parallel_group_gloo=None,
             data_parallel_group_idx=topology.tp_rank + topology.pp_rank * topology.tp_size,
