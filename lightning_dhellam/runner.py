@@ -174,7 +174,9 @@ class Runner:
         with ExitStack() as stack:
             stack.callback(join(device, timeout))
             if isinstance(model, ModelConfig):
-                model.validate(tensor_parallel_size)
+                model.validate(
+                    tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size
+                )
                 pipeline_split = list(split_of(model, pipeline_parallel_size, pipeline_split))
                 tokens = options.get("micro_batch_size", 1) * model.max_sequence_length
                 shared_bytes = keys_bytes(model, dtype, tokens)

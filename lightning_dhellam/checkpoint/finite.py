@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import ExpertNames
 
 
 def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
@@ -26,8 +27,9 @@ def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
         flags = [weight.isfinite().all().to(weights[0].device) for weight in weights]
         finite = torch.stack(flags).tolist()
         if not all(finite):
+            name = ExpertNames(model).of_all(names[finite.index(False)])
             raise ValueError(
-                f"checkpoint {path} is not written: '{names[finite.index(False)]}' is not finite,"
+                f"checkpoint {path} is not written: '{name}' is not finite,"
                 " so nothing could go on from it; go on from the checkpoint before"
             )
 

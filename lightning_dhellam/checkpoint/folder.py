@@ -4,6 +4,8 @@
         topology.json    sizes and settings of the run that wrote it, and its model
         common.pt        what every rank has alike: loops, callbacks, schedulers, hyperparameters
         weights-00001.pt of model-parallel rank 1
+        experts-00002.pt experts that rank 2 of tensor, expert and pipeline parallelism holds, by
+                         their numbers among all
         state-00003.pt   optimizer state of rank 3
 
 Written aside and renamed when every rank is done, so that a folder of the final name is whole.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ COMMON = "common.pt"
 MODEL = "model"
 """Where the topology has the description of the model."""
 _FORMAT = 1
-_OF_REPLICAS = ("context_parallel_size", "data_parallel_size")
+_OF_REPLICAS = ("context_parallel_size", "data_parallel_size", "expert_parallel_size")
 """Sizes that weights do not depend on."""
 
 
@@ -42,11 +44,19 @@ def save(
     state: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
+    experts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint. Every rank must call this, with the same path on a shared file system.
 
-    `settings` are what decides the form of `state`, by the names that the user knows, and `model`
-    is what the weights are of.
+    Args:
+        path: of the folder.
+        context: groups of this rank.
+        common: what every rank has alike.
+        weights: this model-parallel rank's.
+        state: this rank's, of the optimizer.
+        settings: what decides the form of `state`, by the names that the user knows.
+        model: what the weights are of.
+        experts: weights of this rank's experts, by their names among all.
 
     Raises:
         WriteError: a rank could not write; on every rank, and `path` is as it was before.
@@ -62,6 +72,8 @@ def save(
     def write() -> None:
         if context.topology.replica == 0:
             content.write(aside / _weights_name(context), weights)
+        if experts and context.topology.expert_dp_rank == 0:
+            content.write(aside / _experts_name(context, context.topology.ep_rank), experts)
         if state is not None:
             content.write(aside / _state_name(context), state)
         if context.topology.rank == 0:
@@ -95,11 +107,15 @@ def aside_of(path: Path) -> Path:
 
 
 def load(
-    path: Path, context: ParallelContext, settings: Mapping[str, Any] | None = None
+    path: Path,
+    context: ParallelContext,
+    settings: Mapping[str, Any] | None = None,
+    experts: Collection[str] = (),
 ) -> dict[str, Any]:
     """What was saved of this rank: `common`, with `state_dict`. Every rank must call this.
 
-    With `settings`, those of this run, `optimizer_states` holds this rank's as well.
+    With `settings`, those of this run, `optimizer_states` holds this rank's as well. `experts` are
+    the names, among all, of this rank's experts.
 
     Raises:
         ValueError: on every rank, when one of them cannot read its files, or they do not fit.
@@ -107,7 +123,7 @@ def load(
 
     def read() -> dict[str, Any]:
         common = load_common(path)
-        common["state_dict"] = load_weights(path, context)
+        common["state_dict"] = load_weights(path, context, experts)
         if settings is not None:
             common["optimizer_states"] = [load_state(path, context, settings)]
         return common
@@ -125,8 +141,12 @@ def load_common(path: Path) -> dict[str, Any]:
     return content.read(path / COMMON)
 
 
-def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
-    """This model-parallel rank's weights. Data and context-parallel sizes may have changed.
+def load_weights(
+    path: Path, context: ParallelContext, experts: Collection[str] = ()
+) -> dict[str, Any]:
+    """This model-parallel rank's weights, and those of its `experts`, by their names among all.
+
+    Data, context and expert-parallel sizes may have changed.
 
     Raises:
         ValueError: the checkpoint was written with other model-parallel sizes, or is damaged.
@@ -135,7 +155,23 @@ def load_weights(path: Path, context: ParallelContext) -> dict[str, Any]:
     for name in _OF_REPLICAS:
         del mine[name]
     _check(path, mine)
-    return content.read(path / _weights_name(context))
+    weights = content.read(path / _weights_name(context))
+    return weights | _load_experts(path, context, frozenset(experts)) if experts else weights
+
+
+def _load_experts(path: Path, context: ParallelContext, names: frozenset[str]) -> dict[str, Any]:
+    topology, parts = context.topology, int(read_topology(path).get("expert_parallel_size", 1))
+    if parts == topology.ep_size:
+        return content.read(path / _experts_name(context, topology.ep_rank))
+    found: dict[str, Any] = {}
+    # The ranks' experts are in the order of their numbers.
+    first = topology.ep_rank * parts // topology.ep_size
+    for part in (*range(first, parts), *range(first)):
+        if names <= found.keys():
+            break
+        saved = content.read(path / _experts_name(context, part, parts))
+        found |= {name: value for name, value in saved.items() if name in names}
+    return found
 
 
 def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,12 +244,17 @@ def _topology(context: ParallelContext) -> dict[str, Any]:
         "pipeline_split": list(context.pipeline_split) if topology.pp_size > 1 else None,
         "context_parallel_size": topology.cp_size,
         "data_parallel_size": topology.dp_size,
+        "expert_parallel_size": topology.ep_size,
+        "expert_tensor_parallel_size": topology.etp_size,
     }
 
 
 def _check(path: Path, mine: Mapping[str, Any]) -> None:
     # Older checkpoints do not name what every run had then.
-    saved = {"context_parallel_size": 1, **read_topology(path)}
+    saved = read_topology(path)
+    whole = {"context_parallel_size": 1, "expert_parallel_size": 1}
+    whole["expert_tensor_parallel_size"] = saved.get("tensor_parallel_size", 1)
+    saved = {**whole, **saved}
     for name in mine:
         if saved.get(name) != mine[name]:
             raise ValueError(
@@ -225,6 +266,13 @@ def _check(path: Path, mine: Mapping[str, Any]) -> None:
 def _weights_name(context: ParallelContext) -> str:
     topology = context.topology
     return f"weights-{topology.tp_rank + topology.pp_rank * topology.tp_size:05d}.pt"
+
+
+def _experts_name(context: ParallelContext, part: int, parts: int | None = None) -> str:
+    """The file of one of the `parts` of the experts; of this run's number of parts if not given."""
+    topology = context.topology
+    place = part + (parts or topology.ep_size) * topology.pp_rank
+    return f"experts-{topology.etp_rank + topology.etp_size * place:05d}.pt"
 
 
 def _state_name(context: ParallelContext) -> str:

@@ -12,6 +12,7 @@ from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.model import check_model, described
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import together
+from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 
 WEIGHTS = "model."
@@ -42,10 +43,13 @@ def save(
     """
     check_finite(path, model, model.context)
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
-    weights = {WEIGHTS + name: value for name, value in model.state_dict().items()}
+    weights, experts = (
+        {WEIGHTS + name: value for name, value in part.items()}
+        for part in ExpertNames(model).split(model.state_dict())
+    )
     common = {_STEPS: steps, "extra": extra}
     described_model = described(model.config)
-    folder.save(path, model.context, common, weights, state, settings, described_model)
+    folder.save(path, model.context, common, weights, state, settings, described_model, experts)
 
 
 def load(
@@ -68,16 +72,18 @@ def load(
         lambda: check_model(path, model.config, training=training, resume_settings=resume_settings),
         group,
     )
-    saved = folder.load(path, model.context, settings)
+    names = ExpertNames(model)
+    _, experts = names.split(model.state_dict())
+    saved = folder.load(path, model.context, settings, [WEIGHTS + name for name in experts])
     weights = {
         name.removeprefix(WEIGHTS): value
         for name, value in saved["state_dict"].items()
         if name.startswith(WEIGHTS)
     }
-    found = folder.misfit(weights, model.state_dict())
+    found = folder.misfit(weights, names.all_of(model.state_dict()))
     if found is not None:
         raise ValueError(found)
-    model.load_state_dict(weights)
+    model.load_state_dict(names.rank_of(weights))
     if optimizer is not None:
         optimizer.reload()
         (state,) = saved["optimizer_states"]

@@ -31,6 +31,7 @@ from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.models.stage import Elsewhere, check_order, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import mark_experts
 
 
 class CausalLM(nn.Module):
@@ -113,6 +114,7 @@ class CausalLM(nn.Module):
         )
         if isinstance(layer.mlp, MoELayer):
             draw_experts(layer.mlp, self.context, seed, 2 + index)
+            mark_experts(layer, self.context.topology)
         return _placed(layer, chunk)
 
     def _build_output(self) -> ColumnParallelLinear:

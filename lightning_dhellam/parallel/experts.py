@@ -68,12 +68,21 @@ class ExpertNames:
         """The name on this rank, of what is called `name` among all experts."""
         return self._moved(name, -1)
 
+    def all_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What is by names of this rank in `state`, by the names among all experts."""
+        return {self.of_all(name): value for name, value in state.items()}
+
+    def rank_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What is by names among all experts in `state`, by those of this rank."""
+        return {self.of_rank(name): value for name, value in state.items()}
+
     def split(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is by names of this rank in `state`: all but experts, and those by their names
-        among all."""
-        others = {name: value for name, value in state.items() if not self.is_expert(name)}
-        experts = {self.of_all(n): value for n, value in state.items() if self.is_expert(n)}
-        return others, experts
+        """What is by names of this rank in `state`, by the names among all: all but experts, and
+        experts."""
+        parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        for name, value in state.items():
+            parts[self.is_expert(name)][self.of_all(name)] = value
+        return parts
 
     def _container(self, name: str) -> str | None:
         return next((prefix for prefix in self._firsts if name.startswith(prefix)), None)

@@ -19,6 +19,7 @@ from lightning_dhellam.files import local_path
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import together
+from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy.processes import JobStrategy
@@ -52,6 +53,11 @@ class SavingStrategy(JobStrategy):
     def _settings(self) -> dict[str, Any] | None:
         return self._runner.settings if self._runner is not None else None
 
+    @property
+    def _expert_names(self) -> ExpertNames:
+        assert self.lightning_module is not None
+        return ExpertNames(self.lightning_module)
+
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -80,7 +86,7 @@ class SavingStrategy(JobStrategy):
             )
             return
         common = dict(checkpoint)
-        weights = common.pop("state_dict")
+        weights, experts = self._expert_names.split(common.pop("state_dict"))
         with_state = common.pop("optimizer_states", None) is not None
         state = settings = None
         if with_state and self._optimizer is not None:
@@ -89,7 +95,7 @@ class SavingStrategy(JobStrategy):
         assert self.lightning_module is not None
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
-        checkpoint_files.save(path, self.context, common, weights, state, settings, model)
+        checkpoint_files.save(path, self.context, common, weights, state, settings, model, experts)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -112,7 +118,11 @@ class SavingStrategy(JobStrategy):
 
         for line in together(check, self.context.world_group):
             rank_zero_warn(line)
-        return checkpoint_files.load(path, self.context, self._settings if fitting else None)
+        names, settings = self._expert_names, self._settings if fitting else None
+        _, experts = names.split(self.lightning_module.state_dict())
+        saved = checkpoint_files.load(path, self.context, settings, experts)
+        saved["state_dict"] = names.rank_of(saved["state_dict"])
+        return saved
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -121,8 +131,10 @@ class SavingStrategy(JobStrategy):
             super().load_model_state_dict(checkpoint, strict)
         except RuntimeError as error:
             # Not before: a module may take weights of other names.
-            own = self.lightning_module.state_dict()
-            found = checkpoint_files.misfit(checkpoint["state_dict"], own)
+            names, own = self._expert_names, self.lightning_module.state_dict()
+            found = checkpoint_files.misfit(
+                names.all_of(checkpoint["state_dict"]), names.all_of(own)
+            )
             if found is None:
                 raise
             raise ValueError(found) from error
