@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_dhellam.engine.weights import Everyone, weights_everywhere, weights_here
 from lightning_dhellam.kernels import dropout
 from lightning_dhellam.parallel import zigzag
+from lightning_dhellam.parallel.tally import Tally
 from lightning_dhellam.parallel.topology import Topology
 
 IGNORED = -100
@@ -30,14 +31,19 @@ class MicroBatch:
             whole batch; `batch.key`, the random key of what this rank alone computes, and
             `batch.whole_key`, of what all ranks with these samples compute alike or by places, both
             None in evaluation; `batch.data`, the user's mapping cut to this micro-batch;
-            `batch.share`, its part of the batch's samples. What the device is still to be given is
-            a `Slot`, which says when it is there. Where the whole batch is that of several ranks,
+            `batch.share`, its part of the batch's samples; `batch.tally`, what operators of all
+            micro-batches add up. What the device is still to be given is a `Slot`, which says when
+            it is there. Where the whole batch is that of several ranks,
             `batch.counts` [S, B] is what its weights are made from.
         tokens: number of tokens, B * S.
     """
 
     slots: dict[str, Any]
     tokens: int
+
+    def apart(self) -> Self:
+        """The same, but what operators add up counts for no step."""
+        return replace(self, slots=self.slots | {"batch.tally": Tally()})
 
 
 def cut(
@@ -81,7 +87,7 @@ def cut(
     batch = _of_part(batch, share, device)
     tokens = batch["tokens"]
     rank, sharing = topology.rank_in_stage, topology.tp_size * topology.cp_size
-    pieces = []
+    pieces, tally = [], Tally()
     for index, start in enumerate(range(0, samples, size)):
         rows = slice(start, min(start + size, samples))
         count = rows.stop - rows.start
@@ -94,6 +100,7 @@ def cut(
             "batch.key": dropout.derive_key(seed, step, rank, index),
             "batch.whole_key": dropout.derive_key(seed, step, rank // sharing, index),
             "batch.data": {name: _rows(value, rows, samples) for name, value in batch.items()},
+            "batch.tally": tally,
         }
         pieces.append(MicroBatch(slots, tokens[rows].numel()))
     if targets and batch.get("labels") is not None:

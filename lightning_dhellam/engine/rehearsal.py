@@ -86,7 +86,7 @@ class Rehearsals:
             self._executor.rehearsing(observer),
             aside(self._parameters),
         ):
-            run(pieces)
+            run([piece.apart() for piece in pieces])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ runs without transformer-engine, and its expert exchange takes sizes that are on
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.overrides import TorchFunctionMode
 
@@ -156,6 +158,8 @@ _REPLACEMENTS: dict[tuple[Any, str], object] = {
     (torch.cuda, "stream"): _stream,
     # Only an import of transformer-engine defines it in 0.16, and its GEMM is for GPUs.
     (moe_utils, "te_general_gemm"): None,
+    # The compiler does not know that CUDA is the CPU here.
+    (TopKRouter, "_apply_expert_bias"): inspect.unwrap(TopKRouter._apply_expert_bias),
     (token_dispatcher, "maybe_move_tensor_to_cpu"): _on_the_host,
     # The first dispatcher of a process makes a stream for all.
     (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream"): _HostStream(),

@@ -1,0 +1,187 @@
+"""The operators of a router against Megatron-core's, with every gradient and all losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from lightning_dhellam.kernels.choose import choose
+from lightning_dhellam.layers.block import Setting
+from lightning_dhellam.layers.router import Router
+from lightning_dhellam.layers.writer import GraphWriter, Sizes
+from lightning_dhellam.parallel.tally import Tally
+from lightning_dhellam.plan import Graph, GraphPair, Strand
+from tests.engine.harness import CPU, add_main_grads
+from tests.layers.routers import (
+    BATCH,
+    CONTEXT,
+    EXPERTS,
+    HIDDEN,
+    SEQUENCE,
+    make_router,
+    router_config,
+)
+
+TOKENS = SEQUENCE * BATCH
+BALANCED = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [0.3, 0.7, 0.2],
+    "moe_z_loss_coeff": 0.05,
+}
+
+
+def _graphs(router: Router, sizes: Sizes) -> GraphPair:
+    """Both directions of a layer that is a router alone."""
+    ahead = GraphWriter("router", Strand.FORWARD, sizes)
+    router.forward(ahead, "x")
+    back = GraphWriter("router", Strand.BACKWARD, sizes)
+    router.backward(back, "d_probs", "x")
+    return GraphPair(
+        ahead.graph({"x": sizes.shard}, ("probs", "chosen")),
+        back.graph({"d_probs": 1.0}, ("d_x_router",)),
+    )
+
+
+def _run(graph: Graph, slots: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for operator in graph.operators:
+            result = operator.run(*(slots[name] for name in operator.reads))
+            values = result if len(operator.writes) > 1 else (result,) * len(operator.writes)
+            slots.update(zip(operator.writes, values, strict=True))
+
+
+def _lowered(module: Any, dtype: torch.dtype) -> GraphPair:
+    sizes = Sizes(CONTEXT, dtype, HIDDEN, SEQUENCE)
+    setting = Setting(sizes, choose(CPU, dtype), None, regather=False, index=3)
+    return _graphs(Router.of(module, setting), sizes)
+
+
+def _both(
+    fields: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tally]:
+    """Results and gradients by operators and by Megatron-core, of one micro-batch of one."""
+    config = router_config(params_dtype=dtype, **fields)
+    module = make_router(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    add_main_grads(module)
+    x = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).to(dtype)
+    d_probs = torch.randn(TOKENS, EXPERTS, generator=generator)
+    leaf = x.clone().requires_grad_()
+    with CONTEXT.megatron():
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
+        probs, _ = module(leaf)
+        (probs * d_probs).sum().backward()
+    expected = {"probs": probs.detach().float(), "dx": leaf.grad} | {
+        name: p.grad for name, p in module.named_parameters()
+    }
+    pair, tally = _lowered(module, dtype), Tally()
+    slots: dict[str, Any] = {"x": x, "batch.share": 1.0, "batch.tally": tally}
+    _run(pair.forward, slots)
+    kept = {name: slots[name] for name in (*pair.saved, "batch.share", "batch.tally")}
+    whole = torch.cat([d_probs, torch.zeros(TOKENS, 1)], 1)
+    kept["d_probs"] = whole.gather(1, slots["chosen"])
+    _run(pair.backward, kept)
+    weights = torch.zeros(TOKENS, EXPERTS + 1).scatter(1, slots["chosen"], slots["probs"].float())
+    actual = {"probs": weights[:, :EXPERTS], "dx": kept["d_x_router"]} | {
+        name: p.main_grad
+        for name, p in module.named_parameters()  # type: ignore[attr-defined]
+    }
+    return actual, expected, tally
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        BALANCED,
+        {**BALANCED, "moe_router_score_function": "sigmoid", "moe_router_topk": 4},
+        {**BALANCED, "moe_router_pre_softmax": True, "add_bias_linear": True},
+        {**BALANCED, "moe_expert_capacity_factor": 0.8, "moe_token_drop_policy": "probs"},
+        {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5},
+        {"moe_router_dtype": "fp64", "moe_z_loss_coeff": 0.1},
+        {"moe_router_dtype": None},
+    ],
+    ids=["plain", "balanced", "sigmoid", "bias", "dropped", "sequences", "fp64", "as-activations"],
+)
+def test_results_and_gradients_are_megatrons(fields: dict[str, Any]) -> None:
+    actual, expected, _ = _both(fields)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        limit = 1e-6 if name == "probs" else 1e-5
+        error = (actual[name] - value).abs().max() / value.abs().max()
+        assert error <= limit, (name, error)
+
+
+@pytest.mark.parametrize("precise", ["fp32", None])
+def test_in_bf16_it_is_about_as_far_from_the_truth_as_megatron(precise: str | None) -> None:
+    actual, expected, _ = _both({**BALANCED, "moe_router_dtype": precise}, torch.bfloat16)
+    for name, value in expected.items():
+        error = (actual[name].float() - value.float()).abs().max() / value.float().abs().max()
+        assert error <= 2e-2, (name, error)
+
+
+def test_losses_and_load_are_tallied() -> None:
+    _, _, tally = _both(BALANCED)
+    widths = {
+        "load": EXPERTS,
+        "load_balancing_loss": 1,
+        "seq_load_balancing_loss": 1,
+        "global_load_balancing_loss": 1,
+        "z_loss": 1,
+    }
+    sums = tally.everywhere(widths, [2, 3], None, CPU)
+    assert all(not value[0].any() for value in sums.values()), "layer 2 has no experts"
+    assert sums["load"][1].sum() == 2 * TOKENS
+    # Of one micro-batch the whole batch is its own.
+    assert sums["global_load_balancing_loss"][1] == sums["load_balancing_loss"][1]
+    assert sums["seq_load_balancing_loss"][1] >= sums["load_balancing_loss"][1] > 0.9
+    assert sums["z_loss"][1] > 0
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn'"),
+        ({"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": 0.1}, None),
+        (
+            {
+                "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+                "moe_aux_loss_coeff": [0.1],
+            },
+            "one coefficient for each",
+        ),
+        (
+            {
+                "moe_router_load_balancing_type": ["aux_loss", "aux_loss"],
+                "moe_aux_loss_coeff": [0.1, 0.1],
+            },
+            "has a loss twice",
+        ),
+        ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),
+        ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing=True"),
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias=True"),
+        ({"moe_router_score_function": "cosine"}, "moe_router_score_function='cosine'"),
+    ],
+)
+def test_what_is_not_lowered_is_refused_by_name(fields: dict[str, Any], text: str | None) -> None:
+    module = make_router(router_config())
+    for name, value in fields.items():
+        setattr(module.config, name, value)
+    if text is None:
+        _lowered(module, torch.float32)
+        return
+    with pytest.raises(ValueError, match=text):
+        _lowered(module, torch.float32)
+
+
+def test_a_router_of_another_class_is_refused() -> None:
+    module = make_router(router_config())
+    module.__class__ = type("Mine", (type(module),), {})
+    with pytest.raises(ValueError, match="layer 3: its router is a Mine"):
+        _lowered(module, torch.float32)
