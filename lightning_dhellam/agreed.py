@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from lightning_dhellam.engine.structure import Structure
 from lightning_dhellam.layers import Loss, check_exchange, exchanges, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import largest, same_on_all_ranks
+from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_on_all_ranks
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder
@@ -92,6 +92,7 @@ class AgreedEngine:
         self._exchange = self.exchanges[0]
         lowered = self._lower(context_exchange=self._exchange)
         self.structure = Structure(model)
+        self._wanted: frozenset[str] | None = None
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)
         processors = self._context.processors(lowered.layers)
@@ -139,21 +140,48 @@ class AgreedEngine:
         self.plan_in_use = name
         self._agree(self._world)
 
-    def check_frozen(self, stage_group: dist.ProcessGroup | None) -> None:
-        """Refuse that other parameters are frozen on other ranks of the stage; see `freeze_others`.
+    def check_frozen(self, group: dist.ProcessGroup | None) -> None:
+        """Refuse that ranks of a stage have frozen other parameters than each other.
+
+        Args:
+            group: of the ranks that are asked.
 
         Raises:
-            ValueError: on all ranks of the stage.
+            ValueError: on all ranks of it.
         """
-        own = [name for name, p in self._model.named_parameters() if p.requires_grad]
-        stage = self._context.topology.pp_rank
-        for theirs in same_on_all_ranks(" ".join(own), stage_group, stage=stage):
-            others = set(own) ^ set(theirs.split())
+        own = self._trained() if self._wanted is None else self._wanted
+        first: dict[int, frozenset[str]] = {}
+        for stage, names in of_all_ranks((self._context.topology.pp_rank, own), group):
+            others = first.setdefault(stage, names) ^ names
             if others:
                 raise ValueError(
                     f"'{min(others)}' is frozen on some ranks only: requires_grad_ must do the same"
                     " on all ranks"
                 )
+
+    def _trained(self) -> frozenset[str]:
+        return frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)
+
+    def put_off(self) -> None:
+        """Freeze again what was frozen at the last step, and nothing else, until it is refused."""
+        self._wanted = self._trained()
+        self.structure.freeze_as_then()
+
+    def refuse_changes(self, has_changed: bool) -> NoReturn:
+        """Refuse what some ranks of a stage train since their last step and others do not.
+
+        Every rank must call this, and say whether it has changed something.
+
+        Raises:
+            ValueError: on all ranks.
+        """
+        self.check_frozen(self._world)
+        every = enumerate(of_all_ranks(has_changed, self._world))
+        ranks = ", ".join(str(rank) for rank, changed in every if changed)
+        raise ValueError(
+            f"what is trained, or the optimizer's groups, changed on rank {ranks} only:"
+            " requires_grad_ and add_param_group must do the same on all ranks"
+        )
 
     def freeze_others(self, stage_group: dist.ProcessGroup | None) -> None:
         """Make the operators anew, of which some train parameters that did not, or no longer do.

@@ -315,7 +315,7 @@ class Runner:
                 is made of other modules or parameters than it was.
         """
         training = self._trained_with()
-        training.follow_model()
+        training.begin()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
@@ -335,12 +335,23 @@ class Runner:
     def follow_model(self) -> None:
         """Train from the next step on what requires a gradient by now, and leave all else alone.
 
-        `train` does this itself. All ranks of a stage must have frozen the same parameters.
+        `train` does this itself. Every rank must call this, and all ranks of a stage must have
+        frozen the same parameters. If one alone has not, `train` refuses it in the step after.
 
         Raises:
             ValueError: they have not, or the optimizer lacks a parameter that requires a gradient.
         """
         self._trained_with().follow_model()
+
+    def settle(self) -> None:
+        """Hear how the last step ended: for the end of training. Every rank must call this.
+
+        Raises:
+            ValueError: what is trained was changed on some ranks alone.
+        """
+        training = self._trained_with()
+        training.check_followed()
+        training.optimizer.settle()
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.

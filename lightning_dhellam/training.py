@@ -15,6 +15,7 @@ from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.experts import ExpertNames, is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.hosts import Question, ReduceOp
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.wrapping import shards
 from lightning_dhellam.plan import Lane
@@ -55,6 +56,9 @@ class Training:
         numbers, context, experts = PRECISIONS[precision], model.context, ExpertNames(model)
         sharded = shards(optimizer, distributed_optimizer, precision, _holders(model))
         self._agreed = agreed
+        self._context = context
+        self._asked: Question | None = None
+        self._has_changed = False
         self._precision = precision
         self._stage_group = context.stage_group
         self._make_buffers = partial(
@@ -85,15 +89,62 @@ class Training:
     def follow_model(self) -> None:
         """Train what the model is made of now, and of that what requires a gradient by now.
 
-        All ranks of a stage must have frozen the same parameters.
+        Every rank must call this, outside of steps: they wait for each other's hosts.
 
         Raises:
-            ValueError: they have not, or the optimizer lacks a parameter that requires a gradient;
-                or the model is made of other modules or parameters than it was.
+            ValueError: on all ranks, when those of a stage have frozen other parameters, or have
+                other groups; the optimizer lacks a parameter that requires a gradient; or the model
+                is made of other modules or parameters than it was.
         """
+        self._ask()
+        self.check_followed()
+        if self._has_changed:
+            self._follow()
+
+    def begin(self) -> None:
+        """The same at the beginning of a step, where no rank waits unless it has changed something.
+
+        A rank that has done so alone trains for this one step what it did before. By the next one
+        all ranks know, and refuse it together: the others would wait for it in this one.
+        """
+        self.check_followed()
+        self._ask()
+        if self._has_changed and self._are_shared(self._changes()):
+            self._follow()
+        elif self._has_changed:
+            self._agreed.put_off()
+
+    def check_followed(self) -> None:
+        """Refuse what some ranks of a stage have changed alone by the last step or `follow_model`.
+
+        Every rank must call this.
+
+        Raises:
+            ValueError: on all ranks, with the name of a parameter.
+        """
+        if self._asked is not None and not self._are_shared(self._changes()):
+            self._agreed.refuse_changes(self._has_changed)
+
+    def _ask(self) -> None:
+        """Tell all ranks, in host memory, whether this one is to train something else by now."""
         self._agreed.structure.check()
-        if self._agreed.structure.is_trained_alike and not self.optimizer.has_others:
-            return
+        trained_alike = self._agreed.structure.is_trained_alike
+        self._has_changed = not trained_alike or self.optimizer.has_others
+        changes = [0.0] * self._context.topology.pp_size
+        changes[self._context.topology.pp_rank] = float(self._has_changed)
+        self._asked = Question(changes, self._context.host_group, ReduceOp.SUM)
+
+    def _changes(self) -> Sequence[float]:
+        """How many ranks of each stage have changed something."""
+        assert self._asked is not None
+        return self._asked.answer()
+
+    def _are_shared(self, changes: Sequence[float]) -> bool:
+        topology, alone = self._context.topology, self._context.host_group is None
+        ranks = 1 if alone else topology.world_size // topology.pp_size
+        return all(count in (0, ranks) for count in changes)
+
+    def _follow(self) -> None:
         self._agreed.check_frozen(self._stage_group)
         self.optimizer.follow(self._replace_buffers)
         self._agreed.freeze_others(self._stage_group)

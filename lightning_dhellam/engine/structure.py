@@ -50,6 +50,11 @@ class Structure:
         """Whether the same parameters are frozen as then. It waits for no device."""
         return self._trained == [parameter.requires_grad for _, parameter, _ in self._forms]
 
+    def freeze_as_then(self) -> None:
+        """Let the same parameters require a gradient as then."""
+        for (_, parameter, _), trained in zip(self._forms, self._trained, strict=True):
+            parameter.requires_grad_(trained)
+
     def check(self) -> None:
         """Refuse a model that is made of something else by now. It waits for no device.
 

@@ -163,7 +163,7 @@ class SteppingStrategy(SavingStrategy):
     def on_train_end(self) -> None:
         self._meet()
         if self._optimizer is not None:
-            self._optimizer.settle()
+            self.runner.settle()
 
     # Where ranks meet outside of steps.
     on_validation_start = on_validation_end = _meet

@@ -192,10 +192,19 @@ def _lone(rank: int, world: int, where: str) -> str:
         batch = torch.zeros(1, 8, dtype=torch.long)
         runner.train({"tokens": batch, "labels": batch})
         stepping.step()
-        other = f"layers.{rank}." if where == "ranks" else "layers.0."
-        set_trained(runner.model, (other,), where != "ranks")
-        if where == "ranks":
-            set_trained(runner.model, ("final_norm",), False)
+        if where == "optimizer":
+            set_trained(runner.model, ("layers.0.",), True)
+        elif where == "ranks":
+            set_trained(runner.model, (f"layers.{rank}.", "final_norm"), False)
+        elif rank == 1 and where == "one":
+            set_trained(runner.model, ("layers.1.mlp",), False)
+        elif rank == 1:
+            frozen = [p for n, p in runner.model.named_parameters() if "layers.0" in n]
+            optimizer.add_param_group({"params": frozen})
+        if where in ("one", "one-group"):
+            # The others hear of it in the next step, so that none has to wait in this one.
+            runner.train({"tokens": batch, "labels": batch})
+            stepping.step()
         with pytest.raises(ValueError) as refused:
             runner.train({"tokens": batch, "labels": batch})
         return str(refused.value)
@@ -206,3 +215,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         assert "'model.layers.0." in said and "add_param_group" in said
     for said in run_ranks(2, _lone, 2, "ranks"):
         assert "'layers.1." in said and "frozen on some ranks only" in said
+    for said in run_ranks(2, _lone, 2, "one", timeout=60):
+        assert "'layers.1.mlp." in said and "frozen on some ranks only" in said
+    for said in run_ranks(2, _lone, 2, "one-group", timeout=60):
+        assert "optimizer's groups" in said and "on rank 1 only" in said
