@@ -8,7 +8,12 @@ from lightning_dhellam.models.counts import (
     parameter_count,
     training_flops_per_token,
 )
-from lightning_dhellam.models.huggingface import export_llama, import_llama
+from lightning_dhellam.models.huggingface import (
+    export_huggingface,
+    export_llama,
+    import_huggingface,
+    import_llama,
+)
 from lightning_dhellam.models.presets import PRESETS, preset
 from lightning_dhellam.models.stage import pipeline_split
 
@@ -17,7 +22,9 @@ __all__ = [
     "CausalLM",
     "ModelConfig",
     "active_parameter_count",
+    "export_huggingface",
     "export_llama",
+    "import_huggingface",
     "import_llama",
     "keys_bytes",
     "parameter_count",

@@ -17,43 +17,31 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.families import Family
+from lightning_dhellam.models.families.family import Theirs
 
 _CONFIG = "config.json"
 _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
-_FIELDS = {
-    "num_hidden_layers": ("num_layers", 32),
-    "hidden_size": ("hidden_size", 4096),
-    "intermediate_size": ("ffn_hidden_size", 11008),
-    "num_attention_heads": ("num_attention_heads", 32),
-    "vocab_size": ("vocab_size", 32000),
-    "rms_norm_eps": ("norm_epsilon", 1e-6),
-    "tie_word_embeddings": ("tie_embeddings", False),
-}
-"""Hugging Face's name of a field: ours, and what LlamaConfig takes where it is left out."""
-_ONLY = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-}
-"""Fields of which only one value can be expressed here: that which LlamaConfig takes by itself."""
 _LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Constants of the one scaling of rotary frequencies that can be expressed here."""
+"""Constants of the scaling of Llama 3, of which only the factor can be expressed here."""
+
+_SPELT = {"kv_channels": "head_dim", "expert_width": "expert_ffn_hidden_size"}
+"""What a user writes, by what is compared."""
 
 
-def open_weights(function: str, source: Any, config: Any) -> tuple[Mapping[str, Tensor], Any]:
+def open_weights(
+    function: str, architecture: str, source: Any, config: Any
+) -> tuple[Mapping[str, Tensor], Any]:
     """Tensors by their names, and a configuration or None.
 
     Args:
         function: what the user has called.
+        architecture: the class of Hugging Face whose weights are wanted.
         source: a folder with `config.json` and the tensors, a model of Hugging Face, or tensors.
         config: of the tensors, if `source` does not say it.
 
@@ -62,7 +50,7 @@ def open_weights(function: str, source: Any, config: Any) -> tuple[Mapping[str, 
     """
     if isinstance(source, str | PathLike) and Path(source).is_dir():
         folder = Path(source)
-        return _tensors(folder), _json(folder / _CONFIG) if config is None else config
+        return _tensors(folder, architecture), _json(folder / _CONFIG) if config is None else config
     if isinstance(source, torch.nn.Module) and hasattr(source, "config"):
         return source.state_dict(), source.config if config is None else config
     if isinstance(source, Mapping):
@@ -76,23 +64,24 @@ def open_weights(function: str, source: Any, config: Any) -> tuple[Mapping[str, 
         return source, config
     shown = repr(source) if isinstance(source, str | PathLike) else f"a {type(source).__name__}"
     raise ValueError(
-        f"{function} takes a folder that LlamaForCausalLM.save_pretrained has written, such a"
+        f"{function} takes a folder that {architecture}.save_pretrained has written, such a"
         f" model, or its state_dict() with its config, not {shown}"
     )
 
 
-def check_config(config: Any, own: ModelConfig) -> None:
+def check_config(config: Any, own: ModelConfig, family: Family) -> None:
     """Refuse a configuration of Hugging Face that is not that of the model `own`.
 
     Args:
-        config: what `config.json` holds, its path or its folder, or a `LlamaConfig`.
+        config: what `config.json` holds, its path or its folder, or a configuration itself.
         own: the model's.
+        family: of the model.
 
     Raises:
         ValueError: with each field that differs or that cannot be expressed.
     """
     theirs = _as_mapping(config)
-    problems = [*_inexpressible(theirs), *_different(theirs, own)]
+    problems = [*_inexpressible(theirs, own, family), *_different(theirs, own, family)]
     if problems:
         raise ValueError(
             "the configuration of the weights does not fit the model: "
@@ -111,53 +100,60 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
         return dict(config.to_dict())
     raise ValueError(
         f"config is a {type(config).__name__}: give what config.json holds, its path, or a"
-        " LlamaConfig"
+        " configuration of Hugging Face"
     )
 
 
-def _inexpressible(theirs: Mapping[str, Any]) -> Iterator[str]:
+def _inexpressible(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str]:
     rope = _rope(theirs)
-    kind = rope.get("rope_type", rope.get("type", "default")) or "default"
-    for name, only in _ONLY.items():
+    for name, only in {"model_type": family.model_type, **family.only}.items():
         found = rope.get(name, theirs.get(name, only))
         if found != only and not (only is False and found is None):
             yield f"{name}={found!r}, and only {only!r} can be expressed here"
-    if kind not in ("default", "llama3"):
-        factor = rope.get("factor")
-        yield f"rope_type={kind!r} (factor={factor}), and only 'llama3' can be expressed here"
+    kind = _rope_type(rope)
+    if kind not in family.rope_types:
+        factor, known = rope.get("factor"), " or ".join(map(repr, family.rope_types[1:]))
+        rest = f"only {known} can be expressed here" if known else "no scaling can be expressed"
+        yield f"rope_type={kind!r} (factor={factor}), and {rest}"
     if kind == "llama3":
         for name, only in _LLAMA_3.items():
             if rope.get(name, only) != only:
                 yield f"{name}={rope[name]} of its rope scaling, and only {only} can be expressed"
+    yield from family.refuses(theirs, own)
 
 
-def _different(theirs: Mapping[str, Any], own: ModelConfig) -> Iterator[str]:
-    found = {ours: (name, theirs.get(name, usual)) for name, (ours, usual) in _FIELDS.items()}
+def _different(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str]:
+    found = {ours: (name, theirs.get(name, usual)) for ours, (name, usual) in family.fields.items()}
     heads = found["num_attention_heads"][1]
-    groups = theirs.get("num_key_value_heads")
-    found["num_query_groups"] = "num_key_value_heads", heads if groups is None else groups
+    name, groups = found["num_query_groups"]
+    found["num_query_groups"] = name, heads if groups is None else groups
     width = theirs.get("head_dim")
     found["kv_channels"] = "head_dim", found["hidden_size"][1] // heads if width is None else width
     rope = _rope(theirs)
     base = rope.get("rope_theta", theirs.get("rope_theta"))
-    found["rotary_base"] = "rope_theta", 10_000.0 if base is None else base
-    scaled = rope.get("rope_type", rope.get("type")) == "llama3"
+    found["rotary_base"] = "rope_theta", family.rotary_base if base is None else base
+    scaled = _rope_type(rope) == "llama3"
     found["rope_scaling_factor"] = (
         "factor of rope_type 'llama3'",
         rope["factor"] if scaled else None,
     )
+    found |= family.more(theirs)
     for ours, (name, value) in found.items():
         mine = getattr(own, ours)
         if mine != value:
-            field = "head_dim" if ours == "kv_channels" else ours
-            yield f"{name}={value!r}, and the model has {field}={mine!r}"
+            yield f"{name}={value!r}, and the model has {_SPELT.get(ours, ours)}={mine!r}"
 
 
-def _rope(theirs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rope_type(rope: Theirs) -> str:
+    kind: str = rope.get("rope_type", rope.get("type", "default")) or "default"
+    return kind
+
+
+def _rope(theirs: Theirs) -> Theirs:
     return theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path, architecture: str) -> dict[str, Tensor]:
     names = [folder / name for name in _WHOLE if (folder / name).is_file()][:1]
     for index in _INDEXED:
         if not names and (folder / index).is_file():
@@ -165,7 +161,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if not names:
         raise ValueError(
             f"{folder} has none of {', '.join((*_WHOLE, *_INDEXED))}: give a folder that"
-            " LlamaForCausalLM.save_pretrained has written"
+            f" {architecture}.save_pretrained has written"
         )
     tensors: dict[str, Tensor] = {}
     for file in names:

@@ -16,6 +16,7 @@ from lightning_dhellam.models import CausalLM, ModelConfig, parameter_count
 from lightning_dhellam.models.router import SparseMixer, sparse_mix
 from lightning_dhellam.parallel import ParallelContext
 from tests.models.llama import SMALL
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 MOE = replace(SMALL, num_experts=5, experts_per_token=2, expert_ffn_hidden_size=24)
@@ -63,6 +64,38 @@ def test_models_with_experts_run_by_plain_autograd(config: ModelConfig) -> None:
     assert losses.shape == (2, 12) and losses.isfinite().all()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without
+
+
+SHARED = replace(CASES["dense first, a shared expert"], num_experts=4)
+
+
+def _drawn(context: ParallelContext) -> dict[str, torch.Tensor]:
+    """Every weight of a new model, experts by their numbers in the layer."""
+    model = CausalLM(SHARED, context, seed=7)
+    own = len(model.layers[1].mlp.local_expert_indices)
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        before, local, after = name.partition("local_experts.")
+        if local:
+            number, rest = after.split(".", 1)
+            name = f"{before}{int(number) + own * context.topology.ep_rank}.{rest}"
+        found[name] = parameter.detach()
+    return found
+
+
+def _drawn_on(rank: int, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    return _drawn(ParallelContext.create(CPU, **sizes))
+
+
+def test_new_experts_do_not_depend_on_the_expert_parallel_size() -> None:
+    alone = _drawn(ParallelContext.single(CPU))
+    different = {w.sum().item() for name, w in alone.items() if "linear_fc1" in name}
+    assert len(different) == 1 + SHARED.num_experts + 1, "every expert draws its own"
+    found: set[str] = set()
+    for weights in run_ranks(2, _drawn_on, {"expert_parallel_size": 2}):
+        assert [name for name in weights if not torch.equal(weights[name], alone[name])] == []
+        found |= weights.keys()
+    assert found == alone.keys()
 
 
 def test_the_two_steps_of_sparse_mixing() -> None:

@@ -1,0 +1,42 @@
+"""Families of Hugging Face's models: a small file each, over one table of parameters."""
+
+from __future__ import annotations
+
+from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.families.family import Family
+from lightning_dhellam.models.families.llama import LLAMA
+from lightning_dhellam.models.families.mixtral import MIXTRAL
+from lightning_dhellam.models.families.phi_moe import PHI_MOE
+from lightning_dhellam.models.families.qwen3_moe import QWEN3_MOE
+
+FAMILIES = (LLAMA, MIXTRAL, QWEN3_MOE, PHI_MOE)
+"""All that are known."""
+
+__all__ = ["FAMILIES", "LLAMA", "Family", "check_shape", "family_of"]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of which a model is.
+
+    Raises:
+        ValueError: it is of none; with the nearest, and what it does not have.
+    """
+    dense = config.num_experts is None
+    alike = [family for family in FAMILIES if (family.experts is None) == dense]
+    nearest = min(alike, key=lambda family: len(family.misfits(config)))
+    check_shape(nearest, config)
+    return nearest
+
+
+def check_shape(family: Family, config: ModelConfig) -> None:
+    """Refuse a model that is not of a family.
+
+    Raises:
+        ValueError: with what the family does not have.
+    """
+    other = family.misfits(config)
+    if other:
+        raise ValueError(
+            f"{', '.join(other)}: {family.architecture} has {family.has}, so there is nothing to"
+            " convert"
+        )

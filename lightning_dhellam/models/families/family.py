@@ -1,0 +1,121 @@
+"""What a family of Hugging Face's models is: its configuration, and how its tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.layout import Names
+
+Theirs = Mapping[str, Any]
+"""What a `config.json` holds."""
+
+Found = dict[str, tuple[str, Any]]
+"""By a `ModelConfig`'s names: Hugging Face's name of a value, and the value."""
+
+
+def _nothing(theirs: Theirs) -> Found:
+    return {}
+
+
+def _no_refusal(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
+    yield from ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of Hugging Face.
+
+    Attributes:
+        model_type: its name in `config.json`.
+        architecture: its class.
+        has: what its models have, in words.
+        fixed: fields of a `ModelConfig` of which it has one value only.
+        fields: Hugging Face's name of a field, by ours: with what its configuration class takes
+            where it is left out.
+        only: fields of Hugging Face of which only one value can be expressed here, that which its
+            configuration class takes by itself.
+        rotary_base: where `rope_theta` is left out.
+        rope_types: scalings of rotary frequencies that can be expressed.
+        experts: the names of its experts; None for a dense family.
+        dense_layers: whether layers without experts may lie between those with them.
+        renamed: what transformers 5 calls its modules, by what files call them.
+        more: what its configuration says in a way of its own.
+        refuses: what else cannot be expressed.
+    """
+
+    model_type: str
+    architecture: str
+    has: str
+    fixed: Mapping[str, Any]
+    fields: Mapping[str, tuple[str, Any]]
+    only: Mapping[str, Any]
+    rotary_base: float = 10_000.0
+    rope_types: tuple[str, ...] = ("default", "llama3")
+    experts: Names | None = None
+    dense_layers: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+    more: Callable[[Theirs], Found] = field(default=_nothing)
+    refuses: Callable[[Theirs, ModelConfig], Iterator[str]] = field(default=_no_refusal)
+
+    @property
+    def names(self) -> Names:
+        """How its experts are called, if it has any."""
+        return self.experts or Names()
+
+    def misfits(self, config: ModelConfig) -> list[str]:
+        """Fields of a model that this family does not have, as `name=value`."""
+        found = [
+            f"{name}={getattr(config, name)!r}"
+            for name, own in self.fixed.items()
+            if getattr(config, name) != own
+        ]
+        if (config.num_experts is None) != (self.experts is None):
+            found.append(f"num_experts={config.num_experts}")
+        elif self.experts and not self.dense_layers and not all(config.expert_layers):
+            found.append(f"moe_layer_freq={config.moe_layer_freq}")
+        return found
+
+
+PLAIN: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "position_embedding": "rope",
+    "linear_bias": False,
+    "qkv_bias": False,
+    "attention_bias": False,
+    "output_bias": False,
+    "qk_norm": False,
+}
+"""Fields of a `ModelConfig` that tell Llama from other families."""
+
+ROUTED: dict[str, Any] = {
+    "shared_expert_ffn_hidden_size": None,
+    "router_scores": "softmax",
+    "router_pre_softmax": False,
+    "router_scaling_factor": None,
+    "router_groups": None,
+    "router_bias_update_rate": None,
+    "capacity_factor": None,
+}
+"""Fields of one that chooses the best experts by their logits, and drops no token."""
+
+ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+"""Fields of Hugging Face of which one value can be expressed here, whatever the family."""
+
+
+def window(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
+    """A window over the keys, unless it is as wide as sequences are long at most."""
+    width = theirs.get("sliding_window")
+    if width is not None and width < own.max_sequence_length:
+        yield (
+            f"sliding_window={width}, and attention here has no window: with"
+            f" max_sequence_length={width} (the model has {own.max_sequence_length}) there is none"
+        )

@@ -1,0 +1,204 @@
+"""How each parameter of a rank is made of whole tensors by the names of Hugging Face.
+
+One table for import, export and their messages. Everything here works on named tensors, so that
+gradients convert like weights. Megatron fuses what Hugging Face keeps apart: q, k and v by groups
+into ``linear_qkv`` (for each group its queries, then its key, then its value), gate and up into
+``linear_fc1`` (each rank's gate rows, then its up rows), and pads the vocabulary. Experts are
+tensors of their own, spread over expert ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.models.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What families call differently.
+
+    Attributes:
+        mixture: the experts and their router, in a layer.
+        router: the router among them.
+        parts: gate, up and down projection of an expert.
+    """
+
+    mixture: str = "mlp"
+    router: str = "gate"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def of_expert(self, layer: int, expert: int) -> dict[str, str]:
+        """The names of an expert's tensors, by `gate`, `up` and `down`."""
+        prefix = f"model.layers.{layer}.{self.mixture}.experts.{expert}."
+        named = zip(("gate", "up", "down"), self.parts, strict=True)
+        return {part: f"{prefix}{name}.weight" for part, name in named}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one of our parameters is made of Hugging Face tensors.
+
+    ``join`` makes the shard of a rank from the whole tensors (rank, size); ``split`` makes the
+    whole tensors from the shards of all ranks, in rank order: tensor-parallel ranks, or those that
+    share an expert.
+
+    Attributes:
+        ours: name of the parameter; of an expert, on the ranks that have it.
+        theirs: the tensors and their shapes.
+        layer: that the parameter is part of; None for the embedding and the head.
+        expert: that the parameter is part of, by its number in the layer; None for all others.
+    """
+
+    ours: str
+    theirs: dict[str, Shape]
+    join: Callable[[Sequence[Tensor], int, int], Tensor]
+    split: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    layer: int | None = None
+    expert: int | None = None
+
+
+def rules(config: ModelConfig, names: Names, padded_rows: int, own_experts: int) -> Iterator[Rule]:
+    """The rules of all parameters of a model.
+
+    Args:
+        config: of the model.
+        names: of its family.
+        padded_rows: rows of the vocabulary with padding.
+        own_experts: of a layer, that each rank has.
+    """
+    table = (config.vocab_size, config.hidden_size)
+    yield _vocabulary("embedding.word_embeddings.weight", EMBEDDING, table, padded_rows)
+    for index, has_experts in enumerate(config.expert_layers):
+        for rule in _layer(config, f"layers.{index}.", f"model.layers.{index}."):
+            yield replace(rule, layer=index)
+        if has_experts:
+            yield from _experts(config, names, index, own_experts)
+        else:
+            yield from _dense(config, index)
+    yield from _norm(config, "final_norm", "model.norm", config.hidden_size)
+    if not config.tie_embeddings:
+        yield _vocabulary("output_layer.weight", HEAD, table, padded_rows)
+    if config.output_bias:
+        yield _vocabulary("output_layer.bias", "lm_head.bias", table[:1], padded_rows)
+
+
+def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Rule]:
+    """Norms and attention of a layer."""
+    hidden, attention = config.hidden_size, f"{ours}self_attention."
+    queries = config.num_attention_heads * config.kv_channels
+    yield from _norm(config, f"{ours}input_layernorm", f"{theirs}input_layernorm", hidden)
+    yield _attention_input(config, f"{attention}linear_qkv.weight", f"{theirs}self_attn.", "weight")
+    proj = f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight"
+    yield _columns(*proj, (hidden, queries))
+    if config.attention_bias:
+        yield _attention_input(config, f"{attention}linear_qkv.bias", f"{theirs}self_attn.", "bias")
+        bias = f"{attention}linear_proj.bias", f"{theirs}self_attn.o_proj.bias"
+        yield _replicated(*bias, (hidden,))
+    if config.qk_norm:
+        for letter in "qk":
+            norm = f"{attention}{letter}_layernorm", f"{theirs}self_attn.{letter}_norm"
+            yield from _norm(config, *norm, config.kv_channels)
+    after = f"{theirs}post_attention_layernorm"
+    yield from _norm(config, f"{ours}pre_mlp_layernorm", after, hidden)
+
+
+def _dense(config: ModelConfig, layer: int) -> Iterator[Rule]:
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    ours, theirs = f"layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
+    both = f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"
+    yield replace(_gate_and_up(f"{ours}linear_fc1.weight", both, (ffn, hidden)), layer=layer)
+    down = _columns(f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, ffn))
+    yield replace(down, layer=layer)
+
+
+def _experts(config: ModelConfig, names: Names, layer: int, own_experts: int) -> Iterator[Rule]:
+    hidden, ffn = config.hidden_size, config.expert_width
+    assert config.num_experts is not None
+    router = f"model.layers.{layer}.{names.mixture}.{names.router}.weight"
+    gate = _replicated(f"layers.{layer}.mlp.router.weight", router, (config.num_experts, hidden))
+    yield replace(gate, layer=layer)
+    for expert in range(config.num_experts):
+        ours = f"layers.{layer}.mlp.experts.local_experts.{expert % own_experts}."
+        theirs = names.of_expert(layer, expert)
+        both = theirs["gate"], theirs["up"]
+        for rule in (
+            _gate_and_up(f"{ours}linear_fc1.weight", both, (ffn, hidden)),
+            _columns(f"{ours}linear_fc2.weight", theirs["down"], (hidden, ffn)),
+        ):
+            yield replace(rule, layer=layer, expert=expert)
+
+
+def _norm(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Rule]:
+    for part in ("weight",) if config.normalization == "RMSNorm" else ("weight", "bias"):
+        yield _replicated(f"{ours}.{part}", f"{theirs}.{part}", (width,))
+
+
+def _replicated(ours: str, theirs: str, shape: Shape) -> Rule:
+    return Rule(
+        ours,
+        {theirs: shape},
+        join=lambda whole, rank, size: whole[0],
+        split=lambda shards: [shards[0]],
+    )
+
+
+def _columns(ours: str, theirs: str, shape: Shape) -> Rule:
+    return Rule(
+        ours,
+        {theirs: shape},
+        join=lambda whole, rank, size: whole[0].chunk(size, dim=1)[rank],
+        split=lambda shards: [torch.cat(list(shards), dim=1)],
+    )
+
+
+def _vocabulary(ours: str, theirs: str, shape: Shape, padded_rows: int) -> Rule:
+    rows, *rest = shape
+
+    def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        padding = whole[0].new_zeros(padded_rows - rows, *rest)
+        return torch.cat([whole[0], padding]).chunk(size)[rank]
+
+    return Rule(
+        ours, {theirs: shape}, join=join, split=lambda shards: [torch.cat(list(shards))[:rows]]
+    )
+
+
+def _gate_and_up(ours: str, theirs: tuple[str, str], shape: Shape) -> Rule:
+    def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        return torch.cat([tensor.chunk(size)[rank] for tensor in whole])
+
+    def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[part] for half in halves]) for part in range(2)]
+
+    return Rule(ours, dict.fromkeys(theirs, shape), join, split)
+
+
+def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> Rule:
+    groups, width = config.num_query_groups, config.kv_channels
+    rest = (config.hidden_size,) if kind == "weight" else ()
+    queries = config.num_attention_heads // groups * width
+    parts = (queries, width, width)
+
+    def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        grouped = [tensor.view(groups, -1, *rest) for tensor in whole]
+        return torch.cat(grouped, dim=1).chunk(size)[rank].reshape(-1, *rest)
+
+    def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
+        fused = torch.cat(list(shards)).view(groups, sum(parts), *rest)
+        return [part.reshape(-1, *rest) for part in fused.split(parts, dim=1)]
+
+    names = {
+        f"{theirs}{letter}_proj.{kind}": (groups * part, *rest)
+        for letter, part in zip("qkv", parts, strict=True)
+    }
+    return Rule(ours, names, join, split)

@@ -1,0 +1,208 @@
+"""Mixtral, Qwen3-MoE and Phi-3.5-MoE of transformers: both ways, and what both compute of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_dhellam.models import CausalLM, export_huggingface, import_huggingface
+from lightning_dhellam.parallel import ParallelContext
+from tests.models.llama import random_batch, relative_error, token_losses
+from tests.models.mixtures import MIXTURES, ODD, hugging_face_mixture
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def _single(name: str) -> tuple[CausalLM, PreTrainedModel]:
+    config = MIXTURES[name]
+    return CausalLM(config, ParallelContext.single(CPU)), hugging_face_mixture(config)
+
+
+def _trained(theirs: PreTrainedModel, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens, labels = random_batch(MIXTURES[name])
+    losses = token_losses(theirs, tokens, labels)
+    losses.mean().backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    return losses.detach(), gradients
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_plain_autograd_computes_what_transformers_does(name: str) -> None:
+    model, theirs = _single(name)
+    import_huggingface(model, theirs)
+    tokens, labels = random_batch(MIXTURES[name])
+    with torch.no_grad():
+        assert relative_error(model(tokens), theirs(tokens).logits) <= 1e-5
+    with model.context.megatron():
+        losses = model(tokens, labels)
+        losses.mean().backward()
+    expected_losses, expected = _trained(theirs, name)
+    assert relative_error(losses.detach(), expected_losses) <= 1e-5
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    found = export_huggingface(model, gradients, in_memory=True)  # type: ignore[arg-type]
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def _round_trip(rank: int, sizes: dict[str, int]) -> list[str]:
+    """Names that come back changed, of every family."""
+    context = ParallelContext.create(CPU, **sizes)
+    changed: list[str] = []
+    for name, config in MIXTURES.items():
+        if config.num_layers < 2 * context.topology.pp_size:
+            config = replace(config, num_layers=4, moe_layer_freq=1)
+        state = hugging_face_mixture(config).state_dict()
+        model = CausalLM(config, context)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        import_huggingface(model, state)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        in_files = export_huggingface(model)
+        import_huggingface(model, in_files)
+        exported = export_huggingface(model, in_memory=True)
+        if config.tie_embeddings:
+            state.pop("lm_head.weight")
+        assert exported.keys() == state.keys()
+        changed += [f"{name} {n}" for n in state if not torch.equal(state[n], exported[n])]
+    return changed
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert_parallel_size": 2},
+        {"tensor_parallel_size": 2, "expert_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {"tensor_parallel_size": 2, "data": 2, "expert_parallel_size": 2},
+    ],
+    ids=lambda sizes: ", ".join(f"{name} {size}" for name, size in sizes.items()),
+)
+def test_round_trip_is_exact(sizes: dict[str, int]) -> None:
+    groups = {"tensor_parallel_size", "pipeline_parallel_size", "data"}
+    world = max(2, prod(size for name, size in sizes.items() if name in groups))
+    sizes = {name: size for name, size in sizes.items() if name != "data"}
+    assert run_ranks(world, _round_trip, sizes) == [[]] * world
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
+    model, theirs = _single(name)
+    theirs.save_pretrained(tmp_path)
+    import_huggingface(model, tmp_path)
+    tensors = export_huggingface(model)
+    folder = tmp_path / "exported"
+    theirs.config.save_pretrained(folder)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+    tokens, _ = random_batch(MIXTURES[name])
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("mixtral", {"num_local_experts": 8}, "num_local_experts=8, and the model has"),
+        ("mixtral", {"num_experts_per_tok": 1}, "the model has experts_per_token=2"),
+        ("mixtral", {"intermediate_size": 24}, "the model has expert_ffn_hidden_size=20"),
+        ("mixtral", {"sliding_window": 32}, r"sliding_window=32, .* max_sequence_length=32"),
+        ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1, and only 0\.0"),
+        ("mixtral", {"model_type": "llama"}, "model_type='llama', and only 'mixtral'"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob .* router_pre_softmax=False"),
+        ("qwen3-moe", {"mlp_only_layers": []}, r"expert_layers=\(True, False, True\)"),
+        ("qwen3-moe", {"decoder_sparse_step": 2}, r"give expert_layers=\(False, False, False\)"),
+        ("qwen3-moe", {"moe_intermediate_size": 16}, "moe_intermediate_size=16, and the model"),
+        (
+            "qwen3-moe",
+            {"use_sliding_window": True, "sliding_window": 16},
+            "sliding_window=16, and attention here has no window",
+        ),
+        ("phi-moe", {"router_jitter_noise": 0.01}, r"router_jitter_noise=0\.01, .*=0\.2"),
+        ("phi-moe", {"lm_head_bias": False}, "lm_head_bias=False, .* output_bias=True"),
+        ("phi-moe", {"attention_bias": False}, "the model has attention_bias=True"),
+    ],
+)
+def test_other_configurations_are_refused_by_field(
+    name: str, changes: dict[str, Any], words: str
+) -> None:
+    model, theirs = _single(name)
+    before = export_huggingface(model)
+    config = {**theirs.config.to_dict(), **changes}
+    with pytest.raises(ValueError, match=words):
+        import_huggingface(model, theirs.state_dict(), config)
+    after = export_huggingface(model)
+    assert all(torch.equal(before[n], tensor) for n, tensor in after.items())
+
+
+def test_a_window_as_wide_as_the_longest_sequence_is_none() -> None:
+    model, theirs = _single("mixtral")
+    config = theirs.config.to_dict() | {"sliding_window": MIXTURES["mixtral"].max_sequence_length}
+    import_huggingface(model, theirs.state_dict(), config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shared_expert_ffn_hidden_size": 8}, "shared_expert_ffn_hidden_size=8: Mixtral"),
+        ({"router_scores": "sigmoid"}, "router_scores='sigmoid': Mixtral"),
+        ({"moe_layer_freq": (0, 1)}, r"moe_layer_freq=\(0, 1\): Mixtral"),
+        ({"attention_bias": True, "qk_norm": True, "linear_bias": False}, None),
+        ({"num_experts": None, "qk_norm": True}, "qk_norm=True: Llama"),
+    ],
+)
+def test_models_of_no_family_are_refused_by_what_it_lacks(
+    changes: dict[str, Any], words: str | None
+) -> None:
+    model = CausalLM(replace(ODD, **changes), ParallelContext.single(CPU))
+    if words is None:
+        assert "model.layers.0.self_attn.q_norm.weight" in export_huggingface(model)
+        return
+    with pytest.raises(ValueError, match=f"^{words}.* nothing to convert$"):
+        export_huggingface(model)
+
+
+def _drop(state: dict[str, Tensor]) -> None:
+    del state["model.layers.1.mlp.experts.down_proj"]
+
+
+def _narrow(state: dict[str, Tensor]) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    state[name] = state[name][:, :-2]
+
+
+def _flat(state: dict[str, Tensor]) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    state[name] = state[name].flatten()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop, r"missing: model\.layers\.1\.block_sparse_moe\.experts\.0\.w2\.weight"),
+        (_narrow, r"of another shape: .*experts\.0\.w1\.weight \(19, 32\) instead of \(20, 32\)"),
+        (_flat, r"unexpected: model\.layers\.0\.block_sparse_moe\.experts\.gate_up_proj"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(change: Any, message: str) -> None:
+    model, theirs = _single("mixtral")
+    state = dict(theirs.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        import_huggingface(model, state, theirs.config)
