@@ -90,6 +90,12 @@ class ActivationKernel(Protocol):
     def backward(self, dy: Tensor, x: Tensor, /) -> Tensor:
         """The gradient by `x`, from `dy`, that of the function's value."""
 
+    def weighted(self, x: Tensor, weights: Tensor, /) -> Tensor:
+        """The function of the rows of `x` [R, I], each times its weight [R], fp32."""
+
+    def weighted_backward(self, dy: Tensor, x: Tensor, weights: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Gradients of `weighted` by `x` and, in fp32, by the weights, from `dy`."""
+
 
 class LayerNormKernel(Protocol):
     """LayerNorm, and the sum with the residual stream before it."""

@@ -1,5 +1,10 @@
 """GELU activation with the error function (Hendrycks and Gimpel, arXiv 1606.08415)."""
 
-from lightning_dhellam.kernels.gelu.reference import backward, forward
+from lightning_dhellam.kernels.gelu.reference import (
+    backward,
+    forward,
+    weighted,
+    weighted_backward,
+)
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "weighted", "weighted_backward"]

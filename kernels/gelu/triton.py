@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_dhellam.kernels.gelu.reference import weighted, weighted_backward
 from lightning_dhellam.kernels.launch import blocks
+
+__all__ = ["backward", "forward", "weighted", "weighted_backward"]
 
 _BLOCK = 2048
 

@@ -8,6 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_dhellam.kernels.launch import blocks
+from lightning_dhellam.kernels.swiglu.reference import weighted, weighted_backward
+
+__all__ = ["backward", "forward", "weighted", "weighted_backward"]
 
 _BLOCK = 2048
 

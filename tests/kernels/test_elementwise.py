@@ -1,12 +1,14 @@
-"""RMSNorm, SwiGLU and rotary embedding against float64 autograd."""
+"""RMSNorm, activations and rotary embedding against float64 autograd."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import rms_norm, rope, swiglu
+from lightning_dhellam.kernels import gelu, rms_norm, rope, swiglu
 from lightning_dhellam.kernels.attention.heads import Heads
 from tests.kernels.checks import TOLERANCE, assert_close, drawn, strided, truth
 
@@ -78,6 +80,36 @@ def test_swiglu_of_large_arguments_is_finite(device: torch.device) -> None:
     assert swiglu.forward(gate_up).tolist() == [[0.0, 400.0]]
     grad = swiglu.backward(torch.ones(1, 2, device=device), gate_up)
     assert grad.tolist() == [[0.0, 2.0, 0.0, 200.0]]
+
+
+@pytest.mark.parametrize("kernel", [swiglu, gelu], ids=["swiglu", "gelu"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_weighted_activations(
+    kernel: ModuleType, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Each row times a weight of its own, before anything is rounded."""
+    width = 33
+    x = drawn((rows, 2 * width if kernel is swiglu else width), dtype, device) * 3
+    dy = drawn((rows, width), dtype, device, 1)
+    weights = torch.rand(rows, device=device)
+
+    def reference(x: Tensor, weights: Tensor) -> Tensor:
+        if kernel is swiglu:
+            gate, up = x.chunk(2, dim=-1)
+            return gate * torch.sigmoid(gate) * up * weights[:, None]
+        return torch.nn.functional.gelu(x) * weights[:, None]
+
+    expected, (expected_dx, expected_dweights) = truth(reference, (x, weights), dy)
+    y = kernel.weighted(x, weights)
+    dx, dweights = kernel.weighted_backward(dy, x, weights)
+    assert y.dtype == dx.dtype == dtype
+    assert dweights.dtype == torch.float32
+    found, wanted = {"y": y, "dx": dx}, {"y": expected, "dx": expected_dx}
+    assert_close(found, wanted, TOLERANCE[dtype])
+    assert_close({"dweights": dweights}, {"dweights": expected_dweights}, 2e-6)
+    # An expert may have no rows.
+    assert kernel.weighted(x[:0], weights[:0]).shape == (0, width)
+    assert [len(d) for d in kernel.weighted_backward(dy[:0], x[:0], weights[:0])] == [0, 0]
 
 
 HEADS = [Heads(1, 1, 2), Heads(2, 3, 6), Heads(3, 1, 10)]
