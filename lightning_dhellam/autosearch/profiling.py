@@ -169,7 +169,7 @@ class EngineBench:
             for graph in profile.graphs[:2]
             for operator in graph.operators
         ]
-        compute = [target for target in layer if not target.operator.is_communication]
+        compute = [target for target in layer if target.operator.computes]
         once = sum(known[target.key, None] for target in compute)
         # Where processors carry it, communication is slowed most beside computation.
         longest = max(compute, key=lambda target: known[target.key, None])

@@ -56,11 +56,11 @@ class _Linear:
 
     @classmethod
     def _parts(
-        cls, module: Any, wanted: type, name: str, along: Held, setting: Setting
+        cls, module: Any, wanted: type, name: str, along: Held, setting: Setting, prefix: str
     ) -> tuple[str, Parameter, Parameter | None, Held, LinearKernel]:
         check_class(module, wanted, f"linear_{name}", setting.index)
         check_config(module.config, SUPPORTED)
-        return name, module.weight, module.bias, along, setting.kernels.linear
+        return f"{prefix}{name}", module.weight, module.bias, along, setting.kernels.linear
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -144,9 +144,11 @@ class ColumnLinear(_Linear):
     regather: bool
 
     @classmethod
-    def of(cls, module: Any, name: str, along: Held, setting: Setting) -> ColumnLinear:
+    def of(
+        cls, module: Any, name: str, along: Held, setting: Setting, prefix: str = ""
+    ) -> ColumnLinear:
         """What lowers a Megatron-core `ColumnParallelLinear`; another class is refused."""
-        parts = cls._parts(module, ColumnParallelLinear, name, along, setting)
+        parts = cls._parts(module, ColumnParallelLinear, name, along, setting, prefix)
         return cls(*parts, setting.regather)
 
     @property
@@ -191,9 +193,11 @@ class RowLinear(_Linear):
     """A linear layer of which each rank has some input channels: ranks add up what they compute."""
 
     @classmethod
-    def of(cls, module: Any, name: str, along: Held, setting: Setting) -> RowLinear:
+    def of(
+        cls, module: Any, name: str, along: Held, setting: Setting, prefix: str = ""
+    ) -> RowLinear:
         """What lowers a Megatron-core `RowParallelLinear`; another class is refused."""
-        return cls(*cls._parts(module, RowParallelLinear, name, along, setting))
+        return cls(*cls._parts(module, RowParallelLinear, name, along, setting, prefix))
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -204,6 +208,10 @@ class RowLinear(_Linear):
         self._gemm(w, read, f"{self.name}_partial")
         channels = self.weight.shape[0]
         return w.scatter(f"{self.name}.scatter", f"{self.name}_partial", self.name, channels)
+
+    def written(self, w: GraphWriter) -> str:
+        """The slot of the output."""
+        return self.name if w.sizes.tp > 1 else f"{self.name}_partial"
 
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add all gradients, from `grad` [s, B, O]. Returns the slot of that by `read`."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch.nn import Parameter
 from torch.nn.functional import gelu, silu
 
+from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.kernels.protocols import ActivationKernel
 from lightning_dhellam.layers.block import Setting, Supported, check_config
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
@@ -35,30 +36,24 @@ class Mlp:
         fc2: from what the activation gives to hidden states.
         gated: whether `fc1` computes a gate as well.
         kernel: of the activation.
+        prefix: of the names of its slots and operators, where a block has another MLP.
     """
 
     fc1: ColumnLinear
     fc2: RowLinear
     gated: bool
     kernel: ActivationKernel
+    prefix: str = ""
 
     @classmethod
-    def of(cls, module: Any, setting: Setting) -> Mlp:
+    def of(cls, module: Any, setting: Setting, prefix: str = "") -> Mlp:
         """What lowers `module`; what it would compute otherwise is refused by name."""
-        config, kernels = module.config, setting.kernels
-        check_config(config, SUPPORTED)
-        gated = config.gated_linear_unit
-        if (config.activation_func is silu) != gated:
-            raise ValueError(
-                f"TransformerConfig.gated_linear_unit={gated} with activation_func="
-                f"{config.activation_func.__name__} cannot be lowered to operators: use silu with a"
-                " gate, or gelu without one"
-            )
         return cls(
-            ColumnLinear.of(module.linear_fc1, "fc1", Held.FFN, setting),
-            RowLinear.of(module.linear_fc2, "fc2", Held.FFN, setting),
-            gated,
-            kernels.swiglu if gated else kernels.gelu,
+            ColumnLinear.of(module.linear_fc1, "fc1", Held.FFN, setting, prefix),
+            RowLinear.of(module.linear_fc2, "fc2", Held.FFN, setting, prefix),
+            module.config.gated_linear_unit,
+            activation_of(module.config, setting.kernels),
+            prefix,
         )
 
     @property
@@ -77,18 +72,18 @@ class Mlp:
         w.compute(
             self._activation,
             (self._inner,),
-            {"act": w.sizes.wide(self._narrow)},
+            {self._act: w.sizes.wide(self._narrow)},
             self.kernel.forward,
             moved=w.sizes.wide(self._broad + self._narrow),
         )
-        return self.fc2.forward(w, "act")
+        return self.fc2.forward(w, self._act)
 
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward. Returns the slot of the gradient by `read`."""
-        self.fc2.backward(w, grad, "act")
+        self.fc2.backward(w, grad, self._act)
         w.compute(
             f"{self._activation}.grad",
-            ("d_act", self._inner),
+            (f"d_{self._act}", self._inner),
             {f"d_{self._inner}": w.sizes.wide(self._broad)},
             self.kernel.backward,
             moved=w.sizes.wide(2 * self._broad + self._narrow),
@@ -98,12 +93,17 @@ class Mlp:
     @property
     def _activation(self) -> str:
         """The operator between the two linear layers."""
-        return "swiglu" if self.gated else "gelu"
+        return self.prefix + ("swiglu" if self.gated else "gelu")
 
     @property
     def _inner(self) -> str:
         """The slot of what the activation reads."""
-        return "gate_up" if self.gated else "up"
+        return self.prefix + ("gate_up" if self.gated else "up")
+
+    @property
+    def _act(self) -> str:
+        """The slot of what the activation gives."""
+        return f"{self.prefix}act"
 
     @property
     def _broad(self) -> int:
@@ -114,3 +114,16 @@ class Mlp:
     def _narrow(self) -> int:
         """Channels that the activation writes."""
         return self.fc2.weight.shape[1]
+
+
+def activation_of(config: Any, kernels: Kernels) -> ActivationKernel:
+    """What computes the activation of an MLP; one that has no lowering is refused by name."""
+    check_config(config, SUPPORTED)
+    gated = config.gated_linear_unit
+    if (config.activation_func is silu) != gated:
+        raise ValueError(
+            f"TransformerConfig.gated_linear_unit={gated} with activation_func="
+            f"{config.activation_func.__name__} cannot be lowered to operators: use silu with a"
+            " gate, or gelu without one"
+        )
+    return kernels.swiglu if gated else kernels.gelu

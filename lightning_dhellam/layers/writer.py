@@ -211,6 +211,31 @@ class GraphWriter:
         )
         self.bytes_per_token.update(writes)
 
+    def host(
+        self,
+        name: str,
+        reads: tuple[str, ...],
+        writes: Mapping[str, float],
+        run: Callable[..., Any],
+        *,
+        waits: bool = False,
+        rule: Rule = ALIKE,
+    ) -> None:
+        """Add an operator of the lane `host`: a copy to the host, or the wait for one.
+
+        Args:
+            name: unique in the graph.
+            reads: slots in the order of `run`'s arguments.
+            writes: slots in the order of `run`'s results, with their bytes per token on the device.
+            run: launches it.
+            waits: whether `run` looks at what it reads, for which the host waits.
+            rule: how slots lie that it reads and writes.
+        """
+        rule = bound(rule, self.sizes.context)
+        slots = tuple(writes)
+        self._add(Operator(name, Lane.HOST, reads, slots, run, rule=rule, waits=waits))
+        self.bytes_per_token.update(writes)
+
     def graph(self, inputs: Mapping[str, float], outputs: tuple[str, ...]) -> Graph:
         """The frozen graph. `inputs`, of hidden states, are handed over; with bytes per token.
 

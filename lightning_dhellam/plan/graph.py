@@ -92,7 +92,7 @@ class Graph:
 
     @cached_property
     def communicates(self) -> bool:
-        """Whether an operator occupies another lane than `compute`; transfers do not count."""
+        """Whether an operator occupies a lane of communication; transfers do not count."""
         return any(operator.is_communication for operator in self.operators)
 
     @cached_property

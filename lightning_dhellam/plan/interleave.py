@@ -16,7 +16,8 @@ def interleave(graphs: Sequence[Graph]) -> list[tuple[Graph, Operator]]:
 
     At every step the operator that can start first is issued; among those that can start at
     once, the one with the longest way to the end of its graph. Weight gradients, which nothing
-    waits for, so fill the gaps. Costs are the operators' nominal ones.
+    waits for, so fill the gaps. The host waits for a value only when nothing else can start: the
+    device works meanwhile. Costs are the operators' nominal ones.
     """
     ahead = [_time_to_end(graph) for graph in graphs]
     left = [list(graph.operators) for graph in graphs]
@@ -41,7 +42,13 @@ def interleave(graphs: Sequence[Graph]) -> list[tuple[Graph, Operator]]:
         ]
         index, operator = min(
             candidates,
-            key=lambda c: (start(c), not c[1].is_communication, -ahead[c[0]][c[1].name], c[0]),
+            key=lambda c: (
+                start(c),
+                c[1].waits,
+                not c[1].is_communication,
+                -ahead[c[0]][c[1].name],
+                c[0],
+            ),
         )
         begin = start((index, operator))
         finish[index][operator.name] = begin + operator.cost

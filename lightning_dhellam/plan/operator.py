@@ -13,8 +13,9 @@ from lightning_dhellam.plan.layout import Rule
 class Lane(StrEnum):
     """What an operator occupies while it runs.
 
-    On CUDA a lane is a stream. On CPU `compute` runs inline and every other lane is asynchronous
-    work of a process group.
+    On CUDA a lane is a stream. On CPU `compute` and `host` run inline and every other lane is
+    asynchronous work of a process group. On `host` values come to the host that it must know to go
+    on, such as how many rows an exchange moves.
     """
 
     COMPUTE = "compute"
@@ -84,6 +85,8 @@ class Operator:
         rule: how slots lie that it reads and writes; None where all that it reads lies alike.
         rehearsal: what is run in its place when a stage rehearses, where nothing is sent or
             received and nothing may be left behind.
+        waits: whether the host waits until what it reads is there, before it issues what follows:
+            `run` then takes values that the host can look at.
         growth: nominal seconds per token for each token of the sequence, where the cost grows with
             its length, as attention's does: `cost` is then that of some length (see `at`).
         track: where it is issued.
@@ -102,6 +105,7 @@ class Operator:
     rule: Rule | None = field(default=None, repr=False, compare=False)
     rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     growth: float = field(default=0.0, compare=False)
+    waits: bool = field(default=False, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -113,9 +117,14 @@ class Operator:
         return replace(self, cost=self.growth * length) if self.growth else self
 
     @property
+    def computes(self) -> bool:
+        """Whether it occupies the lane `compute`."""
+        return self.lane is Lane.COMPUTE
+
+    @property
     def is_communication(self) -> bool:
-        """Whether it occupies a lane other than `compute`."""
-        return self.lane is not Lane.COMPUTE
+        """Whether it occupies a lane on which ranks communicate."""
+        return self.lane not in (Lane.COMPUTE, Lane.HOST)
 
     def __str__(self) -> str:
         return self.name
