@@ -211,7 +211,7 @@ class Executor:
 
     def _issue(self, entry: Entry, tape: Tape) -> None:
         operator = entry.operator
-        inputs = [tape[name] for name in operator.reads]
+        inputs = tape.slots(operator.reads)
         if not operator.is_communication:
             self.lanes.share(entry.spare)
         launched = operator if self.tracer is None else self.tracer.traced(operator)
@@ -221,7 +221,7 @@ class Executor:
             launched = _observed(launched, entry, self.observer)
         result, mark = self.lanes.launch(launched, inputs, entry.crosses, entry.first)
         writes = operator.writes
-        values = result if len(writes) > 1 else (result,) * len(writes)
+        values = result if len(writes) > 1 else (result,) if writes else ()
         for name, value in zip(writes, values, strict=True):
             slot = Slot(value, mark)
             if tape.put(name, slot):

@@ -246,12 +246,16 @@ class CudaLanes(Lanes):
         self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
     ) -> tuple[Any, Mark]:
         track = operator.track
-        stream = self.stream(*track)
+        stream = self._streams.get(track) or self.stream(*track)
+        seen = self._seen[track]
         for slot in inputs:
-            self._wait(track, stream, slot.mark)
+            mark = slot.mark
+            # Asked here as well: most slots were made on this track, or before what it waited for.
+            if mark.track != track and seen.get(mark.track, -1) < mark.number:
+                self._wait(track, stream, mark)
         if first:
             hold(self._streams[_COMPUTE], stream)
-        values = (slot.value for slot in inputs)
+        values = [slot.value for slot in inputs]
         if track == _COMPUTE:
             result = operator.run(*values)
         else:
@@ -330,6 +334,8 @@ class CudaLanes(Lanes):
             self._free(slot)
 
     def _passed(self, memory: Memory) -> bool:
+        if not memory.uses:
+            return True
         seen = self._seen[memory.owner]
         return all(seen.get(track, -1) >= number for track, number in memory.uses.items())
 

@@ -51,6 +51,8 @@ class Slot:
         holders: tapes that hold it: two while one layer hands it to the next.
         memory: what that operator allocated for it, on its own track.
         borrowed: by storage, the memory of older slots of which the value has views.
+        memories: all that the value uses: its own and what it borrows.
+        storages: where the storage of each tensor begins, and its bytes, while the slot is live.
     """
 
     value: Any
@@ -58,14 +60,17 @@ class Slot:
     holders: int = 0
     memory: Memory = field(init=False)
     borrowed: dict[int, Memory] = field(default_factory=dict)
+    memories: tuple[Memory, ...] = field(init=False)
+    storages: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.mark.track)
+        self.memories = (self.memory,)
 
-    @property
-    def memories(self) -> tuple[Memory, ...]:
-        """All that the value uses."""
-        return (self.memory, *self.borrowed.values()) if self.borrowed else (self.memory,)
+    def borrow(self, place: int, memory: Memory) -> None:
+        """Note that the value has views of `memory`, whose storage is at `place`."""
+        self.borrowed[place] = memory
+        self.memories = (self.memory, *self.borrowed.values())
 
 
 @dataclass
@@ -81,15 +86,14 @@ class Ledger:
     def add(self, slot: Slot) -> None:
         """A slot came to life. It borrows the memory of live slots that it has views of."""
         self.slots += 1
-        for tensor in tensors(slot.value):
-            storage = tensor.untyped_storage()
-            place = storage.data_ptr()
+        slot.storages = _storages(slot.value)
+        for place, size in slot.storages:
             holders, memory = self._storages.get(place, (0, slot.memory))
             self._storages[place] = holders + 1, memory
             if not holders:
-                self.bytes += storage.nbytes()
+                self.bytes += size
             elif memory is not slot.memory:
-                slot.borrowed[place] = memory
+                slot.borrow(place, memory)
         if self.slots > self.peak_slots:
             self.peak_slots = self.slots
         if self.bytes > self.peak_bytes:
@@ -98,19 +102,26 @@ class Ledger:
     def remove(self, slot: Slot) -> None:
         """A slot lost its last reader."""
         self.slots -= 1
-        for tensor in tensors(slot.value):
-            storage = tensor.untyped_storage()
-            place = storage.data_ptr()
+        for place, size in slot.storages:
             holders, memory = self._storages[place]
             if holders > 1:
                 self._storages[place] = holders - 1, memory
             else:
                 del self._storages[place]
-                self.bytes -= storage.nbytes()
+                self.bytes -= size
 
     def shared(self, tensor: Tensor) -> bool:
         """Whether a live slot uses the storage of `tensor`."""
         return tensor.untyped_storage().data_ptr() in self._storages
+
+
+def _storages(value: Any) -> tuple[tuple[int, int], ...]:
+    """Where the storages of the tensors in `value` begin, and their bytes."""
+    found = []
+    for tensor in tensors(value):
+        storage = tensor.untyped_storage()
+        found.append((storage.data_ptr(), storage.nbytes()))
+    return tuple(found)
 
 
 def tensors(value: Any) -> tuple[Tensor, ...]:
@@ -141,6 +152,11 @@ class Tape:
         if self._batch is not None and name.startswith(BATCH_PREFIX):
             return self._batch[name]
         return self._slots[name]
+
+    def slots(self, names: tuple[str, ...]) -> list[Slot]:
+        """The slots of these names."""
+        own = self._slots
+        return [own.get(name) or self[name] for name in names]
 
     def names(self) -> tuple[str, ...]:
         """Names of the live slots."""
