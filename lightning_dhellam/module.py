@@ -235,6 +235,8 @@ class DualStrandMixin(LightningModule):
         """Log the mean over all that counts in the data set, each sample once."""
         own = without_repeats(batch, loader, batch_idx)
         if own is None:
+            if self._meets_others:
+                self.batch_loss(batch)
             loss, weight = torch.zeros((), device=self.device), torch.zeros(())
         else:
             loss, weight = self.batch_loss(own), self._weight(own)
@@ -242,6 +244,12 @@ class DualStrandMixin(LightningModule):
         size: Any = weight.clamp_min(torch.finfo(torch.float32).tiny)
         self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
+
+    @property
+    def _meets_others(self) -> bool:
+        """Whether ranks with other samples wait for this one, to give each other tokens."""
+        strands = self._strands
+        return strands is not None and strands.place().context.topology.experts_see_several_batches
 
     def _weight(self, batch: Mapping[str, Any]) -> Tensor:
         """What the loss of a batch is a mean over: tokens that count, or samples."""

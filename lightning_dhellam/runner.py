@@ -17,6 +17,7 @@ from lightning_dhellam.checkpoint.loop import load, save
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.engine.inputs import Limits
 from lightning_dhellam.engine.intake import Intake
+from lightning_dhellam.engine.meeting import as_many, check_as_many
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.files import local_path
 from lightning_dhellam.layers import Loss
@@ -312,13 +313,15 @@ class Runner:
 
         Raises:
             ValueError: the batch cannot be cut, or has ids outside of the vocabulary; or the model
-                is made of other modules or parameters than it was.
+                is made of other modules or parameters than it was; or ranks that share experts have
+                other numbers of micro-batches.
         """
         training = self._trained_with()
         training.begin()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
+        check_as_many(pieces, self.context)
         self.agreed.suit(batch["tokens"].shape[1])
         loss = training.run(pieces)
         # What the ranks with a sample have together is their part of the sum.
@@ -368,14 +371,21 @@ class Runner:
         return self._training.optimizer.skipped_steps if self._training is not None else 0
 
     def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
-        """The mean loss over the tokens of this rank's batch that count, without gradients."""
+        """The mean loss over the tokens of this rank's batch that count, without gradients.
+
+        Where ranks share experts, all of them must call this equally often.
+        """
         everyone = Everyone.with_same_samples(self.context, self.engine.lanes)
         pieces = self.intake.micro_batches(batch, everyone=everyone)
-        return self._of_sequences(self.engine.evaluate(pieces))
+        return self._of_sequences(self.engine.evaluate(as_many(pieces, self.context)))
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits [B, S, V] of this rank's batch, without gradients."""
-        logits = self.engine.predict(self.intake.micro_batches(batch, needs_labels=False))
+        """Logits [B, S, V] of this rank's batch, without gradients.
+
+        Where ranks share experts, all of them must call this equally often.
+        """
+        pieces = self.intake.micro_batches(batch, needs_labels=False)
+        logits = self.engine.predict(as_many(pieces, self.context))[: len(batch["tokens"])]
         if self.context.topology.pp_rank > 0:
             shape = (*batch["tokens"].shape, self.model.config.vocab_size)
             dtype = self.model.transformer_config.params_dtype

@@ -108,6 +108,15 @@ def cut(
     return pieces
 
 
+def blank(piece: MicroBatch) -> MicroBatch:
+    """The same micro-batch, but that nothing of it counts in the loss."""
+    slots = dict(piece.slots)
+    if "batch.labels" in slots:
+        slots["batch.weights"] = torch.zeros_like(slots["batch.labels"], dtype=torch.float32)
+        slots["batch.share"] = 0.0
+    return replace(piece, slots=slots)
+
+
 def _of_part(
     batch: Mapping[str, Any], share: tuple[int, int], device: torch.device
 ) -> Mapping[str, Any]:

@@ -119,6 +119,11 @@ class Topology:
         return self.dp_rank * self.cp_size + self.cp_rank
 
     @property
+    def experts_see_several_batches(self) -> bool:
+        """Whether ranks that share experts train on other samples than each other."""
+        return self.etp_size * self.ep_size > self.tp_size * self.cp_size
+
+    @property
     def tp_rank(self) -> int:
         """Which part of each layer this rank holds."""
         return self.rank % self.tp_size

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
 from lightning_dhellam.models import training_flops_per_token
-from lightning_dhellam.parallel import Cluster, Link
+from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.collectives import all_gather, all_to_all, exchange, reduce_scatter
 from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.link import EmulatedLink, Play
@@ -47,6 +47,35 @@ def over(alone: None) -> Over:
     group = dist.group.WORLD
     assert group is not None
     return lambda link: Communicator(Lane.EP, group, link, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "group"),
+    [
+        ({"context_parallel_size": 8}, "dp_cp"),
+        (
+            {
+                "tensor_parallel_size": 8,
+                "expert_parallel_size": 2,
+                "expert_tensor_parallel_size": 1,
+            },
+            "expt_dp",
+        ),
+    ],
+    ids=["sequences", "experts"],
+)
+def test_gradients_cross_the_link_without_data_parallelism(
+    alone: None, sizes: dict[str, Any], group: str
+) -> None:
+    cluster = Cluster(8, {"dp": FAST, "ep": FAST, "cp": FAST})
+    cluster.join()
+    context = ParallelContext.create(CPU, cluster=cluster, **sizes)
+    assert context.topology.dp_size == 1 and Lane.DP not in context.links
+    link = getattr(context.groups, group).link
+    assert isinstance(link, EmulatedLink) and link.link == FAST
+    if context.topology.ep_size > 1:
+        assert context.links[Lane.EP].link == FAST
+    context.destroy()
 
 
 @pytest.mark.parametrize("name", clusters.names())
@@ -203,14 +232,15 @@ def test_what_crosses_the_link_is_what_other_ranks_send_or_get(over: Over) -> No
 
 
 def test_a_collective_takes_what_its_own_link_says(over: Over) -> None:
-    other = (Collective.ALL_TO_ALL, Link(2e6, latency=0.0, sms=3))
-    link = EmulatedLink(Link(1e6, latency=0.0, collectives=(other,)), CPU, rank=1)
+    # So slow that the second one waits for the first, however late this process issues it.
+    other = (Collective.ALL_TO_ALL, Link(200.0, latency=0.0, sms=3))
+    link = EmulatedLink(Link(100.0, latency=0.0, collectives=(other,)), CPU, rank=1)
     x = torch.ones(4, 250)
     gather = all_gather(over(link), x).work
     dealt = all_to_all(over(link), x, given=[1] * 4, taken=[1] * 4).work
     assert gather is not None and dealt is not None
     between = dealt._moment - gather._moment  # type: ignore[attr-defined]
-    assert between == pytest.approx(3000 / 2e6)
+    assert between == pytest.approx(3000 / 200.0)
     assert over(link).processors(Collective.ALL_TO_ALL) == 3
     assert over(link).processors(Collective.EXCHANGE) == 0
 
