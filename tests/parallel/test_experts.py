@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.checkpoint import folder
+from lightning_dhellam.engine import MicroBatch
+from lightning_dhellam.engine.meeting import as_many, check_as_many
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import of_all_ranks
@@ -286,6 +288,26 @@ def _saved(root: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
 
 
+def _met(rank: int) -> None:
+    """Ranks have one micro-batch, or two."""
+    pieces = [MicroBatch({"batch.labels": torch.ones(3, 1).long()}, 3)] * (1 + rank % 2)
+    for sizes, many in (
+        ({"context_parallel_size": 2, "expert_parallel_size": 2}, len(pieces)),
+        (LAYOUTS["ep2"], 2),
+    ):
+        context = ParallelContext.create(CPU, **sizes)  # type: ignore[arg-type]
+        found = as_many(pieces, context)
+        assert len(found) == many and found[: len(pieces)] == pieces
+        added = [piece.slots["batch.weights"] for piece in found[len(pieces) :]]
+        assert all(weights.shape == (3, 1) and not weights.any() for weights in added)
+        if context.topology.experts_see_several_batches:
+            with pytest.raises(ValueError, match="batches of 1 and of 2 micro-batches: all ranks"):
+                check_as_many(pieces, context)
+        else:
+            check_as_many(pieces, context)
+        context.destroy()
+
+
 def _on_four_ranks(rank: int, root: Path) -> tuple[dict[str, Any], list[str]]:
     found = {layout: _trained(layout, True, torch.float32) for layout in LAYOUTS}
     for layout in ("ep2", "ep4", "tp2-ep2", "tp2-ep2-whole"):
@@ -294,6 +316,7 @@ def _on_four_ranks(rank: int, root: Path) -> tuple[dict[str, Any], list[str]]:
     for sharded in (False, True):
         _thawed(sharded)
         _skipped_and_changed(sharded)
+    _met(rank)
     return found, _saved(root)
 
 
