@@ -31,7 +31,7 @@ def check_as_many(pieces: Sequence[MicroBatch], context: ParallelContext) -> Non
 
 
 def as_many(pieces: list[MicroBatch], context: ParallelContext) -> list[MicroBatch]:
-    """As many micro-batches as other ranks have, of which those that are added count nothing.
+    """Add micro-batches that count nothing, until there are as many as other ranks have.
 
     Without gradients a rank may have fewer samples than others, or none of its own.
     """
