@@ -1,4 +1,4 @@
-"""Lightning callbacks: search of a plan, throughput while training, a summary at the end."""
+"""Lightning callbacks: search of a plan, throughput, load of experts, a summary at the end."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_dhellam.autosearch import AutoSearch
 from lightning_dhellam.displays import EpochBar, ProgressLines, RankSummary
+from lightning_dhellam.expert_load import ExpertLoad
 from lightning_dhellam.late import show
 from lightning_dhellam.models import ModelConfig, training_flops_per_token
 from lightning_dhellam.parallel import Cluster
@@ -28,6 +29,7 @@ from lightning_dhellam.values import check_kinds
 __all__ = [
     "AutoSearch",
     "EpochBar",
+    "ExpertLoad",
     "PredictionWriter",
     "ProgressLines",
     "RankSummary",

@@ -208,7 +208,14 @@ class DualStrandMixin(LightningModule):
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.log("train_loss", mean)
         self._show("train_loss", mean)
+        self._log_expert_losses()
         return loss
+
+    def _log_expert_losses(self) -> None:
+        """Log what balances experts, as a mean over the layers, which every rank has."""
+        use = None if self._strands is None else self._strands.current_runner().expert_use
+        for name, value in use.means.items() if use is not None else ():
+            self.log(name, value)
 
     def _show(self, name: str, scalar: Tensor) -> None:
         """Show a scalar in the progress bar, as soon as the host has it without waiting."""

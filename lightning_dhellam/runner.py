@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam.agreed import AgreedEngine
+from lightning_dhellam.balance import Balance, ExpertUse
 from lightning_dhellam.checkpoint.loop import load, save
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.engine.inputs import Limits
@@ -102,6 +103,7 @@ class Runner:
         self.precision = precision
         self._bucket_size = bucket_size
         self._training: Training | None = None
+        self._balance: Balance | None = None
         self._closing = ExitStack()
         self._agreed: AgreedEngine | None = AgreedEngine(
             model,
@@ -293,6 +295,8 @@ class Runner:
             distributed_optimizer=distributed_optimizer,
             max_skipped_steps=max_skipped_steps,
         )
+        self._balance = Balance(self.model)
+        self._training.optimizer.followers.append(self._balance.step)
         return self._training.optimizer
 
     def _trained_with(self) -> Training:
@@ -316,14 +320,16 @@ class Runner:
                 is made of other modules or parameters than it was; or ranks that share experts have
                 other numbers of micro-batches.
         """
-        training = self._trained_with()
+        training, balance = self._trained_with(), self._balance
+        assert balance is not None
         training.begin()
         step = self.steps if step is None else step
-        everyone = Everyone.of(self.context, self.engine.lanes)
+        everyone = Everyone.of(self.context, self.engine.lanes, weighs_all=balance.has_losses)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
         check_as_many(pieces, self.context)
         self.agreed.suit(batch["tokens"].shape[1])
         loss = training.run(pieces)
+        balance.saw(pieces[0].slots["batch.tally"])
         # What the ranks with a sample have together is their part of the sum.
         loss = self._of_sequences(loss) * self.context.topology.dp_size
         training.optimizer.saw(loss)
@@ -355,6 +361,14 @@ class Runner:
         training = self._trained_with()
         training.check_followed()
         training.optimizer.settle()
+
+    @property
+    def expert_use(self) -> ExpertUse | None:
+        """How the last step has used the experts; None before the first, and without experts.
+
+        Its values are on the device, and are those of the global batch.
+        """
+        return self._balance.last if self._balance is not None else None
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the whole model's gradient once `train` has run: a scalar in fp32.

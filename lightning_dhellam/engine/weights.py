@@ -37,9 +37,14 @@ class Everyone(NamedTuple):
     lanes: Lanes
 
     @classmethod
-    def of(cls, context: ParallelContext, lanes: Lanes) -> Self | None:
-        """The ranks that share a global batch; None where this one is alone, or has no loss."""
-        if context.topology.replicas == 1 or context.topology.pp_rank or context.emulated:
+    def of(cls, context: ParallelContext, lanes: Lanes, *, weighs_all: bool = False) -> Self | None:
+        """The ranks that share a global batch; None where this one is alone, or has no loss.
+
+        With `weighs_all` every stage of a pipeline has losses, of its experts.
+        """
+        if context.topology.replicas == 1 or context.emulated:
+            return None
+        if context.topology.pp_rank and not weighs_all:
             return None
         return cls(context.groups.dp_cp, lanes)
 

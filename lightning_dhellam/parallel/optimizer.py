@@ -49,6 +49,8 @@ class ModelParallelOptimizer:
 
     Attributes:
         steps: how many there were, those that were left out included.
+        followers: are called at the end of every step, with a scalar that says whether it was not
+            left out, or None where that is not known.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ModelParallelOptimizer:
         self._hidden: list[Tensor] = []
         self._shown: list[list[Tensor]] | None = None
         self.steps = 0
+        self.followers: list[Callable[[Tensor | None], None]] = []
         self._hold(buffers)
 
     def _hold(self, buffers: GradientBuffers) -> None:
@@ -238,6 +241,8 @@ class ModelParallelOptimizer:
         with self._context.megatron(), torch.no_grad():
             self._weights.take_changes()
             self._megatron.step_with_ready_grads()
+            for follow in self.followers:
+                follow(self._skipping.finite)
         for parameter in self.parameters:
             # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
             # next zero_grad could clear what the next step has put there.

@@ -13,6 +13,8 @@ from lightning_dhellam.kernels.choose import choose
 from lightning_dhellam.layers.block import Setting
 from lightning_dhellam.layers.router import Router
 from lightning_dhellam.layers.writer import GraphWriter, Sizes
+from lightning_dhellam.parallel import ParallelContext, zigzag
+from lightning_dhellam.parallel.collectives import Pending, reduced
 from lightning_dhellam.parallel.tally import Tally
 from lightning_dhellam.plan import Graph, GraphPair, Strand
 from tests.engine.harness import CPU, add_main_grads
@@ -25,6 +27,7 @@ from tests.layers.routers import (
     make_router,
     router_config,
 )
+from tests.ranks import run_ranks
 
 TOKENS = SEQUENCE * BATCH
 BALANCED = {
@@ -32,6 +35,15 @@ BALANCED = {
     "moe_aux_loss_coeff": [0.3, 0.7, 0.2],
     "moe_z_loss_coeff": 0.05,
 }
+
+WIDTHS = {
+    "load": EXPERTS,
+    "load_balancing_loss": 1,
+    "seq_load_balancing_loss": 1,
+    "global_load_balancing_loss": 1,
+    "z_loss": 1,
+}
+"""Numbers of each sum of a tally."""
 
 
 def _graphs(router: Router, sizes: Sizes) -> GraphPair:
@@ -50,12 +62,16 @@ def _run(graph: Graph, slots: dict[str, Any]) -> None:
     with torch.no_grad():
         for operator in graph.operators:
             result = operator.run(*(slots[name] for name in operator.reads))
+            if isinstance(result, Pending):
+                if result.work is not None:
+                    result.work.wait()
+                result = result.value
             values = result if len(operator.writes) > 1 else (result,) * len(operator.writes)
             slots.update(zip(operator.writes, values, strict=True))
 
 
-def _lowered(module: Any, dtype: torch.dtype) -> GraphPair:
-    sizes = Sizes(CONTEXT, dtype, HIDDEN, SEQUENCE)
+def _lowered(module: Any, dtype: torch.dtype, context: ParallelContext = CONTEXT) -> GraphPair:
+    sizes = Sizes(context, dtype, HIDDEN, SEQUENCE)
     setting = Setting(sizes, choose(CPU, dtype), None, regather=False, index=3)
     return _graphs(Router.of(module, setting), sizes)
 
@@ -128,14 +144,7 @@ def test_in_bf16_it_is_about_as_far_from_the_truth_as_megatron(precise: str | No
 
 def test_losses_and_load_are_tallied() -> None:
     _, _, tally = _both(BALANCED)
-    widths = {
-        "load": EXPERTS,
-        "load_balancing_loss": 1,
-        "seq_load_balancing_loss": 1,
-        "global_load_balancing_loss": 1,
-        "z_loss": 1,
-    }
-    sums = tally.everywhere(widths, [2, 3], None, CPU)
+    sums = tally.everywhere(WIDTHS, [2, 3], None, CPU)
     assert all(not value[0].any() for value in sums.values()), "layer 2 has no experts"
     assert sums["load"][1].sum() == 2 * TOKENS
     # Of one micro-batch the whole batch is its own.
@@ -185,3 +194,82 @@ def test_a_router_of_another_class_is_refused() -> None:
     module.__class__ = type("Mine", (type(module),), {})
     with pytest.raises(ValueError, match="layer 3: its router is a Mine"):
         _lowered(module, torch.float32)
+
+
+Step = tuple[Tensor, dict[str, Tensor]]
+"""The gradient of the router's weight, and the sums of the tally."""
+
+
+def _step(context: ParallelContext, fields: dict[str, Any], cut: list[int]) -> Step:
+    """One step on samples of which each micro-batch of the whole world has as many as `cut` says.
+
+    Data-parallel ranks take turns with them.
+    """
+    module = make_router(router_config(**fields))
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(module.weight, std=0.5, generator=generator)
+    add_main_grads(module)
+    samples, topology = sum(cut), context.topology
+    x = torch.randn(SEQUENCE, samples, HIDDEN, generator=generator)
+    tally, pair = Tally(), _lowered(module, torch.float32, context)
+    for piece in [*x.split(cut, dim=1)][topology.dp_rank :: topology.dp_size]:
+        own = zigzag.own_part(piece, 0, topology.cp_rank, topology.cp_size)
+        own = own.chunk(topology.tp_size)[topology.tp_rank].contiguous()
+        slots = {
+            "x": own,
+            "batch.share": torch.tensor(piece.shape[1] / samples / topology.cp_size),
+            "batch.tally": tally,
+        }
+        _run(pair.forward, slots)
+        slots["d_probs"] = torch.zeros_like(slots["probs"])
+        _run(pair.backward, slots)
+    grad: Tensor = module.weight.main_grad
+    group = context.world_group if topology.world_size > 1 else None
+    return reduced(grad, group, "sum"), tally.everywhere(WIDTHS, [3], group, CPU)
+
+
+def _only(kind: str) -> dict[str, Any]:
+    return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": 0.5}
+
+
+def _on_ranks(rank: int) -> None:
+    alone = CONTEXT
+    for sizes, dp in (
+        ({"tensor_parallel_size": 2, "context_parallel_size": 2}, 1),
+        ({"tensor_parallel_size": 2}, 2),
+        ({"context_parallel_size": 2}, 2),
+    ):
+        context = ParallelContext.create(CPU, **sizes)  # type: ignore[arg-type]
+        for fields, cut, same in (
+            # A micro-batch is balanced by itself, and a sequence too, whoever has it.
+            ({**_only("aux_loss"), "moe_z_loss_coeff": 0.1}, [2, 2], [2, 2]),
+            (_only("seq_aux_loss"), [2, 2], [4]),
+            # All that ranks compute at the same time is balanced together.
+            (_only("global_aux_loss"), [2] * dp, [2 * dp]),
+        ):
+            expected, actual = _step(alone, fields, same), _step(context, fields, cut)
+            torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=0)
+            assert expected[0].abs().max() > 1e-4 and expected[1]["load"].sum() > 0
+        context.destroy()
+
+
+def test_ranks_balance_what_one_rank_balances() -> None:
+    run_ranks(4, _on_ranks)
+
+
+def test_global_balance_counts_the_micro_batches_of_a_step_so_far() -> None:
+    """As Megatron-core's, which averages their counts: the second looks at both."""
+    grad, sums = _step(CONTEXT, _only("global_aux_loss"), [2, 2])
+    config = router_config(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.5)
+    module = make_router(config)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(module.weight, std=0.5, generator=generator)
+    x = torch.randn(SEQUENCE, 4, HIDDEN, generator=generator)
+    with CONTEXT.megatron():
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(0.5))  # two micro-batches
+        for piece in x.split(2, dim=1):
+            probs, _ = module(piece.contiguous())
+            (0 * probs).sum().backward()
+    torch.testing.assert_close(grad, module.weight.grad, rtol=1e-5, atol=1e-7)
+    assert sums["load"].sum() == 2 * 4 * SEQUENCE
