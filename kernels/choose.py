@@ -17,6 +17,7 @@ import torch
 
 from lightning_dhellam.kernels import packages, protocols
 from lightning_dhellam.kernels.attention.base import Backend
+from lightning_dhellam.kernels.packed_attention.base import PackedBackend
 
 Refusal = Callable[[torch.device, torch.dtype], str | None]
 """Why a device and a type cannot be used, or None if they can."""
@@ -39,6 +40,7 @@ class Candidate:
         package: what must be importable, or None.
         distribution: what must be installed, where the name to import does not tell, or None.
         extra: what to install for that.
+        remedy: how to come by it otherwise.
         automatic: on which devices it may be chosen without being asked for.
         largest_head: of attention in 16 bits, whose heads must be a multiple of 8 then; 0 where
             any will do.
@@ -50,6 +52,7 @@ class Candidate:
     package: str | None = None
     distribution: str | None = None
     extra: str = "lightning-dhellam[cuda]"
+    remedy: str = ""
     automatic: Callable[[torch.device], bool] = lambda device: True
     largest_head: int = 0
     blocks: bool = True
@@ -73,7 +76,8 @@ class Candidate:
     def _lack(self) -> str | None:
         """What is not installed as it must be, and the remedy."""
         if self.package is not None and not packages.importable(self.package):
-            return f"it needs the package {self.package}: pip install '{self.extra}'"
+            remedy = self.remedy or f"pip install '{self.extra}'"
+            return f"it needs the package {self.package}: {remedy}"
         if self.distribution is not None and not packages.installed(self.distribution):
             return f"it needs the package {self.distribution}: pip install '{self.extra}'"
         if self.distribution is not None and not packages.whole(self.distribution):
@@ -100,6 +104,7 @@ class Kernels:
     layer_norm: protocols.LayerNormKernel
     linear: protocols.LinearKernel
     merge: protocols.MergeKernel
+    packed_attention: PackedBackend
     rms_norm: protocols.RmsNormKernel
     rope: protocols.RopeKernel
     swiglu: protocols.ActivationKernel
@@ -221,6 +226,10 @@ def _suggest(word: Any, known: Mapping[str, Any]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
+def _never(device: torch.device) -> bool:
+    return False
+
+
 def _anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -279,6 +288,9 @@ def _on_hopper_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | Non
     return obstacle
 
 
+_FROM_SOURCE = "build flash-attn 3 from the folder `hopper` of github.com/Dao-AILab/flash-attention"
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -288,7 +300,12 @@ def _module(path: str) -> Callable[[], Any]:
 
 
 def _backend(path: str, name: str) -> Callable[[], Any]:
-    return lambda: getattr(_module(f"attention.{path}")(), name)()
+    return lambda: getattr(_module(path)(), name)()
+
+
+def _packs_nothing(why: str) -> Candidate:
+    """A backend of attention that keeps no documents apart."""
+    return Candidate(lambda: None, lambda device, dtype: why)
 
 
 def _with_triton(operator: str) -> dict[str, Candidate]:
@@ -311,7 +328,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         # One H200, S 8192, 32 heads on 8, D 128: forward 0.78 ms, backward 2.28; cuDNN 0.89 and
         # 2.59; flash_attn 1.57 and 4.66.
         "flash_attn_4": Candidate(
-            _backend("flash_attn_4", "FlashAttention4"),
+            _backend("attention.flash_attn_4", "FlashAttention4"),
             _on_hopper_in_16_bits,
             distribution="flash-attn-4",
             extra="lightning-dhellam[flash-attn-4]",
@@ -319,27 +336,38 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             largest_head=128,
         ),
         "cudnn": Candidate(
-            _backend("sdpa", "CudnnAttention"), _unordered_on_ampere_in_16_bits, largest_head=128
+            _backend("attention.sdpa", "CudnnAttention"),
+            _unordered_on_ampere_in_16_bits,
+            largest_head=128,
         ),
         "flash_attn": Candidate(
-            _backend("flash", "FlashAttention"),
+            _backend("attention.flash", "FlashAttention"),
             _on_ampere_in_16_bits,
             "flash_attn",
             largest_head=256,
             blocks=False,
         ),
+        "flash_attn_3": Candidate(
+            _backend("attention.flash_attn_3", "FlashAttention3"),
+            _on_hopper_in_16_bits,
+            "flash_attn_interface",
+            remedy=_FROM_SOURCE,
+            automatic=_never,
+            largest_head=256,
+            blocks=False,
+        ),
         "torch_flash": Candidate(
-            _backend("sdpa", "TorchFlash"), _on_ampere_in_16_bits, largest_head=256
+            _backend("attention.sdpa", "TorchFlash"), _on_ampere_in_16_bits, largest_head=256
         ),
         "transformer_engine": Candidate(
-            _backend("transformer_engine", "TransformerEngineAttention"),
+            _backend("attention.transformer_engine", "TransformerEngineAttention"),
             _on_ampere_in_16_bits,
             "transformer_engine",
             largest_head=128,
             blocks=False,
         ),
-        "efficient": Candidate(_backend("sdpa", "EfficientAttention"), _on_cuda),
-        "cpu": Candidate(_backend("sdpa", "CpuFlash"), _on_cpu),
+        "efficient": Candidate(_backend("attention.sdpa", "EfficientAttention"), _on_cuda),
+        "cpu": Candidate(_backend("attention.sdpa", "CpuFlash"), _on_cpu),
     },
     "cross_entropy": _with_triton("cross_entropy"),
     "dropout": _with_triton("dropout"),
@@ -351,6 +379,42 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "reference": _reference("linear"),
     },
     "merge": _with_triton("merge"),
+    "packed_attention": {
+        "flash_attn_4": _packs_nothing(
+            "its beta's variable-length backward has not been measured here"
+        ),
+        "cudnn": _packs_nothing("torch gives cuDNN no documents of uneven length to keep apart"),
+        "torch_flash": Candidate(
+            _backend("packed_attention.flash", "TorchFlash"),
+            _on_ampere_in_16_bits,
+            largest_head=256,
+        ),
+        "flash_attn": Candidate(
+            _backend("packed_attention.flash_attn", "PackedFlashAttention"),
+            _on_ampere_in_16_bits,
+            "flash_attn",
+            largest_head=256,
+            blocks=False,
+        ),
+        "flash_attn_3": Candidate(
+            _backend("packed_attention.flash_attn_3", "PackedFlashAttention3"),
+            _on_hopper_in_16_bits,
+            "flash_attn_interface",
+            remedy=_FROM_SOURCE,
+            automatic=_never,
+            largest_head=256,
+            blocks=False,
+        ),
+        "transformer_engine": Candidate(
+            _backend("packed_attention.transformer_engine", "PackedTransformerEngineAttention"),
+            _on_ampere_in_16_bits,
+            "transformer_engine",
+            largest_head=128,
+            blocks=False,
+        ),
+        "efficient": Candidate(_backend("packed_attention.masked", "Efficient"), _on_cuda),
+        "cpu": Candidate(_backend("packed_attention.reference", "OneByOne"), _on_cpu),
+    },
     "rms_norm": _with_triton("rms_norm"),
     "rope": _with_triton("rope"),
     "swiglu": _with_triton("swiglu"),

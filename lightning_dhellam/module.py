@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_dhellam.data.repeats import without_repeats
-from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.engine.documents import documents_of
 from lightning_dhellam.engine.unread import check_unread
+from lightning_dhellam.engine.weights import IGNORED
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
@@ -43,8 +44,9 @@ class DualStrandMixin(LightningModule):
                 return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
     Batches are mappings with `tokens` [B, S] and `labels` [B, S] (already shifted; -100 does not
-    count), and optionally `loss_mask` [B, S]. What they say by the keys of other trainers, such as
-    `position_ids` or `attention_mask`, is refused unless it changes nothing.
+    count), and optionally `loss_mask` [B, S]. Where samples hold several documents, keys such as
+    `position_ids`, `cu_seqlens` or `attention_mask` say where those begin. What batches say by
+    other trainers' keys that are not read is refused unless it changes nothing.
 
     Override `build_model` for other layers, `compute_loss` for another loss, and any step to log
     something else: `batch_loss` and `batch_logits` do the work under every strategy.
@@ -63,9 +65,10 @@ class DualStrandMixin(LightningModule):
         `token_wise = True` on its class, gets each rank's own tokens instead, [S / TP, B, H], and
         computes them once. With context parallelism every block must be such a one; it gets the
         tokens of its rank's two pieces of each sequence. Megatron's parallel linear layers inside a
-        block split their weights either way. Parameters that are not split, and buffers, start as
-        those of the first rank, whatever each rank has drawn; after each training step buffers are
-        the first rank's again.
+        block split their weights either way. Where samples hold several documents, a block is not
+        told, and one that mixes along the sequence mixes them. Parameters that are not split, and
+        buffers, start as those of the first rank, whatever each rank has drawn; after each training
+        step buffers are the first rank's again.
 
         Layers run in the order of `model.layers`, and a module that is there twice is trained by
         both. With pipeline parallelism every rank must put in the same modules at the same places;
@@ -85,9 +88,9 @@ class DualStrandMixin(LightningModule):
         count. This one is such a mean.
 
         With context parallelism it sees this rank's part of each sequence: two pieces of it, with
-        every tensor [B, S, …] of the batch cut alike and `position_ids` [B, S] that say where each
-        token stands; the loss is the mean of what the parts return. So a loss that looks at
-        neighbouring tokens does not see those of other ranks.
+        every tensor [B, S, …] of the batch cut alike and `position_ids` [B, S] that say where in
+        its document each token stands; the loss is the mean of what the parts return. So a loss
+        that looks at neighbouring tokens does not see those of other ranks.
 
         It runs more often than there are micro-batches: a search times it, and on GPUs a stage of
         a pipeline rehearses with logits that are made up. So it must leave nothing behind, neither
@@ -165,10 +168,11 @@ class DualStrandMixin(LightningModule):
         if self._strands is not None:
             return self._strands.run_batch(batch, backward=self.trainer.training)
         check_unread(batch, wait=True)
+        packed = _packed(batch)
         if self.custom_loss is not None:
-            return self.custom_loss(self.model(batch["tokens"]), batch)
+            return self.custom_loss(self.model(batch["tokens"], **packed), batch)
         mask = _counts(batch)
-        losses = self.model(batch["tokens"], batch["labels"], mask)
+        losses = self.model(batch["tokens"], batch["labels"], mask, **packed)
         return _mean(losses.sum(), mask)
 
     def batch_logits(self, batch: Mapping[str, Any]) -> Tensor:
@@ -177,7 +181,7 @@ class DualStrandMixin(LightningModule):
             return self._strands.run_logits(batch)
         check_unread(batch, wait=True)
         with torch.no_grad():
-            return self.model(batch["tokens"])
+            return self.model(batch["tokens"], **_packed(batch))
 
     def grad_norm(self) -> Tensor:
         """2-norm of the gradient of the whole model, over all ranks: a scalar in fp32.
@@ -339,6 +343,18 @@ def _one_of(loaders: Any, index: int) -> Any:
     """The DataLoader of that number, of one or of several in a list or a mapping."""
     several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
     return several[index] if isinstance(several, Sequence) else several
+
+
+def _packed(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a model's own forward is told of the documents that samples hold, if they hold any."""
+    found = documents_of(batch) if isinstance(batch.get("tokens"), Tensor) else None
+    if found is None:
+        return {}
+    device = batch["tokens"].device
+    told = {} if found.positions is None else {"positions": found.positions.to(device)}
+    if found.are_packed(slice(None)):
+        told["attention_mask"] = found.unseen()[:, None].to(device)
+    return told
 
 
 def _counts(batch: Mapping[str, Any]) -> Tensor:

@@ -134,13 +134,19 @@ def _check_ids(path: str | Path, prefix: Path, vocab_size: int) -> None:
             f"path={path} is not a whole Megatron dataset: {prefix}.bin has {found} bytes, its"
             f" index says {total * dataset.index.dtype_size}. Make it again."
         )
-    start = numpy.fromfile(f"{prefix}.bin", dataset.index.dtype, min(total, _CHECKED_TOKENS))
-    largest = int(start.max(initial=0))
+    largest = int(first_tokens(prefix).max(initial=0))
     if largest >= vocab_size:
         raise ValueError(
             f"path={path} holds token id {largest}, but the vocabulary has {vocab_size} ids."
             " Give the tokenizer or the vocab_size that the data was made with."
         )
+
+
+def first_tokens(prefix: Path) -> numpy.ndarray:
+    """The first tokens of a dataset, as many as can be looked at in no time."""
+    dataset = IndexedDataset(str(prefix))
+    total = int(dataset.sequence_lengths.sum(dtype=numpy.int64))
+    return numpy.fromfile(f"{prefix}.bin", dataset.index.dtype, min(total, _CHECKED_TOKENS))
 
 
 def _check_documents(path: str | Path, prefix: Path) -> None:
@@ -205,9 +211,19 @@ def working_split(data: IndexedData, sequence_length: int, path: str | Path) -> 
 
 
 def split_config(
-    data: IndexedData, sequence_length: int, split: str, seed: int, cache: Path
+    data: IndexedData,
+    sequence_length: int,
+    split: str,
+    seed: int,
+    cache: Path,
+    *,
+    resets: bool = False,
+    eod_mask_loss: bool = False,
 ) -> GPTDatasetConfig:
-    """Megatron-core's configuration of one dataset: plain causal samples, no attention masks."""
+    """Megatron-core's configuration of one dataset: no attention masks, [S, S] for each sample.
+
+    With `resets` positions begin anew in each document.
+    """
     return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -216,9 +232,9 @@ def split_config(
         path_to_cache=str(cache),
         # Megatron only reads the attributes that our classes have.
         tokenizer=cast(MegatronTokenizerBase, data.vocabulary),
-        reset_position_ids=False,
+        reset_position_ids=resets,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=eod_mask_loss,
         create_attention_mask=False,
     )
 
@@ -265,11 +281,11 @@ def count_samples(
 
 
 def build_splits(
-    data: IndexedData, sequence_length: int, split: str, seed: int
+    data: IndexedData, sequence_length: int, split: str, seed: int, **options: bool
 ) -> dict[Split, GPTDataset]:
     """Megatron-core's datasets of the splits with a positive share, one pass shuffled by `seed`.
 
-    Collective when torch.distributed
+    `options` are those of `split_config`. Collective when torch.distributed
     is initialised: rank 0 builds the index cache, the others wait and read it, so the directory
     must be visible to all. Raises RuntimeError on these if rank 0 failed. A rank that is alone,
     since its cluster is emulated, builds it whatever its number.
@@ -278,7 +294,7 @@ def build_splits(
     key.append(data.vocabulary.unique_identifiers)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     cache = data.cache / name
-    config = split_config(data, sequence_length, split, seed, cache)
+    config = split_config(data, sequence_length, split, seed, cache, **options)
     if is_emulated() and torch.distributed.get_rank() and not cache.is_dir():
         # Megatron writes on rank 0 only; without a path it keeps what it builds in memory.
         config.path_to_cache = ""

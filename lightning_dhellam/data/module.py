@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from lightning_dhellam.data.indexed import (
     USUAL_SPLIT,
@@ -20,11 +20,9 @@ from lightning_dhellam.data.indexed import (
     working_split,
 )
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder, position_in
+from lightning_dhellam.data.packing import Packing, TokenBatch
 from lightning_dhellam.data.tokenizer import Tokenizer
 from lightning_dhellam.values import check_kinds
-
-TokenBatch = dict[str, torch.Tensor]
-_KEYS = ("tokens", "labels", "loss_mask")
 
 
 class IndexedDataModule(LightningDataModule):
@@ -52,6 +50,11 @@ class IndexedDataModule(LightningDataModule):
         tokenizer: The tokenizer of a Megatron-LM dataset: the file of one, or a folder with it.
         vocab_size: Number of token ids of a Megatron-LM dataset without a tokenizer.
         cache_dir: Where the index cache goes (shared by all ranks); by default beside the data.
+        reset_position_ids: Begin positions at 0 in each document of a sample, and say them in
+            `position_ids` [B, S].
+        reset_attention_mask: Let no document of a sample attend to another.
+        eod_mask_loss: Leave out of the loss what is predicted from a document's end: the first
+            token of the next one.
 
     Raises ValueError, when it is constructed, for every argument that does not suit the data.
     """
@@ -69,6 +72,9 @@ class IndexedDataModule(LightningDataModule):
         tokenizer: str | Path | None = None,
         vocab_size: int | None = None,
         cache_dir: str | Path | None = None,
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
+        eod_mask_loss: bool = False,
     ) -> None:
         check_kinds(IndexedDataModule.__init__, locals())
         super().__init__()
@@ -83,6 +89,8 @@ class IndexedDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.train_samples = train_samples
         self._data = open_indexed(path, tokenizer, vocab_size, cache_dir)
+        self._packing = Packing(reset_position_ids, reset_attention_mask, eod_mask_loss)
+        self._packing.check(self._data, path)
         self.split = self._working_split() if split is None else split
         self._samples = count_samples(self._data, sequence_length, self.split, path)
         self._datasets: dict[Split, GPTDataset] = {}
@@ -114,7 +122,15 @@ class IndexedDataModule(LightningDataModule):
         """Build or read the index cache. Every rank must call this."""
         if self._datasets:
             return
-        self._datasets = build_splits(self._data, self.sequence_length, self.split, self.seed)
+        packing = self._packing
+        self._datasets = build_splits(
+            self._data,
+            self.sequence_length,
+            self.split,
+            self.seed,
+            resets=packing.resets,
+            eod_mask_loss=packing.eod_mask_loss,
+        )
 
     def train_dataloader(self) -> ResumableDataLoader[TokenBatch]:
         """Whole batches only, from where a checkpoint that was loaded has ended."""
@@ -190,7 +206,7 @@ class IndexedDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": collate,
+            "collate_fn": self._packing.collate,
         }
 
     def _dataset(self, part: Split, name: str) -> GPTDataset:
@@ -217,11 +233,6 @@ class IndexedDataModule(LightningDataModule):
                 f" {order.step_samples}. Give a smaller batch_size, train_samples to repeat"
                 " the data, or more text."
             )
-
-
-def collate(samples: list[TokenBatch]) -> TokenBatch:
-    """Stack what training reads; positions are implied."""
-    return default_collate([{key: sample[key] for key in _KEYS} for sample in samples])
 
 
 def _at_least(least: int, **arguments: int) -> None:

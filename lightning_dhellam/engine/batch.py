@@ -9,14 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lightning_dhellam.engine.weights import Everyone, weights_everywhere, weights_here
+from lightning_dhellam.engine.documents import Documents, runs_of
+from lightning_dhellam.engine.inputs import pinned
+from lightning_dhellam.engine.weights import IGNORED, Everyone, weights_everywhere, weights_here
 from lightning_dhellam.kernels import dropout
 from lightning_dhellam.parallel import zigzag
 from lightning_dhellam.parallel.tally import Tally
 from lightning_dhellam.parallel.topology import Topology
-
-IGNORED = -100
-"""Label of a token that does not count, as in Hugging Face and torch."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +23,18 @@ class MicroBatch:
     """What the operators read of one micro-batch.
 
     Attributes:
-        slots: `batch.tokens` [B, S] int64; `batch.positions` [S, B] int64, where in its sequence
-            each token stands, and `batch.places` [S / TP], where those that this rank has between
-            the layers do; `batch.labels` [S, B] int64, never negative;
-            `batch.weights` [S, B] fp32, what each token's loss counts, with a sum of 1 over the
-            whole batch; `batch.key`, the random key of what this rank alone computes, and
-            `batch.whole_key`, of what all ranks with these samples compute alike or by places, both
-            None in evaluation; `batch.data`, the user's mapping cut to this micro-batch;
+        slots: `batch.tokens` [B, S] int64; `batch.positions` [S, B] int64, where in its document
+            each token stands, and `batch.places` [S / TP], where in the sequence those stand that
+            this rank has between the layers; `batch.documents`, the `Runs` of each hop of
+            attention, or None where every sample is one document; `batch.labels` [S, B] int64,
+            never negative; `batch.weights` [S, B] fp32, what each token's loss counts, with a sum
+            of 1 over the whole batch; `batch.key`, the random key of what this rank alone computes,
+            and `batch.whole_key`, of what all ranks with these samples compute alike or by places,
+            both None in evaluation; `batch.data`, the user's mapping cut to this micro-batch;
             `batch.share`, its part of the batch's samples; `batch.tally`, what operators of all
             micro-batches add up. What the device is still to be given is a `Slot`, which says when
-            it is there. Where the whole batch is that of several ranks,
-            `batch.counts` [S, B] is what its weights are made from.
+            it is there. Where the whole batch is that of several ranks, `batch.counts` [S, B] is
+            what its weights are made from.
         tokens: number of tokens, B * S.
     """
 
@@ -56,6 +56,7 @@ def cut(
     topology: Topology,
     targets: bool = True,
     everyone: Everyone | None = None,
+    documents: Documents | None = None,
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of at most `size` samples, and this rank's part of sequences.
 
@@ -79,21 +80,26 @@ def cut(
         targets: whether labels are read, if there are any.
         everyone: ranks whose batches together are the whole one; None where this one is. With them
             every rank's batch must have labels, and every rank must call this.
+        documents: what the samples are made of; None where each is one document.
     """
     samples, length = batch["tokens"].shape
     share = (topology.cp_rank, topology.cp_size)
-    positions = zigzag.places(length, *share, device)
-    own = positions.chunk(topology.tp_size)[topology.tp_rank]
-    batch = _of_part(batch, share, device)
+    places = zigzag.places(length, *share, device)
+    own = places.chunk(topology.tp_size)[topology.tp_rank]
+    batch, positions = _of_part(batch, share, device, documents)
+
+    def on_device(value: Tensor) -> Tensor:
+        return pinned(value).to(device, non_blocking=True)
+
     tokens = batch["tokens"]
     rank, sharing = topology.rank_in_stage, topology.tp_size * topology.cp_size
     pieces, tally = [], Tally()
     for index, start in enumerate(range(0, samples, size)):
         rows = slice(start, min(start + size, samples))
-        count = rows.stop - rows.start
         slots: dict[str, Any] = {
-            "batch.positions": positions[:, None].expand(-1, count).contiguous(),
+            "batch.positions": positions[rows].t().contiguous(),
             "batch.places": own,
+            "batch.documents": documents and runs_of(documents, rows, share, on_device),
             # A copy: kernels are chosen by the place of their arguments too, and a part of a batch
             # may begin anywhere.
             "batch.tokens": tokens[rows].to(device, non_blocking=True, copy=True),
@@ -118,24 +124,31 @@ def blank(piece: MicroBatch) -> MicroBatch:
 
 
 def _of_part(
-    batch: Mapping[str, Any], share: tuple[int, int], device: torch.device
-) -> Mapping[str, Any]:
+    batch: Mapping[str, Any],
+    share: tuple[int, int],
+    device: torch.device,
+    documents: Documents | None,
+) -> tuple[Mapping[str, Any], Tensor]:
     """The batch with the tokens of one of the ranks that share sequences, and their positions.
 
     They are on the device, since a part that was cut on the host would be copied there with a wait.
     """
-    if share[1] == 1:
-        return batch
     samples, length = batch["tokens"].shape
-    positions = torch.arange(length, device=device).expand(samples, length)
-    # Those of the user say the same, or else they were refused, but may have another shape.
+    if documents is not None and documents.positions is not None:
+        positions = pinned(documents.positions).to(device, non_blocking=True)
+    else:
+        positions = torch.arange(length, device=device).expand(samples, length)
+    if share[1] == 1:
+        return batch, positions
+    # Those of the user say the same, but may have another shape.
     given = {**batch, "position_ids": positions}
-    return {
+    of_part = {
         name: zigzag.own_part(value.to(device, non_blocking=True), 1, *share)
         if isinstance(value, Tensor) and value.shape[:2] == (samples, length)
         else value
         for name, value in given.items()
     }
+    return of_part, of_part["position_ids"]
 
 
 def _add_targets(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.engine.weights import IGNORED
 
 _BATCHED = ("tokens", "labels", "loss_mask")
 _ID_TYPES = (torch.int64, torch.int32)

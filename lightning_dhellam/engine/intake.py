@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch, cut
+from lightning_dhellam.engine.documents import documents_of
 from lightning_dhellam.engine.inputs import (
     Limits,
     check_batch,
@@ -51,18 +52,21 @@ class Intake:
         """Check a batch, and cut it. The whole batch is that of `everyone`, or else this one.
 
         Args:
-            batch: `tokens` [B, S] and `labels` [B, S], and optionally `loss_mask` [B, S].
+            batch: `tokens` [B, S] and `labels` [B, S], optionally `loss_mask` [B, S], and what
+                `engine.documents` reads of documents packed into samples.
             needs_labels: whether there is a loss to compute.
             step: decides the random numbers.
             everyone: the ranks that share a global batch, all of which must call this.
 
         Raises:
-            ValueError: the batch cannot be cut, or has ids outside of the vocabulary.
+            ValueError: the batch cannot be cut, has ids outside of the vocabulary, or says of its
+                samples what cannot be.
         """
         check_batch(batch, self.limits, needs_labels=needs_labels)
         check_ids(batch, self.limits)
         check_unread(batch, wait=not self._has_begun)
         self._has_begun = True
+        documents = documents_of(batch)
         if needs_labels:
             self._look_at_labels(batch)
         device = self.context.device
@@ -77,6 +81,7 @@ class Intake:
             topology=self.context.topology,
             targets=needs_labels,
             everyone=everyone,
+            documents=documents,
         )
 
     def _look_at_labels(self, batch: Mapping[str, Any]) -> None:

@@ -113,7 +113,8 @@ def untouched(module: Module | None, device: torch.device) -> Iterator[None]:
 
 
 def _shapes(piece: MicroBatch) -> tuple[Any, ...]:
-    """The shapes of the tokens, and of what a user's loss may read."""
+    """The shapes of the tokens, whether documents are packed, and what a user's loss may read."""
     data = piece.slots.get("batch.data") or {}
     shapes = ((name, tuple(value.shape)) for name, value in data.items() if torch.is_tensor(value))
-    return (tuple(piece.slots["batch.tokens"].shape), *shapes)
+    packed = piece.slots.get("batch.documents") is not None
+    return (tuple(piece.slots["batch.tokens"].shape), packed, *shapes)

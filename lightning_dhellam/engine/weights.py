@@ -24,6 +24,9 @@ from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.parallel.work import Once
 from lightning_dhellam.plan import Lane, Operator
 
+IGNORED = -100
+"""Label of a token that does not count, as in Hugging Face and torch."""
+
 
 class Everyone(NamedTuple):
     """The ranks whose batches make up the global one.

@@ -5,8 +5,8 @@
 
 Shapes: S sequence, B batch, H query heads, G key and value heads of this rank, D head size. With
 rotary embedding the kernel that turns the heads also puts them in order; without, attention reads
-the heads where the projection has left them. Where ranks share sequences, attention is that of
-`shared`.
+the heads where the projection has left them. Where samples hold several documents, attention is
+within each (`among`); where ranks share sequences, it is that of `shared`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
+from lightning_dhellam.layers.among import Among, Hops
 from lightning_dhellam.layers.block import Setting, Supported, check_config
 from lightning_dhellam.layers.head_norm import HeadNorm
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
-from lightning_dhellam.layers.rules import OF_SEQUENCES, on_tp
+from lightning_dhellam.layers.rules import of_documents, on_tp
 from lightning_dhellam.layers.shared import SharedAttention
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
@@ -138,7 +139,7 @@ class Attention:
         if way is None:
             return None
         return SharedAttention(
-            self.heads, self.scale, self._read, self._cut, kernels, way, _BACKWARD
+            self.heads, self._among, self._read, self._cut, kernels, way, _BACKWARD
         )
 
     @property
@@ -190,25 +191,29 @@ class Attention:
         w.compute("attention.join", ("dq", "dk", "dv"), write, join, moved=2 * size)
 
     def _attend(self, w: GraphWriter) -> None:
-        forward, cut, scale = self.setting.kernels.attention.forward, self._cut, self.scale
-        queries = self.heads.queries
+        among, queries = self._among, self.heads.queries
         w.compute(
             "attention",
-            (self._read,),
+            ("batch.documents", self._read),
             {
                 "context": w.sizes.wide(queries * self.heads.size),
                 "lse": 4 * queries,
                 "attention_state": 0,
             },
-            lambda heads: forward(*cut(heads), scale),
+            lambda documents, heads: among.forward(*self._cut(heads), documents),
             growing=self.heads.flops(1),
-            rule=OF_SEQUENCES,
+            rule=of_documents(Held.HEADS, 1),
         )
 
-    def _grads(self, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Parts:
-        q, k, v = self._cut(heads)
-        backward = self.setting.kernels.attention.backward
-        return backward(dout, q, k, v, out, lse, state, self.scale)
+    @property
+    def _among(self) -> Among:
+        """What attends: within documents, where samples hold several."""
+        return Among(self.setting.kernels, self.scale)
+
+    def _grads(
+        self, documents: Hops, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any
+    ) -> Parts:
+        return self._among.backward(dout, *self._cut(heads), out, lse, state, documents)
 
     def _attend_grad_of_parts(self, w: GraphWriter) -> None:
         """Gradients by queries, keys and values, each in a slot of its own."""
@@ -219,19 +224,17 @@ class Attention:
     def _attend_grad(self, w: GraphWriter) -> None:
         """The gradient by the projection, with the heads where it has them."""
 
-        def run(dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Tensor:
-            return self.heads.join(*self._grads(dout, heads, out, lse, state))
-
-        self._add_grad(w, {f"d_{self._heads}": w.sizes.wide(self.heads.channels)}, run)
+        join, size = self.heads.join, w.sizes.wide(self.heads.channels)
+        self._add_grad(w, {f"d_{self._heads}": size}, lambda *read: join(*self._grads(*read)))
 
     def _add_grad(self, w: GraphWriter, writes: dict[str, float], run: Any) -> None:
         w.compute(
             "attention.grad",
-            ("d_context", self._read, "context", "lse", "attention_state"),
+            ("batch.documents", "d_context", self._read, "context", "lse", "attention_state"),
             writes,
             run,
             growing=_BACKWARD * self.heads.flops(1),
-            rule=OF_SEQUENCES,
+            rule=of_documents(Held.HEADS, 5),
         )
 
 

@@ -17,10 +17,6 @@ ALIKE = Rule()
 OF_TOKENS = Rule(mixes=CHANNELS)
 """As `ALIKE`, of what is computed of all channels of a token, such as a norm."""
 
-OF_SEQUENCES = Rule(mixes=frozenset({Held.SEQUENCE}))
-"""As `ALIKE`, of what is computed of all tokens of a sequence, or of their positions."""
-
-
 DRAWS = ("batch.whole_key", "batch.places")
 """What dropout of hidden states reads: a key, and where in its sequence each token stands."""
 
@@ -56,6 +52,7 @@ def of_batch(context: ParallelContext) -> dict[str, Layout]:
         "batch.tokens": tokens,
         "batch.positions": tokens,
         "batch.places": of_stream(context),
+        "batch.documents": tokens,
         "batch.labels": tokens,
         "batch.weights": tokens,
         "batch.key": _layout(context, **apart),
@@ -83,6 +80,15 @@ def on_tp(
 ) -> Rule:
     """A rule that names tensor parallelism alone."""
     return Rule({"tp": Move(reads, writes, gradient)})
+
+
+def of_documents(held: Held, count: int, *, cp: Move | None = None) -> Rule:
+    """The rule of attention: `count` slots that lie on tensor-parallel ranks as `held`.
+
+    Before them it reads what says where documents lie, the same on all these ranks.
+    """
+    moves = {"tp": Move((Held.REPLICATED, *(held,) * count), held)}
+    return Rule(moves | ({"cp": cp} if cp else {}), frozenset({Held.SEQUENCE}))
 
 
 def gathers(communicator: str, along: Held) -> Rule:

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.among import Among, Hops
+from lightning_dhellam.layers.rules import of_documents
 from lightning_dhellam.layers.ways import Way
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held, Move, Rule
@@ -42,7 +44,7 @@ class SharedAttention:
 
     Attributes:
         heads: of this rank.
-        scale: factor on the scores.
+        among: attends to a block of keys.
         read: the slot of the heads.
         cut: takes queries, keys and values out of it.
         kernels: what computes the operators.
@@ -51,7 +53,7 @@ class SharedAttention:
     """
 
     heads: Heads
-    scale: float
+    among: Among
     read: str
     cut: Callable[[Tensor], Parts]
     kernels: Kernels
@@ -116,20 +118,21 @@ class SharedAttention:
 
     def _block(self, w: GraphWriter, hop: int) -> None:
         """Add attention to the keys of a hop."""
-        forward, way = self.kernels.attention.forward, self.way
-        queries = self.heads.queries
+        among, way, queries = self.among, self.way, self.heads.queries
 
-        def run(heads: Tensor, brought: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
+        def run(
+            documents: Hops, heads: Tensor, brought: Tensor | None = None
+        ) -> tuple[Tensor, Tensor, Any]:
             q, k, v = self.cut(heads)
-            if brought is None:
-                return forward(q, k, v, self.scale)
-            k, v = way.keys(brought, hop)
-            return forward(q[self._rows(q, hop)], k, v, self.scale, causal=False)
+            if brought is not None:
+                q, (k, v) = q[self._rows(q, hop)], way.keys(brought, hop)
+            return among.forward(q, k, v, documents, hop)
 
         out, lse = _of(hop)
+        keys = (way.slot(hop, "keys"),) if hop else ()
         w.compute(
             f"attention.{hop}",
-            (self.read, way.slot(hop, "keys")) if hop else (self.read,),
+            ("batch.documents", self.read, *keys),
             {
                 out: w.sizes.wide(queries * self.heads.size),
                 lse: 4.0 * queries,
@@ -137,7 +140,7 @@ class SharedAttention:
             },
             run,
             growing=self._growth,
-            rule=_block_rule((_OWN, way.held) if hop else _OWN, _OWN),
+            rule=_block_rule((_OWN, *[way.held] * len(keys)), _OWN),
         )
 
     def _merge(self, w: GraphWriter, hop: int) -> None:
@@ -157,11 +160,12 @@ class SharedAttention:
 
     def _own_block_grad(self, w: GraphWriter) -> None:
         """Add what attention to this rank's own keys adds to the gradients."""
-        backward = self.kernels.attention.backward
-        key = self._keys_size(w) / 2
+        backward, key = self.among.backward, self._keys_size(w) / 2
 
-        def run(dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any) -> Parts:
-            dq, dk, dv = backward(dout, *self.cut(heads), out, lse, state, self.scale)
+        def run(
+            documents: Hops, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any
+        ) -> Parts:
+            dq, dk, dv = backward(dout, *self.cut(heads), out, lse, state, documents)
             return dq.float(), dk, dv
 
         w.compute(
@@ -170,15 +174,16 @@ class SharedAttention:
             {"dq_0": 4.0 * self.heads.queries * self.heads.size, "dk_own": key, "dv_own": key},
             run,
             growing=self.backward_flops * self._growth,
-            rule=_block_rule(_OWN, _OWN),
+            rule=_block_rule((_OWN,) * 5, _OWN),
         )
 
     def _block_grad(self, w: GraphWriter, hop: int) -> None:
         """Add what attention to the keys of a hop adds to the gradients."""
-        backward, way = self.kernels.attention.backward, self.way
+        backward, way = self.among.backward, self.way
         dtype = w.sizes.dtype if hop == self._last else torch.float32
 
         def run(
+            documents: Hops,
             dout: Tensor,
             heads: Tensor,
             out: Tensor,
@@ -192,7 +197,7 @@ class SharedAttention:
             k, v = way.keys(brought, hop)
             rows = self._rows(q, hop)
             own = (dout[rows], q[rows], k, v, out[rows], lse[..., rows].contiguous())
-            part, dk, dv = backward(*own, state, self.scale, causal=False)
+            part, dk, dv = backward(*own, state, documents, hop)
             # In place: nothing else reads what the hops before have added up.
             dq[rows] += part
             return dq.to(dtype), way.collect(dk, dv, hop, len(q), *collected)
@@ -212,7 +217,8 @@ class SharedAttention:
         )
 
     def _grad_reads(self, hop: int) -> tuple[str, ...]:
-        return "d_context", self.read, "context", "lse", f"attention_state_{hop}"
+        state = f"attention_state_{hop}"
+        return "batch.documents", "d_context", self.read, "context", "lse", state
 
     def _join(self, w: GraphWriter) -> None:
         """Add the gradients by this rank's keys: of its own queries and of all others'."""
@@ -235,6 +241,6 @@ def _of(hop: int) -> tuple[str, str]:
     return f"context_of_{hop}", f"lse_of_{hop}"
 
 
-def _block_rule(reads: Held | tuple[Held, ...], writes: Held | tuple[Held, ...]) -> Rule:
+def _block_rule(reads: tuple[Held, ...], writes: Held | tuple[Held, ...]) -> Rule:
     """The rule of a block: it takes keys as they come, and of all else must have the whole."""
-    return Rule({"cp": Move(reads, writes)}, frozenset({_OWN}))
+    return of_documents(Held.HEADS, len(reads), cp=Move((_OWN, *reads), writes))

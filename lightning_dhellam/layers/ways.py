@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_dhellam.layers.rules import gathers, scatters
 from lightning_dhellam.layers.writer import GraphWriter
-from lightning_dhellam.parallel import collectives
+from lightning_dhellam.parallel import collectives, zigzag
 from lightning_dhellam.plan import Collective, Lane
 from lightning_dhellam.plan.layout import Held, Move, Rule
 
@@ -78,15 +78,11 @@ class Way(ABC):
         """Add what the gradients of `hop` do next; after the last, `d_keys_home` has them all."""
 
     def is_late(self, hop: int) -> bool:
-        """Whether the keys of `hop` are between this rank's two pieces of the sequence.
-
-        Then its second piece alone attends to them, and to all; otherwise both pieces do, to the
-        first half of them, but for its own.
-        """
-        return hop > self.rank
+        """Whether the keys of `hop` are between this rank's two pieces; see `zigzag.is_late`."""
+        return zigzag.is_late(self.rank, hop)
 
     def _source(self, hop: int) -> int:
-        return (self.rank - hop) % self.ranks
+        return zigzag.source_of(self.rank, self.ranks, hop)
 
     def _kept(self, length: int, hop: int) -> int:
         """How many of a rank's tokens are keys in `hop`."""

@@ -50,14 +50,16 @@ class SdpaCoreAttention(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """``query`` [S, B, heads, D], ``key`` and ``value`` [S, B, groups, D] to
-        [S, B, heads * D]. The mask is always causal; ``attention_mask`` is not read."""
+        [S, B, heads * D]. The mask is causal; ``attention_mask`` [B, 1, S, S] is true where a
+        query does not see a key, and says all of it."""
         assert attention_bias is None and packed_seq_params is None
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         context = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )

@@ -177,18 +177,25 @@ class CausalLM(nn.Module):
         return self.output_layer.weight
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V], or with ``labels`` the loss of every token [B, S] in fp32.
 
         ``tokens`` [B, S]. ``labels`` [B, S] are the next tokens (already shifted); -100 is ignored.
-        ``loss_mask`` [B, S] multiplies the losses. Raises ValueError when S exceeds
-        max_sequence_length or is not a multiple of tensor_parallel_size, and RuntimeError when
-        this rank has only a pipeline stage's layers. Under autocast on the CPU it computes in that
-        type, with copies of the weights.
+        ``loss_mask`` [B, S] multiplies the losses. ``positions`` [B, S] are where tokens stand in
+        their documents, if not where in their sample, and ``attention_mask`` [B, 1, S, S] is true
+        where a token does not see another, if that is more than what comes later. Raises ValueError
+        when S exceeds max_sequence_length or is not a multiple of tensor_parallel_size, and
+        RuntimeError when this rank has only a pipeline stage's layers. Under autocast on the CPU it
+        computes in that type, with copies of the weights.
         """
         if self.context.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return self._in_autocast(tokens, labels, loss_mask)
+            return self._in_autocast(tokens, labels, loss_mask, positions, attention_mask)
         if self.context.topology.cp_size > 1:
             raise RuntimeError(
                 "this rank has only its pieces of each sequence: run them under DHellamStrategy,"
@@ -204,11 +211,15 @@ class CausalLM(nn.Module):
         assert self.final_norm is not None and self.output_layer is not None
         with self.context.megatron():
             rotary = None if self.rotary is None else self.rotary(tokens.size(1))
+            if rotary is not None and positions is not None:
+                rotary = rotary[:, 0, 0][positions.t()].unsqueeze(2)
             hidden = self.embedding(tokens, None)
             with self._dropout_generator():
                 for layer in self.layers:
                     if isinstance(layer, TransformerLayer):
-                        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+                        hidden, _ = layer(
+                            hidden, attention_mask=attention_mask, rotary_pos_emb=rotary
+                        )
                     else:
                         hidden = self._of_users_block(layer, hidden)
             hidden = self.final_norm(hidden)

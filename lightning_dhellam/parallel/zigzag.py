@@ -21,6 +21,28 @@ def pieces_of(rank: int, ranks: int) -> tuple[int, int]:
     return rank, 2 * ranks - 1 - rank
 
 
+def source_of(rank: int, ranks: int, hop: int) -> int:
+    """Whose keys `rank` attends to in a hop: its own in the first."""
+    return (rank - hop) % ranks
+
+
+def is_late(rank: int, hop: int) -> bool:
+    """Whether the keys of a hop lie between the two pieces of `rank`.
+
+    Then its second piece alone attends to them, and to all; otherwise both pieces do, to the first
+    half of them, but for its own.
+    """
+    return hop > rank
+
+
+def that_meet(rank: int, ranks: int, hop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The pieces of `rank` that attend in a hop, and those that they attend to."""
+    own, others = pieces_of(rank, ranks), pieces_of(source_of(rank, ranks, hop), ranks)
+    if hop == 0:
+        return own, others
+    return (own[1:], others) if is_late(rank, hop) else (own, others[:1])
+
+
 def own_part(whole: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
     """The tokens of `rank` in `whole`, whose dimension `dim` is the sequence."""
     if ranks == 1:

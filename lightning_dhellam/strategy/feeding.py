@@ -28,12 +28,13 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_dhellam.engine.documents import KEYS
 from lightning_dhellam.parallel import Topology
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.hosts import Question, ReduceOp
 from lightning_dhellam.strategy.agreed_loader import AgreedLoader, Ask, StatefulAgreedLoader
 
-_READ = ("tokens", "labels", "loss_mask")
+_READ = ("tokens", "labels", "loss_mask", *KEYS)
 _EVERY = 64
 """Batches after which one is compared again; early ones are compared more often."""
 

@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dhellam.engine.documents import remember
 from lightning_dhellam.engine.inputs import check_ids, pinned
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.module import DualStrandMixin
@@ -79,7 +80,8 @@ class SteppingStrategy(SavingStrategy):
             check_ids(batch, self.runner.intake.limits)
             check_unread(batch)
             batch = apply_to_collection(batch, Tensor, pinned)
-        return super().batch_to_device(batch, device, dataloader_idx)
+        # What the host must know of documents it reads there, and waits for no device.
+        return remember(super().batch_to_device(batch, device, dataloader_idx), batch)
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:

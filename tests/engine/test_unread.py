@@ -9,51 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.engine.unread import UNREAD, check_unread
+from lightning_dhellam.engine.weights import IGNORED
 
 B, S = 2, 4
 TOKENS = torch.arange(B * S).view(B, S)
 LABELS = torch.tensor([[1, 2, 3, 4], [5, 6, IGNORED, IGNORED]])
-PADDED = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-CAUSAL = torch.ones(S, S, dtype=torch.bool).tril()
 
 NOTHING: dict[str, list[Any]] = {
-    "position_ids": [None, torch.arange(S), torch.arange(S).expand(B, S)],
-    "attention_mask": [
-        torch.ones(B, S),
-        torch.ones(B, S, dtype=torch.bool),
-        PADDED,
-        CAUSAL,
-        ~CAUSAL.expand(B, 1, S, S),
-        CAUSAL.expand(B, 1, S, S).long(),
-    ],
-    "segment_ids": [torch.zeros(B, S), torch.tensor([[3] * S, [7] * S])],
-    "cu_seqlens": [torch.tensor([0, S, 2 * S]), torch.tensor([[0, S]] * B).int()],
-    "token_type_ids": [torch.zeros(B, S).long()],
+    "token_type_ids": [None, torch.zeros(B, S).long()],
     "input_ids": [TOKENS.int()],
     "shift_labels": [LABELS],
 }
 SOMETHING: dict[str, list[Any]] = {
-    "position_ids": [
-        torch.zeros(B, S),
-        torch.tensor([0, 1, 0, 1]),
-        torch.arange(S) + 1,
-        torch.arange(S + 1),
-        [[0, 1, 2, 3]] * B,
-    ],
-    "attention_mask": [
-        1 - PADDED,
-        PADDED.flip(0),  # masks what counts
-        PADDED.flip(1),
-        torch.zeros(B, S),
-        torch.ones(S, S),
-        torch.eye(S).bool(),
-        CAUSAL.float().log(),
-        torch.ones(B, S + 1),
-    ],
-    "segment_ids": [torch.tensor([[1, 1, 2, 2], [1, 1, 1, 1]]), torch.zeros(B)],
-    "cu_seqlens": [torch.tensor([0, 2, S, 2 * S]), torch.tensor([0, 2 * S])],
     "token_type_ids": [torch.tensor([0, 0, 1, 1])],
     "input_ids": [TOKENS + 1, TOKENS[:1]],
     "shift_labels": [TOKENS],
@@ -79,23 +47,11 @@ def test_what_says_something_is_refused_by_name(name: str) -> None:
             check_unread(_batch(name, value))
 
 
-def test_padding_is_what_does_not_count_and_lies_at_the_end() -> None:
-    counts = torch.ones(B, S)
-    counts[1, 2:] = 0
-    check_unread(_batch("attention_mask", PADDED, labels=TOKENS, loss_mask=counts))
-    check_unread({"tokens": TOKENS, "attention_mask": PADDED})  # without a loss nothing counts
-    with pytest.raises(ValueError, match="attention_mask"):
-        check_unread(_batch("attention_mask", PADDED, labels=TOKENS))
-    holes = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0]])
-    with pytest.raises(ValueError, match="attention_mask"):
-        check_unread({"tokens": TOKENS, "attention_mask": holes})
-
-
 def test_no_device_is_asked_unless_waiting_is_allowed() -> None:
     elsewhere = torch.zeros(B, S, device="meta")
-    check_unread(_batch("position_ids", elsewhere))
+    check_unread(_batch("token_type_ids", elsewhere))
     with pytest.raises(NotImplementedError, match="meta"):
-        check_unread(_batch("position_ids", elsewhere), wait=True)
+        check_unread(_batch("token_type_ids", elsewhere), wait=True)
 
 
 def test_every_key_is_in_some_case() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dhellam.engine.batch import IGNORED
 from lightning_dhellam.engine.inputs import Limits, unshifted
 from lightning_dhellam.engine.intake import Intake
+from lightning_dhellam.engine.weights import IGNORED
 from lightning_dhellam.parallel import ParallelContext
 
 TEXT = torch.randint(50, (4, 41), generator=torch.Generator().manual_seed(3))

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
@@ -27,9 +28,18 @@ SHAPE = {
     "num_query_groups": 8,
 }
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"alone": {}},
+    1: {"alone": {}, "packed": {}},
     2: {"dp2": {}, "tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}},
 }
+
+
+class Documents(Sequences):
+    """Sequences of several documents, other ones in each."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        place, cut = torch.arange(len(sample["tokens"])), 1 + index % 5
+        return {**sample, "position_ids": torch.where(place < cut, place, place - cut)}
 
 
 class Asleep(Callback):
@@ -55,7 +65,9 @@ class Asleep(Callback):
             torch.cuda.set_sync_debug_mode("error")
 
 
-def _asleep(folder: str, sizes: dict[str, Any], devices: int) -> list[bool]:
+def _asleep(
+    folder: str, sizes: dict[str, Any], devices: int, data: type[Sequences] = Sequences
+) -> list[bool]:
     watch = Asleep()
     trainer = make_trainer(
         {"micro_batch_size": 3, **sizes},
@@ -69,13 +81,17 @@ def _asleep(folder: str, sizes: dict[str, Any], devices: int) -> list[bool]:
         log_every_n_steps=100,
         enable_progress_bar=True,
     )
-    trainer.fit(Model(hidden_dropout=0.1, **SHAPE), DataLoader(Sequences(200), batch_size=8))
+    trainer.fit(Model(hidden_dropout=0.1, **SHAPE), DataLoader(data(200), batch_size=8))
     return watch.asleep
 
 
 def _on_rank(rank: int, world: int, folder: str) -> dict[str, list[bool]]:
     join(rank, world)
-    return {name: _asleep(f"{folder}/{name}", s, world) for name, s in RUNS[world].items()}
+    data = {"packed": Documents}
+    return {
+        name: _asleep(f"{folder}/{name}", sizes, world, data.get(name, Sequences))
+        for name, sizes in RUNS[world].items()
+    }
 
 
 @pytest.mark.parametrize("world", RUNS)

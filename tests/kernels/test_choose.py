@@ -37,11 +37,12 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     kernels = choose.choose(CPU, torch.bfloat16)
     assert set(kernels.names) == set(choose.CANDIDATES)
-    assert kernels.names["attention"] == "cpu"
-    assert {name for o, name in kernels.names.items() if o != "attention"} == {"reference"}
+    attends = {o: name for o, name in kernels.names.items() if o.endswith("attention")}
+    assert attends == {"attention": "cpu", "packed_attention": "cpu"}
+    assert {name for o, name in kernels.names.items() if o not in attends} == {"reference"}
     assert str(kernels) == (
-        "kernels: cpu for attention; reference for cross_entropy, dropout, embedding, gelu,"
-        " layer_norm, linear, merge, rms_norm, rope, swiglu"
+        "kernels: cpu for attention, packed_attention; reference for cross_entropy, dropout,"
+        " embedding, gelu, layer_norm, linear, merge, rms_norm, rope, swiglu"
     )
     assert kernels.swiglu.forward(torch.ones(1, 4)).shape == (1, 2)
 
@@ -210,8 +211,10 @@ def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     usable = [n for n, why in choose.available("attention", device, torch.bfloat16) if not why]
     assert kernels.names["attention"] == usable[0]
     others = {"attention": usable[0], "embedding": "reference", "linear": "cublas"}
+    others["packed_attention"] = "torch_flash"
     assert kernels.names == {o: others.get(o, "triton") for o in choose.CANDIDATES}
-    assert choose.choose(device, torch.float32).names["attention"] == "efficient"
+    of_fp32 = choose.choose(device, torch.float32).names
+    assert of_fp32["attention"] == of_fp32["packed_attention"] == "efficient"
     forced = choose.choose(device, torch.bfloat16, {"rms_norm": "reference"})
     assert forced.names["rms_norm"] == "reference" and forced.names["rope"] == "triton"
 

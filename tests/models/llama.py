@@ -56,9 +56,9 @@ def hugging_face_llama(config: ModelConfig, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
-def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Tensor:
+def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, **told: Tensor) -> Tensor:
     """Loss of every token [B, S] by Hugging Face's model; ``labels`` are already shifted."""
-    logits = model(tokens).logits.float()
+    logits = model(tokens, **told).logits.float()
     return torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=-100, reduction="none"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from tests.plan.graphs import random_builder
 from tests.ranks import run_ranks
 
 SAMPLES, LENGTH = 4, 24
+BEGINS = ((0, 1, 5, 17), (0,), (0, 8, 12, 13, 16), (0, 23))
+"""Where documents begin in each sample: anywhere, some of one token, some across pieces."""
+POSITIONS = torch.stack(
+    [torch.cat([torch.arange(b - a) for a, b in pairwise((*begins, LENGTH))]) for begins in BEGINS]
+)
 GATHERED = {"context_exchange": "all_gather"}
 
 
@@ -34,11 +40,19 @@ class Case:
         sizes: of parallelism.
         options: others of the runner.
         config: of the model.
+        packed: whether samples hold documents.
     """
 
     sizes: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
     config: ModelConfig = SMALL
+    packed: bool = False
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """What is trained on."""
+        batch = batch_with_mask(self.config)
+        return batch | {"position_ids": POSITIONS} if self.packed else batch
 
 
 def _cp(size: int, **others: int) -> dict[str, int]:
@@ -53,14 +67,25 @@ CASES: dict[int, dict[str, Case]] = {
         "ring": Case(_cp(2)),
         "gathered": Case(_cp(2), GATHERED),
         "ungrouped-kept": Case(_cp(2), {"regather": False}, UNGROUPED),
+        "packed": Case(_cp(2), packed=True),
+        "packed-gathered": Case(_cp(2), GATHERED, UNGROUPED, packed=True),
+        "packed-tensor": Case({"tensor_parallel_size": 2}, packed=True),
     },
-    3: {"ring": Case(_cp(3)), "gathered": Case(_cp(3), GATHERED)},
+    3: {
+        "ring": Case(_cp(3)),
+        "gathered": Case(_cp(3), GATHERED),
+        "packed": Case(_cp(3), packed=True),
+        "packed-gathered": Case(_cp(3), GATHERED, packed=True),
+    },
     4: {
         "ring": Case(_cp(4)),
         "gathered": Case(_cp(4), GATHERED, UNGROUPED),
         "tensor": Case(_cp(2, tensor=2), {"plan": "megatron"}),
         "tensor-dropping": Case(_cp(2, tensor=2), GATHERED, DROPS),
-        "stages": Case(_cp(2, pipeline=2), {"plan": "dhellam"}, replace(DROPS, num_layers=4)),
+        "packed-tensor": Case(_cp(2, tensor=2), packed=True),
+        "packed-stages": Case(
+            _cp(2, pipeline=2), {"plan": "dhellam"}, replace(DROPS, num_layers=4), packed=True
+        ),
         "data": Case(_cp(2), GATHERED),
     },
 }
@@ -100,7 +125,7 @@ def gradients_of(runner: Runner) -> dict[str, Tensor]:
 
 def _outcome(case: Case, device: torch.device) -> Outcome:
     with started(case, device) as runner:
-        batch = _own_samples(runner, batch_with_mask(case.config))
+        batch = _own_samples(runner, case.batch)
         loss = runner.mean(runner.train(batch))
         gradients = gradients_of(runner)
         if runner.context.topology.pp_size == 1:
@@ -121,10 +146,19 @@ def outcomes(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Outcom
     return world, run_ranks(world, outcomes_of_rank, world)
 
 
+def documents_for_hugging_face(positions: Tensor) -> dict[str, Tensor]:
+    """Positions, and a mask for eager attention, of documents that begin where positions do."""
+    number = (positions == 0).cumsum(dim=1)
+    seen = (number[:, :, None] == number[:, None]).tril()[:, None]
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return {"position_ids": positions, "attention_mask": mask}
+
+
 @cache
-def _expected(config: ModelConfig) -> Outcome:
-    reference, batch = hugging_face_llama(config), batch_with_mask(config)
-    losses = token_losses(reference, batch["tokens"], batch["labels"])
+def _expected(config: ModelConfig, packed: bool) -> Outcome:
+    reference, batch = hugging_face_llama(config), Case({}, {}, config, packed).batch
+    told = documents_for_hugging_face(POSITIONS) if packed else {}
+    losses = token_losses(reference, batch["tokens"], batch["labels"], **told)
     weights = (batch["labels"] != -100).float() * batch["loss_mask"]
     loss = (losses * weights).sum() / weights.sum()
     loss.backward()
@@ -133,7 +167,7 @@ def _expected(config: ModelConfig) -> Outcome:
         ((losses * weights)[half].sum() / weights[half].sum()).detach()
         for half in (slice(0, 2), slice(2, 4))
     ]
-    logits = reference(batch["tokens"]).logits.detach()
+    logits = reference(batch["tokens"], **told).logits.detach()
     return loss.detach(), gradients, torch.stack([loss.detach(), *of_half]), logits
 
 
@@ -146,11 +180,11 @@ def test_loss_gradients_and_logits_are_hugging_faces(
 def check_outcomes(world: int, of_ranks: list[dict[str, Outcome]]) -> None:
     """Every case on every rank against Hugging Face; what it does not have, against one process."""
     for name, case in CASES[world].items():
-        _, expected, losses, all_logits = _expected(case.config)
+        _, expected, losses, all_logits = _expected(case.config, case.packed)
         expected_loss = losses[0]
         in_stages = "pipeline_parallel_size" in case.sizes
         if in_stages or case.config.hidden_dropout:
-            expected_loss, expected = _alone(case.config, exported=not in_stages)
+            expected_loss, expected = alone(case.config, case.packed, exported=not in_stages)
         found: dict[str, Tensor] = {}
         for rank, outcome in enumerate(of_ranks):
             loss, gradients, evaluated, logits = outcome[name]
@@ -176,16 +210,18 @@ def _check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], plac
 
 
 @cache
-def _alone(config: ModelConfig, *, exported: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def alone(config: ModelConfig, packed: bool, *, exported: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of one process, by its own names or by those of Hugging Face."""
-    with started(Case({}, {}, config)) as runner:
-        loss = runner.train(batch_with_mask(config))
+    case = Case({}, {}, config, packed)
+    with started(case) as runner:
+        loss = runner.train(case.batch)
         gradients = gradients_of(runner)
         return loss, export_llama(runner.model, gradients) if exported else gradients
 
 
 def _with_plans(rank: int, path: Path) -> dict[str, Any]:
-    case, batch = Case(_cp(2), {}, DROPS), batch_with_mask(SMALL)
+    case = Case(_cp(2), {}, DROPS, packed=True)
+    batch = case.batch
     found: dict[str, Any] = {"wrong": []}
     for name in ("ring", "all_gather"):
         with started(case, context_exchange=name, plan="sequential") as runner:
@@ -235,7 +271,7 @@ def test_a_checkpoint_is_written_once(plans: tuple[list[dict[str, Any]], Path]) 
 def test_dropout_draws_what_one_process_draws(
     plans: tuple[list[dict[str, Any]], Path],
 ) -> None:
-    expected_loss, expected = _alone(DROPS, exported=False)
+    expected_loss, expected = alone(DROPS, True, exported=False)
     for rank, found in enumerate(plans[0]):
         loss, gradients = found["ring"]
         assert abs(loss - expected_loss) <= 1e-6 * expected_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_dhellam.engine.batch import IGNORED
+from lightning_dhellam.engine.weights import IGNORED
 from tests.ranks import run_ranks
 from tests.strategy.runs import Model, join, loader, make_trainer
 

@@ -1,0 +1,32 @@
+"""flash-attn 3 (arXiv 2407.08608) in its variable-length form, through its public function."""
+
+from __future__ import annotations
+
+import torch
+from flash_attn_interface import flash_attn_varlen_func
+from torch import Tensor
+
+from lightning_dhellam.kernels.packed_attention.base import AutogradPackedBackend, Runs
+
+
+class PackedFlashAttention3(AutogradPackedBackend):
+    """Takes grouped keys as they are; its backward is deterministic where torch has to be."""
+
+    name = "flash_attn_3"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs) -> Tensor:
+        found = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            runs.queries,
+            runs.keys,
+            runs.longest,
+            runs.longest,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        # Early betas give the log-sum-exp as well.
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out

@@ -1,0 +1,91 @@
+"""Attention of a whole sample with a mask: for types that no variable-length kernel computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.kernels.packed_attention.base import PackedBackend, Runs
+
+aten = torch.ops.aten
+_ALIGNED = 16
+"""Rows of the mask lie at multiples of so many numbers, as the kernel wants them."""
+_BLOCK = 32
+"""Tokens: rows of the kernel's log-sum-exp are a multiple of them."""
+
+
+class Efficient(PackedBackend):
+    """Torch's memory-efficient kernel: fp32 on CUDA. Its mask takes S * T numbers of a sample."""
+
+    name = "efficient"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs, *, causal: bool = True
+    ) -> tuple[Tensor, Tensor, Any]:
+        s, b, h, _ = q.shape
+        seen = sees(runs, s, k.shape[0], b, causal=causal)
+        alone = ~seen.any(dim=2)
+        # Softmax of nothing is NaN: who sees nothing is shown everything, and then none of it.
+        q, k, v = _arranged(q, k, v)
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+            q, k, v, _bias(seen | alone[..., None], h, q.dtype), True, 0.0, False, scale=scale
+        )
+        lse = lse[..., :s].masked_fill(alone[:, None], -torch.inf)
+        out = out.masked_fill(alone[:, None, :, None], 0.0)
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1), lse, (seed, offset)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        state: Any,
+        scale: float,
+        runs: Runs,
+        *,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape, groups = q.shape, k.shape[2]
+        bias = _bias(sees(runs, shape[0], len(k), shape[1], causal=causal), shape[2], q.dtype)
+        dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
+        q, k, v = _arranged(q, k, v)
+        padded = torch.nn.functional.pad(lse, (0, -shape[0] % _BLOCK), value=torch.inf)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, k, v, bias, out, padded, *state, 0.0, (True, True, True, False), False,
+            scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in (dq, dk, dv))
+        return dq, *(grad.unflatten(2, (groups, -1)).sum(dim=3) for grad in (dk, dv))
+
+
+def sees(runs: Runs, queries: int, keys: int, batch: int, *, causal: bool) -> Tensor:
+    """Which queries see which keys: [B, S, T] bool, made where the tensors are."""
+    numbers = [
+        torch.searchsorted(
+            ends[1:], torch.arange(batch * count, device=ends.device, dtype=ends.dtype), right=True
+        ).view(batch, count)
+        for ends, count in ((runs.queries, queries), (runs.keys, keys))
+    ]
+    seen = numbers[0][:, :, None] == numbers[1][:, None]
+    return seen.tril() if causal else seen
+
+
+def _bias(seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores [B, H, S, T]: nothing where a key is seen, else -inf."""
+    b, s, t = seen.shape
+    width = t + -t % _ALIGNED
+    bias = torch.zeros(b, 1, s, width, dtype=dtype, device=seen.device)[..., :t]
+    return bias.masked_fill_(~seen[:, None], -torch.inf).expand(b, heads, s, t)
+
+
+def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """As [B, H, S, D], with keys and values for each query head."""
+    repeat = q.shape[2] // k.shape[2]
+    if repeat > 1:
+        k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))
+    return tuple(t.permute(1, 2, 0, 3) for t in (q, k, v))
