@@ -225,6 +225,6 @@ def test_without_rotary_embedding_heads_are_read_where_they_are() -> None:
     assert model.rotary is None
     layer = lower(model).layers[1]
     assert not [n for n in (*layer.forward.by_name, *layer.backward.by_name) if "rope" in n]
-    assert layer.forward.by_name["attention"].reads == ("qkv",)
+    assert layer.forward.by_name["attention"].reads == ("batch.documents", "qkv")
     assert layer.backward.by_name["attention.grad"].writes == ("d_qkv",)
     assert "qkv" in layer.saved and "rotated" not in layer.saved

@@ -594,15 +594,20 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"the batch's labels hold -1, .*from 0 to 31, or -100 for what does not count",
     ),
     "positions": (
-        {"tokens": _tokens(8), "labels": _tokens(8), "position_ids": _tokens(8)},
+        {"tokens": _tokens(8), "labels": _tokens(8), "position_ids": _tokens(8) + 3},
         {},
-        r"the batch has position_ids, which are not 0 to S-1 in every sample, .*: leave"
-        r" position_ids out, or give it another name if only your own code reads it$",
+        r"the batch has position_ids that begin a sample with 3: a sample begins with a document,"
+        r" and a document at 0$",
+    ),
+    "documents": (
+        {"tokens": _tokens(8), "labels": _tokens(8), "cu_seqlens": torch.tensor([0, 9])},
+        {},
+        r"the batch has cu_seqlens .*: they begin at 0 and end at the number of tokens",
     ),
     "mask": (
-        {"tokens": _tokens(8), "labels": _tokens(8), "attention_mask": torch.eye(8).long()},
+        {"tokens": _tokens(8), "labels": _tokens(8), "attention_mask": torch.ones(8, 8).long()},
         {},
-        r"the batch has attention_mask, which masks what causal attention sees",
+        r"the batch has attention_mask, which masks what causal attention within documents sees",
     ),
     "empty": ({}, {"collate_fn": _emptied}, r"the batch has no samples: use drop_last=True"),
 }
