@@ -84,7 +84,7 @@ def _bias(seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """As [B, H, S, D], with keys and values for each query head."""
+    """Views [B, H, S, D], with keys and values for each query head."""
     repeat = q.shape[2] // k.shape[2]
     if repeat > 1:
         k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))
