@@ -218,10 +218,8 @@ class EfficientAttention(SdpaBackend):
         scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if out.storage_offset():
-            # Gradients by queries and keys are wrong if `out` does not begin where its memory does
-            # (bf16, torch 2.11 on an H200: off by as much as they are long).
-            out = out.clone()
+        # The kernel takes for granted that it lies as forward's does, and looks at no stride.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         # Rows of whole blocks, as forward makes them: what is beyond the sequence counts nothing.
         padded = torch.nn.functional.pad(lse, (0, -q.shape[2] % _BLOCK), value=torch.inf)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(

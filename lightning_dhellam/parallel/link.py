@@ -1,6 +1,6 @@
 """Plays the links of an emulated cluster: occupies a communication lane for as long as it takes.
 
-copy engine   a real copy-engine transfer of that duration: no SM is busy
+copy engine   a real copy-engine transfer of that duration, to or from the host: no SM is busy
 SMs           a kernel that moves the real bytes on n SMs, paced by the device's timer
 timer         on a CPU: work that is done at that moment, and keeps no core busy
 """
@@ -46,16 +46,21 @@ class EmulatedLink:
         link: what to emulate; None for one over which everything takes no time.
         device: that computes.
         rank: of this process among those that the link connects.
+        outward: which of a GPU's two copy engines plays it: that which copies to the host, or that
+            which copies from it. Links on the same one wait for each other.
 
     Attributes:
         play: what it does; `Play.TIME` unless somebody changes it.
         link: what is emulated now.
     """
 
-    def __init__(self, link: Link | None, device: torch.device, rank: int = 0) -> None:
+    def __init__(
+        self, link: Link | None, device: torch.device, rank: int = 0, *, outward: bool = False
+    ) -> None:
         self.play = Play.TIME
         self._device = device
         self._rank = rank
+        self._outward = outward
         self._filled: set[tuple[int, int]] = set()
         self._players: dict[int, _Player] = {}
         self.become(link)
@@ -158,7 +163,7 @@ class EmulatedLink:
         """What occupies the lane on so many SMs. On a CPU transfers queue behind each other."""
         key = sms if self._device.type == "cuda" else 0
         if key not in self._players:
-            self._players[key] = _player(sms, self._device)
+            self._players[key] = _player(sms, self._device, self._outward)
         return self._players[key]
 
     def calibration(self, crossing: int) -> tuple[float, float]:
@@ -178,6 +183,10 @@ class EmulatedLink:
         return f"{self.link}: {'; '.join(parts)}"
 
 
+_OUTWARD = (Lane.CP, Lane.EP, Lane.PP)
+"""Lanes whose links are not to wait for those that are busy beside them: `tp` and `dp`."""
+
+
 def play_links(
     links: Mapping[str, Link],
     groups: ProcessGroupCollection,
@@ -194,7 +203,7 @@ def play_links(
         of_lane = [group for group in (communicator.group, *others) if group.size() > 1]
         if not of_lane:
             continue
-        link = EmulatedLink(links.get(lane), device, communicator.rank)
+        link = EmulatedLink(links.get(lane), device, communicator.rank, outward=lane in _OUTWARD)
         if communicator.size > 1:
             played[lane] = replace(communicator, transport=link)
         for group in of_lane:
@@ -214,27 +223,31 @@ def _repeat(x: Tensor, out: Tensor) -> None:
 _Player = Callable[[int, float], "dist.Work | None"]
 
 
-def _player(sms: int, device: torch.device) -> _Player:
+def _player(sms: int, device: torch.device, outward: bool) -> _Player:
     if device.type != "cuda":
         return _ByTimer()
     if sms:
         return _ByKernel(sms, device)
-    engine = CopyEngine(device)
+    engine = CopyEngine(device, outward=outward)
     return lambda crossing, seconds: engine(seconds)
 
 
 class CopyEngine:
-    """Copies from pinned host memory: a transfer in which no SM takes part.
+    """Copies from or to pinned host memory: a transfer in which no SM takes part.
 
     Args:
         device: a CUDA device.
         size: bytes of one copy at most; longer transfers are several.
+        outward: copy to the host, which another engine does beside copies from it.
     """
 
-    def __init__(self, device: torch.device, size: int = 256 << 20) -> None:
+    def __init__(
+        self, device: torch.device, size: int = 256 << 20, *, outward: bool = False
+    ) -> None:
         self._size = size
-        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self._device = torch.empty(size, dtype=torch.uint8, device=device)
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        here = torch.empty(size, dtype=torch.uint8, device=device)
+        self._from, self._to = (here, host) if outward else (host, here)
         large = min(size, 64 << 20)
         small = large // 64
         short = median_seconds(lambda: self._copy(small))
@@ -249,7 +262,7 @@ class CopyEngine:
             self._copy(min(size - start, self._size))
 
     def _copy(self, size: int) -> None:
-        self._device[:size].copy_(self._host[:size], non_blocking=True)
+        self._to[:size].copy_(self._from[:size], non_blocking=True)
 
 
 class _ByKernel:

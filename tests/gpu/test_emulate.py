@@ -51,6 +51,26 @@ def test_a_link_is_busy_for_longer_when_more_crosses_it(sms: int, device: torch.
     assert more[1] > 2 * less[1], "sixteen times the bytes"
 
 
+def test_links_of_lanes_that_are_busy_together_do_not_wait_for_each_other(
+    device: torch.device,
+) -> None:
+    link = Link(bandwidth=20e9, latency=0.0)
+    one, other = (EmulatedLink(link, device, outward=outward) for outward in (False, True))
+    beside = torch.cuda.Stream()
+
+    def both() -> None:
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            other.carry(40 << 20)
+        one.carry(40 << 20)
+        torch.cuda.current_stream().wait_stream(beside)
+
+    def alone() -> None:
+        one.carry(40 << 20)
+
+    assert median_seconds(both) < 1.4 * median_seconds(alone), "one after the other takes twice"
+
+
 @pytest.mark.parametrize("sms", [0, 4])
 def test_a_link_is_no_faster_than_asked_where_the_host_is_slow(
     sms: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
