@@ -101,10 +101,12 @@ class Kernels:
     dropout: protocols.DropoutKernel
     embedding: protocols.EmbeddingKernel
     gelu: protocols.ActivationKernel
+    grouped: protocols.GroupedKernel
     layer_norm: protocols.LayerNormKernel
     linear: protocols.LinearKernel
     merge: protocols.MergeKernel
     packed_attention: PackedBackend
+    permute: protocols.PermuteKernel
     rms_norm: protocols.RmsNormKernel
     rope: protocols.RopeKernel
     swiglu: protocols.ActivationKernel
@@ -276,16 +278,24 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _on_hopper_in_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
-    obstacle = _on_cuda_in_16_bits(device, dtype)
-    if obstacle is None:
-        capability = torch.cuda.get_device_capability(device)
-        # 12.x runs its forward, but has no deterministic backward.
-        if not (9, 0) <= capability < (12, 0):
-            return (
-                "it needs compute capability 9.0 (H100) to 11.x, and this GPU has"
-                f" {capability[0]}.{capability[1]}"
-            )
-    return obstacle
+    # 12.x runs its forward, but has no deterministic backward.
+    return _on_cuda_in_16_bits(device, dtype) or _before_hopper_or_after(device)
+
+
+def _for_triton_on_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels with descriptors and large tiles cannot run: 12.x has no memory for those."""
+    obstacle = _for_triton(device, dtype)
+    return obstacle or (_before_hopper_or_after(device) if device.type == "cuda" else None)
+
+
+def _before_hopper_or_after(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if (9, 0) <= capability < (12, 0):
+        return None
+    return (
+        "it needs compute capability 9.0 (H100) to 11.x, and this GPU has"
+        f" {capability[0]}.{capability[1]}"
+    )
 
 
 _FROM_SOURCE = "build flash-attn 3 from the folder `hopper` of github.com/Dao-AILab/flash-attention"
@@ -308,11 +318,11 @@ def _packs_nothing(why: str) -> Candidate:
     return Candidate(lambda: None, lambda device, dtype: why)
 
 
-def _with_triton(operator: str) -> dict[str, Candidate]:
+def _with_triton(operator: str, refusal: Refusal = _for_triton) -> dict[str, Candidate]:
     # On the CPU Triton means its interpreter, which is for tests: it is used only when forced.
     fast = Candidate(
         _module(f"{operator}.triton"),
-        _for_triton,
+        refusal,
         "triton",
         automatic=lambda device: device.type == "cuda",
     )
@@ -373,6 +383,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     "dropout": _with_triton("dropout"),
     "embedding": {"reference": _reference("embedding")},
     "gelu": _with_triton("gelu"),
+    "grouped": _with_triton("grouped", _for_triton_on_hopper),
     "layer_norm": _with_triton("layer_norm"),
     "linear": {
         "cublas": Candidate(_module("linear.cublas"), _on_cuda),
@@ -415,6 +426,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "efficient": Candidate(_backend("packed_attention.masked", "Efficient"), _on_cuda),
         "cpu": Candidate(_backend("packed_attention.reference", "OneByOne"), _on_cpu),
     },
+    "permute": _with_triton("permute"),
     "rms_norm": _with_triton("rms_norm"),
     "rope": _with_triton("rope"),
     "swiglu": _with_triton("swiglu"),

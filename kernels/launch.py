@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -29,6 +30,11 @@ def row_programs(rows: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(rows, 4)  # Triton's interpreter
     return min(rows, 2 * processors(device))
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels, on the CPU, and does not compile them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def blocks(size: int, block: int) -> int:

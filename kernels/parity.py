@@ -16,8 +16,10 @@ from lightning_dhellam.kernels import (
     cross_entropy,
     dropout,
     gelu,
+    grouped,
     layer_norm,
     merge,
+    permute,
     rms_norm,
     rope,
     swiglu,
@@ -125,6 +127,7 @@ def _gelu(backend: Any, draw: Draw) -> Pairs:
     x, dy = draw.rows() * 2, draw.rows()
     yield "y", backend.forward(x), gelu.forward(x.float())
     yield "grad", backend.backward(dy, x), gelu.backward(dy.float(), x.float())
+    yield from _weighted(backend, gelu, dy, x)
 
 
 def _swiglu(backend: Any, draw: Draw) -> Pairs:
@@ -132,6 +135,17 @@ def _swiglu(backend: Any, draw: Draw) -> Pairs:
     yield "y", backend.forward(gate_up), swiglu.forward(gate_up.float())
     grad = backend.backward(dy, gate_up)
     yield "grad", grad, swiglu.backward(dy.float(), gate_up.float())
+    yield from _weighted(backend, swiglu, dy, gate_up)
+
+
+def _weighted(backend: Any, truth: Any, dy: Tensor, x: Tensor) -> Pairs:
+    """An activation of rows that have weights."""
+    weights = torch.rand(len(x), device=x.device)
+    y = backend.weighted_forward(x, weights)
+    yield "weighted y", y, truth.weighted_forward(x.float(), weights)
+    found = backend.weighted_backward(dy, x, weights)
+    expected = truth.weighted_backward(dy.float(), x.float(), weights)
+    yield from zip(("weighted grad", "grad of weights"), found, expected, strict=True)
 
 
 def _rope(backend: Any, draw: Draw) -> Pairs:
@@ -183,6 +197,68 @@ def _merge(backend: Any, draw: Draw) -> Pairs:
             yield f"weights from {start} in {dtype}", total.exp(), expected[1].exp()
 
 
+def _grouped(backend: Any, draw: Draw) -> Pairs:
+    """Four groups, of which one has no rows, before rows of none; fresh gradients and old ones."""
+    inputs, outputs, groups = -(-draw.width // 32) * 8, 72, 4
+    ends = [draw.tokens // 3, draw.tokens // 3, draw.tokens - 1, draw.tokens]
+    last = torch.tensor(ends, dtype=torch.int32, device=draw.device)
+    x, dy = draw.normal(draw.tokens + 3, inputs), draw.normal(draw.tokens + 3, outputs)
+    x[draw.tokens :] = dy[draw.tokens :] = torch.nan
+    weights = list(draw.normal(groups, outputs, inputs).unbind())
+    wide = [weight.float() for weight in weights]
+    y, dx = backend.forward(x, weights, last), backend.data_grad(dy, weights, last)
+    yield "y", y[: draw.tokens], grouped.forward(x.float(), wide, last)[: draw.tokens]
+    yield "dx", dx[: draw.tokens], grouped.data_grad(dy.float(), wide, last)[: draw.tokens]
+    fresh = [True, True, False, False]
+    for dtype in (torch.float32, draw.dtype):
+        shape = (groups, outputs, inputs)
+        grads = list(torch.randn(*shape, device=draw.device).to(dtype).unbind())
+        expected = [torch.nan_to_num(grad.float()) for grad in grads]
+        for grad in grads[:2]:
+            grad.fill_(torch.nan)
+        backend.weight_grad(dy, x, grads, fresh, last)
+        grouped.weight_grad(dy.float(), x.float(), expected, fresh, last)
+        yield f"dweights in {dtype}", torch.stack(grads), torch.stack(expected)
+    yield from _biases(backend, dy, last, fresh)
+
+
+def _biases(backend: Any, dy: Tensor, ends: Tensor, fresh: list[bool]) -> Pairs:
+    """Biases of the groups, alone and times a number for each row."""
+    count = int(ends[-1])
+    for scale in (None, torch.rand(len(dy), device=dy.device)):
+        name = "" if scale is None else "scaled "
+        biases = list(torch.randn(len(fresh), dy.shape[1], device=dy.device).to(dy.dtype).unbind())
+        wide = [bias.float() for bias in biases]
+        y = backend.add_bias_(dy.clone(), biases, ends, None, scale)
+        expected = grouped.add_bias_(dy.float(), wide, ends, None, scale)
+        yield f"{name}biased", y[:count], expected[:count]
+        grads, truth = ([bias.float() for bias in biases] for _ in range(2))
+        backend.bias_grad(dy, grads, fresh, ends, None, scale)
+        grouped.bias_grad(dy.float(), truth, fresh, ends, None, scale)
+        yield f"{name}dbiases", torch.stack(grads), torch.stack(truth)
+
+
+def _permute(backend: Any, draw: Draw) -> Pairs:
+    """Two of three groups for each token, a choice that was dropped, and rows of no token."""
+    x, dy = draw.rows(), draw.rows()
+    chosen = torch.rand(draw.tokens, 3, device=draw.device).topk(2).indices
+    chosen[1, 0] = -1
+    order, place, _ = permute.sort(chosen, 3)
+    order = torch.cat([order, order.new_tensor([-1, -1])])
+    rows = backend.permute(x, order)
+    yield "rows", rows, permute.permute(x.float(), order)
+    weights = torch.rand(draw.tokens, 2, device=draw.device)
+    for name, given in (("sum", None), ("weighted sum", weights)):
+        for dtype in (draw.dtype, torch.float32):
+            y = backend.unpermute(rows, place, given, dtype)
+            assert y.dtype == dtype
+            truth = permute.unpermute(rows.float(), place, given, torch.float32)
+            yield f"{name} in {dtype}", y, truth
+    found = backend.unpermute_backward(dy, rows, order, place, weights)
+    expected = permute.unpermute_backward(dy.float(), rows.float(), order, place, weights)
+    yield from zip(("drows", "dweights"), found, expected, strict=True)
+
+
 def _cross_entropy(backend: Any, draw: Draw) -> Pairs:
     """A rank in the middle of the vocabulary, with padded columns and labels of other ranks."""
     first, valid = 7, max(1, draw.width - 3)
@@ -214,6 +290,8 @@ CASES: dict[str, Callable[[Any, Draw], Pairs]] = {
     "rope": _rope,
     "dropout": _dropout,
     "merge": _merge,
+    "grouped": _grouped,
+    "permute": _permute,
     "cross_entropy": _cross_entropy,
 }
 

@@ -1,17 +1,20 @@
 """What the backends of each operator have in common: the functions that layers call, with types.
 
 A backend is a module with these functions; what they compute is said once, in the operator's
-reference. Shapes: S sequence, B batch, N tokens, H, I and O channels, V columns of a vocabulary.
+reference. Shapes: S sequence, B batch, N tokens, H, I and O channels, V columns of a vocabulary; of
+experts R or M rows, L groups of them, k choices of each token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.attention.heads import Heads
+from lightning_dhellam.kernels.permute import Sorted
 
 
 class CrossEntropyKernel(Protocol):
@@ -59,6 +62,61 @@ class EmbeddingKernel(Protocol):
         """Add `dy` [S, B, H] to the rows of `grad` [V, H], in place."""
 
 
+class GroupedKernel(Protocol):
+    """The GEMMs of the linear layers of experts: each group of rows has a weight [O, I] of its own.
+
+    Rows lie in order of their groups, up to `ends` [L] int32 on the device. `rows` are the sizes of
+    the groups if the host knows them.
+
+    Attributes:
+        SHRINKS: whether its GEMMs leave processors free when `processors.leave` asks for it.
+    """
+
+    SHRINKS: bool
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], ends: Tensor, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """[R, O] from `x` [R, I]."""
+
+    def data_grad(
+        self, dy: Tensor, weights: Sequence[Tensor], ends: Tensor, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Gradient [R, I] by the input, from `dy` [R, O]."""
+
+    def weight_grad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        grads: Sequence[Tensor],
+        fresh: Sequence[bool],
+        ends: Tensor,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Add each weight's gradient to that of `grads` [O, I], or overwrite it if it is fresh."""
+
+    def add_bias_(
+        self,
+        y: Tensor,
+        biases: Sequence[Tensor],
+        ends: Tensor,
+        rows: Sequence[int] | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Add to the rows of `y` [R, O] their group's bias [O], times a `scale` [R]."""
+
+    def bias_grad(
+        self,
+        dy: Tensor,
+        grads: Sequence[Tensor],
+        fresh: Sequence[bool],
+        ends: Tensor,
+        rows: Sequence[int] | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Add each bias's gradient to that of `grads` [O], or overwrite it if it is fresh."""
+
+
 class LinearKernel(Protocol):
     """The GEMMs of a linear layer with a weight [O, I] and perhaps a bias [O].
 
@@ -90,11 +148,11 @@ class ActivationKernel(Protocol):
     def backward(self, dy: Tensor, x: Tensor, /) -> Tensor:
         """The gradient by `x`, from `dy`, that of the function's value."""
 
-    def weighted(self, x: Tensor, weights: Tensor, /) -> Tensor:
-        """The function of the rows of `x` [R, I], each times its weight [R], fp32."""
+    def weighted_forward(self, x: Tensor, weights: Tensor, /) -> Tensor:
+        """The function of `x` [N, I], each row times its weight [N]."""
 
     def weighted_backward(self, dy: Tensor, x: Tensor, weights: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Gradients of `weighted` by `x` and, in fp32, by the weights, from `dy`."""
+        """The gradients of that by `x` and by `weights`, the latter in fp32."""
 
 
 class LayerNormKernel(Protocol):
@@ -129,6 +187,26 @@ class MergeKernel(Protocol):
 
         `other` [T, B, H*D] and its log-sum-exp [B, H, T] are of the last T queries.
         """
+
+
+class PermuteKernel(Protocol):
+    """Rows of tokens put in the order of their experts, and back. -1 is no row."""
+
+    def sort(self, chosen: Tensor, groups: int) -> Sorted:
+        """The choices [N, k] of tokens in order of the groups that they are."""
+
+    def permute(self, x: Tensor, order: Tensor) -> Tensor:
+        """Rows `order` [M] of `x` [N, H]."""
+
+    def unpermute(
+        self, rows: Tensor, place: Tensor, weights: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Weighted sum [N, H] of the rows `place` [N, k] of `rows` [M, H], in `dtype`."""
+
+    def unpermute_backward(
+        self, dy: Tensor, rows: Tensor, order: Tensor, place: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Its gradients by `rows` and by `weights`, the latter in fp32."""
 
 
 class RmsNormKernel(Protocol):

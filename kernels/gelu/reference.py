@@ -21,13 +21,13 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     return (dy.float() * (below + wide * density)).to(x.dtype)
 
 
-def weighted(x: Tensor, weights: Tensor) -> Tensor:
-    """`forward` of rows `x` [R, F], each times its weight [R] before it is rounded."""
-    return (torch.nn.functional.gelu(x.float()) * weights[:, None]).to(x.dtype)
+def weighted_forward(x: Tensor, weights: Tensor) -> Tensor:
+    """`forward` of `x` [N, F], each row times its weight [N]. Rounded once."""
+    return (forward(x.float()) * weights[:, None].float()).to(x.dtype)
 
 
 def weighted_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `weighted` by `x` [R, F] and by `weights` [R], from `dy` [R, F]."""
-    wide = dy.float()
-    by_weights = (wide * torch.nn.functional.gelu(x.float())).sum(-1)
-    return backward(wide * weights[:, None], x), by_weights
+    """Gradients of `weighted_forward` by `x` [N, F] and, in fp32, by `weights` [N]."""
+    wide, grad = x.float(), dy.float()
+    d_weights = (grad * forward(wide)).sum(1)
+    return backward(grad * weights[:, None].float(), wide).to(x.dtype), d_weights

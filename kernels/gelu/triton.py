@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_dhellam.kernels.gelu.reference import weighted, weighted_backward
+from lightning_dhellam.kernels.gelu.reference import weighted_backward, weighted_forward
 from lightning_dhellam.kernels.launch import blocks
 
-__all__ = ["backward", "forward", "weighted", "weighted_backward"]
+__all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]
 
 _BLOCK = 2048
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from functools import cache
 from pathlib import Path
 
 import torch
+
+_asked = threading.local()
+"""How many processors this thread's GEMMs leave free."""
 
 _LIBRARY = re.compile(r"/\S*/libcublas\.so[.\d]*")
 
@@ -24,10 +28,16 @@ def leave(count: int, device: torch.device) -> None:
         RuntimeError: cuBLAS refuses.
     """
     handle = torch.cuda.current_blas_handle()
-    used = 0 if not count else processors(device) - count
-    code = _cublas().cublasSetSmCountTarget(ctypes.c_void_p(handle), ctypes.c_int(used))
+    target = 0 if not count else processors(device) - count
+    code = _cublas().cublasSetSmCountTarget(ctypes.c_void_p(handle), ctypes.c_int(target))
     if code:
-        raise RuntimeError(f"cuBLAS cannot use {used} multiprocessors: status {code}")
+        raise RuntimeError(f"cuBLAS cannot use {target} multiprocessors: status {code}")
+    _asked.free = count
+
+
+def used(device: torch.device) -> int:
+    """Multiprocessors that GEMMs of this thread spread over, ours as cuBLAS's."""
+    return processors(device) - int(getattr(_asked, "free", 0))
 
 
 @cache

@@ -3,8 +3,8 @@
 from lightning_dhellam.kernels.swiglu.reference import (
     backward,
     forward,
-    weighted,
     weighted_backward,
+    weighted_forward,
 )
 
-__all__ = ["backward", "forward", "weighted", "weighted_backward"]
+__all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]

@@ -24,17 +24,13 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return out.to(gate_up.dtype)
 
 
-def weighted(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """`forward` of rows `gate_up` [R, 2F], each times its weight [R] before it is rounded."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    found = torch.nn.functional.silu(gate.float()) * up.float()
-    return found.mul_(weights[:, None]).to(gate_up.dtype)
+def weighted_forward(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """`forward` of `gate_up` [N, 2F], each row times its weight [N]. Rounded once."""
+    return (forward(gate_up.float()) * weights[:, None].float()).to(gate_up.dtype)
 
 
 def weighted_backward(dy: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `weighted` by `gate_up` [R, 2F] and by `weights` [R], from `dy` [R, F]."""
-    gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
-    wide = dy.float()
-    found = torch.nn.functional.silu(gate) * up
-    by_weights = (wide * found).sum(-1)
-    return backward(wide * weights[:, None], gate_up), by_weights
+    """Gradients of `weighted_forward` by `gate_up` [N, 2F] and, in fp32, by `weights` [N]."""
+    wide, grad = gate_up.float(), dy.float()
+    d_weights = (grad * forward(wide)).sum(1)
+    return backward(grad * weights[:, None].float(), wide).to(gate_up.dtype), d_weights

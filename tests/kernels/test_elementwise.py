@@ -100,7 +100,7 @@ def test_weighted_activations(
         return torch.nn.functional.gelu(x) * weights[:, None]
 
     expected, (expected_dx, expected_dweights) = truth(reference, (x, weights), dy)
-    y = kernel.weighted(x, weights)
+    y = kernel.weighted_forward(x, weights)
     dx, dweights = kernel.weighted_backward(dy, x, weights)
     assert y.dtype == dx.dtype == dtype
     assert dweights.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_weighted_activations(
     assert_close(found, wanted, TOLERANCE[dtype])
     assert_close({"dweights": dweights}, {"dweights": expected_dweights}, 2e-6)
     # An expert may have no rows.
-    assert kernel.weighted(x[:0], weights[:0]).shape == (0, width)
+    assert kernel.weighted_forward(x[:0], weights[:0]).shape == (0, width)
     assert [len(d) for d in kernel.weighted_backward(dy[:0], x[:0], weights[:0])] == [0, 0]
 
 
