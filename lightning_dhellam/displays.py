@@ -20,9 +20,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_dhellam.models import ModelConfig, training_flops_per_token
+from lightning_dhellam.models import (
+    ModelConfig,
+    active_parameter_count,
+    training_flops_per_token,
+)
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import reduced
+from lightning_dhellam.parallel.experts import is_expert
+from lightning_dhellam.parallel.replicas import is_split
 
 _UNITS = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("kFLOP", 1e3))
 
@@ -157,10 +163,14 @@ def _has(
 def whole_parameters(model: nn.Module, context: ParallelContext) -> int:
     """Weights of the whole model of which this rank has a part. Every rank must call this."""
     topology = context.topology
-    own = sum(
-        p.numel() * (topology.tp_size if getattr(p, "tensor_model_parallel", False) else 1)
-        for p in model.parameters()
-    )
+
+    def shares(parameter: nn.Parameter) -> int:
+        """Into how many different parts it is cut, or how many ranks have experts of their own."""
+        if is_expert(parameter):
+            return topology.ep_size * topology.etp_size
+        return topology.tp_size if is_split(parameter) else 1
+
+    own = sum(p.numel() * shares(p) for p in model.parameters())
     count = torch.tensor(own, device=context.device)
     return int(reduced(count, context.groups.pp, "sum"))
 
@@ -176,8 +186,12 @@ def size_of(model: nn.Module, config: ModelConfig, context: ParallelContext, len
     """
     own = sum(p.numel() for p in model.parameters())
     count, part = map(get_human_readable_count, (whole_parameters(model, context), own))
-    shared = context.topology.tp_size * context.topology.pp_size > 1
+    topology = context.topology
+    shared = topology.tp_size * topology.pp_size * topology.ep_size > 1
     share = f" ({part.strip()} of them on this rank)" if shared else ""
+    if config.num_experts is not None:
+        met = get_human_readable_count(active_parameter_count(config)).strip()
+        share += f", of which each token meets {met}"
     flops = training_flops_per_token(config, length)
     unit, size = next((pair for pair in _UNITS if flops >= pair[1]), _UNITS[-1])
     return (

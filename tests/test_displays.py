@@ -21,10 +21,11 @@ from tests.strategy.runs import SHAPE, Model, evaluation, loader, make_trainer
 
 CPU = torch.device("cpu")
 DEEP = replace(SHAPE, num_layers=4)
+MIXED = replace(DEEP, num_experts=4, moe_layer_freq=2, shared_expert_ffn_hidden_size=16)
 
 
-def _counts(rank: int) -> tuple[list[int], str]:
-    found, said = [], ""
+def _counts(rank: int) -> tuple[list[int], str, str]:
+    found, said, mixed = [], "", ""
     for sizes in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
         split = (1, 1, 1, 1) if "pipeline_parallel_size" in sizes else ()
         context = ParallelContext.create(CPU, pipeline_split=split, **sizes)
@@ -32,12 +33,23 @@ def _counts(rank: int) -> tuple[list[int], str]:
         found.append(whole_parameters(model, context))
         said = size_of(model, DEEP, context, 16)
         context.destroy()
-    return found, said
+    for sizes in (
+        {"expert_parallel_size": 2},
+        {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_parallel_size": 2},
+        {"tensor_parallel_size": 2},
+    ):
+        context = ParallelContext.create(CPU, **sizes)
+        model = CausalLM(MIXED, context)
+        found.append(whole_parameters(model, context))
+        mixed = size_of(model, MIXED, context, 16)
+        context.destroy()
+    return found, said, mixed
 
 
 def test_parameters_of_the_whole_model_are_counted_on_every_rank() -> None:
-    (first, said), (second, said_second) = run_ranks(2, _counts)
-    assert first == second == [parameter_count(DEEP)] * 2
+    (first, said, mixed), (second, said_second, _) = run_ranks(2, _counts)
+    assert first == second == [parameter_count(DEEP)] * 2 + [parameter_count(MIXED)] * 3
+    assert ", of which each token meets 15.1 K, " in mixed
     # The first stage has embedding and head as well.
     assert said.startswith("model: 10.4 K parameters in all (5.7 K of them on this rank), ")
     assert said_second.startswith("model: 10.4 K parameters in all (4.7 K of them on this rank), ")

@@ -40,7 +40,6 @@ SUPPORTED: Supported = {
     "qk_clip": (False,),
     "qk_l2_norm": (False,),
     "rotary_interleaved": (False,),
-    "softmax_scale": (None,),
     "softmax_type": ("vanilla",),
     "window_size": (None,),
 }
@@ -59,6 +58,7 @@ class Attention:
         heads: of this rank.
         setting: what it is lowered with.
         norm: of queries and keys, if there is one.
+        given_scale: factor on the scores, where it does not follow from the heads' width.
     """
 
     qkv: ColumnLinear
@@ -66,6 +66,7 @@ class Attention:
     heads: Heads
     setting: Setting
     norm: HeadNorm | None = None
+    given_scale: float | None = None
 
     @classmethod
     def of(cls, module: Any, setting: Setting) -> Attention:
@@ -86,6 +87,7 @@ class Attention:
             heads,
             setting,
             HeadNorm.of(module, heads, setting.kernels, setting.index),
+            module.config.softmax_scale,
         )
 
     @property
@@ -101,7 +103,7 @@ class Attention:
     @property
     def scale(self) -> float:
         """Factor on the attention scores."""
-        return float(self.heads.size**-0.5)
+        return float(self.heads.size**-0.5 if self.given_scale is None else self.given_scale)
 
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the operators of forward. Returns the slot of the result [s, B, hidden]."""

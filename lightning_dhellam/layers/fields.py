@@ -24,7 +24,7 @@ layernorm_epsilon moe_aux_loss_coeff moe_expert_capacity_factor moe_router_bias_
 moe_router_enable_expert_bias moe_router_group_topk moe_router_load_balancing_type
 moe_router_num_groups moe_router_pre_softmax moe_router_topk moe_router_topk_scaling_factor
 moe_z_loss_coeff num_attention_heads num_layers num_query_groups params_dtype qk_layernorm
-sequence_parallel tensor_model_parallel_size
+sequence_parallel softmax_scale tensor_model_parallel_size
 """
 # These are over when a layer exists. Not `perform_initialization`: without it, 0.16 leaves weights
 # unmarked that tensor-parallel ranks share out, and they would be taken for alike.

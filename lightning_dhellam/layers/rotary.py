@@ -12,7 +12,7 @@ class RotaryTable:
     """Tables for Megatron-core's `RotaryEmbedding`, whose frequencies they are made from.
 
     Args:
-        rotary: the module that holds `inv_freq`.
+        rotary: the module that holds `inv_freq`, or says the `frequencies` of a length.
         ranks: that share each sequence by context parallelism.
     """
 
@@ -33,6 +33,8 @@ class RotaryTable:
 
     def _make(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         positions = torch.arange(length, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, self.rotary.inv_freq.to(device))
+        of_length = getattr(self.rotary, "frequencies", None)
+        frequencies = self.rotary.inv_freq if of_length is None else of_length(length)
+        angles = torch.outer(positions, frequencies.to(device))
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()

@@ -28,6 +28,7 @@ from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.drawing import draw_experts, draw_part, seeded
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
+from lightning_dhellam.models.rotary import LongRotary
 from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.models.stage import Elsewhere, check_order, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
@@ -92,8 +93,18 @@ class CausalLM(nn.Module):
             tp_group=self.context.groups.tp,
         )
 
-    def _build_rotary(self) -> RotaryEmbedding:
+    def _build_rotary(self) -> RotaryEmbedding | LongRotary:
         config = self.config
+        short, long = config.rope_short_factors, config.rope_long_factors
+        if short is not None and long is not None and config.rope_original_length is not None:
+            return LongRotary(
+                config.kv_channels,
+                config.rotary_base,
+                short,
+                long,
+                config.rope_original_length,
+                self.context.device,
+            )
         return RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,

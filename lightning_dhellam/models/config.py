@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lightning_dhellam.models.experts import ExpertFields, as_pattern, check_expert_shares
+from lightning_dhellam.models.experts import ExpertFields, as_kept, check_expert_shares
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.values import check_fields
 from lightning_dhellam.versions import QUIET_FIELDS
@@ -65,6 +65,19 @@ class ModelConfig(ExpertFields):
     """Llama-3 scaling of the rotary frequencies (8 for Llama 3.1, 32 for 3.2); off when left out.
     The other constants are the family's own: low 1, high 4, original context 8192."""
 
+    rope_short_factors: tuple[float, ...] | None = None
+    """Divide the rotary frequencies of sequences of at most `rope_original_length` tokens, a number
+    for each pair of a head's channels (Hugging Face: short_factor of longrope); off if left out."""
+
+    rope_long_factors: tuple[float, ...] | None = None
+    """Divide those of longer sequences (Hugging Face: long_factor)."""
+
+    rope_original_length: int | None = None
+    """Tokens up to which `rope_short_factors` hold, with these factors."""
+
+    rope_magnitude: float = 1.0
+    """Multiplies queries and keys where they are rotated (Hugging Face: short_mscale)."""
+
     tie_embeddings: bool = False
     """Whether the output layer uses the embedding's weight."""
 
@@ -115,6 +128,7 @@ class ModelConfig(ExpertFields):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups}: every group needs as many queries"
             )
+        self._check_long_rope()
         self.check_experts(self.num_layers)
         if self.num_experts is not None and self.linear_bias:
             raise ValueError(
@@ -124,7 +138,8 @@ class ModelConfig(ExpertFields):
 
     def _check_kinds_and_ranges(self) -> None:
         check_fields(self)
-        object.__setattr__(self, "moe_layer_freq", as_pattern(self.moe_layer_freq))
+        for name in ("moe_layer_freq", "rope_short_factors", "rope_long_factors"):
+            object.__setattr__(self, name, as_kept(getattr(self, name)))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "int | None") and value is not None and value < 1:
@@ -135,7 +150,7 @@ class ModelConfig(ExpertFields):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use {choices}")
         if not 0.0 <= self.hidden_dropout < 1.0:
             raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
-        for name in ("norm_epsilon", "rotary_base", "init_std"):
+        for name in ("norm_epsilon", "rotary_base", "rope_magnitude", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
         if self.rope_scaling_factor is not None and self.position_embedding != "rope":
@@ -148,6 +163,40 @@ class ModelConfig(ExpertFields):
                 f"rope_scaling_factor={self.rope_scaling_factor} must be at least 1; leave it out "
                 f"to switch the scaling off"
             )
+
+    def _check_long_rope(self) -> None:
+        """Refuse factors of rotary frequencies that do not fit together."""
+        names = ("rope_short_factors", "rope_long_factors", "rope_original_length")
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given and self.rope_magnitude == 1.0:
+            return
+        if self.position_embedding != "rope":
+            raise ValueError(
+                f"{(given or ['rope_magnitude'])[0]} with position_embedding="
+                f"{self.position_embedding!r}: there is no rotary embedding to scale; leave it out"
+            )
+        if given and len(given) < len(names):
+            missing = ", ".join(name for name in names if name not in given)
+            raise ValueError(f"{', '.join(given)} without {missing}: give all three, or none")
+        if given and self.rope_scaling_factor is not None:
+            raise ValueError(
+                f"rope_scaling_factor={self.rope_scaling_factor} with rope_short_factors: these are"
+                " two scalings of the same frequencies; leave one out"
+            )
+        for name in given[:2]:
+            factors, pairs = getattr(self, name), self.kv_channels // 2
+            if len(factors) != pairs or not all(factor > 0 for factor in factors):
+                raise ValueError(
+                    f"{name} has {len(factors)} numbers, the least {min(factors, default=None)}: a"
+                    f" head of {self.kv_channels} channels needs {pairs} greater than 0"
+                )
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """Factor on attention's scores; None where it is that of the heads' width alone."""
+        if self.rope_magnitude == 1.0:
+            return None
+        return float(self.rope_magnitude**2 * self.kv_channels**-0.5)
 
     @property
     def kv_channels(self) -> int:
@@ -220,6 +269,7 @@ class ModelConfig(ExpertFields):
             add_bias_linear=self.linear_bias,
             add_qkv_bias=self.qkv_bias or self.attention_bias,
             qk_layernorm=self.qk_norm,
+            softmax_scale=self.softmax_scale,
             gated_linear_unit=self.activation == "swiglu",
             activation_func=(
                 torch.nn.functional.silu

@@ -267,9 +267,9 @@ def check_expert_shares(
         )
 
 
-def as_pattern(value: int | Sequence[int]) -> int | tuple[int, ...]:
-    """`moe_layer_freq` as people write it, a list for instance, as it is kept."""
-    return value if isinstance(value, int) else tuple(value)
+def as_kept(value: Any) -> Any:
+    """A value as people write it, a list for instance, as an immutable configuration keeps it."""
+    return tuple(value) if isinstance(value, Sequence) else value
 
 
 def _divisors(number: int) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import Family
-from lightning_dhellam.models.families.family import Theirs
+from lightning_dhellam.models.families.family import Theirs, rope_of, rope_type
 
 _CONFIG = "config.json"
 _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -105,12 +105,12 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
 
 
 def _inexpressible(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str]:
-    rope = _rope(theirs)
+    rope = rope_of(theirs)
     for name, only in {"model_type": family.model_type, **family.only}.items():
         found = rope.get(name, theirs.get(name, only))
         if found != only and not (only is False and found is None):
             yield f"{name}={found!r}, and only {only!r} can be expressed here"
-    kind = _rope_type(rope)
+    kind = rope_type(rope)
     if kind not in family.rope_types:
         factor, known = rope.get("factor"), " or ".join(map(repr, family.rope_types[1:]))
         rest = f"only {known} can be expressed here" if known else "no scaling can be expressed"
@@ -129,10 +129,10 @@ def _different(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str
     found["num_query_groups"] = name, heads if groups is None else groups
     width = theirs.get("head_dim")
     found["kv_channels"] = "head_dim", found["hidden_size"][1] // heads if width is None else width
-    rope = _rope(theirs)
+    rope = rope_of(theirs)
     base = rope.get("rope_theta", theirs.get("rope_theta"))
     found["rotary_base"] = "rope_theta", family.rotary_base if base is None else base
-    scaled = _rope_type(rope) == "llama3"
+    scaled = rope_type(rope) == "llama3"
     found["rope_scaling_factor"] = (
         "factor of rope_type 'llama3'",
         rope["factor"] if scaled else None,
@@ -142,15 +142,6 @@ def _different(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str
         mine = getattr(own, ours)
         if mine != value:
             yield f"{name}={value!r}, and the model has {_SPELT.get(ours, ours)}={mine!r}"
-
-
-def _rope_type(rope: Theirs) -> str:
-    kind: str = rope.get("rope_type", rope.get("type", "default")) or "default"
-    return kind
-
-
-def _rope(theirs: Theirs) -> Theirs:
-    return theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
 
 
 def _tensors(folder: Path, architecture: str) -> dict[str, Tensor]:

@@ -40,7 +40,19 @@ def _autograd(model: CausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[s
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"normalization": "RMSNorm"}, {"activation": "swiglu"}, {"tie_embeddings": True}],
+    [
+        {},
+        {"normalization": "RMSNorm"},
+        {"activation": "swiglu"},
+        {"tie_embeddings": True},
+        # Sequences of 17 tokens are long.
+        {
+            "rope_short_factors": (9.0,) * 4,
+            "rope_long_factors": (1.0, 1.5, 2.0, 4.0),
+            "rope_original_length": 16,
+            "rope_magnitude": 1.25,
+        },
+    ],
     ids=str,
 )
 def test_against_autograd(change: dict[str, object]) -> None:
@@ -55,6 +67,22 @@ def test_against_autograd(change: dict[str, object]) -> None:
     assert gradients.keys() == expected.keys()
     errors = {name: relative_error(gradients[name], value) for name, value in expected.items()}
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_sequences_longer_than_the_first_ones_turn_otherwise() -> None:
+    plain = replace(GPT, rope_magnitude=1.25)
+    long = (1.0, 1.5, 2.0, 4.0)
+    scaled = replace(
+        plain, rope_short_factors=(1.0,) * 4, rope_long_factors=long, rope_original_length=8
+    )
+    rotary = _model(scaled).rotary
+    assert rotary is not None
+    ours = [rotary(length) for length in (8, 9)]
+    model = _model(plain)
+    with model.context.megatron():
+        theirs = model.rotary(9)  # type: ignore[misc]
+    torch.testing.assert_close(ours[0], theirs[:8])
+    torch.testing.assert_close(ours[1], theirs / torch.tensor(long).repeat(2))
 
 
 def test_slots_are_named_for_what_they_hold() -> None:

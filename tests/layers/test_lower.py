@@ -268,7 +268,6 @@ REFUSED = {
     "num_moe_experts": 8,
     "pipeline_model_parallel_size": 2,
     "recompute_granularity": "full",
-    "softmax_scale": 0.5,
     "softmax_type": "off-by-one",
     "window_size": (128, 0),
 }

@@ -49,6 +49,29 @@ MIXTURES = {
     ),
 }
 """By the names of the families."""
+MIXTURES["phi-moe-long"] = replace(
+    MIXTURES["phi-moe"],
+    attention_bias=False,
+    output_bias=False,
+    rope_short_factors=(1.0, 1.04, 1.2, 2.5),
+    rope_long_factors=(1.02, 1.1, 3.0, 8.0),
+    rope_original_length=SMALL.max_sequence_length,
+    rope_magnitude=1.25,
+)
+
+
+def _rope(config: ModelConfig) -> dict[str, Any]:
+    if config.rope_short_factors is None or config.rope_long_factors is None:
+        return {"rope_type": "default", "rope_theta": config.rotary_base}
+    return {
+        "rope_type": "longrope",
+        "rope_theta": config.rotary_base,
+        "short_factor": list(config.rope_short_factors),
+        "long_factor": list(config.rope_long_factors),
+        "short_mscale": config.rope_magnitude,
+        "long_mscale": config.rope_magnitude,
+        "original_max_position_embeddings": config.rope_original_length,
+    }
 
 
 def hugging_face_mixture(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
@@ -64,7 +87,7 @@ def hugging_face_mixture(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
             if "norm" in name and name.endswith("weight"):
                 torch.nn.init.uniform_(parameter.data, 0.5, 1.5)
             else:
-                torch.nn.init.normal_(parameter.data, std=0.3)
+                torch.nn.init.normal_(parameter.data, std=0.2)
     return model.eval()
 
 
@@ -78,7 +101,7 @@ def _of(config: ModelConfig) -> PreTrainedModel:
         "head_dim": config.kv_channels,
         "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "rope_parameters": _rope(config),
         "tie_word_embeddings": config.tie_embeddings,
         "num_experts_per_tok": config.experts_per_token,
     }

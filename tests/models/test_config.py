@@ -10,6 +10,12 @@ import pytest
 from lightning_dhellam.models import PRESETS, parameter_count, preset
 from tests.models.llama import SMALL
 
+LONG: dict[str, Any] = {
+    "rope_short_factors": [1.0] * 4,
+    "rope_long_factors": [2.0] * 4,
+    "rope_original_length": 16,
+}
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
@@ -27,6 +33,12 @@ from tests.models.llama import SMALL
             ["rope_scaling_factor=8.0", "position_embedding='none'", "leave it out"],
         ),
         ({"position_embedding": "learned"}, ["position_embedding='learned'", "'rope' or 'none'"]),
+        ({"rope_short_factors": [1.0] * 4}, ["rope_short_factors", "rope_long_factors"]),
+        (LONG | {"rope_long_factors": [1.0] * 3}, ["rope_long_factors has 3", "needs 4"]),
+        (LONG | {"rope_short_factors": [1.0, 1.0, 0.0, 1.0]}, ["the least 0.0", "greater than 0"]),
+        (LONG | {"rope_scaling_factor": 8.0}, ["rope_scaling_factor=8.0", "two scalings"]),
+        (LONG | {"position_embedding": "none"}, ["position_embedding='none'", "leave it out"]),
+        ({"rope_magnitude": 0.0}, ["rope_magnitude=0.0", "greater than 0"]),
         ({"linear_bias": 1}, ["linear_bias=1", "true or false"]),
         ({"qkv_bias": "no"}, ["qkv_bias='no'", "true or false"]),
     ],

@@ -137,6 +137,21 @@ def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
         ("phi-moe", {"router_jitter_noise": 0.01}, r"router_jitter_noise=0\.01, .*=0\.2"),
         ("phi-moe", {"lm_head_bias": False}, "lm_head_bias=False, .* output_bias=True"),
         ("phi-moe", {"attention_bias": False}, "the model has attention_bias=True"),
+        (
+            "phi-moe",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            r"rope_type='yarn' \(factor=4\.0\), and only 'longrope' can be expressed here",
+        ),
+        (
+            "phi-moe-long",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            r"short_factor=None, .* rope_short_factors=\(1\.0, .*short_mscale=1\.0, and the model",
+        ),
+        (
+            "phi-moe-long",
+            {"rope_parameters": {"short_mscale": 1.25, "long_mscale": 1.5}},
+            r"short_mscale=1\.25 and long_mscale=1\.5 of its rope scaling, and only equal ones",
+        ),
     ],
 )
 def test_other_configurations_are_refused_by_field(

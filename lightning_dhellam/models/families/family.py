@@ -111,6 +111,17 @@ ONLY: dict[str, Any] = {
 """Fields of Hugging Face of which one value can be expressed here, whatever the family."""
 
 
+def rope_of(theirs: Theirs) -> Theirs:
+    """What a configuration of transformers 5 or 4 says of its rotary embedding."""
+    return theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+
+
+def rope_type(rope: Theirs) -> str:
+    """The scaling of rotary frequencies, by its name in Hugging Face."""
+    kind: str = rope.get("rope_type", rope.get("type", "default")) or "default"
+    return kind
+
+
 def window(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
     """A window over the keys, unless it is as wide as sequences are long at most."""
     width = theirs.get("sliding_window")

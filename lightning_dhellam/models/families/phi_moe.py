@@ -5,8 +5,52 @@ What it draws in training, jitter of the router's input and which experts, is no
 
 from __future__ import annotations
 
-from lightning_dhellam.models.families.family import ONLY, PLAIN, ROUTED, Family, window
+from collections.abc import Iterator
+
+from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.families.family import (
+    ONLY,
+    PLAIN,
+    ROUTED,
+    Family,
+    Found,
+    Theirs,
+    rope_of,
+    rope_type,
+    window,
+)
 from lightning_dhellam.models.layout import Names
+
+
+def _more(theirs: Theirs) -> Found:
+    rope = rope_of(theirs)
+    if rope_type(rope) != "longrope":
+        rope = {}
+    first = theirs.get("original_max_position_embeddings")
+    return {
+        "rope_short_factors": ("short_factor", _kept(rope.get("short_factor"))),
+        "rope_long_factors": ("long_factor", _kept(rope.get("long_factor"))),
+        "rope_original_length": (
+            "original_max_position_embeddings",
+            rope.get("original_max_position_embeddings", first) if rope else None,
+        ),
+        "rope_magnitude": ("short_mscale", rope.get("short_mscale", 1.0)),
+    }
+
+
+def _kept(factors: list[float] | None) -> tuple[float, ...] | None:
+    return None if factors is None else tuple(factors)
+
+
+def _refuses(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
+    rope = rope_of(theirs)
+    if rope.get("short_mscale") != rope.get("long_mscale"):
+        yield (
+            f"short_mscale={rope.get('short_mscale')} and long_mscale={rope.get('long_mscale')} of"
+            " its rope scaling, and only equal ones can be expressed here"
+        )
+    yield from window(theirs, own)
+
 
 _FREE = ("attention_bias", "output_bias")
 PHI_MOE = Family(
@@ -35,8 +79,9 @@ PHI_MOE = Family(
     },
     only=ONLY,
     rotary_base=1e6,
-    rope_types=("default",),
+    rope_types=("default", "longrope"),
     experts=Names("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")),
-    refuses=window,
+    more=_more,
+    refuses=_refuses,
 )
