@@ -43,7 +43,7 @@ class Entry:
         strand: of its micro-batch.
         lag: 1 when it belongs to the previous pair of layers.
         reads: each slot once, without those of the micro-batch itself.
-        crosses: whether an operator of another lane reads what it writes.
+        crosses: whether an operator of another lane, or the host, reads what it writes.
         first: whether it begins before the compute operator that follows.
         spare: whether it leaves processors to communication.
         label: its name in traces.
@@ -111,7 +111,8 @@ def _entry(row: Issue, graph: Graph | None, follows: Graph | None) -> Entry:
     assert graph is not None
     operator = graph.by_name[row.operator]
     readers = (*graph.operators, *(follows.operators if follows else ()))
-    foreign = {slot for o in readers if o.lane is not operator.lane for slot in o.reads}
+    elsewhere = (o for o in readers if o.lane is not operator.lane or o.waits)
+    foreign = {slot for o in elsewhere for slot in o.reads}
     foreign.update(graph.outputs)
     return Entry(
         operator,
@@ -212,7 +213,7 @@ class Executor:
     def _issue(self, entry: Entry, tape: Tape) -> None:
         operator = entry.operator
         inputs = tape.slots(operator.reads)
-        if not operator.is_communication:
+        if operator.computes:
             self.lanes.share(entry.spare)
         launched = operator if self.tracer is None else self.tracer.traced(operator)
         if self._rehearsing and operator.rehearsal is not None:

@@ -1,6 +1,7 @@
 """A step whose communication lanes are device copies that start late at random.
 
-Its operators are elementwise, so results are exact; what can go wrong is only when they run. A
+Its operators are elementwise, so results are exact; what can go wrong is only when they run. One
+of each layer needs a number that the host has waited for. A
 tensor crosses from lane to lane about every second operator, often while the lane that reads or
 overwrites it sleeps: a missing wait or a memory that is used again too early shows in the numbers.
 """
@@ -30,6 +31,12 @@ from lightning_dhellam.plan import (
 _SIZE = 1 << 16
 _CYCLES = 300_000
 """About 0.15 ms: several times what the host needs to issue an operator."""
+
+
+def _to_host(x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 @dataclass
@@ -111,6 +118,7 @@ class Step:
                     self._run(function),
                     cost=1.0,
                     accumulates=() if writes or weight is None else (weight,),
+                    waits=operator == "look",
                 )
                 for operator, lane, reads, writes, function in operators
             ),
@@ -131,7 +139,10 @@ class Step:
                 ("gather", Lane.TP, "a", "whole", lambda a: a + 0.25),
                 ("b", Lane.COMPUTE, "whole x", "b", lambda whole, x: whole * x),
                 ("exchange", Lane.CP, "b", "exchanged", lambda b: b.clone()),
-                ("c", Lane.COMPUTE, "exchanged", "c", lambda e: e + 0.125),
+                ("count", Lane.COMPUTE, "a", "count", lambda a: (a > 0.3).sum()[None]),
+                ("copy", Lane.HOST, "count", "host_count", _to_host),
+                ("look", Lane.HOST, "host_count", "number", lambda count: int(count[0])),
+                ("c", Lane.COMPUTE, "exchanged number", "c", lambda e, n: e + n / _SIZE),
                 ("scatter", Lane.TP, "c a", "y", lambda c, a: c - a),
             ],
         )
