@@ -80,9 +80,13 @@ def load(
         for name, value in saved["state_dict"].items()
         if name.startswith(WEIGHTS)
     }
-    found = folder.misfit(weights, names.all_of(model.state_dict()))
-    if found is not None:
-        raise ValueError(found)
+
+    def check_weights() -> None:
+        found = folder.misfit(weights, names.all_of(model.state_dict()))
+        if found is not None:
+            raise ValueError(found)
+
+    together(check_weights, group)
     model.load_state_dict(names.rank_of(weights))
     if optimizer is not None:
         optimizer.reload()

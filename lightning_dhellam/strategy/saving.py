@@ -126,6 +126,11 @@ class SavingStrategy(JobStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        together(lambda: self._load_weights(checkpoint, strict), self.context.world_group)
+        if self._optimizer is not None:
+            self._optimizer.reload()
+
+    def _load_weights(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         assert self.lightning_module is not None
         try:
             super().load_model_state_dict(checkpoint, strict)
@@ -138,8 +143,6 @@ class SavingStrategy(JobStrategy):
             if found is None:
                 raise
             raise ValueError(found) from error
-        if self._optimizer is not None:
-            self._optimizer.reload()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

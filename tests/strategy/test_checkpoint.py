@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.files import WriteError
+from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.full_disk import full_disk
 from tests.ranks import run_ranks
@@ -79,6 +80,8 @@ RESTARTS: dict[str, tuple[int, dict[str, Any], str]] = {
 
 
 DAMAGED = ("topology.json", "common.pt", "weights-00000.pt", "state-00001.pt")
+LACKS = "final_norm.weight"
+"""What the second rank's file alone does not have."""
 
 
 class FailingSave:
@@ -140,6 +143,25 @@ def _cut_off(checkpoint: Path, copy: Path, file: str, kept: int | None = 100) ->
     return copy
 
 
+def _lacking(checkpoint: Path, copy: Path, file: str, name: str) -> Path:
+    """A copy of which a file does not have a weight, as one that a script has changed."""
+    if dist.get_rank() == 0:
+        shutil.copytree(checkpoint, copy)
+        weights = torch.load(copy / file)
+        del weights[name]
+        torch.save(weights, copy / file)
+    dist.barrier()
+    return copy
+
+
+def _loop_lacks(path: Path) -> str:
+    """What a loop of one's own is told."""
+    with Runner.create(SHAPE, "cpu", tensor_parallel_size=2, precision="bf16-mixed") as runner:
+        with pytest.raises((ValueError, RuntimeError)) as refused:
+            runner.load(path)
+        return str(refused.value)
+
+
 def _refusals(root: Path) -> dict[str, str]:
     """What two ranks are told when they resume from what does not fit."""
     sharded = root / "dp2-sharded-32-true" / f"step={STOP}.ckpt"
@@ -164,7 +186,10 @@ def _refusals(root: Path) -> dict[str, str]:
     for file in DAMAGED:
         cases[file] = {}, _cut_off(sharded, root / f"cut-{file}", file)
     cases["no-state"] = {}, _cut_off(sharded, root / "no-state", "state-00001.pt", kept=None)
-    messages: dict[str, str] = {}
+    lacking = _lacking(split, root / "lacking", "weights-00001.pt", f"model.{LACKS}")
+    messages: dict[str, str] = {"lacking-in-a-loop": _loop_lacks(lacking)}
+    with _message(ValueError, messages, "lacking"):
+        _fit({"tensor_parallel_size": 2}, "bf16-mixed", steps=STEPS, ckpt_path=lacking)
     for name, (strategy, path) in cases.items():
         with _message(ValueError, messages, name):
             _fit(strategy, "32-true", steps=STEPS, ckpt_path=path)
@@ -262,6 +287,10 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
         ("other-folder", ["has no topology.json", "give a folder that a run"]),
         ("other-precision", ["precision=bf16-mixed", "precision=32-true", "same value"]),
         ("other-optimizer", ["distributed_optimizer=True", "distributed_optimizer=False"]),
+        *(
+            (f"lacking{where}", ["the checkpoint does not have ", LACKS, "the sizes that it was"])
+            for where in ("", "-in-a-loop")
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(
