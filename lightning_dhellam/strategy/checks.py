@@ -180,8 +180,9 @@ def _check_callback(callback: pl.Callback) -> None:
         )
     if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
         raise ValueError(
-            f"{name} replaces weights behind the optimizer, which keeps its own copies and shards"
-            " of them under DHellamStrategy: leave the callback out"
+            f"{name} averages weights in a copy of the whole module, and one under DHellamStrategy"
+            " cannot be copied, since it holds groups of processes: leave the callback out, average"
+            " parameters one by one in a callback of your own, and copy them back in place"
         )
 
 

@@ -233,11 +233,11 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "stochastic-averaging": (
         _launch(callbacks=[StochasticWeightAveraging(1e-2)]),
-        r"StochasticWeightAveraging replaces weights.*leave the callback out",
+        r"^StochasticWeightAveraging averages weights in a copy .*leave the callback out",
     ),
     "averaging": (
         _launch(callbacks=[WeightAveraging()]),
-        r"WeightAveraging replaces weights.*leave the callback out",
+        r"^WeightAveraging averages weights in a copy of .*leave the callback out, average",
     ),
     "checkpoint-plugin": (
         _launch(plugins=[AsyncCheckpointIO()]),
