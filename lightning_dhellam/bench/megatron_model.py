@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lightning_dhellam.bench.ring_attention import RingCoreAttention
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.models.attention import SdpaCoreAttention
 from lightning_dhellam.models.norm import RMSNorm
@@ -67,6 +68,8 @@ def gpt_model(
     if context.device.type == "cuda":
         _fuse(config, transformer_engine)
         spec, norm = _fused_modules(shape, transformer_engine)
+    if topology.cp_size > 1:
+        spec = _sharing_sequences(spec)
     each = shape.num_layers // topology.pp_size
     # Its generators must exist on a GPU, whatever they draw.
     model_parallel_cuda_manual_seed(1, tp_rank=topology.tp_rank, ep_rank=0, etp_rank=0)
@@ -119,6 +122,16 @@ def _fused_modules(shape: ModelConfig, transformer_engine: bool) -> tuple[Module
     return replace(spec, submodules=replace(spec.submodules, **norms)), FusedRMSNorm
 
 
+def _sharing_sequences(spec: ModuleSpec) -> ModuleSpec:
+    """The same layer with attention over the tokens of all context-parallel ranks."""
+    parts = spec.submodules
+    attention = parts.self_attention
+    inner = replace(attention.submodules, core_attention=RingCoreAttention)
+    return replace(
+        spec, submodules=replace(parts, self_attention=replace(attention, submodules=inner))
+    )
+
+
 def _our_name(name: str, first: int) -> str:
     """Megatron numbers the layers of a stage from 0."""
     for theirs, ours in _OURS.items():
@@ -136,13 +149,16 @@ def forward_step(pieces: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
     """A micro-batch through the model, for Megatron's schedules: what it returns, and the loss."""
     tokens, labels = next(pieces)
     positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-    return model(tokens, positions, None, labels=labels), partial(_mean)
+    losses = model(tokens, positions, None, labels=labels)
+    return losses, partial(_mean, model.config.context_parallel_size)
 
 
-def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = losses.float().mean()
-    # A copy: the schedule divides the loss by the number of micro-batches in place.
-    return loss, {"loss": loss.detach().clone()}
+def _mean(sharing: int, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of this rank's tokens, which `sharing` ranks share with it, and their mean."""
+    mean = losses.float().mean()
+    # The schedule takes it for this rank's share of the whole. It divides a loss by the number of
+    # micro-batches in place, so what is reported must be another tensor.
+    return mean / sharing, {"loss": mean.detach().clone()}
 
 
 def cut_in_pieces(batch: dict[str, Tensor], micro_batch: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""What the benchmarks of overlap train: two shapes of layers, a rank of a cluster, and its link."""
+"""What the benchmarks of overlap train: shapes of layers, a rank of a cluster, and its link."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def _miniatures() -> dict[str, Shape]:
         "b": Shape(config, 32, 2, 8),
         "c": Shape(config, 128, 1, 8, 4),
         "d": Shape(grouped, 128, 1, 8, 4),
+        "e": Shape(replace(config, num_query_groups=2), 128, 1, 8),
     }
 
 
@@ -68,6 +69,7 @@ def _published() -> dict[str, Shape]:
         num_query_groups=8,
         head_dim=128,
     )
+    narrow = preset("llama-3-8b", vocab_size=_UNUSED_VOCABULARY, max_sequence_length=32768)
     long = replace(llama, max_sequence_length=32768)
     # As wide as the 66B of the published long sequences, whose heads have keys of their own.
     ungrouped = replace(long, num_query_groups=long.num_attention_heads)
@@ -76,6 +78,7 @@ def _published() -> dict[str, Shape]:
         "b": Shape(qwen, 8192, 4, 8),
         "c": Shape(ungrouped, 32768, 1, 8, 4),
         "d": Shape(long, 32768, 1, 8, 4),
+        "e": Shape(narrow, 32768, 1, 8),
     }
 
 

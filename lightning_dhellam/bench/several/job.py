@@ -41,6 +41,7 @@ class Job:
         rounds: Steps that our search measures each plan on.
         steps: Steps that are timed after the search, or of Megatron-core.
         transformer_engine: Whether Megatron-core's side uses transformer-engine's modules.
+        context: The context-parallel size.
         plan: The plan of our side: `auto`, or a plan file to try beside the built-in ones.
         emulate: The link of a cluster that one process of our side plays a rank of, by the fields
             of `Link`.
@@ -57,18 +58,20 @@ class Job:
     rounds: int
     steps: int
     transformer_engine: bool = False
+    context: int = 1
     plan: str = "auto"
     emulate: Mapping[str, float] | None = None
 
     @property
     def case(self) -> str:
         """What is trained, and how it is laid out."""
-        return f"{self.shape}{self.layers} tp{self.tensor} pp{self.pipeline}"
+        shared = f" cp{self.context}" if self.context > 1 else ""
+        return f"{self.shape}{self.layers} tp{self.tensor} pp{self.pipeline}{shared}"
 
     @property
     def processes(self) -> int:
         """The processes that run it."""
-        return 1 if self.emulate else self.tensor * self.pipeline
+        return 1 if self.emulate else self.tensor * self.pipeline * self.context
 
     @classmethod
     def load(cls, path: Path) -> Job:
@@ -103,7 +106,7 @@ class Job:
     def _fitting(self, config: ModelConfig, memory: float) -> int:
         one, two = (parameter_count(replace(config, num_layers=count)) for count in (1, 2))
         layer, ends = two - one, 2 * one - two
-        tokens = self.length * self.micro_batch
+        tokens = self.length * self.micro_batch / self.context
         kept = 3 * config.ffn_hidden_size + _STREAMS * config.hidden_size
         # A pipeline shares weights out, but each stage holds activations of as many layers.
         saved = 2 * kept * tokens / self.tensor

@@ -30,7 +30,8 @@ from lightning_dhellam.bench.megatron_model import (
 from lightning_dhellam.bench.several.job import Job, memory_of
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import largest
+from lightning_dhellam.parallel.collectives import largest, reduced
+from lightning_dhellam.parallel.zigzag import own_part
 
 _WARM_UP = 3
 _LEARNING_RATE = 1e-4
@@ -51,7 +52,12 @@ class Training:
         device = context.device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         batch = {name: rows.to(device) for name, rows in job.batch(config).items()}
-        self._pieces = cut_in_pieces(batch, job.micro_batch)
+        topology = context.topology
+        own = {
+            name: own_part(rows, 1, topology.cp_rank, topology.cp_size)
+            for name, rows in batch.items()
+        }
+        self._pieces = cut_in_pieces(own, job.micro_batch)
         model = gpt_model(config, context, dtype, transformer_engine=job.transformer_engine)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of what the weights were copied from
@@ -104,6 +110,7 @@ def measure(job: Job, device: torch.device) -> dict[str, Any]:
         device,
         tensor_parallel_size=job.tensor,
         pipeline_parallel_size=job.pipeline,
+        context_parallel_size=job.context,
         tuned=False,
     )
     config = job.config(memory_of(device))
@@ -113,6 +120,7 @@ def measure(job: Job, device: torch.device) -> dict[str, Any]:
         training = Training(job, config, context)
         loss = training.gradients()
         first = torch.zeros(1, device=device) if loss is None else loss.reshape(1).float()
+        first = reduced(first, context.groups.cp)
         norm = training.grad_norm()
         training.update()
         times = [_timed(training, device) for _ in range(_WARM_UP + job.steps)][_WARM_UP:]

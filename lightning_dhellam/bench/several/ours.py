@@ -109,6 +109,7 @@ def measure(job: Job, device: torch.device, folder: Path) -> dict[str, Any]:
     strategy = DHellamStrategy(
         tensor_parallel_size=job.tensor,
         pipeline_parallel_size=job.pipeline,
+        context_parallel_size=job.context,
         micro_batch_size=job.micro_batch,
         plan=_plan(job, folder),
         emulate=_cluster(job),

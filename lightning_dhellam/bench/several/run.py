@@ -54,8 +54,10 @@ def _sides(
     if OURS in settings.sides:
         real = _done(replace(job, side=OURS), home / OURS, settings, budget)
         yield OURS, dict(real)
-    # One process cannot play a stage, which computes what another one sends.
-    if EMULATED in settings.sides and real.get("link") and job.pipeline == 1:
+    # One process cannot play a stage, which computes what another one sends, and what was measured
+    # is one link.
+    alone = job.pipeline == job.context == 1
+    if EMULATED in settings.sides and real.get("link") and alone:
         link = real["link"]
         bandwidth = link["bytes"] / max(link["seconds"] - _LATENCY, 1e-9)
         rank = replace(

@@ -15,7 +15,8 @@ class Settings:
     """The options of `dhellam bench several`."""
 
     cases: tuple[str, ...] = ("a:8:2:1", "b:40:2:1", "a:8:1:2")
-    """What to train: shape:layers:tensor:pipeline. Layers that do not fit are left out."""
+    """What to train: shape:layers:tensor:pipeline, or with :context behind. Layers that do not fit
+    are left out."""
 
     sides: tuple[str, ...] = SIDES
     """Who trains it: Megatron-core, ours, and one process that plays a rank of ours."""
@@ -62,13 +63,13 @@ class Settings:
         shape, *numbers = case.split(":")
         known = shapes(rehearse=self.device == "cpu")
         whole = all(number.isdigit() and int(number) for number in numbers)
-        if shape not in known or len(numbers) != 3 or not whole:
+        if shape not in known or len(numbers) not in (3, 4) or not whole:
             raise ValueError(
-                f"--cases: '{case}' is not shape:layers:tensor:pipeline with a shape of"
-                f" {', '.join(known)}, such as a:8:2:1"
+                f"--cases: '{case}' is not shape:layers:tensor:pipeline, or with :context behind,"
+                f" with a shape of {', '.join(known)}, such as a:8:2:1 or e:8:1:1:2"
             )
-        layers, tensor, pipeline = map(int, numbers)
+        layers, tensor, pipeline, *context = map(int, numbers)
         return Job(
             MEGATRON, shape, layers, self.vocabulary, self.micro_batches, tensor, pipeline,
-            self.device, self.rounds, self.steps,
+            self.device, self.rounds, self.steps, context=context[0] if context else 1,
         )  # fmt: skip
