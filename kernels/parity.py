@@ -247,6 +247,7 @@ def _permute(backend: Any, draw: Draw) -> Pairs:
     order = torch.cat([order, order.new_tensor([-1, -1])])
     rows = backend.permute(x, order)
     yield "rows", rows, permute.permute(x.float(), order)
+    yield "rows by place", backend.permute(x, order, place), rows
     weights = torch.rand(draw.tokens, 2, device=draw.device)
     for name, given in (("sum", None), ("weighted sum", weights)):
         for dtype in (draw.dtype, torch.float32):

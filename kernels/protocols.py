@@ -195,8 +195,8 @@ class PermuteKernel(Protocol):
     def sort(self, chosen: Tensor, groups: int) -> Sorted:
         """The choices [N, k] of tokens in order of the groups that they are."""
 
-    def permute(self, x: Tensor, order: Tensor) -> Tensor:
-        """Rows `order` [M] of `x` [N, H]."""
+    def permute(self, x: Tensor, order: Tensor, place: Tensor | None = None) -> Tensor:
+        """Rows `order` [M] of `x` [N, H], read once if their `place` [N, k] is given."""
 
     def unpermute(
         self, rows: Tensor, place: Tensor, weights: Tensor | None, dtype: torch.dtype

@@ -39,8 +39,11 @@ def sort(chosen: Tensor, groups: int) -> Sorted:
     return Sorted(order.to(torch.int32), place.view(chosen.shape), ends)
 
 
-def permute(x: Tensor, order: Tensor) -> Tensor:
-    """Rows `order` [M] of `x` [N, H]; a row that is nowhere is zero. Returns [M, H]."""
+def permute(x: Tensor, order: Tensor, place: Tensor | None = None) -> Tensor:
+    """Rows `order` [M] of `x` [N, H]; a row that is nowhere is zero. Returns [M, H].
+
+    `place` [N, k] says the same of each token, for versions that then read each row once only.
+    """
     if not len(x):
         return x.new_zeros(len(order), x.shape[1])
     return x.index_select(0, order.clamp_min(0)).masked_fill_((order < 0)[:, None], 0)

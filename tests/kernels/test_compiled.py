@@ -115,6 +115,7 @@ def _permute(backend: Any) -> None:
     x, order = _zeros(ROWS, WIDTH), _zeros(2 * ROWS, dtype=torch.int32)
     weights = _zeros(ROWS, 2, dtype=torch.float32)
     rows, place = backend.permute(x, order), order.view(ROWS, 2)
+    backend.permute(x, order, place)
     backend.unpermute(rows, place, None, torch.bfloat16)
     backend.unpermute(rows, place, weights, torch.float32)
     backend.unpermute_backward(x, rows, order, place, weights)

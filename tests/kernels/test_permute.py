@@ -66,7 +66,7 @@ def test_few_tokens(tokens: int, device: torch.device) -> None:
         order, place, ends = backend.sort(chosen, 4)
         assert ends.tolist() == [0, 0, tokens, tokens]
         rows = backend.permute(x, order)
-        assert torch.equal(rows, x)
+        assert torch.equal(rows, x) and torch.equal(backend.permute(x, order, place), x)
         assert torch.equal(backend.unpermute(rows, place, None, torch.float32), x)
         weights = torch.ones(tokens, 1, device=device)
         d_rows, d_weights = backend.unpermute_backward(x, rows, order, place, weights)
@@ -89,6 +89,7 @@ def test_permutation_and_its_gradients(
         order, place, _ = backend.sort(chosen, GROUPS)
         rows = backend.permute(x, order)
         assert rows.dtype == dtype and not rows[order < 0].any()
+        assert torch.equal(backend.permute(x, order, place), rows)
         assert torch.equal(rows[order >= 0], x[order[order >= 0].long()])
         combine = partial(_combined, place)
         noise = drawn(rows.shape, dtype, device, 3)

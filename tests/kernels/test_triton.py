@@ -159,6 +159,7 @@ def _permute_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, .
     wide = torch.stack([weights, weights], dim=2)[..., 0]
     return (
         permute.permute(x, order),
+        permute.permute(x, order, torch.stack([place, place], dim=2)[..., 0]),
         permute.unpermute(rows, place, wide, torch.float32),
         *permute.unpermute_backward(dy, rows, order, place, wide),
     )
