@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch.nn import Parameter
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.replicas import is_split
 from lightning_dhellam.plan.layout import CHANNELS, COMMUNICATORS, Held, Kept, Layout, Move, Rule
 
@@ -70,6 +71,8 @@ def bound(rule: Rule, context: ParallelContext, trained: Sequence[Parameter] = (
 
 def _kept(parameter: Parameter, there: frozenset[str]) -> Kept:
     split = frozenset({"tp"} if is_split(parameter) else ())
+    if is_expert(parameter):
+        split |= {"ep"}
     return Kept(split & there, there - split)
 
 

@@ -3,6 +3,7 @@
     forward   norm  attention  residual  norm  mlp  residual
     backward        mlp  norm            attention  norm
 
+The second block may be a mixture of experts; such a layer's graphs have a name of their own.
 Between the blocks hidden states are split along the sequence: [S / TP, B, H].
 """
 
@@ -15,10 +16,12 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from lightning_dhellam.layers import attention, linear, mlp, norm, residual
+from lightning_dhellam.layers import attention, experts, linear, mlp, norm, residual, router
 from lightning_dhellam.layers.attention import Attention
 from lightning_dhellam.layers.block import Block, Setting, Supported, check_class, check_config
+from lightning_dhellam.layers.experts import Experts
 from lightning_dhellam.layers.fields import check_unknown
 from lightning_dhellam.layers.mlp import Mlp
 from lightning_dhellam.layers.norm import Norm
@@ -29,19 +32,22 @@ from lightning_dhellam.plan import Graph, GraphPair, Strand
 SUPPORTED: Supported = {
     "cpu_offloading": (False,),
     "heterogeneous_block_specs": (False,),
-    "moe_layer_freq": (1,),
     "mtp_num_layers": (None,),
-    "num_moe_experts": (None,),
     "pipeline_model_parallel_size": (1,),
     "recompute_granularity": (None,),
 }
 
 CHECKED = frozenset().union(
-    *(block.SUPPORTED for block in (attention, linear, mlp, norm, residual)), SUPPORTED
+    *(block.SUPPORTED for block in (attention, experts, linear, mlp, norm, residual, router)),
+    SUPPORTED,
 )
 """Fields that a layer or one of its blocks looks at."""
 
-BLOCKS: dict[type, Callable[[Any, Setting], Block]] = {SelfAttention: Attention.of, MLP: Mlp.of}
+BLOCKS: dict[type, Callable[[Any, Setting], Block]] = {
+    SelfAttention: Attention.of,
+    MLP: Mlp.of,
+    MoELayer: Experts.of,
+}
 """What lowers a block of a layer, by the class of its Megatron-core module."""
 
 
@@ -108,7 +114,7 @@ def _half(
 
 
 def _forward(halves: tuple[_Half, _Half], setting: Setting) -> Graph:
-    w = GraphWriter("transformer", Strand.FORWARD, setting.sizes)
+    w = GraphWriter(_name(halves), Strand.FORWARD, setting.sizes)
     first, second = halves
     read = first.norm.forward(w, first.x)
     read = first.residual.forward_and_norm(
@@ -119,13 +125,18 @@ def _forward(halves: tuple[_Half, _Half], setting: Setting) -> Graph:
 
 
 def _backward(halves: tuple[_Half, _Half], setting: Setting) -> Graph:
-    w = GraphWriter("transformer", Strand.BACKWARD, setting.sizes)
+    w = GraphWriter(_name(halves), Strand.BACKWARD, setting.sizes)
     for half in reversed(halves):
         dx, dy = _gradient(half.x), _gradient(half.y)
         grad = half.residual.backward(w, dy, f"d_{half.block.output}")
         grad = half.block.backward(w, grad, half.norm.output)
         half.norm.backward(w, grad, half.x, dx, residual=dy)
     return w.graph({"dy": setting.sizes.shard}, ("dx",))
+
+
+def _name(halves: tuple[_Half, _Half]) -> str:
+    """Kind of the layer: of its plans, and in tables and pictures."""
+    return "mixture" if isinstance(halves[1].block, Experts) else "transformer"
 
 
 def _gradient(slot: str) -> str:
