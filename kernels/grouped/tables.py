@@ -24,16 +24,25 @@ _PLACES = 0x7FFF_0000
 """How far an axis goes that moves from tensor to tensor: coordinates have 32 bits."""
 
 
-class Tables(NamedTuple):
+class Places(NamedTuple):
     """Tensors of one shape.
 
     Attributes:
-        array: of all of them [places, rows, columns].
-        table: int32 [2, L]: place of each tensor, and whether it is fresh.
+        first: the one with the lowest address.
+        pitch: elements from place to place.
+        table: int32 [2, L]: place of each tensor, counted from `first`, and whether it is fresh.
     """
 
-    array: TensorDescriptor
+    first: Tensor
+    pitch: int
     table: Tensor
+
+    def array(self, block: tuple[int, int]) -> TensorDescriptor:
+        """All of them [places, rows, columns], as blocks of one are read."""
+        rows, columns = self.first.shape
+        return TensorDescriptor(
+            self.first, [_PLACES, rows, columns], [self.pitch, columns, 1], [1, *block]
+        )
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -46,25 +55,16 @@ def fits(*tensors: Tensor) -> bool:
     )
 
 
-def tables_of(
-    tensors: Sequence[Tensor], block: tuple[int, int], fresh: Sequence[bool] | None = None
-) -> Tables:
-    """Describe `tensors`, all of one shape [rows, columns] and type, as blocks of them are read.
+def places_of(tensors: Sequence[Tensor], fresh: Sequence[bool] | None = None) -> Places:
+    """Where `tensors` lie, all of one shape and type.
 
     The table is made once for each set of addresses; only then the host waits for the device.
     """
     addresses = tuple(t.data_ptr() for t in tensors)
     marks = (False,) * len(tensors) if fresh is None else tuple(map(bool, fresh))
     step, table = _table(tensors[0].device, addresses, marks)
-    first = min(tensors, key=Tensor.data_ptr)
-    rows, columns = first.shape
-    array = TensorDescriptor(
-        first.detach(),
-        [_PLACES, rows, columns],
-        [step // first.itemsize, columns, 1],
-        [1, *block],
-    )
-    return Tables(array, table)
+    first = min(tensors, key=Tensor.data_ptr).detach()
+    return Places(first, step // first.itemsize, table)
 
 
 @lru_cache(maxsize=8192)

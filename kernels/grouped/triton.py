@@ -18,8 +18,9 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged, to_ragged_indices
 
 from lightning_dhellam.kernels.grouped import reference
-from lightning_dhellam.kernels.grouped.reference import SHRINKS, add_bias_, bias_grad
-from lightning_dhellam.kernels.grouped.tables import fits, tables_of
+from lightning_dhellam.kernels.grouped.biases import add_bias_, bias_grad
+from lightning_dhellam.kernels.grouped.reference import SHRINKS
+from lightning_dhellam.kernels.grouped.tables import fits, places_of
 from lightning_dhellam.kernels.launch import blocks, interpreted, power_of_two
 from lightning_dhellam.kernels.linear.processors import used
 
@@ -104,7 +105,7 @@ def weight_grad(
         reference.weight_grad(dy, x, grads, fresh, ends, rows)
         return
     tiles = WEIGHT_GRAD if dy.itemsize == 2 else WIDE
-    array, table = tables_of(grads, (tiles.rows, tiles.columns // tiles.pieces), fresh)
+    places = places_of(grads, fresh)
     shape = grads[0].shape
     down, across = blocks(shape[0], tiles.rows), blocks(shape[1], tiles.columns)
     most = len(grads) * down * across
@@ -112,7 +113,8 @@ def weight_grad(
     _add_products[(programs,)](
         create_ragged_descriptor(dy, [tiles.depth, tiles.rows]),
         create_ragged_descriptor(x, [tiles.depth, tiles.columns]),
-        array, table, ends, len(grads), programs, down, across,
+        places.array((tiles.rows, tiles.columns // tiles.pieces)),
+        places.table, ends, len(grads), programs, down, across,
         REDUCES=grads[0].dtype is torch.float32 and not interpreted(), PIECES=tiles.pieces,
         LANES=power_of_two(len(grads)), INTERPRETED=interpreted(), **tiles.constants(),
     )  # fmt: skip
@@ -126,13 +128,13 @@ def _products(
     width = weights[0].shape[1 if turned else 0]
     y = x.new_empty(len(x), width)
     block = (tiles.depth, tiles.columns) if turned else (tiles.columns, tiles.depth)
-    array, table = tables_of(weights, block)
+    places = places_of(weights)
     across = blocks(width, tiles.columns)
     most = (blocks(len(x), tiles.rows) + len(weights)) * across
     programs = _programs(most, x.device)
     _multiply[(programs,)](
         create_ragged_descriptor(x, [tiles.rows, tiles.depth]),
-        array, table,
+        places.array(block), places.table,
         create_ragged_descriptor(y, [tiles.rows, tiles.columns]),
         ends, len(weights), programs, across, blocks(x.shape[1], tiles.depth),
         LANES=power_of_two(len(weights)), TURNED=turned, INTERPRETED=interpreted(),
