@@ -88,3 +88,37 @@ def test_counters_alone_determine_the_random_numbers(name: str, poison: bool) ->
     assert "loss" in differing(other, first)
     assert differing(outcome(engine, step=3, seed=99), first) == []
     assert differing(outcome(engine_of(lowered), step=3, seed=5), first) == []
+
+
+def _experts_on_rank(rank: int) -> tuple[list[str], list[str]]:
+    context = ParallelContext.create(CPU, expert_parallel_size=2)
+    config = replace(
+        CONFIG,
+        num_experts=4,
+        expert_ffn_hidden_size=24,
+        moe_layer_freq=(1, 0),
+        shared_expert_ffn_hidden_size=16,
+        aux_loss_coefficient=0.1,
+        capacity_factor=1.1,
+    )
+    model = CausalLM(config, context)
+    add_main_grads(model)
+    lowered = lower(model)
+    # Each rank has samples of its own, so experts get other numbers of rows from each.
+    batch = {name: value.roll(rank) for name, value in batch_of(config, 3, 8).items()}
+    expected = None
+    wrong: list[str] = []
+    for seed in range(-2, 40):
+        builder = random_builder(seed) if seed >= 0 else BUILDERS["sequential"]
+        engine = engine_of(lowered, builder=builder, poison=seed % 2 == 0)
+        outcome = train(engine, model, pieces(batch, 1, context))
+        expected = expected or outcome
+        wrong += [f"random-{seed}: {name}" for name in differing(outcome, expected)]
+    assert expected is not None
+    idle = [name for name, gradient in expected[1].items() if not gradient.norm() > 0]
+    return wrong, idle
+
+
+def test_two_expert_ranks() -> None:
+    for wrong, idle in run_ranks(2, _experts_on_rank):
+        assert wrong == [] and idle == []
