@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
-from lightning_dhellam.layers.balancing import LOAD, logged
+from lightning_dhellam.layers.balancing import LOAD, NAMES, logged
 from lightning_dhellam.layers.routing import stepped_bias
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import of_all_ranks
@@ -73,6 +73,11 @@ class Balance:
     def has_losses(self) -> bool:
         """Whether there are losses beside that of the model."""
         return len(self._widths) > 1
+
+    @property
+    def spans_replicas(self) -> bool:
+        """Whether a loss is taken over the tokens of all data-parallel ranks."""
+        return NAMES["global_aux_loss"] in self._widths
 
     def saw(self, tally: Tally) -> None:
         """A step has computed its gradients, and `tally` has what this rank's part of it used."""

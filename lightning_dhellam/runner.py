@@ -326,7 +326,7 @@ class Runner:
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes, weighs_all=balance.has_losses)
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
-        check_as_many(pieces, self.context)
+        check_as_many(pieces, self.context, balanced=balance.spans_replicas)
         self.agreed.suit(batch["tokens"].shape[1])
         loss = training.run(pieces)
         balance.saw(pieces[0].slots["batch.tally"])

@@ -12,6 +12,7 @@ from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.tally import Tally
 from lightning_dhellam.search.report.experts import save_load
+from tests.strategy.test_no_waiting import Reads, watched
 
 CPU = torch.device("cpu")
 RATE = 0.25
@@ -67,6 +68,16 @@ def test_biases_follow_the_load_once_a_step(model: CausalLM) -> None:
     balance.step(torch.tensor(True))
     balance.step(torch.tensor(True))  # a step without a batch
     assert first.tolist() == [-RATE, RATE, 0.0, 0.0] and not second.any()
+
+
+def test_nothing_is_read_on_the_host(model: CausalLM) -> None:
+    balance, tally, reads = Balance(model), _tally(), Reads(set())
+    with watched(reads):
+        balance.saw(tally)
+        balance.step(torch.tensor(True))
+        assert balance.last is not None
+        balance.last.imbalance.mean()
+    assert reads.found == []
 
 
 def test_a_step_that_is_left_out_moves_no_bias(model: CausalLM) -> None:

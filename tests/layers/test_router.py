@@ -28,6 +28,7 @@ from tests.layers.routers import (
     router_config,
 )
 from tests.ranks import run_ranks
+from tests.strategy.test_no_waiting import Reads, watched
 
 TOKENS = SEQUENCE * BATCH
 BALANCED = {
@@ -140,6 +141,24 @@ def test_in_bf16_it_is_about_as_far_from_the_truth_as_megatron(precise: str | No
     for name, value in expected.items():
         error = (actual[name].float() - value.float()).abs().max() / value.float().abs().max()
         assert error <= 2e-2, (name, error)
+
+
+def test_nothing_is_read_on_the_host() -> None:
+    fields = {**BALANCED, "moe_expert_capacity_factor": 0.8}
+    module = make_router(router_config(**fields))
+    torch.nn.init.normal_(module.weight)
+    add_main_grads(module)
+    pair, reads = _lowered(module, torch.float32), Reads(set())
+    slots: dict[str, Any] = {
+        "x": torch.randn(SEQUENCE, BATCH, HIDDEN),
+        "batch.share": torch.tensor(1.0),
+        "batch.tally": Tally(),
+        "d_probs": torch.ones(TOKENS, 2),
+    }
+    with watched(reads):
+        _run(pair.forward, slots)
+        _run(pair.backward, slots)
+    assert reads.found == []
 
 
 def test_losses_and_load_are_tallied() -> None:
