@@ -15,8 +15,6 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("link", ["copy:110", "16sm:200"])
 def test_a_cell_is_measured_on_a_gpu(link: str, tmp_path: Path) -> None:
     words = ["--miniature=true", "--rounds=1", "--repeats=2", f"--links=[{link}]", "--levers=true"]
-    # What searches is what takes time, in four cells over SMs.
-    words += ["--plans=[sequential,megatron,auto]", "--micro_batches=[1,2]"]
     assert bench_command(["overlap", *words, "--cells=[a4]", f"--output={tmp_path}"]) == 0
     (file,) = tmp_path.glob("overlap-*.json")
     found = json.loads(file.read_text())

@@ -23,7 +23,7 @@ from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.plan import Collective, Lane
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.strategy import DHellamStrategy
-from tests.strategy.runs import GLOBAL_BATCH, LENGTH, Model, Sequences
+from tests.strategy.runs import GLOBAL_BATCH, LENGTH, Model, Sequences, make_trainer
 
 CPU = torch.device("cpu")
 FAST = Link(bandwidth=1e12, latency=0.0)
@@ -253,6 +253,15 @@ def test_what_arrives_may_be_an_index(over: Over) -> None:
     assert not indices.any() and small.float().isfinite().all()
 
 
+@pytest.mark.parametrize("play", Play)
+def test_counts_of_all_ranks_are_those_of_this_one(over: Over, play: Play) -> None:
+    link = EmulatedLink(FAST, CPU, rank=1)
+    link.play = play
+    for counts in ([[1, 2]], [[3, 4]]):
+        gathered = all_gather(over(link), torch.tensor(counts)).value
+        assert gathered.tolist() == counts * 4
+
+
 def test_a_link_that_brings_nothing_takes_no_time(over: Over) -> None:
     link = EmulatedLink(Link(bandwidth=1.0), CPU)
     link.play = Play.NOTHING
@@ -324,6 +333,28 @@ def test_a_rank_of_eight_trains_marked_and_saves_no_checkpoint(
     with pytest.raises(ValueError, match="emulated"):
         strategy.save_checkpoint({"state_dict": {}}, tmp_path / "run.ckpt")
     assert not (tmp_path / "run.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert_parallel_size": 4},
+        {
+            "tensor_parallel_size": 2,
+            "expert_parallel_size": 4,
+            "expert_tensor_parallel_size": 1,
+        },
+        {"tensor_parallel_size": 2, "expert_parallel_size": 2},
+    ],
+    ids=["data", "whole", "split"],
+)
+def test_a_rank_trains_the_tokens_of_others(alone: None, sizes: dict[str, int]) -> None:
+    links = {"tp": FAST, "ep": FAST, "dp": FAST}
+    strategy = {**sizes, "micro_batch_size": 2, "emulate": Cluster(8, links)}
+    trainer = make_trainer(strategy, max_steps=2)
+    experts = {"num_experts": 4, "expert_ffn_hidden_size": 24}
+    trainer.fit(Model(**experts), DataLoader(Sequences(), batch_size=4))  # type: ignore[arg-type]
+    assert trainer.global_step == 2
 
 
 def test_emulation_is_one_process() -> None:
