@@ -6,6 +6,7 @@ own modules under autograd in one process.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -87,12 +88,17 @@ def _batch(config: ModelConfig) -> dict[str, Tensor]:
     return batch
 
 
-def _started(case: Case, device: torch.device = CPU, **options: Any) -> Runner:
-    """A runner with Hugging Face's weights and an optimizer that leaves gradients whole."""
-    runner = Runner.create(
-        case.config, device, micro_batch_size=1, **case.sizes, **{**case.options, **options}
-    )
-    import_huggingface(runner.model, hugging_face_mixture(case.config).state_dict())
+def started(
+    case: Case, device: torch.device = CPU, *, config: ModelConfig | None = None, **options: Any
+) -> Runner:
+    """A runner with Hugging Face's weights and an optimizer that leaves gradients whole.
+
+    Of the model of `config`, if that is not to be the case's own.
+    """
+    config = config or case.config
+    options = {**case.options, **options}
+    runner = Runner.create(config, device, micro_batch_size=1, **case.sizes, **options)
+    import_huggingface(runner.model, hugging_face_mixture(config).state_dict())
     optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
     runner.optimizer(optimizer, distributed_optimizer=False)
     return runner
@@ -103,15 +109,15 @@ def _own(runner: Runner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: x.chunk(topology.dp_size)[topology.dp_rank] for n, x in batch.items()}
 
 
-def _gradients(runner: Runner) -> dict[str, Tensor]:
+def gradients_of(runner: Runner) -> dict[str, Tensor]:
     return {name: p.main_grad.clone() for name, p in runner.model.named_parameters()}
 
 
 def _outcome(case: Case, device: torch.device) -> Outcome:
-    with _started(case, device) as runner:
+    with started(case, device) as runner:
         batch = _own(runner, _batch(case.config))
         loss = runner.mean(runner.train(batch))
-        gradients = export_huggingface(runner.model, _gradients(runner), in_memory=True)
+        gradients = export_huggingface(runner.model, gradients_of(runner), in_memory=True)
         return loss, gradients, runner.evaluate(batch), runner.predict(batch)
 
 
@@ -132,9 +138,8 @@ def _expected(config: ModelConfig) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     return loss.detach(), gradients, reference(batch["tokens"]).logits.detach()
 
 
-@pytest.mark.parametrize("world", CASES)
-def test_loss_gradients_and_logits_are_hugging_faces(world: int) -> None:
-    of_ranks = run_ranks(world, outcomes_of_rank, world)
+def check_outcomes(world: int, of_ranks: Sequence[dict[str, Outcome]]) -> None:
+    """Every rank has Hugging Face's loss, gradients and logits, in each case."""
     for name, case in CASES[world].items():
         expected_loss, expected, all_logits = _expected(case.config)
         for rank, outcome in enumerate(of_ranks):
@@ -146,3 +151,8 @@ def test_loss_gradients_and_logits_are_hugging_faces(world: int) -> None:
             assert max(errors.values()) <= 1e-5, (place, errors)
             wanted = all_logits.split(len(logits))
             assert min(relative_error(logits, part) for part in wanted) <= 1e-5, place
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_loss_gradients_and_logits_are_hugging_faces(world: int) -> None:
+    check_outcomes(world, run_ranks(world, outcomes_of_rank, world))
