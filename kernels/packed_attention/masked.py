@@ -53,6 +53,8 @@ class Efficient(PackedBackend):
         shape, groups = q.shape, k.shape[2]
         bias = _bias(sees(runs, shape[0], len(k), shape[1], causal=causal), shape[2], q.dtype)
         dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
+        # The kernel takes for granted that it lies as forward's does, and looks at no stride.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         q, k, v = _arranged(q, k, v)
         padded = torch.nn.functional.pad(lse, (0, -shape[0] % _BLOCK), value=torch.inf)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(

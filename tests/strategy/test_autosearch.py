@@ -169,24 +169,43 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     assert {"sequential, measured", "sequential, predicted"} <= set(names)
 
 
-@pytest.mark.parametrize("slow", [Collective.EXCHANGE, Collective.ALL_GATHER])
-def test_keys_come_by_the_faster_way(slow: Collective, tmp_path: Path) -> None:
+def exchanged(
+    slow: Collective, folder: Path, way: str = "auto", memory_limit: float | None = None
+) -> str | None:
+    """The way of keys and values that is in use after a search where one is slow."""
     link = Link(1e9, collectives=((slow, Link(1e6, latency=5e-3)),))
     exchange = InUseExchange()
     strategy = {
         "plan": "auto",
         "context_parallel_size": 2,
-        "context_exchange": "auto",
+        "context_exchange": way,
         "micro_batch_size": 3,
         "emulate": Cluster(2, {"cp": link}),
     }
-    callbacks = [AutoSearch(rounds=ROUNDS), exchange]
-    trainer = make_trainer(
-        strategy, callbacks, devices=1, max_steps=STEPS, default_root_dir=tmp_path
-    )
+    callbacks = [AutoSearch(rounds=ROUNDS, memory_limit=memory_limit), exchange]
+    trainer = make_trainer(strategy, callbacks, devices=1, max_steps=STEPS, default_root_dir=folder)
     data = Sequences((STEPS + 1) * GLOBAL_BATCH)
     trainer.fit(Model(), DataLoader(data, batch_size=GLOBAL_BATCH))
-    assert exchange.found == ("all_gather" if slow is Collective.EXCHANGE else "ring")
+    return exchange.found
+
+
+@pytest.mark.parametrize("slow", [Collective.EXCHANGE, Collective.ALL_GATHER])
+def test_keys_come_by_the_faster_way(slow: Collective, tmp_path: Path) -> None:
+    found = exchanged(slow, tmp_path)
+    assert found == ("all_gather" if slow is Collective.EXCHANGE else "ring")
+
+
+def test_keys_come_by_the_way_that_keeps_the_memory_limit(tmp_path: Path) -> None:
+    """All keys at once need more room than a ring, which is the slower one here."""
+    least = []
+    for way in ("auto", "all_gather"):  # the first that `auto` tries is the ring
+        with pytest.raises(ValueError, match=r"memory_limit=1 bytes: the least found") as error:
+            exchanged(Collective.EXCHANGE, tmp_path, way, memory_limit=1)
+        least.append(int(re.findall(r" is (\d+) bytes", str(error.value))[0]))
+    ring, gathered = least
+    assert ring < gathered
+    limit = (ring + gathered) / 2
+    assert exchanged(Collective.EXCHANGE, tmp_path, memory_limit=limit) == "ring"
 
 
 def test_plan_auto_searches_and_says_what_it_found(

@@ -33,6 +33,18 @@ def _weighted(weight: float) -> list[dict[str, Tensor]]:
     return batches
 
 
+def _packed() -> list[dict[str, Tensor]]:
+    """Batches whose samples hold documents, other ones in each, or one."""
+    batches = []
+    for batch in _weighted(1.0):
+        length, place = batch["tokens"].shape[1], torch.arange(batch["tokens"].shape[1])
+        second = torch.where(place < 3 + len(batches), place, place - 3 - len(batches))
+        positions = torch.stack([torch.arange(length), second])
+        batch["loss_mask"] = torch.ones(batch["tokens"].shape)
+        batches.append({**batch, "position_ids": positions})
+    return batches
+
+
 def _losses(rank: int, world: int) -> dict[str, list[float]]:
     join(rank, world)
     found = {}
@@ -47,6 +59,10 @@ def _losses(rank: int, world: int) -> dict[str, list[float]]:
                 trainer.fit(module, DataLoader(_weighted(weight), batch_size=None))  # type: ignore[arg-type]
                 found[f"{strategy} {kind} {weight}"] = losses.values
                 module = type(module)()
+            losses = Losses()
+            trainer = make_trainer(chosen, [losses], max_steps=3, use_distributed_sampler=False)
+            trainer.fit(module, DataLoader(_packed(), batch_size=None))  # type: ignore[arg-type]
+            found[f"{strategy} {kind} packed"] = losses.values
     return found
 
 
@@ -74,3 +90,9 @@ def test_weights_of_tokens(found: dict[str, list[float]], kind: str, weight: flo
         losses = found[f"{strategy} {kind} {weight}"]
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
         assert found[f"{strategy} {kind} 0.0"] == [0, 0, 0]
+
+
+def test_documents_packed_in_samples(found: dict[str, list[float]]) -> None:
+    expected = found["auto plain packed"]
+    for which in ("auto own", "ours plain", "ours own"):
+        torch.testing.assert_close(found[f"{which} packed"], expected, rtol=1e-5, atol=0)
