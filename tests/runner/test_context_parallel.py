@@ -5,6 +5,7 @@ With dropout, which draws other numbers there, they are those of one process.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -49,6 +50,11 @@ class Case:
     packed: bool = False
 
     @property
+    def known(self) -> bool:
+        """Whether Hugging Face has such a model."""
+        return self.config.position_embedding == "rope"
+
+    @property
     def batch(self) -> dict[str, Tensor]:
         """What is trained on."""
         batch = batch_with_mask(self.config)
@@ -61,6 +67,7 @@ def _cp(size: int, **others: int) -> dict[str, int]:
 
 
 DROPS = replace(SMALL, hidden_dropout=0.1)
+WITHOUT_ROTARY = replace(SMALL, position_embedding="none", init_std=0.3)
 UNGROUPED = replace(SMALL, num_query_groups=4, tie_embeddings=True)
 CASES: dict[int, dict[str, Case]] = {
     2: {
@@ -70,6 +77,7 @@ CASES: dict[int, dict[str, Case]] = {
         "packed": Case(_cp(2), packed=True),
         "packed-gathered": Case(_cp(2), GATHERED, UNGROUPED, packed=True),
         "packed-tensor": Case({"tensor_parallel_size": 2}, packed=True),
+        "packed-without-rotary": Case(_cp(2), {}, WITHOUT_ROTARY, packed=True),
     },
     3: {
         "ring": Case(_cp(3)),
@@ -107,7 +115,8 @@ def started(case: Case, device: torch.device = CPU, **options: Any) -> Runner:
     runner = Runner.create(
         case.config, device, micro_batch_size=2, **case.sizes, **{**case.options, **options}
     )
-    import_llama(runner.model, hugging_face_llama(case.config).state_dict())
+    if case.known:
+        import_llama(runner.model, hugging_face_llama(case.config).state_dict())
     optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
     runner.optimizer(optimizer, distributed_optimizer=False)
     return runner
@@ -128,7 +137,7 @@ def _outcome(case: Case, device: torch.device) -> Outcome:
         batch = _own_samples(runner, case.batch)
         loss = runner.mean(runner.train(batch))
         gradients = gradients_of(runner)
-        if runner.context.topology.pp_size == 1:
+        if case.known and runner.context.topology.pp_size == 1:
             gradients = export_llama(runner.model, gradients)
         gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
         return loss.cpu(), gradients, runner.evaluate(batch).cpu(), runner.predict(batch).cpu()
@@ -183,8 +192,12 @@ def check_outcomes(world: int, of_ranks: list[dict[str, Outcome]]) -> None:
         _, expected, losses, all_logits = _expected(case.config, case.packed)
         expected_loss = losses[0]
         in_stages = "pipeline_parallel_size" in case.sizes
-        if in_stages or case.config.hidden_dropout:
-            expected_loss, expected = alone(case.config, case.packed, exported=not in_stages)
+        if in_stages or case.config.hidden_dropout or not case.known:
+            exported = case.known and not in_stages
+            mine = alone(case.config, case.packed, exported=exported)
+            expected_loss, expected = mine[:2]
+            if not case.known:
+                losses, all_logits = mine[2][None], mine[3]
         found: dict[str, Tensor] = {}
         for rank, outcome in enumerate(of_ranks):
             loss, gradients, evaluated, logits = outcome[name]
@@ -210,13 +223,26 @@ def _check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], plac
 
 
 @cache
-def alone(config: ModelConfig, packed: bool, *, exported: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one process, by its own names or by those of Hugging Face."""
+def alone(config: ModelConfig, packed: bool, *, exported: bool) -> Outcome:
+    """What one process finds, gradients by its own names or by those of Hugging Face."""
     case = Case({}, {}, config, packed)
     with started(case) as runner:
         loss = runner.train(case.batch)
         gradients = gradients_of(runner)
-        return loss, export_llama(runner.model, gradients) if exported else gradients
+        if exported:
+            gradients = export_llama(runner.model, gradients)
+        return loss, gradients, runner.evaluate(case.batch), runner.predict(case.batch)
+
+
+def loss_by_place(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """A loss of a user's own, which looks at where tokens stand in their documents."""
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch["labels"], ignore_index=-100, reduction="none"
+    )
+    return (losses * (1.0 + batch["position_ids"])).mean()
+
+
+OWN_LOSS = Case({}, {"loss": loss_by_place}, packed=True)
 
 
 def _with_plans(rank: int, path: Path) -> dict[str, Any]:
@@ -233,6 +259,8 @@ def _with_plans(rank: int, path: Path) -> dict[str, Any]:
                 if differing(outcome, expected):
                     found["wrong"].append(f"{name}, {plan}: {differing(outcome, expected)}")
             found[name] = expected
+    with started(replace(OWN_LOSS, sizes=_cp(2))) as runner:
+        found["own loss"] = runner.train(batch), gradients_of(runner)
     runner = started(case, context_fp32_gradients=False, precision="bf16-true")
     with runner:
         found["bf16"] = runner.train(batch, step=0)
@@ -271,8 +299,19 @@ def test_a_checkpoint_is_written_once(plans: tuple[list[dict[str, Any]], Path]) 
 def test_dropout_draws_what_one_process_draws(
     plans: tuple[list[dict[str, Any]], Path],
 ) -> None:
-    expected_loss, expected = alone(DROPS, True, exported=False)
+    expected_loss, expected = alone(DROPS, True, exported=False)[:2]
     for rank, found in enumerate(plans[0]):
         loss, gradients = found["ring"]
+        assert abs(loss - expected_loss) <= 1e-6 * expected_loss
+        _check_gradients(gradients, expected, f"rank {rank}")
+
+
+def test_a_loss_of_ones_own_is_the_mean_over_the_parts(
+    plans: tuple[list[dict[str, Any]], Path],
+) -> None:
+    with started(OWN_LOSS) as runner:
+        expected_loss, expected = runner.train(OWN_LOSS.batch), gradients_of(runner)
+    for rank, found in enumerate(plans[0]):
+        loss, gradients = found["own loss"]
         assert abs(loss - expected_loss) <= 1e-6 * expected_loss
         _check_gradients(gradients, expected, f"rank {rank}")

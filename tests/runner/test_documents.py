@@ -59,15 +59,7 @@ def test_documents_are_trained_as_if_alone(position_embedding: str) -> None:
     losses: list[Tensor] = []
     summed: Counter[str] = Counter()
     alone = {name: batch[name] for name in ("tokens", "labels", "loss_mask")}
-    if position_embedding == "rope":
-        runner = started(case)
-    else:  # Hugging Face has none such
-        from lightning_dhellam.runner import Runner
-
-        runner = Runner.create(case.config, torch.device("cpu"), micro_batch_size=2)
-        optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
-        runner.optimizer(optimizer, distributed_optimizer=False)
-    with runner:
+    with started(case) as runner:
         found = runner.train(batch, step=0), gradients_of(runner)
         evaluated, logits = runner.evaluate(batch), runner.predict(batch)
         for sample, tokens in DOCUMENTS:
