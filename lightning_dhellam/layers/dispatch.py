@@ -161,10 +161,10 @@ class Dispatch:
         several = self.ranks > 1
         w.compute(
             "experts.unpermute.grad",
-            (grad, "order"),
+            (grad, "order", "place"),
             {"d_returned" if several else write: self._size(w)},
-            lambda dy, order: permute(dy.flatten(0, -2), order),
-            moved=2 * self._size(w),
+            lambda dy, order, place: permute(dy.flatten(0, -2), order, place.flatten(0, -2)),
+            moved=w.sizes.wide(self.hidden) * self._tokens(w) + self._size(w),
         )
         if several:
             self._exchange(w, "combine.grad", ("d_returned",), ("d_leaving",), there=True)
@@ -262,10 +262,10 @@ class Dispatch:
         permute = self.kernels.permute.permute
         w.compute(
             "experts.permute",
-            (read, "order"),
+            (read, "order", "place"),
             {"sent": self._size(w)},
-            lambda x, order: permute(x.flatten(0, -2), order),
-            moved=2 * self._size(w),
+            lambda x, order, place: permute(x.flatten(0, -2), order, place.flatten(0, -2)),
+            moved=w.sizes.wide(self.hidden) * self._tokens(w) + self._size(w),
         )
 
     def _place(self, w: GraphWriter) -> None:
