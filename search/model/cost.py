@@ -2,11 +2,13 @@
 
 There is one compute lane and one lane per communicator. Each lane runs its operators in issue
 order; an operator starts when its lane is free, what it reads is there, and the host has issued
-it. While a compute operator and a communication operator run together, each proceeds at one over
-its slowdown, which depends on the two and on which of them began first: a kernel that is running
-has the processors that it needs, and one that comes later gets what is left. Two communication
-operators of different lanes, which share links and processors, slow each other down as well. An
-operator that several disturb is slowed by the product.
+it. Where the host waits for a value, on the lane `host`, it issues nothing until that is there:
+the device is left with what it was given before. While a compute operator and a communication
+operator run together, each proceeds at one over its slowdown, which depends on the two and on
+which of them began first: a kernel that is running has the processors that it needs, and one that
+comes later gets what is left. Two communication operators of different lanes, which share links
+and processors, slow each other down as well. An operator that several disturb is slowed by the
+product.
 
     compute  |== fc1.gemm at 1/1.1 ==|= fc1.gemm =|
     tp       |== grad_gather at 1/1.3 ==|= at 1/1.2 =|

@@ -30,6 +30,7 @@ class Machine(NamedTuple):
         behind: slowdowns where communication starts while the compute launch is running.
         launch: seconds the host needs to issue one operator.
         inline: whether compute runs on the host: see `play`.
+        looks: whether the host waits for each launch before it issues what follows.
     """
 
     lane: Array
@@ -41,6 +42,7 @@ class Machine(NamedTuple):
     behind: Array
     launch: float
     inline: bool
+    looks: Array
 
     def mixed(self, other: Machine, chosen: Array) -> Machine:
         """Return a machine where the launches that are `chosen` run as in `other`."""
@@ -50,7 +52,20 @@ class Machine(NamedTuple):
 
 @compiled
 def play(  # type: ignore[no-untyped-def]
-    queues, seconds, kinds, waits, followers, issued, host, slowdowns, behind, holds, holding
+    queues,
+    seconds,
+    kinds,
+    waits,
+    followers,
+    issued,
+    host,
+    slowdowns,
+    behind,
+    holds,
+    holding,
+    looking,
+    looks,
+    pace,
 ):
     """Return start and end of each launch, in seconds.
 
@@ -66,6 +81,10 @@ def play(  # type: ignore[no-untyped-def]
             each launch reads, and for the end of compute, before it goes on; else empty.
         holds: the launches that wait for each one to start, counted among `waits`.
         holding: whether only those wait; else what could start with a compute launch goes first.
+        looking: the launches in issue order if the host waits for some of them; else empty. What is
+            issued after one waits until it has ended, and `issued` is filled in meanwhile.
+        looks: whether the host waits for each launch. It starts when the host begins to.
+        pace: seconds the host needs to issue one launch.
     """
     lanes = len(queues.offsets) - 1
     count = len(seconds)
@@ -80,8 +99,20 @@ def play(  # type: ignore[no-untyped-def]
     for at in range(queues.offsets[0], queues.offsets[1]):
         computes[queues.values[at]] = True
     issuing, passed = 0, np.full(count, len(host) == 0)
+    given, clock, looked = 0, 0.0, -1
     now = 0.0
     while True:
+        while given < len(looking):
+            if looked >= 0:
+                if ends[looked] == np.inf:
+                    break
+                clock, looked = max(clock, ends[looked]), -1
+            launch = looking[given]
+            clock += pace
+            issued[launch] = clock
+            if looks[launch]:
+                looked = launch
+            given += 1
         while issuing < len(host) and not waits[host[issuing]]:
             launch = host[issuing]
             passed[launch] = True
@@ -148,6 +179,8 @@ def play(  # type: ignore[no-untyped-def]
                 continue
             ends[launch] = now
             running[lane] = -1
+            if len(looking) and looks[launch]:
+                starts[launch] = issued[launch]
             for at in range(followers.offsets[launch], followers.offsets[launch + 1]):
                 follower = followers.values[at]
                 waits[follower] -= 1
@@ -191,7 +224,10 @@ def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-d
         holder[launch + 1] = holder[launch] + (held_by[launch] >= 0)
     held = held_by[held_by >= 0]
     issued = np.zeros(0)
-    if machine.launch and not machine.inline:
+    looking = not machine.inline and machine.looks.any()
+    if looking:
+        issued = np.full(count, np.inf)
+    elif machine.launch and not machine.inline:
         issued = np.zeros(count)
         for number in range(len(order)):
             issued[order[number]] = (number + 1) * machine.launch
@@ -207,6 +243,9 @@ def perform(machine, lanes, order, first, holding):  # type: ignore[no-untyped-d
         machine.behind,
         Rows(held, holder),
         holding and not machine.inline,
+        order if looking else order[:0],
+        machine.looks,
+        machine.launch,
     )
 
 

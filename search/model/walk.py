@@ -79,6 +79,7 @@ class Walk:
             *self._costs.arrays(self._distinct),
             float(self._costs.launch),
             self._costs.inline,
+            np.array([launch.operator.waits for launch in self.launches], np.bool_),
         )
 
     def _kinds(self, keys: Sequence[str]) -> Array:

@@ -57,7 +57,8 @@ class Orders:
         ancestors: bit mask of all that each operator depends on.
         descendants: bit mask of all that depend on each operator.
         loose: bit mask of the operators that may lag.
-        communications: numbers of the operators that are not computed.
+        communications: numbers of the operators that communicate.
+        looks: whether the host waits for some operator.
     """
 
     def __init__(self, ahead: GraphPair | None, behind: GraphPair | None, *, cyclic: bool) -> None:
@@ -95,6 +96,7 @@ class Orders:
         self.loose = ((1 << self.size) - 1) & ~handing if self.cyclic else 0
         self.loose_ones = [x for x in range(self.size) if self.loose >> x & 1]
         self.communications = [x for x, (_, o) in enumerate(self.operators) if o.is_communication]
+        self.looks = any(operator.waits for _, operator in self.operators)
 
     def default(self) -> PairOrder:
         """Return forward, then backward, in the graphs' own order."""

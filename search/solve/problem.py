@@ -101,12 +101,13 @@ class Problem(Orders):
         """Leave out of the costs what no order can change.
 
         Communication that shares the host with compute takes the processor's time in any order.
-        A host that runs far ahead of a device, round after round, is never waited for.
+        A host that runs far ahead of a device, round after round, is never waited for, unless it
+        waits itself.
         """
         if costs.inline:
             return costs.without_slowdowns()
         work = sum(costs.alone(graph, o.name) for graph, o in self.operators)
-        ahead = self.size * costs.launch <= _AHEAD * work
+        ahead = self.size * costs.launch <= _AHEAD * work and not self.looks
         return replace(costs, launch=0.0) if self.cyclic and ahead else costs
 
     def _sparable(self) -> int:
@@ -159,7 +160,9 @@ class Problem(Orders):
     @property
     def exchangeable(self) -> bool:
         """Whether only the order within each lane matters."""
-        return not (self.costs.launch or self.costs.inline or self.memory_limit is not None)
+        costs = self.costs
+        alone = costs.launch or costs.inline or self.looks or self.memory_limit is not None
+        return not alone
 
     @property
     def averages(self) -> bool:
@@ -331,7 +334,8 @@ class Problem(Orders):
     def single(self) -> Machine:
         """The machine of one round, which no host holds up."""
         walk = Walk(repeated(self._ahead, self._behind, 1), self.costs)
-        return walk.machine._replace(launch=0.0, inline=False)
+        never = np.zeros_like(walk.machine.looks)
+        return walk.machine._replace(launch=0.0, inline=False, looks=never)
 
     @cached_property
     def _longer(self) -> Walk:

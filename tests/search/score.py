@@ -27,6 +27,9 @@ class Score:
         behind: the same for communication that starts while the compute launch is running.
         holds: the compute launches that wait for each launch to start. None: what could start
             with a compute launch goes first, as if it held it.
+        looking: all launches in issue order, if the host waits for some.
+        looked_at: those that it waits for.
+        pace: seconds between launches that it issues.
     """
 
     queues: Sequence[Sequence[int]]
@@ -38,6 +41,9 @@ class Score:
     slowdowns: Table
     behind: Table
     holds: Mapping[int, Sequence[int]] | None = None
+    looking: Sequence[int] = ()
+    looked_at: Sequence[int] = ()
+    pace: float = 0.0
 
 
 def play(score: Score) -> tuple[list[float], list[float]]:
@@ -49,11 +55,16 @@ def play(score: Score) -> tuple[list[float], list[float]]:
         np.array(score.kinds, np.int64),
         np.array(score.waits, np.int64),
         arrays.Rows.of(score.followers),
-        np.array(score.issued or (), float),
+        np.full(len(score.seconds), np.inf)
+        if score.looking
+        else np.array(score.issued or (), float),
         np.zeros(0, np.int64),
         np.array(score.slowdowns, float),
         np.array(score.behind, float),
         arrays.Rows.of(holds.get(launch, ()) for launch in range(len(score.seconds))),
         score.holds is not None,
+        np.array(score.looking, np.int64),
+        np.isin(np.arange(len(score.seconds)), score.looked_at),
+        score.pace,
     )
     return starts.tolist(), ends.tolist()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from lightning_dhellam.plan import BUILDERS, Barrier, Issue, Lane, Plan, Strand
+from lightning_dhellam.plan import BUILDERS, Barrier, GraphPair, Issue, Lane, Plan, Strand
 from lightning_dhellam.search.measure import measure
 from lightning_dhellam.search.model import Costs, Place, Stop, Walk, arrays, simulate, slowdown_of
-from lightning_dhellam.search.solve import steady_state
+from lightning_dhellam.search.solve import Problem, solve_pair, steady_state
+from tests.plan.graphs import graph
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, toy_costs, transformer
 from tests.search.score import Score, play
 
@@ -220,3 +221,80 @@ def test_an_unknown_operator_is_named() -> None:
     toy, costs = toy_costs({})
     with pytest.raises(ValueError, match=r"operator 'norm' of graph 'toy forward'.*measure"):
         Costs({}, costs.seconds).key(toy.forward, "norm")
+
+
+def test_a_host_that_waits_issues_nothing_until_it_has_its_value() -> None:
+    """Compute 0 of 1 s, communication 1 of 2 s after it, then the host looks (2).
+
+    What was issued before that (3, of 1 s) runs meanwhile; what comes later (4) does not, though
+    its lane is free from 2 to 3.
+    """
+    score = Score(
+        [[0, 3, 4], [1], [2]],
+        [1, 2, 0, 1, 1],
+        [0] * 5,
+        [0, 1, 1, 0, 0],
+        [[1], [2], [], [], []],
+        None,
+        FREE,
+        FREE,
+        looking=[0, 1, 3, 2, 4],
+        looked_at=[2],
+    )
+    starts, ends = play(score)
+    assert ends == [1, 3, 3, 2, 4]
+    # The wait begins when the host comes there, long before there is something to see.
+    assert starts == [0, 1, 0, 1, 3]
+    # With nothing behind it the device idles for two seconds.
+    score.looking = [0, 1, 2, 3, 4]
+    assert play(score)[1] == [1, 3, 3, 4, 5]
+    # Each launch takes the host its time, again after the wait.
+    score.pace = 0.5
+    assert play(score)[1] == [1.5, 3.5, 3.5, 5, 6]
+
+
+LOOKING = """
+count compute: x -> count
+gather ep: count -> counts
+look host: counts -> sizes
+expert compute: sizes x -> y
+other compute: x -> z
+last compute: y z -> out
+"""
+
+
+def test_a_search_gives_the_device_work_before_the_host_waits() -> None:
+    drawn = graph("forward", LOOKING, "x", "out", name="mixture")
+    looking = tuple(replace(o, waits=o.name == "look") for o in drawn.operators)
+    ahead = replace(drawn, operators=looking)
+    behind = graph("backward", "grad compute: dout -> dx", "dout", "dx", name="mixture")
+    pair = GraphPair(ahead, behind)
+    seconds = {"count": 1.0, "gather": 4.0, "look": 0.0, "expert": 3.0, "other": 2.0, "last": 1.0}
+    seconds["grad"] = 4.0
+    keys = {g.fingerprint: {o.name: o.name for o in g.operators} for g in (ahead, behind)}
+    lone = Costs(keys, seconds, launch=0.01)
+    problem = Problem(pair, pair, lone)
+    assert not problem.exchangeable and problem.costs.launch == 0.01
+    early = Plan(
+        "early",
+        "mixture",
+        "mixture",
+        tuple(
+            Issue(Strand.BACKWARD if name == "grad" else Strand.FORWARD, lane, name)
+            for lane, name in (
+                (Lane.COMPUTE, "count"),
+                (Lane.EP, "gather"),
+                (Lane.HOST, "look"),
+                (Lane.COMPUTE, "other"),
+                (Lane.COMPUTE, "grad"),
+                (Lane.COMPUTE, "expert"),
+                (Lane.COMPUTE, "last"),
+            )
+        ),
+    )
+    # 11 seconds of compute, and 4 in which nothing but the gather runs.
+    assert problem.seconds_of_plan(early) == pytest.approx(15, abs=0.1)
+    found = solve_pair(pair, pair, lone)
+    assert found.seconds == pytest.approx(11, abs=0.1)
+    names = [row.operator for row in found.plan.issues]
+    assert names.index("grad") < names.index("look")
