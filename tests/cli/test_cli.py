@@ -39,7 +39,9 @@ def test_every_recipe_parses_against_the_real_signatures(
     config = preset(model["preset"], **(model["overrides"] or {}))
     strategy = parsed["trainer"]["strategy"]["init_args"]
     tensor, stages = strategy["tensor_parallel_size"], strategy["pipeline_parallel_size"]
-    config.validate(tensor)
+    config.validate(
+        tensor, strategy["expert_parallel_size"], strategy["expert_tensor_parallel_size"]
+    )
     assert len(pipeline_split(config, stages)) == 2 * stages
     assert strategy["plan"] == "auto"
     context = strategy["context_parallel_size"]
