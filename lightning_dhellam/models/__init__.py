@@ -15,6 +15,7 @@ from lightning_dhellam.models.huggingface import (
     import_llama,
 )
 from lightning_dhellam.models.presets import PRESETS, preset
+from lightning_dhellam.models.source import config_of
 from lightning_dhellam.models.stage import pipeline_split
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CausalLM",
     "ModelConfig",
     "active_parameter_count",
+    "config_of",
     "export_huggingface",
     "export_llama",
     "import_huggingface",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.families import Family
-from lightning_dhellam.models.families.family import Theirs, rope_of, rope_type
+from lightning_dhellam.models.families import FAMILIES, Family
+from lightning_dhellam.models.families.family import Found, Theirs, rope_of, rope_type
 
 _CONFIG = "config.json"
 _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -90,6 +90,39 @@ def check_config(config: Any, own: ModelConfig, family: Family) -> None:
         )
 
 
+def config_of(source: Any, **overrides: Any) -> ModelConfig:
+    """The model that a configuration of Hugging Face describes.
+
+    Args:
+        source: a folder with `config.json`, that file, what it holds, or a configuration itself.
+        overrides: fields of the `ModelConfig` that are to have other values.
+
+    Raises:
+        ValueError: of which family it is is not known, or it cannot be expressed; by field.
+    """
+    theirs = _as_mapping(source)
+    known = {family.model_type: family for family in FAMILIES}
+    family = known.get(theirs.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"model_type={theirs.get('model_type')!r} is not known here: {', '.join(known)} are"
+        )
+    said = {ours: value for ours, (_, value) in _found(theirs, family).items()}
+    said["head_dim"] = said.pop("kv_channels")
+    said["max_sequence_length"] = theirs.get("max_position_embeddings", 8192)
+    if "expert_width" in said:
+        # A family without dense layers has one width, which is that of its experts.
+        name = "expert_ffn_hidden_size" if family.dense_layers else "ffn_hidden_size"
+        said[name] = said.pop("expert_width")
+    if "expert_layers" in said:
+        said["moe_layer_freq"] = tuple(map(int, said.pop("expert_layers")))
+    config = ModelConfig(**{**family.fixed, **said, **overrides})
+    problems = list(_inexpressible(theirs, config, family))
+    if problems:
+        raise ValueError(f"a {family.architecture} that cannot be expressed: {'; '.join(problems)}")
+    return config
+
+
 def _as_mapping(config: Any) -> Mapping[str, Any]:
     if isinstance(config, str | PathLike):
         path = Path(config)
@@ -123,6 +156,14 @@ def _inexpressible(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator
 
 
 def _different(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str]:
+    for ours, (name, value) in _found(theirs, family).items():
+        mine = getattr(own, ours)
+        if mine != value:
+            yield f"{name}={value!r}, and the model has {_SPELT.get(ours, ours)}={mine!r}"
+
+
+def _found(theirs: Theirs, family: Family) -> Found:
+    """What a configuration says of a model, by our names."""
     found = {ours: (name, theirs.get(name, usual)) for ours, (name, usual) in family.fields.items()}
     heads = found["num_attention_heads"][1]
     name, groups = found["num_query_groups"]
@@ -137,11 +178,7 @@ def _different(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str
         "factor of rope_type 'llama3'",
         rope["factor"] if scaled else None,
     )
-    found |= family.more(theirs)
-    for ours, (name, value) in found.items():
-        mine = getattr(own, ours)
-        if mine != value:
-            yield f"{name}={value!r}, and the model has {_SPELT.get(ours, ours)}={mine!r}"
+    return found | family.more(theirs)
 
 
 def _tensors(folder: Path, architecture: str) -> dict[str, Tensor]:

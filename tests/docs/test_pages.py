@@ -71,7 +71,7 @@ def test_every_name_that_the_pages_mention_exists() -> None:
     ]
     assert sorted(precisions) == sorted(PRECISIONS)
     assert set(re.findall(r'preset\("([\w.-]+)"', text)) <= set(PRESETS)
-    assert set(re.findall(r"`(llama-[\w.-]+(?:gpu|cpu))`", text)) == set(recipes.names())
+    assert set(re.findall(r"`([a-z][\w.]*-[\w.-]+-\d(?:gpu|cpu))`", text)) == set(recipes.names())
 
 
 def test_a_cluster_that_a_guide_shows_is_read(tmp_path: Path) -> None:

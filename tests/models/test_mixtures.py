@@ -13,7 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_dhellam.models import CausalLM, export_huggingface, import_huggingface
+from lightning_dhellam.models import (
+    CausalLM,
+    config_of,
+    export_huggingface,
+    import_huggingface,
+)
 from lightning_dhellam.parallel import ParallelContext
 from tests.models.llama import random_batch, relative_error, token_losses
 from tests.models.mixtures import MIXTURES, ODD, hugging_face_mixture
@@ -99,6 +104,11 @@ def test_round_trip_is_exact(sizes: dict[str, int]) -> None:
 def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
     model, theirs = _single(name)
     theirs.save_pretrained(tmp_path)
+    described = config_of(tmp_path)
+    assert described.expert_layers == MIXTURES[name].expert_layers
+    assert described.kv_channels == MIXTURES[name].kv_channels
+    written = {"moe_layer_freq": MIXTURES[name].moe_layer_freq, "head_dim": MIXTURES[name].head_dim}
+    assert replace(described, **written) == MIXTURES[name]
     import_huggingface(model, tmp_path)
     tensors = export_huggingface(model)
     folder = tmp_path / "exported"
@@ -164,6 +174,16 @@ def test_other_configurations_are_refused_by_field(
         import_huggingface(model, theirs.state_dict(), config)
     after = export_huggingface(model)
     assert all(torch.equal(before[n], tensor) for n, tensor in after.items())
+
+
+def test_configurations_of_no_family_or_that_cannot_be_expressed_are_refused() -> None:
+    theirs = hugging_face_mixture(MIXTURES["mixtral"]).config.to_dict()
+    with pytest.raises(ValueError, match=r"^model_type='gpt2' is not known here: llama, mixtral"):
+        config_of({**theirs, "model_type": "gpt2"})
+    with pytest.raises(ValueError, match=r"^a MixtralForCausalLM that .* sliding_window=16, and"):
+        config_of({**theirs, "sliding_window": 16})
+    short = config_of({**theirs, "sliding_window": 16}, max_sequence_length=16)
+    assert short == replace(MIXTURES["mixtral"], max_sequence_length=16)
 
 
 def test_a_window_as_wide_as_the_longest_sequence_is_none() -> None:
