@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_dhellam.autosearch.exchanges import take_fastest
+from lightning_dhellam.autosearch.exchanges import Taken, take_fastest
 from lightning_dhellam.autosearch.profiling import fingerprint, of_stage, take_profile, versions
 from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
@@ -111,6 +111,7 @@ class Session:
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         everyone = runner.context.world_group
         measuring = partial(self._measuring, progress)
+        limit = options.memory_limit
         if len(runner.agreed.exchanges) > 1:
             if options.profile is not None:
                 raise ValueError(
@@ -119,14 +120,16 @@ class Session:
                     f"{' or '.join(map(repr, runner.agreed.exchanges))}"
                 )
             with self._timed("exchange"):
-                self._take_exchange(measuring, slack)
-        with self._timed("profile"):
-            self._profile = together(lambda: self._profiled(measuring), everyone)
+                taken = self._take_exchange(measuring, slack)
+            self.exchange, self._profile, limit = taken
+        else:
+            with self._timed("profile"):
+                self._profile = together(lambda: self._profiled(measuring), everyone)
         with self._timed("solve"):
 
             def solve_or_end() -> None:
-                with self._ending.ending_at_once() if self._ending is not None else nullcontext():
-                    self._solve(options.memory_limit, slack)
+                with self._ending_at_once():
+                    self._solve(limit, slack if limit is None else None)
 
             together(solve_or_end, everyone)
             self._agree()
@@ -179,14 +182,19 @@ class Session:
         else:
             use_unsearched(self._runner)
 
-    def _take_exchange(self, progress: Progress | None, slack: float | None) -> None:
-        self.exchange = take_fastest(
+    def _ending_at_once(self) -> AbstractContextManager[None]:
+        return self._ending.ending_at_once() if self._ending is not None else nullcontext()
+
+    def _take_exchange(self, progress: Progress | None, slack: float | None) -> Taken:
+        reduction = Reduction.of(self._runner.gradient_buffers)
+        return take_fastest(
             self._runner,
             self._pieces,
-            partial(self._measure, progress),
+            partial(self._measure, progress, reduction),
             tokens=self._tokens,
             memory_limit=self._options.memory_limit,
             memory_slack=slack,
+            ending=self._ending_at_once,
         )
 
     def _measure(self, progress: Progress | None, reduction: Reduction | None = None) -> Profile:
@@ -271,13 +279,14 @@ class Session:
         given = self._runner.plan
         if given not in self._builders:
             self._builders[given] = named_plan(given, self._runner.agreed.conditions)
-        if limit is not None:
+        given_limit = self._options.memory_limit
+        if given_limit is not None:
             needs = {
                 name: peak_bytes(layers, builder, costs, tokens=tokens)
                 for name, builder in self._builders.items()
                 if name != REFERENCE
             }
-            self.left_out = {name: peak for name, peak in needs.items() if peak > limit}
+            self.left_out = {name: peak for name, peak in needs.items() if peak > given_limit}
         reductions = self._reductions()
         self._predicted: dict[str, Simulation] = {
             name: simulate(
