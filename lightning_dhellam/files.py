@@ -215,6 +215,29 @@ def save_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, data)
 
 
+def read_json(path: Path, kind: str, remedy: str) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Args:
+        path: of the file.
+        kind: what it is wanted as, such as "profile".
+        remedy: what to do if it is broken.
+
+    Raises:
+        FileError: it is absent or broken, or holds no mapping.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read as a {kind}: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(f"{path} is not a whole {kind} ({error}): {remedy}") from error
+    if not isinstance(fields, dict):
+        shown = type(fields).__name__
+        raise FileError(f"{path} holds a {shown}, and is not a {kind}: {remedy}")
+    return fields
+
+
 def load_json(path: Path, kind: str, version: int, *older: int) -> dict[str, Any]:
     """The fields of a JSON file that says `"format": version`, or one of the `older` formats.
 
@@ -222,13 +245,8 @@ def load_json(path: Path, kind: str, version: int, *older: int) -> dict[str, Any
         FileError: it is absent, broken, not a `kind` ("plan file", "profile"), or of another
             format.
     """
-    try:
-        fields = json.loads(path.read_bytes())
-    except OSError as error:
-        raise FileError(f"{path} cannot be read as a {kind}: {error.strerror}") from error
-    except ValueError as error:
-        raise FileError(f"{path} is not a whole {kind} ({error}): make it again") from error
-    if not isinstance(fields, dict) or "format" not in fields:
+    fields = read_json(path, kind, "make it again")
+    if "format" not in fields:
         raise FileError(f"{path} is not a {kind}: it has no field 'format'")
     for other, mark in _MARKS.items():
         if other != kind and mark in fields:

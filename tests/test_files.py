@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lightning_dhellam.checkpoint.folder import read_topology
 from lightning_dhellam.files import (
     WriteError,
     check_file,
@@ -13,7 +17,9 @@ from lightning_dhellam.files import (
     save_text,
     staged_directory,
 )
+from lightning_dhellam.models.source import open_weights
 from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.search.measure import Profile
 from tests.full_disk import full_disk
 
 
@@ -61,3 +67,32 @@ def test_a_full_disk_is_named_with_what_is_missing(kind: str, tmp_path: Path) ->
     assert message.endswith(" are free") and "\n" not in message
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def _config(file: Path) -> Any:
+    return open_weights("import_llama", "LlamaForCausalLM", file.parent, None)
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "plan": ("plan.json", PlanFile.load),
+    "profile": ("profile.json", Profile.load),
+    "checkpoint": ("topology.json", lambda file: read_topology(file.parent)),
+    "hugging-face": ("config.json", _config),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_of_json_says_what_is_wrong_and_what_to_do(
+    reader: str, tmp_path: Path
+) -> None:
+    name, read = READERS[reader]
+    file = tmp_path / name
+    torch.save({}, tmp_path / "pytorch_model.bin")  # beside a configuration
+    for broken, message in (
+        ("", r"is not a whole [\w ]+ \(.*\): \w+"),
+        ('{"format": 1', r"is not a whole [\w ]+ \(.*\): \w+"),
+        ("[1]", r"holds a list, and is not a [\w ]+: \w+"),
+    ):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            read(file)

@@ -166,23 +166,13 @@ def read(file: Path) -> dict[str, Any]:
     except ValueError:
         raise
     except Exception as error:
-        raise unreadable(file, error) from error
-    return mapping(file, content)
-
-
-def mapping(file: Path, content: Any) -> dict[str, Any]:
-    """`content`, if it is a mapping; a file of a checkpoint holds nothing else."""
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}: {_reason(error)}): if it is damaged,"
+            f" {REMEDY}"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {REMEDY}")
     return content
-
-
-def unreadable(file: Path, error: Exception) -> ValueError:
-    """What to raise when `error` was met in reading `file`."""
-    return ValueError(
-        f"{file} cannot be read ({type(error).__name__}: {_reason(error)}): if it is damaged,"
-        f" {REMEDY}"
-    )
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from lightning_dhellam.checkpoint import content
-from lightning_dhellam.files import WriteError, put_in_place, save_text, sync_files
+from lightning_dhellam.files import WriteError, put_in_place, read_json, save_text, sync_files
 from lightning_dhellam.parallel.collectives import of_all_ranks, together, try_together
 from lightning_dhellam.parallel.context import ParallelContext
 
@@ -228,11 +228,7 @@ def read_topology(path: Path) -> dict[str, Any]:
             f"checkpoint {path} {kind if path.exists() else 'does not exist'}: give a folder that"
             " a run with DHellamStrategy wrote"
         )
-    try:
-        topology = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise content.unreadable(file, error) from error
-    return content.mapping(file, topology)
+    return read_json(file, "description of a checkpoint", content.REMEDY)
 
 
 def _topology(context: ParallelContext) -> dict[str, Any]:

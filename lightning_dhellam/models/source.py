@@ -6,7 +6,6 @@ of rotary frequencies, only the configuration says: so the two come together, an
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dhellam.files import read_json
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import FAMILIES, Family
 from lightning_dhellam.models.families.family import Found, Theirs, rope_of, rope_type
@@ -215,12 +215,4 @@ def _of_file(file: Path) -> dict[str, Tensor]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping")
-    return content
+    return read_json(file, "file of Hugging Face", "fetch or save the model again")
