@@ -272,6 +272,19 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
         _launch(module=Model(ffn_hidden_size=33), strategy=TP2),
         r"ffn_hidden_size=33 is not a multiple of tensor_parallel_size=2.*lower",
     ),
+    "no-experts": (
+        _launch(strategy={"expert_parallel_size": 2}),
+        r"expert_parallel_size=2, but the model has no experts: leave it at 1, or give num_experts",
+    ),
+    "experts-over-ranks": (
+        _launch(module=Model(num_experts=6), strategy={"expert_parallel_size": 4}, devices=4),
+        r"num_experts=6 is not a multiple of expert_parallel_size=4: .*use one of 1, 2, 3, 6",
+    ),
+    "width-of-experts-over-ranks": (
+        _launch(module=Model(num_experts=4, expert_ffn_hidden_size=9), strategy=TP2),
+        r"expert_ffn_hidden_size=9 is not a multiple of expert_tensor_parallel_size=2: .*set"
+        r" expert_tensor_parallel_size=1 or change",
+    ),
     "few-layers": (
         _launch(strategy={"pipeline_parallel_size": 4}, devices=4),
         r"pipeline_parallel_size=4 needs at least 6 layers.*num_layers=2: lower",
