@@ -126,6 +126,7 @@ def test_kernels_are_checked_and_timed(tmp_path: Path) -> None:
     rows = _report(tmp_path, "kernels")["rows"]
     names = {row["kernel"] for row in rows}
     assert {"rms_norm grad", "rope", "gelu", "layer_norm", "loss with grad"} <= names
+    assert {"permute", "unpermute", "unpermute grad", "weighted swiglu grad"} <= names
     assert all(row["ours GB/s"] > 0 and row["eager GB/s"] > 0 for row in rows)
 
 
@@ -152,6 +153,18 @@ def test_gemms_of_a_layer_and_the_head(tmp_path: Path) -> None:
         ("output 40", 40, 256),
     ]  # fmt: skip
     assert all(row[f"{kind} TFLOP/s"] > 0 for row in rows for kind in ("forward", "dgrad", "wgrad"))
+
+
+def test_gemms_of_experts(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--preset=moe-tiny", "--tokens=8", "--vocabulary=[]"]
+    assert main(["bench", "gemms", *words, f"--output={tmp_path}"]) == 0
+    rows = [r for r in _report(tmp_path, "gemms")["rows"] if r["gemm"].startswith("experts")]
+    assert [(r["library"], r["gemm"]) for r in rows] == [
+        (f"reference, {share}", f"experts {gemm}")
+        for gemm in ("fc1", "fc2")
+        for share in ("even", "uneven")
+    ]
+    assert all(row["tokens"] == 16 and row["wgrad TFLOP/s"] > 0 for row in rows)
 
 
 def test_launch_separates_the_engine_from_the_launches(tmp_path: Path) -> None:

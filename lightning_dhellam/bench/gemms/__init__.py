@@ -1,4 +1,7 @@
-"""`dhellam bench gemms`: the GEMMs of a layer through each BLAS library that torch can call."""
+"""`dhellam bench gemms`: the GEMMs of a layer through each BLAS library that torch can call.
+
+Those of experts, of a model that has them, are computed by each backend for all experts at once.
+"""
 
 from lightning_dhellam.bench.benchmark import Benchmark
 from lightning_dhellam.bench.gemms.run import measure

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_dhellam.bench.gemms.experts import expert_rows
 from lightning_dhellam.bench.gemms.report import COLUMNS, row_of
 from lightning_dhellam.bench.gemms.settings import Settings
 from lightning_dhellam.bench.processes import Budget
@@ -34,6 +35,12 @@ def measure(settings: Settings, folder: Path) -> Report:
             rates = _rates(settings.tokens, *shape, device)
             report.rows.append(row_of(library, name, settings.tokens, shape, rates))
             print(report.rows[-1], flush=True)
+    for row in expert_rows(preset(settings.preset), settings.tokens, device):
+        if not budget.left:
+            report.notes["budget"] = "ended before every GEMM was measured"
+            break
+        report.rows.append(row)
+        print(row, flush=True)
     report.save(folder)
     return report
 

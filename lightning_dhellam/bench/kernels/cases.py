@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels import choose, permute
 from lightning_dhellam.kernels.attention.heads import Heads
 
 Call = Callable[..., Any]
@@ -97,6 +97,7 @@ def _hidden_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Ca
     )
     yield from _rope_cases(tokens, hidden, device)
     yield _merge_case(tokens, hidden, device)
+    yield from _expert_cases(tokens, hidden, device)
     yield case(
         "dropout", "dropout + residual", "forward_add", lambda: draw(row, row), 3 * x, 0.1, 1 << 40
     )
@@ -136,6 +137,44 @@ def _merge_case(tokens: int, hidden: int, device: torch.device) -> Case:
     moved = 6 * tokens * hidden + 12 * tokens * heads
     forward = attrgetter("forward")
     return Case("merge", "merge", forward, make, (torch.bfloat16,), moved, tokens, hidden)
+
+
+def _expert_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Case]:
+    """Two of 16 experts for each token, whose MLP is as wide as two hidden sizes."""
+    draw = partial(_draw, device)
+    x, rows = 2 * tokens * hidden, 2 * tokens
+
+    def places() -> tuple[Tensor, Tensor]:
+        chosen = torch.rand(tokens, 16, device=device).topk(2).indices
+        order, place, _ = permute.sort(chosen, 16)
+        return order, place
+
+    def weights(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device)
+
+    case = partial(Case, extra=(), tokens=tokens, width=hidden)
+    yield case(
+        "permute", "permute", attrgetter("permute"),
+        lambda: (*draw((tokens, hidden)), *places()), moved=3 * x,
+    )  # fmt: skip
+    yield case(
+        "permute", "unpermute", attrgetter("unpermute"),
+        lambda: (*draw((rows, hidden)), places()[1], weights(tokens, 2)),
+        extra=(torch.bfloat16,), moved=3 * x,
+    )  # fmt: skip
+    yield case(
+        "permute", "unpermute grad", attrgetter("unpermute_backward"),
+        lambda: (*draw((tokens, hidden), (rows, hidden)), *places(), weights(tokens, 2)),
+        moved=5 * x,
+    )  # fmt: skip
+    yield case(
+        "swiglu", "weighted swiglu", attrgetter("weighted_forward"),
+        lambda: (*draw((rows, 4 * hidden)), weights(rows)), moved=12 * x,
+    )  # fmt: skip
+    yield case(
+        "swiglu", "weighted swiglu grad", attrgetter("weighted_backward"),
+        lambda: (*draw((rows, 2 * hidden), (rows, 4 * hidden)), weights(rows)), moved=20 * x,
+    )  # fmt: skip
 
 
 def _loss_cases(tokens: int, columns: int, device: torch.device) -> Iterator[Case]:
