@@ -19,7 +19,9 @@ _FREE = (*_OF_TRAINING, "norm_epsilon", "rotary_base", "rope_scaling_factor")
 
 def described(config: ModelConfig) -> dict[str, Any]:
     """A configuration as checkpoints hold it: equal models have equal descriptions."""
-    return asdict(replace(config, head_dim=config.kv_channels))
+    found = asdict(replace(config, head_dim=config.kv_channels)).items()
+    # The file knows lists only.
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found}
 
 
 def saved_model(path: Path) -> dict[str, Any] | None:

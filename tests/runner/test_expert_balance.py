@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,3 +147,29 @@ def _unequal(rank: int) -> str:
 def test_replicas_that_balance_together_need_as_many_micro_batches() -> None:
     for said in run_ranks(2, _unequal, timeout=120):
         assert "with global_aux_loss" in said and "of 2 and of 3 micro-batches" in said
+
+
+def _resumed(rank: int, path: Path) -> None:
+    """Biases are state of a run, in fp32 whatever the model's type."""
+    batch, ends = batch_of(CONFIG, SAMPLES, LENGTH), []
+    for begins in (0, 2):
+        with Runner.create(CONFIG, CPU, precision="bf16-mixed") as runner:
+            optimizer = runner.optimizer(torch.optim.AdamW(runner.model.parameters(), lr=0.01))
+            if begins:
+                runner.load(path)
+            for step in range(begins, 4):
+                runner.train(batch)
+                optimizer.step()
+                if step == 1:
+                    runner.save(path)
+            state = runner.model.state_dict().items()
+            ends.append({name: x.clone() for name, x in state if isinstance(x, Tensor)})
+    through, resumed = ends
+    biases = [value for name, value in resumed.items() if name.endswith("expert_bias")]
+    assert len(biases) == 3 and all(bias.dtype is torch.float32 for bias in biases)
+    assert any(bias.any() for bias in biases)
+    assert [name for name in through if not torch.equal(through[name], resumed[name])] == []
+
+
+def test_a_resumed_run_goes_on_with_its_biases(tmp_path: Path) -> None:
+    run_ranks(1, _resumed, tmp_path / "saved")

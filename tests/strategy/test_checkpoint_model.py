@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_dhellam.checkpoint import described
 from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.commands.fit import run_lightning
 from lightning_dhellam.data.prepare import prepare
+from lightning_dhellam.models import PRESETS, preset
 from tests.strategy.runs import Losses, Model, evaluation, loader, make_trainer
 
 TRAINED: dict[str, Any] = {"rotary_base": 10_000.0, "norm_epsilon": 1e-4, "hidden_dropout": 0.1}
@@ -162,3 +164,11 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     assert all(len(json.loads(line)["prediction"]) == 16 for line in predicted) and predicted
     with pytest.raises(ValueError, match=r"with norm_epsilon=0\.001, rotary_base=10000\.0"):
         run_lightning(["validate", *words, resume, f"--model.overrides={shape}"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_description_comes_back_from_a_file_as_it_was(name: str) -> None:
+    """Otherwise a checkpoint would be taken for one of another model."""
+    found = described(preset(name))
+    assert json.loads(json.dumps(found)) == found
+    assert preset(name, **found) == replace(preset(name), head_dim=preset(name).kv_channels)
