@@ -94,6 +94,20 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
     _save(file, content)
 
 
+def check_readable(content: Mapping[str, Any], place: str) -> None:
+    """Refuse what `write` would refuse, before there is anything to lose.
+
+    Args:
+        content: what is to be in a checkpoint.
+        place: what it is called there.
+
+    Raises:
+        ValueError: something in it can not be saved, or never be read.
+    """
+    for inner, value in _odd_parts(dict(content), place):
+        _unknown_types(inner, value)
+
+
 class _Stream:
     """What torch writes to: of a disk's error torch makes one about positions."""
 

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_dhellam.checkpoint import check_model
+from lightning_dhellam.checkpoint import check_model, check_readable
 from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.files import local_path
 from lightning_dhellam.kernels.choose import check_names
@@ -184,6 +184,16 @@ def _check_callback(callback: pl.Callback) -> None:
             " cannot be copied, since it holds groups of processes: leave the callback out, average"
             " parameters one by one in a callback of your own, and copy them back in place"
         )
+
+
+def check_hyperparameters(trainer: pl.Trainer, data: Any) -> None:
+    """Refuse hyperparameters of which the first checkpoint would say that it cannot hold them."""
+    if trainer.state.fn is not TrainerFn.FITTING or not trainer.checkpoint_callbacks:
+        return
+    for owner in (trainer.lightning_module, data):
+        hparams = getattr(owner, "hparams_initial", None)
+        if isinstance(hparams, Mapping):
+            check_readable(hparams, f"{type(owner).__name__}.hparams")
 
 
 def check_processes(environment: ClusterEnvironment, devices: int, num_nodes: int) -> None:

@@ -208,6 +208,7 @@ class DHellamStrategy(SteppingStrategy):
         checks.check_module(trainer.lightning_module, self.topology, self.pipeline_split)
         data = data or getattr(trainer, "datamodule", None)
         checks.check_data(trainer.lightning_module, data, self.topology)
+        checks.check_hyperparameters(trainer, data)
         checks.check_plan_file(self.plan, self._early_conditions)
         checks.check_ckpt_path(
             ckpt_path,

@@ -171,6 +171,29 @@ class Described(Model):
         self.save_hyperparameters()
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            collections.defaultdict(list, {"a": [1]}),
+            "collections.defaultdict, which .* keep a dict",
+        ),
+        ([collections.deque([1])], "collections.deque, which cannot be read again"),
+        (lambda: 1, "builtins.function, which cannot be saved"),
+    ],
+)
+def test_hyperparameters_that_no_checkpoint_can_hold_are_refused_before_training(
+    value: Any, words: str, tmp_path: Path
+) -> None:
+    losses = Losses()
+    trainer = _trainer(tmp_path, Counting(), losses, 2)
+    with pytest.raises(ValueError, match=rf"^Described\.hparams\.kept\S* is a {words}"):
+        trainer.fit(Described(kept=value), loader({}))
+    assert losses.values == []
+    make_trainer({}, [losses], max_steps=1).fit(Described(kept=value), loader({}))
+    assert len(losses.values) == 1, "nothing is saved here"
+
+
 class Counting(Callback):
     """With a state of its own."""
 
