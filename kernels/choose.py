@@ -44,6 +44,7 @@ class Candidate:
         automatic: on which devices it may be chosen without being asked for.
         largest_head: of attention in 16 bits, whose heads must be a multiple of 8 then; 0 where
             any will do.
+        multiple: of what attention's heads must be, where `largest_head` does not say it.
         blocks: whether attention over many keys can be had of it in blocks.
     """
 
@@ -55,6 +56,7 @@ class Candidate:
     remedy: str = ""
     automatic: Callable[[torch.device], bool] = lambda device: True
     largest_head: int = 0
+    multiple: int = 1
     blocks: bool = True
 
     def obstacle(
@@ -71,6 +73,8 @@ class Candidate:
     def _unfit(self, head: int) -> str | None:
         if self.largest_head and (head % 8 or head > self.largest_head):
             return f"its heads are multiples of 8 up to {self.largest_head}, and these are {head}"
+        if head % self.multiple:
+            return f"its heads are multiples of {self.multiple}, and these are {head}"
         return None
 
     def _lack(self) -> str | None:
@@ -376,7 +380,9 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             largest_head=128,
             blocks=False,
         ),
-        "efficient": Candidate(_backend("attention.sdpa", "EfficientAttention"), _on_cuda),
+        "efficient": Candidate(
+            _backend("attention.sdpa", "EfficientAttention"), _on_cuda, multiple=4
+        ),
         "cpu": Candidate(_backend("attention.sdpa", "CpuFlash"), _on_cpu),
     },
     "cross_entropy": _with_triton("cross_entropy"),
@@ -423,7 +429,9 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             largest_head=128,
             blocks=False,
         ),
-        "efficient": Candidate(_backend("packed_attention.masked", "Efficient"), _on_cuda),
+        "efficient": Candidate(
+            _backend("packed_attention.masked", "Efficient"), _on_cuda, multiple=4
+        ),
         "cpu": Candidate(_backend("packed_attention.reference", "OneByOne"), _on_cpu),
     },
     "permute": _with_triton("permute"),

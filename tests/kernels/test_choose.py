@@ -71,6 +71,9 @@ def test_attention_is_chosen_by_the_size_of_heads() -> None:
             f"its heads are multiples of 8 up to 128, and these are {size}"
         )
     assert choose.choose(CPU, torch.bfloat16, head=4).names["attention"] == "cpu"
+    fp32 = choose.Candidate(lambda: None, lambda device, dtype: None, multiple=4)
+    assert fp32.obstacle(CPU, torch.float32, 12) is None
+    assert fp32.obstacle(CPU, torch.float32, 6) == "its heads are multiples of 4, and these are 6"
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "transformer_engine"])

@@ -19,7 +19,7 @@ from transformers import (
 from lightning_dhellam.models import ModelConfig
 from tests.models.llama import SMALL
 
-ODD = replace(SMALL, vocab_size=53, head_dim=6, num_experts=4, rotary_base=1e4)
+ODD = replace(SMALL, vocab_size=53, head_dim=12, num_experts=4, rotary_base=1e4)
 MIXTURES = {
     "mixtral": replace(ODD, ffn_hidden_size=20),
     "qwen3-moe": replace(
