@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import BatchNorm1d, Linear, Module
 
-from lightning_dhellam.engine import Engine
+from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.executor import Entry, Executor
 from lightning_dhellam.engine.lanes import CpuLanes, CudaLanes
+from lightning_dhellam.engine.rehearsal import Rehearsals
 from lightning_dhellam.engine.tape import Tape, tensors
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
@@ -299,3 +300,13 @@ def _failing(rank: int) -> str:
 def test_an_error_says_that_the_data_was_made_up() -> None:
     for note in run_ranks(2, _failing):
         assert note.endswith("module, while its stage rehearsed on made-up data")
+
+
+def test_what_a_rehearsal_adds_up_counts_for_no_step() -> None:
+    rehearsals = Rehearsals(Executor(LoadingLanes()), (), Stage(0, 2, 4, 2))
+    given = pieces(batch_of(SMALL, 2, 8), 1, ParallelContext.single(CPU))
+    seen: list[MicroBatch] = []
+    rehearsals.once(given, seen.extend)
+    for own, piece in zip(seen, given, strict=True):
+        differs = {name for name, value in piece.slots.items() if own.slots[name] is not value}
+        assert differs == {"batch.tally"} and own.tokens == piece.tokens

@@ -38,8 +38,8 @@ CONFIG = ModelConfig(
     aux_loss_coefficient=0.5,
     z_loss_coefficient=0.1,
 )
-CASES: dict[int, list[dict[str, int]]] = {
-    1: [{}, {"micro_batch_size": SAMPLES}],
+CASES: dict[int, list[dict[str, Any]]] = {
+    1: [{}, {"plan": "sequential"}, {"micro_batch_size": SAMPLES}],
     4: [
         {"expert_parallel_size": 2, "pipeline_parallel_size": 2},
         {"expert_parallel_size": 2, "tensor_parallel_size": 2},
@@ -49,10 +49,10 @@ CASES: dict[int, list[dict[str, int]]] = {
 Outcome = dict[str, Tensor]
 
 
-def _trained(sizes: dict[str, int]) -> Outcome:
+def _trained(sizes: dict[str, Any]) -> Outcome:
     """Router gradients of the first step, and after a few what the layers have used and biases."""
     batch = batch_of(CONFIG, SAMPLES, LENGTH)
-    with Runner.create(CONFIG, CPU, **sizes) as runner:  # type: ignore[arg-type]
+    with Runner.create(CONFIG, CPU, **sizes) as runner:
         topology = runner.context.topology
         own = {n: x.chunk(topology.dp_size)[topology.dp_rank] for n, x in batch.items()}
         optimizer = runner.optimizer(
@@ -81,7 +81,8 @@ def _of_rank(rank: int, world: int) -> list[Outcome]:
 
 
 def test_any_ranks_and_micro_batches_balance_alike() -> None:
-    ((expected, other),) = run_ranks(1, _of_rank, 1)
+    ((expected, planned, other),) = run_ranks(1, _of_rank, 1)
+    assert [n for n in expected if not torch.equal(expected[n], planned[n])] == [], "by its plan"
     assert expected["load"].sum(1).tolist() == [2 * SAMPLES * LENGTH] * 3
     biases = [value for name, value in expected.items() if name.endswith("expert_bias")]
     # Each step moves each bias by the rate, or not at all.
