@@ -17,17 +17,21 @@ from tests.models.mixtures import MIXTURES, hugging_face_mixture
 from tests.ranks import run_ranks
 
 SAMPLES, LENGTH = 4, 16
-SIZES: dict[str, dict[str, int]] = {
-    "experts": {"expert_parallel_size": 2},
-    "whole experts, tensor": {
-        "tensor_parallel_size": 2,
-        "expert_parallel_size": 2,
-        "expert_tensor_parallel_size": 1,
-    },
-    "tensor": {"tensor_parallel_size": 2},
-    "experts, context": {"context_parallel_size": 2, "expert_parallel_size": 2},
+FAMILIES = ("mixtral", "qwen3-moe", "phi-moe")
+SIZES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "experts": ({"expert_parallel_size": 2}, FAMILIES),
+    "whole experts, tensor": (
+        {
+            "tensor_parallel_size": 2,
+            "expert_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
+        ("qwen3-moe", "phi-moe"),
+    ),
+    "tensor": ({"tensor_parallel_size": 2}, ("qwen3-moe", "phi-moe-long")),
+    "experts, context": ({"context_parallel_size": 2, "expert_parallel_size": 2}, ("qwen3-moe",)),
 }
-"""Over two ranks."""
+"""Over two ranks, and of which models."""
 Outcome = tuple[Tensor, dict[str, Tensor], Tensor]
 """Loss, gradients and logits of this rank's samples."""
 
@@ -79,8 +83,8 @@ def test_on_one_rank(name: str) -> None:
 
 def _outcomes(rank: int) -> dict[str, dict[str, tuple[int, Outcome]]]:
     return {
-        where: {name: _outcome(name, sizes, plan="interleaved") for name in MIXTURES}
-        for where, sizes in SIZES.items()
+        where: {name: _outcome(name, sizes, plan="interleaved") for name in names}
+        for where, (sizes, names) in SIZES.items()
     }
 
 
