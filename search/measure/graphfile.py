@@ -23,6 +23,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
                 "writes": list(o.writes),
                 "cost": o.cost,
                 "shrinks": o.shrinks,
+                "waits": o.waits,
                 "collective": o.collective,
             }
             for o in graph.operators
@@ -46,6 +47,7 @@ def graph_from(fields: Mapping[str, Any]) -> Graph:
             _no_kernel,
             float(row["cost"]),
             shrinks=bool(row.get("shrinks", False)),
+            waits=bool(row.get("waits", False)),
             collective=Collective(row["collective"]) if row.get("collective") else None,
         )
         for row in fields["operators"]

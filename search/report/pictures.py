@@ -149,7 +149,8 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
         if row.partner and not row.lead
     }
     spare = set(profile.spares.values())
-    rows = [key for key in alone if profile.lanes[key] is not Lane.COMPUTE]
+    # What the host waits for disturbs nobody.
+    rows = [key for key in alone if profile.lanes[key] not in (Lane.COMPUTE, Lane.HOST)]
     columns = [key for key in alone if profile.lanes[key] is Lane.COMPUTE and key not in spare]
     columns += [key for key in rows if any((key, other) in beside for other in rows)]
     shares = np.full((len(rows), len(columns)), np.nan)

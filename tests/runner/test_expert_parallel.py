@@ -1,7 +1,6 @@
 """However many ranks share the experts: loss, gradients and logits are Hugging Face's, fp32.
 
-A model with a shared expert, which none of its families has here, is compared with Megatron-core's
-own modules under autograd in one process.
+A model with a shared expert, which none of the families has here, is compared with one process.
 """
 
 from __future__ import annotations
@@ -9,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_dhellam.autosearch.session import Options, Session
 from lightning_dhellam.models import ModelConfig, export_huggingface, import_huggingface
+from lightning_dhellam.parallel.experts import ExpertNames
+from lightning_dhellam.plan import Lane
 from lightning_dhellam.runner import Runner
-from tests.engine.harness import CPU, batch_of
+from lightning_dhellam.search.measure import Profile
+from tests.engine.harness import CPU, batch_of, differing
 from tests.models.llama import relative_error, token_losses
 from tests.models.mixtures import MIXTURES, hugging_face_mixture
 from tests.ranks import run_ranks
@@ -156,3 +160,66 @@ def check_outcomes(world: int, of_ranks: Sequence[dict[str, Outcome]]) -> None:
 @pytest.mark.parametrize("world", CASES)
 def test_loss_gradients_and_logits_are_hugging_faces(world: int) -> None:
     check_outcomes(world, run_ranks(world, outcomes_of_rank, world))
+
+
+SHARED = replace(MIXTURES["mixtral"], shared_expert_ffn_hidden_size=12, capacity_factor=4.0)
+"""No family of these has a shared expert."""
+
+
+def _shared(rank: int, folder: Path) -> dict[str, Any]:
+    """Gradients of a step by the experts' numbers among all, and what a search found then."""
+    options = {"micro_batch_size": 1, "expert_parallel_size": 2 if rank >= 0 else 1}
+    with Runner.create(SHARED, CPU, plan="sequential", **options) as runner:
+        optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
+        runner.optimizer(optimizer, distributed_optimizer=False)
+        batch = _own(runner, _batch(SHARED))
+        loss = runner.train(batch, step=0)
+        names = ExpertNames(runner.model)
+        found: dict[str, Any] = {"loss": runner.mean(loss), "gradients": {}}
+        plain = loss, gradients_of(runner)
+        found["gradients"] = names.all_of(plain[1])
+        if rank < 0:
+            return found
+        session = Session(runner, Options(rounds=1))
+        session.begin(batch)
+        while session.findings is None:
+            with session.step(batch) as stop:
+                runner.train(batch, step=1)
+                stop()
+        session.findings.write(folder / str(rank))
+        found["changed"] = differing((runner.train(batch, step=0), gradients_of(runner)), plain)
+        rows = [row for plan in runner.engine.plans() for row in plan.issues]
+        found["waits"] = sum(row.operator == "counts.wait" for row in rows)
+        return found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    return run_ranks(2, _shared, folder), folder
+
+
+def test_a_shared_expert_learns_what_it_does_in_one_process(
+    shared: tuple[list[dict[str, Any]], Path],
+) -> None:
+    alone = _shared(-1, shared[1])
+    together: dict[str, Tensor] = {}
+    for found in shared[0]:
+        assert abs(found["loss"] - alone["loss"]) <= 1e-6 * alone["loss"]
+        together |= found["gradients"]
+    assert together.keys() == alone["gradients"].keys()
+    errors = {n: relative_error(together[n], g) for n, g in alone["gradients"].items()}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def test_a_search_changes_nothing_and_shows_what_the_host_waits_for(
+    shared: tuple[list[dict[str, Any]], Path],
+) -> None:
+    found, folder = shared
+    for one in found:
+        assert one["changed"] == [] and one["waits"] > 0
+    profile = Profile.load(folder / "0" / "profile.json")
+    looking = [o.name for graph in profile.graphs for o in graph.operators if o.waits]
+    assert looking and {*looking} == {"counts.wait"}
+    assert profile.lanes["mixture/counts.wait"] is Lane.HOST
+    assert (folder / "0" / "timeline.png").stat().st_size > 0

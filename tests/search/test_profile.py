@@ -302,11 +302,15 @@ def test_profiles_that_a_measurement_could_have_given_cover_its_spread() -> None
     assert len(orders) > 1
 
 
-def test_a_profile_knows_which_operators_can_leave_processors(tmp_path: Path) -> None:
+def test_a_profile_knows_what_leaves_processors_and_what_the_host_waits_for(tmp_path: Path) -> None:
     profile, _, _ = _measured()
     (first, *others) = profile.graphs
-    operators = tuple(replace(o, shrinks=o.name.endswith("gemm")) for o in first.operators)
+    operators = tuple(
+        replace(o, shrinks=o.name.endswith("gemm"), waits=o.name.endswith("gather"))
+        for o in first.operators
+    )
     marked = replace(profile, graphs=(replace(first, operators=operators), *others))
     marked.save(tmp_path / "profile.json")
     loaded = Profile.load(tmp_path / "profile.json").graphs[0]
     assert [o.shrinks for o in loaded.operators] == [o.shrinks for o in operators]
+    assert [o.waits for o in loaded.operators] == [o.waits for o in operators]
