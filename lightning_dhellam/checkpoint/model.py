@@ -10,10 +10,11 @@ from typing import Any
 from lightning_dhellam.checkpoint.folder import MODEL, read_topology
 from lightning_dhellam.models.config import ModelConfig
 
-_OF_TRAINING = ("hidden_dropout",)
+_OF_TRAINING = ("hidden_dropout", "aux_loss", "aux_loss_coefficient", "z_loss_coefficient")
 _OF_NO_WEIGHT = ("init_std", "max_sequence_length")
 """What weights that are loaded do not compute otherwise."""
-_FREE = (*_OF_TRAINING, "norm_epsilon", "rotary_base", "rope_scaling_factor")
+_ROPE = ("rope_short_factors", "rope_long_factors", "rope_original_length", "rope_magnitude")
+_FREE = (*_OF_TRAINING, *_ROPE, "norm_epsilon", "rotary_base", "rope_scaling_factor")
 """What may change from one run to the next, if that is asked for: no shape depends on it."""
 
 
@@ -53,7 +54,7 @@ def check_model(
     Args:
         path: of the checkpoint.
         config: of this run's model.
-        training: whether it goes on training; dropout matters only then.
+        training: whether it goes on training; dropout and auxiliary losses matter only then.
         resume_settings: `arguments` if settings that no shape depends on may differ.
 
     Raises:

@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.checkpoint import described
 from lightning_dhellam.checkpoint.folder import load_common
+from lightning_dhellam.checkpoint.model import check_model
 from lightning_dhellam.commands.fit import run_lightning
 from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.models import PRESETS, preset
-from tests.strategy.runs import Losses, Model, evaluation, loader, make_trainer
+from tests.strategy.runs import SHAPE, Losses, Model, evaluation, loader, make_trainer
 
 TRAINED: dict[str, Any] = {"rotary_base": 10_000.0, "norm_epsilon": 1e-4, "hidden_dropout": 0.1}
 
@@ -79,6 +80,18 @@ def test_what_weights_do_not_depend_on_may_differ(kept: Path) -> None:
         ValueError, match=r"with hidden_dropout=0\.1, this run has hidden_dropout=0\.0"
     ):
         make_trainer({}).fit(Model(**same), loader({}, samples=8), ckpt_path=kept)
+
+
+def test_losses_that_balance_experts_matter_to_training_only(kept: Path, tmp_path: Path) -> None:
+    mixture = replace(SHAPE, num_experts=4, aux_loss_coefficient=0.01)
+    path = _with_model(kept, tmp_path, lambda model: described(mixture))
+    other = replace(mixture, aux_loss_coefficient=0.0, z_loss_coefficient=1e-3)
+    assert check_model(path, other, training=False, resume_settings="checkpoint") == []
+    with pytest.raises(ValueError, match=r"aux_loss_coefficient=0\.01.*aux_loss_coefficient=0\.0"):
+        check_model(path, other, training=True, resume_settings="checkpoint")
+    assert len(check_model(path, other, training=True, resume_settings="arguments")) == 2
+    with pytest.raises(ValueError, match="num_experts=4"):
+        check_model(path, SHAPE, training=False, resume_settings="arguments")
 
 
 def test_this_runs_settings_win_where_no_shape_depends_on_them(kept: Path) -> None:
