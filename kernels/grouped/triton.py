@@ -61,9 +61,12 @@ class Tiles:
         }
 
 
+# 16 experts of 6400 x 4096 on one H200, 512 to 1833 rows each: forward 729 TFLOP/s (a loop of mm
+# 659, torch's grouped_mm 642), gradient by the input 651 (709, 620), weight gradient 529 (a loop of
+# addmm into fp32 388).
 FORWARD = Tiles(128, 256, 64, 8, 1, 8, 3)
 DATA_GRAD = Tiles(128, 256, 64, 8, 1, 8, 3)
-WEIGHT_GRAD = Tiles(128, 256, 64, 8, 2, 8, 3)
+WEIGHT_GRAD = Tiles(128, 256, 64, 8, 4, 8, 4)
 WIDE = Tiles(64, 64, 32, 8, 1, 4, 2)
 """Of operands in fp32, which are multiplied in true fp32."""
 
@@ -114,7 +117,7 @@ def weight_grad(
         create_ragged_descriptor(dy, [tiles.depth, tiles.rows]),
         create_ragged_descriptor(x, [tiles.depth, tiles.columns]),
         places.array((tiles.rows, tiles.columns // tiles.pieces)),
-        places.table, ends, len(grads), programs, down, across,
+        places.table, places.first, places.pitch, *shape, ends, len(grads), programs, down, across,
         REDUCES=grads[0].dtype is torch.float32 and not interpreted(), PIECES=tiles.pieces,
         LANES=power_of_two(len(grads)), INTERPRETED=interpreted(), **tiles.constants(),
     )  # fmt: skip
@@ -225,6 +228,10 @@ def _add_products(
     x: tl.tensor,
     grads: tl.tensor,
     table: tl.tensor,
+    base: tl.tensor,
+    pitch: tl.tensor,
+    height: int,
+    width: int,
     ends: tl.tensor,
     groups: int,
     programs: int,
@@ -251,6 +258,7 @@ def _add_products(
     # One loop over the steps of all tiles, so that loads of the next tile begin while one ends.
     tile, step, last = program - programs, -1, -1
     group, row, column, start, size = 0, 0, 0, 0, 0
+    writes, expects = programs < 0, programs < 0
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for _ in range(tl.sum(tiles * steps)):
         step = tl.where(step == last, 0, step + 1)
@@ -261,14 +269,50 @@ def _add_products(
             size = tl.sum(tl.where(lane == group, sizes, 0))
             start = tl.sum(tl.where(lane == group, ends_here, 0)) - size
             last = tl.maximum(tl.cdiv(size, DEPTH), 1) - 1
+            fresh = tl.load(table + groups + group) != 0
+            writes = (size > 0) | fresh
+            expects = (size > 0) & (fresh == 0)
+        if (step == last // 2) & expects:
+            place = tl.load(table + group)
+            here = base + place.to(tl.int64) * pitch
+            _expect(here, height, width, row * ROWS, column * COLUMNS, REDUCES, ROWS, COLUMNS)
         a = load_ragged(dy, start, size, [step * DEPTH, row * ROWS])
         b = load_ragged(x, start, size, [step * DEPTH, column * COLUMNS])
         total = _dot(a.T, b, total, INTERPRETED)
-        if step == last:
+        if (step == last) & writes:
             place = tl.load(table + group)
             fresh = tl.load(table + groups + group) != 0
             _put(grads, place, row * ROWS, column * COLUMNS, total, fresh, REDUCES, PIECES)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def _expect(
+    grad: tl.tensor,
+    height: int,
+    width: int,
+    row: tl.tensor,
+    column: tl.tensor,
+    REDUCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Ask for the tile that will be added to: the cache adds faster to what it has.
+
+    In the middle of the tile's steps: 1.60 ms, where 1.87 is without and 1.91 at the first.
+    """
+    if REDUCES:
+        rows = tl.minimum(row + tl.arange(0, ROWS), height - 1)[:, None].to(tl.int64)
+        # 32 numbers in fp32 are a line of the cache.
+        columns = tl.minimum(column + tl.arange(0, COLUMNS // 32) * 32, width - 1)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [grad + rows * width + columns],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

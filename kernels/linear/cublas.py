@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dhellam.kernels.linear import reference
 from lightning_dhellam.kernels.linear.reference import (
     SHRINKS,
     accumulate_bias_grad,
@@ -21,5 +22,7 @@ def accumulate_wgrad(grad: Tensor, dy: Tensor, x: Tensor, *, first: bool = False
     beta = 0 if first else 1
     if grad.dtype is dy.dtype:
         grad.addmm_(rows, columns, beta=beta)
+    elif grad.dtype is not torch.float32:  # torch adds to no other type than that of the operands
+        reference.accumulate_wgrad(grad, dy, x, first=first)
     else:
         torch.addmm(grad, rows, columns, beta=beta, out_dtype=grad.dtype, out=grad)

@@ -59,8 +59,8 @@ def test_a_bias_and_its_gradient(dtype: torch.dtype, device: torch.device) -> No
         assert_close({"grad": grad}, {"grad": dbias}, 1e-6)
 
 
-def test_sixteen_bit_gradients_accumulate_too(device: torch.device) -> None:
-    x, dy = (drawn((9, 2, 8), torch.bfloat16, device, seed) for seed in (0, 1))
+def test_sixteen_bit_gradients_accumulate_too(dtype: torch.dtype, device: torch.device) -> None:
+    x, dy = (drawn((9, 2, 8), dtype, device, seed) for seed in (0, 1))
     for linear in _backends(device):
         grad = drawn((8, 8), torch.bfloat16, device, 2)
         expected = grad.double() + dy.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
