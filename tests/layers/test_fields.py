@@ -18,7 +18,7 @@ from tests.models.llama import SMALL
 
 NAMES = sorted(field.name for field in fields(TransformerConfig))
 # What one of the supported versions lacks.
-ONLY_BEFORE = {"async_tensor_model_parallel_allreduce"}
+ONLY_BEFORE = {"async_tensor_model_parallel_allreduce", "moe_use_legacy_grouped_gemm"}
 ONLY_SINCE = {"flash_attention_version", "inference_cuda_graph_scope"}
 
 
