@@ -76,14 +76,15 @@ def test_attention_is_chosen_by_the_size_of_heads() -> None:
     assert fp32.obstacle(CPU, torch.float32, 6) == "its heads are multiples of 4, and these are 6"
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "transformer_engine"])
-def test_a_backend_without_a_log_sum_exp_takes_no_blocks(name: str) -> None:
+@pytest.mark.parametrize("operator", ["attention", "packed_attention"])
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_3", "transformer_engine"])
+def test_a_backend_without_a_log_sum_exp_takes_no_blocks(name: str, operator: str) -> None:
     with pytest.raises(ValueError) as error:
-        choose.choose(CPU, torch.bfloat16, {"attention": name}, in_blocks=True)
+        choose.choose(CPU, torch.bfloat16, {operator: name}, in_blocks=True)
     assert str(error.value) == (
-        f"kernels={{attention: {name}}} cannot be used here: with context parallelism attention is"
+        f"kernels={{{operator}: {name}}} cannot be used here: with context parallelism attention is"
         " merged from blocks of keys, and it keeps their log-sum-exp to itself; or use cpu, or"
-        " leave attention out"
+        f" leave {operator} out"
     )
     assert choose.choose(CPU, torch.bfloat16, in_blocks=True).names["attention"] == "cpu"
 

@@ -1,4 +1,4 @@
-"""The attention backends of flash-attn, flash-attn 4 and transformer-engine.
+"""The attention backends of flash-attn, flash-attn 3 and 4 and transformer-engine.
 
 With the packages, on a GPU: their results, and cuDNN's beside them. Without: what we make of their
 interfaces, against stand-ins that have the published signatures and compute the same with torch.
@@ -26,6 +26,7 @@ from tests.kernels.checks import assert_close, drawn, truth
 
 BACKENDS = {
     "flash_attn": ("flash", "FlashAttention"),
+    "flash_attn_3": ("flash_attn_3", "FlashAttention3"),
     "flash_attn_4": ("flash_attn_4", "FlashAttention4"),
     "transformer_engine": ("transformer_engine", "TransformerEngineAttention"),
 }
@@ -72,7 +73,10 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor:
-    """The signature of flash-attn 2.8.3: [B, S, heads, D] to the same."""
+    """The signature of flash-attn 2.8.3: [B, S, heads, D] to the same.
+
+    flash-attn 3 has all of it that we use.
+    """
     assert causal and dropout_p == 0 and not return_attn_probs
     assert deterministic is torch.are_deterministic_algorithms_enabled()
     return _attend_with_heads_last(q, k, v, softmax_scale)
@@ -161,6 +165,7 @@ class DotProductAttention(torch.nn.Module):
 
 STAND_INS: dict[str, dict[str, dict[str, Any]]] = {
     "flash_attn": {"flash_attn": {"flash_attn_func": flash_attn_func}},
+    "flash_attn_3": {"flash_attn_interface": {"flash_attn_func": flash_attn_func}},
     "flash_attn_4": {
         "flash_attn": {},
         "flash_attn.cute": {},
