@@ -279,7 +279,10 @@ class CudaLanes(Lanes):
         for slot in inputs:
             if slot.mark.done is not None:
                 slot.mark.done.synchronize()
-        return operator.run(*(slot.value for slot in inputs)), Mark(operator.track, -1, None, None)
+        # A trace that marks its lane shall not mark compute.
+        with torch.cuda.stream(self._streams[operator.track]):
+            result = operator.run(*(slot.value for slot in inputs))
+        return result, Mark(operator.track, -1, None, None)
 
     def share(self, spare: bool) -> None:
         if spare is not self._spare and self.processors:
