@@ -79,3 +79,46 @@ class StatefulAgreedLoader(AgreedLoader):
     def load_state_dict(self, state: Any) -> None:
         """Go on at a place."""
         self.loader.load_state_dict(state)
+
+
+class RepeatingLoader(AgreedLoader):
+    """Gives its last batch again until the loaders of all ranks have ended: none loses a batch.
+
+    Args:
+        loader: any iterable of batches.
+        length: the largest number of batches that a rank's loader says it has; None if any of them
+            does not say.
+        ask: asks the other ranks before each batch whether any of them has one.
+        first: gives a rank without any batch the first one of another. All ranks call it at their
+            first.
+
+    Attributes:
+        count: how many batches the loader itself had, once it has ended.
+    """
+
+    def __init__(
+        self, loader: Any, length: int | None, ask: Ask, first: Callable[[Any], Any]
+    ) -> None:
+        super().__init__(loader, length, ask)
+        self._first = first
+        self.count: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count = None
+        batches, number = iter(self.loader), 0
+        batch, goes_on = self._fetch(batches, number)
+        last = None
+        while goes_on():
+            if number == 0:
+                last = self._first(None if batch is _NONE else batch)
+            if batch is _NONE:
+                self.count = number if self.count is None else self.count
+                # Lightning looks up the samples of each batch here.
+                seen = getattr(getattr(self.loader, "batch_sampler", 0), "seen_batch_indices", None)
+                if seen is not None:
+                    seen.append([])
+            else:
+                last = batch
+            yield last
+            number += 1
+            batch, goes_on = self._fetch(batches, number)

@@ -32,7 +32,12 @@ from lightning_dhellam.engine.documents import KEYS
 from lightning_dhellam.parallel import Topology
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.hosts import Question, ReduceOp
-from lightning_dhellam.strategy.agreed_loader import AgreedLoader, Ask, StatefulAgreedLoader
+from lightning_dhellam.strategy.agreed_loader import (
+    AgreedLoader,
+    Ask,
+    RepeatingLoader,
+    StatefulAgreedLoader,
+)
 
 _READ = ("tokens", "labels", "loss_mask", *KEYS)
 _EVERY = 64
@@ -53,6 +58,7 @@ class Feeding:
         self._model_size = topology.world_size // topology.dp_size
         self._seen: Counter[Hashable] = Counter()
         self._asked: Question | None = None
+        self._have: list[float] = []
 
     def loader(self, loader: Any) -> Any:
         """The loader, or one that ends on all ranks together. Every rank must call this.
@@ -80,6 +86,26 @@ class Feeding:
             return StatefulAgreedLoader(loader, length, ask)
         return AgreedLoader(loader, length, ask)
 
+    def repeating(self, loader: Any) -> Any:
+        """The loader, or one that goes on until those of all ranks have ended.
+
+        For predictions, of which none may be missing. Every rank must call this.
+        """
+        self._seed_workers(loader)
+        found = of_all_ranks((sized_len(loader), has_iterable_dataset(loader)), self._group)
+        lengths = [length for length, _ in found]
+        if len(set(lengths)) == 1 and not any(n is None or iterable for n, iterable in found):
+            return loader
+        length = None if None in lengths else max(lengths)
+        return RepeatingLoader(loader, length, self._asker(any), self._first)
+
+    def _first(self, batch: Any) -> Any:
+        """This rank's batch, or else that of another."""
+        if all(self._have):
+            return batch
+        found = of_all_ranks(batch, self._group)
+        return next(each for each in (batch, *found) if each is not None)
+
     def compare(self, batch: Any, loader: Hashable) -> None:
         """Compare the batches of a loader, now and then. Every rank must call this for each.
 
@@ -103,21 +129,23 @@ class Feeding:
         if number == 0:
             self._read()
 
-    def _asker(self) -> Ask:
-        """Asks before each batch of a loader whether all ranks have it; says once that they had not
-        equally many."""
+    def _asker(self, goes_on: Callable[[Sequence[float]], bool] = all) -> Ask:
+        """Asks before each batch of a loader whether it is there, on all ranks or on any.
+
+        Where they end with the first it is said once that they had not equally many.
+        """
         has_warned = False
 
         def judge(question: Question, count: int) -> bool:
             nonlocal has_warned
-            have = question.answer()
+            have = self._have = list(question.answer())
             for model, ranks in enumerate(have):
                 if 0 < ranks < self._model_size:
                     self._refuse(model, f"different numbers of batches, {count} on some")
-            if any(have) and not all(have) and not has_warned:
+            if goes_on is all and any(have) and not all(have) and not has_warned:
                 has_warned = True
                 self._warn("different numbers of batches", f"after {count}")
-            return all(have)
+            return goes_on(have)
 
         def ask(has_one: bool, count: int) -> Callable[[], bool]:
             have = [0.0] * self._topology.dp_size

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
@@ -16,6 +17,7 @@ from lightning_dhellam.engine.inputs import check_ids, pinned
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.runner import Runner
+from lightning_dhellam.strategy.agreed_loader import RepeatingLoader
 from lightning_dhellam.strategy.checks import check_trainer
 from lightning_dhellam.strategy.feeding import Feeding
 from lightning_dhellam.strategy.saving import SavingStrategy
@@ -36,6 +38,8 @@ class SteppingStrategy(SavingStrategy):
     _feeding: Feeding | None = None
     _skipping: Skipping | None = None
     _losses_left: int | None = None
+    _predicting = 0
+    _predicted: list[tuple[Any, int]]
 
     @property
     def runner(self) -> Runner:
@@ -54,6 +58,7 @@ class SteppingStrategy(SavingStrategy):
 
     def _meet_others(self, trainer: pl.Trainer) -> None:
         """Have ranks tell each other what they are fed, and when to end."""
+        self._predicted = []
         if self.context.emulated:
             return
         self._termination = Termination(trainer, self.context.host_group)
@@ -74,6 +79,7 @@ class SteppingStrategy(SavingStrategy):
     ) -> Any:
         if self._termination is not None and not self._module.trainer.training:
             self._termination.check()
+        self._predicting = dataloader_idx
         if self._feeding is not None:
             self._feeding.compare(batch, (self._module.trainer.state.stage, dataloader_idx))
         if self.root_device.type != "cpu":  # on the host the runner sees them itself
@@ -85,7 +91,23 @@ class SteppingStrategy(SavingStrategy):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        return dataloader if self._feeding is None else self._feeding.loader(dataloader)
+        if self._feeding is None:
+            return dataloader
+        if self._module.trainer.state.fn is not TrainerFn.PREDICTING:
+            return self._feeding.loader(dataloader)
+        self._predicted.append((self._feeding.repeating(dataloader), 0))
+        return self._predicted[-1][0]
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, or None of a batch that is there once more; see `RepeatingLoader`."""
+        output = super().predict_step(*args, **kwargs)
+        if not self._predicted:
+            return output
+        loader, number = self._predicted[self._predicting]
+        self._predicted[self._predicting] = loader, number + 1
+        own = loader.count if isinstance(loader, RepeatingLoader) else None
+        return output if own is None or number < own else None
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +188,17 @@ class SteppingStrategy(SavingStrategy):
         self._meet()
         if self._optimizer is not None:
             self.runner.settle()
+
+    @override
+    def on_predict_end(self) -> None:
+        """Take away the places of batches that were there once more."""
+        loop = self._module.trainer.predict_loop
+        if not loop.return_predictions:
+            return
+        found = [loop.predictions] if loop.num_dataloaders == 1 else loop.predictions
+        for (loader, _), predictions in zip(self._predicted, found, strict=False):
+            if isinstance(loader, RepeatingLoader) and loader.count is not None:
+                del predictions[loader.count :]
 
     # Where ranks meet outside of steps.
     on_validation_start = on_validation_end = _meet

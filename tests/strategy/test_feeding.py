@@ -85,7 +85,8 @@ def _loops(rank: int, data: Callable[[int], Dataset[Any]]) -> tuple[dict[str, li
         trainer.fit(module, DataLoader(data(rank), 2), DataLoader(data(1 - rank), 2))
         other = _trainer({}, seen)
         other.test(module, DataLoader(data(rank), 2), verbose=False)
-        other.predict(module, DataLoader(data(1 - rank), 2))
+        found = other.predict(module, DataLoader(data(1 - rank), 2)) or []
+        seen.passes["predicted"] = [len(found)]
     said = sum("data-parallel ranks were given" in str(w.message) for w in caught)
     return seen.passes, said
 
@@ -111,9 +112,12 @@ def dp() -> list[dict[str, Any]]:
 def test_all_ranks_end_each_pass_with_the_first(dp: list[dict[str, Any]], name: str) -> None:
     for rank in dp:
         passes, _ = rank[name]
-        assert passes == {"train": [3, 3], "val": [3, 3], "test": [3], "predict": [3]}
+        ends = {name: passes.pop(name) for name in ("predict", "predicted")}
+        assert passes == {"train": [3, 3], "val": [3, 3], "test": [3]}
+        # No prediction is missing, and none is there twice.
+        assert ends == {"predict": [5], "predicted": [3 if rank is dp[1] else 5]}
     # Once for each loader, by the first rank.
-    assert [rank[name][1] for rank in dp] == [4, 0]
+    assert [rank[name][1] for rank in dp] == [3, 0]
 
 
 def test_a_loader_that_is_mistaken_about_its_length_ends_on_all_ranks(
@@ -122,19 +126,24 @@ def test_a_loader_that_is_mistaken_about_its_length_ends_on_all_ranks(
     for rank in dp:
         passes, _ = rank["mistaken"]
         # Lightning validates after the last batch of those that were said to come.
-        assert passes == {"train": [3, 3], "test": [3], "predict": [3]}
+        predicted = [3 if rank is dp[1] else 5]
+        expected = {"train": [3, 3], "test": [3], "predict": [5], "predicted": predicted}
+        assert passes == expected
 
 
 def test_a_rank_without_batches_leaves_none_to_the_others(dp: list[dict[str, Any]]) -> None:
     for rank in dp:
         passes, _ = rank["none"]
+        ends = {name: passes.pop(name) for name in ("predict", "predicted")}
         assert not any(map(sum, passes.values()))
+        assert ends == {"predict": [3], "predicted": [0 if rank is dp[1] else 3]}
 
 
 def test_nothing_is_said_of_equal_numbers(dp: list[dict[str, Any]]) -> None:
     for rank in dp:
         passes, said = rank["equal"]
-        assert passes == {"train": [3, 3], "val": [3, 3], "test": [3], "predict": [3]}
+        once = {"test": [3], "predict": [3], "predicted": [3]}
+        assert passes == {"train": [3, 3], "val": [3, 3], **once}
         assert said == 0
 
 
