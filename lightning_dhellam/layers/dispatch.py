@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.rows import Rows, places_of, rows_of, to_host
 from lightning_dhellam.layers.rules import gathers
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.parallel import collectives
@@ -37,20 +38,6 @@ _INDEX = 4
 """Bytes of a row's number."""
 _WEIGHT = 4
 """Bytes of a routing weight."""
-
-
-class Rows(NamedTuple):
-    """How many rows an exchange moves, on the host.
-
-    Attributes:
-        given: by this rank to each.
-        taken: by this rank from each.
-        of_experts: for each expert of this rank.
-    """
-
-    given: tuple[int, ...]
-    taken: tuple[int, ...]
-    of_experts: tuple[int, ...]
 
 
 class Ordered(NamedTuple):
@@ -122,7 +109,7 @@ class Dispatch:
             "counts.wait",
             ("host_counts",),
             {"rows": 0.0},
-            partial(_rows, rank=self.rank),
+            partial(rows_of, rank=self.rank),
             waits=True,
             rule=Rule({"ep": Move(Held.REPLICATED, Held.EXPERTS)}),
         )
@@ -256,7 +243,7 @@ class Dispatch:
             gathers(Lane.EP, Held.SAMPLES),
             crossing=0.0,
         )
-        w.host("counts.copy", ("all_counts",), {"host_counts": 0.0}, _to_host)
+        w.host("counts.copy", ("all_counts",), {"host_counts": 0.0}, to_host)
 
     def _permute(self, w: GraphWriter, read: str) -> None:
         permute = self.kernels.permute.permute
@@ -274,7 +261,7 @@ class Dispatch:
             "experts.place",
             ("all_counts", "rows"),
             {"origins": index, "spots": index, "ends": 0.0},
-            partial(_place, rank=self.rank),
+            partial(places_of, rank=self.rank),
             moved=4 * index,
             rule=Rule({"ep": Move((Held.REPLICATED, Held.EXPERTS), Held.EXPERTS)}),
         )
@@ -346,43 +333,3 @@ class Dispatch:
 
     def _weight(self, w: GraphWriter) -> float:
         return _WEIGHT * self.rows(w)
-
-
-def _to_host(counts: Tensor) -> Tensor:
-    """A copy in memory of the host, which is there when the stream has come as far."""
-    if not counts.is_cuda:
-        return counts
-    copy = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-    return copy.copy_(counts, non_blocking=True)
-
-
-def _rows(counts: Tensor, *, rank: int) -> Rows:
-    """What the counts [P, E] of all ranks are for this one."""
-    ranks, experts = counts.shape
-    by_rank = counts.view(ranks, ranks, experts // ranks)
-    here = by_rank[:, rank]
-    return Rows(
-        tuple(by_rank[rank].sum(1).tolist()),
-        tuple(here.sum(1).tolist()),
-        tuple(here.sum(0).tolist()),
-    )
-
-
-def _place(counts: Tensor, rows: Rows, *, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where rows ordered by the rank that they come from lie when ordered by expert.
-
-    Returns of each row by expert the one that it was [R], of each row as it arrived the one that
-    it becomes [R], and where the rows of each expert end [L], int32.
-    """
-    ranks, total = len(counts), sum(rows.of_experts)
-    here = counts.view(ranks, ranks, -1)[:, rank]
-    arrived, ordered = here.flatten(), here.t().flatten()
-    begins = (arrived.cumsum(0) - arrived).view(here.shape).t().flatten()
-    # How far each piece, of one rank for one expert, is moved. The size is known: nobody waits.
-    moved = begins - (ordered.cumsum(0) - ordered)
-    numbers = torch.arange(total, device=counts.device)
-    origins = numbers + moved.repeat_interleave(ordered, output_size=total)
-    spots = torch.empty_like(origins)
-    spots[origins] = numbers
-    ends = here.sum(0).cumsum(0)
-    return origins.to(torch.int32), spots.to(torch.int32), ends.to(torch.int32)

@@ -22,8 +22,9 @@ from torch.nn import Parameter
 
 from lightning_dhellam.kernels.protocols import ActivationKernel, GroupedKernel
 from lightning_dhellam.layers.block import Setting, check_class
-from lightning_dhellam.layers.dispatch import Dispatch, Ordered, Rows
+from lightning_dhellam.layers.dispatch import Dispatch, Ordered
 from lightning_dhellam.layers.mlp import activation_of
+from lightning_dhellam.layers.rows import Rows
 from lightning_dhellam.layers.rules import ALIKE, on_tp
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.parallel.gradients import taken_first
