@@ -61,7 +61,7 @@ class Runner:
         plan: order of the operators: the name of a built-in plan, or the path of a plan file.
         micro_batch_size: samples that go through the layers together; the last micro-batch of a
             batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
-            of dropout, which are others.
+            of dropout, which are others, and for tokens that experts drop (`capacity_factor`).
         precision: `32-true`, `bf16-mixed` or `bf16-true`; decides nothing about the model, which
             is of such a type already.
         seed: of dropout.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,18 @@ def test_biases_follow_the_load_once_a_step(model: CausalLM) -> None:
     balance.step(torch.tensor(True))
     balance.step(torch.tensor(True))  # a step without a batch
     assert first.tolist() == [-RATE, RATE, 0.0, 0.0] and not second.any()
+
+
+def test_a_rate_of_zero_holds_biases_as_they_are() -> None:
+    model = CausalLM(replace(CONFIG, router_bias_update_rate=0.0), ParallelContext.single(CPU))
+    balance, bias = Balance(model), model.layers[1].mlp.router.expert_bias
+    bias.copy_(torch.tensor([0.5, -0.25, 0.125, 0.0]))
+    before = bias.clone()
+    balance.saw(_tally())
+    balance.step(None)
+    assert torch.equal(bias, before) and balance.last is not None
+    without = CausalLM(replace(CONFIG, router_bias_update_rate=None), ParallelContext.single(CPU))
+    assert without.layers[1].mlp.router.expert_bias is None
 
 
 def test_nothing_is_read_on_the_host(model: CausalLM) -> None:

@@ -10,11 +10,37 @@ from typing import Any
 from lightning_dhellam.checkpoint.folder import MODEL, read_topology
 from lightning_dhellam.models.config import ModelConfig
 
-_OF_TRAINING = ("hidden_dropout", "aux_loss", "aux_loss_coefficient", "z_loss_coefficient")
+_RATE = "router_bias_update_rate"
+_OF_TRAINING = (
+    "hidden_dropout",
+    "aux_loss",
+    "aux_loss_coefficient",
+    "z_loss_coefficient",
+    _RATE,
+)
 _OF_NO_WEIGHT = ("init_std", "max_sequence_length")
 """What weights that are loaded do not compute otherwise."""
 _ROPE = ("rope_short_factors", "rope_long_factors", "rope_original_length", "rope_magnitude")
-_FREE = (*_OF_TRAINING, *_ROPE, "norm_epsilon", "rotary_base", "rope_scaling_factor")
+_ROUTING = (
+    "experts_per_token",
+    "router_scores",
+    "router_pre_softmax",
+    "router_scaling_factor",
+    "router_groups",
+    "router_groups_per_token",
+    "router_jitter",
+    "router_fp32",
+    "capacity_factor",
+    "drop_policy",
+)
+_FREE = (
+    *_OF_TRAINING,
+    *_ROPE,
+    *_ROUTING,
+    "norm_epsilon",
+    "rotary_base",
+    "rope_scaling_factor",
+)
 """What may change from one run to the next, if that is asked for: no shape depends on it."""
 
 
@@ -54,7 +80,7 @@ def check_model(
     Args:
         path: of the checkpoint.
         config: of this run's model.
-        training: whether it goes on training; dropout and auxiliary losses matter only then.
+        training: whether it goes on training; dropout and what balances experts matter only then.
         resume_settings: `arguments` if settings that no shape depends on may differ.
 
     Raises:
@@ -66,10 +92,12 @@ def check_model(
             f"checkpoint {path} does not say which model it is of: if rotary_base, norm_epsilon"
             " and the like are those of this run is not known"
         ]
-    ignored = _OF_NO_WEIGHT if training else (*_OF_NO_WEIGHT, *_OF_TRAINING)
     own = described(config)
+    # One of the two has biases that the other has not.
+    other = {_RATE} if (saved[_RATE] is None) != (own[_RATE] is None) else set()
+    ignored = {*_OF_NO_WEIGHT, *(() if training else _OF_TRAINING)} - other
     different = [name for name in own if name not in ignored and saved[name] != own[name]]
-    fixed = [name for name in different if name not in _FREE]
+    fixed = [name for name in different if name not in _FREE or name in other]
     if different and (fixed or resume_settings != "arguments"):
         raise ValueError(
             f"checkpoint {path} holds a model with {_listed(different, saved)}, this run has"

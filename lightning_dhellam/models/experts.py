@@ -11,8 +11,8 @@ _KINDS = {
     "aux_loss": ("aux_loss", "seq_aux_loss", "global_aux_loss"),
     "drop_policy": ("probs", "position"),
 }
-_FACTORS = ("router_scaling_factor", "capacity_factor", "router_bias_update_rate")
-_COEFFICIENTS = ("aux_loss_coefficient", "z_loss_coefficient")
+_FACTORS = ("router_scaling_factor", "capacity_factor")
+_COEFFICIENTS = ("aux_loss_coefficient", "z_loss_coefficient", "router_bias_update_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class ExpertFields:
 
     router_bias_update_rate: float | None = None
     """By how much, once a step, a bias of each expert follows its load, which balances experts
-    without a loss; with `sigmoid` only. No bias when left out."""
+    without a loss; with `sigmoid` only. 0 keeps biases as they are, as when a model is tuned. No
+    bias when left out."""
 
     router_jitter: float = 0.01
     """Of `sparsemixer`: experts whose logits are below the best by more than twice this part of
@@ -68,14 +69,19 @@ class ExpertFields:
     (`seq_aux_loss`), or all ranks' tokens (`global_aux_loss`)."""
 
     aux_loss_coefficient: float = 0.0
-    """Multiplies the loss that balances experts."""
+    """Multiplies the loss that balances experts, of each layer by itself, which is 1 where experts
+    are used evenly, as in Megatron-core. Hugging Face has one loss of all layers together, which is
+    `experts_per_token` where they are: its router_aux_loss_coef times `experts_per_token`, over the
+    number of layers with experts, pulls as hard here."""
 
     z_loss_coefficient: float = 0.0
     """Multiplies the loss that keeps the router's logits small."""
 
     capacity_factor: float | None = None
-    """Most tokens that an expert takes, in those of an even share; no token is dropped when left
-    out."""
+    """How many tokens an expert takes at most: this times an even share, of the tokens of one
+    micro-batch on one rank, as in Megatron-core. Which tokens are dropped therefore depends on
+    parallel sizes and micro-batch size, and so do loss and gradients, also in evaluation and
+    prediction, which drop as well. No token is dropped when left out."""
 
     drop_policy: str = "probs"
     """Which tokens an expert drops beyond its capacity: those of least weight (`probs`), or the
@@ -103,8 +109,9 @@ class ExpertFields:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be greater than 0; or leave it out")
         for name in _COEFFICIENTS:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value} must be at least 0")
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} exceeds"

@@ -93,7 +93,7 @@ PRESETS: dict[str, ModelConfig] = {
         rotary_base=1e6,
         num_experts=8,
         experts_per_token=2,
-        aux_loss_coefficient=0.02,
+        aux_loss_coefficient=0.01,  # Megatron-core's own, in its example of Mixtral
     ),
     "phi-3.5-moe": ModelConfig(
         num_layers=32,
@@ -126,7 +126,7 @@ PRESETS: dict[str, ModelConfig] = {
         num_experts=128,
         experts_per_token=8,
         expert_ffn_hidden_size=768,
-        aux_loss_coefficient=0.001,
+        aux_loss_coefficient=0.001,  # as Megatron Bridge trains it
     ),
 }
 

@@ -93,6 +93,9 @@ def check_config(config: Any, own: ModelConfig, family: Family) -> None:
 def config_of(source: Any, **overrides: Any) -> ModelConfig:
     """The model that a configuration of Hugging Face describes.
 
+    What only balances experts in training is left out, `router_aux_loss_coef` for one, since it
+    multiplies another loss: see `ExpertFields.aux_loss_coefficient`.
+
     Args:
         source: a folder with `config.json`, that file, what it holds, or a configuration itself.
         overrides: fields of the `ModelConfig` that are to have other values.

@@ -48,8 +48,9 @@ class DHellamStrategy(SteppingStrategy):
         pipeline_split: layers of each of the 2P chunks; None to balance them by cost, with the
             embedding and the output layer on stage 0 counted.
         context_parallel_size: ranks C that share each sequence, for long ones: each has two of 2C
-            pieces. Changes loss and gradients by rounding alone. Blocks of your own must be
-            `token_wise`, and a `compute_loss` of your own sees each rank's pieces.
+            pieces. Changes loss and gradients by rounding alone, unless experts drop tokens. Blocks
+            of your own must be `token_wise`, and a `compute_loss` of your own sees each rank's
+            pieces.
         context_exchange: how keys and values come to those ranks: from rank to rank (`ring`), or
             all at once (`all_gather`), which holds those of the whole sequence at a time. With
             `auto` a search takes what it predicts to be faster; without one it is `ring`.
@@ -61,12 +62,13 @@ class DHellamStrategy(SteppingStrategy):
             start; on several hosts it is `nccl`. Changes neither loss nor gradients.
         expert_parallel_size: ranks that share the experts of each layer, of all ranks of a stage:
             tokens go to the ranks of their experts and come back. Changes loss and gradients by
-            rounding alone. All of them must have equally many micro-batches in each batch.
+            rounding alone, unless a `capacity_factor` drops tokens, which each rank and micro-batch
+            does by itself. All of them must have equally many micro-batches in each batch.
         expert_tensor_parallel_size: ranks that share each expert: as many as share each layer
             (None), or 1, so that experts are whole and lie on tensor-parallel ranks as well.
         micro_batch_size: samples that go through the layers together; the last micro-batch of a
             batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
-            of dropout, which are others.
+            of dropout, which are others, and for tokens that experts drop (`capacity_factor`).
         plan: order of the operators: `sequential`, `megatron`, `dhellam`, `interleaved`, `auto`,
             which searches the best in the first steps (see `callbacks.AutoSearch`), or the path
             of a plan file (`.json`). Changes neither loss nor gradients.

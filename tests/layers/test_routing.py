@@ -18,7 +18,10 @@ from torch import Tensor
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralTopKRouter,
+    load_balancing_loss_func,
+)
 from transformers.models.phimoe.configuration_phimoe import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -280,6 +283,24 @@ def test_the_z_loss_and_losses_of_balance_are_megatrons(scores: str) -> None:
         1.0,
     )
     torch.testing.assert_close(values[0], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [(3, 2), (5, 4)])
+def test_a_coefficient_of_hugging_face_pulls_as_hard_times_k_over_the_layers(
+    layers: int, chosen: int
+) -> None:
+    """As `aux_loss_coefficient` and the guide of mixtures of experts say."""
+    rule, logits = Routing(EXPERTS, chosen), _logits()
+    leaf, coefficient = logits.flatten(0, 1).requires_grad_(), 0.02
+    others = [leaf.detach()] * (layers - 1)
+    theirs = load_balancing_loss_func((leaf, *others), EXPERTS, chosen)
+    (coefficient * theirs).backward()
+    assert leaf.grad is not None and leaf.grad.any()
+    counts = routing.counts(rule.forward(leaf.detach())[1], EXPERTS, BATCH).sum(0, keepdim=True)
+    wanted, ours = [counts / counts.sum()], coefficient * chosen / layers
+    (value,), grad = routing.balance(Scores.SOFTMAX, logits, wanted, [ours], 1 / TOKENS)
+    torch.testing.assert_close(grad.flatten(0, 1), leaf.grad, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(value * chosen, theirs.detach(), rtol=1e-5, atol=0)
 
 
 def test_the_bias_follows_the_load_as_megatrons_does(monkeypatch: pytest.MonkeyPatch) -> None:

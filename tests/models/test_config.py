@@ -70,6 +70,7 @@ MOE = replace(SMALL, num_experts=6, experts_per_token=2)
         ({"router_bias_update_rate": 0.01}, ["router_bias_update_rate=0.01", "'sigmoid'"]),
         ({"router_scaling_factor": 0.0}, ["router_scaling_factor=0.0", "greater than 0"]),
         ({"z_loss_coefficient": -1.0}, ["z_loss_coefficient=-1.0", "at least 0"]),
+        ({"router_bias_update_rate": -0.1}, ["router_bias_update_rate=-0.1", "at least 0"]),
         ({"router_groups": 3}, ["router_groups=3", "without router_groups_per_token"]),
         ({"router_groups": 4, "router_groups_per_token": 2}, ["num_experts=6", "router_groups=4"]),
         ({"router_groups": 3, "router_groups_per_token": 4}, ["router_groups_per_token=4"]),

@@ -94,6 +94,43 @@ def test_losses_that_balance_experts_matter_to_training_only(kept: Path, tmp_pat
         check_model(path, SHAPE, training=False, resume_settings="arguments")
 
 
+@pytest.mark.parametrize(
+    ("name", "saved", "given", "training"),
+    [
+        ("aux_loss_coefficient", 0.1, 0.02, True),
+        ("z_loss_coefficient", 0.0, 1e-3, True),
+        ("router_bias_update_rate", 1e-3, 0.0, True),
+        ("capacity_factor", None, 1.25, False),
+        ("drop_policy", "probs", "position", False),
+        ("router_scaling_factor", 2.5, 1.0, False),
+        ("experts_per_token", 2, 3, False),
+    ],
+)
+def test_how_experts_are_balanced_is_no_models_identity(
+    kept: Path, tmp_path: Path, name: str, saved: Any, given: Any, training: bool
+) -> None:
+    """`training`: whether it matters to that alone."""
+    mixture = replace(SHAPE, num_experts=4, router_scores="sigmoid", router_bias_update_rate=1e-3)
+    path = _with_model(kept, tmp_path, lambda _: described(replace(mixture, **{name: saved})))
+    own = replace(mixture, **{name: given})
+    (line,) = check_model(path, own, training=True, resume_settings="arguments")
+    assert line == f"{name}: {given}, as this run was given, not {saved}, as in the checkpoint"
+    evaluated = check_model(path, own, training=False, resume_settings="arguments")
+    assert evaluated == ([] if training else [line])
+    for goes_on in (True, False) if not training else (True,):
+        with pytest.raises(ValueError, match=r"let this run's win.*resume_settings='arguments'"):
+            check_model(path, own, training=goes_on, resume_settings="checkpoint")
+
+
+def test_a_model_without_biases_is_another_one(kept: Path, tmp_path: Path) -> None:
+    mixture = replace(SHAPE, num_experts=4, router_scores="sigmoid", router_bias_update_rate=0.0)
+    path = _with_model(kept, tmp_path, lambda _: described(mixture))
+    without = replace(mixture, router_bias_update_rate=None)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=r"=0\.0, this run has router_bias_update_rate=None"):
+            check_model(path, without, training=training, resume_settings="arguments")
+
+
 def test_this_runs_settings_win_where_no_shape_depends_on_them(kept: Path) -> None:
     arguments = {"resume_settings": "arguments"}
     given = {**TRAINED, "rotary_base": 5e5}
