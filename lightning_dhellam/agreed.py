@@ -16,6 +16,7 @@ from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_on_all_ranks
 from lightning_dhellam.parallel.device import device_name
+from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.file import conditions, named_plan
@@ -92,7 +93,7 @@ class AgreedEngine:
         self._exchange = self.exchanges[0]
         lowered = self._lower(context_exchange=self._exchange)
         self.structure = Structure(model)
-        self._wanted: frozenset[str] | None = None
+        self._wanted: dict[str, bool] | None = None
         self.kernels = lowered.kernels
         builder = named_plan(plan, self.conditions)
         processors = self._context.processors(lowered.layers)
@@ -150,17 +151,38 @@ class AgreedEngine:
             ValueError: on all ranks of it.
         """
         own = self._trained() if self._wanted is None else self._wanted
-        first: dict[int, frozenset[str]] = {}
-        for stage, names in of_all_ranks((self._context.topology.pp_rank, own), group):
-            others = first.setdefault(stage, names) ^ names
-            if others:
-                raise ValueError(
-                    f"'{min(others)}' is frozen on some ranks only: requires_grad_ must do the same"
-                    " on all ranks"
-                )
+        first: dict[tuple[int, str], bool] = {}
+        differing: set[str] = set()
+        # An expert is compared on the ranks that hold it, by its number among all.
+        for stage, trained in of_all_ranks((self._context.topology.pp_rank, own), group):
+            differing |= {
+                n
+                for n, is_so in trained.items()
+                if first.setdefault((stage, n), is_so) is not is_so
+            }
+        if differing:
+            raise ValueError(
+                f"'{min(differing)}' is frozen on some ranks only: requires_grad_ must do the same"
+                " on all ranks"
+            )
 
-    def _trained(self) -> frozenset[str]:
-        return frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)
+    def _trained(self) -> dict[str, bool]:
+        """Whether each parameter requires a gradient, by its name among all ranks."""
+        own = {name: p.requires_grad for name, p in self._model.named_parameters()}
+        return ExpertNames(self._model).all_of(own)
+
+    def follow_frozen(self, stage_group: dist.ProcessGroup | None) -> None:
+        """Train what requires a gradient by now, before anything was made to train it with.
+
+        Every rank of the stage, `stage_group`, must call this.
+
+        Raises:
+            ValueError: on all ranks, when some have frozen other parameters than each other.
+        """
+        self.structure.check()
+        self.check_frozen(stage_group)
+        if any(of_all_ranks(bool(self.structure.changed), stage_group)):
+            self.freeze_others(stage_group)
 
     def put_off(self) -> None:
         """Freeze again what was frozen at the last step, and nothing else, until it is refused."""

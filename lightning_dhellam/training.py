@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,10 +58,12 @@ class Training:
         sharded = shards(optimizer, distributed_optimizer, precision, _holders(model))
         self._agreed = agreed
         self._context = context
+        self._spread = context.topology.ep_size > 1 and any(map(is_expert, model.parameters()))
         self._asked: Question | None = None
         self._has_changed = False
         self._precision = precision
         self._stage_group = context.stage_group
+        agreed.follow_frozen(self._stage_group)
         self._make_buffers = partial(
             GradientBuffers,
             model,
@@ -98,21 +101,26 @@ class Training:
         """
         self._ask()
         self.check_followed()
-        if self._has_changed:
+        if self._stage_has_changed:
             self._follow()
 
     def begin(self) -> None:
         """The same at the beginning of a step, where no rank waits unless it has changed something.
 
         A rank that has done so alone trains for this one step what it did before. By the next one
-        all ranks know, and refuse it together: the others would wait for it in this one.
+        all ranks know, and refuse it together: the others would wait for it in this one. An expert
+        is changed by the ranks that hold it: where ranks share experts, hosts wait for each other
+        here, as they do in every exchange of rows.
         """
         self.check_followed()
         self._ask()
-        if self._has_changed and self._are_shared(self._changes()):
+        if not (self._has_changed or self._spread):
+            return
+        if not self._are_shared(self._changes()):
+            if self._has_changed:
+                self._agreed.put_off()
+        elif self._stage_has_changed:
             self._follow()
-        elif self._has_changed:
-            self._agreed.put_off()
 
     def check_followed(self) -> None:
         """Refuse what some ranks of a stage have changed alone by the last step or `follow_model`.
@@ -128,21 +136,35 @@ class Training:
     def _ask(self) -> None:
         """Tell all ranks, in host memory, whether this one is to train something else by now."""
         self._agreed.structure.check()
-        trained_alike = self._agreed.structure.is_trained_alike
-        self._has_changed = not trained_alike or self.optimizer.has_others
-        changes = [0.0] * self._context.topology.pp_size
-        changes[self._context.topology.pp_rank] = float(self._has_changed)
-        self._asked = Question(changes, self._context.host_group, ReduceOp.SUM)
+        of_experts = {is_expert(parameter) for parameter in self._agreed.structure.changed}
+        others = self.optimizer.has_others or False in of_experts
+        self._has_changed = others or True in of_experts
+        topology = self._context.topology
+        changes = [[0.0] * (1 + topology.ep_size) for _ in range(topology.pp_size)]
+        changes[topology.pp_rank][0] = float(others)
+        changes[topology.pp_rank][1 + topology.ep_rank] = float(True in of_experts)
+        self._asked = Question(
+            [*chain.from_iterable(changes)], self._context.host_group, ReduceOp.SUM
+        )
 
-    def _changes(self) -> Sequence[float]:
-        """How many ranks of each stage have changed something."""
+    def _changes(self) -> list[Sequence[float]]:
+        """How many ranks of each stage have changed something: experts apart, by who holds them."""
         assert self._asked is not None
-        return self._asked.answer()
+        answer, each = self._asked.answer(), 1 + self._context.topology.ep_size
+        return [answer[start : start + each] for start in range(0, len(answer), each)]
 
-    def _are_shared(self, changes: Sequence[float]) -> bool:
+    @property
+    def _stage_has_changed(self) -> bool:
+        return any(self._changes()[self._context.topology.pp_rank])
+
+    def _are_shared(self, changes: Sequence[Sequence[float]]) -> bool:
         topology, alone = self._context.topology, self._context.host_group is None
-        ranks = 1 if alone else topology.world_size // topology.pp_size
-        return all(count in (0, ranks) for count in changes)
+        ranks = 1 if alone else topology.stage_size
+        holders = 1 if alone else ranks // topology.ep_size
+        return all(
+            others in (0, ranks) and all(count in (0, holders) for count in experts)
+            for others, *experts in changes
+        )
 
     def _follow(self) -> None:
         self._agreed.check_frozen(self._stage_group)

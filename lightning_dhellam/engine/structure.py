@@ -46,9 +46,10 @@ class Structure:
         self._trained = [parameter.requires_grad for parameter in model.parameters()]
 
     @property
-    def is_trained_alike(self) -> bool:
-        """Whether the same parameters are frozen as then. It waits for no device."""
-        return self._trained == [parameter.requires_grad for _, parameter, _ in self._forms]
+    def changed(self) -> list[Parameter]:
+        """The parameters that were frozen or unfrozen since. It waits for no device."""
+        every = zip(self._forms, self._trained, strict=True)
+        return [p for (_, p, _), trained in every if p.requires_grad is not trained]
 
     def freeze_as_then(self) -> None:
         """Let the same parameters require a gradient as then."""

@@ -142,15 +142,18 @@ class ExpertMlp:
             self._result_bias_grad(w, grad, weights, rows)
         self._data_grad(w, "experts.fc1", self.fc1, "d_experts_inner", "d_rows", rows)
         self._weight_grad(w, "experts.fc1", self.fc1, "d_experts_inner", rows.hidden, rows)
-        if any(bias.requires_grad for bias in self.fc1_bias):
+        if self._is_trained(self.fc1_bias):
             bias, bias_grad = self.fc1_bias, self.grouped.bias_grad
+
+            def run(dy: Tensor, ends: Tensor, rows: Rows | None = None) -> None:
+                if any(one.requires_grad for one in bias):
+                    bias_grad(dy, *_gradients(bias), ends, _of_experts(rows))
+
             w.compute(
                 "experts.fc1.bias.grad",
                 ("d_experts_inner", *_sized(rows)),
                 {},
-                lambda dy, ends, rows=None: bias_grad(
-                    dy, *_gradients(bias), ends, _of_experts(rows)
-                ),
+                run,
                 moved=self._size(w, self.fc1[0].shape[0]),
                 accumulates=bias,
             )
@@ -188,13 +191,14 @@ class ExpertMlp:
         rows: Ordered,
     ) -> None:
         """Add the weights' gradients, unless all are frozen."""
-        if not any(weight.requires_grad for weight in weights):
+        if not self._is_trained(weights):
             return
         weight_grad, sized = self.grouped.weight_grad, _sized(rows)
         reads, writes = self._ends(name)
 
         def run(dy: Tensor, x: Tensor, ends: Tensor, rows: Rows | None = None) -> None:
-            weight_grad(dy, x, *_gradients(weights), ends, _of_experts(rows))
+            if any(weight.requires_grad for weight in weights):
+                weight_grad(dy, x, *_gradients(weights), ends, _of_experts(rows))
 
         w.compute(
             f"{name}.wgrad",
@@ -228,6 +232,14 @@ class ExpertMlp:
             moved=self._size(w, 2 * self.fc2[0].shape[0]),
             accumulates=bias,
         )
+
+    def _is_trained(self, parameters: tuple[Parameter, ...]) -> bool:
+        """Whether there is an operator that adds to their gradients, on this rank or another.
+
+        Ranks that share experts have the same operators: all may be frozen on one of them only.
+        """
+        shares = bool(parameters) and self.dispatch.ranks > 1
+        return shares or any(parameter.requires_grad for parameter in parameters)
 
     def _ends(self, name: str) -> tuple[Held, Held]:
         """How what a linear layer reads and what it computes of it lie, once all is added up."""

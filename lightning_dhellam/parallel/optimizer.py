@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
@@ -279,18 +280,20 @@ class ModelParallelOptimizer:
             ValueError: the user's optimizer does not have a parameter that requires a gradient.
         """
         self._show_model()
-        new = self.has_others
         groups = [list(group["params"]) for group in self._inner.param_groups]
         members = {id(p) for of_group in groups for p in of_group}
         held = {id(p) for p in self._buffers.ddp.params_with_grad}
-        for parameter, name in self._parameter_names.items():
-            if parameter.requires_grad and id(parameter) not in members:
-                raise ValueError(
-                    f"'{name}' requires a gradient since the last step, but the optimizer does not"
-                    " have it: give it to configure_optimizers, or to optimizer.add_param_group"
-                )
-            new = new or (parameter.requires_grad and id(parameter) not in held)
-        if not new:
+        trained = {n: id(p) for p, n in self._parameter_names.items() if p.requires_grad}
+        lacking = [name for name, one in trained.items() if one not in members]
+        new = self.has_others or not held.issuperset(trained.values())
+        # Ranks that share experts train different ones.
+        of_stage = of_all_ranks((lacking[:1], new), self._context.stage_group)
+        for name in chain.from_iterable(names for names, _ in of_stage):
+            raise ValueError(
+                f"'{name}' requires a gradient since the last step, but the optimizer does not"
+                " have it: give it to configure_optimizers, or to optimizer.add_param_group"
+            )
+        if not any(is_new for _, is_new in of_stage):
             self._buffers.expect_others()
             return
         self._regroup(groups, make_buffers)
