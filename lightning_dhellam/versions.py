@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -33,6 +34,9 @@ logging.getLogger(DistributedDataParallel.__module__).addFilter(
 )
 # It also warns whoever opens a data set before, or without, torch.distributed, to log one line.
 warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
+
+# Routers of 0.16 ask whether this is None. Where transformer-engine is not, nothing defines it.
+moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
 _RENAMED = hasattr(TransformerConfig, "cuda_graph_modules")
 QUIET_FIELDS: dict[str, Any] = {"cuda_graph_modules" if _RENAMED else "cuda_graph_scope": []}

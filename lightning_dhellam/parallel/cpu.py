@@ -3,7 +3,8 @@
 Inside `megatron_device(cpu)` the process believes that it has one CUDA device, which is the CPU:
 allocations that name ``cuda`` land in host memory, ``Tensor.type()`` answers with the CUDA name
 (Megatron's optimizers sort parameters by it), and CUDA's random generator is the CPU's. Its router
-runs without transformer-engine, and its expert exchange takes sizes that are on the CPU already.
+does without transformer-engine's GEMM, and its expert exchange takes sizes that are on the CPU
+already.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ _REPLACEMENTS: dict[tuple[Any, str], object] = {
     (torch.cuda.random, "get_rng_state"): _get_rng_state,
     (torch.cuda.random, "set_rng_state"): _set_rng_state,
     (torch.cuda, "stream"): _stream,
-    # Only an import of transformer-engine defines it in 0.16, and its GEMM is for GPUs.
+    # It is for GPUs.
     (moe_utils, "te_general_gemm"): None,
     # The compiler does not know that CUDA is the CPU here.
     (TopKRouter, "_apply_expert_bias"): inspect.unwrap(TopKRouter._apply_expert_bias),

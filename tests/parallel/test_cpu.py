@@ -294,10 +294,10 @@ def _run_experts(rank: int) -> None:
 
 
 def test_experts_run_on_the_cpu_and_exchange_tokens() -> None:
-    """The router lacks a name without transformer-engine; the exchange takes tensors for sizes."""
-    before = MoEAlltoAllTokenDispatcher.cuda_dtoh_stream, hasattr(moe_utils, "te_general_gemm")
+    """The router does without transformer-engine; the exchange takes tensors for sizes."""
+    before = MoEAlltoAllTokenDispatcher.cuda_dtoh_stream, moe_utils.te_general_gemm
     run_ranks(2, _run_experts)
     with megatron_device(CPU):
         assert moe_utils.te_general_gemm is None
-    now = MoEAlltoAllTokenDispatcher.cuda_dtoh_stream, hasattr(moe_utils, "te_general_gemm")
+    now = MoEAlltoAllTokenDispatcher.cuda_dtoh_stream, moe_utils.te_general_gemm
     assert now == before, "nothing remains"
