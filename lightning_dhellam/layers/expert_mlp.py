@@ -57,12 +57,23 @@ class ExpertMlp:
 
     @classmethod
     def of(cls, experts: Sequence[Any], setting: Setting, dispatch: Dispatch) -> ExpertMlp:
-        """What lowers the `experts` of this rank; another class inside them is refused."""
+        """What lowers the `experts` of this rank; another class inside them is refused.
+
+        Raises:
+            ValueError: an expert is not made of the linear layers that are lowered, or it has a
+                bias that several ranks would add.
+        """
         for expert in experts:
             for name, wanted in _KINDS.items():
                 role = f"expert's linear_{name}"
                 check_class(getattr(expert, f"linear_{name}"), wanted, role, setting.index)
         fc1, fc2 = ([getattr(e, f"linear_{name}") for e in experts] for name in _KINDS)
+        if dispatch.shared and any(linear.bias is not None for linear in fc2):
+            raise ValueError(
+                f"layer {setting.index}: its experts have biases (add_bias_linear=True) and are"
+                " split over tensor-parallel ranks, each of which would add them: use"
+                " expert_tensor_parallel_size=1"
+            )
         return cls(
             tuple(linear.weight for linear in fc1),
             tuple(linear.weight for linear in fc2),

@@ -9,6 +9,8 @@ from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_a
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from lightning_dhellam.layers.routing import Routing, Scores
+
 
 class SparseMixer(TopKRouter):
     """Chooses two experts one after the other, as Phi-3.5-MoE does (arXiv 2409.12136).
@@ -36,8 +38,10 @@ class SparseMixer(TopKRouter):
         assert padding_mask is None
         length, batch = logits.shape[:2]
         logits = self.apply_z_loss(logits.view(-1, logits.shape[-1]))
-        weights, chosen = sparse_mix(logits, self.jitter)
-        probs = torch.zeros_like(logits).scatter(1, chosen, weights)
+        experts = logits.shape[-1]
+        mixing = Routing(experts, self.topk, Scores.SPARSEMIXER, jitter=self.jitter)
+        weights, chosen = mixing.forward(logits)
+        probs = torch.zeros_like(logits).scatter(1, chosen, weights.type_as(logits))
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             counted, scores = compute_routing_scores_for_aux_loss(logits, self.topk, "softmax")
@@ -45,22 +49,3 @@ class SparseMixer(TopKRouter):
             probs = self._apply_seq_aux_loss(probs, scores, counted, length, batch)
             probs = self._apply_global_aux_loss(probs, scores, counted)
         return probs, routing_map
-
-
-def sparse_mix(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-    """Weights and numbers of two experts for each token, both [tokens, 2].
-
-    ``logits`` [tokens, experts].
-    """
-    first_weight, first = _one(logits, logits, jitter)
-    second_weight, second = _one(logits.scatter(1, first, float("-inf")), logits, jitter)
-    return torch.cat([first_weight, second_weight], 1), torch.cat([first, second], 1)
-
-
-def _one(left: Tensor, logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-    """The best expert of those that are left, [tokens, 1], and its weight among those near it."""
-    best, chosen = left.detach().max(dim=1, keepdim=True)
-    scale = logits.detach().abs().maximum(best)
-    far = (best - logits.detach()) / scale > 2 * jitter
-    weights = left.masked_fill(far, float("-inf")).softmax(dim=1)
-    return weights.gather(1, chosen), chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,8 @@ from torch.nn.functional import gelu, silu
 
 from lightning_dhellam.kernels.choose import choose
 from lightning_dhellam.layers.block import Setting
+from lightning_dhellam.layers.dispatch import Dispatch
+from lightning_dhellam.layers.expert_mlp import ExpertMlp
 from lightning_dhellam.layers.experts import Experts
 from lightning_dhellam.layers.writer import GraphWriter, Sizes
 from lightning_dhellam.models.spec import linears
@@ -216,6 +218,16 @@ def test_some_experts_or_all_may_be_frozen() -> None:
     layer.experts.requires_grad_(False)
     names = {operator.name for operator in _graphs(layer).backward.operators}
     assert not names & {"experts.fc1.wgrad", "experts.fc2.wgrad", "experts.fc1.bias.grad"}
+
+
+def test_biases_of_experts_that_ranks_share_are_refused_by_name() -> None:
+    experts = _layer(Case(BIASED)).experts.local_experts
+    sizes, kernels = Sizes(CONTEXT, torch.float32, HIDDEN, 8), choose(CPU, torch.float32)
+    setting = Setting(sizes, kernels, None, regather=True, index=3)
+    split = Dispatch(EXPERTS, 2, HIDDEN, shared=True, kernels=kernels, ranks=1, rank=0)
+    with pytest.raises(ValueError, match=r"layer 3: .*use expert_tensor_parallel_size=1"):
+        ExpertMlp.of(experts, setting, split)
+    assert ExpertMlp.of(experts, setting, replace(split, shared=False)).fc2_bias
 
 
 def test_in_bf16_it_is_about_as_far_from_the_truth_as_megatron() -> None:

@@ -184,6 +184,17 @@ def test_weights_and_gradients_are_those_of_published_models(
     torch.testing.assert_close(found, logits.grad, rtol=0, atol=1e-5)
 
 
+def test_the_two_steps_of_sparse_mixing() -> None:
+    logits = torch.tensor([[4.0, 3.99, 1.0, 3.0], [-1.0, -1.01, -5.0, -9.0], [2.0, 2.0, 2.0, 2.0]])
+    weights, chosen = Routing(4, 2, Scores.SPARSEMIXER, jitter=0.01).forward(logits)
+    # Of the first token the two best are within 2%, then the third is far; of the second the two
+    # best are within 2% of the larger magnitude; of the third all are equal.
+    near = 1 / (1 + torch.tensor(-0.01).exp())
+    assert chosen[:2].tolist() == [[0, 1], [0, 1]] and len(set(chosen[2].tolist())) == 2
+    expected = torch.tensor([[near, 1.0], [near, 1.0], [1 / 4, 1 / 3]])
+    torch.testing.assert_close(weights, expected)
+
+
 def test_few_experts_are_near_enough_to_share_in_sparsemixers_weight() -> None:
     """With a wide margin all share, as in a softmax; with none the best has all."""
     logits = _logits().flatten(0, 1)
