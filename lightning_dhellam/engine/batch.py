@@ -31,10 +31,12 @@ class MicroBatch:
             of 1 over the whole batch; `batch.key`, the random key of what this rank alone computes,
             and `batch.whole_key`, of what all ranks with these samples compute alike or by places,
             both None in evaluation; `batch.data`, the user's mapping cut to this micro-batch;
-            `batch.share`, its part of the batch's samples; `batch.tally`, what operators of all
-            micro-batches add up. What the device is still to be given is a `Slot`, which says when
-            it is there. Where the whole batch is that of several ranks, `batch.counts` [S, B] is
-            what its weights are made from.
+            `batch.share`, its part of the batch's samples; `batch.padding` [S / TP, B] bool, which
+            of the tokens that this rank has between the layers are padding, None without labels;
+            `batch.token_share`, what each of the others is of the batch; `batch.tally`, what
+            operators of all micro-batches add up. What the device is still to be given is a `Slot`,
+            which says when it is there. Where the whole batch is that of several ranks,
+            `batch.counts` [2, S, B] is what its weights are made from.
         tokens: number of tokens, B * S.
     """
 
@@ -57,6 +59,7 @@ def cut(
     targets: bool = True,
     everyone: Everyone | None = None,
     documents: Documents | None = None,
+    own_labels: bool = False,
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of at most `size` samples, and this rank's part of sequences.
 
@@ -66,6 +69,8 @@ def cut(
 
     With context parallelism this rank takes its two pieces of each sequence (`parallel.zigzag`),
     so that S is then the length of both together.
+
+    Padding is what stands behind the last token of a sample that counts: no loss depends on it.
 
     Args:
         batch: `tokens` [B, S] and, for a loss, `labels` [B, S]; optionally `loss_mask` [B, S].
@@ -81,11 +86,16 @@ def cut(
         everyone: ranks whose batches together are the whole one; None where this one is. With them
             every rank's batch must have labels, and every rank must call this.
         documents: what the samples are made of; None where each is one document.
+        own_labels: whether labels may mean anything, so that nothing is known to be padding.
     """
     samples, length = batch["tokens"].shape
     share = (topology.cp_rank, topology.cp_size)
     places = zigzag.places(length, *share, device)
     own = places.chunk(topology.tp_size)[topology.tp_rank]
+    targets = targets and batch.get("labels") is not None
+    padding = _padding(batch, device, own_labels) if targets else None
+    if padding is not None and share[1] > 1:
+        padding = zigzag.own_part(padding, 1, *share)
     batch, positions = _of_part(batch, share, device, documents)
 
     def on_device(value: Tensor) -> Tensor:
@@ -106,12 +116,26 @@ def cut(
             "batch.key": dropout.derive_key(seed, step, rank, index),
             "batch.whole_key": dropout.derive_key(seed, step, rank // sharing, index),
             "batch.data": {name: _rows(value, rows, samples) for name, value in batch.items()},
+            "batch.padding": padding
+            if padding is None
+            else padding[rows].t().chunk(topology.tp_size)[topology.tp_rank].contiguous(),
             "batch.tally": tally,
         }
         pieces.append(MicroBatch(slots, tokens[rows].numel()))
-    if targets and batch.get("labels") is not None:
-        _add_targets(pieces, batch, device, everyone)
+    if padding is not None:
+        _add_targets(pieces, batch, padding, everyone)
     return pieces
+
+
+def _padding(batch: Mapping[str, Any], device: torch.device, own_labels: bool) -> Tensor:
+    """Which tokens of whole sequences are padding: [B, S] bool on the device."""
+    labels, mask = batch["labels"].to(device, non_blocking=True), batch.get("loss_mask")
+    if own_labels:
+        return torch.zeros(labels.shape, dtype=torch.bool, device=device)
+    counts = labels != IGNORED
+    if mask is not None:
+        counts = counts & (mask.to(device, non_blocking=True) != 0)
+    return counts.flip(1).cumsum(1).flip(1) == 0
 
 
 def blank(piece: MicroBatch) -> MicroBatch:
@@ -119,7 +143,7 @@ def blank(piece: MicroBatch) -> MicroBatch:
     slots = dict(piece.slots)
     if "batch.labels" in slots:
         slots["batch.weights"] = torch.zeros_like(slots["batch.labels"], dtype=torch.float32)
-        slots["batch.share"] = 0.0
+        slots["batch.share"] = slots["batch.token_share"] = 0.0
     return replace(piece, slots=slots)
 
 
@@ -154,15 +178,20 @@ def _of_part(
 def _add_targets(
     pieces: Sequence[MicroBatch],
     batch: Mapping[str, Any],
-    device: torch.device,
+    padding: Tensor,
     everyone: Everyone | None,
 ) -> None:
-    """Give each micro-batch its labels, and what its tokens and samples count."""
+    """Give each micro-batch its labels, and what its tokens and samples count.
+
+    `padding` is [B, S], on the device.
+    """
+    device = padding.device
     labels = batch["labels"].to(device, non_blocking=True).t()
     counts = (labels != IGNORED).float()
     mask = batch.get("loss_mask")
     if mask is not None:
         counts = counts * mask.to(device, torch.float32, non_blocking=True).t()
+    counts = torch.stack([counts, padding.t().logical_not().float()])
     sizes = [len(piece.slots["batch.tokens"]) for piece in pieces]
     if everyone is None:
         weights = weights_here(counts, sizes)
@@ -171,7 +200,8 @@ def _add_targets(
     parts = labels.clamp_min(0).split(sizes, dim=1)
     for piece, part, weight in zip(pieces, parts, weights, strict=True):
         piece.slots["batch.labels"] = part.clone(memory_format=torch.contiguous_format)
-        piece.slots["batch.weights"], piece.slots["batch.share"] = weight
+        piece.slots["batch.weights"], piece.slots["batch.share"] = weight.tokens, weight.samples
+        piece.slots["batch.token_share"] = weight.each
         if everyone is not None:
             piece.slots["batch.counts"] = counts
 

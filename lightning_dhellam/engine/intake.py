@@ -82,6 +82,7 @@ class Intake:
             targets=needs_labels,
             everyone=everyone,
             documents=documents,
+            own_labels=self.limits.own_labels,
         )
 
     def _look_at_labels(self, batch: Mapping[str, Any]) -> None:

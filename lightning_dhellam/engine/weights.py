@@ -65,24 +65,28 @@ class Weights(NamedTuple):
     Attributes:
         tokens: the part of each token, [S, B] in fp32.
         samples: the part of its samples together, a number or a scalar in fp32.
+        each: the part of every token that is no padding, a scalar in fp32.
     """
 
     tokens: Tensor | Slot
     samples: Any
+    each: Tensor | Slot
 
 
 def weights_here(counts: Tensor, sizes: Sequence[int]) -> list[Weights]:
     """The weights of each micro-batch where this rank's batch is the whole one.
 
     Args:
-        counts: what each token of the batch counts for, [S, B] in fp32.
+        counts: what each token of the batch counts for, and whether it is no padding: [2, S, B] in
+            fp32.
         sizes: samples of each micro-batch.
     """
-    weights = counts / _never_zero(counts.sum())
+    total = _never_zero(counts.sum((1, 2)))
+    weights, each = counts[0] / total[0], total[1].reciprocal()
     parts = weights.split(list(sizes), dim=1)
     samples = sum(sizes)
     return [
-        Weights(part.clone(memory_format=torch.contiguous_format), size / samples)
+        Weights(part.clone(memory_format=torch.contiguous_format), size / samples, each)
         for part, size in zip(parts, sizes, strict=True)
     ]
 
@@ -95,28 +99,30 @@ def weights_everywhere(counts: Tensor, sizes: Sequence[int], everyone: Everyone)
     """
 
     def run(counts: Tensor) -> Pending:
-        total = torch.stack([counts.sum(), counts.new_full((), float(sum(sizes)))])
-        tokens = [counts.new_empty(len(counts), size) for size in sizes]
-        samples = [counts.new_empty(()) for _ in sizes]
+        total = torch.cat([counts.sum((1, 2)), counts.new_full((1,), float(sum(sizes)))])
+        tokens = [counts.new_empty(counts.shape[1], size) for size in sizes]
+        samples, each = [counts.new_empty(()) for _ in sizes], counts.new_empty(())
 
         def divide() -> None:
-            for part, out in zip(counts.split(list(sizes), dim=1), tokens, strict=True):
+            for part, out in zip(counts[0].split(list(sizes), dim=1), tokens, strict=True):
                 torch.div(part, _never_zero(total[0]), out=out)
+            torch.reciprocal(_never_zero(total[1]), out=each)
             for size, out in zip(sizes, samples, strict=True):
-                torch.div(counts.new_full((), float(size)), total[1], out=out)
+                torch.div(counts.new_full((), float(size)), total[2], out=out)
 
         work = dist.all_reduce(total, group=everyone.group, async_op=not counts.is_cuda)
         if work is None:
             divide()
-            return Pending((tokens, samples), None)
-        return Pending((tokens, samples), Once([work], divide))
+            return Pending((tokens, samples, each), None)
+        return Pending((tokens, samples, each), Once([work], divide))
 
     lanes = everyone.lanes
-    operator = Operator("weights", Lane.DP, ("counts",), ("tokens", "samples"), run)
+    operator = Operator("weights", Lane.DP, ("counts",), ("tokens", "samples", "each"), run)
     read = lanes.constants({"counts": counts})["counts"]
-    (tokens, samples), mark = lanes.launch(operator, [read], crosses=True)
+    (tokens, samples, each), mark = lanes.launch(operator, [read], crosses=True)
     pairs = zip(tokens, samples, strict=True)
-    return [Weights(Slot(token, mark), Slot(sample, mark)) for token, sample in pairs]
+    one = Slot(each, mark)
+    return [Weights(Slot(token, mark), Slot(sample, mark), one) for token, sample in pairs]
 
 
 def _never_zero(total: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 Ranks gather each other's counts, a few numbers, and add them up themselves in the order of ranks,
 so that all have the same bits. What is counted are the choices that were made, before any was
-dropped: also where a bias or groups of experts move them, where Megatron-core counts others.
+dropped: also where a bias or groups of experts move them, where Megatron-core counts others. Tokens
+that are padding count nowhere.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ class Balancing:
         reads[1:] = [read for read, _ in held]
         w.compute(
             "router.losses",
-            (*reads, "batch.share", "batch.tally"),
+            (*reads, "batch.padding", "batch.token_share", "batch.tally"),
             {"d_router_losses": size},
-            partial(self._losses, w.sizes.tp, bool(own)),
+            partial(self._losses, bool(own)),
             moved=6 * size,
             rule=_of_tokens_and([layout for _, layout in held], of_stream(w.sizes.context)),
         )
@@ -103,15 +104,15 @@ class Balancing:
         if so_far:
             writes["router_counts_so_far"] = size
 
-        def run(logits: Tensor, chosen: Tensor, tally: Tally) -> Any:
-            counts = routing.counts(chosen, experts, logits.shape[1])
+        def run(logits: Tensor, chosen: Tensor, padding: Tensor | None, tally: Tally) -> Any:
+            counts = routing.counts(chosen, experts, logits.shape[1], padding)
             total = tally.add(LOAD, layer, counts.sum(0, keepdim=True))
             found = (counts,) * together + (total,) * so_far
             return found[0] if len(found) == 1 else found or None
 
         w.compute(
             "router.count",
-            ("router_logits", selected, "batch.tally"),
+            ("router_logits", selected, "batch.padding", "batch.tally"),
             writes,
             run,
             moved=4.0 * experts / w.sizes.tp,
@@ -149,10 +150,10 @@ class Balancing:
                 read, held = write, after
         return read, held
 
-    def _losses(self, tp: int, own: bool, logits: Tensor, *rest: Any) -> Tensor:
-        *counts, share, tally = rest
-        # Each rank of several that share the samples has its part of `share` already.
-        weight = share / (logits.shape[0] * logits.shape[1] * tp)
+    def _losses(self, own: bool, logits: Tensor, *rest: Any) -> Tensor:
+        *counts, padding, weight, tally = rest
+        if padding is not None:
+            weight = weight * padding.logical_not().unsqueeze(-1)
         counted = iter([c.reshape(-1, *c.shape[-2:]).sum(0) for c in counts])
         per_sample = next(counted) if own else None
         so_far = next(counted, None)
@@ -162,7 +163,8 @@ class Balancing:
             assert found is not None
             if kind == "aux_loss":
                 found = found.sum(0, keepdim=True)
-            wanted.append(found / found.sum(-1, keepdim=True))
+            # Of padding alone nothing is counted.
+            wanted.append(found / found.sum(-1, keepdim=True).clamp_min(1.0))
         grad = torch.zeros((), device=logits.device)
         if wanted:
             factors = [*self.coefficients.values()]
@@ -218,10 +220,11 @@ def _bring(communicator: Communicator, x: Tensor) -> collectives.Pending:
 
 
 def _of_tokens_and(counts: list[dict[str, Held]], tokens: Layout) -> Rule:
-    """The rule of what reads `tokens` and then counts that lie so, and writes for tokens."""
+    """The rule of what reads `tokens`, counts that lie so and padding, and writes for tokens."""
     elsewhere = (Held.REPLICATED, Held.REPLICATED)  # share and tally lie nowhere
-    moves = {
-        name: Move((tokens.on(name), *(held[name] for held in counts), *elsewhere), tokens.on(name))
-        for name in COMMUNICATORS
-    }
-    return Rule(moves)
+
+    def move(name: str) -> Move:
+        own = tokens.on(name)
+        return Move((own, *(held[name] for held in counts), own, *elsewhere), own)
+
+    return Rule({name: move(name) for name in COMMUNICATORS})

@@ -6,8 +6,8 @@
 Losses that balance experts belong to training, so all of them is in backward: how often each expert
 was chosen, over the ranks that share a micro-batch, and from that a gradient by the logits and
 values that are logged. Each token has a weight, its part of the global batch (`engine.weights`), so
-that neither values nor gradients depend on the number of ranks. Shapes: s tokens of a sequence on
-this rank, B samples, N = s · B, E experts, k experts for each token.
+that neither values nor gradients depend on the number of ranks; padding has none. Shapes: s tokens
+of a sequence on this rank, B samples, N = s · B, E experts, k experts for each token.
 """
 
 from __future__ import annotations
@@ -119,14 +119,13 @@ class Router:
         if self.factor is None:
             return
 
-        def drop(probs: Tensor, selected: Tensor) -> Tensor:
+        def drop(probs: Tensor, selected: Tensor, padding: Tensor | None) -> Tensor:
             assert self.factor is not None
-            most = routing.capacity(len(selected), self.routing, self.factor)
-            return routing.drop(probs, selected, self.routing.experts, most, self.policy)
+            return routing.drop(probs, selected, self.routing, self.factor, self.policy, padding)
 
         w.compute(
             "router.drop",
-            ("probs", self._selected),
+            ("probs", self._selected, "batch.padding"),
             {"chosen": self._narrow(w, 8)},
             drop,
             moved=3 * size,

@@ -166,37 +166,64 @@ def capacity(tokens: int, routing: Routing, factor: float) -> int:
     return math.ceil(tokens * routing.chosen / routing.experts * factor)
 
 
-def drop(weights: Tensor, chosen: Tensor, experts: int, most: int, policy: str) -> Tensor:
-    """`chosen` [N, k] with E for every choice beyond the `most` tokens that an expert takes.
+def drop(
+    weights: Tensor,
+    chosen: Tensor,
+    routing: Routing,
+    factor: float,
+    policy: str,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """`chosen` [N, k] with E for every choice beyond the tokens that an expert takes.
 
     Args:
         weights: [N, k].
         chosen: [N, k].
-        experts: number E of experts.
-        most: tokens for each expert.
+        routing: the router's choice.
+        factor: tokens that an expert takes at most, in those of an even share.
         policy: those of least weight are dropped (`probs`), or the last ones (`position`).
+        padding: which tokens take no place and are dropped, with N elements; None if there is none.
     """
-    tokens = len(chosen)
-    if most >= tokens:
+    tokens, experts = len(chosen), routing.experts
+    most = capacity(tokens, routing, factor)
+    if padding is None and most >= tokens:
         return chosen
+    limit: int | Tensor = most
+    if padding is not None:
+        padding = padding.view(-1, 1)
+        # As `capacity`, of a number that the host does not know.
+        share = (tokens - padding.sum()).double() * routing.chosen / experts
+        limit = (share * factor).ceil()
     if policy == "position":
         taken = torch.zeros(tokens, experts, dtype=torch.int32, device=chosen.device)
-        kept = taken.scatter_(1, chosen, 1).cumsum(0) <= most
+        taken.scatter_(1, chosen, 1)
+        if padding is not None:
+            taken.masked_fill_(padding, 0)
+        kept = taken.cumsum(0) <= limit
     else:
         # What was not chosen comes after what was, even with a weight of 0.
         every = weights.new_full((tokens, experts), -1.0).scatter_(1, chosen, weights)
-        first = every.topk(most, dim=0).indices
-        kept = torch.zeros_like(every, dtype=torch.bool).scatter_(0, first, True)
+        if padding is not None:
+            every.masked_fill_(padding, -1.0)
+        first = every.topk(min(most, tokens), dim=0).indices
+        within = torch.arange(len(first), device=first.device)[:, None] < limit
+        kept = torch.zeros_like(every, dtype=torch.bool)
+        kept.scatter_(0, first, within.expand_as(first))
+    if padding is not None:
+        kept.masked_fill_(padding, False)
     return chosen.where(kept.gather(1, chosen), experts)
 
 
-def counts(chosen: Tensor, experts: int, samples: int) -> Tensor:
+def counts(chosen: Tensor, experts: int, samples: int, padding: Tensor | None = None) -> Tensor:
     """How often each expert was chosen by each sample's tokens: [samples, E] in fp32.
 
     `chosen` [N, k] holds the tokens of all samples at one position, then those at the next.
+    `padding`, with N elements, says which tokens do not count.
     """
-    every = torch.zeros(len(chosen), experts, device=chosen.device)
-    return every.scatter_(1, chosen, 1.0).view(-1, samples, experts).sum(0)
+    every = torch.zeros(len(chosen), experts, device=chosen.device).scatter_(1, chosen, 1.0)
+    if padding is not None:
+        every.masked_fill_(padding.view(-1, 1), 0.0)
+    return every.view(-1, samples, experts).sum(0)
 
 
 def balance(
@@ -217,15 +244,15 @@ def balance(
         logits: [S, B, E].
         wanted: f of each loss, [B, E] or [1, E], which is constant.
         coefficients: of each loss in the sum; what is returned of a loss is without.
-        weight: of each token.
+        weight: of each token, [S, B, 1] or one for all.
     """
     logits = _wide(logits)
     sigmoid = scores is Scores.SIGMOID
     raw = logits.sigmoid() if sigmoid else logits
     whole = raw / (raw.sum(-1, keepdim=True) + _TINY) if sigmoid else raw.softmax(-1)
     weight = weight * logits.shape[-1]
-    per_sample = whole.sum(0)
-    values = [(per_sample * f).sum() * weight for f in wanted]
+    per_sample = (whole * weight).sum(0)
+    values = [(per_sample * f).sum() for f in wanted]
     parts = [f * c for f, c in zip(wanted, coefficients, strict=True)]
     pull = reduce(torch.add, parts) * weight
     if sigmoid:
@@ -236,7 +263,8 @@ def balance(
 def shrink(logits: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:
     """The z-loss (ST-MoE, arXiv 2202.08906), and its gradient by `logits` [S, B, E].
 
-    It is `weight` times the sum over tokens of the squared logsumexp of their logits.
+    It is the sum over tokens of the squared logsumexp of their logits times their `weight`,
+    [S, B, 1] or one for all.
     """
     logits = _wide(logits)
     sums = logits.logsumexp(-1, keepdim=True)

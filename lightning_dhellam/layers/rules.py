@@ -56,6 +56,7 @@ def of_batch(context: ParallelContext) -> dict[str, Layout]:
         "batch.documents": tokens,
         "batch.labels": tokens,
         "batch.weights": tokens,
+        "batch.padding": of_stream(context),
         "batch.key": _layout(context, **apart),
         "batch.whole_key": _layout(context, ep=Held.DISTINCT, dp=Held.DISTINCT),
     }

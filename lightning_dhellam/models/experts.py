@@ -81,7 +81,7 @@ class ExpertFields:
     """How many tokens an expert takes at most: this times an even share, of the tokens of one
     micro-batch on one rank, as in Megatron-core. Which tokens are dropped therefore depends on
     parallel sizes and micro-batch size, and so do loss and gradients, also in evaluation and
-    prediction, which drop as well. No token is dropped when left out."""
+    prediction, which drop as well. Padding takes no place. No token is dropped when left out."""
 
     drop_policy: str = "probs"
     """Which tokens an expert drops beyond its capacity: those of least weight (`probs`), or the

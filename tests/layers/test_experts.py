@@ -150,7 +150,7 @@ def _ours(pair: GraphPair, layer: MoELayer, x: Tensor, dy: Tensor) -> dict[str, 
     tokens = x.shape[0] * x.shape[1]
     weights = torch.full(x.shape[:2], 1 / tokens)
     slots: dict[str, Any] = {"x": x, "batch.weights": weights, "batch.tally": Tally()}
-    slots["batch.share"] = 1.0
+    slots |= {"batch.padding": None, "batch.token_share": 1 / tokens}
     y = _run(pair.forward, slots)
     saved = {n: v for n, v in slots.items() if n in pair.saved or n.startswith("batch.")}
     dx = _run(pair.backward, saved | {"dy": dy})

@@ -98,9 +98,10 @@ def _both(
         name: p.grad for name, p in module.named_parameters()
     }
     pair, tally = _lowered(module, dtype), Tally()
-    slots: dict[str, Any] = {"x": x, "batch.share": 1.0, "batch.tally": tally}
+    of_batch = {"batch.padding": None, "batch.token_share": 1 / TOKENS, "batch.tally": tally}
+    slots: dict[str, Any] = {"x": x, **of_batch}
     _run(pair.forward, slots)
-    kept = {name: slots[name] for name in (*pair.saved, "batch.share", "batch.tally")}
+    kept = {name: slots[name] for name in (*pair.saved, *of_batch)}
     whole = torch.cat([d_probs, torch.zeros(TOKENS, 1)], 1)
     kept["d_probs"] = whole.gather(1, slots["chosen"])
     _run(pair.backward, kept)
@@ -151,7 +152,8 @@ def test_nothing_is_read_on_the_host() -> None:
     pair, reads = _lowered(module, torch.float32), Reads(set())
     slots: dict[str, Any] = {
         "x": torch.randn(SEQUENCE, BATCH, HIDDEN),
-        "batch.share": torch.tensor(1.0),
+        "batch.padding": torch.arange(SEQUENCE)[:, None].expand(SEQUENCE, BATCH) > 9,
+        "batch.token_share": torch.tensor(1.0 / (10 * BATCH)),
         "batch.tally": Tally(),
         "d_probs": torch.ones(TOKENS, 2),
     }
@@ -236,7 +238,8 @@ def _step(context: ParallelContext, fields: dict[str, Any], cut: list[int]) -> S
         own = own.chunk(topology.tp_size)[topology.tp_rank].contiguous()
         slots = {
             "x": own,
-            "batch.share": torch.tensor(piece.shape[1] / samples / topology.cp_size),
+            "batch.padding": None,
+            "batch.token_share": torch.tensor(1 / (SEQUENCE * samples)),
             "batch.tally": tally,
         }
         _run(pair.forward, slots)

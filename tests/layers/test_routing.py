@@ -242,8 +242,7 @@ def test_dropping_by_weight_is_megatrons() -> None:
     probs, map_, grad = _reference(config, d_probs)
     rule, logits = Routing.of(config), _logits().flatten(0, 1)
     weights, selected = rule.forward(logits)
-    most = routing.capacity(TOKENS, rule, 0.8)
-    chosen = routing.drop(weights, selected, EXPERTS, most, "probs")
+    chosen = routing.drop(weights, selected, rule, 0.8, "probs")
     assert torch.equal(_dense(torch.ones_like(weights), chosen).bool(), map_)
     torch.testing.assert_close(_dense(weights, chosen), probs, rtol=0, atol=1e-6)
     d_weights = d_probs.gather(1, selected).masked_fill(chosen == EXPERTS, 0.0)
@@ -255,13 +254,33 @@ def test_dropping_by_position_drops_the_last_tokens() -> None:
     """Megatron-core takes the largest of equal numbers instead, in no order."""
     chosen = torch.zeros(TOKENS, 1, dtype=torch.int64)
     weights = torch.rand(TOKENS, 1)
-    kept = routing.drop(weights, chosen, EXPERTS, 5, "position")
+    assert routing.capacity(TOKENS, Routing(EXPERTS, 1), 1.1) == 5
+    kept = routing.drop(weights, chosen, Routing(EXPERTS, 1), 1.1, "position")
     assert kept.flatten().tolist() == [0] * 5 + [EXPERTS] * (TOKENS - 5)
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("factor", [0.7, 1.0, 20.0])
+def test_padding_takes_no_place_of_others(policy: str, factor: float) -> None:
+    rule, logits = Routing(EXPERTS, 2), _logits().flatten(0, 1)
+    weights, chosen = rule.forward(logits)
+    padding = torch.arange(TOKENS) % 3 == 1
+    found = routing.drop(weights, chosen, rule, factor, policy, padding)
+    alone = routing.drop(weights[~padding], chosen[~padding], rule, factor, policy)
+    assert torch.equal(found[~padding], alone) and (found[padding] == EXPERTS).all()
+    assert (alone == EXPERTS).any() == (factor < 20)
+    nothing = torch.zeros_like(padding)
+    without = routing.drop(weights, chosen, rule, factor, policy)
+    assert torch.equal(routing.drop(weights, chosen, rule, factor, policy, nothing), without)
+    every = routing.drop(weights, chosen, rule, factor, policy, ~nothing)
+    assert (every == EXPERTS).all()
 
 
 def test_counts_are_by_sample() -> None:
     chosen = torch.tensor([[0, 1], [2, 3], [0, 2], [2, 3]])  # two positions of two samples
     assert routing.counts(chosen, 4, 2).tolist() == [[2, 1, 1, 0], [0, 0, 2, 2]]
+    padding = torch.tensor([[False, False], [True, False]])
+    assert routing.counts(chosen, 4, 2, padding).tolist() == [[1, 1, 0, 0], [0, 0, 2, 2]]
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

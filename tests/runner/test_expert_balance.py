@@ -49,10 +49,25 @@ CASES: dict[int, list[dict[str, Any]]] = {
 Outcome = dict[str, Tensor]
 
 
-def _trained(sizes: dict[str, Any]) -> Outcome:
-    """Router gradients of the first step, and after a few what the layers have used and biases."""
+PADDING = (5, 0, 9, 2)
+"""Tokens at the end of each sample that nothing is learnt of."""
+
+
+def _padded(length: int) -> dict[str, Tensor]:
+    """Samples of `LENGTH` tokens less their padding, with so much that they have `length`."""
     batch = batch_of(CONFIG, SAMPLES, LENGTH)
-    with Runner.create(CONFIG, CPU, **sizes) as runner:
+    more = length - LENGTH
+    tokens = torch.nn.functional.pad(batch["tokens"], (0, more), value=1)
+    labels = torch.nn.functional.pad(batch["labels"], (0, more), value=-100)
+    for row, padding in zip(labels, PADDING, strict=True):
+        row[LENGTH - padding :] = -100
+    return {"tokens": tokens, "labels": labels}
+
+
+def _trained(sizes: dict[str, Any], length: int = LENGTH, config: ModelConfig = CONFIG) -> Outcome:
+    """Router gradients of the first step, and after a few what the layers have used and biases."""
+    batch = _padded(length)
+    with Runner.create(config, CPU, **sizes) as runner:
         topology = runner.context.topology
         own = {n: x.chunk(topology.dp_size)[topology.dp_rank] for n, x in batch.items()}
         optimizer = runner.optimizer(
@@ -83,7 +98,8 @@ def _of_rank(rank: int, world: int) -> list[Outcome]:
 def test_any_ranks_and_micro_batches_balance_alike() -> None:
     ((expected, planned, other),) = run_ranks(1, _of_rank, 1)
     assert [n for n in expected if not torch.equal(expected[n], planned[n])] == [], "by its plan"
-    assert expected["load"].sum(1).tolist() == [2 * SAMPLES * LENGTH] * 3
+    tokens = SAMPLES * LENGTH - sum(PADDING)
+    assert expected["load"].sum(1).tolist() == [2 * tokens] * 3
     biases = [value for name, value in expected.items() if name.endswith("expert_bias")]
     # Each step moves each bias by the rate, or not at all.
     moves = torch.stack(biases) / 0.02
@@ -97,6 +113,33 @@ def test_any_ranks_and_micro_batches_balance_alike() -> None:
             torch.testing.assert_close(
                 value, expected[name], rtol=1e-4, atol=1e-6, msg=f"{place}: {name}"
             )
+
+
+PADDED: dict[str, dict[str, Any]] = {
+    "each sequence": {},
+    "each micro-batch": {"aux_loss": "aux_loss"},
+    "dropped": {"capacity_factor": 1.0},
+}
+
+
+def _with_more_padding(rank: int) -> list[tuple[str, str, float]]:
+    """How far each number is off with more padding, by the case."""
+    errors = []
+    for case, changes in PADDED.items():
+        config = replace(CONFIG, max_sequence_length=2 * LENGTH, **changes)
+        sizes = {"micro_batch_size": 2}
+        short, long = (_trained(sizes, length, config) for length in (LENGTH, LENGTH + 12))
+        assert short.keys() == long.keys() and short["load"].any()
+        for name, value in short.items():
+            error = (long[name] - value).abs().max() / value.abs().max().clamp_min(1e-6)
+            errors.append((case, name, error.item()))
+    return errors
+
+
+def test_padding_changes_nothing() -> None:
+    (errors,) = run_ranks(1, _with_more_padding)
+    assert [found for found in errors if not found[2] <= 1e-4] == []
+    assert {case for case, *_ in errors} == PADDED.keys()
 
 
 def _by_autograd(rank: int) -> list[tuple[str, float]]:
