@@ -11,6 +11,7 @@ from lightning_dhellam.models.counts import (
 from lightning_dhellam.models.huggingface import (
     export_huggingface,
     export_llama,
+    huggingface_tensors,
     import_huggingface,
     import_llama,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "config_of",
     "export_huggingface",
     "export_llama",
+    "huggingface_tensors",
     "import_huggingface",
     "import_llama",
     "keys_bytes",

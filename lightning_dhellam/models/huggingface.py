@@ -58,9 +58,13 @@ def import_llama(model: CausalLM, source: Source, config: Any = None) -> None:
 
 
 def export_huggingface(
-    model: CausalLM, tensors: Mapping[str, Tensor] | None = None, *, in_memory: bool = False
+    model: CausalLM,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    in_memory: bool = False,
+    everywhere: bool = True,
 ) -> dict[str, Tensor]:
-    """The model's weights, whole, by their names in Hugging Face's files; on every rank.
+    """The model's weights, whole, by their names in Hugging Face's files; on the host.
 
     Args:
         model: whose weights they are.
@@ -68,20 +72,38 @@ def export_huggingface(
             example ``{name: parameter.main_grad}``.
         in_memory: by the names of a model's `state_dict()` in transformers 5 instead, in which all
             experts of a layer are one tensor.
+        everywhere: whether every rank gets them. Otherwise rank 0 does, and all others get an empty
+            dictionary.
 
-    A tied output layer is left out, as in Hugging Face's files. Each tensor is on the device that
-    this rank's are on: after a run Lightning has moved a model's to the host. Collective over the
-    tensor-parallel, the expert and the pipeline group.
+    A tied output layer is left out, as in Hugging Face's files. Beside the model a device holds one
+    whole parameter at a time. Collective over the tensor-parallel, the expert and the pipeline
+    group, so that every rank must call this.
     """
     family = family_of(model.config)
-    exported = _export("export_huggingface", family, model, tensors)
-    return fused(exported, family, model.config) if in_memory else exported
+    exported = _export("export_huggingface", family, model, tensors, everywhere)
+    if not in_memory or not exported:
+        return exported
+    return fused(exported, family, model.config)
 
 
-def export_llama(model: CausalLM, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def huggingface_tensors(
+    model: CausalLM, tensors: Mapping[str, Tensor] | None = None, *, everywhere: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """What `export_huggingface` gives, with names as in files, one tensor after the other.
+
+    So no host has to hold them all. Ranks bring each parameter together when it is its turn: every
+    rank must go through all of them, also one that gets none.
+    """
+    family = family_of(model.config)
+    return _each("huggingface_tensors", family, model, tensors, everywhere)
+
+
+def export_llama(
+    model: CausalLM, tensors: Mapping[str, Tensor] | None = None, *, everywhere: bool = True
+) -> dict[str, Tensor]:
     """The weights of a `LlamaForCausalLM`, and of no other: see `export_huggingface`."""
     check_shape(LLAMA, model.config)
-    return _export("export_llama", LLAMA, model, tensors)
+    return _export("export_llama", LLAMA, model, tensors, everywhere)
 
 
 def _import(function: str, family: Family, model: CausalLM, source: Source, config: Any) -> None:
@@ -99,8 +121,23 @@ def _import(function: str, family: Family, model: CausalLM, source: Source, conf
 
 
 def _export(
-    function: str, family: Family, model: CausalLM, tensors: Mapping[str, Tensor] | None
+    function: str,
+    family: Family,
+    model: CausalLM,
+    tensors: Mapping[str, Tensor] | None,
+    everywhere: bool,
 ) -> dict[str, Tensor]:
+    return dict(_each(function, family, model, tensors, everywhere))
+
+
+def _each(
+    function: str,
+    family: Family,
+    model: CausalLM,
+    tensors: Mapping[str, Tensor] | None,
+    everywhere: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that this rank is to have, one parameter's at a time."""
     if tensors is None:
         tensors = dict(model.named_parameters())
     if not isinstance(tensors, Mapping):
@@ -112,10 +149,18 @@ def _export(
     missing = [rule.ours for rule in _own(every, model) if rule.ours not in tensors]
     if missing:
         raise ValueError(f"tensors to export lack {_listed(missing)}: pass every parameter's")
-    exported: dict[str, Tensor] = {}
+    keeps = everywhere or model.context.topology.rank == 0
+    return _gathered(every, model, tensors, keeps)
+
+
+def _gathered(
+    every: list[Rule], model: CausalLM, tensors: Mapping[str, Tensor], keeps: bool
+) -> Iterator[tuple[str, Tensor]]:
     for rule in every:
-        exported.update(_whole(rule, model, tensors))
-    return exported
+        found = _whole(rule, model, tensors)
+        for name in rule.theirs if keeps else ():
+            yield name, found.pop(name).to("cpu")
+        del found  # before the next one comes to the device
 
 
 def _rules(family: Family, model: CausalLM) -> Iterator[Rule]:
@@ -174,7 +219,7 @@ def _whole(rule: Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[s
         found = _spread(found, groups.ep, _owner(rule, model))
     if topology.pp_size > 1:
         found = _spread(found, groups.pp, _stage(rule, model))
-    return {name: part.to(like.device) for name, part in zip(rule.theirs, found, strict=True)}
+    return dict(zip(rule.theirs, found, strict=True))
 
 
 def _gather(shard: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:

@@ -67,7 +67,8 @@ def _expected(
     losses = token_losses(reference, batch["tokens"], batch["labels"])
     loss = losses.sum() / (batch["labels"] != -100).sum()
     loss.backward()
-    gradients = {n: p.grad.float() for n, p in reference.named_parameters() if p.grad is not None}
+    named = reference.named_parameters()
+    gradients = {n: p.grad.float().cpu() for n, p in named if p.grad is not None}
     return loss.detach(), gradients
 
 

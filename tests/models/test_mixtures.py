@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lightning_dhellam.models import (
     CausalLM,
     config_of,
     export_huggingface,
+    huggingface,
+    huggingface_tensors,
     import_huggingface,
 )
 from lightning_dhellam.parallel import ParallelContext
@@ -86,7 +89,45 @@ def _changed(name: str, context: ParallelContext) -> list[str]:
     if config.tie_embeddings:
         state.pop("lm_head.weight")
     assert exported.keys() == state.keys()
-    return [tensor for tensor in state if not torch.equal(state[tensor], exported[tensor])]
+    changed = [tensor for tensor in state if not torch.equal(state[tensor], exported[tensor])]
+    return changed + _of_one_at_a_time(model, in_files)
+
+
+def _of_one_at_a_time(model: CausalLM, expected: dict[str, Tensor]) -> list[str]:
+    """Names of those that differ when they come one at a time, or to rank 0 alone."""
+    has_all, differing = model.context.topology.rank == 0, []
+    for everywhere in (True, False):
+        names = []
+        for name, tensor in huggingface_tensors(model, everywhere=everywhere):
+            names.append(name)
+            if tensor.device != CPU or not torch.equal(tensor, expected[name]):
+                differing.append(name)
+        assert names == (list(expected) if everywhere or has_all else [])
+    mine = export_huggingface(model, everywhere=False)
+    assert mine.keys() == (expected.keys() if has_all else set())
+    return differing + [name for name in mine if not torch.equal(mine[name], expected[name])]
+
+
+def test_a_parameter_is_let_go_before_the_next_is_brought_together() -> None:
+    model, _ = _single("qwen3-moe")
+    whole, before = huggingface._whole, list[weakref.ref[Tensor]]()
+    most = 0
+
+    def watched(*given: Any) -> dict[str, Tensor]:
+        nonlocal most
+        assert all(tensor() is None for tensor in before), "of the parameter before"
+        found = whole(*given)
+        before[:] = map(weakref.ref, found.values())
+        most = max(most, len(found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "_whole", watched)
+        count = 0
+        for _, tensor in huggingface_tensors(model):
+            count += tensor.device == CPU
+            del tensor  # on the host it is what was brought together
+    assert most == 3 and count == len(export_huggingface(model))
 
 
 ROUND_TRIPS: dict[int, list[dict[str, int]]] = {
