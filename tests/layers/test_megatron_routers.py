@@ -54,7 +54,7 @@ def test_the_loss_of_balance_counts_what_was_chosen(rule: Routing, bias: Tensor 
 
 
 def test_a_padding_mask_says_what_is_left_out() -> None:
-    """Its documentation says the opposite. Batches have no such mask here: all tokens count."""
+    """Its documentation says the opposite. Here labels say what padding is, and no mask does."""
     padding = torch.zeros(TOKENS, dtype=torch.bool)
     padding[:4] = True
     rows = _logits().flatten(0, 1)
@@ -66,7 +66,7 @@ def test_dropping_by_position_keeps_the_first_tokens_and_megatron_does_not() -> 
     most = 2048
     chosen = torch.zeros(2 * most, 1, dtype=torch.int64)
     weights = torch.ones(2 * most, 1)
-    kept = routing.drop(weights, chosen, 1, most, "position").flatten() == 0
+    kept = routing.drop(weights, chosen, Routing(1, 1), 0.5, "position").flatten() == 0
     assert kept[:most].all() and not kept[most:].any()
     _, theirs = apply_router_token_dropping(
         weights, torch.ones_like(weights).bool(), 1, 0.5, drop_policy="position"
