@@ -34,6 +34,13 @@ MODEL = "model"
 _FORMAT = 1
 _OF_REPLICAS = ("context_parallel_size", "data_parallel_size", "expert_parallel_size")
 """Sizes that weights do not depend on."""
+_SAME = "use the same value"
+_ALONE = (
+    f"{_SAME} to go on training; or train anew from its weights alone, by"
+    " trainer.validate(module, data, ckpt_path=…) and then trainer.fit(module, data), or by"
+    " Runner.load before Runner.optimizer"
+)
+"""What to do where the weights fit, and the optimizer's state does not."""
 
 
 def save(
@@ -181,13 +188,13 @@ def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]
         ValueError: the checkpoint was written with other sizes or settings, or without optimizer
             state, or is damaged.
     """
-    _check(path, _topology(context))
+    _check(path, _topology(context), _ALONE)
     if not set(settings) & set(read_topology(path)):
         raise ValueError(
             f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
             " from these weights, or save with save_weights_only=False"
         )
-    _check(path, settings)
+    _check(path, settings, _ALONE)
     return content.read(path / _state_name(context))
 
 
@@ -245,7 +252,7 @@ def _topology(context: ParallelContext) -> dict[str, Any]:
     }
 
 
-def _check(path: Path, mine: Mapping[str, Any]) -> None:
+def _check(path: Path, mine: Mapping[str, Any], remedy: str = _SAME) -> None:
     # Older checkpoints do not name what every run had then.
     saved = read_topology(path)
     whole = {"context_parallel_size": 1, "expert_parallel_size": 1}
@@ -255,7 +262,7 @@ def _check(path: Path, mine: Mapping[str, Any]) -> None:
         if saved.get(name) != mine[name]:
             raise ValueError(
                 f"checkpoint {path} was written with {name}={saved.get(name)}, this run has"
-                f" {name}={mine[name]}: use the same value"
+                f" {name}={mine[name]}: {remedy}"
             )
 
 

@@ -6,6 +6,7 @@ tensor parallelism every rank holds S / TP of the tokens between the layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -32,7 +33,7 @@ from lightning_dhellam.models.rotary import LongRotary
 from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.models.stage import Elsewhere, check_order, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
-from lightning_dhellam.parallel.experts import mark_experts
+from lightning_dhellam.parallel.experts import ExpertNames, mark_experts
 
 
 class CausalLM(nn.Module):
@@ -165,6 +166,17 @@ class CausalLM(nn.Module):
                     f"pipeline stage {topology.pp_rank} has no layer left in chunk {own}:"
                     " replace fewer layers in build_model, or give pipeline_split"
                 )
+
+    def named_among_all(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by the names that they have among those of all ranks.
+
+        `named_parameters` counts the experts of each rank from 0. Here, as in checkpoints and in
+        messages, an expert has its number among all experts of its layer, wherever it is: so the
+        name means the same whatever `expert_parallel_size`. All other names are the same.
+        """
+        names = ExpertNames(self)
+        for name, parameter in self.named_parameters():
+            yield names.of_all(name), parameter
 
     def own_layers(self, chunk: int) -> list[tuple[int, nn.Module]]:
         """The layers of a chunk of this rank's stage, with their numbers in the model."""

@@ -27,11 +27,9 @@ RUNS: tuple[dict[str, Any], ...] = (
 
 
 def _freeze(runner: Runner, experts: tuple[int, ...]) -> None:
-    names = ExpertNames(runner.model)
-    for name, parameter in runner.model.named_parameters():
-        inside = tuple(f".local_experts.{number}." for number in experts)
-        found = any(part in names.of_all(name) for part in inside)
-        parameter.requires_grad_(not found)
+    inside = tuple(f".local_experts.{number}." for number in experts)
+    for name, parameter in runner.model.named_among_all():
+        parameter.requires_grad_(not any(part in name for part in inside))
 
 
 def _run(rank: int, *, shared: bool, precision: str = "32-true", **options: Any) -> dict[str, Any]:

@@ -99,6 +99,14 @@ def _of_weights(strategy: dict[str, Any], root: Path) -> dict[str, Any]:
         _fit(strategy, ckpt_path=path)
     except ValueError as error:
         found["refusal"] = str(error)
+    # As that refusal says: anew from the weights alone.
+    (found["before"],) = trainer.validate(
+        module, evaluation(strategy, 8), ckpt_path=path, verbose=False
+    )
+    losses = Losses()
+    anew = make_trainer(strategy, [losses], max_steps=1)
+    anew.fit(module, loader(strategy))
+    found["anew"] = losses.values
     return found
 
 
@@ -202,3 +210,5 @@ def test_weights_are_used_on_other_ranks(outcomes: dict[int, list[dict[str, Any]
                 assert found[name] == pytest.approx(saved, rel=1e-5)
             assert found["guesses"].shape[1] == evaluation({}).dataset[0]["tokens"].shape[0]
             assert "data_parallel_size=4" in found["refusal"]
+            assert "trainer.validate(module, data, ckpt_path=…)" in found["refusal"]
+            assert found["anew"] == pytest.approx([found["before"]["val_loss"]], rel=1e-5)
