@@ -92,6 +92,8 @@ _WRONG: dict[str, list[Any]] = {
     "a number": [None, "1e-5", True, [1.0]],
     "true or false": [None, "no", 1],
     "text": [None, 3, ["x"]],
+    "a whole number or a list, of a whole number each": [None, "8", 1.5, True, [1.5]],
+    "a list, of a number each": [None, 1.0, "1e-5", ["1e-5"]],
 }
 
 

@@ -13,7 +13,7 @@ from tests.process_groups import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-TIMEOUTS = {"cpu": 60, "gpu": 20}
+TIMEOUTS = {"cpu": 240, "gpu": 20}
 """Seconds after which a collective that a rank does not join fails, and the start of the job as
 well. Without GPUs a lost connection is noticed at once, and the processes of a busy host may start
 far apart."""
