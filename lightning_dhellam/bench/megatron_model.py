@@ -24,8 +24,8 @@ from torch import Tensor
 from lightning_dhellam.bench.ring_attention import RingCoreAttention
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.models.attention import SdpaCoreAttention
-from lightning_dhellam.models.norm import RMSNorm
-from lightning_dhellam.models.spec import llama_layer_spec
+from lightning_dhellam.models.norm import NORMS, LayerNorm, RMSNorm
+from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.parallel import ParallelContext
 
 _OURS = {"decoder.final_layernorm.": "final_norm.", "decoder.layers.": "layers."}
@@ -42,6 +42,18 @@ class FusedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., hidden] to the same shape and dtype."""
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class FusedLayerNorm(LayerNorm):
+    """Torch's fused norm with a bias, with those marks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., hidden] to the same shape and dtype."""
+        shape = self.weight.shape
+        return torch.nn.functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+
+
+_FUSED = {"RMSNorm": FusedRMSNorm, "LayerNorm": FusedLayerNorm}
 
 
 def has_transformer_engine() -> bool:
@@ -64,18 +76,24 @@ def gpt_model(
     topology = context.topology
     config.pipeline_model_parallel_size = topology.pp_size
     config.pipeline_dtype = dtype
-    spec, norm = llama_layer_spec(shape.ffn_hidden_size), RMSNorm
+    each = shape.num_layers // topology.pp_size
+    first = each * topology.pp_rank
+    specs = [layer_spec(shape, index) for index in range(first, first + each)]
+    norm: Any = NORMS[shape.normalization]
     if context.device.type == "cuda":
         _fuse(config, transformer_engine)
-        spec, norm = _fused_modules(shape, transformer_engine)
+        norm = _FUSED[shape.normalization]
+        specs = [_with_norm(spec, norm) for spec in specs]
+        if transformer_engine:
+            spec, norm = _of_transformer_engine()
+            specs = [spec] * each
     if topology.cp_size > 1:
-        spec = _sharing_sequences(spec)
-    each = shape.num_layers // topology.pp_size
+        specs = [_sharing_sequences(spec) for spec in specs]
     # Its generators must exist on a GPU, whatever they draw.
     model_parallel_cuda_manual_seed(1, tp_rank=topology.tp_rank, ep_rank=0, etp_rank=0)
     theirs = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * each, layer_norm=norm),
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
         vocab_size=shape.padded_vocab_size(topology.tp_size),
         max_sequence_length=shape.max_sequence_length,
         pre_process=topology.pp_rank == 0,
@@ -90,7 +108,7 @@ def gpt_model(
     ours = dict(CausalLM(shape, whole, dtype).named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            parameter.copy_(ours[_our_name(name, each * topology.pp_rank)])
+            parameter.copy_(ours[_our_name(name, first)])
     return theirs
 
 
@@ -104,22 +122,23 @@ def _fuse(config: TransformerConfig, transformer_engine: bool) -> None:
     config.gradient_accumulation_fusion = fused is not None
 
 
-def _fused_modules(shape: ModelConfig, transformer_engine: bool) -> tuple[ModuleSpec, Any]:
-    """The modules of a layer, and the last norm."""
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-        from megatron.core.models.gpt.gpt_layer_specs import (
-            get_gpt_layer_with_transformer_engine_spec,
-        )
+def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
+    """The modules of a dense layer, and the last norm."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
 
-        theirs = get_gpt_layer_with_transformer_engine_spec()
-        # Which of its own attentions work depends on what else is installed, and with flash-attn 4
-        # its version 2.20 computes something else. Torch has cuDNN's, its fastest on Hopper.
-        theirs.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-        return theirs, TENorm
-    spec = llama_layer_spec(shape.ffn_hidden_size)
-    norms = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), FusedRMSNorm)
-    return replace(spec, submodules=replace(spec.submodules, **norms)), FusedRMSNorm
+    theirs = get_gpt_layer_with_transformer_engine_spec()
+    # Which of its own attentions work depends on what else is installed, and with flash-attn 4
+    # its version 2.20 computes something else. Torch has cuDNN's, its fastest on Hopper.
+    theirs.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    return theirs, TENorm
+
+
+def _with_norm(spec: ModuleSpec, norm: type) -> ModuleSpec:
+    norms = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), norm)
+    return replace(spec, submodules=replace(spec.submodules, **norms))
 
 
 def _sharing_sequences(spec: ModuleSpec) -> ModuleSpec:

@@ -21,7 +21,7 @@ _LINK = re.compile(r"(?:copy|(?P<sms>\d+)sm):(?P<bandwidth>\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers as wide as those of a model, on one rank of a tensor-parallel group.
+    """Layers as wide as those of a model, on one rank of those that share them.
 
     Attributes:
         config: The model; its vocabulary is not used.
@@ -29,6 +29,7 @@ class Shape:
         micro_batch: Sequences that go through the layers together.
         ranks: The tensor-parallel size.
         context_ranks: How many ranks share each sequence.
+        expert_ranks: How many ranks, with samples of their own, share the experts.
     """
 
     config: ModelConfig
@@ -36,15 +37,17 @@ class Shape:
     micro_batch: int
     ranks: int
     context_ranks: int = 1
+    expert_ranks: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of the cluster."""
+        return self.ranks * self.context_ranks * self.expert_ranks
 
 
-def shapes(rehearse: bool, *, shared: bool = False) -> dict[str, Shape]:
-    """The shapes by letter, as in the published tables; to rehearse with, miniatures of them.
-
-    Those with sequences that ranks share are among them if `shared`.
-    """
-    known = _miniatures() if rehearse else _published()
-    return {name: shape for name, shape in known.items() if shared or shape.context_ranks == 1}
+def shapes(rehearse: bool) -> dict[str, Shape]:
+    """The shapes by letter, as in the published tables; to rehearse with, miniatures of them."""
+    return _miniatures() if rehearse else _published()
 
 
 def _miniatures() -> dict[str, Shape]:
@@ -56,6 +59,7 @@ def _miniatures() -> dict[str, Shape]:
         "c": Shape(config, 128, 1, 8, 4),
         "d": Shape(grouped, 128, 1, 8, 4),
         "e": Shape(replace(config, num_query_groups=2), 128, 1, 8),
+        "m": Shape(_mixture(hidden_size=64, expert_ffn_hidden_size=96), 128, 2, 1, 1, 8),
     }
 
 
@@ -79,7 +83,13 @@ def _published() -> dict[str, Shape]:
         "c": Shape(ungrouped, 32768, 1, 8, 4),
         "d": Shape(long, 32768, 1, 8, 4),
         "e": Shape(narrow, 32768, 1, 8),
+        "m": Shape(_mixture(), 4096, 2, 1, 1, 8),
     }
+
+
+def _mixture(**sizes: int) -> ModelConfig:
+    """Phi-3.5-MoE, with other sizes; without the output layer's bias, which `GPTModel` has not."""
+    return preset("phi-3.5-moe", vocab_size=_UNUSED_VOCABULARY, output_bias=False, **sizes)
 
 
 def parse_link(text: str) -> Link:
@@ -99,15 +109,20 @@ def parse_link(text: str) -> Link:
 
 @contextmanager
 def rank_of(
-    cluster: Cluster, ranks: int, device: torch.device, context_ranks: int = 1
+    cluster: Cluster,
+    ranks: int,
+    device: torch.device,
+    context_ranks: int = 1,
+    expert_ranks: int = 1,
 ) -> Iterator[ParallelContext]:
-    """Play a rank of `cluster`, of so many tensor-parallel and context-parallel ranks."""
+    """Play a rank of `cluster`, of so many that share layers, sequences and experts."""
     cluster.join()
     try:
         context = ParallelContext.create(
             device,
             tensor_parallel_size=ranks,
             context_parallel_size=context_ranks,
+            expert_parallel_size=expert_ranks,
             cluster=cluster,
         )
         try:

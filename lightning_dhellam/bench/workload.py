@@ -16,7 +16,9 @@ from lightning_dhellam.agreed import conditions_of
 from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
 from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
+from lightning_dhellam.layers.balancing import LOAD
 from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel.tally import Tally
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
 from lightning_dhellam.search.measure import Profile
 
@@ -69,6 +71,13 @@ class Workload:
     def engine(self, builder: Builder = BUILDERS["sequential"]) -> Engine:
         """An engine that runs the plans of `builder`. Engines share the lanes and their memory."""
         return Engine(self.layers, self.lanes, builder)
+
+    def loads(self, layers: Sequence[int], experts: int) -> Tensor:
+        """How many tokens choose each of the `experts` of `layers` in a step: [layers, experts]."""
+        tally = Tally()
+        pieces = [MicroBatch({**p.slots, "batch.tally": tally}, p.tokens) for p in self.pieces]
+        self.engine().train(pieces)
+        return tally.everywhere({LOAD: experts}, layers, None, self.model.context.device)[LOAD]
 
     def profile(
         self,

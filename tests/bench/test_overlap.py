@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_sequences_are_shared_in_either_way(tmp_path: Path) -> None:
     # Three hops forward, and backward as many with them and with their gradients.
     hops = 9 * (10e-6 + 32 * 2 * 8 * 4 / 0.05e9) * 1e3
     assert rows["c4 copy:110 ring copy:50", "bound"]["layer ms"] >= 0.9 * hops
+
+
+def test_experts_are_spread_over_ranks(tmp_path: Path) -> None:
+    words = ("--links", "[copy:110]", "--expert_links", "[copy:25,16sm:50]")
+    words += ("--cells", "[m4 copy]", "--plans", "[sequential,megatron,auto]")
+    found = bench("overlap", tmp_path, *SHORT, *words)
+    rows = {row["plan"]: row for row in found["rows"]}
+    assert {row["cell"] for row in found["rows"]} == {"m4 copy:25"}
+    for plan in ("sequential", "megatron", "auto"):
+        assert rows[plan]["parity"] == 0.0, "plans decide when, never what"
+        assert rows[plan]["predicted ms"] > 0 and rows[plan]["of sequential"] > 0
+    # 0.025 GB/s: there and back in each direction, two rows of 64 fp32 numbers for each of 256
+    # tokens, seven eighths of which cross.
+    exchanges = 4 * 2 * 256 * 64 * 4 * 7 / 8 / 0.025e9 * 1e3
+    assert rows["bound"]["layer ms"] >= 0.9 * exchanges
+    low, high = re.findall(r"(\d+)%", found["m4 copy:25"].partition("rows of a layer")[2])[:2]
+    assert 70 <= int(low) <= 100 <= int(high) <= 130, "what arrives is as much as what leaves"
 
 
 def test_the_most_important_cells_come_first() -> None:

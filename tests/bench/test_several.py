@@ -28,7 +28,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(1200)  # up to five processes, on a machine that may have other things to do
-@pytest.mark.parametrize("case", ["a:2:2:1", "a:4:1:2", "e:2:1:1:2"])
+@pytest.mark.parametrize("case", ["a:2:2:1", "a:4:1:2", "e:2:1:1:2", "m:2:1:1:1:2"])
 def test_all_sides_train_the_same(case: str, tmp_path: Path) -> None:
     options = [f"--cases=['{case}']", f"--output={tmp_path}"]
     assert main([*WORDS, *options]) == 0
@@ -45,7 +45,7 @@ def test_all_sides_train_the_same(case: str, tmp_path: Path) -> None:
     (installed,) = [row for row in ours if "whole ms" in row]
     assert installed["whole ms"] > 0 and installed["details"]["search"]["profile"] > 0
     emulated = {row["plan"]: row for row in others if row["side"] == "emulated"}
-    assert bool(emulated) == case.endswith(":2:1"), "one process plays one link"
+    assert bool(emulated) == (case == "a:2:2:1"), "one process plays one link"
     if emulated:
         assert emulated["ours"]["of real"] == pytest.approx(
             emulated["ours"]["step ms"] / installed["step ms"]
@@ -53,12 +53,23 @@ def test_all_sides_train_the_same(case: str, tmp_path: Path) -> None:
         assert "loss" not in emulated["ours"], "an emulated rank's numbers mean nothing"
 
 
-@pytest.mark.parametrize("case", ["a:8:2", "a:8:2:1:1:1", "z:8:2:1", "a:8:0:1", "a:x:2:1"])
+@pytest.mark.parametrize(
+    "case", ["a:8:2", "a:8:2:1:1:1:1", "c:8:2:1", "z:8:2:1", "a:8:0:1", "a:x:2:1"]
+)
 def test_a_case_that_is_none_is_refused(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*WORDS, f"--cases=['{case}']", f"--output={tmp_path}"]) == 2
     assert f"--cases: '{case}' is not shape:layers:tensor:pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("case", "experts"), [("a:8:2:1:1:2", "none"), ("m:8:1:1:1:3", "16")])
+def test_experts_that_cannot_be_shared_are_refused(
+    case: str, experts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*WORDS, f"--cases=['{case}']", f"--output={tmp_path}"]) == 2
+    shape = case[0]
+    assert f"but shape {shape} has {experts}: give a divisor" in capsys.readouterr().err
 
 
 def test_a_job_that_fails_costs_its_own_row(
@@ -109,7 +120,10 @@ def test_layers_that_do_not_fit_are_left_out() -> None:
 def test_what_a_real_machine_trains_fits_by_the_published_sizes() -> None:
     """18 bytes of state for each weight, and activations, of one H200 among two."""
 
-    shared, alone = Settings(cases=("b:40:2:1", "a:8:2:1")).jobs()
+    cases = ("b:40:2:1", "a:8:2:1", "m:8:1:1:1:2", "m:8:1:1")
+    shared, alone, spread, gathered = Settings(cases=cases).jobs()
     layers = shared.config(141e9).num_layers
     assert 10 <= layers <= 22
     assert alone.config(141e9).num_layers == 8
+    assert spread.config(141e9).num_layers == 8
+    assert 4 <= gathered.config(141e9).num_layers < 8, "all experts on one"

@@ -247,9 +247,8 @@ def test_a_collective_takes_what_its_own_link_says(over: Over) -> None:
 
 def test_what_arrives_may_be_an_index(over: Over) -> None:
     link = EmulatedLink(FAST, CPU, rank=1)
-    rows = {"given": [2] * 4, "taken": [2] * 4}
     given = torch.full((8, 2), 100), torch.ones(8, dtype=torch.float8_e4m3fn)
-    indices, small = all_to_all(over(link), *given, **rows).value
+    indices, small = exchange(over(link), *given, target=2, source=0).value
     assert not indices.any() and small.float().isfinite().all()
 
 
@@ -260,6 +259,16 @@ def test_counts_of_all_ranks_are_those_of_this_one(over: Over, play: Play) -> No
     for counts in ([[1, 2]], [[3, 4]]):
         gathered = all_gather(over(link), torch.tensor(counts)).value
         assert gathered.tolist() == counts * 4
+
+
+@pytest.mark.parametrize("play", Play)
+def test_rows_for_experts_are_those_of_this_rank(play: Play) -> None:
+    link = EmulatedLink(FAST, CPU, rank=1)
+    link.play = play
+    sent, out = torch.arange(6.0).view(6, 1), torch.full((5, 1), torch.nan)
+    work = link.all_to_all([sent], [out], given=[1, 2, 3], taken=[2, 0, 3])
+    assert out.flatten().tolist() == [1, 2, 1, 2, 1], "rows 1 and 2 are for itself"
+    assert (work is None) is (play is not Play.TIME)
 
 
 def test_a_link_that_brings_nothing_takes_no_time(over: Over) -> None:

@@ -2,6 +2,7 @@
 
     a   Llama-3-70B width, tensor parallel 8, sequence 8192, micro-batch 1
     b   Qwen3-14B width, tensor parallel 8, sequence 8192, micro-batch 4
+    m   Phi-3.5-MoE width, experts on 8 ranks, sequence 4096, micro-batch 2
 
 The transformer layers alone are trained, without embedding and loss head, so that the time of a
 layer is its own: what a step of more micro-batches takes longer, by micro-batch and layer. A link

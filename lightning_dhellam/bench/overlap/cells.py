@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lightning_dhellam.parallel import Link
+from lightning_dhellam.plan import Lane
 
 PUBLISHED_EXPOSED = 5.4 / 16.5
 """Share of compute that Megatron exposes on 8 H200 for shape b: 21.9 - 16.5 of 16.5 ms a layer."""
@@ -18,12 +19,13 @@ class Cell:
     Attributes:
         shape: The letter of the shape.
         layers: Layers of the model.
-        link: The link over which tensor-parallel ranks talk.
+        link: The link over which tensor-parallel ranks talk, or those of another lane.
         calibrated: Whether to choose the link's bandwidth so that Megatron's order exposes what
             was published.
         context_link: The link over which context-parallel ranks talk; None where sequences are not
             shared.
         exchange: How keys and values come to those ranks.
+        lane: Whose link `link` is.
         priority: The priority of communication streams, on CUDA.
         lever: What is unusual about the cell, in words.
     """
@@ -34,6 +36,7 @@ class Cell:
     calibrated: bool = False
     context_link: Link | None = None
     exchange: str = "ring"
+    lane: Lane = Lane.TP
     priority: int = -1
     lever: str = ""
 
@@ -72,12 +75,18 @@ def _spell(link: Link) -> str:
 
 
 def cells(
-    links: Sequence[Link], *, calibrate: bool, levers: bool, context_links: Sequence[Link] = ()
+    links: Sequence[Link],
+    *,
+    calibrate: bool,
+    levers: bool,
+    context_links: Sequence[Link] = (),
+    expert_links: Sequence[Link] = (),
 ) -> list[Cell]:
     """The most important cells first: a with 4 layers, b, a with 8 layers, then the levers.
 
     Behind them come c and d, whose sequences are shared, with a link between tensor-parallel ranks
-    of the same manner as that of `context_links`.
+    of the same manner as that of `context_links`. The last is m, whose experts are spread over
+    ranks.
     """
     found = [Cell("a", 4, link) for link in links]
     manners = dict.fromkeys(link.sms for link in links)
@@ -86,7 +95,8 @@ def cells(
     found += [Cell("a", 8, link) for link in links]
     if levers:
         found += _levers(links)
-    return found + _shared(links, context_links)
+    spread = [Cell("m", 4, link, lane=Lane.EP) for link in expert_links]
+    return found + _shared(links, context_links) + spread
 
 
 def _shared(links: Sequence[Link], context_links: Sequence[Link]) -> list[Cell]:

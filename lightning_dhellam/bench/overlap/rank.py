@@ -69,7 +69,6 @@ class Rank:
         self._settings = settings
         self._slower = slower
         self._links: Mapping[Lane, EmulatedLink] = context.links
-        self._link = self._links[Lane.TP]
         self._timer = Timer(context.device)
         self._model: tuple[str, int, CausalLM] | None = None
         self._searched: dict[Cell, Plans] = {}
@@ -83,8 +82,9 @@ class Rank:
             self._links[Lane.CP].become(cell.context_link.slower(self._slower))
         if cell.calibrated:
             link = self._calibrated(work, replace(cell, link=link))
-        self._link.become(link)
-        note = f"link {self._link.calibrated(self._crossing(work))}"
+        self._links[cell.lane].become(link)
+        crossing = self._crossing(work, cell.lane)
+        note = f"link {self._links[cell.lane].calibrated((crossing,))}"
         plans = self._plans(work, replace(cell, link=link))
         steps = {name: self._steps(work, builder) for name, builder in plans.builders.items()}
         parity = self._parity(cell, plans)
@@ -103,6 +103,7 @@ class Rank:
         more = self._settings.many - self._settings.few
         busy = lane_seconds(work.layers[1:2], plans.costs)
         busiest = max(busy[lane] for lane in self._links)
+        note += _rows(work)
         rows = rows_of(cell, more, busiest, timed, figures)
         views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
         return Measured(rows, f"{note}. {_searched(plans)}", views)
@@ -170,12 +171,13 @@ class Rank:
         steps = {"megatron": megatron, COMPUTE: self._compute(work)}
         # Processors move bytes only so fast. How fast is measured before steps make the device hot:
         # a transfer that is exposed runs while it is cool.
-        self._link.become(replace(cell.link, bandwidth=_UNLIMITED))
-        (crossing,) = self._crossing(work)
-        fastest = self._link.calibration(crossing)[1] / crossing
+        played = self._links[cell.lane]
+        played.become(replace(cell.link, bandwidth=_UNLIMITED))
+        crossing = self._crossing(work, cell.lane)
+        fastest = played.calibration(crossing)[1] / crossing
 
         def exposed(slowness: float) -> float:
-            self._link.become(replace(cell.link, bandwidth=1 / slowness))
+            played.become(replace(cell.link, bandwidth=1 / slowness))
             timed = in_turn(steps, self._timer, _CALIBRATION_ROUNDS)
             # Of steps: the difference of two, as of a layer, is uncertain by some percent.
             return timed["megatron"][1].median / timed[COMPUTE][1].median - 1
@@ -226,12 +228,16 @@ class Rank:
         finally:
             self._play(Play.TIME)
 
-    def _crossing(self, work: Workload) -> tuple[int, ...]:
-        """Bytes that cross the link for a collective of these layers."""
-        shape = work.layers[1].forward.bytes_per_token
-        return (
-            round(shape["attention_norm"] * (self._context.topology.tp_size - 1) * work.tokens),
+    def _crossing(self, work: Workload, lane: Lane) -> int:
+        """Bytes that cross the link of `lane` for the largest collective of a layer's forward."""
+        forward = work.layers[1].forward
+        sizes = forward.bytes_per_token
+        brought = max(
+            sum(sizes[slot] for slot in operator.writes)
+            for operator in forward.operators
+            if operator.lane is lane
         )
+        return round(brought * (1 - 1 / self._context.topology.size(lane)) * work.tokens)
 
     def _peak(self, work: Workload, step: Step) -> float:
         """The most bytes in use during a step: of the device, on a CPU of slots."""
@@ -244,6 +250,18 @@ class Rank:
         work.lanes.ledger.peak_bytes = work.lanes.ledger.bytes
         step()
         return float(work.lanes.ledger.peak_bytes)
+
+
+def _rows(work: Workload) -> str:
+    """How many rows this rank's experts compute, which what arrives decides; nothing if none."""
+    topology, experts = work.model.context.topology, work.model.config.num_experts
+    if experts is None:
+        return ""
+    layers = len(work.layers) - 2
+    load = work.loads(range(layers), experts)
+    own = load.view(layers, topology.ep_size, -1)[:, topology.ep_rank].sum(1)
+    low, high = (own * topology.ep_size / load.sum(1)).aminmax()
+    return f"; rows of a layer {low:.0%} to {high:.0%} of an even share"
 
 
 def _farthest(work: Workload, steps: Mapping[str, Step]) -> dict[str, tuple[float, str]]:

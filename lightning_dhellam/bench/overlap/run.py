@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 from lightning_dhellam.bench.overlap.cells import Cell
 from lightning_dhellam.bench.overlap.rank import Rank
@@ -25,7 +24,7 @@ _PICTURED = ("a4 copy:110", "a4 16sm:200", "b4 copy:calibrated", "b4 16sm:calibr
 def measure(settings: Settings, folder: Path) -> Report:
     """Measure every cell that the budget allows, the most important first."""
     device = pick_device(settings.device)
-    todo, known = settings.chosen_cells(), shapes(settings.rehearses, shared=True)
+    todo, known = settings.chosen_cells(), shapes(settings.rehearses)
     prepare()
     report = Report("overlap", device_name(device), COLUMNS, notes_of(settings, todo))
     slower = SLOWER if settings.rehearses else 1
@@ -33,7 +32,9 @@ def measure(settings: Settings, folder: Path) -> Report:
     skipped: list[str] = []
     for sizes, cells in groupby(todo, lambda cell: _sizes(known[cell.shape])):
         group = list(cells)
-        with rank_of(_cluster(group[0], sizes), sizes.tensor, device, sizes.context) as context:
+        tensor, context_ranks, expert_ranks = sizes
+        cluster = _cluster(group[0], known[group[0].shape])
+        with rank_of(cluster, tensor, device, context_ranks, expert_ranks) as context:
             rank = Rank(context, known, settings, slower)
             skipped += _measure(group, rank, report, clock, folder)
     report.notes |= lever_notes(todo, report.rows)
@@ -43,22 +44,16 @@ def measure(settings: Settings, folder: Path) -> Report:
     return report
 
 
-class _Sizes(NamedTuple):
-    """Ranks of the groups of a shape."""
-
-    tensor: int
-    context: int
+def _sizes(shape: Shape) -> tuple[int, int, int]:
+    """How many ranks share layers, sequences and experts."""
+    return shape.ranks, shape.context_ranks, shape.expert_ranks
 
 
-def _sizes(shape: Shape) -> _Sizes:
-    return _Sizes(shape.ranks, shape.context_ranks)
-
-
-def _cluster(cell: Cell, sizes: _Sizes) -> Cluster:
-    links = {"tp": cell.link}
+def _cluster(cell: Cell, shape: Shape) -> Cluster:
+    links = {cell.lane.value: cell.link}
     if cell.context_link is not None:
         links["cp"] = cell.context_link
-    return Cluster(world_size=sizes.tensor * sizes.context, links=links)
+    return Cluster(world_size=shape.world_size, links=links)
 
 
 @dataclass

@@ -14,6 +14,8 @@ LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""
 CONTEXT_LINKS = ("copy:50", "copy:25", "copy:110", "16sm:50", "16sm:25", "16sm:110")
 """Between ranks that share sequences, likewise."""
+EXPERT_LINKS = ("copy:50", "16sm:50", "copy:110", "16sm:110", "copy:25")
+"""Between ranks that share experts, likewise."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Settings:
 
     context_links: tuple[str, ...] = CONTEXT_LINKS
     """Links between the ranks that share the sequences of shapes c and d."""
+
+    expert_links: tuple[str, ...] = EXPERT_LINKS
+    """Links between the ranks that share the experts of shape m."""
 
     cluster: str | None = None
     """A cluster whose link is taken instead: a name or a file."""
@@ -107,9 +112,13 @@ class Settings:
     def chosen_cells(self) -> list[Cell]:
         """The cells to measure, the most important first."""
         links = self.played_links()
-        shared = [] if self.cluster is not None else [*map(parse_link, self.context_links)]
+        plain = self.cluster is None
         found = cells(
-            links, calibrate=self.cluster is None, levers=self.levers, context_links=shared
+            links,
+            calibrate=plain,
+            levers=self.levers,
+            context_links=[parse_link(text) for text in self.context_links if plain],
+            expert_links=[parse_link(text) for text in self.expert_links if plain],
         )
         if self.cells is None:
             return found

@@ -32,7 +32,7 @@ class Settings:
     """Runs of each pair that count."""
 
     def __post_init__(self) -> None:
-        known = shapes(self.rehearses, shared=True)
+        known = self._shapes()
         if self.shape not in known:
             raise ValueError(f"--shape '{self.shape}' is not a shape: use {', '.join(known)}")
         if self.repeats < 1:
@@ -45,7 +45,11 @@ class Settings:
 
     def trained_shape(self) -> Shape:
         """The shape whose layer is measured."""
-        return shapes(self.rehearses, shared=True)[self.shape]
+        return self._shapes()[self.shape]
+
+    def _shapes(self) -> dict[str, Shape]:
+        known = shapes(self.rehearses)
+        return {name: shape for name, shape in known.items() if shape.expert_ranks == 1}
 
     def played_cluster(self) -> Cluster:
         """The cluster of which a rank is played.

@@ -2,6 +2,7 @@
 
     a   Llama-3-70B width, sequence 8192, micro-batch 1
     b   Qwen3-14B width, sequence 8192, micro-batch 4
+    m   Phi-3.5-MoE width, sequence 4096, micro-batch 2
 
 For each case, one after the other and each in processes of its own: Megatron-core trains its own
 model with its own schedule, DDP and optimizer, in the environment that it asks for; ours trains the

@@ -42,6 +42,7 @@ class Job:
         steps: Steps that are timed after the search, or of Megatron-core.
         transformer_engine: Whether Megatron-core's side uses transformer-engine's modules.
         context: The context-parallel size.
+        experts: The expert-parallel size, of as many data-parallel ranks.
         plan: The plan of our side: `auto`, or a plan file to try beside the built-in ones.
         emulate: The link of a cluster that one process of our side plays a rank of, by the fields
             of `Link`.
@@ -59,6 +60,7 @@ class Job:
     steps: int
     transformer_engine: bool = False
     context: int = 1
+    experts: int = 1
     plan: str = "auto"
     emulate: Mapping[str, float] | None = None
 
@@ -66,12 +68,14 @@ class Job:
     def case(self) -> str:
         """What is trained, and how it is laid out."""
         shared = f" cp{self.context}" if self.context > 1 else ""
-        return f"{self.shape}{self.layers} tp{self.tensor} pp{self.pipeline}{shared}"
+        spread = f" ep{self.experts}" if self.experts > 1 else ""
+        return f"{self.shape}{self.layers} tp{self.tensor} pp{self.pipeline}{shared}{spread}"
 
     @property
     def processes(self) -> int:
         """The processes that run it."""
-        return 1 if self.emulate else self.tensor * self.pipeline * self.context
+        ranks = self.tensor * self.pipeline * self.context * self.experts
+        return 1 if self.emulate else ranks
 
     @classmethod
     def load(cls, path: Path) -> Job:
@@ -104,20 +108,32 @@ class Job:
         return replace(config, num_layers=max(whole, self.pipeline))
 
     def _fitting(self, config: ModelConfig, memory: float) -> int:
-        one, two = (parameter_count(replace(config, num_layers=count)) for count in (1, 2))
+        held = self._held(config)
+        one, two = (parameter_count(replace(held, num_layers=count)) for count in (1, 2))
         layer, ends = two - one, 2 * one - two
         tokens = self.length * self.micro_batch / self.context
-        kept = 3 * config.ffn_hidden_size + _STREAMS * config.hidden_size
+        rows = config.experts_per_token if config.num_experts else 0
+        kept = 3 * (rows or 1) * config.expert_width + (_STREAMS + rows) * config.hidden_size
         # A pipeline shares weights out, but each stage holds activations of as many layers.
         saved = 2 * kept * tokens / self.tensor
         logits = 4 * self.vocabulary * tokens / self.tensor
         room = _ROOM * memory - logits - _STATE * ends / self.tensor
         return int(room / (_STATE * layer / self.tensor / self.pipeline + saved))
 
+    def _held(self, config: ModelConfig) -> ModelConfig:
+        """The model with the experts of one rank, but no fewer than a token goes to."""
+        if config.num_experts is None:
+            return config
+        held = max(config.num_experts // self.experts, config.experts_per_token)
+        return replace(config, num_experts=held)
+
     def batch(self, config: ModelConfig) -> dict[str, Tensor]:
-        """Tokens and labels [B, S] of every step, the same for all sides and ranks."""
+        """Tokens and labels [B, S] of every step, the same for all sides and ranks.
+
+        Of data-parallel ranks each takes every n-th row.
+        """
         generator = torch.Generator().manual_seed(5)
-        size = (self.micro_batches * self.micro_batch, self.length + 1)
+        size = (self.micro_batches * self.micro_batch * self.experts, self.length + 1)
         tokens = torch.randint(0, config.vocab_size, size, generator=generator)
         return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 

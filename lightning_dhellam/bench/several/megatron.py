@@ -54,7 +54,9 @@ class Training:
         batch = {name: rows.to(device) for name, rows in job.batch(config).items()}
         topology = context.topology
         own = {
-            name: own_part(rows, 1, topology.cp_rank, topology.cp_size)
+            name: own_part(
+                rows[topology.dp_rank :: topology.dp_size], 1, topology.cp_rank, topology.cp_size
+            )
             for name, rows in batch.items()
         }
         self._pieces = cut_in_pieces(own, job.micro_batch)
@@ -111,6 +113,7 @@ def measure(job: Job, device: torch.device) -> dict[str, Any]:
         tensor_parallel_size=job.tensor,
         pipeline_parallel_size=job.pipeline,
         context_parallel_size=job.context,
+        expert_parallel_size=job.experts,
         tuned=False,
     )
     config = job.config(memory_of(device))
@@ -120,7 +123,7 @@ def measure(job: Job, device: torch.device) -> dict[str, Any]:
         training = Training(job, config, context)
         loss = training.gradients()
         first = torch.zeros(1, device=device) if loss is None else loss.reshape(1).float()
-        first = reduced(first, context.groups.cp)
+        first = reduced(first, context.groups.dp_cp)
         norm = training.grad_norm()
         training.update()
         times = [_timed(training, device) for _ in range(_WARM_UP + job.steps)][_WARM_UP:]

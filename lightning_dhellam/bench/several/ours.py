@@ -23,6 +23,7 @@ from lightning_dhellam.bench.several.job import Job, memory_of
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Cluster, Link
+from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.strategy import DHellamStrategy
@@ -33,9 +34,22 @@ _STEPS = 1000
 
 
 class _Module(DualStrandMixin):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, job: Job) -> None:
         super().__init__()
         self.model_config = config
+        self.job = job
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The same batch again and again: every plan is timed on the same work."""
+        dealt = self.trainer.distributed_sampler_kwargs
+        assert dealt is not None and self.model_config is not None
+        batch = {
+            name: rows[dealt["rank"] :: dealt["num_replicas"]]
+            for name, rows in self.job.batch(self.model_config).items()
+        }
+        count = len(batch["tokens"])
+        rows = [{name: values[i] for name, values in batch.items()} for i in range(count)]
+        return DataLoader(rows * _STEPS, batch_size=count)  # type: ignore[arg-type]
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self.batch_loss(batch)
@@ -81,7 +95,10 @@ class _Watch(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.first.setdefault("loss", outputs["loss"].detach().clone())
+        if "loss" not in self.first:
+            assert isinstance(trainer.strategy, DHellamStrategy)
+            own = outputs["loss"].detach().clone()
+            self.first["loss"] = reduced(own, trainer.strategy.context.groups.dp)
         if self.search.findings is None:
             return
         if not self.seconds and self.device.type == "cuda":
@@ -110,6 +127,7 @@ def measure(job: Job, device: torch.device, folder: Path) -> dict[str, Any]:
         tensor_parallel_size=job.tensor,
         pipeline_parallel_size=job.pipeline,
         context_parallel_size=job.context,
+        expert_parallel_size=job.experts,
         micro_batch_size=job.micro_batch,
         plan=_plan(job, folder),
         emulate=_cluster(job),
@@ -128,7 +146,7 @@ def measure(job: Job, device: torch.device, folder: Path) -> dict[str, Any]:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(_Module(config), _loader(job, config))
+    trainer.fit(_Module(config, job))
     findings = search.findings
     assert findings is not None
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -172,13 +190,6 @@ def _cluster(job: Job) -> Cluster | None:
     fields = dict(job.emulate)
     link = Link(fields["bandwidth"], fields["latency"], int(fields["sms"]))
     return Cluster(job.tensor, {"tp": link}, name="the measured link")
-
-
-def _loader(job: Job, config: ModelConfig) -> DataLoader[Any]:
-    """The same batch again and again: every plan is timed on the same work."""
-    batch = job.batch(config)
-    rows = [{name: rows[i] for name, rows in batch.items()} for i in range(len(batch["tokens"]))]
-    return DataLoader(rows * _STEPS, batch_size=len(rows))  # type: ignore[arg-type]
 
 
 def _measured_link(

@@ -32,9 +32,9 @@ def rows_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> 
     if "failed" in result:
         return [case | result]
     config = replace(job.config(1e18), num_layers=result["layers"])
-    tokens = job.micro_batches * job.micro_batch * job.length
+    tokens = job.micro_batches * job.micro_batch * job.experts * job.length
     work = training_flops_per_token(config, job.length) * tokens
-    full = peak_tflops * 1e12 * job.tensor * job.pipeline * job.context
+    full = peak_tflops * 1e12 * job.tensor * job.pipeline * job.context * job.experts
     common = ("loss", "grad norm", "peak GiB", "layers")
     shared = case | {name: result[name] for name in common if side != EMULATED or name == "layers"}
     whole = {"whole ms": result["step s"] * 1e3, "whole MFU": work / result["step s"] / full}

@@ -56,7 +56,7 @@ def _sides(
         yield OURS, dict(real)
     # One process cannot play a stage, which computes what another one sends, and what was measured
     # is one link.
-    alone = job.pipeline == job.context == 1
+    alone = job.pipeline == job.context == job.experts == 1
     if EMULATED in settings.sides and real.get("link") and alone:
         link = real["link"]
         bandwidth = link["bytes"] / max(link["seconds"] - _LATENCY, 1e-9)
@@ -70,8 +70,11 @@ def _sides(
 
 
 def _megatron(job: Job, folder: Path, settings: Settings, budget: Budget) -> dict[str, Any]:
-    """Megatron-core with transformer-engine where that works, or else without."""
-    if job.device == "cuda" and has_transformer_engine():
+    """Megatron-core with transformer-engine where that works, or else without.
+
+    Experts are its modules that need none: each an MLP of its own.
+    """
+    if job.device == "cuda" and has_transformer_engine() and job.experts == 1:
         engine = replace(job, transformer_engine=True)
         found = _done(engine, folder / "transformer-engine", settings, budget)
         if "failed" not in found:

@@ -15,8 +15,8 @@ class Settings:
     """The options of `dhellam bench several`."""
 
     cases: tuple[str, ...] = ("a:8:2:1", "b:40:2:1", "a:8:1:2")
-    """What to train: shape:layers:tensor:pipeline, or with :context behind. Layers that do not fit
-    are left out."""
+    """What to train: shape:layers:tensor:pipeline, or with :context behind, or :context:experts,
+    such as m:8:1:1:1:2. Layers that do not fit are left out."""
 
     sides: tuple[str, ...] = SIDES
     """Who trains it: Megatron-core, ours, and one process that plays a rank of ours."""
@@ -61,15 +61,26 @@ class Settings:
 
     def _parse(self, case: str) -> Job:
         shape, *numbers = case.split(":")
-        known = shapes(rehearse=self.device == "cpu")
+        known = {
+            name: found
+            for name, found in shapes(rehearse=self.device == "cpu").items()
+            if found.context_ranks == 1
+        }
         whole = all(number.isdigit() and int(number) for number in numbers)
-        if shape not in known or len(numbers) not in (3, 4) or not whole:
+        if shape not in known or len(numbers) not in (3, 4, 5) or not whole:
             raise ValueError(
-                f"--cases: '{case}' is not shape:layers:tensor:pipeline, or with :context behind,"
-                f" with a shape of {', '.join(known)}, such as a:8:2:1 or e:8:1:1:2"
+                f"--cases: '{case}' is not shape:layers:tensor:pipeline, or with :context or"
+                f" :context:experts behind, with a shape of {', '.join(known)}, such as a:8:2:1,"
+                " e:8:1:1:2 or m:8:1:1:1:2"
             )
-        layers, tensor, pipeline, *context = map(int, numbers)
+        layers, tensor, pipeline, context, experts = [*map(int, numbers), 1, 1][:5]
+        there = known[shape].config.num_experts
+        if experts > 1 and (there or 1) % experts:
+            raise ValueError(
+                f"--cases: '{case}' shares experts among {experts} ranks, but shape {shape} has"
+                f" {there or 'none'}: give a divisor, or leave it out"
+            )
         return Job(
             MEGATRON, shape, layers, self.vocabulary, self.micro_batches, tensor, pipeline,
-            self.device, self.rounds, self.steps, context=context[0] if context else 1,
+            self.device, self.rounds, self.steps, context=context, experts=experts,
         )  # fmt: skip
