@@ -77,15 +77,28 @@ class Recorded:
     out: Tensor
     used: bool = False
 
+    def gradients(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients by the leaves, from `dout` of as many numbers as the output."""
+        self.used = True
+        # The caller drops the state when it is done, and may time this more than once.
+        dq, dk, dv = torch.autograd.grad(
+            self.out, self.leaves, dout.view(self.out.shape), retain_graph=True
+        )
+        return dq, dk, dv
+
 
 class AutogradBackend(Backend):
     """A library whose public interface is a differentiable function: its graph is the state.
 
     What it saves for backward are views of its inputs, its output and the log-sum-exp, which is
     kept in the graph, so the slot for it stays empty.
+
+    Attributes:
+        serves_once: whether that graph is good for one backward.
     """
 
     gives_lse = False
+    serves_once = False
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -114,9 +127,7 @@ class AutogradBackend(Backend):
         causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         recorded: Recorded = state
-        recorded.used = True
-        # The caller drops the state when it is done, and may time this more than once.
-        dq, dk, dv = torch.autograd.grad(
-            recorded.out, recorded.leaves, dout.view(recorded.out.shape), retain_graph=True
-        )
-        return dq, dk, dv
+        if recorded.used and self.serves_once:
+            # Who times this waits for a forward as well, but no step does.
+            _, _, recorded = self.forward(q, k, v, scale)
+        return recorded.gradients(dout)

@@ -50,15 +50,10 @@ class SdpaBackend(Backend):
         dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
         q, k, v = self._arrange(q, k, v)
         grads = self._backward(dout, q, k, v, out, lse, state, scale, causal)
-        dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in grads)
-        return dq, _sum_groups(dk, groups), _sum_groups(dv, groups)
+        return in_order(*grads, groups)
 
     def _arrange(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        repeat = q.shape[2] // k.shape[2] if self.expands_groups else 1
-        if repeat > 1:
-            k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        return q, k, v
+        return arranged(q, k, v, expands_groups=self.expands_groups)
 
     @abstractmethod
     def _forward(
@@ -80,6 +75,23 @@ class SdpaBackend(Backend):
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute `backward` of arguments [B, heads, S, D]; the gradients lie so too."""
+
+
+def arranged(
+    q: Tensor, k: Tensor, v: Tensor, *, expands_groups: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [B, heads, S, D]; with keys and values for each query head where groups expand."""
+    repeat = q.shape[2] // k.shape[2] if expands_groups else 1
+    if repeat > 1:
+        k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    return q, k, v
+
+
+def in_order(dq: Tensor, dk: Tensor, dv: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `arranged` has arranged, of gradients: [S, B, heads, D], those of keys by group."""
+    dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in (dq, dk, dv))
+    return dq, _sum_groups(dk, groups), _sum_groups(dv, groups)
 
 
 def _sum_groups(grad: Tensor, groups: int) -> Tensor:
@@ -218,15 +230,44 @@ class EfficientAttention(SdpaBackend):
         scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel takes for granted that it lies as forward's does, and looks at no stride.
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-        # Rows of whole blocks, as forward makes them: what is beyond the sequence counts nothing.
-        padded = torch.nn.functional.pad(lse, (0, -q.shape[2] % _BLOCK), value=torch.inf)
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, padded, *state, 0.0, (True, True, True, False), causal,
-            scale=scale,
-        )  # fmt: skip
-        return dq, dk, dv
+        return efficient_gradients(dout, q, k, v, None, out, lse, state, scale, causal)
+
+
+def efficient_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    state: Any,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by queries, keys and values of the memory-efficient kernel.
+
+    Args:
+        dout: by the output, which is [B, heads, S, D] as all others are.
+        q: queries.
+        k: keys.
+        v: values.
+        bias: what was added to scores [B, heads, S, T]; None where nothing was.
+        out: the output, in whatever order it lies.
+        lse: [B, heads, S].
+        state: seed and offset of forward.
+        scale: factor on the scores.
+        causal: whether tokens see none of those behind them.
+    """
+    # The kernel takes for granted that it lies as forward's does, and looks at no stride.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    # Rows of whole blocks, as forward makes them: what is beyond the sequence counts nothing.
+    padded = torch.nn.functional.pad(lse, (0, -q.shape[2] % _BLOCK), value=torch.inf)
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, bias, out, padded, *state, 0.0, (True, True, True, False), causal,
+        scale=scale,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 BACKENDS: dict[str, type[SdpaBackend]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
-from lightning_dhellam.kernels.attention.base import AutogradBackend, Recorded
+from lightning_dhellam.kernels.attention.base import AutogradBackend
 
 
 class TransformerEngineAttention(AutogradBackend):
@@ -21,44 +21,34 @@ class TransformerEngineAttention(AutogradBackend):
     """
 
     name = "transformer_engine"
+    serves_once = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        # With flash-attn 4 installed, its version 2.20 calls that with the window (-1, 0). There -1
-        # does not mean all tokens before, and the output is zeros. It looks up at its calls which
-        # backends it may take, so it must find this at each.
-        os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
-        ordered = torch.are_deterministic_algorithms_enabled()
-        out: Tensor = _attention(q.shape[2], k.shape[2], q.shape[3], scale, ordered)(q, k, v)
+        out: Tensor = module_for(q, k, scale, "sbhd", "causal")(q, k, v)
         return out.flatten(2)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Recorded,
-        scale: float,
-        *,
-        causal: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if state.used:
-            # Its graph serves once. Who times this waits for a forward as well, but no step does.
-            _, _, state = self.forward(q, k, v, scale)
-        return super().backward(dout, q, k, v, out, lse, state, scale)
+
+def module_for(q: Tensor, k: Tensor, scale: float, layout: str, mask: str) -> Any:
+    """Its module for queries [..., heads, D] and keys [..., groups, D] in one of its layouts."""
+    # With flash-attn 4 installed, its version 2.20 calls that with the window (-1, 0). There -1
+    # does not mean all tokens before, and the output is zeros. It looks up at its calls which
+    # backends it may take, so it must find this at each.
+    os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
+    # It looks up this when it is made, so there is one for either answer.
+    ordered = torch.are_deterministic_algorithms_enabled()
+    return _made(q.shape[-2], k.shape[-2], q.shape[-1], scale, layout, mask, ordered)
 
 
 @cache
-def _attention(heads: int, groups: int, size: int, scale: float, ordered: bool) -> Any:
-    # It looks up `ordered` when it is made, so there is one for either answer.
+def _made(
+    heads: int, groups: int, size: int, scale: float, layout: str, mask: str, ordered: bool
+) -> Any:
     return DotProductAttention(
         heads,
         size,
         num_gqa_groups=groups,
         attention_dropout=0.0,
-        qkv_format="sbhd",
-        attn_mask_type="causal",
+        qkv_format=layout,
+        attn_mask_type=mask,
         softmax_scale=scale,
     )

@@ -86,11 +86,7 @@ class PackedBackend(ABC):
 
 
 class AutogradPackedBackend(PackedBackend):
-    """A library whose public interface is a differentiable function; see `AutogradBackend`.
-
-    Attributes:
-        serves_once: whether what it keeps for backward is good for one.
-    """
+    """A library whose public interface is a differentiable function; see `AutogradBackend`."""
 
     serves_once = False
 
@@ -126,10 +122,7 @@ class AutogradPackedBackend(PackedBackend):
         if recorded.used and self.serves_once:
             # Who times this waits for a forward as well, but no step does.
             _, _, recorded = self.forward(q, k, v, scale, runs)
-        recorded.used = True
-        # The caller drops the state when it is done, and may time this more than once.
-        dq, dk, dv = torch.autograd.grad(recorded.out, recorded.leaves, dout, retain_graph=True)
-        return dq, dk, dv
+        return recorded.gradients(dout)
 
 
 def in_a_row(x: Tensor) -> Tensor:

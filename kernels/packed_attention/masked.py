@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dhellam.kernels.attention.sdpa import arranged, efficient_gradients, in_order
 from lightning_dhellam.kernels.packed_attention.base import PackedBackend, Runs
 
 aten = torch.ops.aten
 _ALIGNED = 16
 """Rows of the mask lie at multiples of so many numbers, as the kernel wants them."""
-_BLOCK = 32
-"""Tokens: rows of the kernel's log-sum-exp are a multiple of them."""
 
 
 class Efficient(PackedBackend):
@@ -28,7 +27,7 @@ class Efficient(PackedBackend):
         seen = sees(runs, s, k.shape[0], b, causal=causal)
         alone = ~seen.any(dim=2)
         # Softmax of nothing is NaN: who sees nothing is shown everything, and then none of it.
-        q, k, v = _arranged(q, k, v)
+        q, k, v = arranged(q, k, v)
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
             q, k, v, _bias(seen | alone[..., None], h, q.dtype), True, 0.0, False, scale=scale
         )
@@ -53,16 +52,9 @@ class Efficient(PackedBackend):
         shape, groups = q.shape, k.shape[2]
         bias = _bias(sees(runs, shape[0], len(k), shape[1], causal=causal), shape[2], q.dtype)
         dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
-        # The kernel takes for granted that it lies as forward's does, and looks at no stride.
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-        q, k, v = _arranged(q, k, v)
-        padded = torch.nn.functional.pad(lse, (0, -shape[0] % _BLOCK), value=torch.inf)
-        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, bias, out, padded, *state, 0.0, (True, True, True, False), False,
-            scale=scale,
-        )  # fmt: skip
-        dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in (dq, dk, dv))
-        return dq, *(grad.unflatten(2, (groups, -1)).sum(dim=3) for grad in (dk, dv))
+        q, k, v = arranged(q, k, v)
+        grads = efficient_gradients(dout, q, k, v, bias, out, lse, state, scale, causal=False)
+        return in_order(*grads, groups)
 
 
 def sees(runs: Runs, queries: int, keys: int, batch: int, *, causal: bool) -> Tensor:
@@ -83,11 +75,3 @@ def _bias(seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     width = t + -t % _ALIGNED
     bias = torch.zeros(b, 1, s, width, dtype=dtype, device=seen.device)[..., :t]
     return bias.masked_fill_(~seen[:, None], -torch.inf).expand(b, heads, s, t)
-
-
-def _arranged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Views [B, H, S, D], with keys and values for each query head."""
-    repeat = q.shape[2] // k.shape[2]
-    if repeat > 1:
-        k, v = (t.repeat_interleave(repeat, dim=2) for t in (k, v))
-    return tuple(t.permute(1, 2, 0, 3) for t in (q, k, v))

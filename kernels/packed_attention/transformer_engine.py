@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from typing import Any
-
-import torch
 from torch import Tensor
-from transformer_engine.pytorch import DotProductAttention
 
+from lightning_dhellam.kernels.attention.transformer_engine import module_for
 from lightning_dhellam.kernels.packed_attention.base import AutogradPackedBackend, Runs
 
 
@@ -20,11 +15,7 @@ class PackedTransformerEngineAttention(AutogradPackedBackend):
     serves_once = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs) -> Tensor:
-        # See `attention.transformer_engine`.
-        os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
-        ordered = torch.are_deterministic_algorithms_enabled()
-        attention = _attention(q.shape[1], k.shape[1], q.shape[2], scale, ordered)
-        out: Tensor = attention(
+        out: Tensor = module_for(q, k, scale, "thd", "padding_causal")(
             # It tells layouts apart by strides, and knows none of these views.
             *(t.contiguous() for t in (q, k, v)),
             cu_seqlens_q=runs.queries,
@@ -33,17 +24,3 @@ class PackedTransformerEngineAttention(AutogradPackedBackend):
             max_seqlen_kv=runs.longest,
         )
         return out.unflatten(1, q.shape[1:])
-
-
-@cache
-def _attention(heads: int, groups: int, size: int, scale: float, ordered: bool) -> Any:
-    # It looks up `ordered` when it is made, so there is one for either answer.
-    return DotProductAttention(
-        heads,
-        size,
-        num_gqa_groups=groups,
-        attention_dropout=0.0,
-        qkv_format="thd",
-        attn_mask_type="padding_causal",
-        softmax_scale=scale,
-    )

@@ -305,9 +305,13 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     path = f"lightning_dhellam.kernels.packed_attention.{file}"
-    monkeypatch.delitem(sys.modules, path, raising=False)
+    # What it shares with attention to whole samples is made from the stand-in as well.
+    made = (path, f"lightning_dhellam.kernels.attention.{file}")
+    for each in made:
+        monkeypatch.delitem(sys.modules, each, raising=False)
     yield getattr(importlib.import_module(path), backend)()
-    sys.modules.pop(path, None)
+    for each in made:
+        sys.modules.pop(each, None)
 
 
 @pytest.mark.parametrize("shape", ["grouped", "one-token-each"])
