@@ -15,7 +15,7 @@ from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import LLAMA, Family, check_shape, family_of
 from lightning_dhellam.models.fused import fused, unfused
-from lightning_dhellam.models.layout import EMBEDDING, HEAD, Rule, rules
+from lightning_dhellam.models.layout import EMBEDDING, HEAD, Conversion, conversions
 from lightning_dhellam.models.source import check_config, open_weights
 from lightning_dhellam.pipeline.split import stage_of
 
@@ -111,13 +111,13 @@ def _import(function: str, family: Family, model: CausalLM, source: Source, conf
     if config is not None:
         check_config(config, model.config, family)
     state_dict = unfused(state_dict, family)
-    every = list(_rules(family, model))
+    every = list(_conversions(family, model))
     _check_state_dict(model.config, every, state_dict)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for rule in _own(every, model):
-            whole = [state_dict[name] for name in rule.theirs]
-            parameters[rule.ours].copy_(rule.join(whole, *_share(rule, model)))
+        for conversion in _own(every, model):
+            whole = [state_dict[name] for name in conversion.theirs]
+            parameters[conversion.ours].copy_(conversion.join(whole, *_share(conversion, model)))
 
 
 def _export(
@@ -145,8 +145,10 @@ def _each(
             f"{function} takes tensors by their names, such as a model's state_dict(), not a"
             f" {type(tensors).__name__}"
         )
-    every = list(_rules(family, model))
-    missing = [rule.ours for rule in _own(every, model) if rule.ours not in tensors]
+    every = list(_conversions(family, model))
+    missing = [
+        conversion.ours for conversion in _own(every, model) if conversion.ours not in tensors
+    ]
     if missing:
         raise ValueError(f"tensors to export lack {_listed(missing)}: pass every parameter's")
     keeps = everywhere or model.context.topology.rank == 0
@@ -154,72 +156,83 @@ def _each(
 
 
 def _gathered(
-    every: list[Rule], model: CausalLM, tensors: Mapping[str, Tensor], keeps: bool
+    every: list[Conversion], model: CausalLM, tensors: Mapping[str, Tensor], keeps: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    for rule in every:
-        found = _whole(rule, model, tensors)
-        for name in rule.theirs if keeps else ():
+    for conversion in every:
+        found = _whole(conversion, model, tensors)
+        for name in conversion.theirs if keeps else ():
             yield name, found.pop(name).to("cpu")
         del found  # before the next one comes to the device
 
 
-def _rules(family: Family, model: CausalLM) -> Iterator[Rule]:
+def _conversions(family: Family, model: CausalLM) -> Iterator[Conversion]:
     config = model.config
     own_experts = (config.num_experts or 1) // model.context.topology.ep_size
-    return rules(config, family.names, model.padded_vocab_size, own_experts)
+    return conversions(config, family.names, model.padded_vocab_size, own_experts)
 
 
-def _stage(rule: Rule, model: CausalLM) -> int:
-    """The pipeline stage that has the parameter of a rule."""
-    if rule.layer is None or model.context.topology.pp_size == 1:
+def _stage(conversion: Conversion, model: CausalLM) -> int:
+    """The pipeline stage that has the parameter of a conversion."""
+    if conversion.layer is None or model.context.topology.pp_size == 1:
         return 0
-    return stage_of(model.chunk_of(rule.layer), model.context.topology.pp_size)
+    return stage_of(model.chunk_of(conversion.layer), model.context.topology.pp_size)
 
 
-def _owner(rule: Rule, model: CausalLM) -> int:
-    """The expert-parallel rank that has the parameter of a rule; this one's, if all have it."""
+def _owner(conversion: Conversion, model: CausalLM) -> int:
+    """The expert-parallel rank that has what a conversion makes; this one's, if all have it."""
     topology, experts = model.context.topology, model.config.num_experts
-    if rule.expert is None or experts is None:
+    if conversion.expert is None or experts is None:
         return topology.ep_rank
-    return rule.expert // (experts // topology.ep_size)
+    return conversion.expert // (experts // topology.ep_size)
 
 
-def _is_here(rule: Rule, model: CausalLM) -> bool:
-    """Whether this rank has a share of the parameter of a rule."""
+def _is_here(conversion: Conversion, model: CausalLM) -> bool:
+    """Whether this rank has a share of the parameter of a conversion."""
     topology = model.context.topology
-    return _stage(rule, model) == topology.pp_rank and _owner(rule, model) == topology.ep_rank
+    return (
+        _stage(conversion, model) == topology.pp_rank
+        and _owner(conversion, model) == topology.ep_rank
+    )
 
 
-def _own(every: list[Rule], model: CausalLM) -> list[Rule]:
-    return [rule for rule in every if _is_here(rule, model)]
+def _own(every: list[Conversion], model: CausalLM) -> list[Conversion]:
+    return [conversion for conversion in every if _is_here(conversion, model)]
 
 
-def _share(rule: Rule, model: CausalLM) -> tuple[int, int]:
+def _share(conversion: Conversion, model: CausalLM) -> tuple[int, int]:
     """Which share of its parameter this rank has, and how many there are."""
     topology = model.context.topology
-    if rule.expert is None:
+    if conversion.expert is None:
         return topology.tp_rank, topology.tp_size
     return topology.etp_rank, topology.etp_size
 
 
-def _whole(rule: Rule, model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a rule, from the ranks that have the parameter."""
+def _whole(
+    conversion: Conversion, model: CausalLM, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a conversion, from the ranks that have the parameter."""
     context, topology, groups = model.context, model.context.topology, model.context.groups
     like = next(iter(tensors.values()))
     sizes = topology.tp_size, topology.pp_size, topology.ep_size
     # NCCL carries nothing that is on the host.
     device = like.device if max(sizes) == 1 else context.device
-    if _is_here(rule, model):
-        size = _share(rule, model)[1]
-        group = groups.tp if rule.expert is None else groups.expt_tp
-        found = list(rule.split(_gather(tensors[rule.ours].detach().to(device), size, group)))
+    if _is_here(conversion, model):
+        size = _share(conversion, model)[1]
+        group = groups.tp if conversion.expert is None else groups.expt_tp
+        found = list(
+            conversion.split(_gather(tensors[conversion.ours].detach().to(device), size, group))
+        )
     else:
-        found = [like.new_empty(shape, device=device) for shape in rule.theirs.values()]
-    if rule.expert is not None and topology.ep_size > 1 and _stage(rule, model) == topology.pp_rank:
-        found = _spread(found, groups.ep, _owner(rule, model))
+        found = [like.new_empty(shape, device=device) for shape in conversion.theirs.values()]
+    if (
+        conversion.expert is not None
+        and topology.ep_size > 1
+        and _stage(conversion, model) == topology.pp_rank
+    ):
+        found = _spread(found, groups.ep, _owner(conversion, model))
     if topology.pp_size > 1:
-        found = _spread(found, groups.pp, _stage(rule, model))
-    return dict(zip(rule.theirs, found, strict=True))
+        found = _spread(found, groups.pp, _stage(conversion, model))
+    return dict(zip(conversion.theirs, found, strict=True))
 
 
 def _gather(shard: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
@@ -240,9 +253,9 @@ def _spread(found: list[Tensor], group: ProcessGroup, source: int) -> list[Tenso
 
 
 def _check_state_dict(
-    config: ModelConfig, every: list[Rule], state_dict: Mapping[str, Tensor]
+    config: ModelConfig, every: list[Conversion], state_dict: Mapping[str, Tensor]
 ) -> None:
-    expected = {name: shape for rule in every for name, shape in rule.theirs.items()}
+    expected = {name: shape for conversion in every for name, shape in conversion.theirs.items()}
     allowed = {*expected, HEAD} if config.tie_embeddings else set(expected)
     missing = [name for name in expected if name not in state_dict]
     unexpected = [

@@ -23,8 +23,8 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Names:
-    """What families call differently.
+class MixtureNames:
+    """What families with experts call differently.
 
     Attributes:
         mixture: the experts and their router, in a layer.
@@ -44,7 +44,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Conversion:
     """How one of our parameters is made of Hugging Face tensors.
 
     ``join`` makes the shard of a rank from the whole tensors (rank, size); ``split`` makes the
@@ -66,8 +66,10 @@ class Rule:
     expert: int | None = None
 
 
-def rules(config: ModelConfig, names: Names, padded_rows: int, own_experts: int) -> Iterator[Rule]:
-    """The rules of all parameters of a model.
+def conversions(
+    config: ModelConfig, names: MixtureNames, padded_rows: int, own_experts: int
+) -> Iterator[Conversion]:
+    """The conversions of all parameters of a model.
 
     Args:
         config: of the model.
@@ -78,8 +80,8 @@ def rules(config: ModelConfig, names: Names, padded_rows: int, own_experts: int)
     table = (config.vocab_size, config.hidden_size)
     yield _vocabulary("embedding.word_embeddings.weight", EMBEDDING, table, padded_rows)
     for index, has_experts in enumerate(config.expert_layers):
-        for rule in _layer(config, f"layers.{index}.", f"model.layers.{index}."):
-            yield replace(rule, layer=index)
+        for conversion in _layer(config, f"layers.{index}.", f"model.layers.{index}."):
+            yield replace(conversion, layer=index)
         if has_experts:
             yield from _experts(config, names, index, own_experts)
         else:
@@ -91,7 +93,7 @@ def rules(config: ModelConfig, names: Names, padded_rows: int, own_experts: int)
         yield _vocabulary("output_layer.bias", "lm_head.bias", table[:1], padded_rows)
 
 
-def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Rule]:
+def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Conversion]:
     """Norms and attention of a layer."""
     hidden, attention = config.hidden_size, f"{ours}self_attention."
     queries = config.num_attention_heads * config.kv_channels
@@ -111,7 +113,7 @@ def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Rule]:
     yield from _norm(config, f"{ours}pre_mlp_layernorm", after, hidden)
 
 
-def _dense(config: ModelConfig, layer: int) -> Iterator[Rule]:
+def _dense(config: ModelConfig, layer: int) -> Iterator[Conversion]:
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     ours, theirs = f"layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
     both = f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"
@@ -120,7 +122,9 @@ def _dense(config: ModelConfig, layer: int) -> Iterator[Rule]:
     yield replace(down, layer=layer)
 
 
-def _experts(config: ModelConfig, names: Names, layer: int, own_experts: int) -> Iterator[Rule]:
+def _experts(
+    config: ModelConfig, names: MixtureNames, layer: int, own_experts: int
+) -> Iterator[Conversion]:
     hidden, ffn = config.hidden_size, config.expert_width
     assert config.num_experts is not None
     router = f"model.layers.{layer}.{names.mixture}.{names.router}.weight"
@@ -130,20 +134,20 @@ def _experts(config: ModelConfig, names: Names, layer: int, own_experts: int) ->
         ours = f"layers.{layer}.mlp.experts.local_experts.{expert % own_experts}."
         theirs = names.of_expert(layer, expert)
         both = theirs["gate"], theirs["up"]
-        for rule in (
+        for conversion in (
             _gate_and_up(f"{ours}linear_fc1.weight", both, (ffn, hidden)),
             _columns(f"{ours}linear_fc2.weight", theirs["down"], (hidden, ffn)),
         ):
-            yield replace(rule, layer=layer, expert=expert)
+            yield replace(conversion, layer=layer, expert=expert)
 
 
-def _norm(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Rule]:
+def _norm(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Conversion]:
     for part in ("weight",) if config.normalization == "RMSNorm" else ("weight", "bias"):
         yield _replicated(f"{ours}.{part}", f"{theirs}.{part}", (width,))
 
 
-def _replicated(ours: str, theirs: str, shape: Shape) -> Rule:
-    return Rule(
+def _replicated(ours: str, theirs: str, shape: Shape) -> Conversion:
+    return Conversion(
         ours,
         {theirs: shape},
         join=lambda whole, rank, size: whole[0],
@@ -151,8 +155,8 @@ def _replicated(ours: str, theirs: str, shape: Shape) -> Rule:
     )
 
 
-def _columns(ours: str, theirs: str, shape: Shape) -> Rule:
-    return Rule(
+def _columns(ours: str, theirs: str, shape: Shape) -> Conversion:
+    return Conversion(
         ours,
         {theirs: shape},
         join=lambda whole, rank, size: whole[0].chunk(size, dim=1)[rank],
@@ -160,19 +164,19 @@ def _columns(ours: str, theirs: str, shape: Shape) -> Rule:
     )
 
 
-def _vocabulary(ours: str, theirs: str, shape: Shape, padded_rows: int) -> Rule:
+def _vocabulary(ours: str, theirs: str, shape: Shape, padded_rows: int) -> Conversion:
     rows, *rest = shape
 
     def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
         padding = whole[0].new_zeros(padded_rows - rows, *rest)
         return torch.cat([whole[0], padding]).chunk(size)[rank]
 
-    return Rule(
+    return Conversion(
         ours, {theirs: shape}, join=join, split=lambda shards: [torch.cat(list(shards))[:rows]]
     )
 
 
-def _gate_and_up(ours: str, theirs: tuple[str, str], shape: Shape) -> Rule:
+def _gate_and_up(ours: str, theirs: tuple[str, str], shape: Shape) -> Conversion:
     def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return torch.cat([tensor.chunk(size)[rank] for tensor in whole])
 
@@ -180,10 +184,10 @@ def _gate_and_up(ours: str, theirs: tuple[str, str], shape: Shape) -> Rule:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[part] for half in halves]) for part in range(2)]
 
-    return Rule(ours, dict.fromkeys(theirs, shape), join, split)
+    return Conversion(ours, dict.fromkeys(theirs, shape), join, split)
 
 
-def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> Rule:
+def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> Conversion:
     groups, width = config.num_query_groups, config.kv_channels
     rest = (config.hidden_size,) if kind == "weight" else ()
     queries = config.num_attention_heads // groups * width
@@ -201,4 +205,4 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> 
         f"{theirs}{letter}_proj.{kind}": (groups * part, *rest)
         for letter, part in zip("qkv", parts, strict=True)
     }
-    return Rule(ours, names, join, split)
+    return Conversion(ours, names, join, split)

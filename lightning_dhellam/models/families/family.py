@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.layout import Names
+from lightning_dhellam.models.layout import MixtureNames
 
 Theirs = Mapping[str, Any]
 """What a `config.json` holds."""
@@ -54,16 +54,16 @@ class Family:
     only: Mapping[str, Any]
     rotary_base: float = 10_000.0
     rope_types: tuple[str, ...] = ("default", "llama3")
-    experts: Names | None = None
+    experts: MixtureNames | None = None
     dense_layers: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     more: Callable[[Theirs], Found] = field(default=_nothing)
     refuses: Callable[[Theirs, ModelConfig], Iterator[str]] = field(default=_no_refusal)
 
     @property
-    def names(self) -> Names:
+    def names(self) -> MixtureNames:
         """How its experts are called, if it has any."""
-        return self.experts or Names()
+        return self.experts or MixtureNames()
 
     def misfits(self, config: ModelConfig) -> list[str]:
         """Fields of a model that this family does not have, as `name=value`."""
@@ -109,6 +109,11 @@ ONLY: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
 }
 """Fields of Hugging Face of which one value can be expressed here, whatever the family."""
+
+
+def but_for(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The fields without some, of which a family has any value."""
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def rope_of(theirs: Theirs) -> Theirs:

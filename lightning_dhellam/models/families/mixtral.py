@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_dhellam.models.families.family import ONLY, PLAIN, ROUTED, Family, window
-from lightning_dhellam.models.layout import Names
+from lightning_dhellam.models.layout import MixtureNames
 
 MIXTRAL = Family(
     model_type="mixtral",
@@ -24,7 +24,7 @@ MIXTRAL = Family(
     },
     only={**ONLY, "router_jitter_noise": 0.0},
     rotary_base=1e6,
-    experts=Names("block_sparse_moe", "gate", ("w1", "w3", "w2")),
+    experts=MixtureNames("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.", ".mlp."),),
     refuses=window,
 )

@@ -15,11 +15,12 @@ from lightning_dhellam.models.families.family import (
     Family,
     Found,
     Theirs,
+    but_for,
     rope_of,
     rope_type,
     window,
 )
-from lightning_dhellam.models.layout import Names
+from lightning_dhellam.models.layout import MixtureNames
 
 
 def _more(theirs: Theirs) -> Found:
@@ -52,13 +53,12 @@ def _refuses(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
     yield from window(theirs, own)
 
 
-_FREE = ("attention_bias", "output_bias")
 PHI_MOE = Family(
     model_type="phimoe",
     architecture="PhimoeForCausalLM",
     has="LayerNorm, swiglu, rotary embedding and two experts of a sparse mixer in every layer",
     fixed={
-        **{name: value for name, value in (PLAIN | ROUTED).items() if name not in _FREE},
+        **but_for(PLAIN | ROUTED, "attention_bias", "output_bias"),
         "normalization": "LayerNorm",
         "router_scores": "sparsemixer",
     },
@@ -80,7 +80,7 @@ PHI_MOE = Family(
     only=ONLY,
     rotary_base=1e6,
     rope_types=("default", "longrope"),
-    experts=Names("block_sparse_moe", "gate", ("w1", "w3", "w2")),
+    experts=MixtureNames("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")),
     more=_more,
     refuses=_refuses,

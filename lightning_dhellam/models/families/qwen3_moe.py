@@ -12,9 +12,10 @@ from lightning_dhellam.models.families.family import (
     Family,
     Found,
     Theirs,
+    but_for,
     window,
 )
-from lightning_dhellam.models.layout import Names
+from lightning_dhellam.models.layout import MixtureNames
 
 
 def _more(theirs: Theirs) -> Found:
@@ -37,13 +38,12 @@ def _refuses(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
         yield from window(theirs, own)
 
 
-_FREE = ("attention_bias", "router_pre_softmax")
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     has="RMSNorm, swiglu, rotary embedding, norms of queries and keys, and softmax over experts",
     fixed={
-        **{name: value for name, value in (PLAIN | ROUTED).items() if name not in _FREE},
+        **but_for(PLAIN | ROUTED, "attention_bias", "router_pre_softmax"),
         "qk_norm": True,
     },
     fields={
@@ -60,7 +60,7 @@ QWEN3_MOE = Family(
         "attention_bias": ("attention_bias", False),
     },
     only=ONLY,
-    experts=Names(),
+    experts=MixtureNames(),
     dense_layers=True,
     more=_more,
     refuses=_refuses,
