@@ -107,10 +107,9 @@ class Balance:
 
 def _routers(model: CausalLM) -> list[tuple[int, nn.Module]]:
     """The routers of this rank's layers, by the layers' numbers in the model."""
-    found = [
+    return [
         (index, module.router)
         for index, layer in enumerate(model.layers)
         for module in layer.children()
         if isinstance(module, MoELayer)
     ]
-    return found

@@ -141,8 +141,6 @@ def _on_the_host(value: Any, as_numpy: bool = False, record_stream: bool = False
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
-_ABSENT = object()
-
 # `is_initialized` must be true, or torch queues every generator write for a CUDA start that never
 # comes, and the queue holds a copy of the state for each.
 _REPLACEMENTS: dict[tuple[Any, str], object] = {
@@ -157,7 +155,7 @@ _REPLACEMENTS: dict[tuple[Any, str], object] = {
     (torch.cuda.random, "get_rng_state"): _get_rng_state,
     (torch.cuda.random, "set_rng_state"): _set_rng_state,
     (torch.cuda, "stream"): _stream,
-    # It is for GPUs.
+    # It is for GPUs. Where it is not installed, `versions` says so already.
     (moe_utils, "te_general_gemm"): None,
     # The compiler does not know that CUDA is the CPU here.
     (TopKRouter, "_apply_expert_bias"): inspect.unwrap(TopKRouter._apply_expert_bias),
@@ -179,7 +177,7 @@ def _install() -> None:
         _depth += 1
         if _depth == 1:
             for (owner, name), replacement in _REPLACEMENTS.items():
-                _originals[owner, name] = getattr(owner, name, _ABSENT)
+                _originals[owner, name] = getattr(owner, name)
                 setattr(owner, name, replacement)
             _RNG_LOGGER.addFilter(_filter)
 
@@ -190,9 +188,6 @@ def _uninstall() -> None:
         _depth -= 1
         if _depth == 0:
             for (owner, name), original in _originals.items():
-                if original is _ABSENT:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, original)
+                setattr(owner, name, original)
             _originals.clear()
             _RNG_LOGGER.removeFilter(_filter)

@@ -66,15 +66,11 @@ class Feeding:
         Raises:
             ValueError: ranks of one model have different numbers of batches.
         """
-        self._seed_workers(loader)
-        found = of_all_ranks((sized_len(loader), has_iterable_dataset(loader)), self._group)
-        lengths = [length for length, _ in found]
+        lengths, trusted = self._lengths(loader)
         for model in range(self._topology.dp_size):
             own = [lengths[rank] for rank in self._ranks(model)]
             if len(set(own)) > 1:
                 self._refuse(model, f"DataLoaders of {_spell(own)} batches")
-        # How many an IterableDataset really has depends on its workers.
-        trusted = not any(length is None or iterable for length, iterable in found)
         differ = len(set(lengths)) > 1
         if trusted and not differ:
             return loader
@@ -91,13 +87,19 @@ class Feeding:
 
         For predictions, of which none may be missing. Every rank must call this.
         """
-        self._seed_workers(loader)
-        found = of_all_ranks((sized_len(loader), has_iterable_dataset(loader)), self._group)
-        lengths = [length for length, _ in found]
-        if len(set(lengths)) == 1 and not any(n is None or iterable for n, iterable in found):
+        lengths, trusted = self._lengths(loader)
+        if trusted and len(set(lengths)) == 1:
             return loader
         length = None if None in lengths else max(lengths)
         return RepeatingLoader(loader, length, self._asker(any), self._first)
+
+    def _lengths(self, loader: Any) -> tuple[list[Any], bool]:
+        """How many batches each rank's loader says it has, and whether all can be believed."""
+        self._seed_workers(loader)
+        found = of_all_ranks((sized_len(loader), has_iterable_dataset(loader)), self._group)
+        # How many an IterableDataset really has depends on its workers.
+        trusted = not any(length is None or iterable for length, iterable in found)
+        return [length for length, _ in found], trusted
 
     def _first(self, batch: Any) -> Any:
         """This rank's batch, or else that of another."""
