@@ -23,6 +23,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -226,6 +227,16 @@ def _watch(parent: int, grace: float, done: threading.Event) -> None:
 
 
 def _is_running(process: int) -> bool:
+    """One that has ended does not, even if nobody has asked how: what adopts it may never do so."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return not Path("/proc/self").exists() and _is_known(process)
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def _is_known(process: int) -> bool:
+    """Whether there is a process of a number, where the system says no more."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
