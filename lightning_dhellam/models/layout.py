@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,16 @@ from lightning_dhellam.models.config import ModelConfig
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
+
+
+class Whole(Protocol):
+    """A whole tensor, of which parts can be had: in memory, or in a file that is read when asked.
+
+    Only ``whole[slices]`` reads anything, and no more than it says.
+    """
+
+    def __getitem__(self, slices: Any, /) -> Tensor:
+        """A part, by a slice for each dimension up to the last that is cut."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,9 @@ class MixtureNames:
 class Conversion:
     """How one of our parameters is made of Hugging Face tensors.
 
-    ``join`` makes the shard of a rank from the whole tensors (rank, size); ``split`` makes the
-    whole tensors from the shards of all ranks, in rank order: tensor-parallel ranks, or those that
-    share an expert.
+    ``join`` makes the shard of a rank from the whole tensors (rank, size), of which it takes no more
+    than the rank has; ``split`` makes the whole tensors from the shards of all ranks, in rank
+    order: tensor-parallel ranks, or those that share an expert.
 
     Attributes:
         ours: name of the parameter; of an expert, on the ranks that have it.
@@ -60,7 +71,7 @@ class Conversion:
 
     ours: str
     theirs: dict[str, Shape]
-    join: Callable[[Sequence[Tensor], int, int], Tensor]
+    join: Callable[[Sequence[Whole], int, int], Tensor]
     split: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     layer: int | None = None
     expert: int | None = None
@@ -141,6 +152,12 @@ def _experts(
             yield replace(conversion, layer=layer, expert=expert)
 
 
+def _part(rows: int, rank: int, size: int) -> slice:
+    """The share of a rank, of rows or columns of which all have equally many."""
+    assert rows % size == 0, "refused when the model is made"
+    return slice(rank * rows // size, (rank + 1) * rows // size)
+
+
 def _norm(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Conversion]:
     for part in ("weight",) if config.normalization == "RMSNorm" else ("weight", "bias"):
         yield _replicated(f"{ours}.{part}", f"{theirs}.{part}", (width,))
@@ -150,7 +167,7 @@ def _replicated(ours: str, theirs: str, shape: Shape) -> Conversion:
     return Conversion(
         ours,
         {theirs: shape},
-        join=lambda whole, rank, size: whole[0],
+        join=lambda whole, rank, size: whole[0][:],
         split=lambda shards: [shards[0]],
     )
 
@@ -159,7 +176,7 @@ def _columns(ours: str, theirs: str, shape: Shape) -> Conversion:
     return Conversion(
         ours,
         {theirs: shape},
-        join=lambda whole, rank, size: whole[0].chunk(size, dim=1)[rank],
+        join=lambda whole, rank, size: whole[0][:, _part(shape[1], rank, size)],
         split=lambda shards: [torch.cat(list(shards), dim=1)],
     )
 
@@ -167,9 +184,11 @@ def _columns(ours: str, theirs: str, shape: Shape) -> Conversion:
 def _vocabulary(ours: str, theirs: str, shape: Shape, padded_rows: int) -> Conversion:
     rows, *rest = shape
 
-    def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        padding = whole[0].new_zeros(padded_rows - rows, *rest)
-        return torch.cat([whole[0], padding]).chunk(size)[rank]
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+        part = _part(padded_rows, rank, size)
+        own = whole[0][min(part.start, rows) : min(part.stop, rows)]
+        padding = part.stop - part.start - len(own)
+        return torch.cat([own, own.new_zeros(padding, *rest)]) if padding else own
 
     return Conversion(
         ours, {theirs: shape}, join=join, split=lambda shards: [torch.cat(list(shards))[:rows]]
@@ -177,8 +196,8 @@ def _vocabulary(ours: str, theirs: str, shape: Shape, padded_rows: int) -> Conve
 
 
 def _gate_and_up(ours: str, theirs: tuple[str, str], shape: Shape) -> Conversion:
-    def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        return torch.cat([tensor.chunk(size)[rank] for tensor in whole])
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+        return torch.cat([tensor[_part(shape[0], rank, size)] for tensor in whole])
 
     def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
@@ -193,9 +212,12 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> 
     queries = config.num_attention_heads // groups * width
     parts = (queries, width, width)
 
-    def join(whole: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        grouped = [tensor.view(groups, -1, *rest) for tensor in whole]
-        return torch.cat(grouped, dim=1).chunk(size)[rank].reshape(-1, *rest)
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+        own = [
+            tensor[_part(groups * rows, rank, size)].reshape(groups // size, rows, *rest)
+            for tensor, rows in zip(whole, parts, strict=True)
+        ]
+        return torch.cat(own, dim=1).view(-1, *rest)
 
     def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
         fused = torch.cat(list(shards)).view(groups, sum(parts), *rest)
