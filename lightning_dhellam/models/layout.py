@@ -58,8 +58,8 @@ class MixtureNames:
 class Conversion:
     """How one of our parameters is made of Hugging Face tensors.
 
-    ``join`` makes the shard of a rank from the whole tensors (rank, size), of which it takes no more
-    than the rank has; ``split`` makes the whole tensors from the shards of all ranks, in rank
+    ``join`` makes the shard of a rank from the whole tensors (rank, size), of which it takes no
+    more than the rank has; ``split`` makes the whole tensors from the shards of all ranks, in rank
     order: tensor-parallel ranks, or those that share an expert.
 
     Attributes:
