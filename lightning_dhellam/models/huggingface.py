@@ -30,11 +30,10 @@ Source = Mapping[str, Tensor] | torch.nn.Module | str | PathLike[str]
 def import_huggingface(model: CausalLM, source: Source, config: Any = None) -> None:
     """Copy the weights of a model of Hugging Face into this rank's parameters.
 
-    Which family it must be of follows from the model: `LlamaForCausalLM`, `MixtralForCausalLM`,
-    `Qwen3MoeForCausalLM` or `PhimoeForCausalLM`. Every rank passes the whole, of which it takes its
-    layers' and its experts' shards. Experts may be tensors of their own, as files have them, or in
-    one tensor for all of a layer, as transformers 5 has them in memory. Nothing is written unless
-    everything fits.
+    Which family it must be of follows from the model (`families.FAMILIES`). Every rank passes the
+    whole, of which it takes its layers' and its experts' shards. Experts may be tensors of their
+    own, as files have them, or in one tensor for all of a layer, as transformers 5 has them in
+    memory. Nothing is written unless everything fits.
 
     Args:
         model: to be written.

@@ -112,8 +112,9 @@ def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Conversion]:
     yield _attention_input(config, f"{attention}linear_qkv.weight", f"{theirs}self_attn.", "weight")
     proj = f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight"
     yield _columns(*proj, (hidden, queries))
-    if config.attention_bias:
+    if config.attention_bias or config.qkv_bias:
         yield _attention_input(config, f"{attention}linear_qkv.bias", f"{theirs}self_attn.", "bias")
+    if config.attention_bias:
         bias = f"{attention}linear_proj.bias", f"{theirs}self_attn.o_proj.bias"
         yield _replicated(*bias, (hidden,))
     if config.qk_norm:

@@ -171,7 +171,8 @@ def _found(theirs: Theirs, family: Family) -> Found:
     heads = found["num_attention_heads"][1]
     name, groups = found["num_query_groups"]
     found["num_query_groups"] = name, heads if groups is None else groups
-    width = theirs.get("head_dim")
+    usual = found.get("kv_channels", ("head_dim", None))[1]
+    width = theirs.get("head_dim", usual)
     found["kv_channels"] = "head_dim", found["hidden_size"][1] // heads if width is None else width
     rope = rope_of(theirs)
     base = rope.get("rope_theta", theirs.get("rope_theta"))

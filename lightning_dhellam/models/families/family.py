@@ -135,3 +135,9 @@ def window(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
             f"sliding_window={width}, and attention here has no window: with"
             f" max_sequence_length={width} (the model has {own.max_sequence_length}) there is none"
         )
+
+
+def window_if_used(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
+    """A window over the keys, of a family that says besides whether it is used."""
+    if theirs.get("use_sliding_window"):
+        yield from window(theirs, own)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families.family import (
     ONLY,
     PLAIN,
@@ -13,7 +10,7 @@ from lightning_dhellam.models.families.family import (
     Found,
     Theirs,
     but_for,
-    window,
+    window_if_used,
 )
 from lightning_dhellam.models.layout import MixtureNames
 
@@ -31,11 +28,6 @@ def _more(theirs: Theirs) -> Found:
         "num_experts": ("num_experts", number),
         "router_pre_softmax": ("norm_topk_prob of false, that is", not renormalised),
     }
-
-
-def _refuses(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
-    if theirs.get("use_sliding_window"):
-        yield from window(theirs, own)
 
 
 QWEN3_MOE = Family(
@@ -63,5 +55,5 @@ QWEN3_MOE = Family(
     experts=MixtureNames(),
     dense_layers=True,
     more=_more,
-    refuses=_refuses,
+    refuses=window_if_used,
 )

@@ -1,0 +1,74 @@
+"""The same dense models twice: ours and Hugging Face's, from one ModelConfig."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.models.families import family_of
+from tests.models.llama import SMALL
+
+# Three heads to a group, channels that are no power of two, and an odd vocabulary.
+ODD = replace(
+    SMALL,
+    num_layers=4,
+    hidden_size=36,
+    ffn_hidden_size=22,
+    num_attention_heads=6,
+    num_query_groups=2,
+    vocab_size=53,
+    rotary_base=1e4,
+)
+DENSE = {
+    "qwen2": replace(ODD, qkv_bias=True, tie_embeddings=True),
+    "qwen3": replace(ODD, head_dim=10, qk_norm=True),
+    "qwen3-biased": replace(ODD, head_dim=4, qk_norm=True, attention_bias=True),
+}
+"""By their families, and what is particular."""
+
+
+def rope_of(config: ModelConfig) -> dict[str, Any]:
+    """What transformers 5 says of the rotary embedding."""
+    return {"rope_type": "default", "rope_theta": config.rotary_base}
+
+
+def hugging_face_dense(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of the family of this shape with random weights, fp32, as in evaluation."""
+    family = family_of(config).model_type
+    said: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "max_position_embeddings": config.max_sequence_length,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": rope_of(config),
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if config.head_dim is not None:
+        said["head_dim"] = config.head_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **said))
+        model.set_attn_implementation("eager")
+        for name, parameter in model.named_parameters():
+            # Norms and biases of their first values would hide a missing operation.
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter.data, 0.5, 1.5)
+            else:
+                torch.nn.init.normal_(parameter.data, std=0.2)
+    return model.eval()

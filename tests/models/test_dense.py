@@ -1,0 +1,128 @@
+"""Dense families of transformers: both ways, and what both compute of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_dhellam.models import (
+    CausalLM,
+    config_of,
+    export_huggingface,
+    import_huggingface,
+)
+from lightning_dhellam.parallel import ParallelContext
+from tests.models.dense import DENSE, hugging_face_dense
+from tests.models.llama import random_batch, relative_error, token_losses
+
+CPU = torch.device("cpu")
+
+
+def _single(name: str) -> tuple[CausalLM, PreTrainedModel]:
+    config = DENSE[name]
+    return CausalLM(config, ParallelContext.single(CPU)), hugging_face_dense(config)
+
+
+def _trained(theirs: PreTrainedModel, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens, labels = random_batch(DENSE[name])
+    losses = token_losses(theirs, tokens, labels)
+    losses.mean().backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    return losses.detach(), gradients
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_plain_autograd_computes_what_transformers_does(name: str) -> None:
+    model, theirs = _single(name)
+    import_huggingface(model, theirs)
+    tokens, labels = random_batch(DENSE[name])
+    with torch.no_grad():
+        assert relative_error(model(tokens), theirs(tokens).logits) <= 1e-5
+    with model.context.megatron():
+        losses = model(tokens, labels)
+        losses.mean().backward()
+    expected_losses, expected = _trained(theirs, name)
+    assert relative_error(losses.detach(), expected_losses) <= 1e-5
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    found = export_huggingface(model, gradients, in_memory=True)  # type: ignore[arg-type]
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
+    model, theirs = _single(name)
+    theirs.save_pretrained(tmp_path)
+    described = config_of(tmp_path)
+    assert replace(described, head_dim=DENSE[name].head_dim) == DENSE[name]
+    assert described.kv_channels == DENSE[name].kv_channels
+    import_huggingface(model, tmp_path)
+    tensors = export_huggingface(model)
+    state = theirs.state_dict()
+    if DENSE[name].tie_embeddings:
+        state.pop("lm_head.weight")
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[n], tensor) for n, tensor in state.items())
+    folder = tmp_path / "exported"
+    theirs.config.save_pretrained(folder)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokens, _ = random_batch(DENSE[name])
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
+    greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    ours, begun = tokens[:1, :8], tokens[:1, :8]
+    for _ in range(8):
+        with torch.no_grad():
+            ours = torch.cat([ours, model(ours)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    mask = torch.ones_like(begun)
+    for one in (theirs, loaded):
+        assert torch.equal(one.generate(begun, attention_mask=mask, **greedy), ours)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_configurations_of_transformers_4_say_the_same(name: str) -> None:
+    theirs = hugging_face_dense(DENSE[name]).config.to_dict()
+    assert config_of(_as_in_4(theirs)) == config_of(theirs)
+
+
+def _as_in_4(theirs: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 writes: a base beside the scaling, and no kind of each layer."""
+    old = {name: value for name, value in theirs.items() if name != "layer_types"}
+    rope = dict(old.pop("rope_parameters"))
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return old
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("qwen2", {"model_type": "llama"}, "model_type='llama', and only 'qwen2'"),
+        ("qwen3-biased", {"attention_bias": False}, "the model has attention_bias=True"),
+        ("qwen3", {"head_dim": 12}, "head_dim=12, and the model has head_dim=10"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act='gelu', and only 'silu'"),
+    ],
+)
+def test_other_configurations_are_refused_by_field(
+    name: str, changes: dict[str, Any], words: str
+) -> None:
+    model, theirs = _single(name)
+    before = export_huggingface(model)
+    config = {**theirs.config.to_dict(), **changes}
+    with pytest.raises(ValueError, match=words):
+        import_huggingface(model, theirs.state_dict(), config)
+    after = export_huggingface(model)
+    assert all(torch.equal(before[n], tensor) for n, tensor in after.items())
