@@ -105,6 +105,7 @@ class Kernels:
     dropout: protocols.DropoutKernel
     embedding: protocols.EmbeddingKernel
     gelu: protocols.ActivationKernel
+    gelu_tanh: protocols.ActivationKernel
     grouped: protocols.GroupedKernel
     layer_norm: protocols.LayerNormKernel
     linear: protocols.LinearKernel
@@ -389,6 +390,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     "dropout": _with_triton("dropout"),
     "embedding": {"reference": _reference("embedding")},
     "gelu": _with_triton("gelu"),
+    "gelu_tanh": _with_triton("gelu_tanh"),
     "grouped": _with_triton("grouped", _for_triton_on_hopper),
     "layer_norm": _with_triton("layer_norm"),
     "linear": {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_dhellam.kernels import (
     cross_entropy,
     dropout,
     gelu,
+    gelu_tanh,
     grouped,
     layer_norm,
     merge,
@@ -123,11 +125,11 @@ def _layer_norm(backend: Any, draw: Draw) -> Pairs:
     yield "statistics of sum", statistics, expected_statistics
 
 
-def _gelu(backend: Any, draw: Draw) -> Pairs:
+def _gelu(truth: Any, backend: Any, draw: Draw) -> Pairs:
     x, dy = draw.rows() * 2, draw.rows()
-    yield "y", backend.forward(x), gelu.forward(x.float())
-    yield "grad", backend.backward(dy, x), gelu.backward(dy.float(), x.float())
-    yield from _weighted(backend, gelu, dy, x)
+    yield "y", backend.forward(x), truth.forward(x.float())
+    yield "grad", backend.backward(dy, x), truth.backward(dy.float(), x.float())
+    yield from _weighted(backend, truth, dy, x)
 
 
 def _swiglu(backend: Any, draw: Draw) -> Pairs:
@@ -284,7 +286,8 @@ def _cross_entropy(backend: Any, draw: Draw) -> Pairs:
 
 
 CASES: dict[str, Callable[[Any, Draw], Pairs]] = {
-    "gelu": _gelu,
+    "gelu": partial(_gelu, gelu),
+    "gelu_tanh": partial(_gelu, gelu_tanh),
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_dhellam.kernels.weighted import weighted
+
 
 def forward(x: Tensor) -> Tensor:
     """`x` times the normal distribution function of `x` [...]."""
@@ -21,13 +23,4 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     return (dy.float() * (below + wide * density)).to(x.dtype)
 
 
-def weighted_forward(x: Tensor, weights: Tensor) -> Tensor:
-    """`forward` of `x` [N, F], each row times its weight [N]. Rounded once."""
-    return (forward(x.float()) * weights[:, None].float()).to(x.dtype)
-
-
-def weighted_backward(dy: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `weighted_forward` by `x` [N, F] and, in fp32, by `weights` [N]."""
-    wide, grad = x.float(), dy.float()
-    d_weights = (grad * forward(wide)).sum(1)
-    return backward(grad * weights[:, None].float(), wide).to(x.dtype), d_weights
+weighted_forward, weighted_backward = weighted(forward, backward)

@@ -13,6 +13,8 @@ from lightning_dhellam.models.config import ModelConfig
 _RATE = "router_bias_update_rate"
 _OF_TRAINING = (
     "hidden_dropout",
+    "embedding_dropout",
+    "attention_dropout",
     "aux_loss",
     "aux_loss_coefficient",
     "z_loss_coefficient",

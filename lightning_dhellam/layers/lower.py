@@ -101,9 +101,8 @@ def lower(
     early, late = topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank
     falling, rising, logits = lowered(early), lowered(late), None
     if topology.pp_rank == 0:
-        words = model.embedding.word_embeddings
         head = _head(model, sizes, chosen, again(len(model.layers)), loss)
-        falling.insert(0, lower_embedding(words, sizes, chosen, config.hidden_dropout))
+        falling.insert(0, lower_embedding(model.embedding, sizes, chosen))
         rising.append(head.lower())
         logits = head.lower_logits()
     if topology.pp_size > 1:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.transformer.utils import openai_gelu
+from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import gelu, silu
 
@@ -19,8 +21,14 @@ from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
 
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU as tanh approximates it, for a `TransformerConfig`: Megatron-core's own compiles."""
+    return gelu(x, approximate="tanh")
+
+
 SUPPORTED: Supported = {
-    "activation_func": (silu, gelu),
+    "activation_func": (silu, gelu, gelu_tanh, openai_gelu),
     "activation_func_clamp_value": (None,),
     "gated_linear_unit": (True, False),
     "glu_linear_offset": (0.0,),
@@ -126,4 +134,6 @@ def activation_of(config: Any, kernels: Kernels) -> ActivationKernel:
             f"{config.activation_func.__name__} cannot be lowered to operators: use silu with a"
             " gate, or gelu without one"
         )
-    return kernels.swiglu if gated else kernels.gelu
+    if gated:
+        return kernels.swiglu
+    return kernels.gelu if config.activation_func is gelu else kernels.gelu_tanh

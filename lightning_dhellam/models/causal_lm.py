@@ -69,7 +69,7 @@ class CausalLM(nn.Module):
         # shift the draws of what follows.
         config, context = self.config, self.context
         ends = context.topology.pp_rank == 0
-        self.embedding = self._build_embedding() if ends else None
+        self.embedding = self._build_embedding(seed) if ends else None
         self.rotary = self._build_rotary() if config.position_embedding == "rope" else None
         self.layers = nn.ModuleList()
         for index, chunk in enumerate(chunks_of_layers(config, context)):
@@ -85,14 +85,24 @@ class CausalLM(nn.Module):
             draw_part(context, seed, 1)
             self.output_layer = self._build_output()
 
-    def _build_embedding(self) -> LanguageModelEmbedding:
-        return LanguageModelEmbedding(
+    def _build_embedding(self, seed: int) -> LanguageModelEmbedding:
+        learned = self.config.position_embedding == "learned"
+        embedding = LanguageModelEmbedding(
             config=self.transformer_config,
             vocab_size=self.padded_vocab_size,
             max_sequence_length=self.config.max_sequence_length,
-            position_embedding_type=self.config.position_embedding,
+            position_embedding_type="learned_absolute" if learned else "none",
             tp_group=self.context.groups.tp,
         )
+        embedding.embedding_dropout.p = self.config.dropout_of_embedding
+        if learned:
+            # Megatron-core leaves it on the host and in fp32, and draws it after the vocabulary,
+            # which is padded to a multiple of the tensor-parallel size.
+            draw_part(self.context, seed, 2 + self.config.num_layers)
+            table = embedding.position_embeddings
+            table.to(self.context.device, self.transformer_config.params_dtype)
+            self.transformer_config.embedding_init_method(table.weight)
+        return embedding
 
     def _build_rotary(self) -> RotaryEmbedding | LongRotary:
         config = self.config
@@ -236,7 +246,7 @@ class CausalLM(nn.Module):
             rotary = None if self.rotary is None else self.rotary(tokens.size(1))
             if rotary is not None and positions is not None:
                 rotary = rotary[:, 0, 0][positions.t()].unsqueeze(2)
-            hidden = self.embedding(tokens, None)
+            hidden = self.embedding(tokens, self._positions(tokens, positions))
             with self._dropout_generator():
                 for layer in self.layers:
                     if isinstance(layer, TransformerLayer):
@@ -257,6 +267,12 @@ class CausalLM(nn.Module):
                 logits, labels, self.config.vocab_size, self.context
             )
         return losses if loss_mask is None else losses * loss_mask
+
+    def _positions(self, tokens: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Where tokens [B, S] stand, if the embedding asks for it."""
+        if self.config.position_embedding != "learned" or positions is not None:
+            return positions
+        return torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
 
     def _in_autocast(self, *args: Tensor | None) -> Tensor:
         # Backward of Megatron's linear layers restores autocast of CUDA only: on the CPU it would

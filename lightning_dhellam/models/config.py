@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lightning_dhellam.layers.mlp import gelu_tanh
 from lightning_dhellam.models.experts import ExpertFields, as_kept, check_expert_shares
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.values import check_fields
@@ -16,8 +17,14 @@ from lightning_dhellam.versions import QUIET_FIELDS
 _VOCABULARY_ALIGNMENT = 8
 _KINDS = {
     "normalization": ("RMSNorm", "LayerNorm"),
-    "activation": ("swiglu", "gelu"),
-    "position_embedding": ("rope", "none"),
+    "activation": ("swiglu", "gelu", "gelu_tanh"),
+    "position_embedding": ("rope", "learned", "none"),
+}
+
+_ACTIVATIONS = {
+    "swiglu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": gelu_tanh,
 }
 
 
@@ -84,11 +91,18 @@ class ModelConfig(ExpertFields):
     hidden_dropout: float = 0.0
     """Dropout probability after the embedding, attention and MLP."""
 
+    embedding_dropout: float | None = None
+    """Dropout probability after the embedding, where it is another (Hugging Face: embd_pdrop)."""
+
+    attention_dropout: float = 0.0
+    """Dropout probability of the weights that attention gives to keys."""
+
     normalization: str = "RMSNorm"
     """`RMSNorm`, or `LayerNorm`, which has a bias."""
 
     activation: str = "swiglu"
-    """Activation of the MLP: `swiglu`, which has a gate, or `gelu`, which has none."""
+    """Activation of the MLP: `swiglu`, which has a gate, or one that has none: `gelu`, or
+    `gelu_tanh`, its approximation by tanh (Hugging Face: gelu_new)."""
 
     linear_bias: bool = False
     """Whether the linear layers of attention and MLP have biases."""
@@ -106,7 +120,8 @@ class ModelConfig(ExpertFields):
     """Whether each head's queries and keys pass through a norm of their own (Qwen3)."""
 
     position_embedding: str = "rope"
-    """`rope`, rotary position embedding, or `none`: then only the causal mask tells positions."""
+    """`rope`, rotary position embedding; `learned`, a table with a row for each position; or
+    `none`: then only the causal mask tells positions."""
 
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
@@ -148,8 +163,10 @@ class ModelConfig(ExpertFields):
             if getattr(self, name) not in known:
                 choices = " or ".join(map(repr, known))
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use {choices}")
-        if not 0.0 <= self.hidden_dropout < 1.0:
-            raise ValueError(f"hidden_dropout={self.hidden_dropout} must be in [0, 1)")
+        for name in ("hidden_dropout", "embedding_dropout", "attention_dropout"):
+            p = getattr(self, name)
+            if p is not None and not 0.0 <= p < 1.0:
+                raise ValueError(f"{name}={p} must be in [0, 1)")
         for name in ("norm_epsilon", "rotary_base", "rope_magnitude", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
@@ -197,6 +214,11 @@ class ModelConfig(ExpertFields):
         if self.rope_magnitude == 1.0:
             return None
         return float(self.rope_magnitude**2 * self.kv_channels**-0.5)
+
+    @property
+    def dropout_of_embedding(self) -> float:
+        """Dropout probability after the embedding."""
+        return self.hidden_dropout if self.embedding_dropout is None else self.embedding_dropout
 
     @property
     def kv_channels(self) -> int:
@@ -271,13 +293,9 @@ class ModelConfig(ExpertFields):
             qk_layernorm=self.qk_norm,
             softmax_scale=self.softmax_scale,
             gated_linear_unit=self.activation == "swiglu",
-            activation_func=(
-                torch.nn.functional.silu
-                if self.activation == "swiglu"
-                else torch.nn.functional.gelu
-            ),
+            activation_func=_ACTIVATIONS[self.activation],
             hidden_dropout=self.hidden_dropout,
-            attention_dropout=0.0,
+            attention_dropout=self.attention_dropout,
             init_method_std=self.init_std,
             tensor_model_parallel_size=topology.tp_size,
             context_parallel_size=topology.cp_size,

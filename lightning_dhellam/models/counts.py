@@ -73,6 +73,8 @@ def _parameters(config: ModelConfig, experts: int) -> int:
     tables = 1 if config.tie_embeddings else 2
     table = config.vocab_size * config.hidden_size
     bias = config.vocab_size if config.output_bias else 0
+    if config.position_embedding == "learned":
+        bias += config.max_sequence_length * config.hidden_size
     return layers + config.num_layers * (2 * norm + heads) + tables * table + bias + norm
 
 

@@ -42,7 +42,8 @@ def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     assert {name for o, name in kernels.names.items() if o not in attends} == {"reference"}
     assert str(kernels) == (
         "kernels: cpu for attention, packed_attention; reference for cross_entropy, dropout,"
-        " embedding, gelu, grouped, layer_norm, linear, merge, permute, rms_norm, rope, swiglu"
+        " embedding, gelu, gelu_tanh, grouped, layer_norm, linear, merge, permute, rms_norm, rope,"
+        " swiglu"
     )
     assert kernels.swiglu.forward(torch.ones(1, 4)).shape == (1, 2)
 

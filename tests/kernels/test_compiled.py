@@ -128,6 +128,7 @@ CALLS: dict[str, Callable[[Any], None]] = {
     "cross_entropy": _cross_entropy,
     "dropout": _dropout,
     "gelu": partial(_activation, halves=1),
+    "gelu_tanh": partial(_activation, halves=1),
     "grouped": _grouped,
     "layer_norm": partial(_norm, parameters=2),
     "merge": _merge,

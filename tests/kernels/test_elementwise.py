@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import gelu, rms_norm, rope, swiglu
+from lightning_dhellam.kernels import gelu, gelu_tanh, rms_norm, rope, swiglu
 from lightning_dhellam.kernels.attention.heads import Heads
 from tests.kernels.checks import TOLERANCE, assert_close, drawn, strided, truth
 
@@ -82,7 +82,7 @@ def test_swiglu_of_large_arguments_is_finite(device: torch.device) -> None:
     assert grad.tolist() == [[0.0, 2.0, 0.0, 200.0]]
 
 
-@pytest.mark.parametrize("kernel", [swiglu, gelu], ids=["swiglu", "gelu"])
+@pytest.mark.parametrize("kernel", [swiglu, gelu, gelu_tanh], ids=["swiglu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_weighted_activations(
     kernel: ModuleType, rows: int, dtype: torch.dtype, device: torch.device
@@ -97,7 +97,8 @@ def test_weighted_activations(
         if kernel is swiglu:
             gate, up = x.chunk(2, dim=-1)
             return gate * torch.sigmoid(gate) * up * weights[:, None]
-        return torch.nn.functional.gelu(x) * weights[:, None]
+        form = "tanh" if kernel is gelu_tanh else "none"
+        return torch.nn.functional.gelu(x, approximate=form) * weights[:, None]
 
     expected, (expected_dx, expected_dweights) = truth(reference, (x, weights), dy)
     y = kernel.weighted_forward(x, weights)

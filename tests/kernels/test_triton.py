@@ -165,6 +165,10 @@ def _permute_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, .
     )
 
 
+def _gelu_results(operator: str, x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    return triton_of(operator).forward(x), triton_of(operator).backward(dy, x)
+
+
 def _statistics(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     labels = torch.arange(24, device=DEVICE)[::2]
     return (triton_of("cross_entropy").statistics(x.flatten(0, 1), labels, 0, 37),)
@@ -173,7 +177,8 @@ def _statistics(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
 RESULTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "cross_entropy": _statistics,
     "dropout": _dropout_results,
-    "gelu": lambda x, dy, _: (triton_of("gelu").forward(x), triton_of("gelu").backward(dy, x)),
+    "gelu": partial(_gelu_results, "gelu"),
+    "gelu_tanh": partial(_gelu_results, "gelu_tanh"),
     "grouped": _grouped_results,
     "layer_norm": partial(_norm_results, "layer_norm"),
     "merge": _merge_results,

@@ -106,8 +106,9 @@ def _hidden_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Ca
         "layer_norm", "layer_norm grad", "backward",
         lambda: (*draw(row, row, weight), statistics(2), *draw(row)), 4 * x,
     )  # fmt: skip
-    yield case("gelu", "gelu", "forward", lambda: draw((n, 4 * hidden)), 8 * x)
-    yield case("gelu", "gelu grad", "backward", lambda: draw(*[(n, 4 * hidden)] * 2), 12 * x)
+    for name in ("gelu", "gelu_tanh"):
+        yield case(name, name, "forward", lambda: draw((n, 4 * hidden)), 8 * x)
+        yield case(name, f"{name} grad", "backward", lambda: draw(*[(n, 4 * hidden)] * 2), 12 * x)
 
 
 def _rope_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Case]:
