@@ -46,7 +46,7 @@ def _forward(x: tl.tensor, y: tl.tensor, size: int, BLOCK: tl.constexpr) -> None
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = here < size
     wide = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
-    share = 1.0 / (1.0 + tl.exp(-_TWICE * wide * (1.0 + _CUBE * wide * wide)))
+    share = _logistic(wide * (1.0 + wide * wide * _CUBE) * _TWICE)
     tl.store(y + here, (wide * share).to(y.dtype.element_ty), mask=inside)
 
 
@@ -57,7 +57,12 @@ def _backward(dy: tl.tensor, x: tl.tensor, dx: tl.tensor, size: int, BLOCK: tl.c
     wide = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(dy + here, mask=inside, other=0.0).to(tl.float32)
     square = wide * wide
-    share = 1.0 / (1.0 + tl.exp(-_TWICE * wide * (1.0 + _CUBE * square)))
-    slope = share * (1.0 - share) * _TWICE * (1.0 + 3.0 * _CUBE * square)
+    share = _logistic(wide * (1.0 + square * _CUBE) * _TWICE)
+    slope = share * (1.0 - share) * (1.0 + square * _CUBE * 3.0) * _TWICE
     result = grad * (share + wide * slope)
     tl.store(dx + here, result.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _logistic(x: tl.tensor) -> tl.tensor:
+    return 1.0 / (1.0 + tl.exp(-x))
