@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +19,12 @@ from lightning_dhellam.data.repeats import without_repeats
 from lightning_dhellam.engine.documents import documents_of
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.engine.weights import IGNORED
+from lightning_dhellam.engine.words import in_our_words
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, preset
+from lightning_dhellam.optimizing import Schedule, decay_groups
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.values import check_kinds
 
@@ -44,7 +45,9 @@ class DualStrandMixin(LightningModule):
                 return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
     Batches are mappings with `tokens` [B, S] and `labels` [B, S] (already shifted; -100 does not
-    count), and optionally `loss_mask` [B, S]. Where samples hold several documents, keys such as
+    count), and optionally `loss_mask` [B, S]. Those of Hugging Face's collators, with `input_ids`
+    [B, S] and `labels` at the tokens' own places, are put into these words before any step or
+    callback sees them: see `in_our_words`. Where samples hold several documents, keys such as
     `position_ids`, `cu_seqlens` or `attention_mask` say where those begin. What batches say by
     other trainers' keys that are not read is refused unless it changes nothing.
 
@@ -104,6 +107,24 @@ class DualStrandMixin(LightningModule):
         )
         mask = _counts(batch)
         return _mean((losses * mask.flatten()).sum(), mask)
+
+    def in_our_words(self, batch: Any) -> Any:
+        """A batch with `input_ids` and no `tokens`, as Hugging Face's collators make, as ours.
+
+        `tokens` are its `input_ids`; its `labels` are shifted by one, those of padding are -100,
+        where `attention_mask` [B, S] is 0. `shift_labels` are taken as they are. With a
+        `compute_loss` of your own labels stay as they are, since they may mean anything. Any other
+        batch is returned as it is.
+
+        Raises:
+            ValueError: labels count on padding, were shifted already, or are said twice and differ.
+        """
+        return in_our_words(batch, own_labels=self.custom_loss is not None)
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Put Hugging Face's batches into our words; an override should call this."""
+        return self.in_our_words(batch)
 
     @property
     def custom_loss(self) -> Loss | None:
@@ -167,6 +188,7 @@ class DualStrandMixin(LightningModule):
         """
         if self._strands is not None:
             return self._strands.run_batch(batch, backward=self.trainer.training)
+        batch = self.in_our_words(batch)
         check_unread(batch, wait=True)
         packed = _packed(batch)
         if self.custom_loss is not None:
@@ -179,6 +201,7 @@ class DualStrandMixin(LightningModule):
         """Logits [B, S, V] of this rank's batch, without gradients."""
         if self._strands is not None:
             return self._strands.run_logits(batch)
+        batch = self.in_our_words(batch)
         check_unread(batch, wait=True)
         with torch.no_grad():
             return self.model(batch["tokens"], **_packed(batch))
@@ -244,6 +267,7 @@ class DualStrandMixin(LightningModule):
 
     def _evaluate(self, name: str, batch: Mapping[str, Any], batch_idx: int, loader: Any) -> Tensor:
         """Log the mean over all that counts in the data set, each sample once."""
+        batch = self.in_our_words(batch)
         own = without_repeats(batch, loader, batch_idx)
         if own is None:
             if self._meets_others:
@@ -277,16 +301,20 @@ class DualStrandMixin(LightningModule):
 
 
 class LanguageModel(DualStrandMixin):
-    """A Llama from a preset, trained with AdamW, linear warm-up and cosine decay.
+    """A Llama from a preset, trained with AdamW, linear warm-up and a schedule by name.
 
     Args:
         preset: name of a published or built-in shape, such as `llama-tiny` or `llama-3-8b`.
         overrides: fields of `ModelConfig` to change, such as `{num_layers: 8}`.
         learning_rate: the highest learning rate.
-        weight_decay: of matrices; norms are not decayed.
+        weight_decay: of matrices; norms and biases are not decayed.
         betas: of AdamW.
         warmup_steps: optimizer steps of linear warm-up.
         min_lr_ratio: learning rate at the end of training, as a part of the highest.
+        schedule: of the learning rate after the warm-up: `cosine`, `linear`, `constant`, or `wsd`,
+            which stays at the highest and goes down in a line in the last steps.
+        decay_steps: optimizer steps in which `wsd` goes down; a tenth of all if left out.
+        decay_embeddings: whether weight decay is of embeddings as well.
 
     Raises ValueError, by name, for a value of another kind or one that no model can have.
     """
@@ -300,20 +328,24 @@ class LanguageModel(DualStrandMixin):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 0,
         min_lr_ratio: float = 0.1,
+        schedule: str = "cosine",
+        decay_steps: int | None = None,
+        decay_embeddings: bool = True,
     ) -> None:
         check_kinds(LanguageModel.__init__, locals())
         super().__init__()
         self.save_hyperparameters()
         self.model_config = make_config(preset, overrides)
+        self._schedule = Schedule(schedule, warmup_steps, min_lr_ratio, decay_steps)
 
     @override
     def configure_optimizers(self) -> Any:
-        matrices = [p for p in self.parameters() if p.dim() > 1]
-        vectors = [p for p in self.parameters() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        self._schedule.check(self.trainer.estimated_stepping_batches)
+        groups = decay_groups(
+            self,
+            self.hparams["weight_decay"],
+            decay_embeddings=self.hparams["decay_embeddings"],
+        )
         optimizer = AdamW(
             groups,
             lr=self.hparams["learning_rate"],
@@ -329,14 +361,7 @@ class LanguageModel(DualStrandMixin):
         }
 
     def _lr_factor(self, step: int) -> float:
-        warmup, lowest = self.hparams["warmup_steps"], self.hparams["min_lr_ratio"]
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            return 1.0
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return float(lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return self._schedule.factor(step, self.trainer.estimated_stepping_batches)
 
 
 def _one_of(loaders: Any, index: int) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_dhellam.engine.inputs import Limits
 from lightning_dhellam.engine.intake import Intake
 from lightning_dhellam.engine.meeting import as_many, check_as_many
 from lightning_dhellam.engine.weights import Everyone
+from lightning_dhellam.engine.words import in_our_words
 from lightning_dhellam.files import local_path
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, keys_bytes
@@ -309,7 +310,7 @@ class Runner:
 
         Args:
             batch: `tokens` [B, S] and `labels` [B, S] (already shifted; -100 does not count), and
-                optionally `loss_mask` [B, S].
+                optionally `loss_mask` [B, S]; or one of Hugging Face's, see `DualStrandMixin`.
             step: number of the step, which decides its random numbers; counted if not given.
 
         Returns a scalar in fp32 whose `mean` is the loss of the global batch: the mean over its
@@ -322,6 +323,7 @@ class Runner:
         """
         training, balance = self._trained_with(), self._balance
         assert balance is not None
+        batch = self._in_our_words(batch)
         training.begin()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes, weighs_all=balance.has_losses)
@@ -334,6 +336,11 @@ class Runner:
         loss = self._of_sequences(loss) * self.context.topology.dp_size
         training.optimizer.saw(loss)
         return loss
+
+    def _in_our_words(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return cast(
+            Mapping[str, Any], in_our_words(batch, own_labels=self.intake.limits.own_labels)
+        )
 
     def _of_sequences(self, loss: Tensor) -> Tensor:
         """The loss of whole sequences, from what each rank has computed of its tokens."""
@@ -390,7 +397,7 @@ class Runner:
         Where ranks share experts, all of them must call this equally often.
         """
         everyone = Everyone.with_same_samples(self.context, self.engine.lanes)
-        pieces = self.intake.micro_batches(batch, everyone=everyone)
+        pieces = self.intake.micro_batches(self._in_our_words(batch), everyone=everyone)
         return self._of_sequences(self.engine.evaluate(as_many(pieces, self.context)))
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
@@ -398,6 +405,7 @@ class Runner:
 
         Where ranks share experts, all of them must call this equally often.
         """
+        batch = self._in_our_words(batch)
         pieces = self.intake.micro_batches(batch, needs_labels=False)
         logits = self.engine.predict(as_many(pieces, self.context))[: len(batch["tokens"])]
         if self.context.topology.pp_rank > 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dhellam.engine.documents import Documents, runs_of
 from lightning_dhellam.engine.inputs import pinned
+from lightning_dhellam.engine.masks import MASK
 from lightning_dhellam.engine.weights import IGNORED, Everyone, weights_everywhere, weights_here
 from lightning_dhellam.kernels import dropout
 from lightning_dhellam.parallel import zigzag
@@ -70,7 +71,8 @@ def cut(
     With context parallelism this rank takes its two pieces of each sequence (`parallel.zigzag`),
     so that S is then the length of both together.
 
-    Padding is what stands behind the last token of a sample that counts: no loss depends on it.
+    Padding is what stands behind the last token of a sample that counts, or what `attention_mask`
+    [B, S] says: no loss depends on it.
 
     Args:
         batch: `tokens` [B, S] and, for a loss, `labels` [B, S]; optionally `loss_mask` [B, S].
@@ -135,7 +137,11 @@ def _padding(batch: Mapping[str, Any], device: torch.device, own_labels: bool) -
     counts = labels != IGNORED
     if mask is not None:
         counts = counts & (mask.to(device, non_blocking=True) != 0)
-    return counts.flip(1).cumsum(1).flip(1) == 0
+    padding = counts.flip(1).cumsum(1).flip(1) == 0
+    seen = batch.get(MASK)
+    if not isinstance(seen, Tensor) or seen.shape != labels.shape:
+        return padding
+    return padding | (seen.to(device, non_blocking=True) == 0)
 
 
 def blank(piece: MicroBatch) -> MicroBatch:

@@ -7,6 +7,7 @@ several ways, and each becomes the same: where documents begin.
     seq_idx          0 0 0 1 1 2 2 2    its seq_idx, and segment_ids, document_ids
     cu_seqlens       0 3 5 8            flash-attn, torch; with several samples in a row of all
     attention_mask   1 1 1 2 2 3 3 3    or [S, S], causal within each document, as Megatron's
+                     0 0 0 1 1 1 1 1    padding is a document of its own; positions go on
 
 Megatron's reset_attention_mask alone parts documents whose positions go on, and reset_position_ids
 alone restarts positions where attention does not stop; a batch says so by segments or a mask beside
@@ -21,7 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dhellam.engine.masks import begins_of_mask
+from lightning_dhellam.engine.masks import (
+    COUNTS,
+    MASK,
+    begins_of_mask,
+    is_numbered,
+    on_host,
+    pads_the_beginning,
+    put_on_host,
+)
 from lightning_dhellam.kernels.packed_attention import Runs
 from lightning_dhellam.parallel import zigzag
 
@@ -38,11 +47,8 @@ ENDS = (
     "cu_seq_q",
     "cu_seq_k",
 )
-MASK = "attention_mask"
 KEYS = (*POSITIONS, *SEGMENTS, *ENDS, MASK)
 """What may say where documents begin."""
-
-_ON_HOST = "_on_host"
 
 
 class Documents(NamedTuple):
@@ -74,10 +80,10 @@ def remember(moved: Any, batch: Any) -> Any:
     A value that is changed or cut later is read from the device, for which the host waits.
     """
     if isinstance(moved, dict) and isinstance(batch, Mapping):
-        for name in KEYS:
+        for name in (*KEYS, *COUNTS):
             value, original = moved.get(name), batch.get(name)
             if isinstance(value, Tensor) and isinstance(original, Tensor) and value is not original:
-                setattr(value, _ON_HOST, (value._version, original))
+                put_on_host(value, original)
     return moved
 
 
@@ -96,7 +102,7 @@ def documents_of(batch: Batch) -> Documents | None:
     for name, value in said.items():
         value = _whole_numbers(name, value)
         if name in POSITIONS:
-            found = _positions(name, value, shape)
+            found = _positions(name, value, shape, said.get(MASK))
             if positions is not None and not torch.equal(found, positions):
                 raise ValueError(_differ(of_positions, name))
             positions, of_positions = found, name
@@ -104,6 +110,9 @@ def documents_of(batch: Batch) -> Documents | None:
             of_mask = begins_of_mask(value, batch)
             if of_mask is not None:
                 begins[name] = of_mask
+            if positions is None and tuple(value.shape) == shape and _pads_alone(value):
+                # As Hugging Face's models, which count places from the first one, padding or not.
+                positions, of_positions = torch.arange(shape[1]).expand(shape), name
         else:
             read = _begins_of_ends if name in ENDS else _begins_of_segments
             begins[name] = read(name, value, shape)
@@ -198,8 +207,7 @@ def _whole_numbers(name: str, value: Any) -> Tensor:
         raise ValueError(
             f"the batch has {name} of type {type(value).__name__}: yield a tensor, or leave it out"
         )
-    version, original = getattr(value, _ON_HOST, (-1, value))
-    value = original if version == value._version else value.cpu()
+    value = on_host(value)
     if name != MASK and (value.is_floating_point() or value.dtype == torch.bool):
         raise ValueError(f"the batch has {name} in {value.dtype}: yield whole numbers")
     return value if name == MASK else value.long()
@@ -215,8 +223,13 @@ def _each(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.expand(shape)
 
 
-def _positions(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    value = _each(name, value, shape)
+def _pads_alone(mask: Tensor) -> bool:
+    """Whether [B, S] has padding at the beginning, and no numbers of documents."""
+    return pads_the_beginning(mask) and not is_numbered(mask)
+
+
+def _positions(name: str, value: Tensor, shape: tuple[int, ...], mask: Any) -> Tensor:
+    value = _without_padding(_each(name, value, shape), mask)
     if (value[:, 0] != 0).any():
         raise ValueError(
             f"the batch has {name} that begin a sample with {int(value[value[:, 0] != 0][0, 0])}:"
@@ -230,6 +243,21 @@ def _positions(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
             " document they ascend by 1, and the next one begins at 0"
         )
     return value
+
+
+def _without_padding(positions: Tensor, mask: Any) -> Tensor:
+    """Positions [B, S] that say of padding what a mask does, as trainers fill it in variously."""
+    if not isinstance(mask, Tensor) or mask.shape != positions.shape:
+        return positions
+    mask = _whole_numbers(MASK, mask)
+    plain = torch.arange(positions.shape[1]).expand(positions.shape)
+    behind = torch.where(mask != 0, plain + 1, 0).cummax(dim=1).values
+    padding = plain - behind
+    if not (is_numbered(mask) or pads_the_beginning(mask)):  # the end of the last document
+        padding = padding + torch.where(
+            behind > 0, positions.gather(1, behind - 1 + (behind == 0)) + 1, 0
+        )
+    return torch.where(mask != 0, positions, padding)
 
 
 def _begins_of_segments(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

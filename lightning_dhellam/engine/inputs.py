@@ -92,8 +92,8 @@ def check_batch(batch: Any, limits: Limits, *, needs_labels: bool) -> None:
         has = f"a mapping with {keys}" if keys is not None else f"a {type(batch).__name__}"
         raise ValueError(
             f"the DataLoader yields {has}, without {missing}: yield a mapping with `tokens` [B, S]"
-            " and `labels` [B, S], the token after each (Hugging Face calls the tokens `input_ids`,"
-            " and shifts its labels itself)"
+            " and `labels` [B, S], the token after each, or as Hugging Face's collators do with"
+            " `input_ids` and `labels` at their own places"
         )
     read = _BATCHED if needs_labels else needed
     given = {name: batch[name] for name in read if batch.get(name) is not None}
@@ -167,6 +167,6 @@ def unshifted(batch: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"{unmoved} of the {count} labels of the first batch are the tokens at their own places, so"
-        " that there is nothing to learn: the label of a token is the token after it (Hugging"
-        " Face's models shift labels themselves, here the data does: labels = tokens[1:])"
+        " that there is nothing to learn: the label of a token is the token after it (labels ="
+        " tokens[1:]), unless the tokens are called `input_ids`, as by Hugging Face's collators"
     )

@@ -10,13 +10,31 @@ from torch import Tensor
 
 from lightning_dhellam.engine.weights import IGNORED
 
+MASK = "attention_mask"
+"""The key of one."""
+COUNTS = ("labels", "loss_mask")
+"""What says that a token is no padding."""
+
+_ON_HOST = "_on_host"
+
+
+def put_on_host(value: Tensor, original: Tensor) -> None:
+    """Have `on_host` find `original` for its copy on a device, unless that is changed."""
+    setattr(value, _ON_HOST, (value._version, original))
+
+
+def on_host(value: Tensor) -> Tensor:
+    """The tensor on the host, which waits for its device unless it knows what it came from."""
+    version, original = getattr(value, _ON_HOST, (-1, value))
+    return original if version == value._version else value.cpu()
+
 
 def begins_of_mask(mask: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     """Where documents begin by an `attention_mask`, [B, S] bool; None if it says nothing of them.
 
-    Either [B, S], of the numbers of documents, or 1 for all of them, and 0 for padding at the end;
-    or [..., S, S], causal within each document: what is attended to, or what is not as with
-    Megatron.
+    Either [B, S], of the numbers of documents, or 1 for all of them, and 0 for padding before and
+    after them, of which the former is a document of its own; or [..., S, S], causal within each
+    document: what is attended to, or what is not as with Megatron.
 
     Raises:
         ValueError: it masks something else.
@@ -24,38 +42,47 @@ def begins_of_mask(mask: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
     shape = tuple(batch["tokens"].shape)
     begins = None
     if tuple(mask.shape) == shape:
-        if _pads_the_end(mask != 0, batch) and not _is_numbered(mask):
+        if not _pads_ends(mask != 0, batch):
+            begins = None
+        elif not (is_numbered(mask) or pads_the_beginning(mask)):
             return None
-        begins = _of_numbers(mask, batch)
+        else:
+            begins = _of_numbers(mask)
     elif mask.dim() > 1 and tuple(mask.shape[-2:]) == (shape[1],) * 2:
         begins = _of_square(mask, shape)
     if begins is None:
         raise ValueError(
             "the batch has attention_mask, which masks what causal attention within documents sees,"
-            " and attention here is that and no more: only padding at the end, on labels of -100,"
-            " needs no mask; leave attention_mask out, or give it another name if only your own"
-            " code reads it"
+            " and attention here is that and no more: only padding at the ends of a sample, on"
+            " labels of -100, may be masked; leave attention_mask out, or give it another name if"
+            " only your own code reads it"
         )
     return begins
 
 
-def _pads_the_end(seen: Tensor, batch: Mapping[str, Any]) -> bool:
-    """Whether what is not seen is behind all that is, and does not count."""
+def pads_the_beginning(mask: Tensor) -> bool:
+    """Whether [B, S] has a 0 before what is seen."""
+    seen = mask != 0
+    return bool((seen[:, 1:] & ~seen[:, :1]).any())
+
+
+def is_numbered(mask: Tensor) -> bool:
+    """Whether [B, S] has other numbers than 0 and one in each sample."""
+    return bool(((mask != 0) & (mask != mask.amax(dim=1, keepdim=True))).any())
+
+
+def _pads_ends(seen: Tensor, batch: Mapping[str, Any]) -> bool:
+    """Whether what is not seen is before or behind all that is, and does not count."""
     if seen.all():
         return True
-    at_the_end = not (seen[:, 1:] & ~seen[:, :-1]).any()
-    return at_the_end and not bool((_counts(batch) & ~seen).any())
+    begins = seen[:, 0].int() + (seen[:, 1:] & ~seen[:, :-1]).sum(dim=1)
+    return bool((begins <= 1).all()) and not bool((_counts(batch) & ~seen).any())
 
 
-def _is_numbered(mask: Tensor) -> bool:
-    """Whether [B, S] has other numbers than 0 and one in each sample."""
-    return bool(((mask != 0) & (mask != mask[:, :1])).any())
-
-
-def _of_numbers(mask: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
+def _of_numbers(mask: Tensor) -> Tensor | None:
     """[B, S]: None if documents are not numbered as they lie, ascending."""
     before, after = mask[:, :-1], mask[:, 1:]
-    if ((after < before) & (after != 0)).any() or not _pads_the_end(mask != 0, batch):
+    if ((after < before) & (after != 0)).any():
         return None
     begins = torch.ones(mask.shape, dtype=torch.bool)
     begins[:, 1:] = before != after
@@ -85,7 +112,7 @@ def _counts(batch: Mapping[str, Any]) -> Tensor:
     tokens = batch["tokens"]
     if not isinstance(labels, Tensor):
         return torch.zeros(tokens.shape, dtype=torch.bool)
-    counts = labels.cpu() != IGNORED
+    counts = on_host(labels) != IGNORED
     if isinstance(mask, Tensor):
-        counts = counts & (mask.cpu() != 0)
+        counts = counts & (on_host(mask) != 0)
     return counts if counts.shape == tokens.shape else torch.ones(tokens.shape, dtype=torch.bool)
