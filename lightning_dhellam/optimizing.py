@@ -94,7 +94,7 @@ class Schedule:
             )
 
     def factor(self, step: int, total: float) -> float:
-        """Of the step with that number, from 0, of `total`; a run without an end never goes down.
+        """The factor of a step, counted from 0, of `total`; a run without an end never goes down.
 
         Step s of W steps of warm-up has (s + 1) / (W + 1).
         """

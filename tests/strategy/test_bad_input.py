@@ -551,7 +551,12 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"yields a mapping with \['tokens'\], without \['labels'\]: yield a mapping",
     ),
     "hugging-face-names": (
-        {"input_ids": _tokens(8), "labels": _tokens(8)},
+        {"input_ids": _tokens(8), "labels": _tokens(8), "loss_mask": _tokens(8).float()},
+        {},
+        "the batch has input_ids and loss_mask, and with Hugging Face's labels",
+    ),
+    "unknown-names": (
+        {"ids": _tokens(8), "labels": _tokens(8)},
         {},
         r"without \['tokens'\]: yield a mapping with `tokens`",
     ),
