@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +29,7 @@ from lightning_dhellam.search.measure import (
     Samples,
     Target,
     measure,
+    with_routings,
 )
 
 _LEAD = 20e-6
@@ -38,6 +41,8 @@ _PAUSE = 0.35
 """Of a device that computes for most of the time: pauses as a share of each operator's time."""
 _ROUNDS = 3
 """Of all measurements on a host, whose processors and network others may take for seconds."""
+_ROUTINGS = 6
+"""As many as a search looks at all the time."""
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-attn", "transformer-engine")
 
 
@@ -86,6 +91,7 @@ def take_profile(
     rounds: int | None = None,
     progress: Progress | None = None,
     reduction: Reduction | None = None,
+    others: Sequence[tuple[MicroBatch, int]] = (),
 ) -> Profile:
     """Time each kind of operator alone, and communication beside what may run with it.
 
@@ -101,6 +107,8 @@ def take_profile(
         rounds: over which they are spread: one on a GPU, several on a host, if not given.
         progress: is told what is measured next.
         reduction: of gradients, which is timed like an operator of a layer.
+        others: micro-batches and numbers of layers whose routings count as well: see
+            `routings_of`.
 
     Raises:
         BenchError: names the operator that failed.
@@ -138,7 +146,36 @@ def take_profile(
             inline=device.type == "cpu",
             rounds=rounds,
         )
-        return replace(profile, clock=bench.clock(profile)) if timer.on_cuda else profile
+        if timer.on_cuda:
+            profile = replace(profile, clock=bench.clock(profile))
+        # Before others are made.
+        captured, bench = {}, EngineBench(timer, {})
+
+        def again(piece: MicroBatch, number: int) -> EngineBench:
+            return EngineBench(timer, engine.capture(piece, number))
+
+        benches = [partial(again, *other) for other in others]
+        return with_routings(profile, benches, rounds=rounds, progress=progress)
+
+
+def routings_of(
+    engine: Engine, pieces: Sequence[MicroBatch], group: dist.ProcessGroup | None
+) -> list[tuple[MicroBatch, int]]:
+    """Choose the routings, beside the first one, that a profile measures by.
+
+    Different micro-batches and layers have different ones. Returns a micro-batch and the number of
+    a layer, for `Engine.capture`, of each: as many on all ranks of `group`, which are all that run
+    a micro-batch together; none where no operator varies.
+    """
+    kinds = Counter(
+        pair.forward.fingerprint
+        for pair in engine.layers
+        if any(o.varies for o in pair.forward.operators)
+    )
+    own = torch.tensor([max(kinds.values(), default=0), -len(pieces)], dtype=torch.float64)
+    layers, fewest = map(round, largest(own, group).tolist())
+    count = min(_ROUTINGS, layers * -fewest)
+    return [(pieces[n % -fewest], n // -fewest + n % -fewest) for n in range(1, count)]
 
 
 class EngineBench:

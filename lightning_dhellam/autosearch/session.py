@@ -15,7 +15,13 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dhellam.autosearch.exchanges import Taken, take_fastest
-from lightning_dhellam.autosearch.profiling import fingerprint, of_stage, take_profile, versions
+from lightning_dhellam.autosearch.profiling import (
+    fingerprint,
+    of_stage,
+    routings_of,
+    take_profile,
+    versions,
+)
 from lightning_dhellam.autosearch.reductions import Reduction
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
 from lightning_dhellam.engine import Span
@@ -198,13 +204,15 @@ class Session:
         )
 
     def _measure(self, progress: Progress | None, reduction: Reduction | None = None) -> Profile:
+        engine, everyone = self._runner.engine, self._runner.context.world_group
         return take_profile(
-            self._runner.engine,
+            engine,
             self._pieces[0],
             self._made_for,
             group=self._group,
             progress=progress,
             reduction=reduction,
+            others=routings_of(engine, self._pieces, everyone),
         )
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_dhellam.agreed import conditions_of
-from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
+from lightning_dhellam.autosearch.profiling import fingerprint, routings_of, take_profile
 from lightning_dhellam.engine import Engine, Lanes, MicroBatch, cut, make_lanes
 from lightning_dhellam.layers import lower
 from lightning_dhellam.layers.balancing import LOAD
@@ -93,7 +93,13 @@ class Workload:
         )
         conditions_of_profile = fingerprint(engine, piece, made_for, self.kernels)
         return take_profile(
-            engine, piece, conditions_of_profile, group=group, repeats=repeats, rounds=rounds
+            engine,
+            piece,
+            conditions_of_profile,
+            group=group,
+            repeats=repeats,
+            rounds=rounds,
+            others=routings_of(engine, self.pieces, group),
         )
 
 

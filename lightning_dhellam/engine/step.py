@@ -148,15 +148,31 @@ class Engine:
         """Leaves nothing of what is run inside, but for gradients and what a user's code does."""
         return untouched(self._module, device)
 
-    def capture(self, micro_batch: MicroBatch) -> dict[tuple[str, str], list[Any]]:
+    def capture(
+        self, micro_batch: MicroBatch, number: int | None = None
+    ) -> dict[tuple[str, str], list[Any]]:
         """What each kind of operator reads, by graph fingerprint and operator name.
 
         Runs the micro-batch forward and backward with nothing overlapped. Its gradients are
         added to `main_grad` as ever, so call it between a step and the next one's clearing.
+
+        Args:
+            micro_batch: to run. In a pipeline every stage must.
+            number: of the layers of one kind, the one that is looked at, counted round; only what
+                varies is then found. The first of each kind that runs if not given.
         """
         found: dict[tuple[str, str], list[Any]] = {}
-        graphs = [graph for pair in self.layers for graph in (pair.forward, pair.backward)]
-        kinds = {id(operator): graph for graph in graphs for operator in graph.operators}
+        alike: dict[str, list[Graph]] = {}
+        for pair in self.layers:
+            for graph in (pair.forward, pair.backward):
+                alike.setdefault(graph.fingerprint, []).append(graph)
+        kinds = {
+            id(operator): graph
+            for same in alike.values()
+            for graph in (same if number is None else [same[number % len(same)]])
+            for operator in graph.operators
+            if number is None or operator.varies
+        }
 
         def observe(entry: Entry, values: list[Any]) -> None:
             graph = kinds.get(id(entry.operator))

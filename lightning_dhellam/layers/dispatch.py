@@ -124,6 +124,7 @@ class Dispatch:
             {"sorted": self._size(w), "sorted_weights": self._weight(w)},
             lambda hidden, weights, origins: (permute(hidden, origins), weights[origins]),
             moved=2 * size,
+            varies=True,
         )
 
     def combine(self, w: GraphWriter, found: str, write: str) -> None:
@@ -175,6 +176,7 @@ class Dispatch:
                 {"d_arrived": self._size(w), "d_arrived_weights": self._weight(w)},
                 lambda hidden, weights, spots: (permute(hidden, spots), weights[spots]),
                 moved=2 * self._size(w),
+                varies=True,
                 rule=self._of_sums((self._summed, self._summed, Held.REPLICATED)),
             )
             reads, writes = ("d_arrived", "d_arrived_weights"), ("d_sent", "d_sent_weights")
@@ -263,6 +265,7 @@ class Dispatch:
             {"origins": index, "spots": index, "ends": 0.0},
             partial(places_of, rank=self.rank),
             moved=4 * index,
+            varies=True,
             rule=Rule({"ep": Move((Held.REPLICATED, Held.EXPERTS), Held.EXPERTS)}),
         )
 
@@ -271,7 +274,8 @@ class Dispatch:
         summed = self._summed if name == "experts.unsort" else Held.REPLICATED
         rule = self._of_sums((summed, Held.REPLICATED), summed)
         size = self._size(w)
-        w.compute(name, (read, by), {write: size}, permute, moved=2 * size, rule=rule)
+        writes = {write: size}
+        w.compute(name, (read, by), writes, permute, moved=2 * size, varies=True, rule=rule)
 
     def _exchange(
         self,
@@ -307,6 +311,7 @@ class Dispatch:
             Collective.ALL_TO_ALL,
             Rule(moves),
             crossing=sum(sizes) * (1 - 1 / self.ranks),
+            varies=True,
         )
 
     @property

@@ -109,6 +109,7 @@ class ExpertMlp:
             first,
             flops=self._flops(w, self.fc1),
             shrinks=grouped.SHRINKS,
+            varies=True,
             rule=self._on_tp((Held.REPLICATED,), sized, Held.FFN),
         )
         w.compute(
@@ -117,6 +118,7 @@ class ExpertMlp:
             {"experts_act": self._size(w, self.fc2[0].shape[1])},
             self.activation.weighted_forward,
             moved=self._size(w, self.fc1[0].shape[0] + self.fc2[0].shape[1]),
+            varies=self.dispatch.ranks > 1,
             rule=self._on_tp((Held.FFN, Held.REPLICATED), (), Held.FFN),
         )
         w.compute(
@@ -126,6 +128,7 @@ class ExpertMlp:
             second,
             flops=self._flops(w, self.fc2),
             shrinks=grouped.SHRINKS,
+            varies=True,
             rule=self._on_tp((Held.FFN, Held.REPLICATED), sized, Held.PARTIAL),
         )
         return "experts_found"
@@ -147,6 +150,7 @@ class ExpertMlp:
             },
             self.activation.weighted_backward,
             moved=self._size(w, 2 * self.fc1[0].shape[0] + self.fc2[0].shape[1]),
+            varies=self.dispatch.ranks > 1,
             rule=self._on_tp((Held.FFN, Held.FFN, Held.REPLICATED), (), (Held.FFN, Held.PARTIAL)),
         )
         if self.fc2_bias:
@@ -167,6 +171,7 @@ class ExpertMlp:
                 run,
                 moved=self._size(w, self.fc1[0].shape[0]),
                 accumulates=bias,
+                varies=True,
             )
         return "d_rows", "d_row_weights"
 
@@ -189,6 +194,7 @@ class ExpertMlp:
             lambda dy, ends, rows=None: data_grad(dy, weights, ends, _of_experts(rows)),
             flops=self._flops(w, weights),
             shrinks=self.grouped.SHRINKS,
+            varies=True,
             rule=self._on_tp((writes,), sized, summed),
         )
 
@@ -219,6 +225,7 @@ class ExpertMlp:
             flops=self._flops(w, weights),
             accumulates=weights,
             shrinks=self.grouped.SHRINKS,
+            varies=True,
             rule=self._on_tp((writes, reads), sized, gradient=Held.FFN),
         )
 
@@ -242,6 +249,7 @@ class ExpertMlp:
             run,
             moved=self._size(w, 2 * self.fc2[0].shape[0]),
             accumulates=bias,
+            varies=True,
         )
 
     def _is_trained(self, parameters: tuple[Parameter, ...]) -> bool:

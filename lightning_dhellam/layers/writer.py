@@ -86,6 +86,7 @@ class GraphWriter:
         growing: float = 0.0,
         accumulates: tuple[Parameter, ...] = (),
         shrinks: bool = False,
+        varies: bool = False,
         rule: Rule = ALIKE,
     ) -> None:
         """Add a compute operator.
@@ -101,6 +102,7 @@ class GraphWriter:
                 `flops` and `moved`.
             accumulates: parameters whose gradient it adds to; frozen ones are left out.
             shrinks: whether it can leave processors to communication.
+            varies: whether its time depends on what values say.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
         """
         assert not (growing and (flops or moved)), f"{name} has two nominal costs"
@@ -120,6 +122,7 @@ class GraphWriter:
                 shrinks=shrinks,
                 rule=bound(rule, self.sizes.context, trained),
                 growth=growth,
+                varies=varies,
             )
         )
         self.bytes_per_token.update(writes)
@@ -178,6 +181,7 @@ class GraphWriter:
         rule: Rule,
         *,
         crossing: float,
+        varies: bool = False,
     ) -> None:
         """Add a collective of a communication lane.
 
@@ -190,6 +194,7 @@ class GraphWriter:
             collective: what it does.
             rule: how slots lie that it reads and writes.
             crossing: bytes per token that this rank receives over its link, for the nominal cost.
+            varies: whether its time depends on what values say.
         """
         communicator = self.sizes.context.communicators[lane]
 
@@ -207,6 +212,7 @@ class GraphWriter:
                 cost,
                 collective=collective,
                 rule=bound(rule, self.sizes.context),
+                varies=varies,
             )
         )
         self.bytes_per_token.update(writes)

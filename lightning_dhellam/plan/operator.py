@@ -89,6 +89,8 @@ class Operator:
             `run` then takes values that the host can look at.
         growth: nominal seconds per token for each token of the sequence, where the cost grows with
             its length, as attention's does: `cost` is then that of some length (see `at`).
+        varies: whether its time depends on what values say, such as how many tokens have chosen an
+            expert, and not on the size of a micro-batch alone.
         track: where it is issued.
     """
 
@@ -106,6 +108,7 @@ class Operator:
     rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
     growth: float = field(default=0.0, compare=False)
     waits: bool = field(default=False, compare=False)
+    varies: bool = field(default=False, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from lightning_dhellam.search.measure.measuring import (
     targets,
 )
 from lightning_dhellam.search.measure.profile import Fingerprint, Profile
+from lightning_dhellam.search.measure.routings import mean_of, range_of, with_routings
 from lightning_dhellam.search.measure.rows import Key, Samples, Timing
 from lightning_dhellam.search.measure.trials import Trials
 from lightning_dhellam.search.measure.variants import merged, perturbed, spread
@@ -26,9 +27,12 @@ __all__ = [
     "Target",
     "Timing",
     "Trials",
+    "mean_of",
     "measure",
     "merged",
     "perturbed",
+    "range_of",
     "spread",
     "targets",
+    "with_routings",
 ]

@@ -24,6 +24,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
                 "cost": o.cost,
                 "shrinks": o.shrinks,
                 "waits": o.waits,
+                "varies": o.varies,
                 "collective": o.collective,
             }
             for o in graph.operators
@@ -48,6 +49,7 @@ def graph_from(fields: Mapping[str, Any]) -> Graph:
             float(row["cost"]),
             shrinks=bool(row.get("shrinks", False)),
             waits=bool(row.get("waits", False)),
+            varies=bool(row.get("varies", False)),
             collective=Collective(row["collective"]) if row.get("collective") else None,
         )
         for row in fields["operators"]

@@ -98,7 +98,8 @@ def nominal_identity(graph: Graph, operator: Operator) -> Hashable:
         return graph.fingerprint, operator.name
     sizes = tuple(graph.bytes_per_token.get(slot) for slot in operator.writes)
     kind = operator.lane, operator.collective
-    return kind, operator.cost, len(operator.reads), sizes, bool(operator.accumulates)
+    does = bool(operator.accumulates), operator.varies
+    return kind, operator.cost, len(operator.reads), sizes, does
 
 
 def targets(

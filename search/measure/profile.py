@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 
 from lightning_dhellam.files import (
@@ -65,6 +66,8 @@ class Profile:
         spares: for each operator that was also measured leaving processors to communication, the
             key of those times by its own key.
         clock: how the device slows down when it computes for long.
+        routings: seconds of the operators whose time depends on what values say, by the routing
+            that `timings` are of and by further ones of the run; nothing where none does.
     """
 
     fingerprint: Fingerprint
@@ -76,6 +79,7 @@ class Profile:
     inline: bool = False
     spares: Mapping[Key, Key] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    routings: tuple[Mapping[Key, float], ...] = ()
 
     def save(self, path: Path | str) -> None:
         """Write the profile to a file, whole or not at all."""
@@ -89,9 +93,10 @@ class Profile:
             "operators": {name: dict(keys) for name, keys in self.operators.items()},
             "lanes": dict(self.lanes),
             "timings": [asdict(row) for row in self.timings],
+            "routings": [dict(seconds) for seconds in self.routings],
             "graphs": [fields_of(graph) for graph in self.graphs],
         }
-        save_text(Path(path), put_in_lines(fields, flat=("timings", "graphs")))
+        save_text(Path(path), put_in_lines(fields, flat=("timings", "routings", "graphs")))
 
     @classmethod
     def load(cls, path: Path | str, expected: Fingerprint | None = None) -> Profile:
@@ -113,6 +118,7 @@ class Profile:
                 bool(fields["inline"]),
                 fields.get("spares", {}),
                 Clock(**fields.get("clock", {})),
+                tuple(fields.get("routings", ())),
             )
             profile._check()
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -133,6 +139,11 @@ class Profile:
         missing = needed - (alone & set(self.lanes))
         if missing:
             raise ValueError(f"no time of '{min(missing)}'")
+        for seconds in self.routings:
+            if seconds.keys() != self.routings[0].keys() or not seconds.keys() <= alone:
+                raise ValueError("routings are not of the operators that were measured")
+            if not all(0 < value < inf for value in seconds.values()):
+                raise ValueError(f"a routing takes {min(seconds.values())} s")
         for graph in self.graphs:
             if graph.fingerprint not in self.operators:
                 raise ValueError(f"graph '{graph}' is not the one that was measured")

@@ -42,7 +42,9 @@ def merged(profiles: Sequence[Profile]) -> Profile:
         )
         for same in rows.values()
     )
-    return replace(first, timings=tuple(timings))
+    routings = zip(*(profile.routings for profile in profiles), strict=False)
+    seconds = tuple({key: median(own[key] for own in same) for key in same[0]} for same in routings)
+    return replace(first, timings=tuple(timings), routings=seconds)
 
 
 def perturbed(profile: Profile, draw: Callable[[], float]) -> Profile:

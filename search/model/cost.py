@@ -24,7 +24,7 @@ import numpy as np
 
 from lightning_dhellam.plan import Graph, Issue, Lane, Plan, Strand
 from lightning_dhellam.plan.plan import Row
-from lightning_dhellam.search.measure import Clock, Key, Profile, spread
+from lightning_dhellam.search.measure import Clock, Key, Profile, mean_of, spread
 from lightning_dhellam.search.model.arrays import Array
 from lightning_dhellam.search.model.slowdowns import Slowdowns, slowdowns
 
@@ -50,6 +50,11 @@ class Sample:
         alone = {row.operator: row.median for row in profile.timings if row.partner is None}
         return cls(alone, slowdowns(profile, alone, led=False), slowdowns(profile, alone, led=True))
 
+    def times(self, ratios: Mapping[Key, float]) -> Sample:
+        """Return the times of operators that take so many times as long; 1 where absent."""
+        seconds = {key: own * ratios.get(key, 1.0) for key, own in self.seconds.items()}
+        return replace(self, seconds=seconds)
+
     @property
     def depends_on_who_begins(self) -> bool:
         """Whether some two operators run differently when communication begins and when not."""
@@ -67,7 +72,8 @@ class Costs:
 
     Attributes:
         keys: key of each operator, by graph fingerprint and operator name.
-        seconds: seconds of each key while nothing else runs.
+        seconds: seconds of each key while nothing else runs; the mean over routings where they
+            depend on those.
         slowdowns: how much two operators that run together slow each other down: the first, a
             communication, and the second, compute or a communication of another lane, by their
             keys. 1 where absent, and never below. On a host they are the same for all compute.
@@ -77,7 +83,7 @@ class Costs:
         spares: by key of an operator, its key when it leaves processors to communication.
         spared: operators that leave processors to communication, whatever the plan.
         clock: how operators slow down as compute fills more of the time.
-        samples: times that other measurements could have given.
+        samples: times that other measurements could have given, and by other routings.
         launch: seconds the host needs to issue one operator.
         inline: whether compute runs on the host, as on CPU: nothing is then issued while it runs,
             issuing waits for what the operator reads, and memory is given back at once.
@@ -101,6 +107,14 @@ class Costs:
         measured = Sample.of(profile)
         # Where it does not matter who begins, small differences of times stay small.
         count = _SAMPLES if measured.depends_on_who_begins else 0
+        samples = [Sample.of(other) for other in spread(profile, count)]
+        routings = _ratios(profile)
+        if routings:
+            samples = samples or [measured] * len(routings)
+            samples = [
+                one.times(routings[number % len(routings)]) for number, one in enumerate(samples)
+            ]
+            measured = measured.times(_ratios(profile, mean_of(profile))[0])
         return cls(
             profile.operators,
             measured.seconds,
@@ -111,7 +125,7 @@ class Costs:
             frozenset(key for key, lane in profile.lanes.items() if lane is Lane.COMPUTE),
             profile.spares,
             clock=profile.clock,
-            samples=tuple(Sample.of(other) for other in spread(profile, count)),
+            samples=tuple(samples),
         )
 
     @classmethod
@@ -224,6 +238,21 @@ class Costs:
     def tables(self) -> tuple[Slowdowns, Slowdowns]:
         """Return slowdowns where communication starts first or together, and where behind."""
         return self.slowdowns, {**self.slowdowns, **self.behind}
+
+
+def _ratios(profile: Profile, *others: Mapping[Key, float]) -> list[Mapping[Key, float]]:
+    """Return how many times as long operators take by other times than by those of the profile.
+
+    The others are those of its routings, unless they are given. Operators that leave processors
+    vary as they do without.
+    """
+    first = profile.routings[0] if profile.routings else {}
+    found: list[Mapping[Key, float]] = []
+    for seconds in others or profile.routings:
+        ratios = {key: seconds[key] / own for key, own in first.items()}
+        spares = {spare: ratios[key] for key, spare in profile.spares.items() if key in ratios}
+        found.append(ratios | spares)
+    return found
 
 
 def lanes_of(graphs: Iterable[Graph]) -> tuple[Lane, ...]:

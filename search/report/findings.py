@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning_dhellam.files import put_in_lines, save_text
 from lightning_dhellam.plan import Lane, Strand
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.measure import Profile, range_of
 from lightning_dhellam.search.model import Interval, Simulation, Timeline
 from lightning_dhellam.search.report.outcomes import Outcome, summary, time_text
 from lightning_dhellam.search.report.trace import save_trace
@@ -54,12 +54,25 @@ class Findings:
                 f"search on {self.profile.fingerprint.device}: {spent}",
                 summary(self.outcomes, self.winner, self.reason),
                 f"  {self.solution.main}",
+                *self._routings(),
             )
         )
+
+    def _routings(self) -> list[str]:
+        found = range_of(self.profile)
+        if found is None:
+            return []
+        return [
+            f"  by {len(self.profile.routings)} routings of this run what experts do takes"
+            f" {found[0]:.2f} to {found[1]:.2f} of its mean"
+        ]
 
     def metrics(self) -> dict[str, float]:
         """Return numbers for a logger: `search/auto/measured_ms` and the like."""
         found = {f"search/{part}_seconds": seconds for part, seconds in self.seconds.items()}
+        most = range_of(self.profile)
+        if most is not None:
+            found["search/routings_most"] = most[1]
         for outcome in self.outcomes:
             name = f"search/{Path(outcome.name).stem}"
             found[f"{name}/predicted_ms"] = outcome.predicted * 1e3

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dhellam.autosearch.profiling import routings_of
 from lightning_dhellam.autosearch.session import Options, Session
 from lightning_dhellam.models import ModelConfig, export_huggingface, import_huggingface
 from lightning_dhellam.parallel.experts import ExpertNames
@@ -223,3 +224,37 @@ def test_a_search_changes_nothing_and_shows_what_the_host_waits_for(
     assert looking and {*looking} == {"counts.wait"}
     assert profile.lanes["mixture/counts.wait"] is Lane.HOST
     assert (folder / "0" / "timeline.png").stat().st_size > 0
+    # Two micro-batches go through two layers of experts each.
+    varying = {o.name for graph in profile.graphs for o in graph.operators if o.varies}
+    assert {"experts.dispatch", "experts.fc1", "experts.fc2.wgrad"} <= varying
+    assert not {name for name in varying if not name.startswith("experts.")}
+    assert len(profile.routings) == 4
+    assert (
+        "by 4 routings of this run what experts do takes" in (folder / "0/summary.txt").read_text()
+    )
+
+
+def test_each_routing_is_of_a_micro_batch_and_a_layer_of_its_own() -> None:
+    config = replace(MIXTURES["mixtral"], num_layers=3)
+    with started(Case(_ep(1)), config=config) as runner:
+        engine = runner.engine
+        pieces = runner.intake.micro_batches(_batch(config))[:2]
+        others = routings_of(engine, pieces, None)
+        assert [(int(piece is pieces[1]), number % 3) for piece, number in others] == [
+            (1, 1), (0, 1), (1, 2), (0, 2), (1, 0)
+        ]  # fmt: skip
+        captured = [engine.capture(piece, number) for piece, number in others]
+        varying = {name for _, name in captured[0]}
+        assert varying == {
+            *("experts.fc1", "experts.fc2", "experts.fc1.dgrad", "experts.fc2.dgrad"),
+            *("experts.fc1.wgrad", "experts.fc2.wgrad"),
+        }
+        forward = engine.layers[1].forward.fingerprint
+        ends = {tuple(one[forward, "experts.fc1"][-1].tolist()) for one in captured}
+        ends.add(tuple(engine.capture(pieces[0])[forward, "experts.fc1"][-1].tolist()))
+        assert len(ends) == 6
+        dense = Case(_ep(1), family="qwen3-moe")
+    assert dense.config.moe_layer_freq == (1, 0, 1)
+    with started(dense) as runner:
+        others = routings_of(runner.engine, pieces, None)
+        assert [number % 2 for _, number in others] == [1, 1, 0]
