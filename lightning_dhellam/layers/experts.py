@@ -35,6 +35,9 @@ SUPPORTED: Supported = {
     "moe_pad_expert_input_to_capacity": (False,),
 }
 
+_GROUPED = ("GroupedMLP", "InferenceGroupedMLP", "TEGroupedMLP")
+"""Megatron-core's experts whose weights are one parameter of a library of grouped GEMMs."""
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -57,7 +60,7 @@ class Experts:
         """What lowers `module`; what it would compute otherwise is refused by name."""
         config = module.config
         check_config(config, SUPPORTED)
-        check_class(module.experts, SequentialMLP, "experts", setting.index)
+        _check_experts(module.experts, setting.index)
         communicator = setting.sizes.context.communicators[Lane.EP]
         dispatch = Dispatch(
             config.num_moe_experts,
@@ -161,6 +164,18 @@ class Experts:
     def _add(self, w: GraphWriter, name: str, parts: tuple[str, ...], write: str) -> None:
         moved = (len(parts) + 1) * w.sizes.shard
         w.compute(name, parts, {write: w.sizes.shard}, _sum, moved=moved)
+
+
+def _check_experts(experts: Any, index: int) -> None:
+    """Refuse experts whose weights have no lowering."""
+    name = type(experts).__name__
+    if name in _GROUPED:
+        raise ValueError(
+            f"layer {index}: its experts are a {name}, which has no lowering: build the layer with"
+            " Megatron-core's SequentialMLP (get_moe_module_spec(moe_grouped_gemm=False)); the"
+            " GEMMs of all experts are grouped all the same"
+        )
+    check_class(experts, SequentialMLP, "experts", index)
 
 
 def _sum(first: Tensor, *others: Tensor) -> Tensor:

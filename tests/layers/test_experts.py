@@ -271,3 +271,39 @@ def test_experts_of_another_class_are_refused() -> None:
     layer.experts = torch.nn.ModuleList()
     with pytest.raises(ValueError, match=r"its experts is a ModuleList.*SequentialMLP"):
         _graphs(layer)
+
+
+@pytest.mark.parametrize("name", ["GroupedMLP", "TEGroupedMLP"])
+def test_grouped_experts_of_a_library_are_refused_with_the_remedy(name: str) -> None:
+    layer = _layer(Case())
+    # Neither can be built without its library.
+    layer.experts = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=rf"experts are a {name}.*moe_grouped_gemm=False"):
+        _graphs(layer)
+
+
+HOW = {
+    "moe_enable_deepep": True,
+    "moe_flex_dispatcher_backend": "hybridep",
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+    "moe_router_fusion": True,
+    "moe_shared_expert_overlap": True,
+    "moe_token_dispatcher_type": "flex",
+}
+"""Settings of Megatron-core that say how it computes or sends what a layer is."""
+
+
+def test_settings_of_how_megatron_computes_change_nothing() -> None:
+    layer, (x, dy) = _layer(CASES["a shared expert"]), _inputs(CASES["a shared expert"])
+    plain = _graphs(layer)
+    expected = _ours(plain, layer, x, dy)
+    for name, value in HOW.items():
+        assert getattr(layer.config, name) != value
+        setattr(layer.config, name, value)  # some want a library when they are given
+    add_main_grads(layer)
+    other = _graphs(layer)
+    assert [str(o) for o in other.forward.operators] == [str(o) for o in plain.forward.operators]
+    found = _ours(other, layer, x, dy)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
