@@ -46,10 +46,10 @@ def test_loss_gradients_and_logits_are_hugging_faces(world: int) -> None:
     check_outcomes(world, run_ranks(world, _outcomes, world, backend="nccl", timeout=240))
 
 
-def _with_plans(rank: int, world: int) -> list[str]:
+def _with_plans(rank: int, world: int, kind: str = "cuda") -> list[str]:
     _true_fp32()
     config = replace(MIXTURES["mixtral"], head_dim=16)  # which every attention kernel takes
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", rank) if kind == "cuda" else torch.device(kind)
     batches = [
         {name: x.to(device) for name, x in batch_of(config, 4, length).items()}
         for length in LENGTHS
