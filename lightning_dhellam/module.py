@@ -122,9 +122,9 @@ class DualStrandMixin(LightningModule):
         return in_our_words(batch, own_labels=self.custom_loss is not None)
 
     @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Put Hugging Face's batches into our words; an override should call this."""
-        return self.in_our_words(batch)
+    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **options: Any) -> Any:
+        # Not by a hook, of which Lightning warns where there is a data module, which may have it.
+        return super()._apply_batch_transfer_handler(self.in_our_words(batch), *args, **options)
 
     @property
     def custom_loss(self) -> Loss | None:

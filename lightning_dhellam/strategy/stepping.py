@@ -80,7 +80,7 @@ class SteppingStrategy(SavingStrategy):
         if self._termination is not None and not self._module.trainer.training:
             self._termination.check()
         self._predicting = dataloader_idx
-        batch = self._module.in_our_words(batch)
+        batch = self._module.in_our_words(batch)  # what is compared and checked here
         if self._feeding is not None:
             self._feeding.compare(batch, (self._module.trainer.state.stage, dataloader_idx))
         if self.root_device.type != "cpu":  # on the host the runner sees them itself

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -102,7 +103,7 @@ class Own(Seeing):
         )
 
 
-def test_every_strategy_trains_and_evaluates_the_same() -> None:
+def test_every_strategy_trains_and_evaluates_the_same(recwarn: pytest.WarningsRecorder) -> None:
     ids = torch.randint(32, (8, 8), generator=torch.Generator().manual_seed(2)).sort().values
     batches = [{"input_ids": half, "labels": half} for half in ids.split(4)]
     loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
@@ -111,12 +112,16 @@ def test_every_strategy_trains_and_evaluates_the_same() -> None:
         for strategy in ("auto", {"micro_batch_size": 2}):
             losses = Losses()
             trainer = make_trainer(strategy, [losses], max_steps=2, num_sanity_val_steps=0)
-            trained = module()
-            trainer.fit(trained, loader, loader)
+            trained, data = module(), LightningDataModule.from_datasets([])
+            data.train_dataloader = data.val_dataloader = lambda: loader  # type: ignore[method-assign]
+            trainer.fit(trained, datamodule=data)
             values = [*losses.values, trainer.callback_metrics["val_loss"].item()]
             predicted = trainer.predict(trained, loader)
             assert predicted is not None and [p.shape for p in predicted] == [(4, 8)] * 2
             found[f"{name} {strategy}"] = values
+    assert not [
+        warning for warning in recwarn if "on_before_batch_transfer" in str(warning.message)
+    ]
     first, *others = found.values()
     assert first[0] > first[1]
     for values in others:
