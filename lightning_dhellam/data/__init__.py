@@ -12,10 +12,18 @@ if TYPE_CHECKING:
     from lightning_dhellam.data.module import IndexedDataModule
     from lightning_dhellam.data.prepared import PreparedData
     from lightning_dhellam.data.tokenizer import Tokenizer
+    from lightning_dhellam.data.tuning import ConversationDataModule
 
-__all__ = ["IndexedDataModule", "PrepareConfig", "PreparedData", "Tokenizer"]
+__all__ = [
+    "ConversationDataModule",
+    "IndexedDataModule",
+    "PrepareConfig",
+    "PreparedData",
+    "Tokenizer",
+]
 
 _HOME = {
+    "ConversationDataModule": "tuning",
     "IndexedDataModule": "module",
     "PrepareConfig": "config",
     "PreparedData": "prepared",

@@ -17,8 +17,8 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers import MegatronTokenizerBase
 
 from lightning_dhellam.data.prepared import CACHE, PreparedData, is_prepared, prepare_hint
+from lightning_dhellam.data.shared import make_once
 from lightning_dhellam.data.tokenizer import BareVocabulary, Tokenizer
-from lightning_dhellam.files import staged_directory
 from lightning_dhellam.parallel.stand_in import is_emulated
 
 _CHECKED_TOKENS = 2**20
@@ -29,6 +29,8 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")
 USUAL_SPLIT = "98,1,1"
 TRAINING_ALONE = "1,0,0"
 _FEW_DOCUMENTS = ("90,5,5", "80,10,10", "60,20,20")
+SPLITS = (USUAL_SPLIT, *_FEW_DOCUMENTS, TRAINING_ALONE)
+"""What `working_split` finds: from the usual one to the last resort."""
 _NAMES = {Split.train: "training", Split.valid: "validation", Split.test: "test"}
 
 
@@ -201,7 +203,7 @@ def working_split(data: IndexedData, sequence_length: int, path: str | Path) -> 
 
     Raises ValueError if not even training alone has a sample.
     """
-    for split in (USUAL_SPLIT, *_FEW_DOCUMENTS):
+    for split in SPLITS[:-1]:
         try:
             count_samples(data, sequence_length, split, path)
         except ValueError:
@@ -309,26 +311,14 @@ def build_splits(
 def _build_cache_once(data: IndexedData, cache: Path, config: GPTDatasetConfig) -> None:
     # Megatron writes the cache file by file and trusts whatever is there, even what an interrupted
     # run left behind; so it writes into a staged directory.
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    def write(folder: Path) -> None:
+        config.path_to_cache = str(folder)
+        _write_cache(data, config)
+
     try:
-        if not cache.is_dir() and (not distributed or torch.distributed.get_rank() == 0):
-            with staged_directory(cache) as folder:
-                config.path_to_cache = str(folder)
-                _write_cache(data, config)
-    except PermissionError as error:
-        raise ValueError(
-            f"{data.cache} cannot be written ({error.strerror})."
-            " Give cache_dir=<a directory that every rank can read and rank 0 can write>."
-        ) from error
+        make_once(cache, write, what="index cache")
     finally:
         config.path_to_cache = str(cache)
-        if distributed:
-            torch.distributed.barrier()
-    if not cache.is_dir():
-        raise RuntimeError(
-            f"{cache} is missing: rank 0 could not build the index cache (see its error), or"
-            " cache_dir is not on storage that all ranks share."
-        )
 
 
 def _write_cache(data: IndexedData, config: GPTDatasetConfig) -> None:

@@ -11,6 +11,35 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 Batch = TypeVar("Batch")
 
 
+class Passes:
+    """The numbers of some samples, again and again: first in their order, then shuffled anew.
+
+    Args:
+        samples: how many there are.
+        seed: of the shuffles, with the number of the pass.
+    """
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._shuffled: tuple[int, numpy.ndarray] = (0, numpy.empty(0))
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def sample(self, number: int) -> int:
+        """Which sample is at a place."""
+        turn, place = divmod(number, self._samples)
+        if turn == 0:
+            return place
+        if self._shuffled[0] != turn:
+            # RandomState's numbers are promised to stay the same in every version of numpy.
+            order = numpy.arange(self._samples, dtype=numpy.min_scalar_type(self._samples))
+            numpy.random.RandomState([self._seed % 2**32, turn]).shuffle(order)
+            self._shuffled = (turn, order)
+        return int(self._shuffled[1][place])
+
+
 class SampleOrder(DistributedSampler[int]):
     """The samples that one data-parallel rank trains on, of an order that all ranks share.
 
@@ -50,8 +79,7 @@ class SampleOrder(DistributedSampler[int]):
         self.batch_size = batch_size
         self.epoch_samples = len(dataset) if epoch_samples is None else epoch_samples
         self.position = 0
-        self._samples = len(dataset)
-        self._shuffled: tuple[int, numpy.ndarray] = (0, numpy.empty(0))
+        self._passes = Passes(len(dataset), seed)
 
     @property
     def step_samples(self) -> int:
@@ -68,15 +96,7 @@ class SampleOrder(DistributedSampler[int]):
 
     def sample(self, number: int) -> int:
         """The index in the dataset of the sample at a place in the order."""
-        turn, place = divmod(number, self._samples)
-        if turn == 0:
-            return place
-        if self._shuffled[0] != turn:
-            # RandomState's numbers are promised to stay the same in every version of numpy.
-            order = numpy.arange(self._samples, dtype=numpy.min_scalar_type(self._samples))
-            numpy.random.RandomState([self.seed % 2**32, turn]).shuffle(order)
-            self._shuffled = (turn, order)
-        return int(self._shuffled[1][place])
+        return self._passes.sample(number)
 
 
 class ResumableDataLoader(DataLoader[Batch], Generic[Batch]):

@@ -1,17 +1,17 @@
 """IndexedDataModule: batches from a prepared or Megatron-LM dataset, for a Lightning Trainer."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
+from lightning_dhellam.data.blend import BlendedOrder, as_weights, joined
 from lightning_dhellam.data.indexed import (
+    SPLITS,
     USUAL_SPLIT,
     build_splits,
     count_samples,
@@ -19,13 +19,14 @@ from lightning_dhellam.data.indexed import (
     parse_split,
     working_split,
 )
-from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder, position_in
-from lightning_dhellam.data.packing import Packing, TokenBatch
-from lightning_dhellam.data.tokenizer import Tokenizer
+from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
+from lightning_dhellam.data.ordered import OrderedDataModule, TokenBatch, at_least
+from lightning_dhellam.data.packing import Packing
+from lightning_dhellam.data.tokenizer import BareVocabulary, Tokenizer
 from lightning_dhellam.values import check_kinds
 
 
-class IndexedDataModule(LightningDataModule):
+class IndexedDataModule(OrderedDataModule):
     """Batches of a language-modelling dataset, read by Megatron-core's GPTDataset.
 
     A batch is a dict of `tokens` and `labels`, int64 [B, S], and `loss_mask`, float32 [B, S], with
@@ -37,7 +38,9 @@ class IndexedDataModule(LightningDataModule):
 
     Args:
         path: Directory made by `dhellam data prepare`, or the prefix of a .bin and .idx pair made
-            by Megatron-LM.
+            by Megatron-LM; or several with their weights, `{path: weight}`, which must have the
+            same tokenizer. Of training samples each set then has its share, up to any place in the
+            order; a set that is through begins again. Evaluation has each sample of all sets once.
         sequence_length: Positions per sample, S.
         batch_size: Samples per data-parallel rank and optimizer step, B.
         split: Shares of the documents for training, validation and test. A share of 0 means none:
@@ -61,7 +64,7 @@ class IndexedDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str | Path,
+        path: dict[str, float] | str | Path,
         sequence_length: int,
         batch_size: int,
         *,
@@ -78,27 +81,35 @@ class IndexedDataModule(LightningDataModule):
     ) -> None:
         check_kinds(IndexedDataModule.__init__, locals())
         super().__init__()
-        _at_least(1, sequence_length=sequence_length, batch_size=batch_size)
-        _at_least(0, seed=seed, num_workers=num_workers)
+        at_least(1, sequence_length=sequence_length, batch_size=batch_size)
+        at_least(0, seed=seed, num_workers=num_workers)
         if train_samples is not None:
-            _at_least(1, train_samples=train_samples)
+            at_least(1, train_samples=train_samples)
         self.path = path
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
         self.train_samples = train_samples
-        self._data = open_indexed(path, tokenizer, vocab_size, cache_dir)
+        self._weights = as_weights(path)
+        self._sets = {
+            one: open_indexed(one, tokenizer, vocab_size, cache_dir) for one in self._weights
+        }
+        self._check_vocabularies()
         self._packing = Packing(reset_position_ids, reset_attention_mask, eod_mask_loss)
-        self._packing.check(self._data, path)
+        for one, data in self._sets.items():
+            self._packing.check(data, one)
         self.split = self._working_split() if split is None else split
-        self._samples = count_samples(self._data, sequence_length, self.split, path)
-        self._datasets: dict[Split, GPTDataset] = {}
-        self._order: SampleOrder | None = None
-        self._saved: Mapping[str, Any] = {}
+        self._parts = {
+            part
+            for one, data in self._sets.items()
+            for part in count_samples(data, sequence_length, self.split, one)
+        }
+        self._datasets: dict[Split, list[GPTDataset]] = {}
 
     def _working_split(self) -> str:
-        found = working_split(self._data, self.sequence_length, self.path)
+        splits = [working_split(data, self.sequence_length, p) for p, data in self._sets.items()]
+        found = max(splits, key=SPLITS.index)
         if found != USUAL_SPLIT:
             rank_zero_warn(
                 f"path={self.path} has too few documents for split='{USUAL_SPLIT}', so"
@@ -110,69 +121,81 @@ class IndexedDataModule(LightningDataModule):
     @property
     def vocab_size(self) -> int:
         """Number of token ids: what the model's vocabulary must be, before any padding."""
-        return self._data.vocabulary.vocab_size
+        return self._vocabulary.vocab_size
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None for a dataset of which only the vocabulary size is known."""
-        vocabulary = self._data.vocabulary
-        return vocabulary if isinstance(vocabulary, Tokenizer) else None
+        return self._vocabulary if isinstance(self._vocabulary, Tokenizer) else None
+
+    @property
+    def _vocabulary(self) -> Tokenizer | BareVocabulary:
+        return next(iter(self._sets.values())).vocabulary
+
+    def _check_vocabularies(self) -> None:
+        first, *others = self._sets
+        for other in others:
+            if (
+                self._sets[other].vocabulary.unique_identifiers
+                != self._vocabulary.unique_identifiers
+            ):
+                raise ValueError(
+                    f"path has {first} and {other}, which were made with different tokenizers, so"
+                    " that their token ids mean different things: prepare one of them again with"
+                    " --tokenizer of the other"
+                )
 
     def setup(self, stage: str | None = None) -> None:
         """Build or read the index cache. Every rank must call this."""
         if self._datasets:
             return
         packing = self._packing
-        self._datasets = build_splits(
-            self._data,
-            self.sequence_length,
-            self.split,
-            self.seed,
-            resets=packing.resets,
-            eod_mask_loss=packing.eod_mask_loss,
-        )
+        for data in self._sets.values():
+            found = build_splits(
+                data,
+                self.sequence_length,
+                self.split,
+                self.seed,
+                resets=packing.resets,
+                eod_mask_loss=packing.eod_mask_loss,
+            )
+            for part, dataset in found.items():
+                self._datasets.setdefault(part, []).append(dataset)
 
     def train_dataloader(self) -> ResumableDataLoader[TokenBatch]:
         """Whole batches only, from where a checkpoint that was loaded has ended."""
-        dataset = self._dataset(Split.train, "training")
+        return self._training_loader(self._dataset(Split.train, "training"))
+
+    @override
+    def _make_order(self, dataset: Any) -> SampleOrder:
+        if len(self._sets) == 1:
+            return super()._make_order(dataset)
+        sets = self._datasets[Split.train]
         replicas, rank = self._place()
-        self._order = SampleOrder(
-            dataset,
+        order = BlendedOrder(
+            sets,
+            [*self._weights.values()],
             self.batch_size,
             self.seed,
             replicas=replicas,
             rank=rank,
             epoch_samples=self.train_samples,
         )
-        self._check_one_batch(self._order)
-        self._order.position = position_in(self._saved, self._order.step_samples)
-        self._saved = {}
-        return ResumableDataLoader(dataset, self._order, **self._loader_options())
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many samples training has seen, and of which order."""
-        seen = self._order.position if self._order is not None else 0
-        return {"samples": seen, "order": self._identity}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the sample after the last one that was seen.
-
-        Raises ValueError if these are other samples, or the same in another order.
-        """
-        for name, saved in state_dict.get("order", {}).items():
-            if saved != self._identity[name]:
-                raise ValueError(
-                    f"the checkpoint was trained on data with {name}={saved}, this run has"
-                    f" {name}={self._identity[name]}: its samples have another order, so that none"
-                    " of them is the next. Use the same, or start a new run from the weights"
-                )
-        self._saved = state_dict
+        passes = order.passes(order.epoch_samples)
+        shares = ", ".join(
+            f"{path} {share:.1%} ({len(one)} samples, {turns:.2f} passes)"
+            for (path, share), one, turns in zip(self._weights.items(), sets, passes, strict=True)
+        )
+        rank_zero_info(f"an epoch of {order.epoch_samples} training samples has of {shares}")
+        return order
 
     @property
     def _identity(self) -> dict[str, Any]:
         """What decides which sample is where in the order."""
+        names = [f"{data.prefix.name} ({data.digest})" for data in self._sets.values()]
+        shares = self._weights.values()
         return {
-            "path": f"{self._data.prefix.name} ({self._data.digest})",
+            "path": names[0] if len(names) == 1 else dict(zip(names, shares, strict=True)),
             "split": ",".join(f"{share:g}" for share in parse_split(self.split)),
             "seed": self.seed,
             "sequence_length": self.sequence_length,
@@ -180,62 +203,27 @@ class IndexedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[DataLoader[TokenBatch]]:
         """The validation split; an empty list, which skips validation, if its share is 0."""
-        if Split.valid not in self._samples:
+        if Split.valid not in self._parts:
             return []
-        return self._evaluation_loader(Split.valid, "validation")
+        return self._evaluation_loader(self._dataset(Split.valid, "validation"))
 
     def test_dataloader(self) -> DataLoader[TokenBatch]:
         """The test split. Raises ValueError if its share is 0."""
-        return self._evaluation_loader(Split.test, "test")
+        return self._evaluation_loader(self._dataset(Split.test, "test"))
 
     def predict_dataloader(self) -> DataLoader[TokenBatch]:
         """Batches of the test split, as `test_dataloader` gives them."""
-        return self._evaluation_loader(Split.test, "test")
-
-    def _evaluation_loader(self, part: Split, name: str) -> DataLoader[TokenBatch]:
-        # The last batch may be smaller: a loss over a split should see all of it.
-        return DataLoader(
-            self._dataset(part, name),
-            batch_size=self.batch_size,
-            shuffle=False,
-            **self._loader_options(),
-        )
+        return self._evaluation_loader(self._dataset(Split.test, "test"))
 
     def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": self._packing.collate,
-        }
+        return super()._loader_options() | {"collate_fn": self._packing.collate}
 
-    def _dataset(self, part: Split, name: str) -> GPTDataset:
-        if part not in self._samples:
+    def _dataset(self, part: Split, name: str) -> Dataset[Any]:
+        if part not in self._parts:
             raise ValueError(
                 f"split={self.split!r} has no share for {name}."
                 ' Give one, in the order training, validation, test, like "98,1,1".'
             )
         if not self._datasets:
             self.setup()
-        return self._datasets[part]
-
-    def _place(self) -> tuple[int, int]:
-        """How many data-parallel ranks there are, and which of them this process is."""
-        dealt = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (dealt["num_replicas"], dealt["rank"]) if dealt else (1, 0)
-
-    def _check_one_batch(self, order: SampleOrder) -> None:
-        if not len(order):
-            raise ValueError(
-                f"path={self.path} has {order.epoch_samples} training sample(s) of"
-                f" sequence_length={self.sequence_length}, but one step of batch_size="
-                f"{self.batch_size} on {order.num_replicas} data-parallel rank(s) takes"
-                f" {order.step_samples}. Give a smaller batch_size, train_samples to repeat"
-                " the data, or more text."
-            )
-
-
-def _at_least(least: int, **arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name}={value} is too small. Give {name}={least} or more.")
+        return joined(self._datasets[part])

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import default_collate
 
 from lightning_dhellam.data.indexed import IndexedData, first_tokens
+from lightning_dhellam.data.ordered import TokenBatch
 
-TokenBatch = dict[str, torch.Tensor]
 _KEYS = ("tokens", "labels", "loss_mask")
 
 

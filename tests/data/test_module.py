@@ -218,7 +218,7 @@ def test_what_megatron_asks_of_the_tokenizer(
     data.setup("fit")
     assert data.vocab_size == data.tokenizer.vocab_size == 300  # type: ignore[union-attr]
     assert not [warning for warning in recwarn if "pad token" in str(warning.message)]
-    assert all(isinstance(dataset, GPTDataset) for dataset in data._datasets.values())
+    assert all(isinstance(one, GPTDataset) for sets in data._datasets.values() for one in sets)
 
 
 def test_no_share_no_loader(module: Callable[..., IndexedDataModule]) -> None:
