@@ -16,6 +16,7 @@ from lightning_dhellam.models.huggingface import (
     import_llama,
 )
 from lightning_dhellam.models.presets import PRESETS, preset
+from lightning_dhellam.models.saving import save_huggingface
 from lightning_dhellam.models.source import config_of
 from lightning_dhellam.models.stage import pipeline_split
 
@@ -34,5 +35,6 @@ __all__ = [
     "parameter_count",
     "pipeline_split",
     "preset",
+    "save_huggingface",
     "training_flops_per_token",
 ]

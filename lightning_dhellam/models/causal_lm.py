@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -46,6 +47,17 @@ class CausalLM(nn.Module):
     ``forward`` is the plain autograd path through Megatron's modules: the reference for the
     operator graphs, and how the model runs under Lightning's ordinary strategies. With tensor
     parallelism on the CPU, its backward must run inside ``context.megatron()`` too.
+
+    Args:
+        config: of the model.
+        context: of this rank.
+        dtype: of the weights.
+        seed: that the first weights are drawn with.
+        drawn: whether they are drawn. One whose weights are not only holds others for a while; it
+            cannot be trained.
+
+    Attributes:
+        origin: the folder of Hugging Face whose weights it was given last, if any.
     """
 
     def __init__(
@@ -54,11 +66,15 @@ class CausalLM(nn.Module):
         context: ParallelContext,
         dtype: torch.dtype = torch.float32,
         seed: int = 1234,
+        *,
+        drawn: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         self.context = context
+        self.origin: Path | None = None
         self.transformer_config = config.transformer_config(context, dtype)
+        self.transformer_config.perform_initialization = drawn
         self.padded_vocab_size = config.padded_vocab_size(context.topology.tp_size)
         with context.megatron(), seeded(context, seed):
             self._build(seed)

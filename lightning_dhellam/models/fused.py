@@ -14,21 +14,22 @@ from torch import Tensor
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families.family import Family
+from lightning_dhellam.models.stored import Readable
 
 _FUSED = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)")
 
 
-def unfused(tensors: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
-    """Tensors by their names in files; each expert's is a view."""
+def unfused(tensors: Mapping[str, Readable], family: Family) -> Mapping[str, Readable]:
+    """Tensors by their names in files; each expert's is a view, of a file's memory map as well."""
     if family.experts is None:
         return tensors
-    found: dict[str, Tensor] = {}
+    found: dict[str, Readable] = {}
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
-        if match is None or tensor.dim() != 3:
+        if match is None or len(tensor.shape) != 3:
             found[_in_file(name, family)] = tensor
             continue
-        for expert, own in enumerate(tensor):
+        for expert, own in enumerate(tensor[:]):
             names = family.experts.of_expert(int(match[1]), expert)
             if match[2] == "down_proj":
                 found[names["down"]] = own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.models.carried import check_vocabulary
 from lightning_dhellam.models.causal_lm import CausalLM
-from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import LLAMA, Family, check_shape, family_of
+from lightning_dhellam.models.fitting import check_tensors, check_tied
 from lightning_dhellam.models.fused import fused, unfused
-from lightning_dhellam.models.layout import EMBEDDING, HEAD, Conversion, conversions
+from lightning_dhellam.models.layout import Conversion, conversions
+from lightning_dhellam.models.progress import progress
 from lightning_dhellam.models.source import check_config, open_weights
+from lightning_dhellam.models.stored import Readable, listed
+from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.pipeline.split import stage_of
-
-# Old checkpoints store this constant; the model computes it.
-_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-_LISTED = 8
 
 Source = Mapping[str, Tensor] | torch.nn.Module | str | PathLike[str]
 """The folder of a saved model, such a model itself, or its state dict."""
@@ -30,10 +31,11 @@ Source = Mapping[str, Tensor] | torch.nn.Module | str | PathLike[str]
 def import_huggingface(model: CausalLM, source: Source, config: Any = None) -> None:
     """Copy the weights of a model of Hugging Face into this rank's parameters.
 
-    Which family it must be of follows from the model (`families.FAMILIES`). Every rank passes the
-    whole, of which it takes its layers' and its experts' shards. Experts may be tensors of their
-    own, as files have them, or in one tensor for all of a layer, as transformers 5 has them in
-    memory. Nothing is written unless everything fits.
+    Which family it must be of follows from the model (`families.FAMILIES`). Every rank must call
+    this and pass the whole, of which it takes its layers' and its experts' shards; of safetensors
+    files it reads nothing else, a parameter at a time. Experts may be tensors of their own, as
+    files have them, or in one tensor for all of a layer, as transformers 5 has them in memory.
+    Nothing is written unless everything fits.
 
     Args:
         model: to be written.
@@ -105,18 +107,56 @@ def export_llama(
     return _export("export_llama", LLAMA, model, tensors, everywhere)
 
 
+def leaving(model: CausalLM) -> Mapping[str, Tensor]:
+    """This rank's weights, by our parameters' names, as they leave it for Hugging Face.
+
+    The one place where a weight for export is made: what a file is to hold otherwise than the
+    parameter does, is made here.
+    """
+    return dict(model.named_parameters())
+
+
 def _import(function: str, family: Family, model: CausalLM, source: Source, config: Any) -> None:
-    state_dict, config = open_weights(function, family.architecture, source, config)
-    if config is not None:
-        check_config(config, model.config, family)
-    state_dict = unfused(state_dict, family)
+    # Where every process has a whole model, each may do as it likes.
+    world = model.context.world_group if model.context.topology.world_size > 1 else None
     every = list(_conversions(family, model))
-    _check_state_dict(model.config, every, state_dict)
+    own = _own(every, model)
+
+    def fitting() -> Mapping[str, Readable]:
+        tensors, described = open_weights(function, family.architecture, source, config)
+        if described is not None:
+            check_config(described, model.config, family)
+        if isinstance(source, str | PathLike):
+            check_vocabulary(Path(source), model.config.vocab_size)
+        tensors = unfused(tensors, family)
+        check_tensors(model.config, every, tensors)
+        _check_parameters(own, model)
+        return tensors
+
+    tensors = together(fitting, world)
+    together(lambda: check_tied(model.config, tensors, model.context.topology), world)
+    together(lambda: _copy(own, model, tensors), world)
+    if isinstance(source, str | PathLike):
+        model.origin = Path(source).absolute()
+
+
+def _copy(own: list[Conversion], model: CausalLM, tensors: Mapping[str, Readable]) -> None:
+    """Read this rank's share of each tensor, one parameter's at a time."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for conversion in _own(every, model):
-            whole = [state_dict[name] for name in conversion.theirs]
+        for conversion in progress(own, "reading weights", model.context.topology):
+            whole = [tensors[name] for name in conversion.theirs]
             parameters[conversion.ours].copy_(conversion.join(whole, *_share(conversion, model)))
+
+
+def _check_parameters(own: list[Conversion], model: CausalLM) -> None:
+    known = {name for name, _ in model.named_parameters()}
+    missing = [conversion.ours for conversion in own if conversion.ours not in known]
+    if missing:
+        raise ValueError(
+            f"the model has no {listed(missing)}: layers of your own take no weights of Hugging"
+            " Face; read these before they are put in"
+        )
 
 
 def _export(
@@ -138,7 +178,7 @@ def _each(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that this rank is to have, one parameter's at a time."""
     if tensors is None:
-        tensors = dict(model.named_parameters())
+        tensors = leaving(model)
     if not isinstance(tensors, Mapping):
         raise ValueError(
             f"{function} takes tensors by their names, such as a model's state_dict(), not a"
@@ -149,19 +189,40 @@ def _each(
         conversion.ours for conversion in _own(every, model) if conversion.ours not in tensors
     ]
     if missing:
-        raise ValueError(f"tensors to export lack {_listed(missing)}: pass every parameter's")
+        raise ValueError(f"tensors to export lack {listed(missing)}: pass every parameter's")
     keeps = everywhere or model.context.topology.rank == 0
     return _gathered(every, model, tensors, keeps)
+
+
+def table_of(model: CausalLM) -> list[Conversion]:
+    """The conversions of all parameters of a model, of whatever rank, in the order of export."""
+    return list(_conversions(family_of(model.config), model))
+
+
+def whole_parameters(model: CausalLM) -> Iterator[dict[str, Tensor]]:
+    """The Hugging Face tensors of each conversion of `table_of`, on rank 0; nothing on others.
+
+    Ranks bring each together when it is its turn, so all must ask for as many.
+    """
+    keeps = model.context.topology.rank == 0
+    return _wholes(table_of(model), model, leaving(model), keeps)
+
+
+def _wholes(
+    every: list[Conversion], model: CausalLM, tensors: Mapping[str, Tensor], keeps: bool
+) -> Iterator[dict[str, Tensor]]:
+    for conversion in every:
+        found = _whole(conversion, model, tensors)
+        yield found if keeps else {}
+        del found  # before the next one comes to the device
 
 
 def _gathered(
     every: list[Conversion], model: CausalLM, tensors: Mapping[str, Tensor], keeps: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    for conversion in every:
-        found = _whole(conversion, model, tensors)
-        for name in conversion.theirs if keeps else ():
+    for found in _wholes(every, model, tensors, keeps):
+        for name in list(found):
             yield name, found.pop(name).to("cpu")
-        del found  # before the next one comes to the device
 
 
 def _conversions(family: Family, model: CausalLM) -> Iterator[Conversion]:
@@ -249,44 +310,3 @@ def _spread(found: list[Tensor], group: ProcessGroup, source: int) -> list[Tenso
     for tensor in found:
         dist.broadcast(tensor, group=group, group_src=source)
     return found
-
-
-def _check_state_dict(
-    config: ModelConfig, every: list[Conversion], state_dict: Mapping[str, Tensor]
-) -> None:
-    expected = {name: shape for conversion in every for name, shape in conversion.theirs.items()}
-    allowed = {*expected, HEAD} if config.tie_embeddings else set(expected)
-    missing = [name for name in expected if name not in state_dict]
-    unexpected = [
-        name for name in state_dict if name not in allowed and not name.endswith(_DERIVED_SUFFIX)
-    ]
-    misshaped = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in state_dict and tuple(state_dict[name].shape) != shape
-    ]
-    problems = [
-        f"{kind}: {_listed(names)}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshaped),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            "the state dict does not fit the model: " + "; ".join(problems) + ". "
-            "Choose the ModelConfig of the checkpoint"
-        )
-    head = state_dict.get(HEAD) if config.tie_embeddings else None
-    if head is not None and not torch.equal(head, state_dict[EMBEDDING]):
-        raise ValueError(
-            f"{HEAD} differs from {EMBEDDING}, but tie_embeddings=True makes them one: set "
-            f"tie_embeddings=False"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_dhellam.files import read_json
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import FAMILIES, Family
 from lightning_dhellam.models.families.family import Found, Theirs, rope_of, rope_type
+from lightning_dhellam.models.stored import Readable, stored_tensors
 
-_CONFIG = "config.json"
-_INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-_LLAMA_3 = {
+CONFIG = "config.json"
+LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -36,7 +34,7 @@ _SPELT = {"kv_channels": "head_dim", "expert_width": "expert_ffn_hidden_size"}
 
 def open_weights(
     function: str, architecture: str, source: Any, config: Any
-) -> tuple[Mapping[str, Tensor], Any]:
+) -> tuple[Mapping[str, Readable], Any]:
     """Tensors by their names, and a configuration or None.
 
     Args:
@@ -50,7 +48,8 @@ def open_weights(
     """
     if isinstance(source, str | PathLike) and Path(source).is_dir():
         folder = Path(source)
-        return _tensors(folder, architecture), _json(folder / _CONFIG) if config is None else config
+        tensors = stored_tensors(folder, architecture)
+        return tensors, _json(folder / CONFIG) if config is None else config
     if isinstance(source, torch.nn.Module) and hasattr(source, "config"):
         return source.state_dict(), source.config if config is None else config
     if isinstance(source, Mapping):
@@ -80,7 +79,7 @@ def check_config(config: Any, own: ModelConfig, family: Family) -> None:
     Raises:
         ValueError: with each field that differs or that cannot be expressed.
     """
-    theirs = _as_mapping(config)
+    theirs = read_config(config)
     problems = [*_inexpressible(theirs, own, family), *_different(theirs, own, family)]
     if problems:
         raise ValueError(
@@ -103,7 +102,7 @@ def config_of(source: Any, **overrides: Any) -> ModelConfig:
     Raises:
         ValueError: of which family it is is not known, or it cannot be expressed; by field.
     """
-    theirs = _as_mapping(source)
+    theirs = read_config(source)
     known = {family.model_type: family for family in FAMILIES}
     family = known.get(theirs.get("model_type", ""))
     if family is None:
@@ -126,10 +125,15 @@ def config_of(source: Any, **overrides: Any) -> ModelConfig:
     return config
 
 
-def _as_mapping(config: Any) -> Mapping[str, Any]:
+def read_config(config: Any) -> Mapping[str, Any]:
+    """What a configuration says, of its folder, its path, or what it is itself.
+
+    Raises:
+        ValueError: it is none of these, or cannot be read.
+    """
     if isinstance(config, str | PathLike):
         path = Path(config)
-        return _json(path / _CONFIG if path.is_dir() else path)
+        return _json(path / CONFIG if path.is_dir() else path)
     if isinstance(config, Mapping):
         return config
     if hasattr(config, "to_dict"):
@@ -142,6 +146,9 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
 
 def _inexpressible(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str]:
     rope = rope_of(theirs)
+    classes = theirs.get("architectures")
+    if classes and family.architecture not in classes:
+        yield f"architectures={classes}, and only {family.architecture!r} can be expressed here"
     for name, only in {"model_type": family.model_type, **family.only}.items():
         found = rope.get(name, theirs.get(name, only))
         if found != only and not (only is False and found is None):
@@ -152,7 +159,7 @@ def _inexpressible(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator
         rest = f"only {known} can be expressed here" if known else "no scaling can be expressed"
         yield f"rope_type={kind!r} (factor={factor}), and {rest}"
     if kind == "llama3":
-        for name, only in _LLAMA_3.items():
+        for name, only in LLAMA_3.items():
             if rope.get(name, only) != only:
                 yield f"{name}={rope[name]} of its rope scaling, and only {only} can be expressed"
     yield from family.refuses(theirs, own)
@@ -183,39 +190,6 @@ def _found(theirs: Theirs, family: Family) -> Found:
         rope["factor"] if scaled else None,
     )
     return found | family.more(theirs)
-
-
-def _tensors(folder: Path, architecture: str) -> dict[str, Tensor]:
-    names = [folder / name for name in _WHOLE if (folder / name).is_file()][:1]
-    for index in _INDEXED:
-        if not names and (folder / index).is_file():
-            names = sorted({folder / file for file in _json(folder / index)["weight_map"].values()})
-    if not names:
-        raise ValueError(
-            f"{folder} has none of {', '.join((*_WHOLE, *_INDEXED))}: give a folder that"
-            f" {architecture}.save_pretrained has written"
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in names:
-        tensors |= _of_file(file)
-    return tensors
-
-
-def _of_file(file: Path) -> dict[str, Tensor]:
-    """Tensors of a file, which are read when they are used."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    except ImportError as error:
-        raise ValueError(
-            f"{file} needs the package safetensors: pip install safetensors"
-        ) from error
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _json(file: Path) -> dict[str, Any]:

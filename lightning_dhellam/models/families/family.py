@@ -20,6 +20,10 @@ def _nothing(theirs: Theirs) -> Found:
     return {}
 
 
+def _no_more(own: ModelConfig) -> Theirs:
+    return {}
+
+
 def _no_refusal(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
     yield from ()
 
@@ -43,6 +47,7 @@ class Family:
         dense_layers: whether layers without experts may lie between those with them.
         renamed: what transformers 5 calls its modules, by what files call them.
         more: what its configuration says in a way of its own.
+        tells: the same the other way round, what it says so of a model.
         refuses: what else cannot be expressed.
     """
 
@@ -58,6 +63,7 @@ class Family:
     dense_layers: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     more: Callable[[Theirs], Found] = field(default=_nothing)
+    tells: Callable[[ModelConfig], Theirs] = field(default=_no_more)
     refuses: Callable[[Theirs, ModelConfig], Iterator[str]] = field(default=_no_refusal)
 
     @property

@@ -43,6 +43,22 @@ def _kept(factors: list[float] | None) -> tuple[float, ...] | None:
     return None if factors is None else tuple(factors)
 
 
+def _tells(own: ModelConfig) -> Theirs:
+    if own.rope_short_factors is None or own.rope_long_factors is None:
+        return {}
+    first = own.rope_original_length
+    scaling = {
+        "rope_type": "longrope",
+        "rope_theta": own.rotary_base,
+        "short_factor": list(own.rope_short_factors),
+        "long_factor": list(own.rope_long_factors),
+        "short_mscale": own.rope_magnitude,
+        "long_mscale": own.rope_magnitude,
+        "original_max_position_embeddings": first,
+    }
+    return {"rope_parameters": scaling, "original_max_position_embeddings": first}
+
+
 def _refuses(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
     rope = rope_of(theirs)
     if rope.get("short_mscale") != rope.get("long_mscale"):
@@ -83,5 +99,6 @@ PHI_MOE = Family(
     experts=MixtureNames("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")),
     more=_more,
+    tells=_tells,
     refuses=_refuses,
 )

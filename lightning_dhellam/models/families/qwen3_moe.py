@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families.family import (
     ONLY,
     PLAIN,
@@ -30,6 +31,15 @@ def _more(theirs: Theirs) -> Found:
     }
 
 
+def _tells(own: ModelConfig) -> Theirs:
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, here in enumerate(own.expert_layers) if not here],
+        "num_experts": own.num_experts,
+        "norm_topk_prob": not own.router_pre_softmax,
+    }
+
+
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -55,5 +65,6 @@ QWEN3_MOE = Family(
     experts=MixtureNames(),
     dense_layers=True,
     more=_more,
+    tells=_tells,
     refuses=window_if_used,
 )

@@ -1,0 +1,88 @@
+"""The `config.json` of a model, which transformers 4 and 5 both read.
+
+They have the rotary embedding and the type of the weights in different places, so both are written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.families import Family
+from lightning_dhellam.models.families.family import rope_of, rope_type
+from lightning_dhellam.models.source import CONFIG, LLAMA_3, check_config, read_config
+
+_LEFT_OUT = ("auto_map", "_name_or_path", "quantization_config")
+"""What is true of the folder of origin only: its code, its path."""
+
+
+def config_json(
+    config: ModelConfig, family: Family, origin: Path | None, kind: str
+) -> dict[str, Any]:
+    """What `config.json` of an exported model holds.
+
+    Args:
+        config: of the model.
+        family: that it is of.
+        origin: the folder that its weights are from. What it says is kept, if it is still true.
+        kind: type of the weights that are written.
+
+    Raises:
+        ValueError: the model cannot be described from its `ModelConfig` alone.
+    """
+    found = _of_origin(config, family, origin) or _made(config, family)
+    found = {name: value for name, value in found.items() if name not in _LEFT_OUT}
+    found |= {"architectures": [family.architecture], "dtype": kind, "torch_dtype": kind}
+    if config.position_embedding == "rope":
+        found |= _rope(found, config.rotary_base)
+    return found
+
+
+def _of_origin(config: ModelConfig, family: Family, origin: Path | None) -> dict[str, Any] | None:
+    if origin is None or not (origin / CONFIG).is_file():
+        return None
+    try:
+        found = dict(read_config(origin))
+        check_config(found, config, family)
+    except ValueError:  # the model was changed since
+        return None
+    return found
+
+
+def _made(config: ModelConfig, family: Family) -> dict[str, Any]:
+    kind = "default" if config.rope_scaling_factor is None else "llama3"
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": config.rotary_base}
+    if config.rope_scaling_factor is not None:
+        rope |= {"factor": config.rope_scaling_factor, **LLAMA_3}
+    found = {
+        **{name: value for name, value in family.only.items() if value is not None},
+        **{name: getattr(config, ours) for ours, (name, _) in family.fields.items()},
+        "model_type": family.model_type,
+        "head_dim": config.kv_channels,
+        "max_position_embeddings": config.max_sequence_length,
+        "initializer_range": config.init_std,
+        "rope_parameters": rope,
+        **family.tells(config),
+    }
+    try:
+        check_config(found, config, family)
+    except ValueError as error:
+        raise ValueError(
+            f"config.json of a {family.architecture} cannot be made of this model alone ({error}):"
+            " give the folder that it is from as origin"
+        ) from error
+    return found
+
+
+def _rope(theirs: dict[str, Any], base: float) -> dict[str, Any]:
+    """The rotary embedding where transformers 5 looks for it, and where 4 does."""
+    rope = {name: value for name, value in rope_of(theirs).items() if name != "type"}
+    kind = rope_type(rope_of(theirs))
+    rope |= {"rope_type": kind, "rope_theta": base}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "rope_parameters": rope,
+        "rope_theta": base,
+        "rope_scaling": None if kind == "default" else scaling,
+    }

@@ -1,0 +1,157 @@
+"""A model as a folder of Hugging Face, which is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_dhellam.files import local_path, save_text, staged_directory, write_error
+from lightning_dhellam.models.carried import carry, check_vocabulary
+from lightning_dhellam.models.causal_lm import CausalLM
+from lightning_dhellam.models.described import config_json
+from lightning_dhellam.models.families import family_of
+from lightning_dhellam.models.fitting import KINDS
+from lightning_dhellam.models.huggingface import table_of, whole_parameters
+from lightning_dhellam.models.progress import progress
+from lightning_dhellam.models.shards import Shard, bytes_of, index_of, shards
+from lightning_dhellam.models.source import CONFIG
+from lightning_dhellam.models.stored import INDEX
+from lightning_dhellam.parallel.collectives import together
+
+
+def save_huggingface(
+    model: CausalLM,
+    folder: str | PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    tokenizer: Any = None,
+    origin: str | PathLike[str] | None = None,
+) -> None:
+    """Write a folder that transformers and `import_huggingface` read. Every rank must call this.
+
+    It holds the weights as safetensors, `config.json`, and what belongs to the model in the folder
+    that its weights are from: `generation_config.json` and the files of the tokenizer. Rank 0
+    writes; its host holds one file's tensors and one parameter at a time. The folder has its name
+    when it is whole, and is gone when something fails.
+
+    Args:
+        model: this rank's part of it.
+        folder: to write, which is empty or does not exist.
+        dtype: of the weights, such as `torch.bfloat16` or `"bfloat16"`; that of the model's own if
+            left out.
+        max_shard_size: of a file, such as `5GB`; more tensors go into several, with an index.
+        tokenizer: the folder of another tokenizer than the origin's, or one of transformers.
+        origin: the folder that the weights are from, if it is not the one they were read from.
+
+    Raises:
+        ValueError: the folder is not empty, an argument cannot be used, or the tokenizer has more
+            tokens than the model; before anything is written.
+        WriteError: there is no room, or the disk fails.
+    """
+    topology = model.context.topology
+    world = model.context.world_group if topology.world_size > 1 else None
+    target = local_path(folder)
+    source = model.origin if origin is None else Path(origin)
+    kind = _kind(dtype, model)
+    every = table_of(model)
+    shapes = {name: shape for one in every for name, shape in one.theirs.items()}
+    width = torch.empty((), dtype=kind).element_size()
+    files = shards(shapes.items(), width, bytes_of(max_shard_size))
+    total = width * sum(torch.Size(shape).numel() for shape in shapes.values())
+    with ExitStack() as stack:
+
+        def begin() -> Path | None:
+            if topology.rank:
+                return None
+            _check_target(target)
+            if origin is not None and not (Path(origin) / CONFIG).is_file():
+                raise ValueError(f"origin={origin} has no {CONFIG}: give a folder of Hugging Face")
+            described = config_json(model.config, family_of(model.config), source, _name(kind))
+            partial = stack.enter_context(staged_directory(target))
+            save_text(partial / CONFIG, json.dumps(described, indent=2) + "\n")
+            carry(source, tokenizer, partial)
+            check_vocabulary(partial, model.config.vocab_size)
+            if len(files) > 1:
+                index = json.dumps(index_of(files, total), indent=2, sort_keys=True)
+                save_text(partial / INDEX, index + "\n")
+            return partial
+
+        partial = together(begin, world)
+        for shard, tensors in _filled(model, files, kind):
+            together(lambda: _write(partial, shard, tensors), world)  # noqa: B023 called at once
+
+        def publish() -> None:
+            if not topology.rank:
+                _check_target(target)
+            stack.close()
+
+        together(publish, world)
+
+
+def _filled(
+    model: CausalLM, files: list[Shard], kind: torch.dtype
+) -> Iterator[tuple[Shard, Mapping[str, Tensor]]]:
+    """Each file when its tensors are there: of rank 0, and none on all others."""
+    last = {shard.tensors[-1]: shard for shard in files}
+    held: dict[str, Tensor] = {}
+    every = table_of(model)
+    parameters = whole_parameters(model)
+    for conversion in progress(every, "writing weights", model.context.topology):
+        found = next(parameters)
+        held |= {name: tensor.to("cpu", kind).contiguous() for name, tensor in found.items()}
+        del found
+        for name in conversion.theirs:
+            if name in last:
+                shard = last[name]
+                own = {one: held.pop(one) for one in shard.tensors if one in held}
+                yield shard, own
+                del own
+
+
+def _write(partial: Path | None, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+    if partial is None:
+        return
+    path = partial / shard.name
+    try:
+        # transformers 4 asks for the format.
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"code: (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        written = path.stat().st_size if path.exists() else 0
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise write_error(path, OSError(number, os.strerror(number)), written, needed) from error
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if os.path.lexists(target):
+        what = "is not empty" if target.is_dir() else "is no folder"
+        raise ValueError(f"{target} {what}, and nothing is overwritten: give another folder")
+
+
+def _kind(dtype: torch.dtype | str | None, model: CausalLM) -> torch.dtype:
+    if dtype is None:
+        return model.transformer_config.params_dtype
+    if _name(dtype) not in KINDS:
+        raise ValueError(f"dtype={dtype!r} is no type of weights: use {', '.join(KINDS)}")
+    found: torch.dtype = getattr(torch, _name(dtype))
+    return found
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
