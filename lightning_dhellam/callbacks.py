@@ -89,7 +89,8 @@ class ThroughputMonitor(Callback):
             _log(pl_module, "emulated", 1.0)
         config = getattr(pl_module, "model_config", None)
         if self.peak_tflops is not None and isinstance(config, ModelConfig):
-            flops = training_flops_per_token(config, length)
+            frozen = getattr(pl_module, "lora", None) is not None
+            flops = training_flops_per_token(config, length, frozen=frozen)
             share = self.tokens_per_second * flops / _ranks(trainer)
             _log(pl_module, "mfu", share / (self.peak_tflops * 1e12))
 

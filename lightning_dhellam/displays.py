@@ -192,7 +192,8 @@ def size_of(model: nn.Module, config: ModelConfig, context: ParallelContext, len
     if config.num_experts is not None:
         met = get_human_readable_count(active_parameter_count(config)).strip()
         share += f", of which each token meets {met}"
-    flops = training_flops_per_token(config, length)
+    frozen = getattr(model, "lora", None) is not None
+    flops = training_flops_per_token(config, length, frozen=frozen)
     unit, size = next((pair for pair in _UNITS if flops >= pair[1]), _UNITS[-1])
     return (
         f"model: {count.strip()} parameters in all{share}, {flops / size:.3g} {unit} per token to"

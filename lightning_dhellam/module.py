@@ -23,7 +23,8 @@ from lightning_dhellam.engine.words import in_our_words
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
-from lightning_dhellam.models import CausalLM, ModelConfig, preset
+from lightning_dhellam.models import CausalLM, LoRA, ModelConfig, add_lora, preset
+from lightning_dhellam.models.lora import targets_of
 from lightning_dhellam.optimizing import Schedule, decay_groups
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.values import check_kinds
@@ -51,11 +52,14 @@ class DualStrandMixin(LightningModule):
     `position_ids`, `cu_seqlens` or `attention_mask` say where those begin. What batches say by
     other trainers' keys that are not read is refused unless it changes nothing.
 
+    Set `lora` as well, and the model is frozen but for low-rank adapters of its linear layers.
+
     Override `build_model` for other layers, `compute_loss` for another loss, and any step to log
     something else: `batch_loss` and `batch_logits` do the work under every strategy.
     """
 
     model_config: ModelConfig
+    lora: LoRA | None = None
     model: CausalLM
     _late: LateValue | None = None
     _is_building = False
@@ -78,9 +82,7 @@ class DualStrandMixin(LightningModule):
         one of your own belongs to the stage of the layer before it, and the others forget it.
         There each is once in `model.layers`, and layers change places within a chunk only.
         """
-        strands = self._strands
-        seed = seed_of_run() if strands is None else strands.place().seed
-        return CausalLM(self.model_config, context, dtype, seed)
+        return CausalLM(self.model_config, context, dtype, self._seed)
 
     def compute_loss(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Override for a custom loss: from `logits` [B, S, V] of a micro-batch to a scalar.
@@ -143,6 +145,8 @@ class DualStrandMixin(LightningModule):
             dtype = torch.get_default_dtype()
         self.model = self.build_model(context, dtype)
         self.model.settle()
+        if self.lora is not None:
+            add_lora(self.model, self.lora, self._seed)
 
     def __getattr__(self, name: str) -> Any:
         # Callbacks may want the model before `configure_model`: to freeze a part of it in `setup`.
@@ -172,6 +176,11 @@ class DualStrandMixin(LightningModule):
         trainer = self._trainer
         strategy = trainer.strategy if trainer is not None else None
         return strategy if isinstance(strategy, RunnerStrategy) else None
+
+    @property
+    def _seed(self) -> int:
+        """The seed of what the model draws when it is made."""
+        return seed_of_run() if self._strands is None else self._strands.place().seed
 
     @property
     def device_now(self) -> torch.device:
@@ -315,6 +324,7 @@ class LanguageModel(DualStrandMixin):
             which stays at the highest and goes down in a line in the last steps.
         decay_steps: optimizer steps in which `wsd` goes down; a tenth of all if left out.
         decay_embeddings: whether weight decay is of embeddings as well.
+        lora: adapters to train beside a frozen model: `{rank: 16, alpha: 32}`.
 
     Raises ValueError, by name, for a value of another kind or one that no model can have.
     """
@@ -331,11 +341,15 @@ class LanguageModel(DualStrandMixin):
         schedule: str = "cosine",
         decay_steps: int | None = None,
         decay_embeddings: bool = True,
+        lora: LoRA | None = None,
     ) -> None:
         check_kinds(LanguageModel.__init__, locals())
         super().__init__()
         self.save_hyperparameters()
         self.model_config = make_config(preset, overrides)
+        self.lora = lora
+        if lora is not None:
+            targets_of(self.model_config, lora)  # refuses what the model does not have
         self._schedule = Schedule(schedule, warmup_steps, min_lr_ratio, decay_steps)
 
     @override

@@ -32,6 +32,7 @@ from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoi
 
 from lightning_dhellam.files import write_error
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.lora import LoRA
 
 REMEDY = "use another checkpoint, such as the one before it"
 _MAKERS: dict[str, Any] = {
@@ -62,6 +63,7 @@ ALLOWED: list[Any] = [
         for name, made in _MAKERS.items()
         for core in ("core", "_core")
     ),
+    LoRA,
     ModelConfig,
 ]
 """Types that files may hold besides those that torch allows itself: values that do nothing."""

@@ -9,12 +9,13 @@ layer gathers its input and a row-parallel layer scatters its output:
 A column-parallel bias is added by its GEMM; it is split as the weight is. A row-parallel bias is
 whole on every rank and joins after the scatter, where the residual stream is added (see
 `residual`); each rank's gradient of it is the sum over its own tokens. With TP = 1 gathers and
-scatters are left out, and their neighbours share a slot.
+scatters are left out, and their neighbours share a slot. An adapter adds to what the GEMM and its
+dgrad have computed (see `adapted`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.protocols import LinearKernel
+from lightning_dhellam.layers.adapted import AdaptedColumn, AdaptedRow
+from lightning_dhellam.layers.adapter import adapter_of
 from lightning_dhellam.layers.block import Setting, Supported, check_class, check_config
-from lightning_dhellam.layers.rules import on_tp
+from lightning_dhellam.layers.rules import on_tp, products
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
 from lightning_dhellam.parallel.gradients import taken_first
-from lightning_dhellam.plan.layout import CHANNELS, Held, Rule
+from lightning_dhellam.plan.layout import Held
 
 SUPPORTED: Supported = {
     "fp4": (None,),
@@ -82,7 +85,7 @@ class _Linear:
             flops=self.flops,
             # cuBLAS adds a bias in a GEMM of its other interface, which takes all processors.
             shrinks=self.kernel.SHRINKS and bias is None,
-            rule=_multiplies(*self._ends),
+            rule=products(*self._ends),
         )
 
     def _dgrad(self, w: GraphWriter, grad: str, write: str) -> None:
@@ -94,7 +97,7 @@ class _Linear:
             lambda dy: dgrad(dy, weight),
             flops=self.flops,
             shrinks=self.kernel.SHRINKS,
-            rule=_multiplies(*reversed(self._ends)),
+            rule=products(*reversed(self._ends)),
         )
 
     def _wgrad(self, w: GraphWriter, grad: str, read: str) -> None:
@@ -139,9 +142,11 @@ class ColumnLinear(_Linear):
 
     Attributes:
         regather: gather the input again in backward, instead of keeping it.
+        adapter: what is trained beside the weight, or None.
     """
 
     regather: bool
+    adapter: AdaptedColumn | None = None
 
     @classmethod
     def of(
@@ -149,7 +154,11 @@ class ColumnLinear(_Linear):
     ) -> ColumnLinear:
         """What lowers a Megatron-core `ColumnParallelLinear`; another class is refused."""
         parts = cls._parts(module, ColumnParallelLinear, name, along, setting, prefix)
-        return cls(*parts, setting.regather)
+        adapter = adapter_of(module)
+        if adapter is None:
+            return cls(*parts, setting.regather)
+        adapted = AdaptedColumn(parts[0], adapter, along, setting.kernels.linear)
+        return cls(*parts, setting.regather, adapted)
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -157,7 +166,13 @@ class ColumnLinear(_Linear):
 
     def forward(self, w: GraphWriter, read: str, write: str) -> None:
         """Add `write` [S, B, O] from `read` [s, B, I]."""
-        self.gemm(w, self.gather(w, read), write)
+        whole = self.gather(w, read)
+        if self.adapter is None:
+            self.gemm(w, whole, write)
+            return
+        self.adapter.down(w, read)
+        self.gemm(w, whole, f"{write}_base")
+        self.adapter.up(w, f"{write}_base", write)
 
     def gather(self, w: GraphWriter, read: str) -> str:
         """Gather the input. Returns the slot of every token's."""
@@ -174,6 +189,8 @@ class ColumnLinear(_Linear):
         if self.weight.requires_grad:  # or else nothing reads the input again
             self._wgrad(w, grad, self.whole(w, read))
         self._bias_grad(w, grad, w.sizes.wide(self.weight.shape[0]))
+        if self.adapter is not None:
+            return self.adapter.backward(w, grad, read, scattered)
         return scattered
 
     def scatter_grad(self, w: GraphWriter, read: str) -> str:
@@ -190,14 +207,24 @@ class ColumnLinear(_Linear):
 
 @dataclass(frozen=True)
 class RowLinear(_Linear):
-    """A linear layer of which each rank has some input channels: ranks add up what they compute."""
+    """A linear layer of which each rank has some input channels: ranks add up what they compute.
+
+    Attributes:
+        adapter: what is trained beside the weight, or None.
+    """
+
+    adapter: AdaptedRow | None = None
 
     @classmethod
     def of(
         cls, module: Any, name: str, along: Held, setting: Setting, prefix: str = ""
     ) -> RowLinear:
         """What lowers a Megatron-core `RowParallelLinear`; another class is refused."""
-        return cls(*cls._parts(module, RowParallelLinear, name, along, setting, prefix))
+        parts = cls._parts(module, RowParallelLinear, name, along, setting, prefix)
+        adapter = adapter_of(module)
+        if adapter is None:
+            return cls(*parts)
+        return cls(*parts, AdaptedRow(parts[0], adapter, along, setting.kernels.linear))
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -205,9 +232,13 @@ class RowLinear(_Linear):
 
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the output [s, B, O] without its bias from `read` [S, B, I]. Returns its slot."""
-        self._gemm(w, read, f"{self.name}_partial")
+        partial = f"{self.name}_partial"
+        base = partial if self.adapter is None else f"{partial}_base"
+        self._gemm(w, read, base)
+        if self.adapter is not None:
+            self.adapter.forward(w, read, base, partial)
         channels = self.weight.shape[0]
-        return w.scatter(f"{self.name}.scatter", f"{self.name}_partial", self.name, channels)
+        return w.scatter(f"{self.name}.scatter", partial, self.name, channels)
 
     def written(self, w: GraphWriter) -> str:
         """The slot of the output."""
@@ -217,14 +248,10 @@ class RowLinear(_Linear):
         """Add all gradients, from `grad` [s, B, O]. Returns the slot of that by `read`."""
         channels = self.weight.shape[0]
         whole = w.gather(f"{self.name}.grad_gather", grad, f"d_{self.name}_full", channels)
-        self._dgrad(w, whole, f"d_{read}")
+        base = f"d_{read}" if self.adapter is None else f"d_{read}_base"
+        self._dgrad(w, whole, base)
+        if self.adapter is not None:
+            self.adapter.backward(w, whole, read, base, f"d_{read}")
         self._wgrad(w, whole, read)
         self._bias_grad(w, grad, w.sizes.wide(channels) / w.sizes.tp)
         return f"d_{read}"
-
-
-def _multiplies(reads: Held, writes: Held) -> Rule:
-    """The rule of a product by a weight: a partial sum where a rank has some of the channels."""
-    summed = reads is not Held.REPLICATED
-    rule = on_tp(reads, Held.PARTIAL if summed else writes)
-    return replace(rule, mixes=CHANNELS)

@@ -86,6 +86,13 @@ def on_tp(
     return Rule({"tp": Move(reads, writes, gradient)})
 
 
+def products(reads: Held, writes: Held) -> Rule:
+    """The rule of a product by a weight: a partial sum where a rank has some of the channels."""
+    summed = reads is not Held.REPLICATED
+    rule = on_tp(reads, Held.PARTIAL if summed else writes)
+    return replace(rule, mixes=CHANNELS)
+
+
 def of_documents(held: Held, count: int, *, cp: Move | None = None) -> Rule:
     """The rule of attention: `count` slots that lie on tensor-parallel ranks as `held`.
 

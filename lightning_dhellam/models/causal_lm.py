@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lightning_dhellam.layers.sequence import is_token_wise, of_whole_sequences
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.drawing import draw_experts, draw_part, seeded
+from lightning_dhellam.models.lora import LoRA
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
 from lightning_dhellam.models.rotary import LongRotary
@@ -58,7 +59,10 @@ class CausalLM(nn.Module):
 
     Attributes:
         origin: the folder of Hugging Face whose weights it was given last, if any.
+        lora: what adapters its linear layers have been given, or None.
     """
+
+    lora: LoRA | None = None
 
     def __init__(
         self,

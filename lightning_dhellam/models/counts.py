@@ -38,7 +38,7 @@ def keys_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
     return 2 * tokens * config.num_query_groups * config.kv_channels * dtype.itemsize
 
 
-def training_flops_per_token(config: ModelConfig, length: int) -> float:
+def training_flops_per_token(config: ModelConfig, length: int, *, frozen: bool = False) -> float:
     """FLOPs of forward and backward per token of a sequence of `length`, attention causal-halved.
 
     Two for each weight of a matrix product in forward and twice that in backward, of those experts
@@ -46,7 +46,8 @@ def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """
     layers = sum(_matrices(config, experts, _chosen(config)) for experts in config.expert_layers)
     attention = config.num_layers * heads_of(config).flops(length)
-    return 6.0 * (layers + config.vocab_size * config.hidden_size) + 3.0 * attention
+    each = 4.0 if frozen else 6.0
+    return each * (layers + config.vocab_size * config.hidden_size) + 3.0 * attention
 
 
 def costs_in_layers(config: ModelConfig) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.models.adapters import MergedWeights
 from lightning_dhellam.models.carried import check_vocabulary
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.families import LLAMA, Family, check_shape, family_of
@@ -113,14 +114,14 @@ def leaving(model: CausalLM) -> Mapping[str, Tensor]:
     The one place where a weight for export is made: what a file is to hold otherwise than the
     parameter does, is made here.
     """
-    return dict(model.named_parameters())
+    return MergedWeights(model)
 
 
 def _import(function: str, family: Family, model: CausalLM, source: Source, config: Any) -> None:
     # Where every process has a whole model, each may do as it likes.
     world = model.context.world_group if model.context.topology.world_size > 1 else None
     every = list(_conversions(family, model))
-    own = _own(every, model)
+    own = own_of(every, model)
 
     def fitting() -> Mapping[str, Readable]:
         tensors, described = open_weights(function, family.architecture, source, config)
@@ -135,13 +136,13 @@ def _import(function: str, family: Family, model: CausalLM, source: Source, conf
 
     tensors = together(fitting, world)
     together(lambda: check_tied(model.config, tensors, model.context.topology), world)
-    together(lambda: _copy(own, model, tensors), world)
+    together(lambda: fill(model, own, tensors), world)
     if isinstance(source, str | PathLike):
         model.origin = Path(source).absolute()
 
 
-def _copy(own: list[Conversion], model: CausalLM, tensors: Mapping[str, Readable]) -> None:
-    """Read this rank's share of each tensor, one parameter's at a time."""
+def fill(model: CausalLM, own: list[Conversion], tensors: Mapping[str, Readable]) -> None:
+    """Read this rank's share of each tensor, one parameter's at a time: of `own`, which it has."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for conversion in progress(own, "reading weights", model.context.topology):
@@ -186,12 +187,12 @@ def _each(
         )
     every = list(_conversions(family, model))
     missing = [
-        conversion.ours for conversion in _own(every, model) if conversion.ours not in tensors
+        conversion.ours for conversion in own_of(every, model) if conversion.ours not in tensors
     ]
     if missing:
         raise ValueError(f"tensors to export lack {listed(missing)}: pass every parameter's")
     keeps = everywhere or model.context.topology.rank == 0
-    return _gathered(every, model, tensors, keeps)
+    return gathered(every, model, tensors, keeps)
 
 
 def table_of(model: CausalLM) -> list[Conversion]:
@@ -217,9 +218,13 @@ def _wholes(
         del found  # before the next one comes to the device
 
 
-def _gathered(
+def gathered(
     every: list[Conversion], model: CausalLM, tensors: Mapping[str, Tensor], keeps: bool
 ) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors, one parameter's at a time, on the host; nothing unless this rank `keeps` it.
+
+    `tensors` are this rank's, by our names. Every rank must go through all of them.
+    """
     for found in _wholes(every, model, tensors, keeps):
         for name in list(found):
             yield name, found.pop(name).to("cpu")
@@ -255,7 +260,8 @@ def _is_here(conversion: Conversion, model: CausalLM) -> bool:
     )
 
 
-def _own(every: list[Conversion], model: CausalLM) -> list[Conversion]:
+def own_of(every: list[Conversion], model: CausalLM) -> list[Conversion]:
+    """The conversions of what this rank has a share of."""
     return [conversion for conversion in every if _is_here(conversion, model)]
 
 

@@ -215,14 +215,14 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> 
 
     def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
         own = [
-            tensor[_part(groups * rows, rank, size)].reshape(groups // size, rows, *rest)
+            tensor[_part(groups * rows, rank, size)].unflatten(0, (groups // size, rows))
             for tensor, rows in zip(whole, parts, strict=True)
         ]
-        return torch.cat(own, dim=1).view(-1, *rest)
+        return torch.cat(own, dim=1).flatten(0, 1)
 
     def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
-        fused = torch.cat(list(shards)).view(groups, sum(parts), *rest)
-        return [part.reshape(-1, *rest) for part in fused.split(parts, dim=1)]
+        fused = torch.cat(list(shards)).unflatten(0, (groups, sum(parts)))
+        return [part.flatten(0, 1) for part in fused.split(parts, dim=1)]
 
     names = {
         f"{theirs}{letter}_proj.{kind}": (groups * part, *rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ def test_a_side_that_fails_costs_its_own_row_only(
     assert "no-such-plan" in ours["failed"] and "tokens/s" in eager
 
 
+def test_throughput_trains_adapters_and_names_peft_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Workers, job: Job, *, more: bool = True) -> dict[str, Any]:
+        return result_of(job)
+
+    monkeypatch.setattr(Workers, "run", run)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    words = ["--device=cpu", "--sides=[ours, eager]", "--steps=1", "--warm_up=1"]
+    words += [f"--cases=['{TINY}:lora4']", f"--output={tmp_path}"]
+    assert main(["bench", "throughput", *words]) == 1
+    ours, eager = _report(tmp_path, "throughput")["rows"]
+    assert eager["failed"] == (
+        "ValueError: their side of a case with adapters needs peft: pip install peft"
+    )
+    full, frozen = Case.parse(TINY), Case.parse(f"{TINY}:lora4")
+    assert frozen.lora is not None and frozen.lora.rank == 4
+    assert 0.66 < frozen.flops_per_token / full.flops_per_token < 0.75
+    rate = ours["tokens/s"] * frozen.flops_per_token
+    assert ours["TFLOP/s"] == pytest.approx(rate / 1e12)
+    assert abs(ours["loss"] - 6.3) < 0.2 and ours["grad norm"] > 0
+
+
 def test_a_process_that_dies_costs_its_own_row_only(tmp_path: Path) -> None:
     job = Job(TINY, "eager", "cpu", "sequential", warm_up=1, steps=1)
     with Workers(tmp_path / "log", Budget(3600), 3600) as workers:
@@ -97,13 +121,16 @@ def test_the_most_important_comes_first() -> None:
 def test_cases_name_real_shapes(case: str) -> None:
     shape = Case.parse(case)
     assert shape.length == shape.config.max_sequence_length
-    # Six FLOPs for each weight and token, and attention.
-    assert shape.flops_per_token > 6 * (
+    # Six FLOPs for each weight and token, four for a frozen one, and attention.
+    assert shape.flops_per_token > (4 if shape.lora else 6) * (
         parameter_count(shape.config) - 2 * shape.config.vocab_size * shape.config.hidden_size
     )
 
 
-@pytest.mark.parametrize("case", ["llama-3-8b", "llama-3-8b:8:32000:8192:x", "llama-9:1:2:3:4"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama-3-8b", "llama-3-8b:8:32000:8192:x", "llama-9:1:2:3:4", "llama-3-8b:8:9:64:2:qlora"],
+)
 def test_a_case_that_is_none_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", "--device=cpu", f"--cases=['{case}']"]) == 2
     assert case.split(":")[0] in capsys.readouterr().err

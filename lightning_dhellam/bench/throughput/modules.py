@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from zlib import crc32
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_dhellam.bench.throughput.settings import Case
-from lightning_dhellam.models import import_llama
+from lightning_dhellam.layers.adapter import draw_down
+from lightning_dhellam.models import LoRA, adapter_conversions, import_llama
+from lightning_dhellam.models.huggingface import fill
 from lightning_dhellam.module import DualStrandMixin
 
 _LEARNING_RATE = 1e-4
@@ -21,7 +24,7 @@ class Ours(DualStrandMixin):
 
     def __init__(self, case: Case, start: torch.device) -> None:
         super().__init__()
-        self.model_config = case.config
+        self.model_config, self.lora = case.config, case.lora
         self.case = case
         self.start = start
 
@@ -30,6 +33,12 @@ class Ours(DualStrandMixin):
         super().configure_model()
         if first:
             import_llama(self.model, _huggingface(self.case, self.start))
+            if self.lora is not None:
+                every = list(adapter_conversions(self.model_config, self.lora))
+                shapes = {name: shape for one in every for name, shape in one.theirs.items()}
+                fill(
+                    self.model, every, {name: _drawn(name, shape) for name, shape in shapes.items()}
+                )
             if self.start.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -37,7 +46,7 @@ class Ours(DualStrandMixin):
         return self.batch_loss(batch)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, fused=True)
+        return _optimizer(self)
 
 
 class Theirs(pl.LightningModule):
@@ -46,13 +55,16 @@ class Theirs(pl.LightningModule):
     def __init__(self, case: Case, device: torch.device, compiled: bool) -> None:
         super().__init__()
         self.net = _huggingface(case, device)
+        self.rotary = self.net.model.rotary_emb
+        self.frequencies = (self.rotary.inv_freq.clone(),)
+        if case.lora is not None:
+            self.net = _with_peft(self.net, case.lora)
         self.run = torch.compile(self.net) if compiled else self.net
-        self.frequencies = (self.net.model.rotary_emb.inv_freq.clone(),)
 
     def on_train_start(self) -> None:
         # Lightning's bf16-true has rounded them too: angles of late positions were off by turns.
         (frequencies,) = self.frequencies
-        self.net.model.rotary_emb.inv_freq = frequencies
+        self.rotary.inv_freq = frequencies
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         labels = batch["labels"]
@@ -62,7 +74,12 @@ class Theirs(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.net.parameters(), lr=_LEARNING_RATE, fused=True)
+        return _optimizer(self.net)
+
+
+def _optimizer(module: torch.nn.Module) -> torch.optim.AdamW:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=_LEARNING_RATE, fused=True)
 
 
 def _huggingface(case: Case, device: torch.device) -> Any:
@@ -95,3 +112,30 @@ def _huggingface(case: Case, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(
             theirs, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
+
+
+def _with_peft(net: Any, lora: LoRA) -> Any:
+    """The model frozen, with adapters of peft around all linear layers of attention and MLPs."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(
+            "their side of a case with adapters needs peft: pip install peft"
+        ) from error
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    found = get_peft_model(net, config)
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(_drawn(name.replace(".default", ""), tuple(parameter.shape)))
+    return found
+
+
+def _drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What an adapter of peft's name starts with, on both sides: B is zero."""
+    rank, width = shape
+    return (
+        draw_down(rank, width, crc32(name.encode())) if ".lora_A." in name else torch.zeros(shape)
+    )

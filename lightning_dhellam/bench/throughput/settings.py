@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dhellam.models import ModelConfig, preset, training_flops_per_token
+from lightning_dhellam.models import LoRA, ModelConfig, preset, training_flops_per_token
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 SIDES = (OURS, EAGER, COMPILED)
@@ -13,7 +13,9 @@ CASES = (
     "llama-3-8b:8:128256:8192:4",
     "llama-3.2-3b:28:128256:8192:4",
     "llama-3-8b:8:32000:32768:2",
+    "llama-3-8b:32:128256:4096:8:lora16",
 )
+_FORM = "preset:layers:vocabulary:sequence:micro-batches[:loraRANK]"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Settings:
     """The options of `dhellam bench throughput`."""
 
     cases: tuple[str, ...] = CASES
-    """What to train, the most important first: preset:layers:vocabulary:sequence:micro-batches."""
+    """What to train, the most important first: preset:layers:vocabulary:sequence:micro-batches, and
+    :lora16 behind it for adapters of rank 16 beside frozen weights, on their side by peft."""
 
     sides: tuple[str, ...] = SIDES
     """Who trains it: ours, and Hugging Face's model eager and compiled."""
@@ -81,33 +84,35 @@ class Case:
         config: The model.
         length: Tokens of a sequence.
         micro_batches: Micro-batches of one sample each to an optimizer step.
+        lora: Adapters, if they alone are trained.
     """
 
     config: ModelConfig
     length: int
     micro_batches: int
+    lora: LoRA | None = None
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """The case that is written as `preset:layers:vocabulary:sequence:micro-batches`.
+        """The case that is written as `preset:layers:vocabulary:sequence:micro-batches[:lora16]`.
 
         Raises:
             ValueError: It is written otherwise, or there is no such preset.
         """
         name, *numbers = text.split(":")
-        if len(numbers) != 4 or not all(number.isdigit() for number in numbers):
-            raise ValueError(
-                f"--cases: '{text}' is not preset:layers:vocabulary:sequence:micro-batches, such as"
-                " llama-3-8b:8:32000:8192:4"
-            )
+        rank = numbers.pop().removeprefix("lora") if len(numbers) == 5 else ""
+        if len(numbers) != 4 or not all(part.isdigit() for part in (*numbers, rank or "0")):
+            raise ValueError(f"--cases: '{text}' is not {_FORM}, such as llama-3-8b:8:32000:8192:4")
         layers, vocabulary, length, micro_batches = map(int, numbers)
         config = preset(name, num_layers=layers, vocab_size=vocabulary, max_sequence_length=length)
-        return cls(config, length, micro_batches)
+        lora = LoRA(int(rank), 2.0 * int(rank)) if rank else None
+        return cls(config, length, micro_batches, lora)
 
     @property
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward for a token, with attention causal-halved."""
-        return training_flops_per_token(self.config, self.length)
+        frozen = self.lora is not None
+        return training_flops_per_token(self.config, self.length, frozen=frozen)
 
 
 @dataclass(frozen=True)
