@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,18 @@ from lightning_dhellam.bench import plans
 from lightning_dhellam.bench.command import bench_command
 from lightning_dhellam.bench.overlap.calibrate import find_rising
 from lightning_dhellam.bench.overlap.cells import Cell, cells
+from lightning_dhellam.bench.overlap.cut import cost_of_cutting
 from lightning_dhellam.bench.overlap.rank import Rank
 from lightning_dhellam.bench.overlap.settings import LINKS
-from lightning_dhellam.bench.shapes import parse_link
-from lightning_dhellam.parallel import Link
+from lightning_dhellam.bench.shapes import parse_link, rank_of, shapes
+from lightning_dhellam.bench.workload import trunk
+from lightning_dhellam.engine import OperatorTimer
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import Cluster, Link
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.solve import Budget
+from tests.engine.harness import CPU
 
 REHEARSE = ("--device", "cpu", "--repeats", "2")
 SHORT = ("--rounds", "1", "--micro_batches", "[1,2]")
@@ -117,10 +125,30 @@ def test_sequences_are_shared_in_either_way(tmp_path: Path) -> None:
     for cell in cells:
         for plan in ("sequential", "megatron", "auto"):
             assert rows[cell, plan]["parity"] == 0.0, "plans decide when, never what"
+        (cut,) = re.findall(r"attention ([\d.]+) × a 4th of the uncut one", found[cell])
+        assert float(cut) > 0
     # 0.05 GB/s: keys and values of 128 / 4 tokens, of a head on each of 8 ranks, 8 fp32 numbers.
     # Three hops forward, and backward as many with them and with their gradients.
     hops = 9 * (10e-6 + 32 * 2 * 8 * 4 / 0.05e9) * 1e3
     assert rows["c4 copy:110 ring copy:50", "bound"]["layer ms"] >= 0.9 * hops
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather"])
+def test_cutting_costs_what_all_parts_of_attention_take_in_shares_of_the_whole(
+    exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = shapes(rehearse=True)["d"]
+    cluster = Cluster(shape.world_size, {Lane.TP: Link(1e9), Lane.CP: Link(1e9)})
+    with rank_of(cluster, shape.ranks, CPU, shape.context_ranks) as context:
+        model = CausalLM(shape.config, context)
+        work = trunk(model, 1, shape.length, 1, 1, context_exchange=exchange)
+        graphs = [graph for pair in work.layers for graph in (pair.forward, pair.backward)]
+        costs = Costs.nominal(graphs, 1)
+        costs = replace(costs, seconds=dict.fromkeys(costs.seconds, 1.0))
+        monkeypatch.setattr(OperatorTimer, "alone", lambda *_: [8.0, 2.0, 5.0])
+        # Blocks and their gradients, merges, packing, joining, and what a ring adds on the way.
+        parts = 4 + 4 + 3 + 2 + 1 + (2 if exchange == "ring" else 0)
+        assert cost_of_cutting(work, costs, shape.length, 1) == pytest.approx(4 * parts / (5 + 5))
 
 
 def test_experts_are_spread_over_ranks(tmp_path: Path) -> None:

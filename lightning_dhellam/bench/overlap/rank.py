@@ -11,6 +11,7 @@ import torch
 
 from lightning_dhellam.bench.overlap.calibrate import find_rising
 from lightning_dhellam.bench.overlap.cells import PUBLISHED_EXPOSED, Cell
+from lightning_dhellam.bench.overlap.cut import cost_of_cutting
 from lightning_dhellam.bench.overlap.report import COMPUTE, PlanFigures, rows_of
 from lightning_dhellam.bench.overlap.settings import Settings
 from lightning_dhellam.bench.overlap.views import Views
@@ -103,7 +104,7 @@ class Rank:
         more = self._settings.many - self._settings.few
         busy = lane_seconds(work.layers[1:2], plans.costs)
         busiest = max(busy[lane] for lane in self._links)
-        note += _rows(work)
+        note += _rows(work) + self._cut(cell, work, plans.costs)
         rows = rows_of(cell, more, busiest, timed, figures)
         views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
         return Measured(rows, f"{note}. {_searched(plans)}", views)
@@ -212,6 +213,14 @@ class Rank:
             for count in (self._settings.few, self._settings.many)
         )
         return few, many
+
+    def _cut(self, cell: Cell, work: Workload, costs: Costs) -> str:
+        """What attention costs since sequences are shared; nothing if they are not."""
+        shape = self._shapes[cell.shape]
+        if shape.context_ranks == 1:
+            return ""
+        found = cost_of_cutting(work, costs, shape.length, shape.micro_batch)
+        return f"; attention {found:.3f} × a {shape.context_ranks}th of the uncut one"
 
     def _parity(self, cell: Cell, plans: Plans) -> dict[str, tuple[float, str]]:
         """How far results are from the sequential plan's, and which of them is farthest.
