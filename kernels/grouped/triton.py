@@ -174,7 +174,7 @@ def _dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, INTERPRETED: tl.constexpr
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _multiply(
     x: tl.tensor,
     weights: tl.tensor,

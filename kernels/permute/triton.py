@@ -83,7 +83,7 @@ def _clear_free(order: Tensor, rows: Tensor) -> None:
         _clear[(blocks(count, 8),)](order, rows, count, width, ROWS=8, BLOCK=_BLOCK, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _permute(
     x: tl.tensor,
     order: tl.tensor,

@@ -155,12 +155,17 @@ class Executor:
         self.observer: Observer | None = None
         self.tracer: Tracer | None = None
         self._rehearsing = False
+        self._turn = 0
 
     @contextmanager
-    def rehearsing(self, observer: Observer | None = None) -> Iterator[None]:
-        """Let operators that have a `rehearsal` run that instead; only `observer` watches."""
+    def rehearsing(self, observer: Observer | None = None, turn: int = 0) -> Iterator[None]:
+        """Let operators run what they rehearse by instead; only `observer` watches.
+
+        One that rehearses by several runs that of this `turn`, counted round.
+        """
         watching = self.observer, self.tracer
         self._rehearsing, self.observer, self.tracer = True, observer, None
+        self._turn = turn
         try:
             yield
         finally:
@@ -216,8 +221,9 @@ class Executor:
         if operator.computes:
             self.lanes.share(entry.spare)
         launched = operator if self.tracer is None else self.tracer.traced(operator)
-        if self._rehearsing and operator.rehearsal is not None:
-            launched = replace(operator, run=operator.rehearsal)
+        if self._rehearsing and operator.rehearsals:
+            instead = operator.rehearsals[self._turn % len(operator.rehearsals)]
+            launched = replace(operator, run=instead)
         if self.observer is not None:
             launched = _observed(launched, entry, self.observer)
         result, mark = self.lanes.launch(launched, inputs, entry.crosses, entry.first)

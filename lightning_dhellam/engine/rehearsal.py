@@ -3,7 +3,8 @@
 A kernel that is launched for the first time is loaded, and that waits until the device has finished
 all kernels that run. In a pipeline a receive that was posted early is one of them; meanwhile the
 other stage, which should send, may wait in the same way for something that this one has still to
-send. So every kernel of a step, and of its plan, is launched once before other stages take part.
+send. So every kernel of a step, and of its plan, is launched once before other stages take part,
+where kernels depend on how many rows experts have by several routings that are made up.
 
     stage 0   loads a kernel .... waits for its receive ...........
     stage 1   loads a kernel .... waits for its receive ...........   for ever
@@ -52,8 +53,10 @@ class Rehearsals:
     ) -> None:
         self._executor = executor
         self._module = module
-        graphs = (pair.backward for pair in layers)
-        self._parameters = [p for g in graphs for o in g.operators for p in o.accumulates]
+        graphs = [graph for pair in layers for graph in (pair.forward, pair.backward)]
+        operators = [operator for graph in graphs for operator in graph.operators]
+        self._parameters = [p for o in operators for p in o.accumulates]
+        self._turns = max((len(o.rehearsals) for o in operators), default=1) or 1
         self._needed = stage.count > 1 and executor.lanes.loads
         self._done: set[tuple[Any, ...]] = set()
 
@@ -62,8 +65,9 @@ class Rehearsals:
 
         Args:
             step: what decides on its kernels, beside the shapes: its kind and its plans.
-            pieces: its micro-batches. Each shape among them is rehearsed once, two at a time if
-                there are two: the first adds to gradients in another way than the second.
+            pieces: its micro-batches. Each shape among them is rehearsed once, by each routing that
+                there is for it, two at a time if there are two: the first adds to gradients in
+                another way than the second.
             run: carries it out.
         """
         if not self._needed:
@@ -72,10 +76,17 @@ class Rehearsals:
         for piece in pieces:
             key = (*step, count, *_shapes(piece))
             if key not in self._done:
-                self.once([piece] * count, run)
+                for turn in range(self._turns):
+                    self.once([piece] * count, run, turn=turn)
                 self._done.add(key)
 
-    def once(self, pieces: list[MicroBatch], run: Run, observer: Observer | None = None) -> None:
+    def once(
+        self,
+        pieces: list[MicroBatch],
+        run: Run,
+        observer: Observer | None = None,
+        turn: int = 0,
+    ) -> None:
         """Rehearse, whatever is known, while `observer` watches. Nothing is left of it."""
         if not self._needed:
             return
@@ -83,7 +94,7 @@ class Rehearsals:
         with (
             torch.no_grad(),
             untouched(self._module, device),
-            self._executor.rehearsing(observer),
+            self._executor.rehearsing(observer, turn),
             aside(self._parameters),
         ):
             run([piece.apart() for piece in pieces])

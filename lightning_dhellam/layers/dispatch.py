@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers import practice
 from lightning_dhellam.layers.rows import Rows, places_of, rows_of, to_host
 from lightning_dhellam.layers.rules import gathers
 from lightning_dhellam.layers.writer import GraphWriter
@@ -210,7 +211,14 @@ class Dispatch:
             },
             self._sort,
             moved=16 * index,
+            rehearsals=tuple(partial(self._practise, number) for number in range(practice.COUNT)),
         )
+
+    def _practise(
+        self, number: int, chosen: Tensor, probs: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `_sort` gives by a routing that is made up."""
+        return self._sort(practice.made_up(chosen, self.experts, number), probs, x)
 
     def _sort(
         self, chosen: Tensor, probs: Tensor, x: Tensor

@@ -68,7 +68,7 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
         sizes.shard / LINK_RATE,
         edge=str(edge),
         collective=Collective.RECEIVE,
-        rehearsal=made_up,
+        rehearsals=(made_up,),
     )
     return replace(graph, receives=(operator,))
 
@@ -93,6 +93,6 @@ def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
         sizes.shard / LINK_RATE,
         edge=str(edge),
         collective=Collective.SEND,
-        rehearsal=unsent,
+        rehearsals=(unsent,),
     )
     return replace(graph, sends=(operator,))

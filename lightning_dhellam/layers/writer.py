@@ -87,6 +87,7 @@ class GraphWriter:
         accumulates: tuple[Parameter, ...] = (),
         shrinks: bool = False,
         varies: bool = False,
+        rehearsals: tuple[Callable[..., Any], ...] = (),
         rule: Rule = ALIKE,
     ) -> None:
         """Add a compute operator.
@@ -103,6 +104,7 @@ class GraphWriter:
             accumulates: parameters whose gradient it adds to; frozen ones are left out.
             shrinks: whether it can leave processors to communication.
             varies: whether its time depends on what values say.
+            rehearsals: what is run in its place when a stage rehearses.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
         """
         assert not (growing and (flops or moved)), f"{name} has two nominal costs"
@@ -123,6 +125,7 @@ class GraphWriter:
                 rule=bound(rule, self.sizes.context, trained),
                 growth=growth,
                 varies=varies,
+                rehearsals=rehearsals,
             )
         )
         self.bytes_per_token.update(writes)

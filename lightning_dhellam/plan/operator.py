@@ -83,8 +83,8 @@ class Operator:
         collective: what it does on a communication lane; None elsewhere.
         shrinks: whether it can leave processors to communication: a GEMM of cuBLAS.
         rule: how slots lie that it reads and writes; None where all that it reads lies alike.
-        rehearsal: what is run in its place when a stage rehearses, where nothing is sent or
-            received and nothing may be left behind.
+        rehearsals: what is run in its place when a stage rehearses, where nothing is sent or
+            received and nothing may be left behind; of several each in a rehearsal of its own.
         waits: whether the host waits until what it reads is there, before it issues what follows:
             `run` then takes values that the host can look at.
         growth: nominal seconds per token for each token of the sequence, where the cost grows with
@@ -105,7 +105,7 @@ class Operator:
     collective: Collective | None = field(default=None, compare=False)
     shrinks: bool = field(default=False, compare=False)
     rule: Rule | None = field(default=None, repr=False, compare=False)
-    rehearsal: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
+    rehearsals: tuple[Callable[..., Any], ...] = field(default=(), repr=False, compare=False)
     growth: float = field(default=0.0, compare=False)
     waits: bool = field(default=False, compare=False)
     varies: bool = field(default=False, compare=False)

@@ -118,7 +118,7 @@ def _layers(books: Books) -> list[GraphPair]:
         edge = str(Edge(source, target, strand))
         slots = ((slot,), ()) if kind == "send" else (("batch.tokens",), (slot,))
         made_up = operator(f"{slot}.made_up", Lane.PP, *slots, edge).run
-        return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, edge), rehearsal=made_up)
+        return replace(operator(f"{slot}.{kind}", Lane.PP, *slots, edge), rehearsals=(made_up,))
 
     def pair(before: int | None, after: int | None) -> GraphPair:
         forward = (
