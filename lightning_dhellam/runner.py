@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -338,9 +338,9 @@ class Runner:
         return loss
 
     def _in_our_words(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        return cast(
-            Mapping[str, Any], in_our_words(batch, own_labels=self.intake.limits.own_labels)
-        )
+        """The batch as the intake takes it: in our words, of a length that divides over ranks."""
+        batch = in_our_words(batch, own_labels=self.intake.limits.own_labels)
+        return self.intake.lengthened(batch) if isinstance(batch, Mapping) else batch
 
     def _of_sequences(self, loss: Tensor) -> Tensor:
         """The loss of whole sequences, from what each rank has computed of its tokens."""
@@ -405,8 +405,9 @@ class Runner:
 
         Where ranks share experts, all of them must call this equally often.
         """
-        batch = self._in_our_words(batch)
+        given, batch = batch, self._in_our_words(batch)
         pieces = self.intake.micro_batches(batch, needs_labels=False)
+        tokens = given["input_ids"] if given.get("tokens") is None else given["tokens"]
         logits = self.engine.predict(as_many(pieces, self.context))[: len(batch["tokens"])]
         if self.context.topology.pp_rank > 0:
             shape = (*batch["tokens"].shape, self.model.config.vocab_size)
@@ -414,7 +415,7 @@ class Runner:
             logits = torch.empty(shape, dtype=dtype, device=self.device)
         elif self.context.topology.cp_size > 1:
             logits = zigzag.whole_sequence(of_every_rank(logits, self.context.groups.cp), dim=1)
-        return from_first(logits, self.context.groups.pp)
+        return from_first(logits, self.context.groups.pp)[:, : tokens.shape[1]]
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over data-parallel ranks. Nothing waits for it on the host."""

@@ -35,6 +35,12 @@ class Limits(NamedTuple):
     context_parallel_size: int = 1
 
     @property
+    def multiple(self) -> int:
+        """What the length of sequences must be a multiple of."""
+        pieces = 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
+        return pieces * self.tensor_parallel_size
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """What of a batch holds ids of the vocabulary."""
         return ("tokens",) if self.own_labels else ("tokens", "labels")

@@ -18,6 +18,7 @@ from lightning_dhellam.engine.inputs import (
     pinned,
     unshifted,
 )
+from lightning_dhellam.engine.lengthen import lengthened
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.parallel import ParallelContext
@@ -41,6 +42,16 @@ class Intake:
     _has_begun: bool = field(default=False, init=False)
     _has_seen_labels: bool = field(default=False, init=False)
 
+    def lengthened(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch of Hugging Face's, in our words, whose sequences may have any length.
+
+        Padding is added at the end so that they divide over the ranks. With labels of one's own,
+        of which it is not known what they are, the batch stays as it is, and so does any other.
+        """
+        if self.limits.own_labels or "input_ids" not in batch:
+            return batch
+        return lengthened(batch, self.limits.multiple)
+
     def micro_batches(
         self,
         batch: Mapping[str, Any],
@@ -62,6 +73,8 @@ class Intake:
             ValueError: the batch cannot be cut, has ids outside of the vocabulary, or says of its
                 samples what cannot be.
         """
+        if isinstance(batch, Mapping):
+            batch = self.lengthened(batch)
         check_batch(batch, self.limits, needs_labels=needs_labels)
         check_ids(batch, self.limits)
         check_unread(batch, wait=not self._has_begun)

@@ -23,10 +23,16 @@ def put_on_host(value: Tensor, original: Tensor) -> None:
     setattr(value, _ON_HOST, (value._version, original))
 
 
+def original_of(value: Tensor) -> Tensor | None:
+    """What `put_on_host` was given, unless the copy was changed since."""
+    version, original = getattr(value, _ON_HOST, (-1, None))
+    return original if version == value._version else None
+
+
 def on_host(value: Tensor) -> Tensor:
     """The tensor on the host, which waits for its device unless it knows what it came from."""
-    version, original = getattr(value, _ON_HOST, (-1, value))
-    return original if version == value._version else value.cpu()
+    original = original_of(value)
+    return value.cpu() if original is None else original
 
 
 def begins_of_mask(mask: Tensor, batch: Mapping[str, Any]) -> Tensor | None:

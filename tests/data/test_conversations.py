@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -277,3 +278,16 @@ def test_the_recipe_learns(
     steps = re.findall(r"step (\d) of 8: train_loss ([\d.]+)", capsys.readouterr().out)
     losses = [float(loss) for _, loss in steps]
     assert len(losses) == 8 and losses[-1] < 0.95 * losses[0]
+
+
+def test_text_is_prepared_by_the_folder_of_a_tokenizer(tokenizer: Path, tmp_path: Path) -> None:
+    theirs = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    texts = ["hello\n  and hi ü", "what is 1 and 1?"]
+    source, output = tmp_path / "texts.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["data", "prepare", "--source", str(source), "--output", str(output)]
+    assert main([*words, "--tokenizer", str(tokenizer)]) == 0
+    ids = numpy.fromfile(output / "data.bin", numpy.uint16).tolist()
+    own = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert ids == [token for one in own for token in (*one, theirs.eos_token_id)]
+    assert main([*words, "--vocab_size", "299", "--tokenizer", str(tokenizer)]) == 2

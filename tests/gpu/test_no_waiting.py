@@ -28,8 +28,13 @@ SHAPE = {
     "num_query_groups": 8,
 }
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"alone": {}, "packed": {}},
-    2: {"dp2": {}, "tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}},
+    1: {"alone": {}, "packed": {}, "hugging-face": {}},
+    2: {
+        "dp2": {},
+        "tp2": {"tensor_parallel_size": 2},
+        "pp2": {"pipeline_parallel_size": 2},
+        "tp2-hugging-face": {"tensor_parallel_size": 2},
+    },
 }
 
 
@@ -40,6 +45,16 @@ class Documents(Sequences):
         sample = super().__getitem__(index)
         place, cut = torch.arange(len(sample["tokens"])), 1 + index % 5
         return {**sample, "position_ids": torch.where(place < cut, place, place - cut)}
+
+
+class HuggingFaces(Sequences):
+    """Samples of an odd length as its collators make them, with padding on the left."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = super().__getitem__(index)["tokens"][:-1]
+        mask = (torch.arange(len(tokens)) >= index % 4).long()
+        labels = tokens.masked_fill(mask == 0, -100)
+        return {"input_ids": tokens, "labels": labels, "attention_mask": mask}
 
 
 class Asleep(Callback):
@@ -87,7 +102,11 @@ def _asleep(
 
 def _on_rank(rank: int, world: int, folder: str) -> dict[str, list[bool]]:
     join(rank, world)
-    data = {"packed": Documents}
+    data = {
+        "packed": Documents,
+        "hugging-face": HuggingFaces,
+        "tp2-hugging-face": HuggingFaces,
+    }
     return {
         name: _asleep(f"{folder}/{name}", sizes, world, data.get(name, Sequences))
         for name, sizes in RUNS[world].items()
