@@ -17,6 +17,7 @@ import torch
 
 from lightning_dhellam.kernels import packages, protocols
 from lightning_dhellam.kernels.attention.base import Backend
+from lightning_dhellam.kernels.dropped_attention.base import DroppingBackend
 from lightning_dhellam.kernels.packed_attention.base import PackedBackend
 
 Refusal = Callable[[torch.device, torch.dtype], str | None]
@@ -103,6 +104,7 @@ class Kernels:
     attention: Backend
     cross_entropy: protocols.CrossEntropyKernel
     dropout: protocols.DropoutKernel
+    dropped_attention: DroppingBackend
     embedding: protocols.EmbeddingKernel
     gelu: protocols.ActivationKernel
     gelu_tanh: protocols.ActivationKernel
@@ -318,8 +320,8 @@ def _backend(path: str, name: str) -> Callable[[], Any]:
     return lambda: getattr(_module(path)(), name)()
 
 
-def _packs_nothing(why: str) -> Candidate:
-    """A backend of attention that keeps no documents apart."""
+def _cannot(why: str) -> Candidate:
+    """A backend of attention that keeps no documents apart, or drops no weights by counters."""
     return Candidate(lambda: None, lambda device, dtype: why)
 
 
@@ -332,6 +334,20 @@ def _with_triton(operator: str, refusal: Refusal = _for_triton) -> dict[str, Can
         automatic=lambda device: device.type == "cuda",
     )
     return {"triton": fast, "reference": _reference(operator)}
+
+
+_OWN_NUMBERS = (
+    "which weights it drops follows from a generator's state and from how its blocks lie, not from"
+    " heads and places of tokens: other parallel sizes would drop others"
+)
+_DRAWING_BY_THEMSELVES = (
+    "cudnn",
+    "flash_attn",
+    "flash_attn_3",
+    "torch_flash",
+    "transformer_engine",
+    "efficient",
+)
 
 
 def _reference(operator: str) -> Candidate:
@@ -388,6 +404,12 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "cross_entropy": _with_triton("cross_entropy"),
     "dropout": _with_triton("dropout"),
+    "dropped_attention": {
+        "flash_attn_4": _cannot("its beta drops no weights"),
+        **{name: _cannot(_OWN_NUMBERS) for name in _DRAWING_BY_THEMSELVES},
+        "cpu": _cannot("torch's blocked kernel for the CPU drops no weights"),
+        "reference": Candidate(_backend("dropped_attention.reference", "Reference"), _anywhere),
+    },
     "embedding": {"reference": _reference("embedding")},
     "gelu": _with_triton("gelu"),
     "gelu_tanh": _with_triton("gelu_tanh"),
@@ -399,10 +421,8 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "merge": _with_triton("merge"),
     "packed_attention": {
-        "flash_attn_4": _packs_nothing(
-            "its beta's variable-length backward has not been measured here"
-        ),
-        "cudnn": _packs_nothing("torch gives cuDNN no documents of uneven length to keep apart"),
+        "flash_attn_4": _cannot("its beta's variable-length backward has not been measured here"),
+        "cudnn": _cannot("torch gives cuDNN no documents of uneven length to keep apart"),
         "torch_flash": Candidate(
             _backend("packed_attention.flash", "TorchFlash"),
             _on_ampere_in_16_bits,

@@ -48,7 +48,10 @@ _FREE = (
 
 def described(config: ModelConfig) -> dict[str, Any]:
     """A configuration as checkpoints hold it: equal models have equal descriptions."""
-    found = asdict(replace(config, head_dim=config.kv_channels)).items()
+    same = config.dropout_of_embedding == config.hidden_dropout
+    dropout = None if same else config.embedding_dropout
+    alike = replace(config, head_dim=config.kv_channels, embedding_dropout=dropout)
+    found = asdict(alike).items()
     # The file knows lists only.
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found}
 
@@ -97,6 +100,8 @@ def check_model(
     own = described(config)
     # One of the two has biases that the other has not.
     other = {_RATE} if (saved[_RATE] is None) != (own[_RATE] is None) else set()
+    if config.position_embedding == "learned":
+        other.add("max_sequence_length")  # the table of positions has as many rows
     ignored = {*_OF_NO_WEIGHT, *(() if training else _OF_TRAINING)} - other
     different = [name for name in own if name not in ignored and saved[name] != own[name]]
     fixed = [name for name in different if name not in _FREE or name in other]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
-from lightning_dhellam.layers.among import Among, Hops
+from lightning_dhellam.layers.among import Among, Dropping
 from lightning_dhellam.layers.block import Setting, Supported, check_config
 from lightning_dhellam.layers.head_norm import HeadNorm
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
@@ -31,7 +31,6 @@ from lightning_dhellam.plan.layout import Held
 
 SUPPORTED: Supported = {
     "apply_query_key_layer_scaling": (False,),
-    "attention_dropout": (0.0,),
     "attention_output_gate": (False,),
     "experimental_attention_variant": (None,),
     "linear_attention_freq": (None,),
@@ -43,6 +42,9 @@ SUPPORTED: Supported = {
     "softmax_type": ("vanilla",),
     "window_size": (None,),
 }
+
+SALT = 3
+"""Counter of the dropout of weights: the sums of the layer have others."""
 
 _BACKWARD = 2.5
 """FLOPs of backward in those of forward: the scores are computed again."""
@@ -59,6 +61,7 @@ class Attention:
         setting: what it is lowered with.
         norm: of queries and keys, if there is one.
         given_scale: factor on the scores, where it does not follow from the heads' width.
+        drops: probability of dropping a weight that a query gives to a key.
     """
 
     qkv: ColumnLinear
@@ -67,6 +70,7 @@ class Attention:
     setting: Setting
     norm: HeadNorm | None = None
     given_scale: float | None = None
+    drops: float = 0.0
 
     @classmethod
     def of(cls, module: Any, setting: Setting) -> Attention:
@@ -88,6 +92,7 @@ class Attention:
             setting,
             HeadNorm.of(module, heads, setting.kernels, setting.index),
             module.config.softmax_scale,
+            float(module.config.attention_dropout),
         )
 
     @property
@@ -194,28 +199,46 @@ class Attention:
 
     def _attend(self, w: GraphWriter) -> None:
         among, queries = self._among, self.heads.queries
+
+        def run(*read: Any) -> tuple[Tensor, Tensor, Any]:
+            told, (heads,) = among.apart(read)
+            return among.forward(*self._cut(heads), told)
+
         w.compute(
             "attention",
-            ("batch.documents", self._read),
+            (*among.told, self._read),
             {
                 "context": w.sizes.wide(queries * self.heads.size),
                 "lse": 4 * queries,
                 "attention_state": 0,
             },
-            lambda documents, heads: among.forward(*self._cut(heads), documents),
+            run,
             growing=self.heads.flops(1),
-            rule=of_documents(Held.HEADS, 1),
+            rule=of_documents(Held.HEADS, 1, among.told),
         )
 
-    @property
+    @cached_property
     def _among(self) -> Among:
         """What attends: within documents, where samples hold several."""
-        return Among(self.setting.kernels, self.scale)
+        return Among(self.setting.kernels, self.scale, self._dropping)
 
-    def _grads(
-        self, documents: Hops, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any
-    ) -> Parts:
-        return self._among.backward(dout, *self._cut(heads), out, lse, state, documents)
+    @property
+    def _dropping(self) -> Dropping | None:
+        if not self.drops:
+            return None
+        topology, here = self.setting.sizes.context.topology, self.heads.queries
+        return Dropping(
+            self.drops,
+            (self.setting.index, SALT),
+            topology.tp_rank * here,
+            topology.tp_size * here,
+            topology.cp_rank,
+            topology.cp_size,
+        )
+
+    def _grads(self, *read: Any) -> Parts:
+        told, (dout, heads, out, lse, state) = self._among.apart(read)
+        return self._among.backward(dout, *self._cut(heads), out, lse, state, told)
 
     def _attend_grad_of_parts(self, w: GraphWriter) -> None:
         """Gradients by queries, keys and values, each in a slot of its own."""
@@ -232,11 +255,11 @@ class Attention:
     def _add_grad(self, w: GraphWriter, writes: dict[str, float], run: Any) -> None:
         w.compute(
             "attention.grad",
-            ("batch.documents", "d_context", self._read, "context", "lse", "attention_state"),
+            (*self._among.told, "d_context", self._read, "context", "lse", "attention_state"),
             writes,
             run,
             growing=_BACKWARD * self.heads.flops(1),
-            rule=of_documents(Held.HEADS, 5),
+            rule=of_documents(Held.HEADS, 5, self._among.told),
         )
 
 

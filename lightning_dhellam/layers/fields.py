@@ -18,7 +18,7 @@ from lightning_dhellam.versions import QUIET_FIELDS
 
 # Lowering reads these, or the modules that were built from them.
 _READ = """
-add_bias_linear add_qkv_bias bf16 context_parallel_size expert_model_parallel_size
+add_bias_linear add_qkv_bias attention_dropout bf16 context_parallel_size expert_model_parallel_size
 expert_tensor_parallel_size ffn_hidden_size fp16 hidden_dropout hidden_size kv_channels
 layernorm_epsilon moe_aux_loss_coeff moe_expert_capacity_factor moe_ffn_hidden_size moe_layer_freq
 moe_router_bias_update_rate moe_router_enable_expert_bias moe_router_group_topk

@@ -21,7 +21,7 @@ OF_TOKENS = Rule(mixes=CHANNELS)
 DRAWS = ("batch.whole_key", "batch.places")
 """What dropout of hidden states reads: a key, and where in its sequence each token stands."""
 
-DRAWN = Rule(draws="batch.whole_key", placed="batch.places")
+DRAWN = Rule(draws="batch.whole_key", placed=frozenset({Held.SEQUENCE}))
 """As `ALIKE`, of that dropout: ranks that share a sequence draw what one rank would."""
 
 
@@ -93,13 +93,18 @@ def products(reads: Held, writes: Held) -> Rule:
     return replace(rule, mixes=CHANNELS)
 
 
-def of_documents(held: Held, count: int, *, cp: Move | None = None) -> Rule:
+def of_documents(held: Held, count: int, told: Sequence[str], *, cp: Move | None = None) -> Rule:
     """The rule of attention: `count` slots that lie on tensor-parallel ranks as `held`.
 
-    Before them it reads what says where documents lie, the same on all these ranks.
+    Before them it reads what a micro-batch has `told`, the same on all these ranks: where documents
+    lie, and the key by which weights are dropped if they are, by head and by places of tokens.
     """
-    moves = {"tp": Move((Held.REPLICATED, *(held,) * count), held)}
-    return Rule(moves | ({"cp": cp} if cp else {}), frozenset({Held.SEQUENCE}))
+    moves = {"tp": Move((*(Held.REPLICATED,) * len(told), *(held,) * count), held)}
+    key = "batch.whole_key" if "batch.whole_key" in told else ""
+    placed = frozenset({Held.SEQUENCE, Held.HEADS}) if key else frozenset()
+    return Rule(
+        moves | ({"cp": cp} if cp else {}), frozenset({Held.SEQUENCE}), draws=key, placed=placed
+    )
 
 
 def gathers(communicator: str, along: Held) -> Rule:

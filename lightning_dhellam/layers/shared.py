@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.kernels.choose import Kernels
-from lightning_dhellam.layers.among import Among, Hops
+from lightning_dhellam.layers.among import Among
 from lightning_dhellam.layers.rules import of_documents
 from lightning_dhellam.layers.ways import Way
 from lightning_dhellam.layers.writer import GraphWriter
@@ -120,19 +120,18 @@ class SharedAttention:
         """Add attention to the keys of a hop."""
         among, way, queries = self.among, self.way, self.heads.queries
 
-        def run(
-            documents: Hops, heads: Tensor, brought: Tensor | None = None
-        ) -> tuple[Tensor, Tensor, Any]:
+        def run(*read: Any) -> tuple[Tensor, Tensor, Any]:
+            told, (heads, *brought) = among.apart(read)
             q, k, v = self.cut(heads)
-            if brought is not None:
-                q, (k, v) = q[self._rows(q, hop)], way.keys(brought, hop)
-            return among.forward(q, k, v, documents, hop)
+            if brought:
+                q, (k, v) = q[self._rows(q, hop)], way.keys(brought[0], hop)
+            return among.forward(q, k, v, told, hop)
 
         out, lse = _of(hop)
         keys = (way.slot(hop, "keys"),) if hop else ()
         w.compute(
             f"attention.{hop}",
-            ("batch.documents", self.read, *keys),
+            (*among.told, self.read, *keys),
             {
                 out: w.sizes.wide(queries * self.heads.size),
                 lse: 4.0 * queries,
@@ -140,7 +139,7 @@ class SharedAttention:
             },
             run,
             growing=self._growth,
-            rule=_block_rule((_OWN, *[way.held] * len(keys)), _OWN),
+            rule=self._block_rule((_OWN, *[way.held] * len(keys)), _OWN),
         )
 
     def _merge(self, w: GraphWriter, hop: int) -> None:
@@ -160,12 +159,11 @@ class SharedAttention:
 
     def _own_block_grad(self, w: GraphWriter) -> None:
         """Add what attention to this rank's own keys adds to the gradients."""
-        backward, key = self.among.backward, self._keys_size(w) / 2
+        among, key = self.among, self._keys_size(w) / 2
 
-        def run(
-            documents: Hops, dout: Tensor, heads: Tensor, out: Tensor, lse: Tensor, state: Any
-        ) -> Parts:
-            dq, dk, dv = backward(dout, *self.cut(heads), out, lse, state, documents)
+        def run(*read: Any) -> Parts:
+            told, (dout, heads, out, lse, state) = among.apart(read)
+            dq, dk, dv = among.backward(dout, *self.cut(heads), out, lse, state, told)
             return dq.float(), dk, dv
 
         w.compute(
@@ -174,30 +172,21 @@ class SharedAttention:
             {"dq_0": 4.0 * self.heads.queries * self.heads.size, "dk_own": key, "dv_own": key},
             run,
             growing=self.backward_flops * self._growth,
-            rule=_block_rule((_OWN,) * 5, _OWN),
+            rule=self._block_rule((_OWN,) * 5, _OWN),
         )
 
     def _block_grad(self, w: GraphWriter, hop: int) -> None:
         """Add what attention to the keys of a hop adds to the gradients."""
-        backward, way = self.among.backward, self.way
+        among, way = self.among, self.way
         dtype = w.sizes.dtype if hop == self._last else torch.float32
 
-        def run(
-            documents: Hops,
-            dout: Tensor,
-            heads: Tensor,
-            out: Tensor,
-            lse: Tensor,
-            state: Any,
-            dq: Tensor,
-            brought: Tensor,
-            *collected: Tensor,
-        ) -> tuple[Tensor, Tensor]:
+        def run(*read: Any) -> tuple[Tensor, Tensor]:
+            told, (dout, heads, out, lse, state, dq, brought, *collected) = among.apart(read)
             q, _, _ = self.cut(heads)
             k, v = way.keys(brought, hop)
             rows = self._rows(q, hop)
             own = (dout[rows], q[rows], k, v, out[rows], lse[..., rows].contiguous())
-            part, dk, dv = backward(*own, state, documents, hop)
+            part, dk, dv = among.backward(*own, state, told, hop)
             # In place: nothing else reads what the hops before have added up.
             dq[rows] += part
             return dq.to(dtype), way.collect(dk, dv, hop, len(q), *collected)
@@ -213,12 +202,18 @@ class SharedAttention:
             {"dq" if hop == self._last else f"dq_{hop}": queries, written: size},
             run,
             growing=self.backward_flops * self._growth,
-            rule=_block_rule(reads, (_OWN, way.collected_held)),
+            rule=self._block_rule(reads, (_OWN, way.collected_held)),
         )
 
     def _grad_reads(self, hop: int) -> tuple[str, ...]:
         state = f"attention_state_{hop}"
-        return "batch.documents", "d_context", self.read, "context", "lse", state
+        return *self.among.told, "d_context", self.read, "context", "lse", state
+
+    def _block_rule(self, reads: tuple[Held, ...], writes: Held | tuple[Held, ...]) -> Rule:
+        """The rule of a block: it takes keys as they come, and of all else must have the whole."""
+        told = self.among.told
+        cp = Move((*(_OWN,) * len(told), *reads), writes)
+        return of_documents(Held.HEADS, len(reads), told, cp=cp)
 
     def _join(self, w: GraphWriter) -> None:
         """Add the gradients by this rank's keys: of its own queries and of all others'."""
@@ -239,8 +234,3 @@ class SharedAttention:
 def _of(hop: int) -> tuple[str, str]:
     """Slots of output and log-sum-exp over the keys of one hop."""
     return f"context_of_{hop}", f"lse_of_{hop}"
-
-
-def _block_rule(reads: tuple[Held, ...], writes: Held | tuple[Held, ...]) -> Rule:
-    """The rule of a block: it takes keys as they come, and of all else must have the whole."""
-    return of_documents(Held.HEADS, len(reads), cp=Move((_OWN, *reads), writes))

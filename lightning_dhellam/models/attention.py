@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class SdpaCoreAttention(nn.Module):
-    """``core_attention`` of a Megatron layer spec; grouped queries, causal mask, no dropout."""
+    """``core_attention`` of a Megatron layer spec; grouped queries, causal mask."""
 
     def __init__(
         self,
@@ -28,7 +28,6 @@ class SdpaCoreAttention(nn.Module):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         unsupported = {
             f"attn_mask_type={attn_mask_type.name}": attn_mask_type is not AttnMaskType.causal,
-            f"attention_dropout={dropout}": dropout != 0.0,
             f"window_size={config.window_size}": config.window_size is not None,
             f"softmax_type={config.softmax_type!r}": config.softmax_type != "vanilla",
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
@@ -38,6 +37,7 @@ class SdpaCoreAttention(nn.Module):
                 raise ValueError(f"{name} is not supported by SdpaCoreAttention: causal only")
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        self.dropout = dropout
 
     def forward(
         self,
@@ -60,6 +60,7 @@ class SdpaCoreAttention(nn.Module):
             value,
             attn_mask=None if attention_mask is None else ~attention_mask,
             is_causal=attention_mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )

@@ -121,7 +121,8 @@ class CausalLM(nn.Module):
             draw_part(self.context, seed, 2 + self.config.num_layers)
             table = embedding.position_embeddings
             table.to(self.context.device, self.transformer_config.params_dtype)
-            self.transformer_config.embedding_init_method(table.weight)
+            if self.transformer_config.perform_initialization:
+                self.transformer_config.embedding_init_method(table.weight)
         return embedding
 
     def _build_rotary(self) -> RotaryEmbedding | LongRotary:

@@ -62,7 +62,7 @@ def _made(config: ModelConfig, family: Family) -> dict[str, Any]:
         "head_dim": config.kv_channels,
         "max_position_embeddings": config.max_sequence_length,
         "initializer_range": config.init_std,
-        "rope_parameters": rope,
+        **({"rope_parameters": rope} if config.position_embedding == "rope" else {}),
         **family.tells(config),
     }
     try:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.layout import EMBEDDING, HEAD, Conversion
+from lightning_dhellam.models.families import Family
+from lightning_dhellam.models.layout import HEAD, Conversion
 from lightning_dhellam.models.stored import Readable, kind_of, listed
 from lightning_dhellam.parallel.topology import Topology
 
@@ -56,7 +57,9 @@ def check_tensors(
         )
 
 
-def check_tied(config: ModelConfig, tensors: Mapping[str, Readable], topology: Topology) -> None:
+def check_tied(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Readable], topology: Topology
+) -> None:
     """Refuse an output layer that is not the embedding, where the model has one for both.
 
     Every rank compares its share of the rows, some at a time.
@@ -66,7 +69,7 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Readable], topology: T
     """
     if not config.tie_embeddings or HEAD not in tensors:
         return
-    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    head, embedding = tensors[HEAD], tensors[family.embedding]
     rows, step = config.vocab_size, _ROWS * topology.world_size
     same = tuple(head.shape) == tuple(embedding.shape)
     for start in range(topology.rank * _ROWS, rows if same else 0, step):
@@ -74,6 +77,6 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Readable], topology: T
         same = same and torch.equal(head[part], embedding[part])
     if not same:
         raise ValueError(
-            f"{HEAD} differs from {EMBEDDING}, but tie_embeddings=True makes them one: set"
+            f"{HEAD} differs from {family.embedding}, but tie_embeddings=True makes them one: set"
             " tie_embeddings=False"
         )

@@ -22,7 +22,8 @@ _FUSED = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_pro
 def unfused(tensors: Mapping[str, Readable], family: Family) -> Mapping[str, Readable]:
     """Tensors by their names in files; each expert's is a view, of a file's memory map as well."""
     if family.experts is None:
-        return tensors
+        spelt = {name: family.spelt(name) for name in tensors}
+        return {own: tensors[name] for name, own in spelt.items() if own is not None}
     found: dict[str, Readable] = {}
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)

@@ -18,7 +18,7 @@ from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.families import LLAMA, Family, check_shape, family_of
 from lightning_dhellam.models.fitting import check_tensors, check_tied
 from lightning_dhellam.models.fused import fused, unfused
-from lightning_dhellam.models.layout import Conversion, conversions
+from lightning_dhellam.models.layout import Conversion
 from lightning_dhellam.models.progress import progress
 from lightning_dhellam.models.source import check_config, open_weights
 from lightning_dhellam.models.stored import Readable, listed
@@ -135,7 +135,7 @@ def _import(function: str, family: Family, model: CausalLM, source: Source, conf
         return tensors
 
     tensors = together(fitting, world)
-    together(lambda: check_tied(model.config, tensors, model.context.topology), world)
+    together(lambda: check_tied(family, model.config, tensors, model.context.topology), world)
     together(lambda: fill(model, own, tensors), world)
     if isinstance(source, str | PathLike):
         model.origin = Path(source).absolute()
@@ -233,7 +233,7 @@ def gathered(
 def _conversions(family: Family, model: CausalLM) -> Iterator[Conversion]:
     config = model.config
     own_experts = (config.num_experts or 1) // model.context.topology.ep_size
-    return conversions(config, family.names, model.padded_vocab_size, own_experts)
+    return family.table(config, family.names, model.padded_vocab_size, own_experts)
 
 
 def _stage(conversion: Conversion, model: CausalLM) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_dhellam.models.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
+GPT2_EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
 
@@ -104,6 +105,39 @@ def conversions(
         yield _vocabulary("output_layer.bias", "lm_head.bias", table[:1], padded_rows)
 
 
+def gpt2_conversions(
+    config: ModelConfig, names: MixtureNames, padded_rows: int, own_experts: int
+) -> Iterator[Conversion]:
+    """Those of GPT-2, whose linear layers hold their weights turned, and q, k and v together."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    table, places = (config.vocab_size, hidden), (config.max_sequence_length, hidden)
+    yield _vocabulary("embedding.word_embeddings.weight", GPT2_EMBEDDING, table, padded_rows)
+    yield _replicated("embedding.position_embeddings.weight", "transformer.wpe.weight", places)
+    for index in range(config.num_layers):
+        ours, theirs = f"layers.{index}.", f"transformer.h.{index}."
+        qkv, proj = f"{ours}self_attention.linear_qkv", f"{ours}self_attention.linear_proj"
+        fc1, fc2 = f"{ours}mlp.linear_fc1", f"{ours}mlp.linear_fc2"
+        attention, mlp = f"{theirs}attn.", f"{theirs}mlp."
+        whole = _attention_input(config, f"{qkv}.weight", attention, "weight")
+        bias = _attention_input(config, f"{qkv}.bias", attention, "bias")
+        for conversion in (
+            *_norm(config, f"{ours}input_layernorm", f"{theirs}ln_1", hidden),
+            _turned(_together(whole, f"{attention}c_attn.weight")),
+            _together(bias, f"{attention}c_attn.bias"),
+            _turned(_columns(f"{proj}.weight", f"{attention}c_proj.weight", (hidden, hidden))),
+            _replicated(f"{proj}.bias", f"{attention}c_proj.bias", (hidden,)),
+            *_norm(config, f"{ours}pre_mlp_layernorm", f"{theirs}ln_2", hidden),
+            _turned(_rows(f"{fc1}.weight", f"{mlp}c_fc.weight", (ffn, hidden))),
+            _rows(f"{fc1}.bias", f"{mlp}c_fc.bias", (ffn,)),
+            _turned(_columns(f"{fc2}.weight", f"{mlp}c_proj.weight", (hidden, ffn))),
+            _replicated(f"{fc2}.bias", f"{mlp}c_proj.bias", (hidden,)),
+        ):
+            yield replace(conversion, layer=index)
+    yield from _norm(config, "final_norm", "transformer.ln_f", hidden)
+    if not config.tie_embeddings:
+        yield _vocabulary("output_layer.weight", HEAD, table, padded_rows)
+
+
 def _layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Conversion]:
     """Norms and attention of a layer."""
     hidden, attention = config.hidden_size, f"{ours}self_attention."
@@ -173,6 +207,15 @@ def _replicated(ours: str, theirs: str, shape: Shape) -> Conversion:
     )
 
 
+def _rows(ours: str, theirs: str, shape: Shape) -> Conversion:
+    return Conversion(
+        ours,
+        {theirs: shape},
+        join=lambda whole, rank, size: whole[0][_part(shape[0], rank, size)],
+        split=lambda shards: [torch.cat(list(shards))],
+    )
+
+
 def _columns(ours: str, theirs: str, shape: Shape) -> Conversion:
     return Conversion(
         ours,
@@ -229,3 +272,56 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> 
         for letter, part in zip("qkv", parts, strict=True)
     }
     return Conversion(ours, names, join, split)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A matrix that is held with its dimensions exchanged."""
+
+    whole: Whole
+
+    def __getitem__(self, slices: Any, /) -> Tensor:
+        first, *second = slices if isinstance(slices, tuple) else (slices,)
+        return self.whole[(*(second or (slice(None),)), first)].t()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor, `count` from `first`."""
+
+    whole: Whole
+    first: int
+    count: int
+
+    def __getitem__(self, slices: Any, /) -> Tensor:
+        rows, *rest = slices if isinstance(slices, tuple) else (slices,)
+        start, stop, _ = rows.indices(self.count)
+        return self.whole[(slice(self.first + start, self.first + stop), *rest)]
+
+
+def _turned(conversion: Conversion) -> Conversion:
+    """The same from matrices [I, O], where it takes them as [O, I]."""
+    return replace(
+        conversion,
+        theirs={name: shape[::-1] for name, shape in conversion.theirs.items()},
+        join=lambda whole, rank, size: conversion.join([*map(_Turned, whole)], rank, size),
+        split=lambda shards: [found.t().contiguous() for found in conversion.split(shards)],
+    )
+
+
+def _together(conversion: Conversion, name: str) -> Conversion:
+    """The same from one tensor, which has the rows of all, one behind the other."""
+    shapes = list(conversion.theirs.values())
+    counts = [rows for rows, *_ in shapes]
+
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+        firsts = [sum(counts[:number]) for number in range(len(counts))]
+        parts = [_Rows(whole[0], *place) for place in zip(firsts, counts, strict=True)]
+        return conversion.join(parts, rank, size)
+
+    return replace(
+        conversion,
+        theirs={name: (sum(counts), *shapes[0][1:])},
+        join=join,
+        split=lambda shards: [torch.cat(list(conversion.split(shards)))],
+    )

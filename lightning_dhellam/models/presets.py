@@ -47,6 +47,40 @@ _MOE_TINY = ModelConfig(
     aux_loss_coefficient=0.01,
 )
 
+_GPT_2 = ModelConfig(
+    num_layers=12,
+    hidden_size=768,
+    ffn_hidden_size=3072,
+    num_attention_heads=12,
+    num_query_groups=12,
+    vocab_size=50257,
+    max_sequence_length=1024,
+    normalization="LayerNorm",
+    activation="gelu_tanh",
+    position_embedding="learned",
+    linear_bias=True,
+    tie_embeddings=True,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+)
+
+
+def _gpt(base: ModelConfig, layers: int, hidden: int, heads: int, **others: Any) -> ModelConfig:
+    """Another size of a GPT, whose heads each have a key of their own."""
+    return replace(
+        base,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=4 * hidden,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        **others,
+    )
+
+
+# All layers attend to all tokens; in the paper every second one sees only some.
+_GPT_3 = replace(_GPT_2, max_sequence_length=2048, hidden_dropout=0.0, attention_dropout=0.0)
+
 PRESETS: dict[str, ModelConfig] = {
     # Small enough for two CPU cores; every size divides by 4 ranks.
     "llama-tiny": ModelConfig(
@@ -59,6 +93,13 @@ PRESETS: dict[str, ModelConfig] = {
         max_sequence_length=1024,
         tie_embeddings=True,
     ),
+    "gpt2-tiny": _gpt(_GPT_2, 4, 256, 8, vocab_size=4096),
+    "gpt2": _GPT_2,
+    "gpt2-medium": _gpt(_GPT_2, 24, 1024, 16),
+    "gpt2-large": _gpt(_GPT_2, 36, 1280, 20),
+    "gpt2-xl": _gpt(_GPT_2, 48, 1600, 25),
+    "gpt-3-6.7b": _gpt(_GPT_3, 32, 4096, 32),
+    "gpt-3-175b": _gpt(_GPT_3, 96, 12288, 96),
     "llama-3.2-1b": _LLAMA_3_2_1B,
     "llama-3.2-3b": replace(_LLAMA_3_2_1B, num_layers=28, hidden_size=3072, num_attention_heads=24),
     "llama-3-8b": _LLAMA_3_8B,

@@ -111,7 +111,9 @@ def config_of(source: Any, **overrides: Any) -> ModelConfig:
         )
     said = {ours: value for ours, (_, value) in _found(theirs, family).items()}
     said["head_dim"] = said.pop("kv_channels")
-    said["max_sequence_length"] = theirs.get("max_position_embeddings", 8192)
+    said.setdefault("max_sequence_length", theirs.get("max_position_embeddings", 8192))
+    for ours, (name, usual) in family.training.items():
+        said[ours] = theirs.get(name, usual)
     if "expert_width" in said:
         # A family without dense layers has one width, which is that of its experts.
         name = "expert_ffn_hidden_size" if family.dense_layers else "ffn_hidden_size"
@@ -181,6 +183,8 @@ def _found(theirs: Theirs, family: Family) -> Found:
     usual = found.get("kv_channels", ("head_dim", None))[1]
     width = theirs.get("head_dim", usual)
     found["kv_channels"] = "head_dim", found["hidden_size"][1] // heads if width is None else width
+    if family.fixed.get("position_embedding", "rope") != "rope":
+        return found | family.more(theirs)
     rope = rope_of(theirs)
     base = rope.get("rope_theta", theirs.get("rope_theta"))
     found["rotary_base"] = "rope_theta", family.rotary_base if base is None else base

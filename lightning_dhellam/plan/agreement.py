@@ -94,7 +94,7 @@ class _Step:
 
     def _check_draws(self, held: Held) -> None:
         key = next((held for _, slot, held in self._reads if slot == self._rule.draws), None)
-        alike = held is Held.REPLICATED or (bool(self._rule.placed) and held is Held.SEQUENCE)
+        alike = held is Held.REPLICATED or held in self._rule.placed
         if key is not None and (key is Held.DISTINCT) is alike:
             needed = "a key for all" if alike else "a key of each rank"
             self._refuse(self._rule.draws, key, f"{needed}, since it draws for what lies {held}")

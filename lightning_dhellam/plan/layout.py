@@ -131,8 +131,8 @@ class Rule:
         sums: slots it writes that are sums over tokens: partial sums where a rank has only some.
         draws: the key it reads, if it draws random numbers. Ranks with different parts of the rest
             need different keys, and ranks with the same need the same.
-        placed: what it reads says where in its sequence each token stands, and what it draws
-            follows from that: then ranks with different tokens of a sequence need the same key.
+        placed: shards whose places in the whole are known, and what it draws follows from them:
+            then ranks with different such shards need the same key.
         kept: the parameters whose gradients it adds to.
     """
 
@@ -140,5 +140,5 @@ class Rule:
     mixes: frozenset[Held] = frozenset()
     sums: tuple[str, ...] = ()
     draws: str = ""
-    placed: str = ""
+    placed: frozenset[Held] = frozenset()
     kept: tuple[Kept, ...] = ()

@@ -37,11 +37,12 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     kernels = choose.choose(CPU, torch.bfloat16)
     assert set(kernels.names) == set(choose.CANDIDATES)
-    attends = {o: name for o, name in kernels.names.items() if o.endswith("attention")}
+    attends = {o: kernels.names[o] for o in ("attention", "packed_attention")}
     assert attends == {"attention": "cpu", "packed_attention": "cpu"}
     assert {name for o, name in kernels.names.items() if o not in attends} == {"reference"}
     assert str(kernels) == (
         "kernels: cpu for attention, packed_attention; reference for cross_entropy, dropout,"
+        " dropped_attention,"
         " embedding, gelu, gelu_tanh, grouped, layer_norm, linear, merge, permute, rms_norm, rope,"
         " swiglu"
     )
@@ -216,7 +217,7 @@ def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     usable = [n for n, why in choose.available("attention", device, torch.bfloat16) if not why]
     assert kernels.names["attention"] == usable[0]
     others = {"attention": usable[0], "embedding": "reference", "linear": "cublas"}
-    others["packed_attention"] = "torch_flash"
+    others |= {"packed_attention": "torch_flash", "dropped_attention": "reference"}
     assert kernels.names == {o: others.get(o, "triton") for o in choose.CANDIDATES}
     of_fp32 = choose.choose(device, torch.float32).names
     assert of_fp32["attention"] == of_fp32["packed_attention"] == "efficient"
@@ -258,3 +259,15 @@ def test_a_backend_has_what_its_operator_promises(operator: str, backend: str) -
 
 def test_attention_is_a_backend() -> None:
     assert isinstance(choose.choose(CPU, torch.float32).attention, Backend)
+
+
+@pytest.mark.parametrize("name", [n for n in choose.CANDIDATES["attention"] if n != "cpu"])
+def test_libraries_that_cannot_drop_by_counters_say_so(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        choose.choose(CPU, torch.float32, {"dropped_attention": name})
+    assert str(error.value).startswith(f"kernels={{dropped_attention: {name}}} cannot be used here")
+    assert "drops" in str(error.value) and "or use reference, or leave" in str(error.value)
+
+
+def test_every_backend_of_attention_says_whether_it_drops_by_counters() -> None:
+    assert {*choose.CANDIDATES["attention"]} < {*choose.CANDIDATES["dropped_attention"]}

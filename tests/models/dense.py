@@ -27,10 +27,22 @@ ODD = replace(
     vocab_size=53,
     rotary_base=1e4,
 )
+GPT2 = replace(
+    ODD,
+    num_query_groups=ODD.num_attention_heads,
+    rotary_base=SMALL.rotary_base,
+    normalization="LayerNorm",
+    activation="gelu_tanh",
+    position_embedding="learned",
+    linear_bias=True,
+    embedding_dropout=0.0,
+)
 DENSE = {
     "qwen2": replace(ODD, qkv_bias=True, tie_embeddings=True),
     "qwen3": replace(ODD, head_dim=10, qk_norm=True),
     "qwen3-biased": replace(ODD, head_dim=4, qk_norm=True, attention_bias=True),
+    "gpt2": replace(GPT2, tie_embeddings=True),
+    "gpt2-exact": replace(GPT2, activation="gelu", ffn_hidden_size=144),
 }
 """By their families, and what is particular."""
 
@@ -61,13 +73,21 @@ def hugging_face_dense(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     }
     if config.head_dim is not None:
         said["head_dim"] = config.head_dim
+    if family == "gpt2":
+        said |= {
+            "n_inner": config.ffn_hidden_size,
+            "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+            "resid_pdrop": config.hidden_dropout,
+            "embd_pdrop": config.dropout_of_embedding,
+            "attn_pdrop": config.attention_dropout,
+        }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **said))
         model.set_attn_implementation("eager")
         for name, parameter in model.named_parameters():
             # Norms and biases of their first values would hide a missing operation.
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 torch.nn.init.uniform_(parameter.data, 0.5, 1.5)
             else:
                 torch.nn.init.normal_(parameter.data, std=0.2)

@@ -175,6 +175,10 @@ def test_vocabulary_is_padded_to_aligned_equal_shares(
 
 # As published with the checkpoints.
 PUBLIC_TOTALS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "llama-3-8b": 8_030_261_248,
@@ -189,9 +193,13 @@ PUBLIC_TOTALS = {
 
 def test_presets_have_the_published_number_of_weights() -> None:
     assert {name: parameter_count(PRESETS[name]) for name in PUBLIC_TOTALS} == PUBLIC_TOTALS
-    tiny = {"llama-tiny", "moe-tiny", "deepseek-moe-tiny"}
+    # Of these the paper says so many, and how they are made: rounded.
+    of_paper = {"gpt-3-6.7b": 6.7e9, "gpt-3-175b": 175e9}
+    for name, total in of_paper.items():
+        assert abs(parameter_count(PRESETS[name]) - total) <= 0.01 * total
+    tiny = {"gpt2-tiny", "llama-tiny", "moe-tiny", "deepseek-moe-tiny"}
     assert all(1e6 < parameter_count(PRESETS[name]) < 8e6 for name in tiny)
-    assert set(PRESETS) == {*PUBLIC_TOTALS, *tiny}
+    assert set(PRESETS) == {*PUBLIC_TOTALS, *of_paper, *tiny}
 
 
 def test_presets_differ_where_the_generations_do() -> None:
@@ -203,7 +211,8 @@ def test_presets_differ_where_the_generations_do() -> None:
         assert PRESETS[name].rope_scaling_factor == factor
         assert PRESETS[name].max_sequence_length == length
     published = [name for name in PUBLIC_TOTALS if PRESETS[name].tie_embeddings]
-    assert published == ["llama-3.2-1b", "llama-3.2-3b"]
+    of_gpt = [name for name in PUBLIC_TOTALS if name.startswith("gpt2")]
+    assert published == [*of_gpt, "llama-3.2-1b", "llama-3.2-3b"]
 
 
 def test_preset_with_overrides() -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lightning_dhellam.models import (
     CausalLM,
     config_of,
     export_huggingface,
     import_huggingface,
+    preset,
 )
+from lightning_dhellam.models.families import family_of
 from lightning_dhellam.parallel import ParallelContext
 from tests.models.dense import DENSE, hugging_face_dense
 from tests.models.llama import random_batch, relative_error, token_losses
@@ -101,6 +103,8 @@ def test_configurations_of_transformers_4_say_the_same(name: str) -> None:
 def _as_in_4(theirs: dict[str, Any]) -> dict[str, Any]:
     """What transformers 4 writes: a base beside the scaling, and no kind of each layer."""
     old = {name: value for name, value in theirs.items() if name != "layer_types"}
+    if "rope_parameters" not in old:
+        return old
     rope = dict(old.pop("rope_parameters"))
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
@@ -114,6 +118,17 @@ def _as_in_4(theirs: dict[str, Any]) -> dict[str, Any]:
         ("qwen3-biased", {"attention_bias": False}, "the model has attention_bias=True"),
         ("qwen3", {"head_dim": 12}, "head_dim=12, and the model has head_dim=10"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act='gelu', and only 'silu'"),
+        (
+            "gpt2",
+            {"n_inner": None},
+            "n_inner, or 4 times n_embd, of=144, and the model",
+        ),
+        ("gpt2", {"activation_function": "gelu"}, "='gelu', .* the model has activation='gelu_t"),
+        ("gpt2", {"activation_function": "relu"}, "='relu', and only 'gelu_new' or .* expressed"),
+        ("gpt2", {"n_positions": 32}, "n_positions=32, and the model has max_sequence_length=64"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "_inverse_layer_idx=True, and only F"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False, and only True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True, and only False"),
     ],
 )
 def test_other_configurations_are_refused_by_field(
@@ -126,3 +141,47 @@ def test_other_configurations_are_refused_by_field(
         import_huggingface(model, theirs.state_dict(), config)
     after = export_huggingface(model)
     assert all(torch.equal(before[n], tensor) for n, tensor in after.items())
+
+
+@pytest.mark.parametrize("dropped", [{"attn_pdrop": 0.3, "resid_pdrop": 0.2}, {"n_inner": None}])
+def test_what_gpt_2_leaves_to_training_is_taken_over_but_not_compared(
+    dropped: dict[str, Any],
+) -> None:
+    model, theirs = _single("gpt2-exact")
+    config = {**theirs.config.to_dict(), **dropped, "reorder_and_upcast_attn": True}
+    import_huggingface(model, theirs.state_dict(), config)
+    described = config_of(config)
+    assert described.attention_dropout == config["attn_pdrop"]
+    assert described.hidden_dropout == config["resid_pdrop"]
+    assert (described.embedding_dropout, described.ffn_hidden_size) == (0.0, 4 * 36)
+
+
+def test_the_first_files_of_gpt_2_have_masks_and_no_prefix() -> None:
+    model, theirs = _single("gpt2")
+    old = {name.removeprefix("transformer."): x for name, x in theirs.state_dict().items()}
+    del old["lm_head.weight"]
+    old |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    import_huggingface(model, old, theirs.config)
+    found = export_huggingface(model)
+    assert all(torch.equal(found[n], x) for n, x in theirs.state_dict().items() if n in found)
+    with pytest.raises(ValueError, match=r"missing: transformer\.h\.1\.attn\.c_attn\.weight\. "):
+        import_huggingface(model, {n: x for n, x in old.items() if n != "h.1.attn.c_attn.weight"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "swiglu"}, "activation='swiglu': GPT2LMHeadModel has LayerNorm, GELU"),
+        ({"num_query_groups": 3}, "num_query_groups=3: GPT2"),
+        ({"head_dim": 8}, "head_dim=8: GPT2"),
+    ],
+)
+def test_models_that_gpt_2_cannot_have_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}.* nothing to convert$"):
+        family_of(replace(DENSE["gpt2"], **changes))
+
+
+def test_the_preset_of_gpt_2_is_what_transformers_takes_by_itself() -> None:
+    found = config_of(GPT2Config())
+    assert found.embedding_dropout == 0.1
+    assert replace(found, head_dim=None, embedding_dropout=None) == preset("gpt2")

@@ -225,8 +225,8 @@ def test_other_configurations_are_refused_by_field(
 
 def test_configurations_of_no_family_or_that_cannot_be_expressed_are_refused() -> None:
     theirs = hugging_face_mixture(MIXTURES["mixtral"]).config.to_dict()
-    with pytest.raises(ValueError, match=r"^model_type='gpt2' is not known here: llama, "):
-        config_of({**theirs, "model_type": "gpt2"})
+    with pytest.raises(ValueError, match=r"^model_type='bloom' is not known here: llama, "):
+        config_of({**theirs, "model_type": "bloom"})
     with pytest.raises(ValueError, match=r"^a MixtralForCausalLM that .* sliding_window=16, and"):
         config_of({**theirs, "sliding_window": 16})
     short = config_of({**theirs, "sliding_window": 16}, max_sequence_length=16)

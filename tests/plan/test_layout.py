@@ -202,7 +202,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
             "residual": (
                 "drop",
                 "compute: out batch.key x -> y",
-                Rule(draws="batch.key", placed="x"),
+                Rule(draws="batch.key", placed=frozenset({Held.SEQUENCE})),
             )
         },
         "drop reads batch.key, which lies tp distinct:"

@@ -17,7 +17,7 @@ from tests.models.llama import relative_error, token_losses
 from tests.ranks import run_ranks
 
 SAMPLES, LENGTH = 4, 24
-SIZES = ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2})
+SIZES = ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"context_parallel_size": 2})
 """Over two ranks."""
 Outcome = tuple[Tensor, dict[str, Tensor], Tensor | None]
 """Loss, gradients, and logits on the stage that has them."""

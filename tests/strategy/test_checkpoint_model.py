@@ -82,6 +82,19 @@ def test_what_weights_do_not_depend_on_may_differ(kept: Path) -> None:
         make_trainer({}).fit(Model(**same), loader({}, samples=8), ckpt_path=kept)
 
 
+def test_a_table_of_positions_has_as_many_rows_as_the_longest_sequence(
+    kept: Path, tmp_path: Path
+) -> None:
+    learned = replace(SHAPE, position_embedding="learned", hidden_dropout=0.1)
+    path = _with_model(kept, tmp_path, lambda model: described(learned))
+    same = replace(learned, embedding_dropout=0.1)
+    assert check_model(path, same, training=True, resume_settings="checkpoint") == []
+    shorter = replace(learned, max_sequence_length=8)
+    for settings in ("checkpoint", "arguments"):
+        with pytest.raises(ValueError, match=r"this run has max_sequence_length=8: give"):
+            check_model(path, shorter, training=False, resume_settings=settings)
+
+
 def test_losses_that_balance_experts_matter_to_training_only(kept: Path, tmp_path: Path) -> None:
     mixture = replace(SHAPE, num_experts=4, aux_loss_coefficient=0.01)
     path = _with_model(kept, tmp_path, lambda model: described(mixture))

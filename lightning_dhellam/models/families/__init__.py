@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families.family import Family
+from lightning_dhellam.models.families.gpt2 import GPT2
 from lightning_dhellam.models.families.llama import LLAMA
 from lightning_dhellam.models.families.mixtral import MIXTRAL
 from lightning_dhellam.models.families.phi_moe import PHI_MOE
@@ -11,7 +12,7 @@ from lightning_dhellam.models.families.qwen2 import QWEN2
 from lightning_dhellam.models.families.qwen3 import QWEN3
 from lightning_dhellam.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI_MOE)
+FAMILIES = (LLAMA, GPT2, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI_MOE)
 """All that are known."""
 
 __all__ = ["FAMILIES", "LLAMA", "Family", "check_shape", "family_of"]

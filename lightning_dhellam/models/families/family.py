@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.layout import MixtureNames
+from lightning_dhellam.models.layout import (
+    EMBEDDING,
+    Conversion,
+    MixtureNames,
+    conversions,
+)
 
 Theirs = Mapping[str, Any]
 """What a `config.json` holds."""
@@ -26,6 +31,14 @@ def _no_more(own: ModelConfig) -> Theirs:
 
 def _no_refusal(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
     yield from ()
+
+
+def _has_all(config: ModelConfig) -> Iterator[str]:
+    yield from ()
+
+
+def _as_it_is(name: str) -> str | None:
+    return name
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,12 @@ class Family:
         more: what its configuration says in a way of its own.
         tells: the same the other way round, what it says so of a model.
         refuses: what else cannot be expressed.
+        training: as `fields`, of what training alone looks at: a `ModelConfig` that is made from
+            a configuration takes it over, and weights go to one with any other value.
+        lacks: fields of a model that it does not have, as `name=value`, where `fixed` does not say.
+        table: its conversions.
+        embedding: the name of its embedding.
+        spelt: a tensor's name as `table` has it, from that in a file; None if it is no weight.
     """
 
     model_type: str
@@ -65,6 +84,13 @@ class Family:
     more: Callable[[Theirs], Found] = field(default=_nothing)
     tells: Callable[[ModelConfig], Theirs] = field(default=_no_more)
     refuses: Callable[[Theirs, ModelConfig], Iterator[str]] = field(default=_no_refusal)
+    training: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    lacks: Callable[[ModelConfig], Iterator[str]] = field(default=_has_all)
+    table: Callable[[ModelConfig, MixtureNames, int, int], Iterator[Conversion]] = field(
+        default=conversions
+    )
+    embedding: str = EMBEDDING
+    spelt: Callable[[str], str | None] = field(default=_as_it_is)
 
     @property
     def names(self) -> MixtureNames:
@@ -82,7 +108,7 @@ class Family:
             found.append(f"num_experts={config.num_experts}")
         elif self.experts and not self.dense_layers and not all(config.expert_layers):
             found.append(f"moe_layer_freq={config.moe_layer_freq}")
-        return found
+        return [*found, *self.lacks(config)]
 
 
 PLAIN: dict[str, Any] = {
