@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import family_of
-from lightning_dhellam.models.layout import Conversion, conversions
+from lightning_dhellam.models.layout import Conversion
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.values import check_fields, suggestion
 
@@ -132,7 +132,7 @@ def _weights(config: ModelConfig) -> Iterator[tuple[tuple[int, str, str], Conver
     """The weights of a whole model that may have adapters, by layer and names in it."""
     family = family_of(config)
     of_linear = {f"{linear}.weight": linear.rpartition(".") for linear in LINEARS}
-    for one in conversions(config, family.names, config.vocab_size, config.num_experts or 1):
+    for one in family.table(config, family.names, config.vocab_size, config.num_experts or 1):
         name = one.ours.removeprefix(f"layers.{one.layer}.")
         if one.layer is not None and name in of_linear:
             path, _, linear = of_linear[name]
