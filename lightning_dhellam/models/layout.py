@@ -108,7 +108,7 @@ def conversions(
 def gpt2_conversions(
     config: ModelConfig, names: MixtureNames, padded_rows: int, own_experts: int
 ) -> Iterator[Conversion]:
-    """Those of GPT-2, whose linear layers hold their weights turned, and q, k and v together."""
+    """The conversions of GPT-2, whose files hold weights turned, and q, k and v together."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     table, places = (config.vocab_size, hidden), (config.max_sequence_length, hidden)
     yield _vocabulary("embedding.word_embeddings.weight", GPT2_EMBEDDING, table, padded_rows)
