@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dhellam.checkpoint.folder import read_topology
+from lightning_dhellam.checkpoint.description import read_topology
 from lightning_dhellam.files import (
     WriteError,
     check_file,

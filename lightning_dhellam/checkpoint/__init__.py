@@ -1,7 +1,19 @@
 """Checkpoints of model-parallel runs."""
 
 from lightning_dhellam.checkpoint.content import check_readable
-from lightning_dhellam.checkpoint.folder import load, misfit, read_topology, save
+from lightning_dhellam.checkpoint.description import read_topology
+from lightning_dhellam.checkpoint.folder import load, load_state, misfit, save
 from lightning_dhellam.checkpoint.model import check_model, described
+from lightning_dhellam.checkpoint.shares import shares_of
 
-__all__ = ["check_model", "check_readable", "described", "load", "misfit", "read_topology", "save"]
+__all__ = [
+    "check_model",
+    "check_readable",
+    "described",
+    "load",
+    "load_state",
+    "misfit",
+    "read_topology",
+    "save",
+    "shares_of",
+]

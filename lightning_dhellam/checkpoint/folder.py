@@ -1,57 +1,71 @@
-"""A checkpoint of a model-parallel run: a folder with one file per rank.
+"""A checkpoint of a model-parallel run: a folder that loads with any parallel sizes.
 
     epoch=0-step=100.ckpt/
-        topology.json    sizes and settings of the run that wrote it, and its model
-        common.pt        what every rank has alike: loops, callbacks, schedulers, hyperparameters
-        weights-00001.pt of model-parallel rank 1
-        experts-00002.pt experts that rank 2 of tensor, expert and pipeline parallelism holds, by
-                         their numbers among all
-        state-00003.pt   optimizer state of rank 3
+        topology.json   sizes and settings of the run that wrote it, its model, and a checksum of
+                        every file
+        common.pt       what every rank has alike: loops, callbacks, schedulers, hyperparameters
+        rest.pt         what is no tensor of a state, and how parameters lie
+        .metadata       where of which tensor a part is
+        __3_0.distcp    parts of weights and of the optimizer's state, which rank 3 has written
+        own-00003.pt    what only rank 3 had, if anything, for the same sizes only
 
+Tensors are those of the whole model, whatever ranks had of them, by torch's distributed checkpoint.
 Written aside and renamed when every rank is done, so that a folder of the final name is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_dhellam.checkpoint import content
-from lightning_dhellam.files import WriteError, put_in_place, read_json, save_text, sync_files
+from lightning_dhellam.checkpoint import by_rank, content, stepped, weights
+from lightning_dhellam.checkpoint.description import (
+    ALONE,
+    FILES,
+    MODEL,
+    SAME,
+    check_same,
+    check_settings,
+    read_topology,
+    save_description,
+    sizes_of,
+)
+from lightning_dhellam.checkpoint.shares import Shares
+from lightning_dhellam.checkpoint.storage import (
+    Checksums,
+    check_file,
+    checksum,
+    load_pieces,
+    read_metadata,
+    save_pieces,
+)
+from lightning_dhellam.files import WriteError, put_in_place, sync_files
 from lightning_dhellam.parallel.collectives import of_all_ranks, together, try_together
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.optimizer_state import Form
 
-TOPOLOGY = "topology.json"
 COMMON = "common.pt"
-MODEL = "model"
-"""Where the topology has the description of the model."""
-_FORMAT = 1
-_OF_REPLICAS = ("context_parallel_size", "data_parallel_size", "expert_parallel_size")
-"""Sizes that weights do not depend on."""
-_SAME = "use the same value"
-_ALONE = (
-    f"{_SAME} to go on training; or train anew from its weights alone, by"
-    " trainer.validate(module, data, ckpt_path=…) and then trainer.fit(module, data), or by"
-    " Runner.load before Runner.optimizer"
-)
-"""What to do where the weights fit, and the optimizer's state does not."""
+_REST = "rest.pt"
+_FROM = "checkpoint"
+"""Where a state that is yet to be read has the folder that it is in."""
+_SHARDED = "distributed_optimizer"
+"""What decides who has what of a state, and nothing else."""
 
 
 def save(
     path: Path,
     context: ParallelContext,
     common: Mapping[str, Any],
-    weights: Mapping[str, Any],
-    state: Mapping[str, Any] | None,
+    module_state: Mapping[str, Any],
+    shares: Shares,
+    state: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
-    experts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint. Every rank must call this, with the same path on a shared file system.
 
@@ -59,49 +73,91 @@ def save(
         path: of the folder.
         context: groups of this rank.
         common: what every rank has alike.
-        weights: this model-parallel rank's.
+        module_state: this rank's weights, and what else a module's state has, by names among all.
+        shares: how this rank's parameters lie.
         state: this rank's, of the optimizer.
-        settings: what decides the form of `state`, by the names that the user knows.
+        settings: what the state was made with, by the names that the user knows.
         model: what the weights are of.
-        experts: weights of this rank's experts, by their names among all.
 
     Raises:
         WriteError: a rank could not write; on every rank, and `path` is as it was before.
         ValueError: the same, because something cannot be saved so that it could be read again.
     """
-    aside = aside_of(path)
+    aside, group = aside_of(path), context.world_group
+    first = context.topology.rank == 0
+    of_module = weights.to_save(module_state, shares, context.topology, _group(context))
+    of_optimizer = stepped.Saved() if state is None else stepped.to_save(state, shares)
+    rests = of_all_ranks(
+        (of_module.rest, weights.described(shares), [*of_module.own], of_optimizer.rest),
+        _group(context),
+    )
+    checksums: Checksums = {}
 
     def clear() -> None:
-        if context.topology.rank == 0:
+        if first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
-    def write() -> None:
-        if context.topology.replica == 0:
-            content.write(aside / _weights_name(context), weights)
-        if experts and context.topology.expert_dp_rank == 0:
-            content.write(aside / _experts_name(context, context.topology.ep_rank), experts)
-        if state is not None:
-            content.write(aside / _state_name(context), state)
-        if context.topology.rank == 0:
-            content.write(aside / COMMON, common)
-            topology = {**_topology(context), **(settings or {}), MODEL: model}
-            save_text(aside / TOPOLOGY, json.dumps(topology, indent=2) + "\n")
+    def write_plain() -> None:
+        own = {"state_dict": of_module.own, "optimizer": of_optimizer.own}
+        if any(own.values()):
+            _write(aside / _own_name(context), own, checksums)
+        if first:
+            _write(aside / COMMON, common, checksums)
+            _write(aside / _REST, _merged(rests, with_state=state is not None), checksums)
+
+    def write_tensors() -> None:
+        tensors = {**of_module.tensors, **of_optimizer.tensors}
+        checksums.update(save_pieces(aside, tensors, _group(context)))
 
     def publish() -> None:
-        if context.topology.rank == 0:
+        of_ranks = of_all_ranks(checksums, group)
+        if first:
+            files = _union(of_ranks)
+            known = {**sizes_of(context), **(settings or {}), FILES: files, MODEL: model}
+            save_description(aside, known)
             sync_files(aside)
             put_in_place(aside, path)
 
-    for step in (clear, write, publish):
-        _, failures = try_together(step, context.world_group)
+    for step in (clear, write_plain, write_tensors, publish):
+        _, failures = try_together(step, group)
         if failures:
-            if context.topology.rank == 0:
+            if first:
                 shutil.rmtree(aside, ignore_errors=True)
-            of_all_ranks(None, context.world_group)  # none may look before the folder is gone
+            of_all_ranks(None, group)  # none may look before the folder is gone
             reasons = "; ".join(failure.text for failure in failures)
             kind = ValueError if all(failure.mistake for failure in failures) else WriteError
             raise kind(f"checkpoint {path} was not written: {reasons}")
+
+
+def _group(context: ParallelContext) -> Any:
+    """All ranks of the run, for values in host memory; None if this is the only one."""
+    if context.topology.world_size == 1:
+        return None
+    return context.host_group or context.world_group
+
+
+def _write(file: Path, value: Mapping[str, Any], checksums: Checksums) -> None:
+    content.write(file, value)
+    checksums[file.name] = checksum(file)
+
+
+def _merged(rests: list[Any], *, with_state: bool) -> dict[str, Any]:
+    """What all ranks have together of what is no tensor."""
+    of_modules, lying, alone, of_optimizers = zip(*rests, strict=True)
+    return {
+        "state_dict": _union(of_modules),
+        "shares": _union(lying),
+        "alone": [name for names in alone for name in names],
+        "optimizer": stepped.merged(of_optimizers) if with_state else None,
+    }
+
+
+def _union(mappings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for mapping in mappings:
+        found = {**mapping, **found}
+    return found
 
 
 def aside_of(path: Path) -> Path:
@@ -116,26 +172,55 @@ def aside_of(path: Path) -> Path:
 def load(
     path: Path,
     context: ParallelContext,
+    shares: Shares,
+    names: Collection[str],
     settings: Mapping[str, Any] | None = None,
     experts: Collection[str] = (),
 ) -> dict[str, Any]:
     """What was saved of this rank: `common`, with `state_dict`. Every rank must call this.
 
-    With `settings`, those of this run, `optimizer_states` holds this rank's as well. `experts` are
-    the names, among all, of this rank's experts.
+    With `settings`, those of this run, `optimizer_states` has what `load_state` reads.
+
+    Args:
+        path: of the folder.
+        context: groups of this rank.
+        shares: how this rank's parameters lie.
+        names: of all in its module's state, among all.
+        settings: what the optimizer was made with.
+        experts: those of `names` that are an expert's.
 
     Raises:
         ValueError: on every rank, when one of them cannot read its files, or they do not fit.
     """
+    of_run = {name for theirs in of_all_ranks([*names], context.world_group) for name in theirs}
+
+    def check() -> None:
+        topology = read_topology(path)
+        for file, (size, digest) in _share_of_work(topology.get(FILES, {}), context):
+            check_file(path / file, size, digest)
 
     def read() -> dict[str, Any]:
         common = load_common(path)
-        common["state_dict"] = load_weights(path, context, experts)
+        if read_topology(path).get("format", 1) == 1:
+            common["state_dict"] = by_rank.load_weights(path, context, experts)
+            if settings is not None:
+                common["optimizer_states"] = [by_rank.load_state(path, context, settings)]
+            return common
         if settings is not None:
-            common["optimizer_states"] = [load_state(path, context, settings)]
+            check_settings(path, {k: v for k, v in settings.items() if k != _SHARDED})
+            common["optimizer_states"] = [{_FROM: str(path)}]
+        elsewhere = of_run.difference(names)
+        common["state_dict"] = _load_weights(path, context, shares, elsewhere)
         return common
 
+    together(check, context.world_group)
     return together(read, context.world_group)
+
+
+def _share_of_work(files: Mapping[str, Any], context: ParallelContext) -> list[Any]:
+    """The files that this rank checks, so that each is checked once."""
+    topology = context.topology
+    return sorted(files.items())[topology.rank :: topology.world_size]
 
 
 def load_common(path: Path) -> dict[str, Any]:
@@ -148,54 +233,52 @@ def load_common(path: Path) -> dict[str, Any]:
     return content.read(path / COMMON)
 
 
-def load_weights(
-    path: Path, context: ParallelContext, experts: Collection[str] = ()
+def _load_weights(
+    path: Path, context: ParallelContext, shares: Shares, elsewhere: Collection[str]
 ) -> dict[str, Any]:
-    """This model-parallel rank's weights, and those of its `experts`, by their names among all.
-
-    Data, context and expert-parallel sizes may have changed.
-
-    Raises:
-        ValueError: the checkpoint was written with other model-parallel sizes, or is damaged.
-    """
-    mine = _topology(context)
-    for name in _OF_REPLICAS:
-        del mine[name]
-    _check(path, mine)
-    weights = content.read(path / _weights_name(context))
-    return weights | _load_experts(path, context, frozenset(experts)) if experts else weights
-
-
-def _load_experts(path: Path, context: ParallelContext, names: frozenset[str]) -> dict[str, Any]:
-    topology, parts = context.topology, int(read_topology(path).get("expert_parallel_size", 1))
-    if parts == topology.ep_size:
-        return content.read(path / _experts_name(context, topology.ep_rank))
-    found: dict[str, Any] = {}
-    # The ranks' experts are in the order of their numbers.
-    first = topology.ep_rank * parts // topology.ep_size
-    for part in (*range(first, parts), *range(first)):
-        if names <= found.keys():
-            break
-        saved = content.read(path / _experts_name(context, part, parts))
-        found |= {name: value for name, value in saved.items() if name in names}
-    return found
+    """This rank's state of the module, and what no rank of the run has a place for."""
+    metadata, rest = read_metadata(path), content.read(path / _REST)
+    tensors = metadata.state_dict_metadata
+    saved = (n.removeprefix(weights.PREFIX) for n in tensors if n.startswith(weights.PREFIX))
+    wanted = [name for name in saved if name not in elsewhere]
+    if needed := [name for name in rest["alone"] if name not in elsewhere]:
+        what = f"'{needed[0]}' is no parameter, and each of its ranks had another: "
+        check_same(path, sizes_of(context), f"{what}{SAME}")
+    state, pieces = weights.to_load(tensors, rest["shares"], shares, wanted, context.topology)
+    load_pieces(path, metadata, pieces)
+    plain = {name: value for name, value in rest["state_dict"].items() if name not in elsewhere}
+    return {**state, **plain, **_own(path, context).get("state_dict", {})}
 
 
-def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """This rank's optimizer state, for a run with `settings`.
+def load_state(
+    state: Mapping[str, Any], context: ParallelContext, shares: Shares, form: Form
+) -> dict[str, Any]:
+    """The state of an optimizer of this rank, of what `load` has put into `optimizer_states`.
 
     Raises:
-        ValueError: the checkpoint was written with other sizes or settings, or without optimizer
-            state, or is damaged.
+        ValueError: a file is missing or damaged, or something in it is for other sizes.
     """
-    _check(path, _topology(context), _ALONE)
-    if not set(settings) & set(read_topology(path)):
-        raise ValueError(
-            f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
-            " from these weights, or save with save_weights_only=False"
-        )
-    _check(path, settings, _ALONE)
-    return content.read(path / _state_name(context))
+    if _FROM not in state:
+        return dict(state)
+    path = Path(state[_FROM])
+    metadata, rest = read_metadata(path), content.read(path / _REST)["optimizer"]
+    if rest["alone"]:
+        check_same(path, sizes_of(context), f"{rest['alone'][0]} cannot be cut, so {ALONE}")
+    tensors, pieces = stepped.to_load(metadata.state_dict_metadata, shares, form)
+    load_pieces(path, metadata, pieces)
+    own = _own(path, context).get("optimizer", {})
+    return stepped.of_rank(rest, tensors, own, shares, form)
+
+
+def _own(path: Path, context: ParallelContext) -> dict[str, Any]:
+    """What this rank has had alone, if it is the rank of a run of the same sizes."""
+    file, topology = path / _own_name(context), read_topology(path)
+    same = {name: topology.get(name) for name in sizes_of(context)} == sizes_of(context)
+    return content.read(file) if same and file.name in topology[FILES] else {}
+
+
+def _own_name(context: ParallelContext) -> str:
+    return f"own-{context.topology.rank:05d}.pt"
 
 
 def misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
@@ -220,63 +303,3 @@ def misfit(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
 
 def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def read_topology(path: Path) -> dict[str, Any]:
-    """Sizes and settings of the run that wrote a checkpoint.
-
-    Raises:
-        ValueError: `path` is not a checkpoint, or is damaged.
-    """
-    file = path / TOPOLOGY
-    if not file.is_file():
-        kind = f"has no {TOPOLOGY}" if path.is_dir() else "is not a folder"
-        raise ValueError(
-            f"checkpoint {path} {kind if path.exists() else 'does not exist'}: give a folder that"
-            " a run with DHellamStrategy wrote"
-        )
-    return read_json(file, "description of a checkpoint", content.REMEDY)
-
-
-def _topology(context: ParallelContext) -> dict[str, Any]:
-    topology = context.topology
-    return {
-        "format": _FORMAT,
-        "tensor_parallel_size": topology.tp_size,
-        "pipeline_parallel_size": topology.pp_size,
-        "pipeline_split": list(context.pipeline_split) if topology.pp_size > 1 else None,
-        "context_parallel_size": topology.cp_size,
-        "data_parallel_size": topology.dp_size,
-        "expert_parallel_size": topology.ep_size,
-        "expert_tensor_parallel_size": topology.etp_size,
-    }
-
-
-def _check(path: Path, mine: Mapping[str, Any], remedy: str = _SAME) -> None:
-    # Older checkpoints do not name what every run had then.
-    saved = read_topology(path)
-    whole = {"context_parallel_size": 1, "expert_parallel_size": 1}
-    whole["expert_tensor_parallel_size"] = saved.get("tensor_parallel_size", 1)
-    saved = {**whole, **saved}
-    for name in mine:
-        if saved.get(name) != mine[name]:
-            raise ValueError(
-                f"checkpoint {path} was written with {name}={saved.get(name)}, this run has"
-                f" {name}={mine[name]}: {remedy}"
-            )
-
-
-def _weights_name(context: ParallelContext) -> str:
-    topology = context.topology
-    return f"weights-{topology.tp_rank + topology.pp_rank * topology.tp_size:05d}.pt"
-
-
-def _experts_name(context: ParallelContext, part: int, parts: int | None = None) -> str:
-    """The file of one of the `parts` of the experts; of this run's number of parts if not given."""
-    topology = context.topology
-    place = part + (parts or topology.ep_size) * topology.pp_rank
-    return f"experts-{topology.etp_rank + topology.etp_size * place:05d}.pt"
-
-
-def _state_name(context: ParallelContext) -> str:
-    return f"state-{context.topology.rank:05d}.pt"

@@ -10,10 +10,12 @@ from typing import Any
 from lightning_dhellam.checkpoint import folder
 from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.model import check_model, described
+from lightning_dhellam.checkpoint.shares import Share, shares_of
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.parallel.optimizer_state import Restored
 
 WEIGHTS = "model."
 """Before the names of weights: a Trainer's module has the model by this name."""
@@ -43,13 +45,17 @@ def save(
     """
     check_finite(path, model, model.context)
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
-    weights, experts = (
-        {WEIGHTS + name: value for name, value in part.items()}
-        for part in ExpertNames(model).split(model.state_dict())
-    )
+    names = ExpertNames(model)
+    weights = {WEIGHTS + name: value for name, value in names.all_of(model.state_dict()).items()}
     common = {_STEPS: steps, "extra": extra}
     described_model = described(model.config)
-    folder.save(path, model.context, common, weights, state, settings, described_model, experts)
+    folder.save(
+        path, model.context, common, weights, _shares(model), state, settings, described_model
+    )
+
+
+def _shares(model: CausalLM) -> dict[str, Share]:
+    return {WEIGHTS + n: s for n, s in shares_of(model, model.context.topology).items()}
 
 
 def load(
@@ -72,9 +78,9 @@ def load(
         lambda: check_model(path, model.config, training=training, resume_settings=resume_settings),
         group,
     )
-    names = ExpertNames(model)
-    _, experts = names.split(model.state_dict())
-    saved = folder.load(path, model.context, settings, [WEIGHTS + name for name in experts])
+    names, shares = ExpertNames(model), _shares(model)
+    own, experts = ([WEIGHTS + n for n in part] for part in names.split(model.state_dict()))
+    saved = folder.load(path, model.context, shares, [*own, *experts], settings, experts)
     weights = {
         name.removeprefix(WEIGHTS): value
         for name, value in saved["state_dict"].items()
@@ -90,8 +96,13 @@ def load(
     model.load_state_dict(names.rank_of(weights))
     if optimizer is not None:
         optimizer.reload()
-        (state,) = saved["optimizer_states"]
-        restored = together(lambda: optimizer.load_state_dict(state, resume_settings), group)
+        (found,) = saved["optimizer_states"]
+
+        def restore() -> Restored:
+            state = folder.load_state(found, model.context, shares, optimizer.form)
+            return optimizer.load_state_dict(state, resume_settings)
+
+        restored = together(restore, group)
         lines += [override.said(resume_settings) for override in restored.overrides]
         optimizer.steps = saved[_STEPS]
     if model.context.topology.rank == 0:

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_dhellam.checkpoint.folder import MODEL, read_topology
+from lightning_dhellam.checkpoint.description import MODEL, read_topology
 from lightning_dhellam.models.config import ModelConfig
 
 _RATE = "router_bias_update_rate"

@@ -19,6 +19,8 @@ from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.masters import StepsFollow
 from lightning_dhellam.parallel.optimizer_state import (
+    UNNAMED,
+    Form,
     Names,
     Restored,
     from_numbers,
@@ -89,7 +91,7 @@ class ModelParallelOptimizer:
         optimizer, context, names = self._inner, self._context, self._parameter_names
         held = set(map(id, buffers.ddp.params_with_grad))
         groups = [
-            [names.get(p, f"parameter {i} of group {g}") for i, p in enumerate(members)]
+            [names.get(p, f"{UNNAMED}{i} of group {g}") for i, p in enumerate(members)]
             for g, members in enumerate(self._members)
         ]
         own = []
@@ -339,6 +341,17 @@ class ModelParallelOptimizer:
             self._megatron.reload_model_params()
 
     @property
+    def form(self) -> Form:
+        """What of a state `load_state_dict` takes on this rank."""
+        held = self._buffers.ddp.params_with_grad
+        return Form(
+            stepped=[*chain.from_iterable(self._names.own)],
+            trained={self._parameter_names[parameter] for parameter in held},
+            parts=self._parts,
+            masters=self._has_masters,
+        )
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides the form of `state_dict`, besides sizes and precision."""
         return {"optimizer": type(self._inner).__name__, "distributed_optimizer": self._sharded}
@@ -362,7 +375,7 @@ class ModelParallelOptimizer:
     def load_state_dict(
         self, state: Mapping[str, Any], resume_settings: str = "checkpoint"
     ) -> Restored:
-        """Restore what `state_dict` returned on the same rank of the same topology.
+        """Restore what `state_dict` returned on a rank that steps the same parts.
 
         Args:
             state: as it was saved, also by version 0.1.
@@ -392,5 +405,6 @@ class ModelParallelOptimizer:
             for name, parameter in zip(
                 chain.from_iterable(self._names.own), self.parameters, strict=True
             ):
-                parameter.data.copy_(masters[name])
+                if name in masters:  # it may have been frozen then
+                    parameter.data.copy_(masters[name])
         return restored

@@ -12,7 +12,7 @@ the state of another.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+UNNAMED = "parameter "
+"""Before the number of what is stepped and is no parameter of the model."""
 RESUME_SETTINGS = ("checkpoint", "arguments")
 _HOW = ("foreach", "fused", "capturable", "differentiable")
 """How an optimizer computes on this machine: another one may do it otherwise."""
@@ -39,6 +41,23 @@ class Names:
 
     own: Sequence[Sequence[str]]
     groups: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the optimizer of a rank has the state of.
+
+    Attributes:
+        stepped: names of the parameters of which it has a part.
+        trained: names of the parameters that are trained, whoever has a part.
+        parts: of which elements of a parameter it has the state; none if of all.
+        masters: whether there are master weights.
+    """
+
+    stepped: Sequence[str]
+    trained: Collection[str]
+    parts: Mapping[str, Sequence[int]]
+    masters: bool
 
 
 @dataclass(frozen=True)

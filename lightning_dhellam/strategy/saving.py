@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
 from lightning_dhellam.checkpoint.finite import check_finite
+from lightning_dhellam.checkpoint.shares import Shares
 from lightning_dhellam.files import local_path
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
@@ -27,7 +28,7 @@ from lightning_dhellam.strategy.resuming import carry_over
 
 
 class SavingStrategy(JobStrategy):
-    """A strategy whose checkpoints are folders with a file per rank; see `checkpoint.folder`.
+    """A strategy whose checkpoints are folders that all ranks write; see `checkpoint.folder`.
 
     Its subclass sets the attributes.
 
@@ -58,11 +59,16 @@ class SavingStrategy(JobStrategy):
         assert self.lightning_module is not None
         return ExpertNames(self.lightning_module)
 
+    @property
+    def _shares(self) -> Shares:
+        assert self.lightning_module is not None
+        return checkpoint_files.shares_of(self.lightning_module, self.context.topology)
+
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a folder with one file per rank; see `checkpoint.folder`.
+        """Write a folder that loads with any parallel sizes; see `checkpoint.folder`.
 
         Raises:
             ValueError: the run is emulated, weights are not finite, or `filepath` is remote.
@@ -86,7 +92,7 @@ class SavingStrategy(JobStrategy):
             )
             return
         common = dict(checkpoint)
-        weights, experts = self._expert_names.split(common.pop("state_dict"))
+        weights = self._expert_names.all_of(common.pop("state_dict"))
         with_state = common.pop("optimizer_states", None) is not None
         state = settings = None
         if with_state and self._optimizer is not None:
@@ -95,7 +101,9 @@ class SavingStrategy(JobStrategy):
         assert self.lightning_module is not None
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
-        checkpoint_files.save(path, self.context, common, weights, state, settings, model, experts)
+        checkpoint_files.save(
+            path, self.context, common, weights, self._shares, state, settings, model
+        )
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -119,8 +127,10 @@ class SavingStrategy(JobStrategy):
         for line in together(check, self.context.world_group):
             rank_zero_warn(line)
         names, settings = self._expert_names, self._settings if fitting else None
-        _, experts = names.split(self.lightning_module.state_dict())
-        saved = checkpoint_files.load(path, self.context, settings, experts)
+        own, experts = names.split(self.lightning_module.state_dict())
+        saved = checkpoint_files.load(
+            path, self.context, self._shares, [*own, *experts], settings, experts
+        )
         saved["state_dict"] = names.rank_of(saved["state_dict"])
         return saved
 
@@ -153,11 +163,12 @@ class SavingStrategy(JobStrategy):
         (state,) = checkpoint["optimizer_states"]
 
         def restore() -> tuple[list[dict[str, Any]], list[str]]:
+            own = checkpoint_files.load_state(state, self.context, self._shares, optimizer.form)
             return carry_over(
                 self.optimizers[0],
                 [config.scheduler for config in trainer.lr_scheduler_configs],
                 checkpoint["lr_schedulers"],
-                optimizer.load_state_dict(state, self.resume_settings),
+                optimizer.load_state_dict(own, self.resume_settings),
                 self.resume_settings,
             )
 
@@ -169,5 +180,5 @@ class SavingStrategy(JobStrategy):
 
     @override
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Nothing here: every rank writes its own in `save_checkpoint`."""
+        """Nothing here: `save_checkpoint` writes what all ranks have of it."""
         return {}

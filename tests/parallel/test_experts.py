@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dhellam.checkpoint import folder
+from lightning_dhellam.checkpoint import by_rank, folder
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.engine.meeting import as_many, check_as_many
 from lightning_dhellam.models import CausalLM
@@ -25,6 +25,7 @@ from lightning_dhellam.parallel.experts import ExpertNames, is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers, taken_first
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.replicas import is_split
+from tests.checkpoint import first_format
 from tests.models.llama import SMALL
 from tests.ranks import run_ranks
 
@@ -259,7 +260,7 @@ def _skipped_and_changed(sharded: bool) -> None:
 
 
 def _saved(root: Path) -> list[str]:
-    """Save experts of one layout, and load them on others; the files that there were."""
+    """Save experts of one layout as version 0.1 did, load them on others; the files there were."""
     path = root / "a.ckpt"
     of_all: dict[str, Tensor] = {}
     for layout in ("ep2", "ep4", "none", "tp2-ep2-whole"):
@@ -267,14 +268,14 @@ def _saved(root: Path) -> list[str]:
         model = CausalLM(replace(MOE, num_query_groups=4), context, seed=5)
         weights, experts = ExpertNames(model).split(model.state_dict())
         if not of_all:
-            folder.save(path, context, {}, weights, {}, {"precision": "x"}, None, experts)
+            first_format.save(path, context, weights, experts, {"precision": "x"})
             for theirs in of_all_ranks(experts, dist.group.WORLD):
                 of_all |= theirs
         elif layout.startswith("tp"):
             with pytest.raises(ValueError, match=r"tensor_parallel_size=1, this run has .*=2"):
-                folder.load_weights(path, context, experts)
+                by_rank.load_weights(path, context, experts)
         else:
-            loaded = folder.load_weights(path, context, experts)
+            loaded = by_rank.load_weights(path, context, experts)
             assert folder.misfit(loaded, weights | experts) is None
             own = [name for name, value in experts.items() if isinstance(value, Tensor)]
             assert all(torch.equal(loaded[name], of_all[name]) for name in own)
@@ -283,7 +284,7 @@ def _saved(root: Path) -> list[str]:
             with pytest.raises(
                 ValueError, match=rf"expert_parallel_size=2, this run has .*={ranks}"
             ):
-                folder.load_state(path, context, {"precision": "x"})
+                by_rank.load_state(path, context, {"precision": "x"})
         context.destroy()
     return sorted(file.name for file in path.iterdir())
 

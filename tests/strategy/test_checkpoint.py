@@ -7,7 +7,6 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,21 +78,21 @@ RESTARTS: dict[str, tuple[int, dict[str, Any], str]] = {
 }
 
 
-DAMAGED = ("topology.json", "common.pt", "weights-00000.pt", "state-00001.pt")
+DAMAGED = ("topology.json", "common.pt", "rest.pt", ".metadata", "__1_0.distcp")
 LACKS = "final_norm.weight"
-"""What the second rank's file alone does not have."""
+"""What a checkpoint does not have."""
 
 
 class FailingSave:
-    """`torch.save` that fails on one rank for the file that only this rank writes."""
+    """`torch.save` that fails on one rank, for tensors that it alone writes."""
 
     def __init__(self, rank: int, error: Exception) -> None:
         self.rank, self.error, self.save = rank, error, torch.save
 
-    def __call__(self, value: Any, stream: Any) -> None:
-        if Path(stream.name).name == f"state-{self.rank:05d}.pt":
+    def __call__(self, value: Any, stream: Any, **options: Any) -> None:
+        if dist.get_rank() == self.rank and isinstance(value, torch.Tensor):
             raise self.error
-        self.save(value, stream)
+        self.save(value, stream, **options)
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -143,15 +142,11 @@ def _cut_off(checkpoint: Path, copy: Path, file: str, kept: int | None = 100) ->
     return copy
 
 
-def _lacking(checkpoint: Path, copy: Path, file: str, name: str) -> Path:
-    """A copy of which a file does not have a weight, as one that a script has changed."""
-    if dist.get_rank() == 0:
-        shutil.copytree(checkpoint, copy)
-        weights = torch.load(copy / file)
-        del weights[name]
-        torch.save(weights, copy / file)
-    dist.barrier()
-    return copy
+class _Forgetful(Callback):
+    """Leaves a weight out of checkpoints."""
+
+    def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"][f"model.{LACKS}"]
 
 
 def _loop_lacks(path: Path) -> str:
@@ -166,27 +161,24 @@ def _refusals(root: Path) -> dict[str, str]:
     """What two ranks are told when they resume from what does not fit."""
     sharded = root / "dp2-sharded-32-true" / f"step={STOP}.ckpt"
     split = root / "tp2-bf16-mixed" / f"step={STOP}.ckpt"
-    staged = root / "pp2-bf16-mixed" / f"step={STOP}.ckpt"
     thin = root / "thin"
     keep = _keep_every_step(thin, save_weights_only=True)
     _fit({"tensor_parallel_size": 2}, "bf16-mixed", keep, steps=1)
     plain = root / "plain.ckpt"
     plain.write_text("not a folder")
     cases: dict[str, tuple[dict[str, Any], Path]] = {
-        "other-tp": ({"tensor_parallel_size": 2}, sharded),
-        "other-dp": ({}, split),
-        "other-pp": ({}, staged),
         "weights-only": ({"tensor_parallel_size": 2}, thin / "step=1.ckpt"),
         "file": ({"tensor_parallel_size": 2}, plain),
         "missing": ({"tensor_parallel_size": 2}, root / "nowhere.ckpt"),
         "other-folder": ({"tensor_parallel_size": 2}, root / "thin"),
         "other-precision": ({"tensor_parallel_size": 2}, split),
-        "other-optimizer": ({"distributed_optimizer": False}, sharded),
     }
     for file in DAMAGED:
         cases[file] = {}, _cut_off(sharded, root / f"cut-{file}", file)
-    cases["no-state"] = {}, _cut_off(sharded, root / "no-state", "state-00001.pt", kept=None)
-    lacking = _lacking(split, root / "lacking", "weights-00001.pt", f"model.{LACKS}")
+    cases["no-file"] = {}, _cut_off(sharded, root / "no-file", "__1_0.distcp", kept=None)
+    forgets = _Forgetful(), _keep_every_step(root / "forgets")
+    _fit({"tensor_parallel_size": 2}, "bf16-mixed", *forgets, steps=1)
+    lacking = root / "forgets" / "step=1.ckpt"
     messages: dict[str, str] = {"lacking-in-a-loop": _loop_lacks(lacking)}
     with _message(ValueError, messages, "lacking"):
         _fit({"tensor_parallel_size": 2}, "bf16-mixed", steps=STEPS, ckpt_path=lacking)
@@ -249,16 +241,12 @@ def test_a_restart_goes_on_bitwise(outcomes: dict[int, list[dict[str, Any]]], na
 def test_a_checkpoint_is_one_folder_with_a_file_per_rank(
     outcomes: dict[int, list[dict[str, Any]]], root: Path
 ) -> None:
-    common = ["common.pt", "state-00000.pt", "state-00001.pt", "topology.json"]
-    for name, weights in (
-        ("tp2-bf16-mixed", ["weights-00000.pt", "weights-00001.pt"]),
-        ("pp2-bf16-mixed", ["weights-00000.pt", "weights-00001.pt"]),
-        ("dp2-sharded-32-true", ["weights-00000.pt"]),
-    ):
+    whole = [".metadata", "__0_0.distcp", "__1_0.distcp", "common.pt", "rest.pt", "topology.json"]
+    for name in ("tp2-bf16-mixed", "pp2-bf16-mixed", "dp2-sharded-32-true"):
         names = {path.name for path in (root / name).iterdir()}
         assert names == {f"step={step}.ckpt" for step in range(1, STOP + 1)}
         files = [path.name for path in sorted((root / name / f"step={STOP}.ckpt").iterdir())]
-        assert files == [*common, *weights]
+        assert files == whole
 
 
 def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
@@ -269,24 +257,21 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
         assert failures["unchanged"]
         assert failures["names"] == ["good.ckpt"]
         over, new = failures["messages"]["over"], failures["messages"]["new"]
-        assert "good.ckpt was not written: rank 1: OSError: no space left on device" in over
+        assert "good.ckpt was not written: rank 1: WriteError: __1_0.distcp in " in over
+        assert over.endswith("no space left on device")
         assert "new.ckpt was not written: rank 1: PicklingError: not this" in new
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("other-tp", ["tensor_parallel_size=1", "tensor_parallel_size=2", "same value"]),
-        ("other-dp", ["tensor_parallel_size=2", "tensor_parallel_size=1", "same value"]),
-        ("other-pp", ["pipeline_parallel_size=2", "pipeline_parallel_size=1", "same value"]),
         ("weights-only", ["holds weights only", "save_weights_only=False"]),
         ("file", ["plain.ckpt is not a folder", "give a folder that a run"]),
         ("missing", ["nowhere.ckpt does not exist: give a folder that a run"]),
-        ("no-state", ["no-state has no state-00001.pt: ", "use another checkpoint"]),
+        ("no-file", ["no-file has no __1_0.distcp: ", "use another checkpoint"]),
         *((file, [f"cut-{file}/{file} ", "use another checkpoint"]) for file in DAMAGED),
         ("other-folder", ["has no topology.json", "give a folder that a run"]),
         ("other-precision", ["precision=bf16-mixed", "precision=32-true", "same value"]),
-        ("other-optimizer", ["distributed_optimizer=True", "distributed_optimizer=False"]),
         *(
             (f"lacking{where}", ["the checkpoint does not have ", LACKS, "the sizes that it was"])
             for where in ("", "-in-a-loop")
@@ -318,12 +303,12 @@ def test_a_full_disk_is_said_with_the_file_and_what_is_missing(room: int, tmp_pa
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "a.ckpt"
     weights = {"first": torch.ones(1000), "second": torch.ones(1000)}
-    checkpoint.save(path, context, {"value": 1}, weights, {"state": torch.ones(1000)})
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    checkpoint.save(path, context, {"value": 1}, weights, {})
+    plain = (path / "common.pt").stat().st_size
     with full_disk(tmp_path, room), pytest.raises(WriteError) as caught:
-        checkpoint.save(path, context, {"value": 2}, weights, {"state": torch.ones(1000)})
+        checkpoint.save(path, context, {"value": 2}, weights, {})
     message = str(caught.value)
-    file = "weights-00000.pt" if room < sizes["weights-00000.pt"] else "state-00000.pt"
+    file = "common.pt" if room < plain else "rest.pt" if room < 4500 else "__0_0.distcp"
     assert f"{path} was not written: rank 0: WriteError: {file} in {tmp_path}" in message
     assert "No space left on device" in message and "more are needed, and" in message
     assert "unexpected pos" not in message and "\n" not in message
@@ -338,7 +323,7 @@ def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path:
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "a.ckpt"
     for value in (1, 2):
-        checkpoint.save(path, context, {"value": value}, {"w": torch.ones(2)}, None)
+        checkpoint.save(path, context, {"value": value}, {"w": torch.ones(2)}, {})
         assert checkpoint.load_common(path) == {"value": value}
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -349,7 +334,7 @@ def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: P
 
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "last.ckpt"
-    checkpoint.save(path, context, {"value": 1}, {"w": torch.ones(2)}, None)
+    checkpoint.save(path, context, {"value": 1}, {"w": torch.ones(2)}, {})
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
@@ -358,7 +343,7 @@ def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: P
         return rename(self, target)
 
     with mock.patch.object(Path, "rename", refuse), pytest.raises(OSError, match="no space left"):
-        checkpoint.save(path, context, {"value": 2}, {"w": torch.ones(2)}, None)
+        checkpoint.save(path, context, {"value": 2}, {"w": torch.ones(2)}, {})
     assert checkpoint.load_common(path) == {"value": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -369,29 +354,13 @@ def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) 
 
     context = ParallelContext.single(torch.device("cpu"))
     best, last = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
-    checkpoint.save(best, context, {"value": 1}, {"w": torch.ones(2)}, None)
+    checkpoint.save(best, context, {"value": 1}, {"w": torch.ones(2)}, {})
     last.symlink_to(best)
     for value in (2, 3):
-        checkpoint.save(last, context, {"value": value}, {"w": torch.ones(2)}, None)
+        checkpoint.save(last, context, {"value": value}, {"w": torch.ones(2)}, {})
         assert checkpoint.load_common(last) == {"value": value}
     assert checkpoint.load_common(best) == {"value": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
-
-
-def test_weights_of_another_split_are_refused(tmp_path: Path) -> None:
-    from lightning_dhellam.checkpoint import folder as checkpoint
-    from lightning_dhellam.parallel import ParallelContext, Topology
-
-    single = ParallelContext.single(torch.device("cpu"))
-    context = replace(
-        single, topology=Topology(world_size=2, pp_size=2), pipeline_split=(2, 1, 1, 1)
-    )
-    path = tmp_path / "a.ckpt"
-    checkpoint.save(path, context, {}, {"w": torch.ones(2)}, None)
-    assert checkpoint.load_weights(path, context)["w"].sum() == 2
-    other = replace(context, pipeline_split=(1, 1, 2, 1))
-    with pytest.raises(ValueError, match=r"pipeline_split=\[2, 1, 1, 1\].*\[1, 1, 2, 1\]"):
-        checkpoint.load_weights(path, other)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +381,9 @@ def test_weights_of_a_model_of_other_sizes_are_refused(
     make_trainer({}, [_keep_every_step(tmp_path)], **writes).fit(Model(), loader({}, samples=8))
     # As version 0.1 wrote it, without the model's configuration.
     file = tmp_path / "step=1.ckpt" / "topology.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "model": None}))
+    description = {**json.loads(file.read_text()), "model": None}
+    del description["checksum"]
+    file.write_text(json.dumps(description))
     other = make_trainer({}, max_steps=2)
     with pytest.raises(ValueError, match="give the model the sizes") as caught:
         other.fit(Model(**changes), loader({}, samples=8), ckpt_path=tmp_path / "step=1.ckpt")

@@ -7,7 +7,9 @@ import collections
 import datetime
 import decimal
 import enum
+import json
 import pathlib
+import pickle
 import random
 import shutil
 import uuid
@@ -28,8 +30,11 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dhellam.checkpoint import content
+from lightning_dhellam.checkpoint.description import save_description
 from lightning_dhellam.checkpoint.folder import load_common, save
+from lightning_dhellam.checkpoint.storage import checksum
 from lightning_dhellam.parallel import ParallelContext
+from tests.checkpoint.first_format import make_old
 from tests.strategy.runs import SHAPE, Losses, Model, evaluation, loader, make_trainer
 
 CALLS: list[str] = []
@@ -112,17 +117,29 @@ def test_values_of_usual_types_come_back_as_they_were(file: Path) -> None:
             assert [type(v) for v in value] == [type(v) for v in found[name]], name
 
 
+def _forge(checkpoint: Path) -> None:
+    """Give a checkpoint the checksums of what its files are now."""
+    fields = json.loads((checkpoint / "topology.json").read_text())
+    files = {name: checksum(checkpoint / name) for name in fields.pop("files", {})}
+    others = {name: value for name, value in fields.items() if name != "checksum"}
+    if files:
+        save_description(checkpoint, {**others, "files": files})
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(Marks, "tests.strategy.test_checkpoint_content._call"), (Calls, "builtins.getattr")],
 )
-@pytest.mark.parametrize("place", ["common.pt", "weights-00000.pt", "state-00000.pt"])
+@pytest.mark.parametrize("place", ["common.pt", "rest.pt", "weights-00000.pt", "state-00000.pt"])
 def test_a_file_that_would_run_code_is_refused_by_name_and_runs_none(
     place: str, kind: type, name: str, whole: Path, tmp_path: Path
 ) -> None:
     checkpoint = shutil.copytree(whole, tmp_path / "a.ckpt")
+    if place.endswith("00000.pt"):
+        make_old(checkpoint)
     honest = torch.load(checkpoint / place, weights_only=False)
     torch.save({**honest, "more": kind()}, checkpoint / place)
+    _forge(checkpoint)
     CALLS.clear()
     trainer = make_trainer({}, max_steps=2)
     with pytest.raises(ValueError, match=f"{place} holds .*{name}.*could run code") as caught:
@@ -132,6 +149,20 @@ def test_a_file_that_would_run_code_is_refused_by_name_and_runs_none(
             trainer.validate(Model(), evaluation({}), ckpt_path=checkpoint, verbose=False)
     assert not CALLS
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Marks, Calls])
+def test_a_description_of_tensors_that_would_run_code_is_refused(
+    kind: type, whole: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(whole, tmp_path / "a.ckpt")
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(kind()))
+    _forge(checkpoint)
+    CALLS.clear()
+    trainer = make_trainer({}, max_steps=2)
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read .*use another checkpoint"):
+        trainer.validate(Model(), evaluation({}), ckpt_path=checkpoint, verbose=False)
+    assert not CALLS
 
 
 def test_a_type_of_ones_own_is_said_when_it_is_written_and_read_when_it_is_allowed(
@@ -151,14 +182,14 @@ def test_a_type_of_ones_own_is_said_when_it_is_written_and_read_when_it_is_allow
 def test_what_could_never_be_read_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "a.ckpt"
-    save(path, context, {"epoch": 1}, {}, None)
+    save(path, context, {"epoch": 1}, {}, {})
     for value, words in (
         (collections.defaultdict(list, {"a": [1]}), "collections.defaultdict.*keep a dict"),
         (lambda: 1, "builtins.function, which cannot be saved.*ignore="),
     ):
         common = {"callbacks": {"Mine": {"seen": value}}}
         with pytest.raises(ValueError, match=rf"common\.pt: callbacks\.Mine\.seen is a {words}"):
-            save(path, context, common, {}, None)
+            save(path, context, common, {}, {})
     assert load_common(path) == {"epoch": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 

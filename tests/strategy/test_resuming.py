@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_dhellam.checkpoint import content
+from tests.checkpoint.first_format import make_old
 from tests.strategy.runs import Model, loader, make_trainer
 
 FORMS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -123,6 +124,7 @@ def test_a_checkpoint_of_version_0_1_is_read_by_position(tmp_path: Path) -> None
     straight, after = Grouped(), Grouped()
     _fit(straight, 5, "master-weights")
     _fit(Grouped(), 3, "master-weights", tmp_path)
+    make_old(tmp_path / "a.ckpt")
     file = tmp_path / "a.ckpt" / "state-00000.pt"
     new = content.read(file)
     flat = [name for group in new["groups"] for name in group["names"]]

@@ -1,0 +1,113 @@
+"""What a checkpoint says of itself: `topology.json`."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_dhellam.checkpoint.content import REMEDY
+from lightning_dhellam.files import read_json, save_text
+from lightning_dhellam.parallel.context import ParallelContext
+
+TOPOLOGY = "topology.json"
+MODEL = "model"
+"""Where the description has the model."""
+FILES = "files"
+"""Where it has the size and the checksum of every file."""
+FORMAT = 2
+_CHECKSUM = "checksum"
+SAME = "use the same value"
+ALONE = (
+    f"{SAME} to go on training; or train anew from its weights alone, by"
+    " trainer.validate(module, data, ckpt_path=…) and then trainer.fit(module, data), or by"
+    " Runner.load before Runner.optimizer"
+)
+"""What to do where the weights fit, and the optimizer's state does not."""
+
+
+def read_topology(path: Path) -> dict[str, Any]:
+    """Sizes and settings of the run that wrote a checkpoint, and what else it says of itself.
+
+    Raises:
+        ValueError: `path` is not a checkpoint, is damaged, or a newer version has written it.
+    """
+    file = path / TOPOLOGY
+    if not file.is_file():
+        kind = f"has no {TOPOLOGY}" if path.is_dir() else "is not a folder"
+        raise ValueError(
+            f"checkpoint {path} {kind if path.exists() else 'does not exist'}: give a folder that"
+            " a run with DHellamStrategy wrote"
+        )
+    fields = read_json(file, "description of a checkpoint", REMEDY)
+    if fields.get(_CHECKSUM, _sum(fields)) != _sum(fields):
+        raise ValueError(
+            f"{file} is damaged: its checksum is not that of what was written: {REMEDY}"
+        )
+    version = fields.get("format", 1)
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {version}, and this version of lightning-dhellam reads"
+            f" up to {FORMAT}: use the version that wrote it, or a newer one"
+        )
+    return fields
+
+
+def save_description(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write what `read_topology` reads, with a checksum of it."""
+    known = {"format": FORMAT, **fields}
+    save_text(folder / TOPOLOGY, json.dumps({**known, _CHECKSUM: _sum(known)}, indent=2) + "\n")
+
+
+def _sum(fields: Mapping[str, Any]) -> str:
+    own = {name: value for name, value in fields.items() if name != _CHECKSUM}
+    return f"{zlib.crc32(json.dumps(own, sort_keys=True).encode()):08x}"
+
+
+def sizes_of(context: ParallelContext) -> dict[str, Any]:
+    """The sizes of a run, by the names that the user knows."""
+    topology = context.topology
+    return {
+        "tensor_parallel_size": topology.tp_size,
+        "pipeline_parallel_size": topology.pp_size,
+        "pipeline_split": list(context.pipeline_split) if topology.pp_size > 1 else None,
+        "context_parallel_size": topology.cp_size,
+        "data_parallel_size": topology.dp_size,
+        "expert_parallel_size": topology.ep_size,
+        "expert_tensor_parallel_size": topology.etp_size,
+    }
+
+
+def check_same(path: Path, mine: Mapping[str, Any], remedy: str = SAME) -> None:
+    """Refuse a checkpoint in which one of the fields `mine` is another.
+
+    Raises:
+        ValueError: with both values.
+    """
+    # Older checkpoints do not name what every run had then.
+    saved = read_topology(path)
+    whole = {"context_parallel_size": 1, "expert_parallel_size": 1}
+    whole["expert_tensor_parallel_size"] = saved.get("tensor_parallel_size", 1)
+    saved = {**whole, **saved}
+    for name in mine:
+        if saved.get(name) != mine[name]:
+            raise ValueError(
+                f"checkpoint {path} was written with {name}={saved.get(name)}, this run has"
+                f" {name}={mine[name]}: {remedy}"
+            )
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose optimizer a run with `settings` cannot go on with.
+
+    Raises:
+        ValueError: it holds weights only, or one of the settings is another.
+    """
+    if not set(settings) & set(read_topology(path)):
+        raise ValueError(
+            f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
+            " from these weights, or save with save_weights_only=False"
+        )
+    check_same(path, settings, ALONE)
