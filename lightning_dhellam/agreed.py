@@ -20,6 +20,7 @@ from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.file import conditions, named_plan
+from lightning_dhellam.plan.passes import Recompute, check_recompute
 
 
 class AgreedEngine:
@@ -31,7 +32,8 @@ class AgreedEngine:
         micro_batch_size: samples that go through the layers together.
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
-        regather: gather the input of column-parallel layers again in backward.
+        recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, or
+            a list of choices and slots.
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
@@ -56,7 +58,7 @@ class AgreedEngine:
         *,
         loss: Loss | None,
         kernels: Mapping[str, str] | None,
-        regather: bool,
+        recompute: Recompute,
         context_exchange: str,
         context_fp32_gradients: bool,
         module: torch.nn.Module,
@@ -73,6 +75,7 @@ class AgreedEngine:
         self._check_alike("pipeline_split", list(self._context.pipeline_split))
         self._check_alike("context_exchange", context_exchange)
         self._check_alike("context_fp32_gradients", context_fp32_gradients)
+        self._check_alike("recompute", recompute)
         start_alike(model, self._context)
         check_exchange(context_exchange)
         self.exchanges = exchanges(context_exchange, self._context.topology.cp_size)
@@ -85,13 +88,16 @@ class AgreedEngine:
         self._lower = partial(
             lower,
             model,
-            regather=regather,
+            recompute=recompute,
             loss=loss,
             kernels=kernels,
             context_fp32_gradients=context_fp32_gradients,
         )
         self._exchange = self.exchanges[0]
         lowered = self._lower(context_exchange=self._exchange)
+        # A slot may be of another stage's layers alone.
+        every = of_all_ranks(lowered.slots, self._world)
+        check_recompute(recompute, frozenset().union(*every))
         self.structure = Structure(model)
         self._wanted: dict[str, bool] | None = None
         self.kernels = lowered.kernels

@@ -31,6 +31,7 @@ from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.plan import Builder
+from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.training import Training
 
@@ -68,7 +69,9 @@ class Runner:
         seed: of dropout.
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
-        regather: gather the input of column-parallel layers again in backward.
+        recompute: what backward makes again, in place of keeping it: `none`, `gathers` (inputs of
+            column-parallel layers), `selective` (norms and activations as well), `full` (all but a
+            layer's input), or a list of choices and slots. Changes no bit.
         context_exchange: how keys and values come to the ranks that share sequences: from rank to
             rank (`ring`), or all at once (`all_gather`). With `auto` a search may choose; without
             one it is `ring`. Changes loss and gradients by rounding.
@@ -92,7 +95,7 @@ class Runner:
         seed: int = 1234,
         loss: Loss | None = None,
         kernels: Mapping[str, str] | None = None,
-        regather: bool = True,
+        recompute: Recompute = "gathers",
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
         bucket_size: int | None = None,
@@ -112,7 +115,7 @@ class Runner:
             micro_batch_size,
             loss=loss,
             kernels=kernels,
-            regather=regather,
+            recompute=recompute,
             context_exchange=context_exchange,
             context_fp32_gradients=context_fp32_gradients,
             module=module or model,

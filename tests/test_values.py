@@ -138,7 +138,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         ("LanguageModel", {"overrides": [1]}, r"overrides=\[1\] must be a mapping from text to a"),
         ("LanguageModel", {"overrides": {"rotary_base": None}}, "rotary_base is blank: give it a"),
         ("LanguageModel", {"overrides": {"tie_embeddings": "no"}}, "tie_embeddings='no' must be "),
-        ("DHellamStrategy", {"regather": "no"}, "regather='no' must be true or false"),
+        ("DHellamStrategy", {"recompute": 1}, "recompute=1 must be text or a list, of text each"),
         ("DHellamStrategy", {"distributed_optimizer": "yes"}, "distributed_optimizer='yes' must"),
         ("DHellamStrategy", {"pipeline_split": 4}, "pipeline_split=4 must be a list, of a whole"),
         ("DHellamStrategy", {"seed": "1"}, "seed='1' must be a whole number"),

@@ -25,7 +25,6 @@ class Setting:
         sizes: that sizes of slots and costs follow from.
         kernels: what computes the operators.
         rotary: cosines and sines of the positions; None for a model without rotary embedding.
-        regather: gather a column-parallel input again in backward, instead of keeping it.
         index: of the layer in the model, which enters its random numbers.
         way: by which keys come to the ranks that share a sequence; None where each has its own.
     """
@@ -33,7 +32,6 @@ class Setting:
     sizes: Sizes
     kernels: Kernels
     rotary: RotaryTable | None
-    regather: bool
     index: int
     way: Way | None = None
 

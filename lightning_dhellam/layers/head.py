@@ -1,7 +1,7 @@
 """Final norm, output layer and vocabulary-parallel cross-entropy as operators.
 
     forward   norm  gather|output  statistics|gather  combine
-    backward  loss gradient  data gradient|scatter  (regather|) weight gradient  norm gradient
+    backward  loss gradient  data gradient|scatter  weight gradient  norm gradient
 
 The ranks exchange three numbers per token, once. Logits stay in the type of activations between
 forward and backward; where that type is fp32 they are computed again in backward, a chunk of

@@ -3,7 +3,7 @@
 Activations between linear layers are split along the sequence where TP > 1, so a column-parallel
 layer gathers its input and a row-parallel layer scatters its output:
 
-    column   forward   gather  gemm               backward  dgrad  scatter  (regather)  wgrad
+    column   forward   gather  gemm               backward  dgrad  scatter  wgrad
     row      forward           gemm  scatter      backward  gather  dgrad  wgrad
 
 A column-parallel bias is added by its GEMM; it is split as the weight is. A row-parallel bias is
@@ -141,11 +141,9 @@ class ColumnLinear(_Linear):
     """A linear layer of which each rank computes some output channels of every token.
 
     Attributes:
-        regather: gather the input again in backward, instead of keeping it.
         adapter: what is trained beside the weight, or None.
     """
 
-    regather: bool
     adapter: AdaptedColumn | None = None
 
     @classmethod
@@ -156,9 +154,8 @@ class ColumnLinear(_Linear):
         parts = cls._parts(module, ColumnParallelLinear, name, along, setting, prefix)
         adapter = adapter_of(module)
         if adapter is None:
-            return cls(*parts, setting.regather)
-        adapted = AdaptedColumn(parts[0], adapter, along, setting.kernels.linear)
-        return cls(*parts, setting.regather, adapted)
+            return cls(*parts)
+        return cls(*parts, AdaptedColumn(parts[0], adapter, along, setting.kernels.linear))
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -176,7 +173,7 @@ class ColumnLinear(_Linear):
 
     def gather(self, w: GraphWriter, read: str) -> str:
         """Gather the input. Returns the slot of every token's."""
-        return w.gather(f"{self.name}.gather", read, f"{read}_full", self.weight.shape[1])
+        return w.gather(f"{self.name}.gather", read, self.whole(w, read), self.weight.shape[1])
 
     def gemm(self, w: GraphWriter, read: str, write: str) -> None:
         """Add `write` from the gathered input."""
@@ -186,8 +183,7 @@ class ColumnLinear(_Linear):
         """Add all gradients, from `grad` [S, B, O]. Returns the slot of that by `read`."""
         self._dgrad(w, grad, f"d_{read}_full")
         scattered = self.scatter_grad(w, read)
-        if self.weight.requires_grad:  # or else nothing reads the input again
-            self._wgrad(w, grad, self.whole(w, read))
+        self._wgrad(w, grad, self.whole(w, read))
         self._bias_grad(w, grad, w.sizes.wide(self.weight.shape[0]))
         if self.adapter is not None:
             return self.adapter.backward(w, grad, read, scattered)
@@ -199,9 +195,7 @@ class ColumnLinear(_Linear):
         return w.scatter(f"{self.name}.grad_scatter", f"d_{read}_full", f"d_{read}", channels)
 
     def whole(self, w: GraphWriter, read: str) -> str:
-        """The slot of every token's input in backward: kept, or gathered again."""
-        if self.regather:
-            return w.gather(f"{self.name}.regather", read, f"{read}_again", self.weight.shape[1])
+        """The slot of every token's input."""
         return f"{read}_full" if w.sizes.tp > 1 else read
 
 

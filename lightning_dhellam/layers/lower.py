@@ -25,8 +25,9 @@ from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
 from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import Graph, GraphPair, check_chain
+from lightning_dhellam.plan import Graph, GraphPair, check_chain, passes
 from lightning_dhellam.plan.layout import Held
+from lightning_dhellam.plan.passes import Recompute
 
 LAYERS: dict[type, Callable[[Any, Setting], GraphPair]] = {TransformerLayer: lower_transformer}
 """What lowers a layer, by the class of its Megatron-core module."""
@@ -42,18 +43,20 @@ class Lowered:
         logits: the head's graph for prediction, forward only; None on a stage without head.
         kernels: what computes the operators.
         stage: this rank's place in the pipeline.
+        slots: that its layers and head have in forward: those that backward can make again.
     """
 
     layers: tuple[GraphPair, ...]
     logits: Graph | None
     kernels: Kernels
     stage: Stage
+    slots: frozenset[str]
 
 
 def lower(
     model: Any,
     *,
-    regather: bool | Callable[[int], bool] = True,
+    recompute: Recompute | Callable[[int], Recompute] = "gathers",
     loss: Loss | None = None,
     kernels: Mapping[str, str] | None = None,
     context_exchange: str = "ring",
@@ -63,8 +66,8 @@ def lower(
 
     Args:
         model: the container; its modules' weights are read and their `main_grad` accumulated.
-        regather: gather the input of column-parallel linears again in backward (less memory)
-            instead of keeping it; for all layers, or decided by layer index.
+        recompute: what backward makes again in place of keeping it (see `plan.passes`), for all
+            layers, or decided by layer index.
         loss: a custom loss, or None for the vocabulary-parallel cross-entropy.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the others are
             chosen by device, type and what is installed.
@@ -90,20 +93,25 @@ def lower(
     if ranks > 1:
         travelling = torch.float32 if context_fp32_gradients else sizes.dtype
         way = WAYS[context_exchange](topology.cp_rank, ranks, travelling)
-    again = regather if callable(regather) else lambda index: regather
+    wanted = recompute if callable(recompute) else lambda index: recompute
+    slots: set[str] = set()
+
+    def remaking(pair: GraphPair, what: Recompute) -> GraphPair:
+        slots.update(pair.forward.written)
+        return passes.recompute(pair, passes.chosen(pair, what))
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
-            _lower_layer(layer, Setting(sizes, chosen, rotary, again(index), index, way))
+            remaking(_lower_layer(layer, Setting(sizes, chosen, rotary, index, way)), wanted(index))
             for index, layer in model.own_layers(chunk)
         ]
 
     early, late = topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank
     falling, rising, logits = lowered(early), lowered(late), None
     if topology.pp_rank == 0:
-        head = _head(model, sizes, chosen, again(len(model.layers)), loss)
+        head = _head(model, sizes, chosen, loss)
         falling.insert(0, lower_embedding(model.embedding, sizes, chosen))
-        rising.append(head.lower())
+        rising.append(remaking(head.lower(), passes.of_head(wanted(len(model.layers)))))
         logits = head.lower_logits()
     if topology.pp_size > 1:
         falling = connect(falling, early, sizes)
@@ -115,7 +123,7 @@ def lower(
     layers = (*falling, *rising)
     _check_trained(model, layers)
     stage = Stage(topology.pp_rank, topology.pp_size, len(layers), len(falling))
-    return Lowered(layers, logits, chosen, stage)
+    return Lowered(layers, logits, chosen, stage, frozenset(slots))
 
 
 def _check_trained(model: torch.nn.Module, layers: Sequence[GraphPair]) -> None:
@@ -131,14 +139,12 @@ def _check_trained(model: torch.nn.Module, layers: Sequence[GraphPair]) -> None:
             )
 
 
-def _head(
-    model: Any, sizes: Sizes, kernels: Kernels, regather: bool, loss: Loss | None
-) -> HeadLowering:
+def _head(model: Any, sizes: Sizes, kernels: Kernels, loss: Loss | None) -> HeadLowering:
     for supported in (norm.SUPPORTED, linear.SUPPORTED):
         check_config(model.transformer_config, supported)
     final = Norm.of(model.final_norm, "final", kernels, "the model")
     weight, bias = model.output_weight, model.output_layer.bias
-    output = ColumnLinear("output", weight, bias, Held.VOCABULARY, kernels.linear, regather)
+    output = ColumnLinear("output", weight, bias, Held.VOCABULARY, kernels.linear)
     return HeadLowering(final, output, model.config.vocab_size, sizes, kernels, loss)
 
 

@@ -83,6 +83,8 @@ class Norm:
                 return rms(x, residual, weight, eps)
             return layer(x, residual, weight, bias, eps)
 
+        alone = GraphWriter(w.name, w.direction, w.sizes)
+        self.forward(alone, write)
         writes = {write: w.sizes.shard, **self._writes(w)}
         w.compute(
             f"{self.name}.residual_norm",
@@ -91,6 +93,7 @@ class Norm:
             run,
             moved=4 * w.sizes.shard,
             rule=OF_TOKENS,
+            remakes=tuple(alone.operators),
         )
         return self.output
 

@@ -89,8 +89,9 @@ class GraphWriter:
         varies: bool = False,
         rehearsals: tuple[Callable[..., Any], ...] = (),
         rule: Rule = ALIKE,
+        remakes: tuple[Operator, ...] = (),
     ) -> None:
-        """Add a compute operator.
+        """Add a compute operator. One of no floating-point operations is light.
 
         Args:
             name: unique in the graph.
@@ -106,6 +107,7 @@ class GraphWriter:
             varies: whether its time depends on what values say.
             rehearsals: what is run in its place when a stage rehearses.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
+            remakes: operators that make some of `writes` again from others of them.
         """
         assert not (growing and (flops or moved)), f"{name} has two nominal costs"
         growth = growing / _FLOPS
@@ -126,6 +128,8 @@ class GraphWriter:
                 growth=growth,
                 varies=varies,
                 rehearsals=rehearsals,
+                light=not (flops or growing),
+                remakes=remakes,
             )
         )
         self.bytes_per_token.update(writes)
@@ -149,6 +153,7 @@ class GraphWriter:
             Collective.ALL_GATHER,
             gathers(lane, Held.SEQUENCE),
             crossing=size - size / ranks,
+            light=lane is Lane.TP,
         )
         return write
 
@@ -185,6 +190,7 @@ class GraphWriter:
         *,
         crossing: float,
         varies: bool = False,
+        light: bool = False,
     ) -> None:
         """Add a collective of a communication lane.
 
@@ -198,6 +204,7 @@ class GraphWriter:
             rule: how slots lie that it reads and writes.
             crossing: bytes per token that this rank receives over its link, for the nominal cost.
             varies: whether its time depends on what values say.
+            light: whether it is worth doing again, in place of keeping what it brings.
         """
         communicator = self.sizes.context.communicators[lane]
 
@@ -216,6 +223,7 @@ class GraphWriter:
                 collective=collective,
                 rule=bound(rule, self.sizes.context),
                 varies=varies,
+                light=light,
             )
         )
         self.bytes_per_token.update(writes)

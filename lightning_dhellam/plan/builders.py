@@ -92,7 +92,7 @@ def _megatron_backward(graph: Graph) -> Iterator[Row]:
     """
     late = [o for o in graph.operators if _feeds_only_leaves(graph, o)]
     under = {_data_gradient_beside(graph, gather): gather for gather in late}
-    order = [o for o in graph.operators if o not in late]
+    order = list(_as_needed(graph, late, under))
     hiding = False
     for operator, following in zip(order, [*order[1:], None], strict=True):
         gather = under.get(operator.name)
@@ -104,6 +104,30 @@ def _megatron_backward(graph: Graph) -> Iterator[Row]:
         if gather or hiding or exposed:
             yield Barrier()
         hiding = starts
+
+
+def _as_needed(
+    graph: Graph, late: list[Operator], under: dict[str, Operator]
+) -> Iterator[Operator]:
+    """The operators without the late ones; what these need is there when their partner comes."""
+    there: set[str] = set()
+
+    def before(operator: Operator) -> Iterator[Operator]:
+        for name in graph.predecessors[operator.name]:
+            if name not in there:
+                yield from with_needs(graph.by_name[name])
+
+    def with_needs(operator: Operator) -> Iterator[Operator]:
+        yield from before(operator)
+        there.add(operator.name)
+        yield operator
+
+    for operator in graph.operators:
+        if operator.name in under:
+            yield from before(under[operator.name])
+        if operator not in late and operator.name not in there:
+            there.add(operator.name)
+            yield operator
 
 
 def _is_leaf(operator: Operator) -> bool:

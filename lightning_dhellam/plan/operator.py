@@ -87,6 +87,9 @@ class Operator:
             received and nothing may be left behind; of several each in a rehearsal of its own.
         waits: whether the host waits until what it reads is there, before it issues what follows:
             `run` then takes values that the host can look at.
+        light: whether it only moves bytes, so that making its results again costs little.
+        remakes: operators that make some of its results again from others of them, where that takes
+            less than the whole.
         growth: nominal seconds per token for each token of the sequence, where the cost grows with
             its length, as attention's does: `cost` is then that of some length (see `at`).
         varies: whether its time depends on what values say, such as how many tokens have chosen an
@@ -109,6 +112,8 @@ class Operator:
     growth: float = field(default=0.0, compare=False)
     waits: bool = field(default=False, compare=False)
     varies: bool = field(default=False, compare=False)
+    light: bool = field(default=False, compare=False)
+    remakes: tuple[Operator, ...] = field(default=(), repr=False, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -78,8 +78,9 @@ class DHellamStrategy(SteppingStrategy):
             not `bf16-true`.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the fastest that
             this machine has for all others.
-        regather: gather the input of column-parallel layers again in backward; False keeps it,
-            which saves communication and costs memory.
+        recompute: what backward makes again, in place of keeping it: `none`; `gathers`, the inputs
+            of column-parallel layers; `selective`, norms and activations as well; `full`, all but
+            a layer's input; or a list of choices and slots. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
             after so many in a row the run ends with a FloatingPointError.
@@ -108,7 +109,7 @@ class DHellamStrategy(SteppingStrategy):
         plan: str = "interleaved",
         distributed_optimizer: bool | None = None,
         kernels: dict[str, str] | None = None,
-        regather: bool = True,
+        recompute: str | list[str] = "gathers",
         bucket_size: int | None = None,
         max_skipped_steps: int = 10,
         seed: int | None = None,
@@ -160,7 +161,7 @@ class DHellamStrategy(SteppingStrategy):
         self.plan = plan
         self.distributed_optimizer = distributed_optimizer
         self.kernels = kernels
-        self.regather = regather
+        self.recompute = recompute
         self.bucket_size = bucket_size
         self.max_skipped_steps = max_skipped_steps
         self._seed = seed
@@ -276,7 +277,7 @@ class DHellamStrategy(SteppingStrategy):
             seed=self.seed,
             loss=module.custom_loss,
             kernels=self.kernels,
-            regather=self.regather,
+            recompute=self.recompute,
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
             bucket_size=self.bucket_size,

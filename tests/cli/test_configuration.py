@@ -82,7 +82,7 @@ STRATEGY = ("trainer", "strategy", "init_args")
         (_set(*MODEL, overrides={"num_layers": 1.5}), "num_layers=1.5 must be a whole number"),
         (_set("trainer", max_steps=None), "trainer.max_steps is blank: give it a whole number"),
         (_set("trainer", precision=7), "trainer.precision=7 must be one of 64, 32, 16, 'transf"),
-        (_set(*STRATEGY, regather=None), "trainer.strategy.regather is blank: give it true or f"),
+        (_set(*STRATEGY, recompute=None), "trainer.strategy.recompute is blank: give it text or a"),
         (_set(seed_everything=None), "seed_everything is blank: give it a whole number"),
         (
             _set("model", class_path="lightning_dhellam.LanguageModl"),

@@ -121,7 +121,7 @@ def _layer(case: Case) -> MoELayer:
 def _graphs(layer: MoELayer, dtype: torch.dtype = torch.float32) -> GraphPair:
     """Both directions of a layer that is a mixture alone."""
     sizes = Sizes(CONTEXT, dtype, HIDDEN, 8)
-    block = Experts.of(layer, Setting(sizes, choose(CPU, dtype), None, regather=True, index=0))
+    block = Experts.of(layer, Setting(sizes, choose(CPU, dtype), None, index=0))
     ahead = GraphWriter("mixture", Strand.FORWARD, sizes)
     y = block.forward(ahead, "x")
     back = GraphWriter("mixture", Strand.BACKWARD, sizes)
@@ -223,7 +223,7 @@ def test_some_experts_or_all_may_be_frozen() -> None:
 def test_biases_of_experts_that_ranks_share_are_refused_by_name() -> None:
     experts = _layer(Case(BIASED)).experts.local_experts
     sizes, kernels = Sizes(CONTEXT, torch.float32, HIDDEN, 8), choose(CPU, torch.float32)
-    setting = Setting(sizes, kernels, None, regather=True, index=3)
+    setting = Setting(sizes, kernels, None, index=3)
     split = Dispatch(EXPERTS, 2, HIDDEN, shared=True, kernels=kernels, ranks=1, rank=0)
     with pytest.raises(ValueError, match=r"layer 3: .*use expert_tensor_parallel_size=1"):
         ExpertMlp.of(experts, setting, split)

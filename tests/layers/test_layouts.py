@@ -159,7 +159,7 @@ def _custom() -> Lowered:
 
 MODELS: dict[str, Callable[[], Lowered]] = {
     "llama": lambda: lower(_model(2)),
-    "llama in fp32, kept": lambda: lowered(2, CONFIG, regather=False),
+    "llama in fp32, kept": lambda: lowered(2, CONFIG, recompute="none"),
     "gpt with dropout": lambda: lowered(2, GPT, torch.bfloat16),
     "gpt with biases": lambda: lowered(2, replace(GPT, linear_bias=True, qkv_bias=True)),
     "tied": lambda: lowered(2, replace(CONFIG, tie_embeddings=True)),

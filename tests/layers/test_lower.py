@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from lightning_dhellam.layers import attention, linear, lower, mlp, norm, residu
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.plan.passes import CHOICES
 from tests.engine.harness import (
     CPU,
     add_main_grads,
@@ -75,14 +77,22 @@ def test_a_custom_loss_equals_the_built_in_one(context: ParallelContext) -> None
     _check_custom_loss(*_with_built_in_and_custom_loss(context))
 
 
-def _regathered_and_kept(context: ParallelContext, dtype: torch.dtype) -> list[str]:
-    model = prepared(CONFIG, context, dtype)
+def _recomputed_and_kept(context: ParallelContext, dtype: torch.dtype) -> list[str]:
+    """What differs when slots are made again: all choices, and any slots of any layer."""
+    model = prepared(replace(CONFIG, hidden_dropout=0.1), context, dtype)
     micro_batches = pieces(batch_of(CONFIG, 3, 16), 2, context)
-    kept, again = (
-        train(engine_of(lower(model, regather=regather)), model, micro_batches)
-        for regather in (False, True)
-    )
-    return differing(again, kept)
+    kept = lower(model, recompute="none")
+    expected = train(engine_of(kept), model, micro_batches)
+    draw = random.Random(7)
+    slots = sorted(kept.slots)
+    sets = [draw.sample(slots, draw.randrange(1, len(slots))) for _ in range(12)]
+    wrong = []
+    for what in (*CHOICES, *sets):
+        plan = random_builder(draw.randrange(1000))
+        engine = engine_of(lower(model, recompute=what), builder=plan, poison=True)
+        differences = differing(train(engine, model, micro_batches), expected)
+        wrong += [f"{what}: {one}" for one in differences]
+    return wrong
 
 
 class Block(nn.Module):
@@ -122,8 +132,8 @@ def _on_rank(rank: int) -> dict[str, Any]:
     context = ParallelContext.create(CPU, tensor_parallel_size=2)
     return {
         "losses": _with_built_in_and_custom_loss(context),
-        "regather": [
-            _regathered_and_kept(context, dtype) for dtype in (torch.float32, torch.bfloat16)
+        "recompute": [
+            _recomputed_and_kept(context, dtype) for dtype in (torch.float32, torch.bfloat16)
         ],
         "block": _block_gradients(context),
     }
@@ -139,11 +149,11 @@ def test_a_custom_loss_on_two_tensor_ranks(two_ranks: list[dict[str, Any]]) -> N
         _check_custom_loss(*outcome["losses"])
 
 
-def test_regathering_changes_no_bit(
+def test_making_slots_again_changes_no_bit(
     context: ParallelContext, two_ranks: list[dict[str, Any]]
 ) -> None:
-    assert _regathered_and_kept(context, torch.float32) == []
-    assert [outcome["regather"] for outcome in two_ranks] == [[[], []], [[], []]]
+    assert _recomputed_and_kept(context, torch.float32) == []
+    assert [outcome["recompute"] for outcome in two_ranks] == [[[], []], [[], []]]
 
 
 def _autograd(model: CausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -73,7 +73,7 @@ def _run(graph: Graph, slots: dict[str, Any]) -> None:
 
 def _lowered(module: Any, dtype: torch.dtype, context: ParallelContext = CONTEXT) -> GraphPair:
     sizes = Sizes(context, dtype, HIDDEN, SEQUENCE)
-    setting = Setting(sizes, choose(CPU, dtype), None, regather=False, index=3)
+    setting = Setting(sizes, choose(CPU, dtype), None, index=3)
     return _graphs(Router.of(module, setting), sizes)
 
 

@@ -19,6 +19,7 @@ from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.pipeline import fold, live_activations, peak_activations
 from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import BUILDERS, Lane
+from lightning_dhellam.plan.passes import CHOICES
 from tests.engine.harness import (
     CPU,
     LoadingLanes,
@@ -216,7 +217,7 @@ def _on_two_stages(rank: int) -> dict[str, Any]:
     context = _context(2)
     config = replace(CONFIG, num_layers=8)
     model = _model(config, context)
-    lowered = lower(model, regather=lambda index: index % 2 == 0)
+    lowered = lower(model, recompute=lambda index: list(CHOICES)[index % len(CHOICES)])
     micro_batches = pieces(batch_of(config, 5, LENGTH), 1, context)
     engine = engine_of(lowered, builder=BUILDERS["sequential"])
     expected = train(engine, model, micro_batches)

@@ -15,6 +15,7 @@ from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.groups import OpenGroups
 from lightning_dhellam.parallel.transport import Alone
 from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan.passes import Recompute
 from tests.models.llama import SMALL
 
 
@@ -44,11 +45,11 @@ def lowered(
     tensor_parallel_size: int,
     config: ModelConfig = SMALL,
     dtype: torch.dtype = torch.float32,
-    regather: bool = True,
+    recompute: Recompute = "gathers",
     context_parallel_size: int = 1,
     context_exchange: str = "ring",
 ) -> Lowered:
     """The graphs that rank 0 of so many ranks has."""
     context = context_of_rank_0(tensor_parallel_size, context_parallel_size)
     model = CausalLM(config, context, dtype)
-    return lower(model, regather=regather, context_exchange=context_exchange)
+    return lower(model, recompute=recompute, context_exchange=context_exchange)

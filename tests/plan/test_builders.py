@@ -172,7 +172,7 @@ plan megatron: forward transformer, backward transformer
  16  backward  compute  fc2.dgrad
  17  backward  compute  fc2.wgrad
  18  backward  compute  swiglu.grad
- 19  backward  tp       fc1.regather
+ 19  backward  tp       fc1.gather.again
  20  backward  compute  fc1.dgrad
   -  barrier
  21  backward  tp       fc1.grad_scatter
@@ -185,7 +185,7 @@ plan megatron: forward transformer, backward transformer
  26  backward  compute  proj.wgrad
  27  backward  compute  attention.grad
  28  backward  compute  rope.grad
- 29  backward  tp       qkv.regather
+ 29  backward  tp       qkv.gather.again
  30  backward  compute  qkv.dgrad
   -  barrier
  31  backward  tp       qkv.grad_scatter
@@ -195,7 +195,7 @@ plan megatron: forward transformer, backward transformer
 MEGATRON_HEAD = """\
 plan megatron: forward -, backward head
   0  backward  compute  loss.grad
-  1  backward  tp       output.regather
+  1  backward  tp       output.gather.again
   2  backward  compute  output.dgrad
   -  barrier
   3  backward  tp       output.grad_scatter

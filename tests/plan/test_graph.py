@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_dhellam.plan import Collective, GraphPair, Lane, Operator
+from lightning_dhellam.plan.passes import CHOICES
 from lightning_dhellam.search.measure.graphfile import fields_of, graph_from
 from tests.plan.graphs import BACKWARD, FORWARD, graph, no_launch, toy_pair
 from tests.plan.real_graphs import lowered
@@ -113,18 +114,20 @@ def test_saved_bytes_count_every_saved_slot_inputs_included() -> None:
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_regathering_saves_the_shard_in_place_of_the_whole(tensor_parallel_size: int) -> None:
-    again, kept = (
-        lowered(tensor_parallel_size, regather=regather).layers[1] for regather in (True, False)
+def test_choices_save_what_they_say(tensor_parallel_size: int) -> None:
+    none, gathers, selective, full = (
+        {*lowered(tensor_parallel_size, recompute=choice).layers[1].saved} for choice in CHOICES
     )
     common = {
         "x", "attention_rstd", "rotated", "context", "lse", "attention_state",
         "mid", "mlp_rstd", "gate_up", "act",
     }  # fmt: skip
     shards = {"attention_norm", "mlp_norm"}
-    assert set(again.saved) == common | shards
     wholes = {f"{name}_full" for name in shards} if tensor_parallel_size > 1 else shards
-    assert set(kept.saved) == common | wholes
+    assert none == common | wholes
+    assert gathers == common | shards
+    assert selective == common - {"act", "attention_rstd", "mlp_rstd"}
+    assert full == {"x"}
 
 
 def test_an_operator_prints_its_name_and_knows_its_kind() -> None:

@@ -74,7 +74,7 @@ CASES: dict[int, dict[str, Case]] = {
     2: {
         "ring": Case(_cp(2)),
         "gathered": Case(_cp(2), GATHERED),
-        "ungrouped-kept": Case(_cp(2), {"regather": False}, UNGROUPED),
+        "ungrouped-kept": Case(_cp(2), {"recompute": "none"}, UNGROUPED),
         "packed": Case(_cp(2), packed=True),
         "packed-gathered": Case(_cp(2), GATHERED, UNGROUPED, packed=True),
         "packed-tensor": Case({"tensor_parallel_size": 2}, packed=True),

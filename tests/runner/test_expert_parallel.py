@@ -77,7 +77,7 @@ CASES: dict[int, dict[str, Case]] = {
         "one-expert-each": Case(_ep(4)),
         "split": Case(_ep(2, tensor=2), {"plan": "megatron"}),
         "whole": Case(_ep(2, tensor=2, expert_tensor=1)),
-        "over-all": Case(_ep(4, tensor=2, expert_tensor=1), {"regather": False}),
+        "over-all": Case(_ep(4, tensor=2, expert_tensor=1), {"recompute": "none"}),
         "stages": Case(_ep(2, pipeline=2), {"plan": "dhellam"}),
         "replicas": Case(_ep(2), {}, "qwen3-moe"),
         "sequences": Case(_ep(2, context=2)),

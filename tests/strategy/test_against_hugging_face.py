@@ -36,7 +36,7 @@ CONFIGS = {
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {"micro_batch_size": 4}),
     "tp2": (2, {"tensor_parallel_size": 2, "micro_batch_size": 4}),
-    "tp2-kept": (2, {"tensor_parallel_size": 2, "micro_batch_size": 1, "regather": False}),
+    "tp2-kept": (2, {"tensor_parallel_size": 2, "micro_batch_size": 1, "recompute": "none"}),
     "dp2": (2, {"micro_batch_size": 2, "distributed_optimizer": False}),
     "dp2-buckets": (2, {"bucket_size": 2000, "distributed_optimizer": False}),
     "tp2-dp2": (
