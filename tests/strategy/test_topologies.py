@@ -107,10 +107,14 @@ PAIR: dict[str, dict[str, Any] | str] = {
     "dp2-unsharded": {"micro_batch_size": 2, "distributed_optimizer": False},
     "dp2-small-buckets": {"bucket_size": 300},
     "dp2-unsharded-small-buckets": {"bucket_size": 300, "distributed_optimizer": False},
-    "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3},
+    "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3, "recompute": "selective"},
     "tp2-kept": {"tensor_parallel_size": 2, "recompute": "none", "plan": "megatron"},
     "pp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
-    "pp2-ragged-micro-batches": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
+    "pp2-ragged-micro-batches": {
+        "pipeline_parallel_size": 2,
+        "micro_batch_size": 3,
+        "recompute": ["full", "logits"],
+    },
     "pp2-one-micro-batch": {"pipeline_parallel_size": 2, "micro_batch_size": 8},
     "cp2": {"context_parallel_size": 2, "micro_batch_size": 3},
     "cp2-gathered": {
