@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 # The machine's cores are shared by several ranks; more threads per rank only fight each other.
 torch.set_num_threads(1)
@@ -24,11 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _leave_nothing() -> Iterator[None]:
     """Trainers of this process leave a process group and its port behind, which processes that a
-    later test starts would take for theirs."""
+    later test starts would take for theirs; a test that fails leaves Megatron's groups as well."""
     before, joined = dict(os.environ), dist.is_initialized()
+    shared = parallel_state.is_initialized()
     yield
     os.environ.clear()
     os.environ.update(before)
+    if parallel_state.is_initialized() and not shared:
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized() and not joined:
         dist.destroy_process_group()
 

@@ -82,7 +82,7 @@ def test_every_slot_of_a_model_on_two_tensor_ranks() -> None:
         "d_gate_up": FFN,
         "d_mlp_norm_full": PARTIAL,
         "d_mlp_norm": STREAM,
-        "mlp_norm_again": WHOLE,
+        "mlp_norm_full_again": WHOLE,
         "d_mid": STREAM,
         "d_proj_full": WHOLE,
         "d_context": HEADS,
@@ -92,7 +92,7 @@ def test_every_slot_of_a_model_on_two_tensor_ranks() -> None:
         "d_qkv": HEADS,
         "d_attention_norm_full": PARTIAL,
         "d_attention_norm": STREAM,
-        "attention_norm_again": WHOLE,
+        "attention_norm_full_again": WHOLE,
         "dx": STREAM,
     }
     assert mixing == {
@@ -111,7 +111,7 @@ def test_every_slot_of_a_model_on_two_tensor_ranks() -> None:
         "d_logits": VOCABULARY,
         "d_final_norm_full": PARTIAL,
         "d_final_norm": STREAM,
-        "final_norm_again": WHOLE,
+        "final_norm_full_again": WHOLE,
         "dx": STREAM,
     }
 
