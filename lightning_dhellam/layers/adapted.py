@@ -86,6 +86,7 @@ class Adapted:
             lambda y, h: _add_product(y, h, adapter.spread().t()),
             flops=2.0 * channels * self._channels,
             moved=2 * size,
+            takes=((write, base),),
             rule=rule,
         )
 
@@ -116,6 +117,7 @@ class Adapted:
             lambda dx, dh: _add_product(dx, dh, down),
             flops=2.0 * down.numel() / shares,
             moved=2 * size,
+            takes=((write, base),),
             rule=rule,
         )
 

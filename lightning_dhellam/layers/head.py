@@ -173,6 +173,7 @@ class HeadLowering:
             {"d_logits": width},
             run,
             moved=2 * width,
+            takes=(("d_logits", "logits"),),
             rule=on_tp((Held.VOCABULARY, *[Held.REPLICATED] * 3), Held.VOCABULARY),
         )
         return self._output_backward(w)

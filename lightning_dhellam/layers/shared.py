@@ -195,13 +195,18 @@ class SharedAttention:
         written, tokens = way.written(hop)
         size = tokens * 2 * self.heads.groups * self.heads.size * way.dtype.itemsize
         queries = self.heads.queries * self.heads.size * dtype.itemsize
+        write = "dq" if hop == self._last else f"dq_{hop}"
+        takes = [(written, slot) for slot in collected]
+        if dtype is torch.float32:
+            takes.append((write, f"dq_{hop - 1}"))
         reads = (_OWN,) * 6 + (way.held,) + (way.collected_held,) * len(collected)
         w.compute(
             f"attention.grad.{hop}",
             (*self._grad_reads(hop), f"dq_{hop - 1}", way.slot(hop, "keys_again"), *collected),
-            {"dq" if hop == self._last else f"dq_{hop}": queries, written: size},
+            {write: queries, written: size},
             run,
             growing=self.backward_flops * self._growth,
+            takes=tuple(takes),
             rule=self._block_rule(reads, (_OWN, way.collected_held)),
         )
 

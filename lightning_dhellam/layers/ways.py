@@ -146,6 +146,7 @@ class Ring(Way):
                 {f"d_keys_{hop}": size},
                 add,
                 moved=3 * size,
+                takes=((f"d_keys_{hop}", f"d_keys_arrived_{hop}"),),
                 rule=_STAYS,
             )
         last = hop == self.ranks - 1

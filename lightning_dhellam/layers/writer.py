@@ -88,6 +88,7 @@ class GraphWriter:
         shrinks: bool = False,
         varies: bool = False,
         rehearsals: tuple[Callable[..., Any], ...] = (),
+        takes: tuple[tuple[str, str], ...] = (),
         rule: Rule = ALIKE,
         remakes: tuple[Operator, ...] = (),
     ) -> None:
@@ -106,6 +107,7 @@ class GraphWriter:
             shrinks: whether it can leave processors to communication.
             varies: whether its time depends on what values say.
             rehearsals: what is run in its place when a stage rehearses.
+            takes: slots written in place, and those read whose memory they take over.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
             remakes: operators that make some of `writes` again from others of them.
         """
@@ -130,6 +132,7 @@ class GraphWriter:
                 rehearsals=rehearsals,
                 light=not (flops or growing),
                 remakes=remakes,
+                takes=takes,
             )
         )
         self.bytes_per_token.update(writes)

@@ -94,6 +94,8 @@ class Operator:
             its length, as attention's does: `cost` is then that of some length (see `at`).
         varies: whether its time depends on what values say, such as how many tokens have chosen an
             expert, and not on the size of a micro-batch alone.
+        takes: of what it writes in place, the slot that it writes and the one that it reads, whose
+            memory that takes over. Nothing else reads that one afterwards.
         track: where it is issued.
     """
 
@@ -114,6 +116,7 @@ class Operator:
     varies: bool = field(default=False, compare=False)
     light: bool = field(default=False, compare=False)
     remakes: tuple[Operator, ...] = field(default=(), repr=False, compare=False)
+    takes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

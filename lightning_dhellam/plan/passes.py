@@ -10,7 +10,7 @@ hides under the other strand, and its random numbers, which come from counters, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -24,9 +24,10 @@ Recompute = str | Sequence[str]
 def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
     """The same layer, whose backward makes `slots` of forward again where it needs them.
 
-    Of what makes them again it reads what is not among `slots`, which is saved. What else such an
-    operator writes is taken from it as well, and not saved. Slots that forward is handed, or that
-    the host has asked for, are saved in any case.
+    Of what makes them again it reads what is not among `slots`, which is saved, or is made again too
+    where forward has written over it. What else such an operator writes is taken from it as well,
+    and not saved. Slots that forward is handed, or that the host has asked for, are saved in any
+    case.
     """
     forward, backward = pair.forward, pair.backward
     again = _Remaking(forward, frozenset(slots))
@@ -36,16 +37,10 @@ def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
         return pair
     remade = {slot: f"{slot}_again" for o in again.operators for slot in o.writes}
     clones = [
-        replace(
-            operator,
-            name=f"{operator.name}.again",
-            reads=_renamed(operator.reads, remade),
-            writes=_renamed(operator.writes, remade),
-            remakes=(),
-        )
+        replace(_renamed(operator, remade), name=f"{operator.name}.again", remakes=())
         for operator in again.operators
     ]
-    readers = [replace(o, reads=_renamed(o.reads, remade)) for o in backward.operators]
+    readers = [_renamed(operator, remade) for operator in backward.operators]
     sizes = {remade[slot]: forward.bytes_per_token[slot] for slot in remade}
     return GraphPair(
         forward,
@@ -67,7 +62,7 @@ class _Remaking:
 
     def __init__(self, forward: Graph, slots: frozenset[str]) -> None:
         self._forward = forward
-        self._slots = slots
+        self._slots = slots | {read for o in forward.operators for _, read in o.takes}
         self._wanted: dict[str, Operator] = {}
 
     @property
@@ -96,8 +91,12 @@ class _Remaking:
         return own
 
 
-def _renamed(slots: tuple[str, ...], names: dict[str, str]) -> tuple[str, ...]:
-    return tuple(names.get(slot, slot) for slot in slots)
+def _renamed(operator: Operator, names: Mapping[str, str]) -> Operator:
+    def of(slots: Iterable[str]) -> tuple[str, ...]:
+        return tuple(names.get(slot, slot) for slot in slots)
+
+    takes = tuple((names.get(write, write), names.get(read, read)) for write, read in operator.takes)
+    return replace(operator, reads=of(operator.reads), writes=of(operator.writes), takes=takes)
 
 
 def _just_in_time(clones: Iterable[Operator], readers: Iterable[Operator]) -> Iterator[Operator]:

@@ -25,6 +25,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
                 "shrinks": o.shrinks,
                 "waits": o.waits,
                 "varies": o.varies,
+                "takes": [list(slots) for slots in o.takes],
                 "collective": o.collective,
             }
             for o in graph.operators
@@ -50,6 +51,7 @@ def graph_from(fields: Mapping[str, Any]) -> Graph:
             shrinks=bool(row.get("shrinks", False)),
             waits=bool(row.get("waits", False)),
             varies=bool(row.get("varies", False)),
+            takes=tuple((write, read) for write, read in row.get("takes", ())),
             collective=Collective(row["collective"]) if row.get("collective") else None,
         )
         for row in fields["operators"]

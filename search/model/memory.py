@@ -9,6 +9,7 @@ other lane that read it (`engine.lanes`). Until then it is of no use to anyone, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,9 @@ class Slots(NamedTuple):
         owner: lane that makes each slot.
         writer: operator that writes each slot, or -1 where it comes from outside.
         before: the slot that each one was in the round before, or -1.
+        takes: the slot whose memory each one takes over when it is written, or -1.
+        given: for each slot, whether another takes over its memory.
+        home: lane to which the memory of each slot goes back.
         kept: for each slot, whether it stays when it has been read.
         lanes: how many lanes there are.
         waits: whether memory goes back only when its lane has waited for its readers.
@@ -42,9 +46,21 @@ class Slots(NamedTuple):
     owner: Array
     writer: Array
     before: Array
+    takes: Array
+    given: Array
+    home: Array
     kept: Array
     lanes: int
     waits: bool
+
+
+def taking(takes: Sequence[int], owner: Sequence[int]) -> tuple[Array, Array, Array]:
+    """Return `takes`, `given` and `home` of slots: what takes memory over comes behind it."""
+    home, given = list(owner), [False] * len(owner)
+    for slot, taken in enumerate(takes):
+        if taken >= 0:
+            home[slot], given[taken] = home[taken], True
+    return np.array(takes, np.int64), np.array(given, np.bool_), np.array(home, np.int64)
 
 
 class _Books(NamedTuple):
@@ -212,6 +228,11 @@ def _written(slots, books, x, when):  # type: ignore[no-untyped-def]
         for lane in range(slots.lanes):
             books.knew[when, slot, lane] = books.seen[own, lane]
         total += slots.bytes[slot]
+        taken = slots.takes[slot]
+        if taken >= 0:
+            total -= slots.bytes[taken]
+            for lane in range(slots.lanes):
+                books.used[when, slot, lane] = books.used[when, taken, lane]
     return total
 
 
@@ -222,7 +243,7 @@ def _read(slots, books, x, when, length):  # type: ignore[no-untyped-def]
     for at in range(slots.reads.offsets[x], slots.reads.offsets[x + 1]):
         slot = slots.reads.values[at]
         books.left[when, slot] -= 1
-        if books.left[when, slot] or slots.kept[slot]:
+        if books.left[when, slot] or slots.kept[slot] or slots.given[slot]:
             continue
         gone += slots.bytes[slot]
         if slots.waits and not _passed(slots, books, when, slot):
@@ -238,8 +259,8 @@ def _read(slots, books, x, when, length):  # type: ignore[no-untyped-def]
 
 @inlined
 def _passed(slots, books, when, slot):  # type: ignore[no-untyped-def]
-    """Tell whether the lane that made a slot has waited for all that read it."""
-    own, passed = slots.owner[slot], True
+    """Tell whether the lane that a slot's memory goes back to has waited for all that read it."""
+    own, passed = slots.home[slot], True
     for lane in range(slots.lanes):
         passed = passed and (lane == own or books.seen[own, lane] >= books.used[when, slot, lane])
     return passed

@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_dhellam.plan import Graph, GraphPair, Lane
 from lightning_dhellam.search.model.arrays import Array, Rows
-from lightning_dhellam.search.model.memory import Slots, most
+from lightning_dhellam.search.model.memory import Slots, most, taking
 
 
 class PairMemory:
@@ -64,6 +64,7 @@ class _Collector:
         self._owner: list[int] = []
         self._writer: list[int] = []
         self._before: list[int] = []
+        self._takes: list[int] = []
         self._kept: list[bool] = []
 
     def add(self, pair: GraphPair, graph: Graph, kept: set[str]) -> None:
@@ -84,6 +85,7 @@ class _Collector:
             self._owner.append(self._lanes.get(maker, 0))
             self._writer.append(-1)
             self._before.append(-1)
+            self._takes.append(-1)
             self._kept.append(slot in kept)
         for name, output in handed.items():
             self._before[numbers[name]] = numbers[output]
@@ -94,6 +96,8 @@ class _Collector:
             self._writes.append([numbers[slot] for slot in operator.writes])
             reads = dict.fromkeys(slot for slot in operator.reads if slot in numbers)
             self._reads.append([numbers[slot] for slot in reads])
+            for write, read in operator.takes:
+                self._takes[numbers[write]] = numbers[read]
 
     def slots(self, waits: bool) -> Slots:
         return Slots(
@@ -104,6 +108,7 @@ class _Collector:
             np.array(self._owner, np.int64),
             np.array(self._writer, np.int64),
             np.array(self._before, np.int64),
+            *taking(self._takes, self._owner),
             np.array(self._kept, np.bool_),
             len(self._lanes),
             waits,

@@ -17,7 +17,7 @@ from lightning_dhellam.plan import Graph, Issue, Operator, Plan, Strand
 from lightning_dhellam.search.model.arrays import Array, Rows
 from lightning_dhellam.search.model.cost import Costs, lanes_of
 from lightning_dhellam.search.model.machine import Machine, perform
-from lightning_dhellam.search.model.memory import BARRIER, Slots, most
+from lightning_dhellam.search.model.memory import BARRIER, Slots, most, taking
 from lightning_dhellam.search.model.stops import Place, Stop
 
 Order = list[int | None]
@@ -199,6 +199,7 @@ class _Slots:
         self._bytes: list[float] = []
         self._handed: dict[tuple[Strand, int], list[int]] = {}
         self._reads: list[tuple[int, ...]] = []
+        self._takes: list[int] = []
 
     def hand_in(self, strand: Strand, place: Place, graph: Graph) -> None:
         handed = self._handed.get((strand, place.micro_batch), [])
@@ -216,7 +217,9 @@ class _Slots:
         known = (self._number.get((*at, slot)) for slot in dict.fromkeys(operator.reads))
         read = tuple(number for number in known if number is not None)
         self._reads.append(read)
+        taken = {write: self._number.get((*at, slot), -1) for write, slot in operator.takes}
         for slot in operator.writes:
+            self._takes.append(taken.get(slot, -1))
             self._number[*at, slot] = len(self._writer)
             self._writer.append(index)
             self._bytes.append(graph.bytes_per_token.get(slot, 0.0))
@@ -228,14 +231,16 @@ class _Slots:
         written: list[list[int]] = [[] for _ in lane]
         for slot, writer in enumerate(self._writer):
             written[writer].append(slot)
+        owner = [lane[writer] for writer in self._writer]
         return Slots(
             np.array(lane, np.int64),
             Rows.of(self._reads),
             Rows.of(written),
             np.array(self._bytes, float),
-            np.array([lane[writer] for writer in self._writer], np.int64),
+            np.array(owner, np.int64),
             np.array(self._writer, np.int64),
             np.full(count, -1),
+            *taking(self._takes, owner),
             np.zeros(count, np.bool_),
             lanes,
             waits,
