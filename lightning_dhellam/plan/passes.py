@@ -24,10 +24,10 @@ Recompute = str | Sequence[str]
 def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
     """The same layer, whose backward makes `slots` of forward again where it needs them.
 
-    Of what makes them again it reads what is not among `slots`, which is saved, or is made again too
-    where forward has written over it. What else such an operator writes is taken from it as well,
-    and not saved. Slots that forward is handed, or that the host has asked for, are saved in any
-    case.
+    Of what makes them again it reads what is not among `slots`, which is saved, or is made again
+    too where forward has written over it. What else such an operator writes is taken from it as
+    well, and not saved. Slots that forward is handed, or that the host has asked for, are saved in
+    any case.
     """
     forward, backward = pair.forward, pair.backward
     again = _Remaking(forward, frozenset(slots))
@@ -95,7 +95,9 @@ def _renamed(operator: Operator, names: Mapping[str, str]) -> Operator:
     def of(slots: Iterable[str]) -> tuple[str, ...]:
         return tuple(names.get(slot, slot) for slot in slots)
 
-    takes = tuple((names.get(write, write), names.get(read, read)) for write, read in operator.takes)
+    takes = tuple(
+        (names.get(write, write), names.get(read, read)) for write, read in operator.takes
+    )
     return replace(operator, reads=of(operator.reads), writes=of(operator.writes), takes=takes)
 
 
