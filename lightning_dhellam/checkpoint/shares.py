@@ -80,7 +80,7 @@ class Share:
 
     def _placed(self, start: Shape, view: Tensor) -> Iterator[tuple[Shape, Tensor]]:
         axis = self.axis
-        if axis is None:
+        if axis is None or self.places == 1:
             yield start, view
             return
         strip = self.shape[axis] // self.strips
