@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,8 +25,17 @@ from lightning_dhellam.engine.words import in_our_words
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.late import LateValue, show
 from lightning_dhellam.layers import Loss
-from lightning_dhellam.models import CausalLM, LoRA, ModelConfig, add_lora, preset
+from lightning_dhellam.models import (
+    CausalLM,
+    LoRA,
+    ModelConfig,
+    add_lora,
+    import_huggingface,
+    preset,
+    save_huggingface,
+)
 from lightning_dhellam.models.lora import targets_of
+from lightning_dhellam.models.pretrained import check_preset, pretrained_config, stored_dtype
 from lightning_dhellam.optimizing import Schedule, decay_groups
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.values import check_kinds
@@ -56,13 +67,76 @@ class DualStrandMixin(LightningModule):
 
     Override `build_model` for other layers, `compute_loss` for another loss, and any step to log
     something else: `batch_loss` and `batch_logits` do the work under every strategy.
+
+    Attributes:
+        model_config: of the model.
+        model: this rank's part of it, once a run has begun.
+        pretrained: the folder of Hugging Face whose weights training begins with, if any.
     """
 
     model_config: ModelConfig
     lora: LoRA | None = None
     model: CausalLM
+    pretrained: Path | None = None
     _late: LateValue | None = None
     _is_building = False
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
+        """A module that begins with the weights of a folder of Hugging Face.
+
+        What the model is the folder says; its weights are read when a run begins, by each rank its
+        share. All other arguments are those of the module.
+
+        Raises:
+            ValueError: the folder cannot be used, or an argument contradicts it.
+        """
+        if "pretrained" in inspect.signature(cls).parameters:
+            return cls(*args, pretrained=os.fspath(folder), **kwargs)
+        module = cls(*args, **kwargs)
+        module.pretrained, module.model_config = Path(folder), pretrained_config(folder)
+        return module
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        tokenizer: Any = None,
+        origin: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write the model as a folder that transformers loads: see `models.save_huggingface`.
+
+        In a run and after it, every rank must call this. Before any run the weights are those of
+        `pretrained`, or the first ones.
+        """
+        model = self._modules.get("model")
+        if model is None:
+            model = self.model if self._has_place else self._unplaced()
+        assert isinstance(model, CausalLM)
+        trainer = self._trainer
+        if trainer is None or self._strands is not None or trainer.is_global_zero:
+            save_huggingface(
+                model,
+                folder,
+                dtype,
+                max_shard_size=max_shard_size,
+                tokenizer=tokenizer,
+                origin=origin,
+            )
+        if trainer is not None and self._strands is None:
+            trainer.strategy.barrier()
+
+    def _unplaced(self) -> CausalLM:
+        """The whole model on the host, for which no run has a place."""
+        context = ParallelContext.single(torch.device("cpu"))
+        if self.pretrained is None:
+            return self.build_model(context, torch.get_default_dtype())
+        dtype = stored_dtype(self.pretrained)
+        model = CausalLM(self.model_config, context, dtype, drawn=False)
+        import_huggingface(model, self.pretrained)
+        return model
 
     def build_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
         """Make this rank's part of the model. Layers may be replaced by modules of your own.
@@ -143,7 +217,10 @@ class DualStrandMixin(LightningModule):
         else:
             context = ParallelContext.single(self.device_now)
             dtype = torch.get_default_dtype()
-        self.model = self.build_model(context, dtype)
+        model = self.build_model(context, dtype)
+        if self.pretrained is not None:
+            import_huggingface(model, self.pretrained)
+        self.model = model
         self.model.settle()
         if self.lora is not None:
             add_lora(self.model, self.lora, self._seed)
@@ -180,7 +257,9 @@ class DualStrandMixin(LightningModule):
     @property
     def _seed(self) -> int:
         """The seed of what the model draws when it is made."""
-        return seed_of_run() if self._strands is None else self._strands.place().seed
+        strands = self._strands
+        is_placed = strands is not None and strands.has_place()
+        return strands.place().seed if strands is not None and is_placed else seed_of_run()
 
     @property
     def device_now(self) -> torch.device:
@@ -310,10 +389,11 @@ class DualStrandMixin(LightningModule):
 
 
 class LanguageModel(DualStrandMixin):
-    """A Llama from a preset, trained with AdamW, linear warm-up and a schedule by name.
+    """A model of a preset or a folder, trained with AdamW, linear warm-up and a schedule by name.
 
     Args:
-        preset: name of a published or built-in shape, such as `llama-tiny` or `llama-3-8b`.
+        preset: name of a published or built-in shape, such as `llama-3-8b`; `llama-tiny` if neither
+            it nor `pretrained` is given.
         overrides: fields of `ModelConfig` to change, such as `{num_layers: 8}`.
         learning_rate: the highest learning rate.
         weight_decay: of matrices; norms and biases are not decayed.
@@ -325,13 +405,15 @@ class LanguageModel(DualStrandMixin):
         decay_steps: optimizer steps in which `wsd` goes down; a tenth of all if left out.
         decay_embeddings: whether weight decay is of embeddings as well.
         lora: adapters to train beside a frozen model: `{rank: 16, alpha: 32}`.
+        pretrained: folder of Hugging Face whose weights training begins with, and which says what
+            the model is. `overrides` change what its weights leave open, such as `hidden_dropout`.
 
     Raises ValueError, by name, for a value of another kind or one that no model can have.
     """
 
     def __init__(
         self,
-        preset: str = "llama-tiny",
+        preset: str | None = None,
         overrides: dict[str, Any] | None = None,
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
@@ -342,11 +424,13 @@ class LanguageModel(DualStrandMixin):
         decay_steps: int | None = None,
         decay_embeddings: bool = True,
         lora: LoRA | None = None,
+        pretrained: str | None = None,
     ) -> None:
         check_kinds(LanguageModel.__init__, locals())
         super().__init__()
         self.save_hyperparameters()
-        self.model_config = make_config(preset, overrides)
+        self.pretrained = None if pretrained is None else Path(pretrained)
+        self.model_config = make_config(preset, overrides, pretrained)
         self.lora = lora
         if lora is not None:
             targets_of(self.model_config, lora)  # refuses what the model does not have
@@ -412,6 +496,17 @@ def seed_of_run() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", _SEED))
 
 
-def make_config(name: str, overrides: Mapping[str, Any] | None) -> ModelConfig:
-    """The shape `name` with some fields changed."""
-    return preset(name, **(overrides or {}))
+def make_config(
+    name: str | None, overrides: Mapping[str, Any] | None, pretrained: str | None = None
+) -> ModelConfig:
+    """The shape `name`, or that of a folder of Hugging Face, with some fields changed.
+
+    Raises:
+        ValueError: there is none of that name, or it contradicts the folder.
+    """
+    if pretrained is None:
+        return preset(name or "llama-tiny", **(overrides or {}))
+    config = pretrained_config(pretrained, overrides)
+    if name is not None:
+        check_preset(pretrained, name)
+    return config

@@ -134,7 +134,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         ("LanguageModel", {"weight_decay": None}, "weight_decay is blank: give it a number, or"),
         ("LanguageModel", {"betas": [0.9]}, r"betas=\[0.9\] must be a list of 2: a number, a num"),
         ("LanguageModel", {"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
-        ("LanguageModel", {"preset": None}, "preset is blank: give it text"),
+        ("LanguageModel", {"betas": None}, "betas is blank: give it"),
         ("LanguageModel", {"overrides": [1]}, r"overrides=\[1\] must be a mapping from text to a"),
         ("LanguageModel", {"overrides": {"rotary_base": None}}, "rotary_base is blank: give it a"),
         ("LanguageModel", {"overrides": {"tie_embeddings": "no"}}, "tie_embeddings='no' must be "),

@@ -3,7 +3,7 @@
 from lightning_dhellam.checkpoint.content import check_readable
 from lightning_dhellam.checkpoint.description import read_topology
 from lightning_dhellam.checkpoint.folder import load, load_state, misfit, save
-from lightning_dhellam.checkpoint.model import check_model, described
+from lightning_dhellam.checkpoint.model import check_model, described, origin_of, restore_origin
 from lightning_dhellam.checkpoint.shares import shares_of
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     "load",
     "load_state",
     "misfit",
+    "origin_of",
     "read_topology",
+    "restore_origin",
     "save",
     "shares_of",
 ]

@@ -9,7 +9,12 @@ from typing import Any
 
 from lightning_dhellam.checkpoint import folder
 from lightning_dhellam.checkpoint.finite import check_finite
-from lightning_dhellam.checkpoint.model import check_model, described
+from lightning_dhellam.checkpoint.model import (
+    check_model,
+    described,
+    origin_of,
+    restore_origin,
+)
 from lightning_dhellam.checkpoint.shares import Share, shares_of
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import together
@@ -47,7 +52,7 @@ def save(
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
     names = ExpertNames(model)
     weights = {WEIGHTS + name: value for name, value in names.all_of(model.state_dict()).items()}
-    common = {_STEPS: steps, "extra": extra}
+    common = {_STEPS: steps, "extra": extra, **origin_of(model)}
     described_model = described(model.config)
     folder.save(
         path, model.context, common, weights, _shares(model), state, settings, described_model
@@ -94,6 +99,7 @@ def load(
 
     together(check_weights, group)
     model.load_state_dict(names.rank_of(weights))
+    restore_origin(model, saved)
     if optimizer is not None:
         optimizer.reload()
         (found,) = saved["optimizer_states"]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint.description import MODEL, read_topology
+from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 
+_ORIGIN = "origin"
 _RATE = "router_bias_update_rate"
 _OF_TRAINING = (
     "hidden_dropout",
@@ -114,6 +116,17 @@ def check_model(
         f"{name}: {own[name]}, as this run was given, not {saved[name]}, as in the checkpoint"
         for name in different
     ]
+
+
+def origin_of(model: CausalLM) -> dict[str, str]:
+    """What a checkpoint says of the folder of Hugging Face that its model is from, if it is."""
+    return {} if model.origin is None else {_ORIGIN: str(model.origin)}
+
+
+def restore_origin(model: CausalLM, saved: Mapping[str, Any]) -> None:
+    """Let a model know the folder that the weights of a checkpoint are from."""
+    found = saved.get(_ORIGIN)
+    model.origin = None if found is None else Path(found)
 
 
 def overrides_for(path: Path, config: ModelConfig) -> dict[str, Any]:

@@ -140,13 +140,14 @@ def take_model_of_checkpoint(model: Any, ckpt_path: Any) -> None:
     from lightning_dhellam.module import LanguageModel, make_config
 
     kind = resolve_name(model.class_path)
-    if not issubclass(kind, LanguageModel) or model.init_args.get("overrides"):
+    given = model.init_args
+    if not issubclass(kind, LanguageModel) or given.get("overrides") or given.get("pretrained"):
         return
     if not ckpt_path or not Path(ckpt_path).exists():  # what Lightning looks for is not known yet
         return
-    preset = model.init_args.preset
+    preset = model.init_args.get("preset")
     overrides = overrides_for(Path(ckpt_path), make_config(preset, None))
     if overrides:
         model.init_args.overrides = overrides
         shown = ", ".join(f"{name}={value}" for name, value in overrides.items())
-        rank_zero_info(f"model of {ckpt_path}: {preset} with {shown}")
+        rank_zero_info(f"model of {ckpt_path}: {preset or 'llama-tiny'} with {shown}")

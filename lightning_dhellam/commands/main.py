@@ -17,6 +17,7 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
 
   demo                        prepare data and train a small Llama, on this machine
   data prepare                text -> tokenizer -> Megatron indexed dataset
+  convert SOURCE TARGET       a folder of Hugging Face -> a checkpoint, and the other way round
   search --config FILE        find the best plan of a recipe, without training it
   plan show FILE              print the plans of a plan file
   plan schedule               print the visits of every stage of the folded pipeline
@@ -63,6 +64,10 @@ def _run(command: str, words: list[str]) -> int:
         from lightning_dhellam.commands.data import data_command
 
         return data_command(words)
+    if command == "convert":
+        from lightning_dhellam.commands.convert import convert_command
+
+        return convert_command(words)
     if command == "search":
         from lightning_dhellam.commands.search import search_command
 
@@ -98,8 +103,19 @@ def _run(command: str, words: list[str]) -> int:
 
         run_lightning([command, *words])
         return 0
-    known = ("demo", "data", "search", "plan", "simulate", "bench", "recipes", "clusters", *LOOPS)
-    raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
+    known = (
+        "demo",
+        "data",
+        "convert",
+        "search",
+        "plan",
+        "simulate",
+        "bench",
+        "recipes",
+        "clusters",
+        *LOOPS,
+    )
+    raise ValueError(f"unknown command '{command}': use {', '.join((*known, *LOOPS))}")
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:

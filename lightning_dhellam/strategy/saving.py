@@ -98,7 +98,8 @@ class SavingStrategy(JobStrategy):
         if with_state and self._optimizer is not None:
             state, settings = self._optimizer.state_dict(), self._settings
         path = local_path(self.broadcast(str(filepath)))
-        assert self.lightning_module is not None
+        assert isinstance(self.lightning_module, DualStrandMixin)
+        common |= checkpoint_files.origin_of(self.lightning_module.model)
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
         checkpoint_files.save(
@@ -132,6 +133,8 @@ class SavingStrategy(JobStrategy):
             path, self.context, self._shares, [*own, *experts], settings, experts
         )
         saved["state_dict"] = names.rank_of(saved["state_dict"])
+        assert isinstance(self.lightning_module, DualStrandMixin)
+        checkpoint_files.restore_origin(self.lightning_module.model, saved)
         return saved
 
     @override

@@ -62,8 +62,8 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
 ) -> None:
     assert main(["fitt"]) == 2
     assert (
-        "unknown command 'fitt': use demo, data, search, plan, simulate, bench, recipes, clusters"
-        in capsys.readouterr().err
+        "unknown command 'fitt': use demo, data, convert, search, plan, simulate, bench, recipes,"
+        " clusters" in capsys.readouterr().err
     )
     assert main(["fit", "--config", "llama-tiny-2gpu"]) == 2
     error = capsys.readouterr().err

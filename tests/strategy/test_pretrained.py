@@ -1,0 +1,194 @@
+"""From a folder of Hugging Face to training and back, in a Trainer and by `dhellam convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from lightning_dhellam import DualStrandMixin, LanguageModel
+from lightning_dhellam.commands.main import main
+from lightning_dhellam.models import config_of, preset
+from tests.models.folders import SHAPES, save_folder
+from tests.ranks import run_ranks
+from tests.strategy.runs import make_trainer
+
+LENGTH = 16
+
+
+class Tokens(LightningDataModule):
+    """The same few tokens again and again."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(3, 40, (4, LENGTH + 1), generator=generator)
+        samples = [{"tokens": row[:-1], "labels": row[1:]} for row in rows.repeat(20, 1)]
+        return DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
+
+
+class Own(DualStrandMixin):
+    """A user's module, whose model the folder replaces."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.model_config = preset("llama-tiny")
+        self.rate = rate
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.rate)
+
+
+def _fit(module: DualStrandMixin, steps: int, **sizes: Any) -> float:
+    trainer = make_trainer({**sizes}, max_steps=steps)
+    trainer.fit(module, Tokens())
+    return float(trainer.callback_metrics["train_loss"])
+
+
+def _loss(folder: Path) -> float:
+    """Of transformers, of the samples that are trained on."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # The usual one takes rows of multiples of 16 bytes only.
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    batch = next(iter(Tokens().train_dataloader()))
+    with torch.no_grad():
+        logits = model(batch["tokens"]).logits.flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits, batch["labels"].flatten()))
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_folder_is_trained_for_twenty_steps_and_saved(name: str, tmp_path: Path) -> None:
+    save_folder(SHAPES[name], tmp_path / "theirs")
+    module = Own.from_pretrained(tmp_path / "theirs", rate=3e-3)
+    module.save_pretrained(tmp_path / "before")
+    before, theirs = _tensors(tmp_path / "before"), _tensors(tmp_path / "theirs")
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in before.items())
+    loss = _fit(module, 20)
+    module.save_pretrained(tmp_path / "after", "bfloat16", max_shard_size="20KB")
+    first, last = _loss(tmp_path / "theirs"), _loss(tmp_path / "after")
+    assert loss < first and last < first
+    assert (tmp_path / "after" / "tokenizer.json").is_file()
+
+
+def _in_ranks(rank: int, root: str) -> list[float]:
+    losses = []
+    for sizes in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
+        module = Own.from_pretrained(Path(root, "theirs"), rate=1e-2)
+        losses.append(_fit(module, 2, **sizes))
+        module.save_pretrained(Path(root, next(iter(sizes))))
+    return losses
+
+
+def test_ranks_train_and_save_what_one_process_does(tmp_path: Path) -> None:
+    save_folder(SHAPES["qwen2"], tmp_path / "theirs")
+    losses = run_ranks(2, _in_ranks, str(tmp_path))
+    module = Own.from_pretrained(tmp_path / "theirs", rate=1e-2)
+    expected = _fit(module, 2)
+    module.save_pretrained(tmp_path / "one")
+    one = _tensors(tmp_path / "one")
+    for number, folder in enumerate(("tensor_parallel_size", "pipeline_parallel_size")):
+        assert losses[0][number] == pytest.approx(expected, rel=1e-4)
+        found = _tensors(tmp_path / folder)
+        assert found.keys() == one.keys()
+        for name, tensor in found.items():
+            assert torch.allclose(tensor, one[name], atol=2e-3), f"{folder} {name}"
+
+
+def test_a_language_model_takes_its_shape_from_the_folder(tmp_path: Path) -> None:
+    save_folder(SHAPES["llama"], tmp_path)
+    module = LanguageModel.from_pretrained(
+        tmp_path, learning_rate=1e-3, overrides={"hidden_dropout": 0.1, "max_sequence_length": 32}
+    )
+    assert module.hparams["pretrained"] == str(tmp_path) and module.pretrained == tmp_path
+    assert module.model_config.hidden_dropout == 0.1
+    assert module.model_config.num_layers == SHAPES["llama"].num_layers
+    with pytest.raises(ValueError, match=r"overrides\.num_layers=7 contradicts pretrained="):
+        LanguageModel(pretrained=str(tmp_path), overrides={"num_layers": 7})
+    with pytest.raises(ValueError, match=r"preset=llama-tiny contradicts pretrained="):
+        LanguageModel("llama-tiny", pretrained=str(tmp_path))
+    with pytest.raises(ValueError, match=r"pretrained=nowhere is not a folder: give a folder of"):
+        LanguageModel(pretrained="nowhere")
+
+
+def test_the_command_trains_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(SHAPES["llama"], tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--model=lightning_dhellam.LanguageModel", "--data", f"{__name__}.Tokens"]
+    words += [f"--model.pretrained={tmp_path / 'theirs'}", "--trainer.max_steps=1"]
+    words += ["--trainer.strategy=lightning_dhellam.DHellamStrategy", "--trainer.accelerator=cpu"]
+    words += ["--trainer.devices=1", "--trainer.logger=false"]
+    words += ["--trainer.enable_checkpointing=false"]
+    assert main([*words, "--model.overrides={num_layers: 3}"]) == 2
+    assert "overrides.num_layers=3 contradicts pretrained=" in capsys.readouterr().err
+    assert main([*words, "--model.preset=llama-tiny"]) == 2
+    assert "preset=llama-tiny contradicts pretrained=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_convert_goes_to_a_checkpoint_and_back_bitwise(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, kept, back = (str(tmp_path / part) for part in ("theirs", "kept.ckpt", "back"))
+    save_folder(SHAPES[name], Path(theirs))
+    assert main(["convert", theirs, f"{theirs}-half", "--to=huggingface", "--dtype=bfloat16"]) == 0
+    assert main(["convert", f"{theirs}-half", kept]) == 0
+    assert main(["convert", kept, back, "--max_shard_size", "20KB"]) == 0
+    assert capsys.readouterr().out.endswith(f"written to {back}\n")
+    before, after = _tensors(Path(f"{theirs}-half")), _tensors(Path(back))
+    assert before.keys() == after.keys()
+    for tensor in before:
+        assert before[tensor].dtype == after[tensor].dtype == torch.bfloat16
+        assert torch.equal(before[tensor], after[tensor]), tensor
+    assert config_of(back) == config_of(theirs)
+    assert (Path(back) / "tokenizer.json").is_file()
+    # The checkpoint is one that a Trainer loads.
+    module = Own.from_pretrained(theirs, rate=1e-3)
+    trainer = make_trainer({}, max_steps=1)
+    trainer.validate(module, DataLoader(_samples(), batch_size=2), ckpt_path=kept, verbose=False)
+    module.save_pretrained(tmp_path / "loaded", "bfloat16")
+    assert all(torch.equal(before[n], t) for n, t in _tensors(tmp_path / "loaded").items())
+
+
+def _samples() -> Any:
+    row = torch.arange(3, 3 + LENGTH + 1)
+    return [{"tokens": row[:-1], "labels": row[1:]}] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "there"], "nowhere is not a folder: give one of Hugging Face"),
+        (["empty", "there"], "checkpoint empty has no topology.json"),
+        (["theirs", "full"], "full is not empty, and nothing is overwritten"),
+        (["theirs", "there", "--dtype=int4"], "--dtype int4 is no type of weights: use float64"),
+        (["theirs", "there", "--tokenizer=theirs"], "--tokenizer and --origin are for a folder"),
+        (["theirs", "there", "--to=huggingface", "--max_shard_size=x"], "max_shard_size='x' is no"),
+    ],
+)
+def test_what_cannot_be_converted_is_said_in_a_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_folder(SHAPES["llama"], tmp_path / "theirs")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full", "mine").touch()
+    assert main(["convert", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("there").exists()
