@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,7 +104,9 @@ def _of_checkpoint(folder: Path, dtype: torch.dtype | None) -> CausalLM:
             f"checkpoint {folder} does not say which model it is of: load it with the version that"
             " wrote it, and save it with this one"
         )
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
+    }
     model = _holder(ModelConfig(**given), dtype or torch.float32)
     loop.load(folder, model, None, None)
     return model
