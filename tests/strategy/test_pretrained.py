@@ -16,7 +16,6 @@ from lightning_dhellam import DualStrandMixin, LanguageModel
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.models import config_of, preset
 from tests.models.folders import SHAPES, save_folder
-from tests.ranks import run_ranks
 from tests.strategy.runs import make_trainer
 
 LENGTH = 16
@@ -80,30 +79,6 @@ def test_a_folder_is_trained_for_twenty_steps_and_saved(name: str, tmp_path: Pat
     assert (tmp_path / "after" / "tokenizer.json").is_file()
 
 
-def _in_ranks(rank: int, root: str) -> list[float]:
-    losses = []
-    for sizes in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
-        module = Own.from_pretrained(Path(root, "theirs"), rate=1e-2)
-        losses.append(_fit(module, 2, **sizes))
-        module.save_pretrained(Path(root, next(iter(sizes))))
-    return losses
-
-
-def test_ranks_train_and_save_what_one_process_does(tmp_path: Path) -> None:
-    save_folder(SHAPES["qwen2"], tmp_path / "theirs")
-    losses = run_ranks(2, _in_ranks, str(tmp_path))
-    module = Own.from_pretrained(tmp_path / "theirs", rate=1e-2)
-    expected = _fit(module, 2)
-    module.save_pretrained(tmp_path / "one")
-    one = _tensors(tmp_path / "one")
-    for number, folder in enumerate(("tensor_parallel_size", "pipeline_parallel_size")):
-        assert losses[0][number] == pytest.approx(expected, rel=1e-4)
-        found = _tensors(tmp_path / folder)
-        assert found.keys() == one.keys()
-        for name, tensor in found.items():
-            assert torch.allclose(tensor, one[name], atol=2e-3), f"{folder} {name}"
-
-
 def test_a_language_model_takes_its_shape_from_the_folder(tmp_path: Path) -> None:
     save_folder(SHAPES["llama"], tmp_path)
     module = LanguageModel.from_pretrained(
@@ -153,17 +128,6 @@ def test_convert_goes_to_a_checkpoint_and_back_bitwise(
         assert torch.equal(before[tensor], after[tensor]), tensor
     assert config_of(back) == config_of(theirs)
     assert (Path(back) / "tokenizer.json").is_file()
-    # The checkpoint is one that a Trainer loads.
-    module = Own.from_pretrained(theirs, rate=1e-3)
-    trainer = make_trainer({}, max_steps=1)
-    trainer.validate(module, DataLoader(_samples(), batch_size=2), ckpt_path=kept, verbose=False)
-    module.save_pretrained(tmp_path / "loaded", "bfloat16")
-    assert all(torch.equal(before[n], t) for n, t in _tensors(tmp_path / "loaded").items())
-
-
-def _samples() -> Any:
-    row = torch.arange(3, 3 + LENGTH + 1)
-    return [{"tokens": row[:-1], "labels": row[1:]}] * 2
 
 
 @pytest.mark.parametrize(
