@@ -15,7 +15,6 @@ from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import family_of
 from lightning_dhellam.models.fitting import KINDS, check_tensors
 from lightning_dhellam.models.fused import unfused
-from lightning_dhellam.models.layout import conversions
 from lightning_dhellam.models.presets import preset
 from lightning_dhellam.models.source import CONFIG, check_config, config_of, read_config
 from lightning_dhellam.models.stored import kind_of, stored_tensors
@@ -43,7 +42,7 @@ def pretrained_config(
     for name in overrides or ():
         _check_alone(path, name, getattr(config, name), said)
     tensors = unfused(stored_tensors(path, family.architecture), family)
-    every = conversions(said, family.names, said.padded_vocab_size(1), said.num_experts or 1)
+    every = family.table(said, family.names, said.padded_vocab_size(1), said.num_experts or 1)
     check_tensors(said, list(every), tensors)
     check_vocabulary(path, said.vocab_size)
     return config
