@@ -182,7 +182,10 @@ class Runner:
             stack.callback(join(device, timeout))
             if isinstance(model, ModelConfig):
                 model.validate(
-                    tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size
+                    tensor_parallel_size,
+                    expert_parallel_size,
+                    expert_tensor_parallel_size,
+                    context_parallel_size,
                 )
                 pipeline_split = list(split_of(model, pipeline_parallel_size, pipeline_split))
                 tokens = options.get("micro_batch_size", 1) * model.max_sequence_length

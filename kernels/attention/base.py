@@ -20,7 +20,8 @@ class Backend(ABC):
 
     Shapes: S queries, T keys, B batch, H query heads, G key and value heads, D head size. With
     `causal` T is S, and each token attends to itself and those before it; otherwise every query
-    attends to every key.
+    attends to every key. With a `window` of W tokens, which is causal always, each attends to
+    itself and the W - 1 before it.
 
     Attributes:
         name: by which it is asked for.
@@ -33,7 +34,14 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Attention of `q` [S, B, H, D] over `k`, `v` [T, B, G, D].
 
@@ -55,12 +63,18 @@ class Backend(ABC):
         scale: float,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients by `q` [S, B, H, D], `k` and `v` [T, B, G, D] from `dout` [S, B, H*D].
 
         `out` and `lse` are those of all keys that the queries attend to, of which `k` and `v` may
         be a block; `state` is what `forward` of this block gave.
         """
+
+
+def flash_window(window: int | None) -> tuple[int, int]:
+    """How flash-attn and those like it are told: keys before and after a token, -1 for all."""
+    return (-1, -1) if window is None else (window - 1, 0)
 
 
 @dataclass
@@ -101,16 +115,25 @@ class AutogradBackend(Backend):
     serves_once = False
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """The differentiable function: the arguments of `forward` to its output."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         assert causal, f"{self.name} takes no blocks"
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            out = self.attend(q, k, v, scale)
+            out = self.attend(q, k, v, scale, window)
         return out.detach(), out.new_empty(0, dtype=torch.float32), Recorded((q, k, v), out)
 
     def backward(
@@ -125,9 +148,10 @@ class AutogradBackend(Backend):
         scale: float,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         recorded: Recorded = state
         if recorded.used and self.serves_once:
             # Who times this waits for a forward as well, but no step does.
-            _, _, recorded = self.forward(q, k, v, scale)
+            _, _, recorded = self.forward(q, k, v, scale, window=window)
         return recorded.gradients(dout)

@@ -6,7 +6,7 @@ import torch
 from flash_attn_interface import flash_attn_func
 from torch import Tensor
 
-from lightning_dhellam.kernels.attention.base import AutogradBackend
+from lightning_dhellam.kernels.attention.base import AutogradBackend, flash_window
 
 
 class FlashAttention3(AutogradBackend):
@@ -14,7 +14,9 @@ class FlashAttention3(AutogradBackend):
 
     name = "flash_attn_3"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         # Its layout is [B, S, heads, D], with any strides above the last dimension.
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         found = flash_attn_func(
@@ -23,6 +25,7 @@ class FlashAttention3(AutogradBackend):
             v,
             softmax_scale=scale,
             causal=True,
+            window_size=flash_window(window),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         # Early betas give the log-sum-exp as well.

@@ -21,8 +21,16 @@ class FlashAttention4(Backend):
     name = "flash_attn_4"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
+        assert window is None, f"{self.name} takes no window"
         # Contiguous as it is returned, where the package would allocate [B, S, H, D].
         out = q.new_empty(q.shape)
         _, lse, *_ = _flash_attn_fwd(
@@ -46,6 +54,7 @@ class FlashAttention4(Backend):
         scale: float,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, out = (t.view(q.shape) for t in (dout, out))
         dq, dk, dv = _flash_attn_bwd(

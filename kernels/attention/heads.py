@@ -38,9 +38,16 @@ class Heads(NamedTuple):
         """Channels of queries, keys and values together."""
         return (self.queries + 2 * self.groups) * self.size
 
-    def flops(self, length: int) -> float:
-        """FLOPs of forward per token of a sequence of `length`: causal, half of the square."""
-        return 2.0 * self.queries * self.size * length
+    def flops(self, length: int, window: int | None = None) -> float:
+        """FLOPs of forward per token of a sequence of `length`: causal, half of the square.
+
+        With a `window` those of the keys inside it: of W tokens, W - W / 2 * W / `length` on
+        average.
+        """
+        keys = length / 2
+        if window is not None and window < length:
+            keys = window * (1 - window / (2 * length))
+        return 4.0 * self.queries * self.size * keys
 
     def cut(self, qkv: Tensor) -> Parts:
         """Queries, keys and values of a projection [S, B, G*(R+2)*D].

@@ -17,6 +17,8 @@ from lightning_dhellam.kernels.attention.base import Backend
 aten = torch.ops.aten
 _BLOCK = 32
 """Tokens: rows of the memory-efficient kernel's log-sum-exp are a multiple of them."""
+_ALIGNED = 16
+"""Rows of its mask lie at multiples of so many numbers, as it wants them."""
 
 
 class SdpaBackend(Backend):
@@ -26,10 +28,17 @@ class SdpaBackend(Backend):
     """Whether keys and values must be repeated to as many heads as there are queries."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         q, k, v = self._arrange(q, k, v)
-        out, lse, state = self._forward(q, k, v, scale, causal)
+        out, lse, state = self._forward(q, k, v, scale, causal, window)
         s, b = q.shape[2], q.shape[0]
         return out.permute(2, 0, 1, 3).reshape(s, b, -1), lse, state
 
@@ -45,11 +54,12 @@ class SdpaBackend(Backend):
         scale: float,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, groups = q.shape, k.shape[2]
         dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
         q, k, v = self._arrange(q, k, v)
-        grads = self._backward(dout, q, k, v, out, lse, state, scale, causal)
+        grads = self._backward(dout, q, k, v, out, lse, state, scale, causal, window)
         return in_order(*grads, groups)
 
     def _arrange(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +67,7 @@ class SdpaBackend(Backend):
 
     @abstractmethod
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
         """Compute `forward` of arguments [B, heads, S, D]; the output lies so too."""
 
@@ -73,6 +83,7 @@ class SdpaBackend(Backend):
         state: Any,
         scale: float,
         causal: bool,
+        window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute `backward` of arguments [B, heads, S, D]; the gradients lie so too."""
 
@@ -101,16 +112,55 @@ def _sum_groups(grad: Tensor, groups: int) -> Tensor:
     return grad.unflatten(2, (groups, -1)).sum(dim=3)
 
 
+def window_of(window: int | None) -> dict[str, int]:
+    """How torch's flash kernels are told: keys before a token and after it."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def bias_of(seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores [B, H, S, T]: nothing where a key is `seen` [B, S, T], else -inf."""
+    b, s, t = seen.shape
+    width = t + -t % _ALIGNED
+    bias = torch.zeros(b, 1, s, width, dtype=dtype, device=seen.device)[..., :t]
+    return bias.masked_fill_(~seen[:, None], -torch.inf).expand(b, heads, s, t)
+
+
+def in_window(length: int, window: int, device: torch.device) -> Tensor:
+    """Which of `length` queries see which keys, [S, S] bool: themselves and `window` - 1 before."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def _bias(q: Tensor, window: int | None) -> Tensor | None:
+    """What a window adds to the scores of queries [B, H, S, D]."""
+    if window is None:
+        return None
+    seen = in_window(q.shape[2], window, q.device).expand(len(q), -1, -1)
+    return bias_of(seen, q.shape[1], q.dtype)
+
+
+def _band(q: Tensor, window: int | None) -> Tensor | None:
+    """What a window adds to the scores of one head, [S, S]: for a kernel that repeats it itself."""
+    if window is None:
+        return None
+    seen = in_window(q.shape[2], window, q.device)
+    return torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _heads_last(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, heads, S, D] as [B, S, heads, D], or the other way round."""
+    return tuple(t.transpose(1, 2) for t in tensors)
+
+
 class CpuFlash(SdpaBackend):
     """Torch's blocked CPU kernel."""
 
     name = "cpu"
 
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
+            q, k, v, 0.0, causal and window is None, attn_mask=_band(q, window), scale=scale
         )
         return out, lse, None
 
@@ -125,10 +175,12 @@ class CpuFlash(SdpaBackend):
         state: Any,
         scale: float,
         causal: bool,
+        window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
+            dout, q, k, v, out, lse, 0.0, causal and window is None,
+            attn_mask=_band(q, window), scale=scale,
+        )  # fmt: skip
         return dq, dk, dv
 
 
@@ -141,8 +193,9 @@ class CudnnAttention(SdpaBackend):
     expands_groups = False
 
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
+        assert window is None, f"{self.name} takes no window"
         out, lse, *rest = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
@@ -159,6 +212,7 @@ class CudnnAttention(SdpaBackend):
         state: Any,
         scale: float,
         causal: bool,
+        window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if causal and q.shape[2] == 1:
             # A single token attends to itself alone, which cuDNN does not take.
@@ -178,8 +232,14 @@ class TorchFlash(SdpaBackend):
     name = "torch_flash"
 
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
+        if window is not None:
+            out, lse, seed, unused, _ = aten._flash_attention_forward(
+                *_heads_last(q, k, v), None, None, q.shape[2], k.shape[2], 0.0, causal, False,
+                scale=scale, **window_of(window),
+            )  # fmt: skip
+            return out.transpose(1, 2), lse, (seed, unused)
         out, lse, *rest = aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, causal, False, scale=scale
         )
@@ -196,7 +256,15 @@ class TorchFlash(SdpaBackend):
         state: Any,
         scale: float,
         causal: bool,
+        window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if window is not None:
+            grads = aten._flash_attention_backward(
+                *_heads_last(dout, q, k, v, out), lse, None, None, q.shape[2], k.shape[2], 0.0,
+                causal, *state, scale=scale, **window_of(window),
+            )  # fmt: skip
+            dq, dk, dv = _heads_last(*grads)
+            return dq, dk, dv
         cum_q, cum_k, max_q, max_k, seed, offset = state
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset,
@@ -211,10 +279,10 @@ class EfficientAttention(SdpaBackend):
     name = "efficient"
 
     def _forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
+            q, k, v, _bias(q, window), True, 0.0, causal and window is None, scale=scale
         )
         return out, lse[..., : q.shape[2]], (seed, offset)
 
@@ -229,8 +297,11 @@ class EfficientAttention(SdpaBackend):
         state: Any,
         scale: float,
         causal: bool,
+        window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return efficient_gradients(dout, q, k, v, None, out, lse, state, scale, causal)
+        causal = causal and window is None
+        bias = _bias(q, window)
+        return efficient_gradients(dout, q, k, v, bias, out, lse, state, scale, causal)
 
 
 def efficient_gradients(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
-from lightning_dhellam.kernels.attention.base import AutogradBackend
+from lightning_dhellam.kernels.attention.base import AutogradBackend, flash_window
 
 
 class TransformerEngineAttention(AutogradBackend):
@@ -23,12 +23,16 @@ class TransformerEngineAttention(AutogradBackend):
     name = "transformer_engine"
     serves_once = True
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out: Tensor = module_for(q, k, scale, "sbhd", "causal")(q, k, v)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        out: Tensor = module_for(q, k, scale, "sbhd", "causal", window)(q, k, v)
         return out.flatten(2)
 
 
-def module_for(q: Tensor, k: Tensor, scale: float, layout: str, mask: str) -> Any:
+def module_for(
+    q: Tensor, k: Tensor, scale: float, layout: str, mask: str, window: int | None = None
+) -> Any:
     """Its module for queries [..., heads, D] and keys [..., groups, D] in one of its layouts."""
     # With flash-attn 4 installed, its version 2.20 calls that with the window (-1, 0). There -1
     # does not mean all tokens before, and the output is zeros. It looks up at its calls which
@@ -36,13 +40,22 @@ def module_for(q: Tensor, k: Tensor, scale: float, layout: str, mask: str) -> An
     os.environ.setdefault("NVTE_FLASH_ATTN_V4", "0")
     # It looks up this when it is made, so there is one for either answer.
     ordered = torch.are_deterministic_algorithms_enabled()
-    return _made(q.shape[-2], k.shape[-2], q.shape[-1], scale, layout, mask, ordered)
+    return _made(q.shape[-2], k.shape[-2], q.shape[-1], scale, layout, mask, ordered, window)
 
 
 @cache
 def _made(
-    heads: int, groups: int, size: int, scale: float, layout: str, mask: str, ordered: bool
+    heads: int,
+    groups: int,
+    size: int,
+    scale: float,
+    layout: str,
+    mask: str,
+    ordered: bool,
+    window: int | None,
 ) -> Any:
+    # Left out, it makes of the mask that there is none.
+    said = {} if window is None else {"window_size": flash_window(window)}
     return DotProductAttention(
         heads,
         size,
@@ -51,4 +64,5 @@ def _made(
         qkv_format=layout,
         attn_mask_type=mask,
         softmax_scale=scale,
+        **said,
     )

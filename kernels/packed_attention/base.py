@@ -43,8 +43,9 @@ class PackedBackend(ABC):
     """One implementation of attention among documents. Dropout is not supported.
 
     Shapes: S queries, T keys, B batch, H query heads, G key and value heads, D head size. With
-    `causal` T is S, and each token attends to itself and those before it in its document; otherwise
-    every query attends to every key of its document.
+    `causal` T is S, and each token attends to itself and those before it in its document, with a
+    `window` of W tokens to the W - 1 before it; otherwise every query attends to every key of its
+    document.
 
     Attributes:
         name: by which it is asked for.
@@ -54,7 +55,15 @@ class PackedBackend(ABC):
 
     @abstractmethod
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Attention of `q` [S, B, H, D] over `k`, `v` [T, B, G, D].
 
@@ -77,6 +86,7 @@ class PackedBackend(ABC):
         runs: Runs,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients by `q` [S, B, H, D], `k` and `v` [T, B, G, D] from `dout` [S, B, H*D].
 
@@ -91,16 +101,32 @@ class AutogradPackedBackend(PackedBackend):
     serves_once = False
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        window: int | None = None,
+    ) -> Tensor:
         """The differentiable function, causal: of rows of tokens [B*S, heads, D] to [B*S, H, D]."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         assert causal, f"{self.name} takes no blocks"
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            row = self.attend(in_a_row(q), in_a_row(k), in_a_row(v), scale, runs)
+            row = self.attend(in_a_row(q), in_a_row(k), in_a_row(v), scale, runs, window)
             out = in_samples(row, q.shape[1]).flatten(2).contiguous()
         return out.detach(), out.new_empty(0, dtype=torch.float32), Recorded((q, k, v), out)
 
@@ -117,11 +143,12 @@ class AutogradPackedBackend(PackedBackend):
         runs: Runs,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         recorded: Recorded = state
         if recorded.used and self.serves_once:
             # Who times this waits for a forward as well, but no step does.
-            _, _, recorded = self.forward(q, k, v, scale, runs)
+            _, _, recorded = self.forward(q, k, v, scale, runs, window=window)
         return recorded.gradients(dout)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dhellam.kernels.attention.sdpa import window_of
 from lightning_dhellam.kernels.packed_attention.base import (
     PackedBackend,
     Runs,
@@ -26,12 +27,20 @@ class TorchFlash(PackedBackend):
     name = "torch_flash"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         batch, most = q.shape[1], max(runs.longest, _AT_LEAST)
         out, lse, seed, unused, _ = aten._flash_attention_forward(
             *map(in_a_row, (q, k, v)), runs.queries, runs.keys, most, most, 0.0, causal, False,
-            scale=scale,
+            scale=scale, **window_of(window),
         )  # fmt: skip
         lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
         if not causal:  # of queries without keys it says +inf
@@ -51,12 +60,14 @@ class TorchFlash(PackedBackend):
         runs: Runs,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, most = q.shape[1], max(runs.longest, _AT_LEAST)
         dout, out = (t.unflatten(2, q.shape[2:]) for t in (dout, out))
         grads = aten._flash_attention_backward(
             *map(in_a_row, (dout, q, k, v, out)), lse.transpose(0, 1).flatten(1).contiguous(),
             runs.queries, runs.keys, most, most, 0.0, causal, *state, scale=scale,
+            **window_of(window),
         )  # fmt: skip
         dq, dk, dv = (in_samples(grad, batch) for grad in grads)
         return dq, dk, dv

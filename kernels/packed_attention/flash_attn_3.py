@@ -6,6 +6,7 @@ import torch
 from flash_attn_interface import flash_attn_varlen_func
 from torch import Tensor
 
+from lightning_dhellam.kernels.attention.base import flash_window
 from lightning_dhellam.kernels.packed_attention.base import AutogradPackedBackend, Runs
 
 
@@ -14,7 +15,15 @@ class PackedFlashAttention3(AutogradPackedBackend):
 
     name = "flash_attn_3"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        window: int | None = None,
+    ) -> Tensor:
         found = flash_attn_varlen_func(
             q,
             k,
@@ -25,6 +34,7 @@ class PackedFlashAttention3(AutogradPackedBackend):
             runs.longest,
             softmax_scale=scale,
             causal=True,
+            window_size=flash_window(window),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         # Early betas give the log-sum-exp as well.

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels.attention.sdpa import arranged, efficient_gradients, in_order
+from lightning_dhellam.kernels.attention.sdpa import (
+    arranged,
+    bias_of,
+    efficient_gradients,
+    in_order,
+)
 from lightning_dhellam.kernels.packed_attention.base import PackedBackend, Runs
 
 aten = torch.ops.aten
-_ALIGNED = 16
-"""Rows of the mask lie at multiples of so many numbers, as the kernel wants them."""
 
 
 class Efficient(PackedBackend):
@@ -21,15 +24,23 @@ class Efficient(PackedBackend):
     name = "efficient"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         s, b, h, _ = q.shape
-        seen = sees(runs, s, k.shape[0], b, causal=causal)
+        seen = sees(runs, s, k.shape[0], b, causal=causal, window=window)
         alone = ~seen.any(dim=2)
         # Softmax of nothing is NaN: who sees nothing is shown everything, and then none of it.
         q, k, v = arranged(q, k, v)
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            q, k, v, _bias(seen | alone[..., None], h, q.dtype), True, 0.0, False, scale=scale
+            q, k, v, bias_of(seen | alone[..., None], h, q.dtype), True, 0.0, False, scale=scale
         )
         lse = lse[..., :s].masked_fill(alone[:, None], -torch.inf)
         out = out.masked_fill(alone[:, None, :, None], 0.0)
@@ -48,16 +59,20 @@ class Efficient(PackedBackend):
         runs: Runs,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, groups = q.shape, k.shape[2]
-        bias = _bias(sees(runs, shape[0], len(k), shape[1], causal=causal), shape[2], q.dtype)
+        seen = sees(runs, shape[0], len(k), shape[1], causal=causal, window=window)
+        bias = bias_of(seen, shape[2], q.dtype)
         dout, out = (t.view(shape).permute(1, 2, 0, 3) for t in (dout, out))
         q, k, v = arranged(q, k, v)
         grads = efficient_gradients(dout, q, k, v, bias, out, lse, state, scale, causal=False)
         return in_order(*grads, groups)
 
 
-def sees(runs: Runs, queries: int, keys: int, batch: int, *, causal: bool) -> Tensor:
+def sees(
+    runs: Runs, queries: int, keys: int, batch: int, *, causal: bool, window: int | None = None
+) -> Tensor:
     """Which queries see which keys: [B, S, T] bool, made where the tensors are."""
     numbers = [
         torch.searchsorted(
@@ -66,12 +81,5 @@ def sees(runs: Runs, queries: int, keys: int, batch: int, *, causal: bool) -> Te
         for ends, count in ((runs.queries, queries), (runs.keys, keys))
     ]
     seen = numbers[0][:, :, None] == numbers[1][:, None]
-    return seen.tril() if causal else seen
-
-
-def _bias(seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores [B, H, S, T]: nothing where a key is seen, else -inf."""
-    b, s, t = seen.shape
-    width = t + -t % _ALIGNED
-    bias = torch.zeros(b, 1, s, width, dtype=dtype, device=seen.device)[..., :t]
-    return bias.masked_fill_(~seen[:, None], -torch.inf).expand(b, heads, s, t)
+    seen = seen.tril() if causal else seen
+    return seen if window is None else seen.triu(1 - window)

@@ -35,7 +35,15 @@ class OneByOne(PackedBackend):
         self._alone = alone or CpuFlash()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs, *, causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         batch, heads = q.shape[1:3]
         row, keys, values = map(in_a_row, (q, k, v))
@@ -44,7 +52,9 @@ class OneByOne(PackedBackend):
         states = {}
         for number, mine, theirs in _documents(runs):
             q, k, v = (part[:, None] for part in (row[mine], keys[theirs], values[theirs]))
-            one, one_lse, states[number] = self._alone.forward(q, k, v, scale, causal=causal)
+            one, one_lse, states[number] = self._alone.forward(
+                q, k, v, scale, causal=causal, window=window
+            )
             out[mine], lse[:, mine] = one[:, 0], one_lse[0]
         of_samples = lse.unflatten(1, (batch, -1)).transpose(0, 1)
         return in_samples(out, batch).contiguous(), of_samples.contiguous(), states
@@ -62,6 +72,7 @@ class OneByOne(PackedBackend):
         runs: Runs,
         *,
         causal: bool = True,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch = q.shape[1]
         row, keys, values, dout, out = map(in_a_row, (q, k, v, dout, out))
@@ -72,7 +83,7 @@ class OneByOne(PackedBackend):
             one_dout, q, k, v, one = (part[:, None] for part in parts)
             one_lse, kept = lse[None, :, mine].contiguous(), state[number]
             grads = self._alone.backward(
-                one_dout, q, k, v, one, one_lse, kept, scale, causal=causal
+                one_dout, q, k, v, one, one_lse, kept, scale, causal=causal, window=window
             )
             dq[mine], dk[theirs], dv[theirs] = (grad[:, 0] for grad in grads)
         return in_samples(dq, batch), in_samples(dk, batch), in_samples(dv, batch)

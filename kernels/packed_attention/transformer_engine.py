@@ -14,8 +14,16 @@ class PackedTransformerEngineAttention(AutogradPackedBackend):
     name = "transformer_engine"
     serves_once = True
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, runs: Runs) -> Tensor:
-        out: Tensor = module_for(q, k, scale, "thd", "padding_causal")(
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        runs: Runs,
+        window: int | None = None,
+    ) -> Tensor:
+        out: Tensor = module_for(q, k, scale, "thd", "padding_causal", window)(
             # It tells layouts apart by strides, and knows none of these views.
             *(t.contiguous() for t in (q, k, v)),
             cu_seqlens_q=runs.queries,

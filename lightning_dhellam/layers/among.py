@@ -71,11 +71,13 @@ class Among:
         kernels: what computes it.
         scale: factor on the scores.
         dropping: dropout of weights, if there is any.
+        window: tokens that each attends to, of itself and those before it; None for all.
     """
 
     kernels: Kernels
     scale: float
     dropping: Dropping | None = None
+    window: int | None = None
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -92,12 +94,15 @@ class Among:
     ) -> tuple[Tensor, Tensor, Any]:
         """Output, log-sum-exp, and what else backward needs."""
         causal, runs, drops = hop == 0, _runs(told, hop), self._drops(told, q, k, hop)
+        window = self.window
         if drops is not None:
             dropped = self.kernels.dropped_attention
             return *dropped.forward(q, k, v, self.scale, drops, runs, causal=causal), None
         if runs is None:
-            return self.kernels.attention.forward(q, k, v, self.scale, causal=causal)
-        return self.kernels.packed_attention.forward(q, k, v, self.scale, runs, causal=causal)
+            return self.kernels.attention.forward(q, k, v, self.scale, causal=causal, window=window)
+        return self.kernels.packed_attention.forward(
+            q, k, v, self.scale, runs, causal=causal, window=window
+        )
 
     def backward(
         self,
@@ -113,14 +118,17 @@ class Among:
     ) -> Parts:
         """Gradients by queries, keys and values."""
         causal, runs, drops = hop == 0, _runs(told, hop), self._drops(told, q, k, hop)
+        window = self.window
         read = (dout, q, k, v, out, lse)
         if drops is not None:
             dropped = self.kernels.dropped_attention
             return dropped.backward(*read, self.scale, drops, runs, causal=causal)
         if runs is None:
-            return self.kernels.attention.backward(*read, state, self.scale, causal=causal)
+            return self.kernels.attention.backward(
+                *read, state, self.scale, causal=causal, window=window
+            )
         packed = self.kernels.packed_attention
-        return packed.backward(*read, state, self.scale, runs, causal=causal)
+        return packed.backward(*read, state, self.scale, runs, causal=causal, window=window)
 
     def _drops(self, told: Told, q: Tensor, k: Tensor, hop: int) -> Drops | None:
         """What is dropped; None in evaluation, where a micro-batch has no key."""

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from lightning_dhellam.kernels.attention.heads import Heads, Parts
 from lightning_dhellam.layers.among import Among, Dropping
 from lightning_dhellam.layers.block import Setting, Supported, check_config
+from lightning_dhellam.layers.fields import window_of
 from lightning_dhellam.layers.head_norm import HeadNorm
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.rules import of_documents, on_tp
@@ -40,11 +41,13 @@ SUPPORTED: Supported = {
     "qk_l2_norm": (False,),
     "rotary_interleaved": (False,),
     "softmax_type": ("vanilla",),
-    "window_size": (None,),
 }
 
 SALT = 3
 """Counter of the dropout of weights: the sums of the layer have others."""
+
+READ = frozenset({"window_attn_skip_freq", "window_size"})
+"""Fields of which a layer's window is made."""
 
 _BACKWARD = 2.5
 """FLOPs of backward in those of forward: the scores are computed again."""
@@ -62,6 +65,7 @@ class Attention:
         norm: of queries and keys, if there is one.
         given_scale: factor on the scores, where it does not follow from the heads' width.
         drops: probability of dropping a weight that a query gives to a key.
+        window: tokens that each attends to, of itself and those before it; None for all.
     """
 
     qkv: ColumnLinear
@@ -71,6 +75,7 @@ class Attention:
     norm: HeadNorm | None = None
     given_scale: float | None = None
     drops: float = 0.0
+    window: int | None = None
 
     @classmethod
     def of(cls, module: Any, setting: Setting) -> Attention:
@@ -93,6 +98,7 @@ class Attention:
             HeadNorm.of(module, heads, setting.kernels, setting.index),
             module.config.softmax_scale,
             float(module.config.attention_dropout),
+            _window(module, setting),
         )
 
     @property
@@ -213,14 +219,20 @@ class Attention:
                 "attention_state": 0,
             },
             run,
-            growing=self.heads.flops(1),
+            **self._cost(w),
             rule=of_documents(Held.HEADS, 1, among.told),
         )
+
+    def _cost(self, w: GraphWriter, times: float = 1.0) -> dict[str, Any]:
+        """What it costs: with a window it does not grow with the sequence."""
+        if self.window is None:
+            return {"growing": times * self.heads.flops(1)}
+        return {"flops": times * self.heads.flops(w.sizes.length, self.window)}
 
     @cached_property
     def _among(self) -> Among:
         """What attends: within documents, where samples hold several."""
-        return Among(self.setting.kernels, self.scale, self._dropping)
+        return Among(self.setting.kernels, self.scale, self._dropping, self.window)
 
     @property
     def _dropping(self) -> Dropping | None:
@@ -258,9 +270,29 @@ class Attention:
             (*self._among.told, "d_context", self._read, "context", "lse", "attention_state"),
             writes,
             run,
-            growing=_BACKWARD * self.heads.flops(1),
+            **self._cost(w, _BACKWARD),
             rule=of_documents(Held.HEADS, 5, self._among.told),
         )
+
+
+def _window(module: Any, setting: Setting) -> int | None:
+    """The window of a layer's attention, of Megatron-core's configuration."""
+    window = window_of(module.config, module.layer_number)
+    dropped = float(module.config.attention_dropout)
+    if window is not None and dropped:
+        raise ValueError(
+            f"layer {setting.index}: its attention has a window of {window} tokens, which one that"
+            f" drops weights does not keep: set attention_dropout={dropped} to 0, or leave the"
+            " window out"
+        )
+    if window is not None and setting.way is not None:
+        ranks = setting.sizes.context.topology.cp_size
+        raise ValueError(
+            f"layer {setting.index}: its attention has a window of {window} tokens, which ranks"
+            f" that share a sequence do not keep: leave context_parallel_size={ranks} at 1, or"
+            " train sequences no longer than the window, by max_sequence_length"
+        )
+    return window
 
 
 def _check_module(module: Any, index: int) -> None:

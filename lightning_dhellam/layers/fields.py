@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from lightning_dhellam.versions import QUIET_FIELDS
 
@@ -90,3 +91,26 @@ def check_unknown(config: Any, known: Collection[str]) -> None:
 def _plain() -> TransformerConfig:
     """A configuration with its defaults, as the constructor leaves them."""
     return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **QUIET_FIELDS)
+
+
+def window_of(config: Any, layer_number: int) -> int | None:
+    """How many tokens each attends to in a layer, of itself and those before it; None for all.
+
+    Args:
+        config: whose `window_size` says how many before a token and after it, -1 for all, and whose
+            `window_attn_skip_freq` which layers have the window.
+        layer_number: of the layer, from 1.
+
+    Raises:
+        ValueError: tokens would attend to later ones.
+    """
+    size = config.window_size
+    if not is_layer_window_attention(size, config.window_attn_skip_freq, layer_number):
+        return None
+    before, after = size
+    if after > 0:
+        raise ValueError(
+            f"TransformerConfig.window_size={size} cannot be lowered to operators: attention is"
+            f" causal, so use ({before}, 0)"
+        )
+    return None if before < 0 else int(before) + 1

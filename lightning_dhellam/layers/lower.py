@@ -87,7 +87,12 @@ def lower(
     ranks = topology.cp_size
     rotary = None if model.rotary is None else RotaryTable(model.rotary, ranks)
     chosen = choose(
-        sizes.context.device, sizes.dtype, kernels, config.kv_channels, in_blocks=ranks > 1
+        sizes.context.device,
+        sizes.dtype,
+        kernels,
+        config.kv_channels,
+        in_blocks=ranks > 1,
+        in_window=any(window is not None for window in model.config.windows),
     )
     way = None
     if ranks > 1:

@@ -40,6 +40,7 @@ SUPPORTED: Supported = {
 CHECKED = frozenset().union(
     *(block.SUPPORTED for block in (attention, experts, linear, mlp, norm, residual, router)),
     SUPPORTED,
+    attention.READ,
 )
 """Fields that a layer or one of its blocks looks at."""
 

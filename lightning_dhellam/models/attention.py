@@ -1,4 +1,8 @@
-"""Causal attention through torch's fused kernels: Megatron's own stores the [S, S] scores."""
+"""Causal attention through torch's fused kernels: Megatron's own stores the [S, S] scores.
+
+A layer with a window is given the mask, which such kernels take [S, S] numbers for; operators have
+kernels that need none.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from lightning_dhellam.kernels.attention.sdpa import in_window
+from lightning_dhellam.layers.fields import window_of
+
 
 class SdpaCoreAttention(nn.Module):
-    """``core_attention`` of a Megatron layer spec; grouped queries, causal mask."""
+    """``core_attention`` of a Megatron layer spec; grouped queries.
+
+    The mask is causal, in layers with a window (`layers.fields.window_of`) within that.
+    """
 
     def __init__(
         self,
@@ -28,7 +38,6 @@ class SdpaCoreAttention(nn.Module):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         unsupported = {
             f"attn_mask_type={attn_mask_type.name}": attn_mask_type is not AttnMaskType.causal,
-            f"window_size={config.window_size}": config.window_size is not None,
             f"softmax_type={config.softmax_type!r}": config.softmax_type != "vanilla",
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
         }
@@ -38,6 +47,7 @@ class SdpaCoreAttention(nn.Module):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.dropout = dropout
+        self.window = window_of(config, layer_number)
 
     def forward(
         self,
@@ -51,15 +61,19 @@ class SdpaCoreAttention(nn.Module):
     ) -> Tensor:
         """``query`` [S, B, heads, D], ``key`` and ``value`` [S, B, groups, D] to
         [S, B, heads * D]. The mask is causal; ``attention_mask`` [B, 1, S, S] is true where a
-        query does not see a key, and says all of it."""
+        query does not see a key, and says all of it but the window."""
         assert attention_bias is None and packed_seq_params is None
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        seen = None if attention_mask is None else ~attention_mask
+        if self.window is not None and self.window < len(query[0, 0]):
+            inside = in_window(len(query[0, 0]), self.window, query.device)
+            seen = inside if seen is None else seen & inside
         context = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
+            attn_mask=seen,
+            is_causal=seen is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),

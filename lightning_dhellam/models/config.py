@@ -85,6 +85,14 @@ class ModelConfig(ExpertFields):
     rope_magnitude: float = 1.0
     """Multiplies queries and keys where they are rotated (Hugging Face: short_mscale)."""
 
+    sliding_window: int | None = None
+    """How many tokens each attends to, of itself and those before it; all when left out. One as
+    wide as `max_sequence_length` is none."""
+
+    window_layers: tuple[int, ...] | None = None
+    """Which layers have the window: a list of a 1 (window) or a 0 (all tokens) for each layer; all
+    of them when left out (Qwen2: max_window_layers)."""
+
     tie_embeddings: bool = False
     """Whether the output layer uses the embedding's weight."""
 
@@ -123,6 +131,10 @@ class ModelConfig(ExpertFields):
     """`rope`, rotary position embedding; `learned`, a table with a row for each position; or
     `none`: then only the causal mask tells positions."""
 
+    family: str | None = None
+    """Which family of Hugging Face the weights go to, of several with such models (`model_type` of
+    its `config.json`); the first of them when left out."""
+
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -144,6 +156,7 @@ class ModelConfig(ExpertFields):
                 f"num_query_groups={self.num_query_groups}: every group needs as many queries"
             )
         self._check_long_rope()
+        self._check_windows()
         self.check_experts(self.num_layers)
         if self.num_experts is not None and self.linear_bias:
             raise ValueError(
@@ -153,7 +166,7 @@ class ModelConfig(ExpertFields):
 
     def _check_kinds_and_ranges(self) -> None:
         check_fields(self)
-        for name in ("moe_layer_freq", "rope_short_factors", "rope_long_factors"):
+        for name in ("moe_layer_freq", "rope_short_factors", "rope_long_factors", "window_layers"):
             object.__setattr__(self, name, as_kept(getattr(self, name)))
         for field in fields(self):
             value = getattr(self, field.name)
@@ -208,6 +221,37 @@ class ModelConfig(ExpertFields):
                     f" head of {self.kv_channels} channels needs {pairs} greater than 0"
                 )
 
+    def _check_windows(self) -> None:
+        """Refuse a list of layers that have a window, where it does not fit."""
+        layers = self.window_layers
+        if self.attention_dropout and any(window is not None for window in self.windows):
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} with"
+                f" sliding_window={self.sliding_window}: attention that drops weights has no"
+                " window; leave one of them out"
+            )
+        if layers is None:
+            return
+        if self.sliding_window is None:
+            raise ValueError(
+                f"window_layers={layers} without sliding_window: give its width as well, or leave"
+                " window_layers out"
+            )
+        if len(layers) != self.num_layers or not set(layers) <= {0, 1}:
+            raise ValueError(
+                f"window_layers={layers} must have a 1 (window) or a 0 (all tokens) for each of"
+                f" num_layers={self.num_layers} layers"
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer: None where tokens attend to all those before them."""
+        width = self.sliding_window
+        if width is None or width >= self.max_sequence_length:
+            return (None,) * self.num_layers
+        layers = self.window_layers or (1,) * self.num_layers
+        return tuple(width if here else None for here in layers)
+
     @property
     def softmax_scale(self) -> float | None:
         """Factor on attention's scores; None where it is that of the heads' width alone."""
@@ -246,6 +290,7 @@ class ModelConfig(ExpertFields):
         tensor_parallel_size: int,
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
+        context_parallel_size: int = 1,
     ) -> None:
         """Raise ValueError unless the model can be cut over so many ranks.
 
@@ -267,6 +312,13 @@ class ModelConfig(ExpertFields):
                     f"tensor_parallel_size={tensor_parallel_size}: every rank holds an equal "
                     f"share; lower tensor_parallel_size or change {name}"
                 )
+        if context_parallel_size > 1 and any(window is not None for window in self.windows):
+            raise ValueError(
+                f"sliding_window={self.sliding_window} with"
+                f" context_parallel_size={context_parallel_size}: ranks that share a sequence"
+                " attend to all of it; leave context_parallel_size at 1, or train sequences no"
+                f" longer than the window, max_sequence_length={self.sliding_window} at most"
+            )
         ranks = tensor_parallel_size
         if expert_tensor_parallel_size is not None:
             ranks = expert_tensor_parallel_size
@@ -277,8 +329,10 @@ class ModelConfig(ExpertFields):
     ) -> TransformerConfig:
         """Megatron's configuration of this model on ``context``, weights in ``dtype``."""
         topology = context.topology
-        self.validate(topology.tp_size, topology.ep_size, topology.etp_size)
+        self.validate(topology.tp_size, topology.ep_size, topology.etp_size, topology.cp_size)
         on_cpu = context.device.type == "cpu"
+        windows = self.windows
+        width = next((window for window in windows if window is not None), None)
         return TransformerConfig(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -292,6 +346,8 @@ class ModelConfig(ExpertFields):
             add_qkv_bias=self.qkv_bias or self.attention_bias,
             qk_layernorm=self.qk_norm,
             softmax_scale=self.softmax_scale,
+            window_size=None if width is None else (width - 1, 0),
+            window_attn_skip_freq=None if width is None else [int(w is not None) for w in windows],
             gated_linear_unit=self.activation == "swiglu",
             activation_func=_ACTIVATIONS[self.activation],
             hidden_dropout=self.hidden_dropout,

@@ -45,7 +45,8 @@ def training_flops_per_token(config: ModelConfig, length: int, *, frozen: bool =
     only that a token goes to; the embedding's look-up, biases and norms count nothing.
     """
     layers = sum(_matrices(config, experts, _chosen(config)) for experts in config.expert_layers)
-    attention = config.num_layers * heads_of(config).flops(length)
+    heads = heads_of(config)
+    attention = sum(heads.flops(length, window) for window in config.windows)
     each = 4.0 if frozen else 6.0
     return each * (layers + config.vocab_size * config.hidden_size) + 3.0 * attention
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import Family
-from lightning_dhellam.models.families.family import rope_of, rope_type
+from lightning_dhellam.models.families.family import SLIDING, WHOLE, rope_of, rope_type
 from lightning_dhellam.models.source import CONFIG, LLAMA_3, check_config, read_config
 
 _LEFT_OUT = ("auto_map", "_name_or_path", "quantization_config")
@@ -63,6 +63,7 @@ def _made(config: ModelConfig, family: Family) -> dict[str, Any]:
         "max_position_embeddings": config.max_sequence_length,
         "initializer_range": config.init_std,
         **({"rope_parameters": rope} if config.position_embedding == "rope" else {}),
+        **_windows(config, family),
         **family.tells(config),
     }
     try:
@@ -73,6 +74,23 @@ def _made(config: ModelConfig, family: Family) -> dict[str, Any]:
             " give the folder that it is from as origin"
         ) from error
     return found
+
+
+def _windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The windows of layers, of a family that may have some."""
+    if "sliding_window" in family.fixed:
+        return {}
+    here = [window is not None for window in config.windows]
+    found = {
+        "sliding_window": config.sliding_window if any(here) else None,
+        "use_sliding_window": any(here),
+    }
+    if "window_layers" in family.fixed:
+        return found
+    return found | {
+        "max_window_layers": here.index(True) if any(here) else config.num_layers,
+        "layer_types": [SLIDING if one else WHOLE for one in here],
+    }
 
 
 def _rope(theirs: dict[str, Any], base: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightning_dhellam.models.fitting import check_tensors, check_tied
 from lightning_dhellam.models.fused import fused, unfused
 from lightning_dhellam.models.layout import Conversion
 from lightning_dhellam.models.progress import progress
-from lightning_dhellam.models.source import check_config, open_weights
+from lightning_dhellam.models.source import check_config, open_weights, read_config
 from lightning_dhellam.models.stored import Readable, listed
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.pipeline.split import stage_of
@@ -50,7 +50,7 @@ def import_huggingface(model: CausalLM, source: Source, config: Any = None) -> N
         ValueError: the configuration differs from the model's or cannot be expressed, or tensors
             are missing, unexpected or mis-shaped; all are named.
     """
-    _import("import_huggingface", family_of(model.config), model, source, config)
+    _import("import_huggingface", None, model, source, config)
 
 
 def import_llama(model: CausalLM, source: Source, config: Any = None) -> None:
@@ -117,24 +117,30 @@ def leaving(model: CausalLM) -> Mapping[str, Tensor]:
     return MergedWeights(model)
 
 
-def _import(function: str, family: Family, model: CausalLM, source: Source, config: Any) -> None:
+def _import(
+    function: str, only: Family | None, model: CausalLM, source: Source, config: Any
+) -> None:
+    """Import weights of a family, or of that of the model which they are of."""
     # Where every process has a whole model, each may do as it likes.
     world = model.context.world_group if model.context.topology.world_size > 1 else None
-    every = list(_conversions(family, model))
-    own = own_of(every, model)
+    like = only or family_of(model.config)
 
-    def fitting() -> Mapping[str, Readable]:
-        tensors, described = open_weights(function, family.architecture, source, config)
+    def fitting() -> tuple[Family, list[Conversion], Mapping[str, Readable]]:
+        tensors, described = open_weights(function, like.architecture, source, config)
+        family = like
         if described is not None:
+            family = only or family_of(model.config, read_config(described).get("model_type"))
             check_config(described, model.config, family)
         if isinstance(source, str | PathLike):
             check_vocabulary(Path(source), model.config.vocab_size)
         tensors = unfused(tensors, family)
+        every = list(_conversions(family, model))
         check_tensors(model.config, every, tensors)
+        own = own_of(every, model)
         _check_parameters(own, model)
-        return tensors
+        return family, own, tensors
 
-    tensors = together(fitting, world)
+    family, own, tensors = together(fitting, world)
     together(lambda: check_tied(family, model.config, tensors, model.context.topology), world)
     together(lambda: fill(model, own, tensors), world)
     if isinstance(source, str | PathLike):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ import torch
 
 from lightning_dhellam.files import read_json
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.families import FAMILIES, Family
-from lightning_dhellam.models.families.family import Found, Theirs, rope_of, rope_type
+from lightning_dhellam.models.families import FAMILIES, Family, family_of
+from lightning_dhellam.models.families.family import (
+    SLIDING,
+    WHOLE,
+    Found,
+    Theirs,
+    Windows,
+    rope_of,
+    rope_type,
+)
 from lightning_dhellam.models.stored import Readable, stored_tensors
 
 CONFIG = "config.json"
@@ -28,7 +37,11 @@ LLAMA_3 = {
 }
 """Constants of the scaling of Llama 3, of which only the factor can be expressed here."""
 
-_SPELT = {"kv_channels": "head_dim", "expert_width": "expert_ffn_hidden_size"}
+_SPELT = {
+    "kv_channels": "head_dim",
+    "expert_width": "expert_ffn_hidden_size",
+    "windows": "sliding_window",
+}
 """What a user writes, by what is compared."""
 
 
@@ -120,11 +133,25 @@ def config_of(source: Any, **overrides: Any) -> ModelConfig:
         said[name] = said.pop("expert_width")
     if "expert_layers" in said:
         said["moe_layer_freq"] = tuple(map(int, said.pop("expert_layers")))
+    longest = overrides.get("max_sequence_length", said["max_sequence_length"])
+    said |= _window_fields(said.pop("windows"), longest)
     config = ModelConfig(**{**family.fixed, **said, **overrides})
+    if not family.misfits(config) and family_of(config) is not family:
+        config = replace(config, family=family.model_type)
     problems = list(_inexpressible(theirs, config, family))
     if problems:
         raise ValueError(f"a {family.architecture} that cannot be expressed: {'; '.join(problems)}")
     return config
+
+
+def _window_fields(windows: Windows, longest: int) -> dict[str, Any]:
+    """Fields of a `ModelConfig` whose layers have these windows, over sequences of `longest`."""
+    here = [width is not None and width < longest for width in windows]
+    if not any(here):
+        return {}
+    width = next(width for width, is_here in zip(windows, here, strict=True) if is_here)
+    layers = None if all(here) else tuple(map(int, here))
+    return {"sliding_window": width, "window_layers": layers}
 
 
 def read_config(config: Any) -> Mapping[str, Any]:
@@ -164,12 +191,18 @@ def _inexpressible(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator
         for name, only in LLAMA_3.items():
             if rope.get(name, only) != only:
                 yield f"{name}={rope[name]} of its rope scaling, and only {only} can be expressed"
+    for other in sorted({*(theirs.get("layer_types") or ())} - {WHOLE, SLIDING}):
+        yield f"layer_types={other!r}, and only {WHOLE!r} or {SLIDING!r} can be expressed here"
     yield from family.refuses(theirs, own)
 
 
 def _different(theirs: Theirs, own: ModelConfig, family: Family) -> Iterator[str]:
+    longest = own.max_sequence_length
     for ours, (name, value) in _found(theirs, family).items():
         mine = getattr(own, ours)
+        if ours == "windows":
+            value = tuple(None if (w or longest) >= longest else w for w in value)
+            value, mine = _in_short(value), _in_short(mine)
         if mine != value:
             yield f"{name}={value!r}, and the model has {_SPELT.get(ours, ours)}={mine!r}"
 
@@ -183,6 +216,8 @@ def _found(theirs: Theirs, family: Family) -> Found:
     usual = found.get("kv_channels", ("head_dim", None))[1]
     width = theirs.get("head_dim", usual)
     found["kv_channels"] = "head_dim", found["hidden_size"][1] // heads if width is None else width
+    windows = family.windows(theirs, found["num_layers"][1])
+    found["windows"] = "sliding_window", windows
     if family.fixed.get("position_embedding", "rope") != "rope":
         return found | family.more(theirs)
     rope = rope_of(theirs)
@@ -194,6 +229,11 @@ def _found(theirs: Theirs, family: Family) -> Found:
         rope["factor"] if scaled else None,
     )
     return found | family.more(theirs)
+
+
+def _in_short(windows: Windows) -> Any:
+    """One number where all layers have the same window, or None where none has."""
+    return windows[0] if len({*windows}) == 1 else windows
 
 
 def _json(file: Path) -> dict[str, Any]:

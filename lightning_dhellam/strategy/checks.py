@@ -239,7 +239,9 @@ def check_module(module: Any, topology: Topology, split: Sequence[int] | None = 
             f"{type(module).__name__} has no model_config: set self.model_config in __init__, for"
             ' example to lightning_dhellam.models.preset("llama-3-8b")'
         )
-    module.model_config.validate(topology.tp_size, topology.ep_size, topology.etp_size)
+    module.model_config.validate(
+        topology.tp_size, topology.ep_size, topology.etp_size, topology.cp_size
+    )
     pipeline_split(module.model_config, topology.pp_size, split)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels.attention import BACKENDS, Backend
 from lightning_dhellam.kernels.attention.heads import Heads
+from lightning_dhellam.kernels.choose import CANDIDATES
 from tests.kernels.blocks import Shape, check_blocks
 from tests.kernels.checks import assert_close, drawn, truth
 
@@ -27,34 +28,43 @@ def _backends(device: torch.device, dtype: torch.dtype) -> list[Backend]:
     return [BACKENDS[name]() for name in names]
 
 
-def _reference(scale: float) -> object:
+def _reference(scale: float, window: int | None = None) -> object:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        seen = torch.ones(len(q[0, 0]), len(k[0, 0]), dtype=torch.bool, device=q.device).tril()
+        if window is not None:
+            seen = seen.triu(1 - window)
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 
     return attend
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients(shape: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_forward_and_gradients(
+    shape: str, window: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
     s, b, h, g, d = SHAPES[shape]
     # Views into one fused tensor, as the operators hand them over.
     fused = drawn((s, b, h + 2 * g, d), dtype, device)
     q, k, v = fused.split([h, g, g], dim=2)
     dout = drawn((s, b, h * d), dtype, device, 1)
     scale = 1.3 * d**-0.5
-    expected, grads = truth(_reference(scale), (q, k, v), dout)  # type: ignore[arg-type]
+    expected, grads = truth(_reference(scale, window), (q, k, v), dout)  # type: ignore[arg-type]
     for backend in _backends(device, dtype):
-        out, lse, state = backend.forward(q, k, v, scale)
-        dq, dk, dv = backend.backward(dout, q, k, v, out, lse, state, scale)
+        if window is not None and not CANDIDATES["attention"][backend.name].windows:
+            continue
+        out, lse, state = backend.forward(q, k, v, scale, window=window)
+        grads_of = (dout, q, k, v, out, lse, state, scale)
+        dq, dk, dv = backend.backward(*grads_of, window=window)
         assert out.dtype == dq.dtype == dk.dtype == dv.dtype == dtype
         assert lse.dtype == torch.float32
         actual = {"out": out, "dq": dq, "dk": dk, "dv": dv}
         wanted = dict(zip(actual, (expected, *grads), strict=True))
-        if s == 1:  # One key: the scores cannot matter.
+        if s == 1 or window == 1:  # One key: the scores cannot matter.
             for name in ("dq", "dk"):
                 assert actual.pop(name).abs().max() < 1e-2 and wanted.pop(name).norm() < 1e-9
         # bf16 probabilities and gradients of repeated heads are rounded before they are summed.

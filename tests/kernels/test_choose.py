@@ -91,6 +91,17 @@ def test_a_backend_without_a_log_sum_exp_takes_no_blocks(name: str, operator: st
     assert choose.choose(CPU, torch.bfloat16, in_blocks=True).names["attention"] == "cpu"
 
 
+@pytest.mark.parametrize("name", ["cudnn", "flash_attn_4"])
+def test_a_backend_that_takes_no_window_says_so(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        choose.choose(CPU, torch.bfloat16, {"attention": name}, in_window=True)
+    assert str(error.value) == (
+        f"kernels={{attention: {name}}} cannot be used here: it attends to all tokens before, and"
+        " layers here to a sliding window of them; or use cpu, or leave attention out"
+    )
+    assert choose.choose(CPU, torch.bfloat16, in_window=True).names["attention"] == "cpu"
+
+
 def test_a_folder_that_another_package_shares_is_not_a_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

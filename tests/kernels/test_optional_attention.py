@@ -32,6 +32,11 @@ BACKENDS = {
 }
 """Module and class of each."""
 
+WINDOWED = [
+    name for name, one in choose.CANDIDATES["attention"].items() if one.windows and name != "cpu"
+]
+"""Those of GPUs that attend to a sliding window."""
+
 Shape = tuple[int, int, Heads]
 """Sequence, batch, heads."""
 
@@ -47,17 +52,30 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Largest relative error of one rounding."""
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+Window = tuple[int, int]
+"""Keys before a token and after it, as packages are told: -1 for all."""
+_ALL = (-1, -1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: Window = _ALL) -> Tensor:
     """Causal attention on [B, heads, S, D]."""
+    if window == _ALL:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+    assert window[0] >= 0 and window[1] == 0
+    seen = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(-window[0])
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=True
+        q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
     )
 
 
-def _attend_with_heads_last(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _attend_with_heads_last(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: Window
+) -> Tensor:
     """The same on [B, S, heads, D]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return _attend(q, k, v, scale).transpose(1, 2)
+    return _attend(q, k, v, scale, window).transpose(1, 2)
 
 
 def flash_attn_func(
@@ -79,7 +97,7 @@ def flash_attn_func(
     """
     assert causal and dropout_p == 0 and not return_attn_probs
     assert deterministic is torch.are_deterministic_algorithms_enabled()
-    return _attend_with_heads_last(q, k, v, softmax_scale)
+    return _attend_with_heads_last(q, k, v, softmax_scale, window_size)
 
 
 def flash_attn_4_forward(
@@ -153,14 +171,14 @@ class DotProductAttention(torch.nn.Module):
         super().__init__()
         assert attention_dropout == 0 and qkv_format == "sbhd" and attn_mask_type == "causal"
         self.sizes = num_attention_heads, num_gqa_groups, kv_channels
-        self.scale = softmax_scale
+        self.scale, self.window = softmax_scale, window_size or _ALL
         self.deterministic = torch.are_deterministic_algorithms_enabled()
 
     def forward(self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor) -> Tensor:
         assert self.deterministic is torch.are_deterministic_algorithms_enabled()
         assert self.sizes == (query_layer.shape[2], key_layer.shape[2], key_layer.shape[3])
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_layer, key_layer, value_layer))
-        return _attend(q, k, v, self.scale).permute(2, 0, 1, 3).flatten(2)
+        return _attend(q, k, v, self.scale, self.window).permute(2, 0, 1, 3).flatten(2)
 
 
 STAND_INS: dict[str, dict[str, dict[str, Any]]] = {
@@ -203,7 +221,9 @@ def _check(
     device: torch.device,
     out_tolerance: float,
     grad_tolerance: float,
+    window: int | None = None,
 ) -> None:
+    told = _ALL if window is None else (window - 1, 0)
     s, b, heads = shape
     fused = drawn((s, b, (heads.queries + 2 * heads.groups) * heads.size), dtype, device)
     q, k, v = heads.split(fused)
@@ -211,14 +231,14 @@ def _check(
     scale = 1.3 * heads.size**-0.5
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = _attend(*(t.permute(1, 2, 0, 3) for t in (q, k, v)), scale)
+        out = _attend(*(t.permute(1, 2, 0, 3) for t in (q, k, v)), scale, told)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     expected, expected_grads = truth(reference, (q, k, v), dout)
     with torch.no_grad():
-        out, lse, state = backend.forward(q, k, v, scale)
+        out, lse, state = backend.forward(q, k, v, scale, window=window)
         assert not out.requires_grad and out.is_contiguous()
-        grads = backend.backward(dout, q, k, v, out, lse, state, scale)
+        grads = backend.backward(dout, q, k, v, out, lse, state, scale, window=window)
     assert {t.dtype for t in (out, *grads)} == {dtype}
     names = "dq", "dk", "dv"
     assert_close({"out": out}, {"out": expected}, out_tolerance)
@@ -231,9 +251,12 @@ def _check(
 
 @pytest.mark.parametrize("shape", ["less-than-a-block", "grouped"])
 def test_what_we_make_of_the_published_interface(stand_in: Any, shape: str) -> None:
+    takes_windows = choose.CANDIDATES["attention"][stand_in.name].windows
     for ordered in (False, True):
         with deterministic() if ordered else nullcontext():
-            _check(stand_in, SHAPES[shape], torch.float32, torch.device("cpu"), 2e-6, 2e-6)
+            for window in (None, 5) if takes_windows else (None,):
+                cpu = torch.device("cpu")
+                _check(stand_in, SHAPES[shape], torch.float32, cpu, 2e-6, 2e-6, window)
 
 
 @pytest.mark.parametrize("stand_in", ["flash_attn_4"], indirect=True)
@@ -267,6 +290,15 @@ def test_results_on_a_gpu(name: str, shape: str, dtype: torch.dtype) -> None:
         0.8 * ROUNDING[dtype],
         1.3 * ROUNDING[dtype],
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_on_a_gpu(name: str) -> None:
+    backend, dtype = _on_gpu(name, torch.bfloat16), torch.bfloat16
+    limits = 0.8 * ROUNDING[dtype], 1.3 * ROUNDING[dtype]
+    for window in (1 << 10, 100):
+        _check(backend, SHAPES["grouped"], dtype, torch.device("cuda", 0), *limits, window)
 
 
 @pytest.mark.gpu

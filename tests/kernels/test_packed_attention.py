@@ -76,8 +76,12 @@ def check(
     tolerance: float,
     *,
     blocks: bool = True,
+    window: int | None = None,
 ) -> None:
-    """Output and gradients of causal attention, and of that merged with a block of other keys."""
+    """Output and gradients of causal attention, and of that merged with a block of other keys.
+
+    With a `window` of causal attention alone.
+    """
     heads, own = shape.heads, _numbers(shape.own, device)
     b, s = own.shape
     far = _numbers(shape.others, device)
@@ -88,6 +92,8 @@ def check(
     k, v = drawn((2, far.shape[1] + s, b, heads.groups, heads.size), dtype, device, 1)
     scale, early = 1.3 * heads.size**-0.5, s // 2 if shape.late else 0
     near = (own[:, :, None] == own[:, None]).tril()
+    if window is not None:
+        near = near.triu(1 - window)
     elsewhere = own[:, :, None] == far[:, None]
     elsewhere[:, :early] = False
     split = far.shape[1]
@@ -116,11 +122,11 @@ def check(
         assert_close(found, wanted, tolerance)
 
     near_k, near_v = k[split:], v[split:]
-    out, lse, state = backend.forward(q, near_k, near_v, scale, runs)
+    out, lse, state = backend.forward(q, near_k, near_v, scale, runs, window=window)
     assert not out.requires_grad and out.is_contiguous()
-    grads = backend.backward(dout, q, near_k, near_v, out, lse, state, scale, runs)
+    grads = backend.backward(dout, q, near_k, near_v, out, lse, state, scale, runs, window=window)
     compare((out, *grads), near, slice(split, None))
-    if not blocks:
+    if not blocks or window is not None:
         return
     late, (far_k, far_v) = slice(early, None), (k[:split], v[:split])
     counts = [row.bincount(minlength=len(shape.own[0])).tolist() for row in own[:, late].cpu()]
@@ -140,10 +146,19 @@ def check(
     compare((both, dq, *merged), torch.cat([elsewhere, near], dim=2), slice(None))
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference(shape: str, dtype: torch.dtype) -> None:
+def test_the_reference(shape: str, window: int | None, dtype: torch.dtype) -> None:
     tolerance = 3e-6 if dtype is torch.float32 else 1.5e-2
-    check(OneByOne(), SHAPES[shape], dtype, CPU, tolerance)
+    check(OneByOne(), SHAPES[shape], dtype, CPU, tolerance, window=window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch_flash", "efficient"])
+def test_windows_on_a_gpu(name: str) -> None:
+    backend = choose.CANDIDATES["packed_attention"][name].load()
+    for shape in SHAPES.values():
+        check(backend, shape, torch.bfloat16, torch.device("cuda", 0), 1.5e-2, window=4)
 
 
 @pytest.mark.gpu
@@ -196,16 +211,25 @@ def test_the_mask_is_of_the_documents(causal: bool) -> None:
     assert torch.equal(found, wanted.tril() if causal else wanted)
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """Causal attention in each part of rows [N, heads, D]."""
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float, window: tuple[int, int]
+) -> Tensor:
+    """Causal attention in each part of rows [N, heads, D]; `window` as flash-attn is told."""
+    assert window[1] == (-1 if window[0] == -1 else 0)
     parts = []
     for start, stop in pairwise(ends.tolist()):
         heads = (x[start:stop].transpose(0, 1) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
-            *heads, is_causal=True, scale=scale, enable_gqa=True
+            *heads, attn_mask=_seen(stop - start, window[0]), scale=scale, enable_gqa=True
         )
         parts.append(out.transpose(0, 1))
     return torch.cat(parts)
+
+
+def _seen(length: int, before: int) -> Tensor:
+    """Which tokens see which: themselves and so many before them, all with -1."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return seen if before < 0 else seen.triu(-before)
 
 
 def flash_attn_varlen_func(
@@ -219,13 +243,14 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
     deterministic: bool = False,
 ) -> Tensor:
     """What we use of flash-attn 2.8.3, and all but `dropout_p` of flash-attn 3."""
     assert causal and softmax_scale is not None and cu_seqlens_q.dtype == torch.int32
     assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
     assert deterministic is torch.are_deterministic_algorithms_enabled()
-    return _one_by_one(q, k, v, cu_seqlens_q, softmax_scale)
+    return _one_by_one(q, k, v, cu_seqlens_q, softmax_scale, window_size)
 
 
 def flash_attn_varlen_func_of_a_beta(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -244,12 +269,14 @@ class DotProductAttention(torch.nn.Module):
         attention_dropout: float = 0.0,
         qkv_format: str = "sbhd",
         attn_mask_type: str = "causal",
+        window_size: tuple[int, int] | None = None,
         softmax_scale: float | None = None,
     ) -> None:
         super().__init__()
         assert attention_dropout == 0 and (qkv_format, attn_mask_type) == ("thd", "padding_causal")
         assert softmax_scale is not None
         self.sizes, self.scale = (num_attention_heads, num_gqa_groups, kv_channels), softmax_scale
+        self.window = window_size or (-1, -1)
 
     def forward(
         self,
@@ -265,7 +292,7 @@ class DotProductAttention(torch.nn.Module):
         assert self.sizes == (query_layer.shape[1], key_layer.shape[1], key_layer.shape[2])
         assert torch.equal(cu_seqlens_q, cu_seqlens_kv) and max_seqlen_q == max_seqlen_kv
         rows = (query_layer, key_layer, value_layer)
-        return _one_by_one(*rows, cu_seqlens_q, self.scale).flatten(1)
+        return _one_by_one(*rows, cu_seqlens_q, self.scale, self.window).flatten(1)
 
 
 STAND_INS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
@@ -318,7 +345,16 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_we_make_of_the_published_interface(stand_in: Any, shape: str) -> None:
     for ordered in (False, True):
         with deterministic() if ordered else nullcontext():
-            check(stand_in, SHAPES[shape], torch.float32, CPU, 3e-6, blocks=False)
+            for window in (None, 3):
+                check(
+                    stand_in,
+                    SHAPES[shape],
+                    torch.float32,
+                    CPU,
+                    3e-6,
+                    blocks=False,
+                    window=window,
+                )
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash_attn_4"])

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -38,7 +39,12 @@ GPT2 = replace(
     embedding_dropout=0.0,
 )
 DENSE = {
+    "mistral": replace(ODD, sliding_window=5),
+    "mistral-whole": replace(ODD, family="mistral", head_dim=8),
     "qwen2": replace(ODD, qkv_bias=True, tie_embeddings=True),
+    "qwen2-last-layers": replace(
+        ODD, qkv_bias=True, sliding_window=3, window_layers=(0, 0, 1, 1), num_query_groups=6
+    ),
     "qwen3": replace(ODD, head_dim=10, qk_norm=True),
     "qwen3-biased": replace(ODD, head_dim=4, qk_norm=True, attention_bias=True),
     "gpt2": replace(GPT2, tie_embeddings=True),
@@ -52,8 +58,8 @@ def rope_of(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": config.rotary_base}
 
 
-def hugging_face_dense(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
-    """A model of the family of this shape with random weights, fp32, as in evaluation."""
+def configuration_of(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of transformers with this shape."""
     family = family_of(config).model_type
     said: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -71,6 +77,12 @@ def hugging_face_dense(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if config.sliding_window is not None:
+        said |= {"sliding_window": config.sliding_window, "use_sliding_window": True}
+        layers = config.window_layers or (1,) * config.num_layers
+        said["max_window_layers"] = layers.index(1)
+    elif family == "mistral":
+        said["sliding_window"] = None
     if config.head_dim is not None:
         said["head_dim"] = config.head_dim
     if family == "gpt2":
@@ -81,9 +93,14 @@ def hugging_face_dense(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
             "embd_pdrop": config.dropout_of_embedding,
             "attn_pdrop": config.attention_dropout,
         }
+    return AutoConfig.for_model(family, **said)
+
+
+def hugging_face_dense(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of the family of this shape with random weights, fp32, as in evaluation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **said))
+        model = AutoModelForCausalLM.from_config(configuration_of(config))
         model.set_attn_implementation("eager")
         for name, parameter in model.named_parameters():
             # Norms and biases of their first values would hide a missing operation.

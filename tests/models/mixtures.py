@@ -33,7 +33,7 @@ MIXTURES = {
         tie_embeddings=True,
     ),
     "qwen3-moe-unscaled": replace(
-        ODD, qk_norm=True, expert_ffn_hidden_size=14, router_pre_softmax=True
+        ODD, sliding_window=9, qk_norm=True, expert_ffn_hidden_size=14, router_pre_softmax=True
     ),
     # Phimoe takes no head_dim: hidden_size / num_attention_heads is 8.
     "phi-moe": replace(
@@ -116,8 +116,11 @@ def _of(config: ModelConfig) -> PreTrainedModel:
                 norm_topk_prob=not config.router_pre_softmax,
                 mlp_only_layers=dense,
                 attention_bias=config.attention_bias,
+                use_sliding_window=config.sliding_window is not None,
+                sliding_window=config.sliding_window,
             )
         )
+    common |= {"sliding_window": config.sliding_window}
     common |= {"num_local_experts": config.num_experts, "intermediate_size": config.expert_width}
     if config.router_scores == "softmax":
         return MixtralForCausalLM(MixtralConfig(**common))

@@ -41,6 +41,11 @@ LONG: dict[str, Any] = {
         (LONG | {"rope_scaling_factor": 8.0}, ["rope_scaling_factor=8.0", "two scalings"]),
         (LONG | {"position_embedding": "none"}, ["position_embedding='none'", "leave it out"]),
         ({"rope_magnitude": 0.0}, ["rope_magnitude=0.0", "greater than 0"]),
+        ({"sliding_window": 0}, ["sliding_window=0", "at least 1"]),
+        ({"sliding_window": 4, "attention_dropout": 0.1}, ["attention_dropout=0.1", "no window"]),
+        ({"window_layers": [1, 0]}, ["window_layers=(1, 0)", "without sliding_window"]),
+        ({"sliding_window": 4, "window_layers": [1]}, ["window_layers=(1,)", "num_layers=2"]),
+        ({"sliding_window": 4, "window_layers": [1, 2]}, ["window_layers=(1, 2)", "a 1 (window)"]),
         ({"linear_bias": 1}, ["linear_bias=1", "true or false"]),
         ({"qkv_bias": "no"}, ["qkv_bias='no'", "true or false"]),
     ],
@@ -50,6 +55,20 @@ def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], words: lis
         replace(SMALL, **changes)
     for word in words:
         assert word in str(error.value)
+
+
+def test_ranks_that_share_a_sequence_have_no_window() -> None:
+    config = replace(SMALL, sliding_window=16)
+    with pytest.raises(ValueError, match=r"^sliding_window=16 with context_parallel_size=2: "):
+        config.validate(1, context_parallel_size=2)
+    replace(config, max_sequence_length=16).validate(1, context_parallel_size=2)
+
+
+def test_a_window_is_of_the_layers_that_have_one_unless_it_holds_all_tokens() -> None:
+    config = replace(SMALL, sliding_window=16)
+    assert config.windows == (16, 16)
+    assert replace(config, window_layers=(0, 1)).windows == (None, 16)
+    assert replace(config, max_sequence_length=16).windows == (None, None)
 
 
 MOE = replace(SMALL, num_experts=6, experts_per_token=2)
@@ -185,6 +204,9 @@ PUBLIC_TOTALS = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3.1-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
     "mixtral-8x7b": 46_702_792_704,
     "phi-3.5-moe": 41_873_153_344,
     "qwen3-30b-a3b": 30_532_122_624,

@@ -22,6 +22,22 @@ def test_flops_of_llama_3_8b_are_those_of_its_matrix_products() -> None:
     assert training_flops_per_token(config, 8192) == products + attention
 
 
+def test_flops_of_attention_are_those_of_the_window() -> None:
+    length, window = 4096, 512
+    config = preset("llama-3-8b", sliding_window=window)
+    whole = preset("llama-3-8b")
+    keys = sum(min(token + 1, window) for token in range(length)) / length
+    of_attention = 12 * config.num_layers * config.hidden_size * keys
+    rest = training_flops_per_token(whole, length) - 6 * 32 * config.hidden_size * length
+    found = training_flops_per_token(config, length) - rest
+    assert abs(found / of_attention - 1) < 1e-3  # a token's own key is half a key here
+    first = replace(config, window_layers=(1,) + (0,) * 31)
+    assert 32 * (
+        training_flops_per_token(whole, length) - training_flops_per_token(first, length)
+    ) == training_flops_per_token(whole, length) - training_flops_per_token(config, length)
+    assert training_flops_per_token(config, 512) == training_flops_per_token(whole, 512)
+
+
 def test_an_embedding_that_is_tied_still_makes_logits() -> None:
     tied = preset("llama-3.2-1b")
     untied = preset("llama-3.2-1b", tie_embeddings=False)

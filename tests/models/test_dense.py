@@ -10,18 +10,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lightning_dhellam.models import (
     CausalLM,
     config_of,
     export_huggingface,
     import_huggingface,
+    parameter_count,
     preset,
 )
+from lightning_dhellam.models.described import config_json
 from lightning_dhellam.models.families import family_of
 from lightning_dhellam.parallel import ParallelContext
-from tests.models.dense import DENSE, hugging_face_dense
+from tests.models.dense import DENSE, configuration_of, hugging_face_dense
 from tests.models.llama import random_batch, relative_error, token_losses
 
 CPU = torch.device("cpu")
@@ -95,6 +97,15 @@ def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DENSE)
+def test_a_model_alone_is_described_so_that_it_comes_back(name: str) -> None:
+    config = DENSE[name]
+    described = config_json(config, family_of(config), None, "float32")
+    assert replace(config_of(described), head_dim=config.head_dim) == config
+    theirs = AutoConfig.for_model(**described)
+    assert replace(config_of(theirs), head_dim=config.head_dim) == config
+
+
+@pytest.mark.parametrize("name", DENSE)
 def test_configurations_of_transformers_4_say_the_same(name: str) -> None:
     theirs = hugging_face_dense(DENSE[name]).config.to_dict()
     assert config_of(_as_in_4(theirs)) == config_of(theirs)
@@ -111,12 +122,46 @@ def _as_in_4(theirs: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
+PUBLISHED = {
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+}
+"""Parameters, by preset."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_as_many_parameters_as_the_models_that_they_are_named_for(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(configuration_of(config))
+    counts = parameter_count(config), sum(p.numel() for p in theirs.parameters())
+    assert counts == (PUBLISHED[name],) * 2
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
         ("qwen2", {"model_type": "llama"}, "model_type='llama', and only 'qwen2'"),
         ("qwen3-biased", {"attention_bias": False}, "the model has attention_bias=True"),
         ("qwen3", {"head_dim": 12}, "head_dim=12, and the model has head_dim=10"),
+        ("mistral", {"sliding_window": 6}, "sliding_window=6, and the model has sliding_window=5"),
+        ("mistral", {"sliding_window": None}, "sliding_window=None, and the model has"),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 3,
+                "layer_types": ["sliding_attention"] * 4,
+            },
+            "sliding_window=3, and the model has sliding_window=None",
+        ),
+        (
+            "qwen2-last-layers",
+            {"layer_types": None, "max_window_layers": 1},
+            r"sliding_window=\(None, 3, 3, 3\), and .* sliding_window=\(None, None, 3, 3\)",
+        ),
+        ("qwen2", {"layer_types": ["chunked_attention"]}, "layer_types='chunked_attention', and"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act='gelu', and only 'silu'"),
         (
             "gpt2",

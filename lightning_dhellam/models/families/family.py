@@ -21,6 +21,17 @@ Found = dict[str, tuple[str, Any]]
 """By a `ModelConfig`'s names: Hugging Face's name of a value, and the value."""
 
 
+Windows = tuple[int | None, ...]
+"""How many tokens each attends to in each layer, of itself and those before it; None for all."""
+
+WHOLE, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers in Hugging Face: without a window, and with one."""
+
+
+def _no_window(theirs: Theirs, layers: int) -> Windows:
+    return (None,) * layers
+
+
 def _nothing(theirs: Theirs) -> Found:
     return {}
 
@@ -59,6 +70,7 @@ class Family:
         experts: the names of its experts; None for a dense family.
         dense_layers: whether layers without experts may lie between those with them.
         renamed: what transformers 5 calls its modules, by what files call them.
+        windows: of each of so many layers.
         more: what its configuration says in a way of its own.
         tells: the same the other way round, what it says so of a model.
         refuses: what else cannot be expressed.
@@ -81,6 +93,7 @@ class Family:
     experts: MixtureNames | None = None
     dense_layers: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
+    windows: Callable[[Theirs, int], Windows] = field(default=_no_window)
     more: Callable[[Theirs], Found] = field(default=_nothing)
     tells: Callable[[ModelConfig], Theirs] = field(default=_no_more)
     refuses: Callable[[Theirs, ModelConfig], Iterator[str]] = field(default=_no_refusal)
@@ -120,6 +133,7 @@ PLAIN: dict[str, Any] = {
     "attention_bias": False,
     "output_bias": False,
     "qk_norm": False,
+    "sliding_window": None,
 }
 """Fields of a `ModelConfig` that tell Llama from other families."""
 
@@ -159,17 +173,23 @@ def rope_type(rope: Theirs) -> str:
     return kind
 
 
-def window(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
-    """A window over the keys, unless it is as wide as sequences are long at most."""
-    width = theirs.get("sliding_window")
-    if width is not None and width < own.max_sequence_length:
-        yield (
-            f"sliding_window={width}, and attention here has no window: with"
-            f" max_sequence_length={width} (the model has {own.max_sequence_length}) there is none"
-        )
+def all_layers(theirs: Theirs, layers: int) -> Windows:
+    """A window in every layer, if there is one."""
+    return (theirs.get("sliding_window"),) * layers
 
 
-def window_if_used(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
-    """A window over the keys, of a family that says besides whether it is used."""
-    if theirs.get("use_sliding_window"):
-        yield from window(theirs, own)
+def last_layers(theirs: Theirs, layers: int) -> Windows:
+    """A window in the layers that are said to have one, or all but the first, if it is used."""
+    if not theirs.get("use_sliding_window", False):
+        return (None,) * layers
+    width, first = theirs.get("sliding_window", 4096), theirs.get("max_window_layers", 28)
+    kinds = theirs.get("layer_types") or [
+        SLIDING if layer >= first else WHOLE for layer in range(layers)
+    ]
+    return tuple(width if kind == SLIDING else None for kind in kinds)
+
+
+def all_layers_if_used(theirs: Theirs, layers: int) -> Windows:
+    """A window in every layer, of a family that says besides whether it is used."""
+    used = theirs.get("use_sliding_window", False)
+    return (theirs.get("sliding_window", 4096) if used else None,) * layers

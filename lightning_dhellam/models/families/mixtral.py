@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from lightning_dhellam.models.families.family import ONLY, PLAIN, ROUTED, Family, window
+from lightning_dhellam.models.families.family import (
+    ONLY,
+    PLAIN,
+    ROUTED,
+    Family,
+    all_layers,
+    but_for,
+)
 from lightning_dhellam.models.layout import MixtureNames
 
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     has="RMSNorm, swiglu, rotary embedding and softmax over the chosen experts in every layer",
-    fixed=PLAIN | ROUTED,
+    fixed={**but_for(PLAIN | ROUTED, "sliding_window"), "window_layers": None},
     fields={
         "num_layers": ("num_hidden_layers", 32),
         "hidden_size": ("hidden_size", 4096),
@@ -26,5 +33,5 @@ MIXTRAL = Family(
     rotary_base=1e6,
     experts=MixtureNames("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.", ".mlp."),),
-    refuses=window,
+    windows=all_layers,
 )

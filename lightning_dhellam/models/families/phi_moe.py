@@ -15,10 +15,10 @@ from lightning_dhellam.models.families.family import (
     Family,
     Found,
     Theirs,
+    all_layers,
     but_for,
     rope_of,
     rope_type,
-    window,
 )
 from lightning_dhellam.models.layout import MixtureNames
 
@@ -66,7 +66,6 @@ def _refuses(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
             f"short_mscale={rope.get('short_mscale')} and long_mscale={rope.get('long_mscale')} of"
             " its rope scaling, and only equal ones can be expressed here"
         )
-    yield from window(theirs, own)
 
 
 PHI_MOE = Family(
@@ -74,8 +73,9 @@ PHI_MOE = Family(
     architecture="PhimoeForCausalLM",
     has="LayerNorm, swiglu, rotary embedding and two experts of a sparse mixer in every layer",
     fixed={
-        **but_for(PLAIN | ROUTED, "attention_bias", "output_bias"),
+        **but_for(PLAIN | ROUTED, "attention_bias", "output_bias", "sliding_window"),
         "normalization": "LayerNorm",
+        "window_layers": None,
         "router_scores": "sparsemixer",
     },
     fields={
@@ -98,6 +98,7 @@ PHI_MOE = Family(
     rope_types=("default", "longrope"),
     experts=MixtureNames("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")),
+    windows=all_layers,
     more=_more,
     tells=_tells,
     refuses=_refuses,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lightning_dhellam.models.families.family import ONLY, PLAIN, Family, window_if_used
+from lightning_dhellam.models.families.family import ONLY, PLAIN, Family, but_for, last_layers
 
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     has="RMSNorm, swiglu, rotary embedding, and biases of queries, keys and values only",
-    fixed={**PLAIN, "qkv_bias": True},
+    fixed={**but_for(PLAIN, "sliding_window"), "qkv_bias": True},
     fields={
         "num_layers": ("num_hidden_layers", 32),
         "hidden_size": ("hidden_size", 4096),
@@ -20,5 +20,5 @@ QWEN2 = Family(
         "num_query_groups": ("num_key_value_heads", 32),
     },
     only=ONLY,
-    refuses=window_if_used,
+    windows=last_layers,
 )

@@ -7,14 +7,14 @@ from lightning_dhellam.models.families.family import (
     PLAIN,
     Family,
     but_for,
-    window_if_used,
+    last_layers,
 )
 
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     has="RMSNorm, swiglu, rotary embedding, and norms of each head's queries and keys",
-    fixed={**but_for(PLAIN, "attention_bias"), "qk_norm": True},
+    fixed={**but_for(PLAIN, "attention_bias", "sliding_window"), "qk_norm": True},
     fields={
         "num_layers": ("num_hidden_layers", 32),
         "hidden_size": ("hidden_size", 4096),
@@ -28,5 +28,5 @@ QWEN3 = Family(
         "attention_bias": ("attention_bias", False),
     },
     only=ONLY,
-    refuses=window_if_used,
+    windows=last_layers,
 )

@@ -10,8 +10,8 @@ from lightning_dhellam.models.families.family import (
     Family,
     Found,
     Theirs,
+    all_layers_if_used,
     but_for,
-    window_if_used,
 )
 from lightning_dhellam.models.layout import MixtureNames
 
@@ -45,8 +45,9 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     has="RMSNorm, swiglu, rotary embedding, norms of queries and keys, and softmax over experts",
     fixed={
-        **but_for(PLAIN | ROUTED, "attention_bias", "router_pre_softmax"),
+        **but_for(PLAIN | ROUTED, "attention_bias", "router_pre_softmax", "sliding_window"),
         "qk_norm": True,
+        "window_layers": None,
     },
     fields={
         "num_layers": ("num_hidden_layers", 24),
@@ -65,6 +66,6 @@ QWEN3_MOE = Family(
     experts=MixtureNames(),
     dense_layers=True,
     more=_more,
+    windows=all_layers_if_used,
     tells=_tells,
-    refuses=window_if_used,
 )
