@@ -94,6 +94,7 @@ _WRONG: dict[str, list[Any]] = {
     "text": [None, 3, ["x"]],
     "a whole number or a list, of a whole number each": [None, "8", 1.5, True, [1.5]],
     "a list, of a number each": [None, 1.0, "1e-5", ["1e-5"]],
+    "a list, of a whole number each": [3, "8", [1.5], [True]],
 }
 
 
@@ -149,7 +150,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         ("IndexedDataModule", {"seed": None}, "seed is blank: give it a whole number"),
         ("IndexedDataModule", {"num_workers": None}, "num_workers is blank: give it a whole numb"),
         ("IndexedDataModule", {"split": 98}, "split=98 must be text"),
-        ("IndexedDataModule", {"path": None}, "path is blank: give it text or a path"),
+        ("IndexedDataModule", {"path": None}, "path is blank: give it text or a path or a mapping"),
         ("ThroughputMonitor", {"window": None}, "window is blank: give it a whole number"),
         ("ThroughputMonitor", {"peak_tflops": "989"}, "peak_tflops='989' must be a number"),
         ("AutoSearch", {"rounds": "5"}, "rounds='5' must be a whole number"),
