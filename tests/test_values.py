@@ -150,7 +150,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         ("IndexedDataModule", {"seed": None}, "seed is blank: give it a whole number"),
         ("IndexedDataModule", {"num_workers": None}, "num_workers is blank: give it a whole numb"),
         ("IndexedDataModule", {"split": 98}, "split=98 must be text"),
-        ("IndexedDataModule", {"path": None}, "path is blank: give it text or a path or a mapping"),
+        ("IndexedDataModule", {"path": None}, "path is blank: give it a mapping from text"),
         ("ThroughputMonitor", {"window": None}, "window is blank: give it a whole number"),
         ("ThroughputMonitor", {"peak_tflops": "989"}, "peak_tflops='989' must be a number"),
         ("AutoSearch", {"rounds": "5"}, "rounds='5' must be a whole number"),
