@@ -73,7 +73,7 @@ def _reference(case: Case) -> Any:
     return adapted(hugging_face_llama(case.config), case.lora, case.targets)
 
 
-def _started(case: Case, **options: Any) -> Runner:
+def _started(case: Case, device: torch.device = CPU, **options: Any) -> Runner:
     """A runner whose model has Hugging Face's weights and the reference's adapters."""
 
     def build(context: ParallelContext, dtype: torch.dtype) -> CausalLM:
@@ -84,7 +84,7 @@ def _started(case: Case, **options: Any) -> Runner:
         fill(model, own_of(every, model), peft_tensors(_reference(case)))
         return model
 
-    return Runner.create(build, CPU, micro_batch_size=2, **case.sizes, **options)
+    return Runner.create(build, device, micro_batch_size=2, **case.sizes, **options)
 
 
 def _by_peft(model: CausalLM, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,17 +98,17 @@ def _gradients(runner: Runner) -> dict[str, Tensor]:
     return {name: p.main_grad.clone() for name, p in named if p.requires_grad}
 
 
-def _outcome(rank: int, case: Case) -> Outcome:
-    with _started(case) as runner:
+def _outcome(case: Case, device: torch.device) -> Outcome:
+    with _started(case, device) as runner:
         batch = batch_of(case.config, 4, 24)
         topology = runner.context.topology
-        own = {name: x.chunk(topology.dp_size)[topology.dp_rank] for name, x in batch.items()}
+        own = {n: x.chunk(topology.dp_size)[topology.dp_rank].to(device) for n, x in batch.items()}
         base = {n: p.detach().clone() for n, p in runner.model.named_parameters()}
         optimizer = runner.optimizer(
             torch.optim.AdamW([p for p in runner.model.parameters() if p.requires_grad], lr=0.1),
             distributed_optimizer=False,
         )
-        found: Outcome = {"loss": runner.mean(runner.train(own))}
+        found: Outcome = {"loss": runner.mean(runner.train(own)).cpu()}
         found["gradients"] = _by_peft(runner.model, _gradients(runner))
         optimizer.step()
         found["changed"] = sorted(
@@ -117,19 +117,23 @@ def _outcome(rank: int, case: Case) -> Outcome:
         found["masters"] = [
             n for n, p in runner.model.named_parameters() if hasattr(p, "main_grad")
         ]
-        found["logits"] = runner.predict(batch)
+        found["logits"] = runner.predict({n: x.to(device) for n, x in batch.items()}).cpu()
         found["merged"] = export_llama(runner.model)
         return found
 
 
-def _outcomes(rank: int, world: int) -> dict[str, Outcome]:
-    return {name: _outcome(rank, case) for name, case in CASES[world].items()}
+def outcomes_of_rank(rank: int, world: int, kind: str = "cpu") -> dict[str, Outcome]:
+    """What each case gives on this rank, on the CPU or on its GPU."""
+    device = CPU if kind == "cpu" else torch.device("cuda", rank)
+    return {name: _outcome(case, device) for name, case in CASES[world].items()}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def outcomes(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Outcome]]]:
     world: int = request.param
-    return world, [_outcomes(0, 1)] if world == 1 else run_ranks(world, _outcomes, world)
+    return world, [outcomes_of_rank(0, 1)] if world == 1 else run_ranks(
+        world, outcomes_of_rank, world
+    )
 
 
 @cache
@@ -146,7 +150,11 @@ def _expected(world: int, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 def test_loss_and_gradients_are_those_of_hugging_faces_model(
     outcomes: tuple[int, list[dict[str, Outcome]]],
 ) -> None:
-    world, of_ranks = outcomes
+    check_gradients(*outcomes)
+
+
+def check_gradients(world: int, of_ranks: list[dict[str, Outcome]]) -> None:
+    """Loss and gradients of every case on every rank against Hugging Face's model."""
     for name in CASES[world]:
         expected_loss, expected = _expected(world, name)
         for rank, found in enumerate(of_ranks):
@@ -171,7 +179,11 @@ def test_a_step_changes_adapters_alone_and_nothing_else_has_a_buffer(
 def test_merged_weights_give_the_logits_of_the_adapters(
     outcomes: tuple[int, list[dict[str, Outcome]]],
 ) -> None:
-    world, of_ranks = outcomes
+    check_merged(*outcomes)
+
+
+def check_merged(world: int, of_ranks: list[dict[str, Outcome]]) -> None:
+    """Logits of a Hugging Face model with the merged weights against those of the adapters."""
     for name, case in CASES[world].items():
         batch = batch_of(case.config, 4, 24)
         for found in of_ranks:
