@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -23,6 +24,8 @@ _SPELLINGS = {
 """What the user calls a field; those of `shapes` have the names of the model's configuration."""
 
 
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of a disk, a quota or a file that is full."""
 
@@ -167,10 +170,17 @@ def _claim(partial: Path, target: Path) -> None:
 def put_in_place(partial: Path, target: Path) -> None:
     """Give `partial` the name `target`. What had it is gone then, or has it again on an error.
 
-    Of a link, only the link is replaced.
+    Of a link, only the link is replaced. Where the system can exchange two names, one of the two is
+    there at every moment, whenever this process is killed: Linux can, on most file systems.
     """
     if not os.path.lexists(target):
         partial.rename(target)
+        return
+    if _exchange(partial, target):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink()
         return
     old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
     kept = old / target.name
@@ -183,6 +193,20 @@ def put_in_place(partial: Path, target: Path) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change names in one step. Whether this system and file system can do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    if rename(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 def sync_files(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dhellam import files
 from lightning_dhellam.checkpoint.description import read_topology
 from lightning_dhellam.files import (
     WriteError,
@@ -71,6 +74,54 @@ def test_a_full_disk_is_named_with_what_is_missing(kind: str, tmp_path: Path) ->
 
 def _config(file: Path) -> Any:
     return open_weights("import_llama", "LlamaForCausalLM", file.parent, None)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_has_a_name_is_replaced(
+    kind: str, can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "folder":
+        target.mkdir()
+        (target / "old").touch()
+    elif kind == "link":
+        target.symlink_to(elsewhere)
+    else:
+        target.touch()
+    with staged_directory(target, replace=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"] and not target.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "target"]
+    assert not [*elsewhere.iterdir()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are exchanged on Linux")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may be killed at any of them."""
+    target = tmp_path / "target"
+    with staged_directory(target) as folder:
+        (folder / "number").write_text("0")
+    there: list[bool] = []
+    for owner, name in ((files, "_exchange"), (Path, "rename"), (shutil, "rmtree")):
+        whole = getattr(owner, name)
+
+        def watched(*args: Any, whole: Any = whole, **options: Any) -> Any:
+            there.append((target / "number").exists())
+            result = whole(*args, **options)
+            there.append((target / "number").exists())
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+    with staged_directory(target, replace=True) as folder:
+        (folder / "number").write_text("1")
+    assert (target / "number").read_text() == "1"
+    assert len(there) >= 4 and all(there)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
