@@ -71,7 +71,7 @@ class SharedAttention:
 
     def backward(self, w: GraphWriter) -> None:
         """Add what makes `dq` [S, B, H, D], `dk` and `dv` [S, B, G, D] of `d_context`."""
-        self._pack(w, "attention.keys.again", "keys_again")
+        self._pack(w, "attention.grad.keys", "keys_again")
         self.way.bring(w, 1, "keys_again", self._keys_size(w))
         self._own_block_grad(w)
         for hop in range(1, self.way.ranks):

@@ -242,7 +242,7 @@ plan megatron: forward transformer, backward transformer
  23  backward  compute  mlp.norm.grad
  24  backward  compute  proj.dgrad
  25  backward  compute  proj.wgrad
- 26  backward  compute  attention.keys.again
+ 26  backward  compute  attention.grad.keys
  27  backward  cp       keys_again.exchange.1
  28  backward  compute  attention.grad.0
   -  barrier
