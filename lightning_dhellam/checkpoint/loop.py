@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning
+
 from lightning_dhellam.checkpoint import folder
 from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.model import (
@@ -26,6 +28,8 @@ WEIGHTS = "model."
 """Before the names of weights: a Trainer's module has the model by this name."""
 _STEPS = "global_step"
 """Where a Trainer's checkpoint has the number of steps."""
+_OF_A_TRAINER = {"epoch": 0, "pytorch-lightning_version": lightning.__version__}
+"""What a Trainer asks of a checkpoint that it evaluates."""
 
 
 def save(
@@ -52,7 +56,7 @@ def save(
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
     names = ExpertNames(model)
     weights = {WEIGHTS + name: value for name, value in names.all_of(model.state_dict()).items()}
-    common = {_STEPS: steps, "extra": extra, **origin_of(model)}
+    common = {_STEPS: steps, "extra": extra, **_OF_A_TRAINER, **origin_of(model)}
     described_model = described(model.config)
     folder.save(
         path, model.context, common, weights, _shares(model), state, settings, described_model

@@ -130,6 +130,18 @@ def test_convert_goes_to_a_checkpoint_and_back_bitwise(
     assert (Path(back) / "tokenizer.json").is_file()
 
 
+def test_a_trainer_takes_what_convert_writes(tmp_path: Path) -> None:
+    theirs, kept = tmp_path / "theirs", tmp_path / "kept.ckpt"
+    save_folder(SHAPES["llama"], theirs)
+    assert main(["convert", str(theirs), str(kept)]) == 0
+    module = Own(rate=0.0)
+    module.model_config = config_of(theirs)
+    loader = Tokens().train_dataloader()
+    trainer = make_trainer({}, limit_val_batches=1)
+    (found,) = trainer.validate(module, loader, ckpt_path=kept, verbose=False)
+    assert found["val_loss"] == pytest.approx(_loss(theirs), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

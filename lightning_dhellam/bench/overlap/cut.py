@@ -12,9 +12,7 @@ from lightning_dhellam.kernels.choose import choose
 from lightning_dhellam.plan import Lane, Operator
 from lightning_dhellam.search.model import Costs
 
-_PARTS = re.compile(
-    r"attention\.(keys(\.again)?|\d+|merge\.\d+|grad\.(\d+|join))|keys\.grad\.add\.\d+"
-)
+_PARTS = re.compile(r"attention\.(keys|\d+|merge\.\d+|grad\.(\d+|join|keys))|keys\.grad\.add\.\d+")
 """Operators that one `attention`, and one `attention.grad`, of whole sequences would be."""
 
 
