@@ -55,9 +55,11 @@ def write_error(
     """
     text = f"{path.name} in {path.parent}: {error.strerror or error}"
     if error.errno in _FULL:
-        more = "" if needed is None else f", {about}{_size(needed - written)} more are needed"
+        more = (
+            "" if needed is None else f", {about}{size_in_words(needed - written)} more are needed"
+        )
         free = shutil.disk_usage(_existing(path.parent)).free
-        text += f": {_size(written)} were written{more}, and {_size(free)} are free"
+        text += f": {size_in_words(written)} were written{more}, and {size_in_words(free)} are free"
     return WriteError(error.errno, text)
 
 
@@ -65,7 +67,8 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """Bytes as people say them: `2.6 kB`."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -18,6 +18,7 @@ Train large language models under PyTorch Lightning with two micro-batches in fl
   demo                        prepare data and train a small Llama, on this machine
   data prepare                text -> tokenizer -> Megatron indexed dataset
   convert SOURCE TARGET       a folder of Hugging Face -> a checkpoint, and the other way round
+  checkpoint show FOLDER      what a checkpoint is, and whether it is whole
   search --config FILE        find the best plan of a recipe, without training it
   plan show FILE              print the plans of a plan file
   plan schedule               print the visits of every stage of the folded pipeline
@@ -68,6 +69,10 @@ def _run(command: str, words: list[str]) -> int:
         from lightning_dhellam.commands.convert import convert_command
 
         return convert_command(words)
+    if command == "checkpoint":
+        from lightning_dhellam.commands.checkpoint import checkpoint_command
+
+        return checkpoint_command(words)
     if command == "search":
         from lightning_dhellam.commands.search import search_command
 
@@ -107,6 +112,7 @@ def _run(command: str, words: list[str]) -> int:
         "demo",
         "data",
         "convert",
+        "checkpoint",
         "search",
         "plan",
         "simulate",
@@ -115,7 +121,7 @@ def _run(command: str, words: list[str]) -> int:
         "clusters",
         *LOOPS,
     )
-    raise ValueError(f"unknown command '{command}': use {', '.join((*known, *LOOPS))}")
+    raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:
