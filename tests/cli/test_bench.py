@@ -165,7 +165,7 @@ def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     words = ["--device=cpu", "--hidden=[64]", "--tokens=[16]", "--vocabulary=[]"]
     assert main(["bench", "kernels", *words, "--compiled=false", f"--output={tmp_path}"]) == 1
     for row in _report(tmp_path, "kernels")["rows"]:
-        if row["kernel"].startswith("gelu"):
+        if row["kernel"].startswith("gelu") and "tanh" not in row["kernel"]:
             assert row["failed"] == "gelu: y is off" and "ours GB/s" not in row
         else:
             assert row["ours GB/s"] > 0
