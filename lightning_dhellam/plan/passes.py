@@ -136,6 +136,7 @@ def _selective(pair: GraphPair) -> frozenset[str]:
     """
     forward = pair.forward
     saved = {*pair.saved, *forward.inputs}
+    saved.update(s for o in forward.operators if o.lane is Lane.HOST for s in o.writes)
     light: set[str] = set()
     for own in forward.operators:
         for operator in (*own.remakes, own):
