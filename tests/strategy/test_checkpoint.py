@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_dhellam import files
 from lightning_dhellam.files import WriteError
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import DHellamStrategy
@@ -342,10 +343,17 @@ def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: P
             raise OSError("no space left")
         return rename(self, target)
 
-    with mock.patch.object(Path, "rename", refuse), pytest.raises(OSError, match="no space left"):
-        checkpoint.save(path, context, {"value": 2}, {"w": torch.ones(2)}, {})
-    assert checkpoint.load_common(path) == {"value": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    def fail(one: Path, other: Path) -> bool:
+        raise OSError("no space left")
+
+    # Where names can be exchanged, and where they cannot.
+    unable = mock.patch.object(files, "_exchange", lambda one, other: False)
+    for failing in (mock.patch.object(files, "_exchange", fail), unable):
+        renaming = mock.patch.object(Path, "rename", refuse)
+        with failing, renaming, pytest.raises(OSError, match="no space left"):
+            checkpoint.save(path, context, {"value": 2}, {"w": torch.ones(2)}, {})
+        assert checkpoint.load_common(path) == {"value": 1}
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
