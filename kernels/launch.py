@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from lightning_dhellam.kernels.linear.processors import processors
+
+_ELEMENTS = 2048
+"""Of a program whose elements have nothing to do with each other."""
 
 
 @cache
@@ -40,3 +45,15 @@ def interpreted() -> bool:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)
+
+
+def each_element(kernel: Any, *read: Tensor) -> Tensor:
+    """What a kernel makes of the elements of tensors of one shape, in the type of the last.
+
+    The kernel takes them, the result, how many elements there are, and BLOCK of them a program.
+    """
+    read = tuple(tensor.contiguous() for tensor in read)
+    made = torch.empty_like(read[-1])
+    size = made.numel()
+    kernel[(blocks(size, _ELEMENTS),)](*read, made, size, BLOCK=_ELEMENTS, num_warps=4)
+    return made

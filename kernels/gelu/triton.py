@@ -7,17 +7,14 @@ function has twice the instructions and kept an H200 at 70% of its copy bandwidt
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_dhellam.kernels.gelu.reference import weighted_backward, weighted_forward
-from lightning_dhellam.kernels.launch import blocks
+from lightning_dhellam.kernels.launch import each_element
 
 __all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]
-
-_BLOCK = 2048
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _P = tl.constexpr(0.3275911 * 0.7071067811865476)
@@ -27,18 +24,12 @@ _PEAK = tl.constexpr(0.3989422804014327)
 
 def forward(x: Tensor) -> Tensor:
     """Compute what `reference.forward` does."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _forward[(blocks(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, num_warps=4)
-    return y
+    return each_element(_forward, x)
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """Compute what `reference.backward` does."""
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    _backward[(blocks(x.numel(), _BLOCK),)](dy, x, dx, x.numel(), BLOCK=_BLOCK, num_warps=4)
-    return dx
+    return each_element(_backward, dy, x)
 
 
 @triton.jit

@@ -5,7 +5,6 @@ Half of `1 + tanh(u)` is the logistic function of `2u`, which takes one exponent
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,29 +15,22 @@ from lightning_dhellam.kernels.gelu_tanh.reference import (
     weighted_backward,
     weighted_forward,
 )
-from lightning_dhellam.kernels.launch import blocks
+from lightning_dhellam.kernels.launch import each_element
 
 __all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]
 
-_BLOCK = 2048
 _TWICE = tl.constexpr(2 * ROOT)
 _CUBE = tl.constexpr(CUBE)
 
 
 def forward(x: Tensor) -> Tensor:
     """Compute what `reference.forward` does."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _forward[(blocks(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, num_warps=4)
-    return y
+    return each_element(_forward, x)
 
 
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """Compute what `reference.backward` does."""
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    _backward[(blocks(x.numel(), _BLOCK),)](dy, x, dx, x.numel(), BLOCK=_BLOCK, num_warps=4)
-    return dx
+    return each_element(_backward, dy, x)
 
 
 @triton.jit
