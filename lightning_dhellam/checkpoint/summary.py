@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_dhellam.checkpoint.description import FILES, MODEL, read_topology
 from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.checkpoint.storage import check_file, read_metadata
+from lightning_dhellam.checkpoint.weights import PREFIX
 
-_WEIGHTS = "weights/"
 _SIZES = "_parallel_size"
 
 
@@ -75,7 +75,7 @@ def summarise(folder: Path) -> Summary:
         if not isinstance(tensor, TensorStorageMetadata):
             continue  # of values that are no tensors
         count = tensor.size.numel()
-        if name.startswith(_WEIGHTS):
+        if name.startswith(PREFIX):
             kind = str(tensor.properties.dtype).removeprefix("torch.")
             types[kind] = types.get(kind, 0) + count
             weights, values = weights + 1, values + count

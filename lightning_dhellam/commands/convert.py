@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lightning_dhellam.models import (
 )
 from lightning_dhellam.models.fitting import KINDS
 from lightning_dhellam.models.pretrained import pretrained_config, stored_dtype
+from lightning_dhellam.models.saving import check_target
 from lightning_dhellam.models.source import CONFIG
 from lightning_dhellam.parallel import ParallelContext
 
@@ -56,10 +56,7 @@ def convert_command(argv: Sequence[str]) -> int:
     is_folder = (options.source / CONFIG).is_file()
     form = options.to or _FORMS[is_folder]
     check_folder(options.target, str(options.target))
-    if options.target.is_dir() and any(os.scandir(options.target)):
-        raise ValueError(
-            f"{options.target} is not empty, and nothing is overwritten: give another folder"
-        )
+    check_target(options.target)
     if options.dtype is not None and options.dtype not in KINDS:
         raise ValueError(f"--dtype {options.dtype} is no type of weights: use {', '.join(KINDS)}")
     if form == "checkpoint" and (options.tokenizer or options.origin):

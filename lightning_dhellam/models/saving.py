@@ -76,7 +76,7 @@ def save_huggingface(
         def begin() -> Path | None:
             if topology.rank:
                 return None
-            _check_target(target)
+            check_target(target)
             if origin is not None and not (Path(origin) / CONFIG).is_file():
                 raise ValueError(f"origin={origin} has no {CONFIG}: give a folder of Hugging Face")
             described = config_json(model.config, family_of(model.config), source, _name(kind))
@@ -95,7 +95,7 @@ def save_huggingface(
 
         def publish() -> None:
             if not topology.rank:
-                _check_target(target)
+                check_target(target)
             stack.close()
 
         together(publish, world)
@@ -136,7 +136,12 @@ def _write(partial: Path | None, shard: Shard, tensors: Mapping[str, Tensor]) ->
         raise write_error(path, OSError(number, os.strerror(number)), written, needed) from error
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """Refuse a folder to write that has something in it, or is none.
+
+    Raises:
+        ValueError: with what is there.
+    """
     if target.is_dir() and not any(target.iterdir()):
         return
     if os.path.lexists(target):
