@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
-from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.models.families import FAMILIES, family_of
+from lightning_dhellam.parallel import ParallelContext
 from tests.models.dense import DENSE, hugging_face_dense
 from tests.models.llama import SMALL, hugging_face_llama
 from tests.models.mixtures import MIXTURES, hugging_face_mixture
 
-_EVERY = {"llama": SMALL, **DENSE, **MIXTURES}
+EVERY = {"llama": SMALL, **DENSE, **MIXTURES}
+"""Small models of all families, by what is particular."""
 SHAPES: dict[str, ModelConfig] = {}
 """One model of each family, by the family's name."""
-for _config in _EVERY.values():
+for _config in EVERY.values():
     SHAPES.setdefault(family_of(_config).model_type, _config)
 
 
@@ -27,6 +30,11 @@ def hugging_face(config: ModelConfig) -> PreTrainedModel:
     if family_of(config).model_type == "llama":
         return hugging_face_llama(config).eval()
     return hugging_face_dense(config)
+
+
+def pair_of(config: ModelConfig) -> tuple[CausalLM, PreTrainedModel]:
+    """A model of ours in this process, and one of transformers, each with weights of its own."""
+    return CausalLM(config, ParallelContext.single(torch.device("cpu"))), hugging_face(config)
 
 
 def save_folder(config: ModelConfig, folder: Path, size: str = "20KB") -> PreTrainedModel:

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from lightning_dhellam.models import (
-    CausalLM,
     config_of,
     export_huggingface,
     import_huggingface,
@@ -22,48 +20,16 @@ from lightning_dhellam.models import (
 )
 from lightning_dhellam.models.described import config_json
 from lightning_dhellam.models.families import family_of
-from lightning_dhellam.parallel import ParallelContext
 from tests.models.dense import DENSE, configuration_of, hugging_face_dense
-from tests.models.llama import random_batch, relative_error, token_losses
+from tests.models.folders import pair_of
+from tests.models.llama import random_batch
 
 CPU = torch.device("cpu")
 
 
-def _single(name: str) -> tuple[CausalLM, PreTrainedModel]:
-    config = DENSE[name]
-    return CausalLM(config, ParallelContext.single(CPU)), hugging_face_dense(config)
-
-
-def _trained(theirs: PreTrainedModel, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    tokens, labels = random_batch(DENSE[name])
-    losses = token_losses(theirs, tokens, labels)
-    losses.mean().backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    return losses.detach(), gradients
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_plain_autograd_computes_what_transformers_does(name: str) -> None:
-    model, theirs = _single(name)
-    import_huggingface(model, theirs)
-    tokens, labels = random_batch(DENSE[name])
-    with torch.no_grad():
-        assert relative_error(model(tokens), theirs(tokens).logits) <= 1e-5
-    with model.context.megatron():
-        losses = model(tokens, labels)
-        losses.mean().backward()
-    expected_losses, expected = _trained(theirs, name)
-    assert relative_error(losses.detach(), expected_losses) <= 1e-5
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    found = export_huggingface(model, gradients, in_memory=True)  # type: ignore[arg-type]
-    assert found.keys() == expected.keys()
-    errors = {name: relative_error(found[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= 1e-5, errors
-
-
 @pytest.mark.parametrize("name", DENSE)
 def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
-    model, theirs = _single(name)
+    model, theirs = pair_of(DENSE[name])
     theirs.save_pretrained(tmp_path)
     described = config_of(tmp_path)
     assert replace(described, head_dim=DENSE[name].head_dim) == DENSE[name]
@@ -179,7 +145,7 @@ def test_presets_have_as_many_parameters_as_the_models_that_they_are_named_for(n
 def test_other_configurations_are_refused_by_field(
     name: str, changes: dict[str, Any], words: str
 ) -> None:
-    model, theirs = _single(name)
+    model, theirs = pair_of(DENSE[name])
     before = export_huggingface(model)
     config = {**theirs.config.to_dict(), **changes}
     with pytest.raises(ValueError, match=words):
@@ -192,7 +158,7 @@ def test_other_configurations_are_refused_by_field(
 def test_what_gpt_2_leaves_to_training_is_taken_over_but_not_compared(
     dropped: dict[str, Any],
 ) -> None:
-    model, theirs = _single("gpt2-exact")
+    model, theirs = pair_of(DENSE["gpt2-exact"])
     config = {**theirs.config.to_dict(), **dropped, "reorder_and_upcast_attn": True}
     import_huggingface(model, theirs.state_dict(), config)
     described = config_of(config)
@@ -202,7 +168,7 @@ def test_what_gpt_2_leaves_to_training_is_taken_over_but_not_compared(
 
 
 def test_the_first_files_of_gpt_2_have_masks_and_no_prefix() -> None:
-    model, theirs = _single("gpt2")
+    model, theirs = pair_of(DENSE["gpt2"])
     old = {name.removeprefix("transformer."): x for name, x in theirs.state_dict().items()}
     del old["lm_head.weight"]
     old |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}

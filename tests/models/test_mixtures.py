@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lightning_dhellam.models import (
     CausalLM,
@@ -22,43 +22,12 @@ from lightning_dhellam.models import (
     import_huggingface,
 )
 from lightning_dhellam.parallel import ParallelContext
-from tests.models.llama import random_batch, relative_error, token_losses
+from tests.models.folders import pair_of
+from tests.models.llama import random_batch
 from tests.models.mixtures import MIXTURES, ODD, hugging_face_mixture
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-
-
-def _single(name: str) -> tuple[CausalLM, PreTrainedModel]:
-    config = MIXTURES[name]
-    return CausalLM(config, ParallelContext.single(CPU)), hugging_face_mixture(config)
-
-
-def _trained(theirs: PreTrainedModel, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    tokens, labels = random_batch(MIXTURES[name])
-    losses = token_losses(theirs, tokens, labels)
-    losses.mean().backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    return losses.detach(), gradients
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_plain_autograd_computes_what_transformers_does(name: str) -> None:
-    model, theirs = _single(name)
-    import_huggingface(model, theirs)
-    tokens, labels = random_batch(MIXTURES[name])
-    with torch.no_grad():
-        assert relative_error(model(tokens), theirs(tokens).logits) <= 1e-5
-    with model.context.megatron():
-        losses = model(tokens, labels)
-        losses.mean().backward()
-    expected_losses, expected = _trained(theirs, name)
-    assert relative_error(losses.detach(), expected_losses) <= 1e-5
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    found = export_huggingface(model, gradients, in_memory=True)  # type: ignore[arg-type]
-    assert found.keys() == expected.keys()
-    errors = {name: relative_error(found[name], expected[name]) for name in expected}
-    assert max(errors.values()) <= 1e-5, errors
 
 
 def _round_trips(rank: int, several: list[dict[str, int]]) -> list[str]:
@@ -109,7 +78,7 @@ def _of_one_at_a_time(model: CausalLM, expected: dict[str, Tensor]) -> list[str]
 
 
 def test_a_parameter_is_let_go_before_the_next_is_brought_together() -> None:
-    model, _ = _single("qwen3-moe")
+    model, _ = pair_of(MIXTURES["qwen3-moe"])
     whole, before = huggingface._whole, list[weakref.ref[Tensor]]()
     most = 0
 
@@ -149,7 +118,7 @@ def test_round_trip_is_exact(world: int) -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
-    model, theirs = _single(name)
+    model, theirs = pair_of(MIXTURES[name])
     theirs.save_pretrained(tmp_path)
     described = config_of(tmp_path)
     assert described.expert_layers == MIXTURES[name].expert_layers
@@ -214,7 +183,7 @@ def test_folders_of_transformers_come_and_go(name: str, tmp_path: Path) -> None:
 def test_other_configurations_are_refused_by_field(
     name: str, changes: dict[str, Any], words: str
 ) -> None:
-    model, theirs = _single(name)
+    model, theirs = pair_of(MIXTURES[name])
     before = export_huggingface(model)
     config = {**theirs.config.to_dict(), **changes}
     with pytest.raises(ValueError, match=words):
@@ -233,7 +202,7 @@ def test_configurations_of_no_family_or_that_cannot_be_expressed_are_refused() -
 
 
 def test_a_window_as_wide_as_the_longest_sequence_is_none() -> None:
-    model, theirs = _single("mixtral")
+    model, theirs = pair_of(MIXTURES["mixtral"])
     config = theirs.config.to_dict() | {"sliding_window": MIXTURES["mixtral"].max_sequence_length}
     import_huggingface(model, theirs.state_dict(), config)
 
@@ -282,7 +251,7 @@ def _flat(state: dict[str, Tensor]) -> None:
     ],
 )
 def test_experts_that_do_not_fit_are_named(change: Any, message: str) -> None:
-    model, theirs = _single("mixtral")
+    model, theirs = pair_of(MIXTURES["mixtral"])
     state = dict(theirs.state_dict())
     change(state)
     with pytest.raises(ValueError, match=message):

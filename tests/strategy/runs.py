@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
+from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.strategy import DHellamStrategy
@@ -137,3 +139,29 @@ def train(
     trainer = make_trainer(strategy, callbacks, **options)
     trainer.fit(module or Model(), loader(strategy, samples))
     return losses.values
+
+
+OF_TEXT = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 270}
+"""Fields of a small `LanguageModel` for what `words_of_a_run` prepares."""
+
+
+def words_of_a_run(folder: Path) -> list[str]:
+    """Options of `dhellam fit` and the like for a run on a few lines of text, made in `folder`."""
+    (folder / "source").mkdir()
+    for number in range(20):
+        (folder / "source" / f"{number}.txt").write_text("the quick brown fox\n" * 20)
+    prepare(folder / "source", folder / "data", vocab_size=270, workers=1)
+    return [
+        "--model=lightning_dhellam.LanguageModel",
+        "--data=lightning_dhellam.data.IndexedDataModule",
+        "--data.sequence_length=16",
+        "--data.batch_size=4",
+        "--data.num_workers=0",
+        "--trainer.strategy=dhellam",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        f"--data.path={folder / 'data'}",
+        f"--trainer.default_root_dir={folder}",
+    ]

@@ -16,9 +16,17 @@ from lightning_dhellam.checkpoint import described
 from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.checkpoint.model import check_model
 from lightning_dhellam.commands.fit import run_lightning
-from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.models import PRESETS, preset
-from tests.strategy.runs import SHAPE, Losses, Model, evaluation, loader, make_trainer
+from tests.strategy.runs import (
+    OF_TEXT,
+    SHAPE,
+    Losses,
+    Model,
+    evaluation,
+    loader,
+    make_trainer,
+    words_of_a_run,
+)
 
 TRAINED: dict[str, Any] = {"rotary_base": 10_000.0, "norm_epsilon": 1e-4, "hidden_dropout": 0.1}
 
@@ -185,27 +193,11 @@ def test_a_field_that_is_newer_or_older_than_the_checkpoint(kept: Path, tmp_path
 
 
 def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    for number in range(20):
-        (tmp_path / "source" / f"{number}.txt").write_text("the quick brown fox\n" * 20)
-    prepare(tmp_path / "source", tmp_path / "data", vocab_size=270, workers=1)
-    shape = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 270}
     words = [
-        "--model=lightning_dhellam.LanguageModel",
-        "--data=lightning_dhellam.data.IndexedDataModule",
-        f"--data.path={tmp_path / 'data'}",
-        "--data.sequence_length=16",
-        "--data.batch_size=4",
-        "--data.num_workers=0",
+        *words_of_a_run(tmp_path),
         "--data.split=8,1,1",
-        "--trainer.strategy=dhellam",
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.default_root_dir={tmp_path}",
     ]
-    overrides = {**shape, "rotary_base": 10_000.0, "norm_epsilon": 1e-3}
+    overrides = {**OF_TEXT, "rotary_base": 10_000.0, "norm_epsilon": 1e-3}
     kept = tmp_path / "kept"
     saving = [
         "--trainer.max_steps=3",
@@ -227,7 +219,7 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     predicted = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert all(len(json.loads(line)["prediction"]) == 16 for line in predicted) and predicted
     with pytest.raises(ValueError, match=r"with norm_epsilon=0\.001, rotary_base=10000\.0"):
-        run_lightning(["validate", *words, resume, f"--model.overrides={shape}"])
+        run_lightning(["validate", *words, resume, f"--model.overrides={OF_TEXT}"])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,9 +13,8 @@ from torch import Tensor
 from lightning_dhellam import LanguageModel
 from lightning_dhellam.commands.fit import run_lightning
 from lightning_dhellam.commands.main import main
-from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.models import LoRA
-from tests.strategy.runs import Losses, Model, loader, make_trainer
+from tests.strategy.runs import OF_TEXT, Losses, Model, loader, make_trainer, words_of_a_run
 
 LORA = LoRA(rank=2, alpha=8)
 
@@ -71,28 +70,12 @@ def test_other_strategies_train_the_same_adapters() -> None:
 def test_the_command_takes_adapters_from_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "source").mkdir()
-    for number in range(20):
-        (tmp_path / "source" / f"{number}.txt").write_text("the quick brown fox\n" * 20)
-    prepare(tmp_path / "source", tmp_path / "data", vocab_size=270, workers=1)
-    shape = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 270}
     words = [
         "fit",
-        "--model=lightning_dhellam.LanguageModel",
-        f"--model.overrides={shape}",
-        "--data=lightning_dhellam.data.IndexedDataModule",
-        f"--data.path={tmp_path / 'data'}",
-        "--data.sequence_length=16",
-        "--data.batch_size=4",
-        "--data.num_workers=0",
-        "--trainer.strategy=dhellam",
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.logger=false",
+        *words_of_a_run(tmp_path),
+        f"--model.overrides={OF_TEXT}",
         "--trainer.max_steps=1",
         "--trainer.limit_val_batches=0",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.default_root_dir={tmp_path}",
     ]
     trainer = run_lightning([*words, "--model.lora.rank=4", "--model.lora.targets=[q_proj]"], False)
     module = trainer.lightning_module
