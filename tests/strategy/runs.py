@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
-from lightning_dhellam.data.prepare import prepare
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.strategy import DHellamStrategy
@@ -147,6 +146,8 @@ OF_TEXT = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_siz
 
 def words_of_a_run(folder: Path) -> list[str]:
     """Options of `dhellam fit` and the like for a run on a few lines of text, made in `folder`."""
+    from lightning_dhellam.data.prepare import prepare  # a second that ranks need not spend
+
     (folder / "source").mkdir()
     for number in range(20):
         (folder / "source" / f"{number}.txt").write_text("the quick brown fox\n" * 20)

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_dhellam import DualStrandMixin, LanguageModel
 from lightning_dhellam.commands.main import main
-from lightning_dhellam.models import config_of, preset
+from lightning_dhellam.models import config_of, export_huggingface, preset
+from lightning_dhellam.runner import Runner
 from tests.models.folders import SHAPES, save_folder
+from tests.ranks import run_ranks
 from tests.strategy.runs import make_trainer
 
 LENGTH = 16
@@ -128,6 +130,22 @@ def test_convert_goes_to_a_checkpoint_and_back_bitwise(
         assert torch.equal(before[tensor], after[tensor]), tensor
     assert config_of(back) == config_of(theirs)
     assert (Path(back) / "tokenizer.json").is_file()
+
+
+def _loaded(rank: int, kept: Path, name: str) -> dict[str, torch.Tensor]:
+    with Runner.create(SHAPES[name], torch.device("cpu"), tensor_parallel_size=2) as runner:
+        runner.load(kept)
+        return export_huggingface(runner.model)
+
+
+def test_what_convert_writes_loads_on_ranks_that_share_layers(tmp_path: Path) -> None:
+    name, theirs, kept = "qwen3_moe", tmp_path / "theirs", tmp_path / "kept.ckpt"
+    save_folder(SHAPES[name], theirs)
+    assert main(["convert", str(theirs), str(kept)]) == 0
+    expected = _tensors(theirs)
+    for found in run_ranks(2, _loaded, kept, name):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected)
 
 
 def test_a_trainer_takes_what_convert_writes(tmp_path: Path) -> None:
