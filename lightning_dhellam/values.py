@@ -190,3 +190,27 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` for a name that is nearly a known one, or nothing."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+_UNITS = {"": 2.0**30, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
+_UNITS |= {"MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def memory_bytes(name: str, value: float | str) -> int:
+    """The bytes that an amount of memory stands for: a number of GiB, or text such as `40GiB`.
+
+    Args:
+        name: what the user calls the amount.
+        value: as the user wrote it; units are MiB, GiB and TiB, or MB, GB and TB of powers of ten.
+
+    Raises:
+        ValueError: it is no amount above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(value))
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if isinstance(value, bool) or found is None or unit is None or not float(found[1]):
+        raise ValueError(
+            f"{name}={value!r} must be an amount of memory above 0: a number of GiB, or text such"
+            " as '40GiB' or '80GB'"
+        )
+    return round(float(found[1]) * unit)

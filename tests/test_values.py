@@ -16,7 +16,7 @@ from lightning_dhellam.data import IndexedDataModule
 from lightning_dhellam.data.config import PrepareConfig
 from lightning_dhellam.models import ModelConfig, preset
 from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.values import conforms, kind, load_yaml, read_yaml
+from lightning_dhellam.values import conforms, kind, load_yaml, memory_bytes, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -163,3 +163,26 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 def test_arguments_are_refused_by_name(maker: str, given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         _MAKERS[maker](**given)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (40, 40 << 30),
+        (0.5, 1 << 29),
+        ("40GiB", 40 << 30),
+        (" 1.5 gib ", 3 << 29),
+        ("512MiB", 512 << 20),
+        ("80GB", 80 * 10**9),
+        ("1TiB", 1 << 40),
+        ("40", 40 << 30),
+    ],
+)
+def test_amounts_of_memory(value: float | str, size: int) -> None:
+    assert memory_bytes("memory_limit", value) == size
+
+
+@pytest.mark.parametrize("value", [0, -1, "", "GiB", "40 Gib/s", "4e1", True, float("nan"), "0GiB"])
+def test_what_is_no_amount_of_memory(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"memory_limit=.* must be an amount of memory above 0"):
+        memory_bytes("memory_limit", value)

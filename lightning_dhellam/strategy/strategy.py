@@ -27,7 +27,7 @@ from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.precision import DHellamPrecision
 from lightning_dhellam.strategy.stepping import SteppingStrategy
-from lightning_dhellam.values import check_kinds
+from lightning_dhellam.values import check_kinds, memory_bytes
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -89,6 +89,8 @@ class DHellamStrategy(SteppingStrategy):
             which this process plays a single rank; links take time and bring nothing, so numbers
             mean nothing and checkpoints are refused.
         timeout: after which a collective that a rank does not join fails.
+        memory_limit: how much memory of each rank's device the run may take: a number of GiB, or
+            text such as `40GiB`. None for what the GPU has; a CPU then has no limit.
         resume_settings: whose settings win where `ckpt_path` has other ones than this run: those of
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
@@ -122,6 +124,7 @@ class DHellamStrategy(SteppingStrategy):
         context_transport: str = "auto",
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
+        memory_limit: float | str | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -167,6 +170,9 @@ class DHellamStrategy(SteppingStrategy):
         self._seed = seed
         self.cluster = Cluster.load(emulate) if isinstance(emulate, str) else emulate
         self.resume_settings = resume_settings
+        self.memory_limit = (
+            None if memory_limit is None else memory_bytes("memory_limit", memory_limit)
+        )
         checks.check_links(self.cluster, context_parallel_size, expert_parallel_size)
         self.timeout = timeout or default_pg_timeout
         self._ended_well = True
