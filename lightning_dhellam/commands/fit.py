@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 _NOT_IN_FILES = ("help", "config", "print_config")
 
 
+def loop_command(words: list[str]) -> int:
+    """Run the loop that the first word names, as `run_lightning`. Returns the exit code."""
+    run_lightning(words)
+    return 0
+
+
 def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
     """LightningCLI with Lightning's subcommands: `fit --config recipe --trainer.max_steps 10`.
 
@@ -56,7 +62,7 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
             return {words[0]: LightningCLI.subcommands()[words[0]]}
 
         def init_parser(self, **options: Any) -> LightningArgumentParser:
-            return super().init_parser(**options, exit_on_error=False)
+            return super().init_parser(**{"prog": "dhellam", **options}, exit_on_error=False)
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             options = self._options(words[0])

@@ -4,33 +4,118 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import NamedTuple
 
 from lightning_dhellam import __version__
 from lightning_dhellam.failures import fold, is_ours, was_said
 from lightning_dhellam.files import WriteError
 
-USAGE = """\
-usage: dhellam COMMAND [options]
 
-Train large language models under PyTorch Lightning with two micro-batches in flight.
+class Command(NamedTuple):
+    """A row of the table of commands.
 
-  demo                        prepare data and train a small Llama, on this machine
-  data prepare                text -> tokenizer -> Megatron indexed dataset
-  convert SOURCE TARGET       a folder of Hugging Face -> a checkpoint, and the other way round
-  checkpoint show FOLDER      what a checkpoint is, and whether it is whole
-  search --config FILE        find the best plan of a recipe, without training it
-  plan show FILE              print the plans of a plan file
-  plan schedule               print the visits of every stage of the folded pipeline
-  simulate                    play pipeline schedules on measured times, and compare them
-  bench NAME                  measure this machine; `dhellam bench --help` lists what
-  recipes                     the recipes that ship with the package, and copies of them
-  clusters                    the clusters that ship: what `emulate` and `--cluster` take
-  fit|validate|test|predict   LightningCLI: --config FILE or recipe name, then any override
+    Attributes:
+        names: the first words that mean it.
+        uses: for each use what follows the name, and what it does.
+        function: `module:function`, loaded when it is asked for and no sooner. It takes the words
+            that follow, and returns the exit code.
+        takes_name: whether the function takes the name as well, before the words.
+    """
 
-`dhellam COMMAND --help` says more; `dhellam --version` says which version this is.
-"""
-LOOPS = ("fit", "validate", "test", "predict")
+    names: tuple[str, ...]
+    uses: tuple[tuple[str, str], ...]
+    function: str
+    takes_name: bool = False
+
+    def run(self, name: str, words: list[str]) -> int:
+        """Carry it out. Returns the exit code."""
+        module, _, function = self.function.partition(":")
+        loaded = getattr(import_module(f"lightning_dhellam.{module}"), function)
+        return loaded([name, *words] if self.takes_name else words)
+
+
+COMMANDS = (
+    Command(
+        ("demo",),
+        (("", "prepare data and train a small Llama, on this machine"),),
+        "commands.demo:demo_command",
+    ),
+    Command(
+        ("data",),
+        (("prepare", "text -> tokenizer -> Megatron indexed dataset"),),
+        "commands.data:data_command",
+    ),
+    Command(
+        ("convert",),
+        (("SOURCE TARGET", "a folder of Hugging Face -> a checkpoint, and the other way round"),),
+        "commands.convert:convert_command",
+    ),
+    Command(
+        ("checkpoint",),
+        (("show FOLDER", "what a checkpoint is, and whether it is whole"),),
+        "commands.checkpoint:checkpoint_command",
+    ),
+    Command(
+        ("search",),
+        (("--config FILE", "find the best plan of a recipe, without training it"),),
+        "commands.search:search_command",
+    ),
+    Command(
+        ("plan",),
+        (
+            ("show FILE", "print the plans of a plan file"),
+            ("schedule", "print the visits of every stage of the folded pipeline"),
+        ),
+        "commands.plan:plan_command",
+    ),
+    Command(
+        ("simulate",),
+        (("", "play pipeline schedules on measured times, and compare them"),),
+        "commands.simulate:simulate_command",
+    ),
+    Command(
+        ("bench",),
+        (("NAME", "measure this machine; `dhellam bench --help` lists what"),),
+        "bench.command:bench_command",
+    ),
+    Command(
+        ("recipes",),
+        (("", "the recipes that ship with the package, and copies of them"),),
+        "commands.shelf:shelf_command",
+        takes_name=True,
+    ),
+    Command(
+        ("clusters",),
+        (("", "the clusters that ship: what `emulate` and `--cluster` take"),),
+        "commands.shelf:shelf_command",
+        takes_name=True,
+    ),
+    Command(
+        ("fit", "validate", "test", "predict"),
+        (("", "LightningCLI: --config FILE or recipe name, then any override"),),
+        "commands.fit:loop_command",
+        takes_name=True,
+    ),
+)
+BY_NAME: Mapping[str, Command] = {name: row for row in COMMANDS for name in row.names}
+
+
+def usage() -> str:
+    """Return what `dhellam --help` prints."""
+    rows = [
+        (f"{'|'.join(command.names)} {words}".rstrip(), summary)
+        for command in COMMANDS
+        for words, summary in command.uses
+    ]
+    width = max(len(words) for words, _ in rows)
+    return (
+        "usage: dhellam COMMAND [options]\n\n"
+        "Train large language models under PyTorch Lightning with two micro-batches in flight.\n\n"
+        + "".join(f"  {words:<{width}}  {summary}\n" for words, summary in rows)
+        + "\n`dhellam COMMAND --help` says more; `dhellam --version` says which version this is.\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else "--help"
     if command in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(usage(), end="")
         return 0 if words else 2
     if command == "--version":
         print(f"dhellam {__version__}")
@@ -60,68 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _run(command: str, words: list[str]) -> int:
-    if command == "data":
-        from lightning_dhellam.commands.data import data_command
-
-        return data_command(words)
-    if command == "convert":
-        from lightning_dhellam.commands.convert import convert_command
-
-        return convert_command(words)
-    if command == "checkpoint":
-        from lightning_dhellam.commands.checkpoint import checkpoint_command
-
-        return checkpoint_command(words)
-    if command == "search":
-        from lightning_dhellam.commands.search import search_command
-
-        return search_command(words)
-    if command == "plan":
-        from lightning_dhellam.commands.plan import plan_command
-
-        return plan_command(words)
-    if command == "simulate":
-        from lightning_dhellam.commands.simulate import simulate_command
-
-        return simulate_command(words)
-    if command == "bench":
-        from lightning_dhellam.bench.command import bench_command
-
-        return bench_command(words)
-    if command == "recipes":
-        from lightning_dhellam import recipes
-        from lightning_dhellam.commands.shelf import shelf_command
-
-        return shelf_command(command, recipes.SHELF, words)
-    if command == "clusters":
-        from lightning_dhellam.commands.shelf import shelf_command
-        from lightning_dhellam.recipes import clusters
-
-        return shelf_command(command, clusters.SHELF, words)
-    if command == "demo":
-        from lightning_dhellam.commands.demo import demo_command
-
-        return demo_command(words)
-    if command in LOOPS:
-        from lightning_dhellam.commands.fit import run_lightning
-
-        run_lightning([command, *words])
-        return 0
-    known = (
-        "demo",
-        "data",
-        "convert",
-        "checkpoint",
-        "search",
-        "plan",
-        "simulate",
-        "bench",
-        "recipes",
-        "clusters",
-        *LOOPS,
-    )
-    raise ValueError(f"unknown command '{command}': use {', '.join(known)}")
+def _run(name: str, words: list[str]) -> int:
+    if name not in BY_NAME:
+        raise ValueError(f"unknown command '{name}': use {', '.join(BY_NAME)}")
+    return BY_NAME[name].run(name, words)
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:

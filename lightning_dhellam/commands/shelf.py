@@ -6,8 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_dhellam import recipes
 from lightning_dhellam.files import check_file, save_bytes
+from lightning_dhellam.recipes import clusters
 from lightning_dhellam.recipes.shelf import Shelf
+
+SHELVES = {"recipes": recipes.SHELF, "clusters": clusters.SHELF}
 
 USAGE = """\
 usage: dhellam {word}
@@ -23,8 +27,13 @@ USES = {
 }
 
 
-def shelf_command(word: str, shelf: Shelf, argv: Sequence[str]) -> int:
-    """List what is on a shelf, or copy one of it. `word` is the command: `recipes`, `clusters`."""
+def shelf_command(words: Sequence[str]) -> int:
+    """List what is on a shelf, or copy one of it. The first word names it: `recipes`, `clusters`.
+
+    Returns the exit code.
+    """
+    word, *argv = words
+    shelf = SHELVES[word]
     if not argv:
         width = max(map(len, shelf.names()))
         print("\n".join(f"{name:<{width}}  {shelf.description(name)}" for name in shelf.names()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from lightning_dhellam import __version__, recipes
 from lightning_dhellam.callbacks import AutoSearch
-from lightning_dhellam.commands.main import main
+from lightning_dhellam.commands.main import BY_NAME, COMMANDS, main
 from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.plan import Plan
@@ -61,10 +62,7 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["fitt"]) == 2
-    assert (
-        "unknown command 'fitt': use demo, data, convert, search, plan, simulate, bench, recipes,"
-        " clusters" in capsys.readouterr().err
-    )
+    assert f"unknown command 'fitt': use {', '.join(BY_NAME)}" in capsys.readouterr().err
     assert main(["fit", "--config", "llama-tiny-2gpu"]) == 2
     error = capsys.readouterr().err
     assert "neither a file nor a recipe" in error and "did you mean 'llama-tiny-2cpu'" in error
@@ -72,7 +70,19 @@ def test_unknown_commands_and_recipes_are_answered_with_the_known_ones(
     assert "-c llama-tiny-2gpu is neither a file nor a recipe" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert "dhellam COMMAND --help" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "dhellam COMMAND --help" in said
+    assert all(summary in said for command in COMMANDS for _, summary in command.uses)
+    assert max(map(len, said.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_command_of_the_table_answers_help(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.suppress(SystemExit):  # argparse ends so
+        assert main([name, "--help"]) == 0
+    assert re.match(rf"usage: dhellam (\[options\] )?{name}\b", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
