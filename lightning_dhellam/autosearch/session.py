@@ -323,10 +323,10 @@ class Session:
 
     def _costs_of(self, name: str, costs: Costs, tokens: int) -> VisitTable:
         """What the visits of this stage cost under a plan."""
-        layers, turn = self._runner.engine.layers, self._runner.engine.stage.turn
+        layers = self._runner.engine.layers
+        chunks = self._runner.engine.stage.chunks
         return self._stage.visits(
-            layers[:turn],
-            layers[turn:],
+            {chunk: [layers[i] for i in own] for chunk, own in chunks.items()},
             self._builders[name],
             costs,
             busy=self._predicted[name].utilisation[Lane.COMPUTE],

@@ -9,10 +9,10 @@ from lightning_dhellam.commands.numbers import add_sizes
 from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.commands.simulate import title
 from lightning_dhellam.files import check_file
+from lightning_dhellam.pipeline.schedules import Visit, fold, verify
 from lightning_dhellam.plan import Strand
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.pipeline import UniformCosts, play
-from lightning_dhellam.search.pipeline.schedules import Visit, check, fold
 
 USAGE = """\
 usage: dhellam plan show FILE
@@ -53,7 +53,7 @@ def schedule_command(argv: Sequence[str]) -> int:
     if options.output is not None:
         check_file(options.output, f"--output {options.output}")
     schedule = fold(options.stages, options.micro_batches)
-    check(schedule)
+    verify(schedule)
     print(fold_table(options.stages, options.micro_batches))
     if options.output is not None:
         from lightning_dhellam.search.report.pipeline_pictures import save_pipelines

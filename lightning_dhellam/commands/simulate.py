@@ -42,7 +42,7 @@ def _simulate_parser() -> Parser:
     parser = Parser(
         prog="dhellam simulate",
         description="Play a training step on the stages of a pipeline, from measured times of"
-        " operators, under 1F1B, interleaved 1F1B, ZB-V, DualPipeV and the fold.",
+        " operators, under 1f1b, interleaved-1f1b, zb-v, dualpipe-v and the fold.",
         epilog="Each visit is carried out in the fastest of the built-in orders, whatever the"
         " schedule. Visits of a stage are not overlapped with each other, and transfers between"
         " stages disturb nothing: neither is in a profile. The reduction of gradients and the"
@@ -73,7 +73,7 @@ def _simulate_parser() -> Parser:
         type=positive,
         default=2,
         metavar="N",
-        help="chunks of a stage in interleaved 1F1B (default 2)",
+        help="chunks of a stage in interleaved-1f1b (default 2)",
     )
     parser.add_argument(
         "--plans", type=Path, metavar="FILE", help="plan file whose orders are offered as well"

@@ -246,7 +246,7 @@ class Engine:
             self._pass(leg, state, on_gradient if leg.backward == final else None)
             if leg.forward is not None:
                 losses += state.results(leg.forward)
-            if leg.backward is not None and leg.steps[-1][1] == 0:
+            if leg.backward is not None and leg.pairs[-1][1] == 0:
                 state.end(leg.backward)
         return losses
 
@@ -265,7 +265,7 @@ class Engine:
     def _pass(self, leg: Leg, state: StepState, on_gradient: OnGradient | None) -> None:
         """Forward up to the last layer of the leg, backward down to its first."""
         previous: Job | None = None
-        for forward, backward in leg.steps:
+        for forward, backward in leg.pairs:
             job = self._enter_pair(state, leg, forward, backward)
             if previous is not None and previous.program.plan is not job.program.plan:
                 self._executor.finish(previous, on_gradient)
@@ -325,7 +325,7 @@ class Engine:
         found: list[Tensor] = []
         for leg in self._legs(state, legs, graphs):
             assert leg.forward is not None
-            for layer, _ in leg.steps:
+            for layer, _ in leg.pairs:
                 assert layer is not None
                 tape = state.enter(leg.forward, layer, graphs[layer])
                 program = self._evaluation(graphs[layer])
@@ -333,7 +333,7 @@ class Engine:
                 state.leave(leg.forward, layer, graphs[layer])
                 state.close(leg.forward, layer)
             found += state.results(leg.forward)
-            if leg.steps[-1][0] == len(graphs) - 1:
+            if leg.pairs[-1][0] == len(graphs) - 1:
                 state.end(leg.forward)
         return found
 

@@ -24,6 +24,7 @@ from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
 from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
+from lightning_dhellam.pipeline.schedules import Placement
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair, check_chain, passes
 from lightning_dhellam.plan.layout import Held
@@ -111,7 +112,8 @@ def lower(
             for index, layer in model.own_layers(chunk)
         ]
 
-    early, late = topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank
+    placement = Placement.folded(topology.pp_size)
+    early, late = placement.held(topology.pp_rank)
     falling, rising, logits = lowered(early), lowered(late), None
     if topology.pp_rank == 0:
         head = _head(model, sizes, chosen, loss)
@@ -127,7 +129,7 @@ def lower(
         check_chain(chunk)
     layers = (*falling, *rising)
     _check_trained(model, layers)
-    stage = Stage(topology.pp_rank, topology.pp_size, len(layers), len(falling))
+    stage = Stage(topology.pp_rank, placement, (len(falling), len(rising)))
     return Lowered(layers, logits, chosen, stage, frozenset(slots))
 
 

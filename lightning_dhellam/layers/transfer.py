@@ -16,25 +16,24 @@ from torch import Tensor
 
 from lightning_dhellam.layers.writer import LINK_RATE, Sizes
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.pipeline.schedule import Edge
-from lightning_dhellam.pipeline.split import stage_of
+from lightning_dhellam.pipeline.schedules import Edge, Placement
 from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Operator
 
 
 def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[GraphPair]:
     """The layers of a chunk, with the transfers from and to the chunks on other stages."""
-    stages = sizes.context.topology.pp_size
-    here = stage_of(chunk, stages)
+    stage_of = Placement.folded(sizes.context.topology.pp_size).stage_of
+    here = stage_of[chunk]
     connected = list(layers)
-    if chunk > 0 and stage_of(chunk - 1, stages) != here:
-        there = stage_of(chunk - 1, stages)
+    if chunk > 0 and stage_of[chunk - 1] != here:
+        there = stage_of[chunk - 1]
         first = connected[0]
         connected[0] = GraphPair(
             _receiving(first.forward, there, here, sizes),
             _sending(first.backward, here, there, sizes),
         )
-    if chunk < 2 * stages - 1 and stage_of(chunk + 1, stages) != here:
-        there = stage_of(chunk + 1, stages)
+    if chunk + 1 < len(stage_of) and stage_of[chunk + 1] != here:
+        there = stage_of[chunk + 1]
         last = connected[-1]
         connected[-1] = GraphPair(
             _sending(last.forward, here, there, sizes),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.counts import costs_in_layers
 from lightning_dhellam.parallel.context import ParallelContext
-from lightning_dhellam.pipeline.split import balanced, check_split, chunks, stage_of
+from lightning_dhellam.pipeline.schedules import Placement
+from lightning_dhellam.pipeline.split import balanced, check_split, chunks
 
 
 class Elsewhere(nn.Module):
@@ -81,4 +82,4 @@ def check_order(layers: Iterable[nn.Module], stages: int) -> None:
 def is_here(chunk: int, context: ParallelContext) -> bool:
     """Whether this rank's stage holds a chunk."""
     topology = context.topology
-    return stage_of(chunk, topology.pp_size) == topology.pp_rank
+    return Placement.folded(topology.pp_size).stage_of[chunk] == topology.pp_rank

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-
-def stage_of(chunk: int, stages: int) -> int:
-    """Return the stage that holds a chunk."""
-    return min(chunk, 2 * stages - 1 - chunk)
+from lightning_dhellam.pipeline.schedules import Placement
 
 
 def chunks(split: Sequence[int]) -> tuple[range, ...]:
@@ -81,8 +78,8 @@ def check_split(split: Sequence[int], layers: int, stages: int) -> tuple[int, ..
             f"{shown} has {len(split)} entries: with pipeline_parallel_size={stages} the layers"
             f" form {2 * stages} chunks; stage s holds chunks s and {2 * stages - 1}-s"
         )
-    for chunk, count in enumerate(split):
-        stage = stage_of(chunk, stages)
+    stage_of = Placement.folded(stages).stage_of
+    for chunk, (stage, count) in enumerate(zip(stage_of, split, strict=True)):
         # The embedding and the head make chunks of their own on stage 0.
         if count < (stage > 0):
             raise ValueError(f"{shown}: chunk {chunk}, on stage {stage}, has no layers: give it 1")

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from lightning_dhellam.pipeline.schedules import (
+    SCHEDULES,
+    Schedule,
+    ScheduleError,
+    Scheme,
+    interleaved_1f1b,
+    verify,
+)
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline.layers import cut, cut_folded
 from lightning_dhellam.search.pipeline.playing import Link, PipelineRun, play
-from lightning_dhellam.search.pipeline.schedules import (
-    Schedule,
-    ScheduleError,
-    check,
-    dual_pipe_v,
-    fold,
-    interleaved_1f1b,
-    joined,
-    one_f_one_b,
-    zero_bubble_v,
-)
-from lightning_dhellam.search.pipeline.schedules.folded import places
 from lightning_dhellam.search.pipeline.visits import LayerCosts
 
 
@@ -36,7 +32,7 @@ class Setting:
         micro_batches: how many micro-batches a step has.
         tokens: how many tokens a micro-batch has.
         link: link between neighbouring stages.
-        rounds: how many chunks a stage has in interleaved 1F1B.
+        rounds: how many chunks a stage has in interleaved-1f1b.
         builders: orders of which each visit gets the fastest.
     """
 
@@ -93,26 +89,20 @@ def compare(setting: Setting) -> Comparison:
         except ValueError as error:
             refused[name] = str(error)
             continue
-        check(schedule)
+        verify(schedule)
         compared[name] = _compared(setting, schedule, chunks)
     if not compared:
         raise ScheduleError(next(iter(refused.values())))
     return Comparison(compared, refused)
 
 
-def _schedules(rounds: int) -> dict[str, Callable[[int, int], Schedule]]:
-    return {
-        "1F1B": one_f_one_b,
-        "interleaved 1F1B": partial(interleaved_1f1b, rounds=rounds),
-        "ZB-V": zero_bubble_v,
-        "DualPipeV": dual_pipe_v,
-        "fold": fold,
-    }
+def _schedules(rounds: int) -> dict[str, Scheme]:
+    return {**SCHEDULES, "interleaved-1f1b": partial(interleaved_1f1b, rounds=rounds)}
 
 
 def _cut(setting: Setting, schedule: Schedule) -> list[tuple[GraphPair, ...]]:
     """Cut chunks of equal time, or stages of equal time where both ends share a stage."""
-    if schedule.stage_of == places(setting.stages):
+    if schedule.placement.is_folded:
         return cut_folded(setting.layers, setting.costs, setting.stages)
     return cut(setting.layers, setting.costs, schedule.chunks)
 
@@ -122,7 +112,7 @@ def _compared(
 ) -> Compared:
     """Play a schedule. Halves of a backward that follow each other are joined if that is faster."""
     costs = LayerCosts(chunks, setting.costs, tokens=setting.tokens, builders=setting.builders)
-    ways = dict.fromkeys((joined(schedule), schedule))
+    ways = (schedule.joined(), schedule)
     played = min((play(way, costs, setting.link) for way in ways), key=lambda way: way.seconds)
     orders: dict[int, dict[str, None]] = {}
     for row in played.schedule.visits:

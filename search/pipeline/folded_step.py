@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lightning_dhellam.pipeline.schedules import Schedule, fold
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline.playing import play
-from lightning_dhellam.search.pipeline.schedules import Schedule, fold
 from lightning_dhellam.search.pipeline.visits import LayerCosts, UniformCosts, VisitTable
 
 
@@ -39,8 +39,7 @@ class FoldedStep:
 
     def visits(
         self,
-        descending: Sequence[GraphPair],
-        ascending: Sequence[GraphPair],
+        layers: Mapping[int, Sequence[GraphPair]],
         builder: Builder,
         costs: Costs,
         *,
@@ -50,15 +49,13 @@ class FoldedStep:
         """Tabulate what the visits of this stage cost.
 
         Args:
-            descending: layers of its first chunk.
-            ascending: layers of its second chunk.
+            layers: of each of its chunks.
             builder: makes the plan of each pair of graphs.
             costs: what the operators cost.
             busy: share of its visits in which compute works.
             tokens: how many tokens a micro-batch has.
         """
-        chunks: list[Sequence[GraphPair]] = [()] * (2 * self.count)
-        chunks[self.number], chunks[-1 - self.number] = descending, ascending
+        chunks = [layers.get(chunk, ()) for chunk in range(self.schedule.chunks)]
         # Compute has more pauses, where stages wait for each other.
         costs = costs.clocked(busy * self._filled)
         known = LayerCosts(chunks, costs, tokens=tokens, builders={"": builder})

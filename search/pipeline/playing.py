@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from lightning_dhellam.search.pipeline.schedules import Schedule, Visit, Work
-from lightning_dhellam.search.pipeline.schedules.work import done_as
+from lightning_dhellam.pipeline.schedules import Schedule, Visit, Work, done_as
 from lightning_dhellam.search.pipeline.visits import VisitCost, VisitCosts
 
 
@@ -82,7 +81,7 @@ class PipelineRun:
 
 
 def play(schedule: Schedule, costs: VisitCosts, link: Link | None = None) -> PipelineRun:
-    """Play a step of a schedule that `check` accepts; without a `link`, transfers are free."""
+    """Play a step of a schedule that `verify` accepts; without a `link`, transfers are free."""
     stages = [_Stage(number, schedule, costs, link or Link()) for number in range(schedule.stages)]
     arrived: dict[Work, _Message] = {}
     while sum(stage.advance(arrived) for stage in stages):
@@ -129,7 +128,7 @@ class _Stage:
 
     def _received(self, work: Work, message: _Message) -> _Message:
         """Return when a message is here: a result of this stage's own is when it is made."""
-        local = self._schedule.stage_of[work.chunk] == self._number
+        local = self._schedule.placement.stage_of[work.chunk] == self._number
         return _Message(message.made, message.made) if local else message
 
     def _do(self, works: Visit, needed: list[_Message], arrived: dict[Work, _Message]) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
 
+from lightning_dhellam.pipeline.schedules import LIVE, Part, Schedule, Visit, Work
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand
 from lightning_dhellam.search.model import Costs, Order, Place, Stop, Walk, as_planned
 from lightning_dhellam.search.pipeline.layers import halves, with_halves
-from lightning_dhellam.search.pipeline.schedules import Part, Schedule, Visit, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class UniformCosts:
         seconds = sum(alone[work.part] for work in works)
         if len(works) == 2 and self.both is not None:
             seconds = self.both
-        change = sum(_UNITS[work.part] for work in works)
+        change = float(sum(LIVE[work.part] for work in works))
         rise = float(any(work.part is Part.FORWARD for work in works))
         ready = {work.strand: seconds for work in works}
         return VisitCost(seconds, seconds, ready, rise, change)
@@ -82,10 +82,6 @@ class UniformCosts:
         """Return the bytes of the result of a work."""
         return self.message
 
-
-_UNITS = {Part.FORWARD: 1.0, Part.BACKWARD: -1.0, Part.INPUT: 0.0, Part.WEIGHT: -1.0}
-"""What a work adds to saved activations. The first half of backward frees nothing: what the
-second still needs is nearly all of it (arXiv 2401.10241, table 1)."""
 
 Entry = tuple[Place | None, float]
 """A micro-batch in a layer, or None if there is nothing to do there, and the bytes per token that

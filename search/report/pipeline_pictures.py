@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from lightning_dhellam.pipeline.schedules import Part, Work
 from lightning_dhellam.plan import Strand
 from lightning_dhellam.search.pipeline import PipelineRun, VisitInterval
-from lightning_dhellam.search.pipeline.schedules import Part, Work
 from lightning_dhellam.search.report.pictures import (
     COLOURS,
     FAINT,

@@ -16,7 +16,7 @@ from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import measure
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, toy_costs
 
-NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]
+NAMES = ["1f1b", "interleaved-1f1b", "zb-v", "dualpipe-v", "fold"]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_one_table_and_one_picture_of_all_schedules(
     assert (
         len(re.findall(r"^(?:bubble|peak memory) of stage(?: +\d){4}$", printed, re.MULTILINE)) == 2
     )
-    assert "interleaved 1F1B: left out" not in printed
+    assert "interleaved-1f1b: left out" not in printed
     assert min(imread(profile.parent / "out" / "pipelines.png").shape[:2]) > 500
     fields = json.loads((profile.parent / "out" / "pipelines.json").read_text())
     assert list(fields["schedules"]) == NAMES
@@ -68,8 +68,8 @@ def test_what_is_left_out_is_named_with_the_reason(
 ) -> None:
     assert simulate(profile, "--stages", "3", "--micro_batches", "4") == 0
     printed = capsys.readouterr().out
-    assert "interleaved 1F1B: left out: interleaved 1F1B needs a multiple of 3" in printed
-    assert "DualPipeV: left out: DualPipeV needs at least 6 micro-batches" in printed
+    assert "interleaved-1f1b: left out: interleaved-1f1b needs a multiple of 3" in printed
+    assert "dualpipe-v: left out: dualpipe-v needs at least 6 micro-batches" in printed
     assert simulate(profile, "--stages", "17", "--micro_batches", "16") == 2
     assert "17 chunks need as many layers, and there are 16" in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ def test_sizes_that_a_profile_does_not_know_are_counted(
     sizes = ("--stages", "2", "--micro_batches", "4", "--layers", "8", "--tokens", "64")
     assert simulate(bare, *sizes) == 0
     assert re.search(
-        r"^peak memory of stage .*\n-+\n1F1B +8 layers +4 layers$",
+        r"^peak memory of stage .*\n-+\n1f1b +8 layers +4 layers$",
         capsys.readouterr().out,
         re.MULTILINE,
     )

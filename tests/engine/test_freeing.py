@@ -15,7 +15,7 @@ from lightning_dhellam.engine.tape import Ledger, Mark, Slot
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.pipeline import Visit, Way, fold
+from lightning_dhellam.pipeline.schedules import Visit, fold, walks
 from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import (
     BUILDERS,
@@ -78,13 +78,13 @@ def _walk(layers: Sequence[GraphPair], builder: Builder, micro_batches: int) -> 
     """Every launch of a step, in order."""
     last = len(layers) - 1
     plans: dict[tuple[str, str], Plan] = {}
-    for step in fold(1, micro_batches)[0]:
-        if step.way is Way.ASCENDING:
-            continue  # the other half of the same walk
+    for step, _ in walks(fold(1, micro_batches).visits[0]):
+        strands = {work.strand: work.micro_batch for work in step}
+        forward, backward = strands.get(Strand.FORWARD), strands.get(Strand.BACKWARD)
         previous: tuple[Plan, int] | None = None
         for index in range(last + 1):
-            ahead = layers[index].forward if step.forward is not None else None
-            behind = layers[last - index].backward if step.backward is not None else None
+            ahead = layers[index].forward if forward is not None else None
+            behind = layers[last - index].backward if backward is not None else None
             key = (ahead.fingerprint if ahead else "", behind.fingerprint if behind else "")
             plan = plans.setdefault(key, builder(ahead, behind))
             if previous is not None and previous[0] is not plan:
@@ -105,12 +105,11 @@ def _late(plan: Plan) -> list[Issue]:
 
 
 def _launched(layers: Sequence[GraphPair], step: Visit, index: int, row: Issue) -> Launched:
+    (micro_batch,) = (work.micro_batch for work in step if work.strand is row.strand)
     if row.strand is Strand.FORWARD:
-        assert step.forward is not None
-        return step.forward, index, layers[index].forward.by_name[row.operator]
-    assert step.backward is not None
+        return micro_batch, index, layers[index].forward.by_name[row.operator]
     mirror = len(layers) - 1 - index
-    return step.backward, mirror, layers[mirror].backward.by_name[row.operator]
+    return micro_batch, mirror, layers[mirror].backward.by_name[row.operator]
 
 
 def _static_lives(layers: Sequence[GraphPair], builder: Builder, micro_batches: int) -> list[Life]:

@@ -16,7 +16,7 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
-from lightning_dhellam.pipeline import fold, live_activations, peak_activations
+from lightning_dhellam.pipeline.schedules import fold, live_activations, peak_activations
 from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import BUILDERS, Lane
 from lightning_dhellam.plan.passes import CHOICES
@@ -281,7 +281,8 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
     micro_batches = pieces(batch_of(config, count, 16), 1, context)
     stage, tokens = lowered.stage, micro_batches[0].tokens
     saved = [pair.saved_bytes(tokens) for pair in lowered.layers]
-    chunk_bytes = (sum(saved[: stage.turn]), sum(saved[stage.turn :]))
+    halves = tuple(stage.chunks.values())
+    chunk_bytes = tuple(sum(saved[i] for i in layers) for layers in halves)
     boundary = tokens * config.hidden_size * 4
     legs = stage.legs(count)
     held: list[int] = []
@@ -295,7 +296,7 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
         kept = [0, 0]
         for micro_batch in state._under_way.values():
             tapes = micro_batch.tapes
-            for half, layers in enumerate((range(stage.turn), range(stage.turn, stage.layers))):
+            for half, layers in enumerate(halves):
                 open_tapes = [tapes[i] for i in layers if i in tapes]
                 # A tape that is there for a posted receive alone holds one slot.
                 kept[half] += any(len(tape.names()) > 1 for tape in open_tapes)
@@ -305,9 +306,9 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
 
     _watched(engine, after)
     train(engine, model, micro_batches)
-    visits = fold(stages, count)[rank]
+    visits = fold(stages, count).visits[rank]
     live = live_activations(visits)
-    predicted = live[1::2] if stage.is_last else live
+    predicted = live[1::2] if rank == stages - 1 else live
     context.destroy()
     return {
         "held": held,

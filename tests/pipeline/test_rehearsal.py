@@ -27,6 +27,7 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import _OLD, aside
+from lightning_dhellam.pipeline.schedules import Placement
 from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import (
@@ -248,14 +249,17 @@ def test_gradients_and_their_marks_are_as_before() -> None:
     assert not hasattr(frozen, "main_grad")
 
 
+_FOLD = Placement.folded(2)
+
+
 def test_both_strands_meet_in_every_kind_of_pass() -> None:
-    for stage in (Stage(0, 2, 5, 3), Stage(1, 2, 4, 2)):
+    for stage in (Stage(0, _FOLD, (3, 2)), Stage(1, _FOLD, (2, 2))):
         legs = stage.rehearsal(2)
         together = [leg.pairs for leg in legs if None not in (leg.forward, leg.backward)]
         assert together == list(stage.pairings())
         for micro_batch in range(2):
-            ahead = [f for leg in legs if leg.forward == micro_batch for f, _ in leg.steps]
-            behind = [b for leg in legs if leg.backward == micro_batch for _, b in leg.steps]
+            ahead = [f for leg in legs if leg.forward == micro_batch for f, _ in leg.pairs]
+            behind = [b for leg in legs if leg.backward == micro_batch for _, b in leg.pairs]
             whole = list(range(stage.layers))
             assert [f for f in ahead if f is not None] == whole
             assert [b for b in behind if b is not None] == whole[::-1]
@@ -303,7 +307,7 @@ def test_an_error_says_that_the_data_was_made_up() -> None:
 
 
 def test_what_a_rehearsal_adds_up_counts_for_no_step() -> None:
-    rehearsals = Rehearsals(Executor(LoadingLanes()), (), Stage(0, 2, 4, 2))
+    rehearsals = Rehearsals(Executor(LoadingLanes()), (), Stage(0, _FOLD, (2, 2)))
     given = pieces(batch_of(SMALL, 2, 8), 1, ParallelContext.single(CPU))
     seen: list[MicroBatch] = []
     rehearsals.once(given, seen.extend)

@@ -6,8 +6,8 @@ import pytest
 
 from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.models.counts import costs_in_layers
-from lightning_dhellam.pipeline.schedule import Way
-from lightning_dhellam.pipeline.split import balanced, check_split, chunks, stage_of
+from lightning_dhellam.pipeline.schedules import Placement
+from lightning_dhellam.pipeline.split import balanced, check_split, chunks
 from lightning_dhellam.pipeline.stage import Leg, Stage
 
 
@@ -52,8 +52,7 @@ def test_no_layer_is_lost_or_doubled_and_no_later_chunk_is_empty(stages: int) ->
             assert max(times) <= -(-layers // stages) + head + 0.1 + 1e-9
 
 
-def test_folds() -> None:
-    assert [stage_of(chunk, 3) for chunk in range(6)] == [0, 1, 2, 2, 1, 0]
+def test_chunks() -> None:
     assert chunks((2, 0, 1)) == (range(2), range(2, 2), range(2, 3))
 
 
@@ -78,18 +77,26 @@ def test_too_few_layers_are_refused() -> None:
         balanced(5, 4)
 
 
+def _stage(number: int, stages: int, *counts: int) -> Stage:
+    return Stage(number, Placement.folded(stages), counts)
+
+
 def test_left_over_layers_have_no_partner_and_the_ends_of_the_model_meet() -> None:
-    stage = Stage(number=0, count=2, layers=5, turn=3)
-    assert stage.pairs(Way.DESCENDING) == ((0, 4), (1, 3), (2, None))
-    assert stage.pairs(Way.ASCENDING) == ((None, 2), (3, 1), (4, 0))
+    stage = _stage(0, 2, 3, 2)
+    down, up = ((0, 4), (1, 3), (2, None)), ((None, 2), (3, 1), (4, 0))
+    assert list(stage.pairings()) == [down, up]
+    legs = stage.legs(4)
+    assert legs[0] == Leg(((0, None), (1, None), (2, None)), 0, None)
+    assert [leg for leg in legs if leg.pairs == down] == [Leg(down, 2, 0), Leg(down, 3, 1)]
+    assert [leg for leg in legs if leg.pairs == up] == [Leg(up, 2, 0), Leg(up, 3, 1)]
 
 
-def test_on_the_last_stage_a_pass_goes_on_into_the_next() -> None:
-    stage = Stage(number=1, count=2, layers=3, turn=1)
+def test_on_the_last_stage_a_visit_goes_on_into_the_next() -> None:
+    stage = _stage(1, 2, 1, 2)
     pairs = ((0, 2), (1, 1), (2, 0))
+    forward, backward = ((0, None), (1, None), (2, None)), ((None, 2), (None, 1), (None, 0))
     legs = stage.legs(3)
-    assert legs[0] == Leg(pairs, 0, None) and legs[2] == Leg(pairs, 2, 0)
-    assert legs[0].steps == ((0, None), (1, None), (2, None))
+    assert legs[0] == Leg(forward, 0, None) and legs[2] == Leg(pairs, 2, 0)
     assert legs[2].begins == (("forward", 0), ("backward", 2))
     assert [leg.forward for leg in legs] == [0, 1, 2, None, None]
-    assert Stage.alone(3).legs(1) == [Leg(pairs, 0, None), Leg(pairs, None, 0)]
+    assert Stage.alone(3).legs(1) == [Leg(forward, 0, None), Leg(backward, None, 0)]

@@ -20,8 +20,7 @@ from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.executor import Entry
 from lightning_dhellam.engine.lanes import CudaLanes
 from lightning_dhellam.engine.tape import Slot, tensors
-from lightning_dhellam.pipeline import peak_activations
-from lightning_dhellam.pipeline.schedule import Edge, fold
+from lightning_dhellam.pipeline.schedules import Edge, Placement, fold, peak_activations
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
 from tests.plan.graphs import random_builder
@@ -156,7 +155,9 @@ def _step(
     books = Books()
     books.install(monkeypatch)
     lanes = CheckedLanes(books)
-    engine = Engine(_layers(books), lanes, builder, stage=Stage(STAGE, STAGES, 4, 2))
+    engine = Engine(
+        _layers(books), lanes, builder, stage=Stage(STAGE, Placement.folded(STAGES), (2, 2))
+    )
 
     def observe(entry: Entry, values: list[Any]) -> None:
         for value in books.of(tuple(values)):
@@ -181,7 +182,8 @@ def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
     plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     books, _ = _step(PLANS[plan], 5, monkeypatch)
-    visits = len(fold(STAGES, 5)[STAGE]) + len(fold(STAGES, 5, backward=False)[STAGE])
+    both = fold(STAGES, 5), fold(STAGES, 5).forward_only()
+    visits = sum(len(schedule.visits[STAGE]) for schedule in both)
     assert len(books.received) > visits / 2
     assert books.early == []
     # A send starts as soon as its tensor is there, and receives are posted before the visit.
@@ -207,7 +209,7 @@ def test_memory_of_transfers_comes_back_while_the_step_runs(
         return _step(BUILDERS["interleaved"], count, monkeypatch)[1].most_waiting
 
     short, long = most(2 * STAGES), most(8 * STAGES)
-    assert short == long <= peak_activations(fold(STAGES, 6)[STAGE])
+    assert short == long <= peak_activations(fold(STAGES, 6).visits[STAGE])
 
 
 def _broken(

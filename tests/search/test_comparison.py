@@ -13,7 +13,7 @@ from lightning_dhellam.search.report import comparison_table
 from lightning_dhellam.search.solve import Budget, solve
 from tests.search.graphs import TOKENS, costs, graphs_of, model
 
-NAMES = ["1F1B", "interleaved 1F1B", "ZB-V", "DualPipeV", "fold"]
+NAMES = ["1f1b", "interleaved-1f1b", "zb-v", "dualpipe-v", "fold"]
 LAYERS = model(24)
 
 
@@ -37,12 +37,12 @@ def test_without_overlap_two_strands_gain_nothing() -> None:
         name: sum(use.compute + use.exposed for use in one.run.stages)
         for name, one in found.items()
     }
-    for name in ("interleaved 1F1B", "fold"):
-        assert work[name] == pytest.approx(work["1F1B"], rel=0.001)
+    for name in ("interleaved-1f1b", "fold"):
+        assert work[name] == pytest.approx(work["1f1b"], rel=0.001)
     compute = [sum(use.compute for use in one.run.stages) for one in found.values()]
     assert compute == pytest.approx([compute[0]] * len(NAMES))
     steps = {name: one.run.seconds for name, one in found.items()}
-    assert steps["fold"] > steps["interleaved 1F1B"] > steps["DualPipeV"] > steps["ZB-V"]
+    assert steps["fold"] > steps["interleaved-1f1b"] > steps["dualpipe-v"] > steps["zb-v"]
 
 
 def test_two_strands_hide_communication_in_both_schedules_that_have_them() -> None:
@@ -51,18 +51,18 @@ def test_two_strands_hide_communication_in_both_schedules_that_have_them() -> No
         for name, one in compare(setting(micro_batches=24)).compared.items()
     }
     assert list(exposed) == NAMES
-    assert max(exposed["fold"], exposed["DualPipeV"]) < min(
-        exposed["1F1B"], exposed["interleaved 1F1B"], exposed["ZB-V"]
+    assert max(exposed["fold"], exposed["dualpipe-v"]) < min(
+        exposed["1f1b"], exposed["interleaved-1f1b"], exposed["zb-v"]
     )
 
 
 def test_a_visit_of_two_strands_costs_the_same_in_either_schedule() -> None:
     times: dict[str, set[float]] = {}
-    for name in ("DualPipeV", "fold"):
+    for name in ("dualpipe-v", "fold"):
         stage = compare(setting()).compared[name].run.stages[1]
         lasting = [one.end - one.start for one in stage.intervals if len(one.works) == 2]
         times[name] = {round(seconds, 9) for seconds in lasting}
-    assert times["fold"] == times["DualPipeV"]
+    assert times["fold"] == times["dualpipe-v"]
 
 
 def test_memory_is_balanced_where_chunks_are_folded() -> None:
@@ -71,9 +71,9 @@ def test_memory_is_balanced_where_chunks_are_folded() -> None:
         for name, one in compare(setting()).compared.items()
     }
     assert max(peaks["fold"]) / min(peaks["fold"]) < 1.05
-    assert max(peaks["1F1B"]) / min(peaks["1F1B"]) > 2
+    assert max(peaks["1f1b"]) / min(peaks["1f1b"]) > 2
     # Gradients that wait for the weight gradients are kept as well.
-    assert max(peaks["ZB-V"]) > max(peaks["DualPipeV"]) >= max(peaks["fold"])
+    assert max(peaks["zb-v"]) > max(peaks["dualpipe-v"]) >= max(peaks["fold"])
 
 
 def test_a_slow_link_costs_every_schedule() -> None:
@@ -81,7 +81,7 @@ def test_a_slow_link_costs_every_schedule() -> None:
     slow = seconds(setting(link=Link(5e9, 50e-6)))
     assert all(fast[name] < slow[name] for name in NAMES)
     # Twice as many chunks send twice as often.
-    assert slow["interleaved 1F1B"] - fast["interleaved 1F1B"] > slow["1F1B"] - fast["1F1B"]
+    assert slow["interleaved-1f1b"] - fast["interleaved-1f1b"] > slow["1f1b"] - fast["1f1b"]
     shares = compare(setting(link=Link(5e9, 50e-6))).compared["fold"].run.share("transfer")
     assert min(shares) > 0
 
@@ -93,7 +93,7 @@ def test_searched_orders_are_used_where_they_are_faster() -> None:
     offered = replace(known, builders={**BUILDERS, "searched": searched})
     with_search, without = compare(offered).compared, compare(known).compared
     assert "searched" in with_search["fold"].orders[2]
-    for name in ("DualPipeV", "fold"):
+    for name in ("dualpipe-v", "fold"):
         assert with_search[name].run.seconds < without[name].run.seconds
     for name in NAMES:
         assert with_search[name].run.seconds <= without[name].run.seconds * 1.01
@@ -101,13 +101,13 @@ def test_searched_orders_are_used_where_they_are_faster() -> None:
 
 def test_what_is_not_defined_is_left_out_with_the_reason() -> None:
     found = compare(setting(micro_batches=6, rounds=7))
-    assert list(found.compared) == ["1F1B", "ZB-V", "fold"]
-    assert found.refused["DualPipeV"] == (
-        "DualPipeV needs at least 8 micro-batches, two for each stage, not 6"
+    assert list(found.compared) == ["1f1b", "zb-v", "fold"]
+    assert found.refused["dualpipe-v"] == (
+        "dualpipe-v needs at least 8 micro-batches, two for each stage, not 6"
     )
-    assert "multiple of 4 micro-batches" in found.refused["interleaved 1F1B"]
+    assert "multiple of 4 micro-batches" in found.refused["interleaved-1f1b"]
     deep = compare(setting(rounds=7))
-    assert "28 chunks need as many layers, and there are 26" in deep.refused["interleaved 1F1B"]
+    assert "28 chunks need as many layers, and there are 26" in deep.refused["interleaved-1f1b"]
     with pytest.raises(ValueError, match="27 chunks need as many layers"):
         compare(setting(stages=27))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from lightning_dhellam.pipeline.schedules import fold, one_f_one_b, zero_bubble_v
 from lightning_dhellam.plan import Lane, Strand
 from lightning_dhellam.search.model import Interval
 from lightning_dhellam.search.pipeline import UniformCosts, play
-from lightning_dhellam.search.pipeline.schedules import fold, one_f_one_b, zero_bubble_v
 from lightning_dhellam.search.report.pictures import COLOURS, Panel, save_timeline
 from lightning_dhellam.search.report.pipeline_pictures import LATE, save_pipelines
 

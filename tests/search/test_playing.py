@@ -7,11 +7,7 @@ from itertools import product
 
 import pytest
 
-from lightning_dhellam.pipeline import fold as passes_of_fold
-from lightning_dhellam.pipeline import peak_activations
-from lightning_dhellam.plan import Strand
-from lightning_dhellam.search.pipeline import Link, PipelineRun, UniformCosts, VisitCost, play
-from lightning_dhellam.search.pipeline.schedules import (
+from lightning_dhellam.pipeline.schedules import (
     Part,
     Schedule,
     Visit,
@@ -20,8 +16,11 @@ from lightning_dhellam.search.pipeline.schedules import (
     fold,
     interleaved_1f1b,
     one_f_one_b,
+    peak_activations,
     zero_bubble_v,
 )
+from lightning_dhellam.plan import Strand
+from lightning_dhellam.search.pipeline import Link, PipelineRun, UniformCosts, VisitCost, play
 
 Make = Callable[[int, int], Schedule]
 SIZES = [(1, 4), (2, 4), (3, 9), (4, 8), (4, 20), (8, 24)]
@@ -77,7 +76,7 @@ def test_the_fold_waits_two_passes_for_each_other_stage(
 def test_the_fold_saves_as_much_as_the_trainer_predicts(micro_batches: int) -> None:
     for stages in (1, 2, 4, 8):
         played = play(fold(stages, micro_batches), UniformCosts())
-        predicted = map(peak_activations, passes_of_fold(stages, micro_batches))
+        predicted = map(peak_activations, fold(stages, micro_batches).visits)
         assert [use.peak for use in played.stages] == list(predicted)
 
 
@@ -129,7 +128,7 @@ def test_nothing_starts_before_it_has_arrived(make: Make) -> None:
     for (chunk, strand, k), visit in intervals.items():
         other = chunk + (1 if strand is Strand.FORWARD else -1)
         if 0 <= other < schedule.chunks:
-            local = schedule.stage_of[chunk] == schedule.stage_of[other]
+            local = schedule.placement.stage_of[chunk] == schedule.placement.stage_of[other]
             assert intervals[other, strand, k].start >= visit.end + (0.0 if local else 0.35) - 1e-9
             followed += 1
     assert followed == 2 * (schedule.chunks - 1) * 9

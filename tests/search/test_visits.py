@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from lightning_dhellam.pipeline.schedules import Work, fold, one_f_one_b
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane, Strand
 from lightning_dhellam.search.model import Costs, simulate
 from lightning_dhellam.search.pipeline import LayerCosts, Link, UniformCosts, VisitTable, cut, play
-from lightning_dhellam.search.pipeline.schedules import Work, fold, one_f_one_b
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import TOKENS, costs, graphs_of, model, toy_costs, transformer
 
@@ -97,7 +97,7 @@ def test_stages_that_know_their_own_layers_know_together_what_a_step_takes(stage
     whole = LayerCosts(chunks, given, tokens=TOKENS)
 
     def of_stage(stage: int) -> VisitTable:
-        own = [c if schedule.stage_of[i] == stage else () for i, c in enumerate(chunks)]
+        own = [c if schedule.placement.stage_of[i] == stage else () for i, c in enumerate(chunks)]
         return VisitTable.of_stage(LayerCosts(own, given, tokens=TOKENS), schedule, stage)
 
     table = VisitTable.joined(of_stage(stage) for stage in range(stages))

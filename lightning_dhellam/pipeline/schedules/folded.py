@@ -9,47 +9,55 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 
-from lightning_dhellam.pipeline import schedule as pipeline
-from lightning_dhellam.search.pipeline.schedules.straight import check_numbers
-from lightning_dhellam.search.pipeline.schedules.work import (
-    Part,
-    Schedule,
-    ScheduleError,
-    Visit,
-    Work,
-    one,
-)
+from lightning_dhellam.pipeline.schedules.placement import Placement
+from lightning_dhellam.pipeline.schedules.schedule import Schedule
+from lightning_dhellam.pipeline.schedules.straight import check_numbers
+from lightning_dhellam.pipeline.schedules.work import Part, ScheduleError, Visit, Work, one
 
 _F, _B, _I, _W = Part
-
-
-def places(stages: int) -> tuple[int, ...]:
-    """Return the stage of each chunk of a fold."""
-    return (*range(stages), *reversed(range(stages)))
 
 
 def fold(stages: int, micro_batches: int) -> Schedule:
     """Make our schedule: descending and ascending visits of two strands, in the order of 1F1B.
 
-    The trainer runs it (`lightning_dhellam.pipeline`). It is defined for every number of stages
-    and micro-batches.
+    A micro-batch goes forward down the stages, turns on the last one and comes up again, and so
+    does its gradient: a W. So what goes forward and what comes backward visit the stages in the
+    same order, and a stage takes the forward of one micro-batch together with the backward of
+    another that is P behind it. Two stages, four micro-batches; digits go forward, letters backward
+    (a is the backward of 0):
+
+        stage 0   0↓      1↓  0↑  2↓a 1↑  3↓b 2↑a  c↓ 3↑b  d↓  c↑      d↑
+        stage 1       0↓  0↑  1↓  1↑  2↓a 2↑a 3↓b 3↑b  c↓  c↑  d↓  d↑
+
+    The idea is DHeLlam's model folding (DHelix, arXiv 2411.15871). It is defined for every number
+    of stages and micro-batches.
     """
     check_numbers(stages, micro_batches)
-    rows = []
-    for stage, visits in enumerate(pipeline.fold(stages, micro_batches)):
-        chunks = (stage, 2 * stages - 1 - stage)
-        row: list[Visit] = []
-        for visit in visits:
-            down = visit.way is pipeline.Way.DESCENDING
-            ahead, behind = chunks if down else chunks[::-1]
+    rows = tuple(tuple(_folded_row(s, stages, micro_batches)) for s in range(stages))
+    return Schedule("fold", micro_batches, Placement.folded(stages), rows)
+
+
+def _folded_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:
+    """Give the visits of a stage with `r` stages after it.
+
+    Visit D(k) descends with the forward of micro-batch k and the backward of k-P, visit A(k)
+    ascends with the same two; k runs from 0 to M+P-1. A partner that does not exist is left out,
+    and so is a visit of neither. The order is 1F1B over D and A: r visits D ahead, then one D and
+    one A in turn, then the visits A that are left. Backward reaches stage 0 P visits D behind
+    forward because forward of a micro-batch takes 2P-1 visits to come up again, and each stage runs
+    two in the time of a micro-batch.
+    """
+    descending = (stage, 2 * stages - 1 - stage)
+    after = stages - 1 - stage
+    for index in range(micro_batches + stages + after):
+        for (ahead, behind), k in ((descending, index), (descending[::-1], index - after)):
             works = []
-            if visit.forward is not None:
-                works.append(Work(ahead, _F, visit.forward))
-            if visit.backward is not None:
-                works.append(Work(behind, _B, visit.backward))
-            row.append(tuple(works))
-        rows.append(tuple(row))
-    return Schedule("fold", micro_batches, places(stages), tuple(rows))
+            if 0 <= k < micro_batches:
+                works.append(Work(ahead, _F, k))
+            if 0 <= k - stages < micro_batches:
+                works.append(Work(behind, _B, k - stages))
+            if works:
+                yield tuple(works)
 
 
 def zero_bubble_v(stages: int, micro_batches: int) -> Schedule:
@@ -65,7 +73,7 @@ def zero_bubble_v(stages: int, micro_batches: int) -> Schedule:
     for stage in range(stages):
         row = _zero_bubble_row(stage, stages, max(micro_batches, 2 * stages - 1))
         rows.append(tuple(works for works in row if works[0].micro_batch < micro_batches))
-    return Schedule("ZB-V", micro_batches, places(stages), tuple(rows))
+    return Schedule("zb-v", micro_batches, Placement.folded(stages), tuple(rows))
 
 
 def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:
@@ -113,11 +121,11 @@ def dual_pipe_v(stages: int, micro_batches: int) -> Schedule:
     check_numbers(stages, micro_batches)
     if micro_batches < 2 * stages:
         raise ScheduleError(
-            f"DualPipeV needs at least {2 * stages} micro-batches, two for each stage, not"
+            f"dualpipe-v needs at least {2 * stages} micro-batches, two for each stage, not"
             f" {micro_batches}"
         )
     rows = tuple(tuple(_dual_row(s, stages, micro_batches)) for s in range(stages))
-    return Schedule("DualPipeV", micro_batches, places(stages), rows)
+    return Schedule("dualpipe-v", micro_batches, Placement.folded(stages), rows)
 
 
 def _dual_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:

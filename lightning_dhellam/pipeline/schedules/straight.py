@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_dhellam.search.pipeline.schedules.work import (
-    Part,
-    Schedule,
-    ScheduleError,
-    Visit,
-    one,
-)
+from lightning_dhellam.pipeline.schedules.placement import Placement
+from lightning_dhellam.pipeline.schedules.schedule import Schedule
+from lightning_dhellam.pipeline.schedules.work import Part, ScheduleError, Visit, one
 
 
 def check_numbers(stages: int, micro_batches: int) -> None:
@@ -30,7 +26,7 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
         forward = [one(stage, Part.FORWARD, k) for k in range(micro_batches)]
         backward = [one(stage, Part.BACKWARD, k) for k in range(micro_batches)]
         rows.append(_in_turn(forward, backward, min(stages - 1 - stage, micro_batches)))
-    return Schedule("1F1B", micro_batches, tuple(range(stages)), tuple(rows))
+    return Schedule("1f1b", micro_batches, Placement.straight(stages), tuple(rows))
 
 
 def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedule:
@@ -46,7 +42,7 @@ def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedu
         raise ScheduleError(f"rounds={rounds} must be at least 1")
     if micro_batches % stages:
         raise ScheduleError(
-            f"interleaved 1F1B needs a multiple of {stages} micro-batches, one for each stage, not"
+            f"interleaved-1f1b needs a multiple of {stages} micro-batches, one for each stage, not"
             f" {micro_batches}"
         )
     turns = [
@@ -64,8 +60,8 @@ def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedu
             # Megatron lets everything go forward first when there is one group only.
             warm_up = len(forward)
         rows.append(_in_turn(forward, backward, min(warm_up, len(forward))))
-    places = tuple(chunk % stages for chunk in range(rounds * stages))
-    return Schedule("interleaved 1F1B", micro_batches, places, tuple(rows))
+    placement = Placement.straight(stages, rounds)
+    return Schedule("interleaved-1f1b", micro_batches, placement, tuple(rows))
 
 
 def _in_turn(forward: list[Visit], backward: list[Visit], warm_up: int) -> tuple[Visit, ...]:

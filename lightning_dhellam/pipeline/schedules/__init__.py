@@ -1,0 +1,48 @@
+"""Orders in which the stages of a pipeline work, as data: what they are, and those with names."""
+
+from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
+from lightning_dhellam.pipeline.schedules.named import SCHEDULES, Scheme
+from lightning_dhellam.pipeline.schedules.placement import Placement
+from lightning_dhellam.pipeline.schedules.schedule import Edge, Schedule
+from lightning_dhellam.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
+from lightning_dhellam.pipeline.schedules.verify import sends_ahead, verify
+from lightning_dhellam.pipeline.schedules.walks import Walk, walks
+from lightning_dhellam.pipeline.schedules.work import (
+    LIVE,
+    Part,
+    ScheduleError,
+    Visit,
+    Work,
+    done_as,
+    live_activations,
+    one,
+    peak_activations,
+    shown,
+)
+
+__all__ = [
+    "LIVE",
+    "SCHEDULES",
+    "Edge",
+    "Part",
+    "Placement",
+    "Schedule",
+    "ScheduleError",
+    "Scheme",
+    "Visit",
+    "Walk",
+    "Work",
+    "done_as",
+    "dual_pipe_v",
+    "fold",
+    "interleaved_1f1b",
+    "live_activations",
+    "one",
+    "one_f_one_b",
+    "peak_activations",
+    "sends_ahead",
+    "shown",
+    "verify",
+    "walks",
+    "zero_bubble_v",
+]

@@ -1,0 +1,52 @@
+"""Which stage holds which chunk of the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The stage of each chunk. Forward goes through the chunks in order.
+
+    Attributes:
+        stage_of: stage of each chunk, from 0.
+    """
+
+    stage_of: tuple[int, ...]
+
+    @classmethod
+    def folded(cls, stages: int) -> Self:
+        """Fold the layers: of P stages, stage s holds chunks s and 2P-1-s, and so both ends meet.
+
+        A micro-batch goes forward down the stages, turns on the last one and comes up again.
+        """
+        return cls((*range(stages), *reversed(range(stages))))
+
+    @classmethod
+    def straight(cls, stages: int, rounds: int = 1) -> Self:
+        """Let the chunks go round: of P stages, stage s holds chunks s, s + P, s + 2P and so on."""
+        return cls(tuple(range(stages)) * rounds)
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return max(self.stage_of) + 1
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the layers are cut into."""
+        return len(self.stage_of)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the layers are folded."""
+        return self == Placement.folded(self.stages)
+
+    def held(self, stage: int) -> tuple[int, ...]:
+        """Return the chunks that a stage holds, in the order of the model."""
+        return tuple(chunk for chunk, place in enumerate(self.stage_of) if place == stage)
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.stage_of))
