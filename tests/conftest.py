@@ -8,10 +8,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 # The machine's cores are shared by several ranks; more threads per rank only fight each other.
 torch.set_num_threads(1)
+# Megatron marks functions for torch's compiler, which takes a second to load in each of the many
+# processes here, and on a CPU longer to compile them than it saves.
+if not torch.cuda.is_available():
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+from megatron.core import parallel_state  # noqa: E402  loads the compiler, or does not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,9 +11,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from lightning_dhellam.strategy.termination import PARENT, watch_parent
+from tests.ranks import run_ranks
 from tests.strategy.lost_rank import TORCHRUN, environment, lose
 
 SCRIPT = """
@@ -184,42 +187,44 @@ def test_all_ranks_end_at_the_same_step_when_one_is_told_to(
         job.wait()
 
 
-ORPHAN = """
-import os, sys, time
-from lightning_dhellam.strategy.termination import PARENT, watch_parent
-whose, parent = sys.argv[1], os.getpid()
-if os.fork() == 0:
-    os.environ[PARENT] = str(1 if whose == "another" else parent)
+def _orphaned(rank: int, whose: str) -> str:
+    """What a process says, and is told, whose parent is killed and asked for only in the end."""
+    heard, said = os.pipe()
+    starter = os.fork()
+    if starter == 0:
+        os.close(heard)
+        if os.fork() == 0:
+            _orphan(whose, os.getppid(), said)
+        time.sleep(300)
+        os._exit(0)
+    os.close(said)
+    with open(heard) as output:
+        assert output.readline() == "watching\n"
+        os.kill(starter, signal.SIGKILL)
+        text = output.read()  # ends when the orphan has closed its end
+    os.waitpid(starter, 0)
+    return text
+
+
+def _orphan(whose: str, starter: int, said: int) -> NoReturn:
+    os.dup2(said, 2)  # where it would say why it ends
+    os.environ[PARENT] = str(1 if whose == "another" else starter)
     if whose == "ours, late":
-        print("watching", flush=True)
-        while os.getppid() == parent:
+        os.write(said, b"watching\n")
+        while os.getppid() == starter:
             time.sleep(0.01)
     done = watch_parent(grace=1.0)
-    print("watching", flush=True)
+    os.write(said, b"watching\n")
     if whose == "done":
         done.set()
     time.sleep(300 if "ours" in whose else 6)
-    print("slept", flush=True)
+    os.write(said, b"slept\n")
     os._exit(0)
-time.sleep(60)
-"""
 
 
 @pytest.mark.parametrize("whose", ["ours", "ours, late", "another", "done"])
 def test_a_rank_ends_after_the_one_that_has_started_it(whose: str) -> None:
     """Also if that one ends before it is looked for, and nobody asks how: it is not waited for."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, whose],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert parent.stdout is not None
-    assert "watching\n" in iter(parent.stdout.readline, "")
-    parent.kill()
-    # Ends when the orphan has closed its end.
-    text = parent.stdout.read()
-    parent.wait()
+    (text,) = run_ranks(1, _orphaned, whose)
     assert ("slept" in text) == ("ours" not in whose)
     assert ("so does this one" in text) == ("ours" in whose)
