@@ -19,8 +19,9 @@ from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.plan import Builder
+from lightning_dhellam.plan.by_layer import ByLayer, check_choices
 from lightning_dhellam.plan.file import conditions, named_plan
-from lightning_dhellam.plan.passes import Recompute, check_recompute
+from lightning_dhellam.plan.passes import Recompute
 
 
 class AgreedEngine:
@@ -32,8 +33,8 @@ class AgreedEngine:
         micro_batch_size: samples that go through the layers together.
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
-        recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, or
-            a list of choices and slots.
+        recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, a
+            list of choices and slots, or either by layer.
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
@@ -58,7 +59,7 @@ class AgreedEngine:
         *,
         loss: Loss | None,
         kernels: Mapping[str, str] | None,
-        recompute: Recompute,
+        recompute: Recompute | ByLayer,
         context_exchange: str,
         context_fp32_gradients: bool,
         module: torch.nn.Module,
@@ -97,7 +98,7 @@ class AgreedEngine:
         lowered = self._lower(context_exchange=self._exchange)
         # A slot may be of another stage's layers alone.
         every = of_all_ranks(lowered.slots, self._world)
-        check_recompute(recompute, frozenset().union(*every))
+        check_choices(recompute, frozenset().union(*every))
         self.structure = Structure(model)
         self._wanted: dict[str, bool] | None = None
         self.kernels = lowered.kernels

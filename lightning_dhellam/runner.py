@@ -31,6 +31,7 @@ from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.plan import Builder
+from lightning_dhellam.plan.by_layer import USUAL, ByLayer
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.training import Training
@@ -71,7 +72,8 @@ class Runner:
         kernels: backends to use by operator; the fastest that this machine has for all others.
         recompute: what backward makes again, in place of keeping it: `none`, `gathers` (inputs of
             column-parallel layers), `selective` (norms and activations as well), `full` (all but a
-            layer's input), or a list of choices and slots. Changes no bit.
+            layer's input), a list of choices and slots, or one of these by layer, as
+            `{"0-3": "full", "4-": "selective"}`. Changes no bit.
         context_exchange: how keys and values come to the ranks that share sequences: from rank to
             rank (`ring`), or all at once (`all_gather`). With `auto` a search may choose; without
             one it is `ring`. Changes loss and gradients by rounding.
@@ -95,7 +97,7 @@ class Runner:
         seed: int = 1234,
         loss: Loss | None = None,
         kernels: Mapping[str, str] | None = None,
-        recompute: Recompute = "gathers",
+        recompute: Recompute | ByLayer = USUAL,
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
         bucket_size: int | None = None,

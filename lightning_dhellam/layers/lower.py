@@ -26,7 +26,8 @@ from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.schedules import Placement
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import Graph, GraphPair, check_chain, passes
+from lightning_dhellam.plan import Graph, GraphPair, check_chain
+from lightning_dhellam.plan.by_layer import USUAL, ByLayer, choices_of, remade
 from lightning_dhellam.plan.layout import Held
 from lightning_dhellam.plan.passes import Recompute
 
@@ -57,7 +58,7 @@ class Lowered:
 def lower(
     model: Any,
     *,
-    recompute: Recompute | Callable[[int], Recompute] = "gathers",
+    recompute: Recompute | ByLayer = USUAL,
     loss: Loss | None = None,
     kernels: Mapping[str, str] | None = None,
     context_exchange: str = "ring",
@@ -68,7 +69,7 @@ def lower(
     Args:
         model: the container; its modules' weights are read and their `main_grad` accumulated.
         recompute: what backward makes again in place of keeping it (see `plan.passes`), for all
-            layers, or decided by layer index.
+            layers or by layer (see `plan.by_layer`).
         loss: a custom loss, or None for the vocabulary-parallel cross-entropy.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the others are
             chosen by device, type and what is installed.
@@ -99,16 +100,16 @@ def lower(
     if ranks > 1:
         travelling = torch.float32 if context_fp32_gradients else sizes.dtype
         way = WAYS[context_exchange](topology.cp_rank, ranks, travelling)
-    wanted = recompute if callable(recompute) else lambda index: recompute
+    wanted = choices_of(recompute, model.chunks, model.chunk_count)
     slots: set[str] = set()
 
     def remaking(pair: GraphPair, what: Recompute) -> GraphPair:
         slots.update(pair.forward.written)
-        return passes.recompute(pair, passes.chosen(pair, what))
+        return remade(pair, what)
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
-            remaking(_lower_layer(layer, Setting(sizes, chosen, rotary, index, way)), wanted(index))
+            remaking(_lower_layer(layer, Setting(sizes, chosen, rotary, index, way)), wanted[index])
             for index, layer in model.own_layers(chunk)
         ]
 
@@ -118,7 +119,7 @@ def lower(
     if topology.pp_rank == 0:
         head = _head(model, sizes, chosen, loss)
         falling.insert(0, lower_embedding(model.embedding, sizes, chosen))
-        rising.append(remaking(head.lower(), passes.of_head(wanted(len(model.layers)))))
+        rising.append(remaking(head.lower(), wanted[-1]))
         logits = head.lower_logits()
     if topology.pp_size > 1:
         falling = connect(falling, early, sizes)

@@ -136,8 +136,14 @@ def _backward(halves: tuple[_Half, _Half], setting: Setting) -> Graph:
 
 
 def _name(halves: tuple[_Half, _Half]) -> str:
-    """Kind of the layer: of its plans, and in tables and pictures."""
-    return "mixture" if isinstance(halves[1].block, Experts) else "transformer"
+    """Kind of the layer: of its plans, and in tables and pictures.
+
+    Attention in a window has the operators of any other, and other times.
+    """
+    attends, computes = (half.block for half in halves)
+    kind = "mixture" if isinstance(computes, Experts) else "transformer"
+    windowed = isinstance(attends, Attention) and attends.window is not None
+    return f"{kind}.windowed" if windowed else kind
 
 
 def _gradient(slot: str) -> str:

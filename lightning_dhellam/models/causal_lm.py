@@ -223,6 +223,19 @@ class CausalLM(nn.Module):
         return chunk
 
     @property
+    def chunks(self) -> tuple[int, ...]:
+        """The chunk of the fold that each layer is part of; one stage has a single one."""
+        if self.context.topology.pp_size == 1:
+            return (0,) * len(self.layers)
+        return tuple(self.chunk_of(index) for index in range(len(self.layers)))
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks there are; some may have no layer."""
+        stages = self.context.topology.pp_size
+        return 2 * stages if stages > 1 else 1
+
+    @property
     def output_weight(self) -> nn.Parameter:
         """The weight [padded V / TP, H] of the output layer; the embedding's own when tied."""
         assert self.embedding is not None and self.output_layer is not None

@@ -25,6 +25,7 @@ from lightning_dhellam.plan import (
     kind_of,
     validate,
 )
+from lightning_dhellam.plan.graph import kind_in
 
 FORMAT = 1
 _SHAPES = (
@@ -163,19 +164,15 @@ class PlanFile:
         Raises (the builder):
             FileError: a graph of a known name has changed since the plans were made.
         """
-        known: dict[str, set[str]] = {}
+        known: dict[str, dict[str, str]] = {}
         for fingerprint, name in self.graphs.items():
-            known.setdefault(name, set()).add(fingerprint)
+            known.setdefault(_kind(name), {})[fingerprint] = name
 
         def build(forward: Graph | None, backward: Graph | None) -> Plan:
             for graph in (forward, backward):
-                made_for = known.get(str(graph)) if graph else None
+                made_for = known.get(_kind(str(graph))) if graph else None
                 if graph is not None and made_for and graph.fingerprint not in made_for:
-                    raise FileError(
-                        f"the plan file is stale: its '{graph}' has fingerprint"
-                        f" {' or '.join(sorted(made_for))}, the model's has {graph.fingerprint}."
-                        " Search again, or use a built-in plan"
-                    )
+                    raise FileError(_stale(graph, made_for))
             plan = self.plans.get(kind_of(forward, backward))
             if plan is None:
                 return fallback(forward, backward)
@@ -183,6 +180,27 @@ class PlanFile:
             return plan
 
         return build
+
+
+def _kind(name: str) -> str:
+    """The kind of a graph, and its direction: of its name without what is made again."""
+    name, _, direction = name.rpartition(" ")
+    return f"{kind_in(name)} {direction}"
+
+
+def _stale(graph: Graph, made_for: Mapping[str, str]) -> str:
+    """Why plans for graphs of these names, by fingerprint, are not for `graph`."""
+    same = sorted(fingerprint for fingerprint, name in made_for.items() if name == str(graph))
+    if not same:
+        return (
+            f"the plan file is for {' and '.join(sorted({*made_for.values()}))}, and the model has"
+            f" '{graph}', which makes other slots again: use the same recompute, search again, or"
+            " use a built-in plan"
+        )
+    return (
+        f"the plan file is stale: its '{graph}' has fingerprint {' or '.join(same)}, the model's"
+        f" has {graph.fingerprint}. Search again, or use a built-in plan"
+    )
 
 
 def builder_from(

@@ -17,6 +17,9 @@ BATCH_PREFIX = "batch."
 """Slots of the micro-batch itself (tokens, labels, random key): every layer may read them."""
 
 
+_AND = "+"
+"""In a name, between the kind of a layer and what its backward makes again."""
+
 Kind = tuple[str, str]
 """Fingerprints of the forward and the backward graph; empty for a missing strand."""
 
@@ -29,7 +32,8 @@ class Graph:
     what it reads.
 
     Attributes:
-        name: kind of the layer, such as `transformer`. Layers of the same name share plans.
+        name: kind of the layer, such as `transformer`, and what its backward makes again where that
+            is not the usual choice: `transformer+full`.
         direction: forward or backward.
         operators: in default order.
         inputs: slots that the previous graph of the strand hands over (`x`, or `dy`).
@@ -174,6 +178,16 @@ class Graph:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def called(kind: str, *choices: str) -> str:
+    """The name of a kind of layer whose backward makes again what these choices name."""
+    return _AND.join((kind, *choices))
+
+
+def kind_in(name: str) -> str:
+    """The kind of a layer of this name."""
+    return name.partition(_AND)[0]
+
+
 def kind_of(forward: Graph | None, backward: Graph | None) -> Kind:
     """What identifies a pair of graphs."""
     return (forward.fingerprint if forward else "", backward.fingerprint if backward else "")
@@ -217,7 +231,7 @@ class GraphPair:
 
     @property
     def name(self) -> str:
-        """Kind of the layer."""
+        """Name of both graphs."""
         return self.forward.name
 
     @property

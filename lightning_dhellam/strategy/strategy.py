@@ -22,6 +22,7 @@ from lightning_dhellam.models import keys_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
+from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
@@ -80,7 +81,9 @@ class DHellamStrategy(SteppingStrategy):
             this machine has for all others.
         recompute: what backward makes again, in place of keeping it: `none`; `gathers`, the inputs
             of column-parallel layers; `selective`, norms and activations as well; `full`, all but
-            a layer's input; or a list of choices and slots. Changes no bit.
+            a layer's input; a list of choices and slots; or one of these by layer, as
+            `{"0-3": "full", "4-": "selective"}`, with `chunk 0`, `head` and `others` as further
+            keys. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
             after so many in a row the run ends with a FloatingPointError.
@@ -111,7 +114,7 @@ class DHellamStrategy(SteppingStrategy):
         plan: str = "interleaved",
         distributed_optimizer: bool | None = None,
         kernels: dict[str, str] | None = None,
-        recompute: str | list[str] = "gathers",
+        recompute: str | list[str] | dict[str | int, str | list[str]] = USUAL,
         bucket_size: int | None = None,
         max_skipped_steps: int = 10,
         seed: int | None = None,
@@ -151,6 +154,7 @@ class DHellamStrategy(SteppingStrategy):
         check_transport(context_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
+        check_keys(recompute)
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
         self.pipeline_split = pipeline_split

@@ -21,14 +21,14 @@ from tests.ranks import run_ranks
 
 CONFIG = replace(SMALL, num_layers=2, hidden_dropout=0.1, tie_embeddings=True, vocab_size=53)
 RANDOM_PLANS = 200
-CHOSEN = ("selective", "full", "gathers")
+CHOSEN = {"0": "selective", "1": "full", "head": "gathers"}
 
 
 def _steps_that_differ(context: ParallelContext, dtype: torch.dtype, plans: int) -> list[str]:
     """Plans whose outcome is not bitwise that of the sequential plan."""
     model = CausalLM(CONFIG, context, dtype)
     add_main_grads(model)
-    lowered = lower(model, recompute=lambda index: CHOSEN[index % len(CHOSEN)])
+    lowered = lower(model, recompute=CHOSEN)
     micro_batches = pieces(batch_of(CONFIG, samples=3, length=8), 2, context)
     plain = engine_of(lowered, builder=BUILDERS["sequential"])
     expected = train(plain, model, micro_batches)
@@ -105,14 +105,15 @@ def _experts_on_rank(rank: int) -> tuple[list[str], list[str]]:
     )
     model = CausalLM(config, context)
     add_main_grads(model)
-    lowered = [lower(model, recompute=choice) for choice in CHOICES]
+    choices = (*CHOICES, {"0": "full", "1": ["gathers", "act"]})
+    lowered = [lower(model, recompute=choice) for choice in choices]
     # Each rank has samples of its own, so experts get other numbers of rows from each.
     batch = {name: value.roll(rank) for name, value in batch_of(config, 3, 8).items()}
     expected = None
     wrong: list[str] = []
     for seed in range(-8, 40):
         builder = random_builder(seed) if seed >= 0 else BUILDERS["sequential"]
-        engine = engine_of(lowered[seed // 2 % 4], builder=builder, poison=seed % 2 == 0)
+        engine = engine_of(lowered[seed // 2 % len(lowered)], builder=builder, poison=seed % 2 == 0)
         outcome = train(engine, model, pieces(batch, 1, context))
         expected = expected or outcome
         wrong += [f"random-{seed}: {name}" for name in differing(outcome, expected)]

@@ -78,14 +78,18 @@ def test_a_custom_loss_equals_the_built_in_one(context: ParallelContext) -> None
 
 
 def _recomputed_and_kept(context: ParallelContext, dtype: torch.dtype) -> list[str]:
-    """What differs when slots are made again: all choices, and any slots of any layer."""
+    """What differs when slots are made again: all choices, and other slots of each layer."""
     model = prepared(replace(CONFIG, hidden_dropout=0.1), context, dtype)
     micro_batches = pieces(batch_of(CONFIG, 3, 16), 2, context)
     kept = lower(model, recompute="none")
     expected = train(engine_of(kept), model, micro_batches)
     draw = random.Random(7)
     slots = sorted(kept.slots)
-    sets = [draw.sample(slots, draw.randrange(1, len(slots))) for _ in range(12)]
+    layers = [*range(len(model.layers)), "head"]
+    sets = [
+        {layer: draw.sample(slots, draw.randrange(len(slots))) for layer in layers}
+        for _ in range(12)
+    ]
     wrong = []
     for what in (*CHOICES, *sets):
         plan = random_builder(draw.randrange(1000))

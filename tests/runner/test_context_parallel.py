@@ -81,7 +81,7 @@ CASES: dict[int, dict[str, Case]] = {
         "packed-without-rotary": Case(_cp(2), {}, WITHOUT_ROTARY, packed=True),
     },
     3: {
-        "ring": Case(_cp(3), {"recompute": "full"}),
+        "ring": Case(_cp(3), {"recompute": {0: "full", "1-": "none"}}),
         "gathered": Case(_cp(3), GATHERED),
         "packed": Case(_cp(3), packed=True),
         "packed-gathered": Case(_cp(3), GATHERED, packed=True),

@@ -78,6 +78,15 @@ def test_a_stale_file_is_refused(made: PlanFile, layers: list[GraphPair]) -> Non
         made.builder()(changed, layers[1].backward)
 
 
+def test_a_file_for_other_slots_made_again_is_refused(
+    made: PlanFile, layers: list[GraphPair]
+) -> None:
+    backward = replace(layers[1].backward, name="transformer+full")
+    message = "is for transformer backward, and the model has 'transformer\\+full backward'"
+    with pytest.raises(FileError, match=message):
+        made.builder()(layers[1].forward, backward)
+
+
 def test_a_foreign_file_is_refused(made: PlanFile, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     made.save(path)

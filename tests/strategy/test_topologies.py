@@ -113,7 +113,7 @@ PAIR: dict[str, dict[str, Any] | str] = {
     "pp2-ragged-micro-batches": {
         "pipeline_parallel_size": 2,
         "micro_batch_size": 3,
-        "recompute": ["full", "gathers"],
+        "recompute": {"chunk 0-1": ["full", "gathers"], "chunk 3": "none", "head": "full"},
     },
     "pp2-one-micro-batch": {"pipeline_parallel_size": 2, "micro_batch_size": 8},
     "cp2": {"context_parallel_size": 2, "micro_batch_size": 3},
