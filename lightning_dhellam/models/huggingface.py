@@ -209,7 +209,8 @@ def table_of(model: CausalLM) -> list[Conversion]:
 def whole_parameters(model: CausalLM) -> Iterator[dict[str, Tensor]]:
     """The Hugging Face tensors of each conversion of `table_of`, on rank 0; nothing on others.
 
-    Ranks bring each together when it is its turn, so all must ask for as many.
+    They may be the model's own memory: whoever keeps them copies them. Ranks bring each together
+    when it is its turn, so all must ask for as many.
     """
     keeps = model.context.topology.rank == 0
     return _wholes(table_of(model), model, leaving(model), keeps)
@@ -233,7 +234,12 @@ def gathered(
     """
     for found in _wholes(every, model, tensors, keeps):
         for name in list(found):
-            yield name, found.pop(name).to("cpu")
+            yield name, _copied(found.pop(name))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A tensor of its own, on the host."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _conversions(family: Family, model: CausalLM) -> Iterator[Conversion]:
@@ -310,7 +316,7 @@ def _whole(
 
 def _gather(shard: Tensor, size: int, group: ProcessGroup) -> list[Tensor]:
     if size == 1:
-        return [shard.clone()]
+        return [shard]
     shard = shard.contiguous()
     shards = [torch.empty_like(shard) for _ in range(size)]
     dist.all_gather(shards, shard, group=group)

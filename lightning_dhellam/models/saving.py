@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dhellam.files import local_path, save_text, staged_directory, write_error
+from lightning_dhellam.files import local_path, save_text, staged_directory
 from lightning_dhellam.models.carried import carry, check_vocabulary
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.described import config_json
 from lightning_dhellam.models.families import family_of
 from lightning_dhellam.models.fitting import KINDS
 from lightning_dhellam.models.huggingface import table_of, whole_parameters
+from lightning_dhellam.models.layout import Shape
 from lightning_dhellam.models.progress import progress
-from lightning_dhellam.models.shards import Shard, bytes_of, index_of, shards
+from lightning_dhellam.models.shards import bytes_of, index_of, shards
 from lightning_dhellam.models.source import CONFIG
 from lightning_dhellam.models.stored import INDEX
+from lightning_dhellam.models.written import tensor_file
 from lightning_dhellam.parallel.collectives import together
 
 
@@ -44,7 +43,7 @@ def save_huggingface(
 
     It holds the weights as safetensors, `config.json`, and what belongs to the model in the folder
     that its weights are from: `generation_config.json` and the files of the tokenizer. Rank 0
-    writes; its host holds one file's tensors and one parameter at a time. The folder has its name
+    writes; its host holds one parameter at a time. The folder has its name
     when it is whole, and is gone when something fails.
 
     Args:
@@ -90,8 +89,11 @@ def save_huggingface(
             return partial
 
         partial = together(begin, world)
-        for shard, tensors in _filled(model, files, kind):
-            together(lambda: _write(partial, shard, tensors), world)  # noqa: B023 called at once
+        tensors = _tensors(model)
+        for shard in files:
+            own = {name: shapes[name] for name in shard.tensors}
+            failure = _fill(partial and partial / shard.name, own, kind, tensors)
+            together(lambda: _check(failure), world)  # noqa: B023 called at once
 
         def publish() -> None:
             if not topology.rank:
@@ -101,39 +103,41 @@ def save_huggingface(
         together(publish, world)
 
 
-def _filled(
-    model: CausalLM, files: list[Shard], kind: torch.dtype
-) -> Iterator[tuple[Shard, Mapping[str, Tensor]]]:
-    """Each file when its tensors are there: of rank 0, and none on all others."""
-    last = {shard.tensors[-1]: shard for shard in files}
-    held: dict[str, Tensor] = {}
+def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor | None]]:
+    """Every tensor of the files in order, on rank 0; on all others its name."""
     every = table_of(model)
     parameters = whole_parameters(model)
     for conversion in progress(every, "writing weights", model.context.topology):
         found = next(parameters)
-        held |= {name: tensor.to("cpu", kind).contiguous() for name, tensor in found.items()}
-        del found
         for name in conversion.theirs:
-            if name in last:
-                shard = last[name]
-                own = {one: held.pop(one) for one in shard.tensors if one in held}
-                yield shard, own
-                del own
+            yield name, found.pop(name, None)
 
 
-def _write(partial: Path | None, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
-    if partial is None:
-        return
-    path = partial / shard.name
-    try:
-        # transformers 4 asks for the format.
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"code: (\d+)", str(error))
-        number = int(code[1]) if code else errno.EIO
-        written = path.stat().st_size if path.exists() else 0
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        raise write_error(path, OSError(number, os.strerror(number)), written, needed) from error
+def _fill(
+    path: Path | None,
+    shapes: Mapping[str, Shape],
+    kind: torch.dtype,
+    tensors: Iterator[tuple[str, Tensor | None]],
+) -> OSError | None:
+    """Take as many tensors as a file has; rank 0 writes it. Returns what a disk has failed at."""
+    taken = islice(tensors, len(shapes))
+    failure = None
+    if path is not None:
+        try:
+            with tensor_file(path, shapes, kind) as file:
+                for name, tensor in taken:
+                    assert tensor is not None, "rank 0 has them all"
+                    file.put(name, tensor)
+        except OSError as error:
+            failure = error
+    for _ in taken:  # which all ranks bring together
+        pass
+    return failure
+
+
+def _check(failure: OSError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def check_target(target: Path) -> None:

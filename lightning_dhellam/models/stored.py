@@ -18,7 +18,7 @@ WHOLE = "model.safetensors"
 _INDEXED = (INDEX, "pytorch_model.bin.index.json")
 _WHOLE = (WHOLE, "pytorch_model.bin")
 _REMEDY = "fetch or save the model again"
-_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What safetensors calls types of weights."""
 
 
@@ -38,7 +38,7 @@ class Stored:
         self._file, self._name, self._slice = file, name, file.get_slice(name)
         self.shape: Shape = tuple(self._slice.get_shape())
         kind = self._slice.get_dtype()
-        self.kind: str = _TYPES.get(kind, kind)
+        self.kind: str = TYPES.get(kind, kind)
 
     def __getitem__(self, slices: Any) -> Tensor:
         # safetensors cuts nothing that has no dimension.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from lightning_dhellam.models import (
     save_huggingface,
 )
 from lightning_dhellam.models.stored import Stored, stored_tensors
+from lightning_dhellam.models.written import TensorFile
 from lightning_dhellam.parallel import ParallelContext
+from tests.full_disk import full_disk
 from tests.models.folders import (
     SHAPES,
     families_without_shape,
@@ -348,28 +349,13 @@ def test_another_tokenizer_than_that_of_the_origin(folder: Path, tmp_path: Path)
     assert not (tmp_path / "large").exists()
 
 
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A disk that fails at the second file of weights."""
-    from lightning_dhellam.models import saving
-
-    def failing(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
-        if "00002" in path.name:
-            (path.parent / path.name).write_bytes(b"half")
-            raise saving.SafetensorError(
-                'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No'
-                ' space left on device" }'
-            )
-        save_file(tensors, path, **options)
-
-    monkeypatch.setattr(saving, "save_file", failing)
-    yield
-
-
-def test_a_full_disk_leaves_nothing_and_is_named(
-    model: CausalLM, broken: None, tmp_path: Path
-) -> None:
-    with pytest.raises(OSError, match=r"model-00002-of-.*: No space left on device: 4 bytes were"):
+def test_a_full_disk_leaves_nothing_and_is_named(model: CausalLM, tmp_path: Path) -> None:
+    with (
+        full_disk(tmp_path, 30_000),
+        pytest.raises(
+            OSError, match=r"model-0000\d-of-.*: No space left on device: .* more are needed"
+        ),
+    ):
         save_huggingface(model, tmp_path / "ours", max_shard_size="10KB")
     assert os.listdir(tmp_path) == []
 
@@ -377,12 +363,10 @@ def test_a_full_disk_leaves_nothing_and_is_named(
 def test_an_interrupted_export_leaves_nothing(
     model: CausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lightning_dhellam.models import saving
-
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, "save_file", interrupted)
+    monkeypatch.setattr(TensorFile, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_huggingface(model, tmp_path / "ours")
     assert os.listdir(tmp_path) == []
