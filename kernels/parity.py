@@ -180,6 +180,10 @@ def _dropout(backend: Any, draw: Draw) -> Pairs:
     places = 1_000_000 + 7 * torch.randperm(draw.tokens, device=draw.device)
     expected = dropout.forward_add(x.float(), residual.float(), p, key, places)
     yield "y at places", backend.forward_add(x, residual, p, key, places), expected
+    # A part of rows that are longer, in more blocks of numbers than it has itself.
+    part = 3 * draw.width + 1, 5 * draw.width + 4096
+    expected = dropout.forward(x.float(), p, key, places, part)
+    yield "y of a part", backend.forward(x, p, key, places, part), expected
 
 
 def _merge(backend: Any, draw: Draw) -> Pairs:

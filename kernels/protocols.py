@@ -35,12 +35,22 @@ class CrossEntropyKernel(Protocol):
 
 
 class DropoutKernel(Protocol):
-    """Dropout whose mask follows from a key, and from the places [s] of the rows of a tensor."""
+    """Dropout whose mask follows from a key, and from the places [s] of the rows of a tensor.
+
+    `columns` are for a tensor that has a part of each row: the first element, and how many all are.
+    """
 
     def derive_key(self, key: int, *counters: int) -> int:
         """A new key from a key and counters."""
 
-    def forward(self, x: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        p: float,
+        key: int,
+        places: Tensor | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Drop elements of `x` [s, ...] with probability `p`, and scale the others."""
 
     def forward_add(
@@ -48,7 +58,14 @@ class DropoutKernel(Protocol):
     ) -> Tensor:
         """Add to `residual` what `forward` makes of `x`."""
 
-    def backward(self, dy: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+    def backward(
+        self,
+        dy: Tensor,
+        p: float,
+        key: int,
+        places: Tensor | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Tensor:
         """The gradient by `x`, from `dy`, that of what `forward` gave."""
 
 

@@ -8,42 +8,54 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_dhellam.kernels.dropout.philox import SPAN, threshold
-from lightning_dhellam.kernels.dropout.reference import derive_key
+from lightning_dhellam.kernels.dropout.reference import Columns, derive_key
 from lightning_dhellam.kernels.launch import blocks
 
 __all__ = ["backward", "derive_key", "forward", "forward_add"]
 
 
-def forward(x: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+def forward(
+    x: Tensor, p: float, key: int, places: Tensor | None = None, columns: Columns = None
+) -> Tensor:
     """Compute what `reference.forward` does."""
-    return _launch(x, None, p, key, places)
+    return _launch(x, None, p, key, places, columns)
 
 
 def forward_add(
     x: Tensor, residual: Tensor, p: float, key: int, places: Tensor | None = None
 ) -> Tensor:
     """Compute what `reference.forward_add` does."""
-    return _launch(x, residual.contiguous(), p, key, places)
+    return _launch(x, residual.contiguous(), p, key, places, None)
 
 
-def backward(dy: Tensor, p: float, key: int, places: Tensor | None = None) -> Tensor:
+def backward(
+    dy: Tensor, p: float, key: int, places: Tensor | None = None, columns: Columns = None
+) -> Tensor:
     """Compute what `reference.backward` does."""
-    return _launch(dy, None, p, key, places)
+    return _launch(dy, None, p, key, places, columns)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, p: float, key: int, places: Tensor | None
+    x: Tensor,
+    residual: Tensor | None,
+    p: float,
+    key: int,
+    places: Tensor | None,
+    columns: Columns,
 ) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     scale = 1 / (1 - p) if p < 1 else 0.0
     rows = x.shape[0]
     width = x.numel() // rows
-    across = blocks(width, 4 * SPAN)
-    _drop[(rows * across,)](
+    first, whole = columns or (0, width)
+    before = first // (4 * SPAN)
+    own = blocks(first + width, 4 * SPAN) - before
+    _drop[(rows * own,)](
         x, x if residual is None else residual, out, x if places is None else places.contiguous(),
-        width, across, key, threshold(p), scale,
-        ADDS=residual is not None, PLACED=places is not None, WIDTH=SPAN, num_warps=4,
+        width, first, before, own, blocks(whole, 4 * SPAN), key, threshold(p), scale,
+        ADDS=residual is not None, PART=columns is not None, PLACED=places is not None,
+        WIDTH=SPAN, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -55,39 +67,48 @@ def _drop(
     out: tl.tensor,
     places: tl.tensor,
     size: int,
+    first: int,
+    before: int,
+    own: int,
     across: int,
     key: tl.tensor,
     limit: int,
     scale: float,
     ADDS: tl.constexpr,
+    PART: tl.constexpr,
     PLACED: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) // across).to(tl.int64)
-    block = tl.program_id(0) % across
+    row = (tl.program_id(0) // own).to(tl.int64)
+    block = before + tl.program_id(0) % own
     place = row
     if PLACED:
         place = tl.load(places + row)
     x, residual, out = x + row * size, residual + row * size, out + row * size
     lane = tl.arange(0, WIDTH)
-    start = block * 4 * WIDTH + lane
+    start = block * 4 * WIDTH + lane - first
     # All loads are under way while the words are drawn.
-    x0, r0 = _read(x, residual, start, size, ADDS)
-    x1, r1 = _read(x, residual, start + WIDTH, size, ADDS)
-    x2, r2 = _read(x, residual, start + 2 * WIDTH, size, ADDS)
-    x3, r3 = _read(x, residual, start + 3 * WIDTH, size, ADDS)
+    x0, r0 = _read(x, residual, start, size, ADDS, PART)
+    x1, r1 = _read(x, residual, start + WIDTH, size, ADDS, PART)
+    x2, r2 = _read(x, residual, start + 2 * WIDTH, size, ADDS, PART)
+    x3, r3 = _read(x, residual, start + 3 * WIDTH, size, ADDS, PART)
     a, b, c, d = tl.randint4x(key.to(tl.int64), (place * across + block) * WIDTH + lane)
-    _write(out, start, x0, r0, a, size, limit, scale, ADDS)
-    _write(out, start + WIDTH, x1, r1, b, size, limit, scale, ADDS)
-    _write(out, start + 2 * WIDTH, x2, r2, c, size, limit, scale, ADDS)
-    _write(out, start + 3 * WIDTH, x3, r3, d, size, limit, scale, ADDS)
+    _write(out, start, x0, r0, a, size, limit, scale, ADDS, PART)
+    _write(out, start + WIDTH, x1, r1, b, size, limit, scale, ADDS, PART)
+    _write(out, start + 2 * WIDTH, x2, r2, c, size, limit, scale, ADDS, PART)
+    _write(out, start + 3 * WIDTH, x3, r3, d, size, limit, scale, ADDS, PART)
 
 
 @triton.jit
 def _read(
-    x: tl.tensor, residual: tl.tensor, here: tl.tensor, size: int, ADDS: tl.constexpr
+    x: tl.tensor,
+    residual: tl.tensor,
+    here: tl.tensor,
+    size: int,
+    ADDS: tl.constexpr,
+    PART: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    inside = here < size
+    inside = _inside(here, size, PART)
     value = tl.load(x + here, mask=inside, other=0.0)
     branch = value
     if ADDS:
@@ -106,8 +127,17 @@ def _write(
     limit: int,
     scale: float,
     ADDS: tl.constexpr,
+    PART: tl.constexpr,
 ) -> None:
     result = value.to(tl.float32) * tl.where(word.to(tl.int64) >= limit, scale, 0.0)
     if ADDS:
         result += branch.to(tl.float32)
-    tl.store(out + here, result.to(out.dtype.element_ty), mask=here < size)
+    tl.store(out + here, result.to(out.dtype.element_ty), mask=_inside(here, size, PART))
+
+
+@triton.jit
+def _inside(here: tl.tensor, size: int, PART: tl.constexpr) -> tl.tensor:
+    inside = here < size
+    if PART:
+        inside = inside & (here >= 0)
+    return inside

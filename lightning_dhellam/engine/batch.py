@@ -111,6 +111,7 @@ def cut(
         slots: dict[str, Any] = {
             "batch.positions": positions[rows].t().contiguous(),
             "batch.places": own,
+            "batch.every_place": places,
             "batch.documents": documents and runs_of(documents, rows, share, on_device),
             # A copy: kernels are chosen by the place of their arguments too, and a part of a batch
             # may begin anywhere.

@@ -8,7 +8,8 @@ and that of a row-parallel layer is part of the partial sum which the layer scat
     row      forward   down  up | (scatter)       backward  (gather) | up.dgrad  down.dgrad  wgrads
 
 In a column-parallel layer `down` reads this rank's tokens, before they are gathered, and its
-gradient is a sum over them.
+gradient is a sum over them. Where elements of what `down` reads are dropped, the operators that
+need the mask draw it each time anew: nothing more is saved.
 
 Shapes: S sequence, s = S / TP, B batch, I and O channels of this rank, R = P * r of the adapter.
 """
@@ -17,16 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_dhellam.kernels.protocols import LinearKernel
+from lightning_dhellam.kernels.protocols import DropoutKernel, LinearKernel
 from lightning_dhellam.layers.adapter import Adapter
-from lightning_dhellam.layers.rules import OF_TOKENS, on_tp, products
+from lightning_dhellam.layers.rules import DRAWS, DRAWS_OF_ALL, OF_TOKENS, drawing, on_tp, products
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
 from lightning_dhellam.parallel.gradients import taken_first
-from lightning_dhellam.plan.layout import Held, Rule
+from lightning_dhellam.plan.layout import CHANNELS, Held, Rule
+
+SALTS = {"qkv": 4, "proj": 5, "fc1": 6, "fc2": 7}
+"""Counters of the dropout before adapters: the sums of a layer and its attention have others."""
 
 _WHOLE, _PARTIAL, _TOKENS = Held.REPLICATED, Held.PARTIAL, Held.SEQUENCE
 
@@ -40,17 +46,26 @@ class Adapted:
         adapter: whose parameters are read, and their `main_grad` added to.
         along: what the channels are that tensor-parallel ranks share.
         kernel: what computes the GEMMs.
+        dropout: what drops elements of the input.
+        layer: the layer's number, which enters its random numbers.
     """
 
     name: str
     adapter: Adapter
     along: Held
     kernel: LinearKernel
+    dropout: DropoutKernel
+    layer: int
 
     @property
     def trains(self) -> bool:
         """Whether a gradient is wanted of any of its parameters."""
         return self.adapter.down.requires_grad or self.adapter.up.requires_grad
+
+    @property
+    def _passes(self) -> int:
+        """How often an operator goes through what `down` reads: dropping it is two times more."""
+        return 3 if self.adapter.dropout else 1
 
     @property
     def _low(self) -> str:
@@ -62,17 +77,41 @@ class Adapted:
         """The channels of what `down` computes, R."""
         return self.adapter.down.shape[0]
 
+    @property
+    def _draws(self) -> tuple[str, ...]:
+        """What is read to know what is dropped, behind all else; nothing without dropout."""
+        raise NotImplementedError
+
+    def _drawn(self, rule: Rule, reads: int) -> Rule:
+        """`rule` of an operator that knows what is dropped, besides what `reads` slots say."""
+        raise NotImplementedError
+
+    def _dropped(self, x: Tensor, key: int | None = None, places: Tensor | None = None) -> Tensor:
+        """What `down` reads of its input, or the gradient by the input of that by what it read.
+
+        `x` [..., I] has as many rows for each of `places`. In evaluation there is no key.
+        """
+        if key is None or places is None:
+            return x
+        adapter, dropout, width = self.adapter, self.dropout, x.shape[-1]
+        rows = x.reshape(-1, width)
+        batch = len(rows) // len(places)
+        each = (places[:, None] * batch + torch.arange(batch, device=x.device)).flatten()
+        own = dropout.derive_key(key, self.layer, SALTS[self.name])
+        part = (adapter.place * width, adapter.ranks * width)
+        return dropout.forward(rows, adapter.dropout, own, each, part).view(x.shape)
+
     def _down(self, w: GraphWriter, read: str, shares: int, rule: Rule) -> None:
         """Add the scaled product by `down`, of one in `shares` tokens."""
         forward, down, scale = self.kernel.forward, self.adapter.down, self.adapter.scale
         w.compute(
             f"{self.name}.lora.down",
-            (read,),
+            (read, *self._draws),
             {self._low: w.sizes.wide(self._channels) / shares},
-            lambda x: forward(x, down).mul_(scale),
+            lambda x, *drawn: forward(self._dropped(x, *drawn), down).mul_(scale),
             flops=2.0 * down.numel() / shares,
-            moved=w.sizes.wide(down.shape[1]) / shares,
-            rule=rule,
+            moved=self._passes * w.sizes.wide(down.shape[1]) / shares,
+            rule=self._drawn(rule, 1),
         )
 
     def _up(self, w: GraphWriter, base: str, low: str, write: str, rule: Rule) -> None:
@@ -108,28 +147,37 @@ class Adapted:
         self, w: GraphWriter, base: str, grad: str, write: str, shares: int, rule: Rule
     ) -> None:
         """Add to `base` the gradient by the input that comes through the adapter, in place."""
-        down = self.adapter.down
+        down, dgrad = self.adapter.down, self.kernel.dgrad
         size = w.sizes.wide(down.shape[1]) / shares
+
+        def run(
+            dx: Tensor, dh: Tensor, key: int | None = None, places: Tensor | None = None
+        ) -> Tensor:
+            if key is None:
+                return _add_product(dx, dh, down)
+            return dx.add_(self._dropped(dgrad(dh, down), key, places).view(dx.shape))
+
         w.compute(
             f"{self.name}.lora.down.dgrad",
-            (base, grad),
+            (base, grad, *self._draws),
             {write: size},
-            lambda dx, dh: _add_product(dx, dh, down),
+            run,
             flops=2.0 * down.numel() / shares,
-            moved=2 * size,
+            moved=2 * self._passes * size,
             takes=((write, base),),
-            rule=rule,
+            rule=self._drawn(rule, 2),
         )
 
     def _down_wgrad(self, w: GraphWriter, grad: str, read: str, shares: int, rule: Rule) -> None:
         accumulate, down = self.kernel.accumulate_wgrad, self.adapter.down
 
-        def run(dh: Tensor, x: Tensor) -> None:
+        def run(dh: Tensor, x: Tensor, *drawn: Any) -> None:
             first = taken_first(down)
-            accumulate(main_grad(down), dh, x, first=first)
+            accumulate(main_grad(down), dh, self._dropped(x, *drawn), first=first)
 
         name, flops = f"{self.name}.lora.down.wgrad", 2.0 * down.numel() / shares
-        self._wgrad(w, name, (grad, read), run, flops, down, rule)
+        reads = (grad, read, *self._draws)
+        self._wgrad(w, name, reads, run, flops, down, self._drawn(rule, 2))
 
     def _up_wgrad(self, w: GraphWriter, grad: str, low: str, rule: Rule) -> None:
         accumulate, adapter, up = self.kernel.accumulate_wgrad, self.adapter, self.adapter.up
@@ -148,8 +196,8 @@ class Adapted:
         self,
         w: GraphWriter,
         name: str,
-        reads: tuple[str, str],
-        run: Callable[[Tensor, Tensor], None],
+        reads: tuple[str, ...],
+        run: Callable[..., None],
         flops: float,
         parameter: Parameter,
         rule: Rule,
@@ -164,6 +212,15 @@ class Adapted:
 @dataclass(frozen=True)
 class AdaptedColumn(Adapted):
     """The adapter of a column-parallel layer."""
+
+    @property
+    def _draws(self) -> tuple[str, ...]:
+        return DRAWS if self.adapter.dropout else ()
+
+    def _drawn(self, rule: Rule, reads: int) -> Rule:
+        if not self.adapter.dropout:
+            return rule
+        return drawing(rule, reads, frozenset({Held.SEQUENCE}))
 
     def down(self, w: GraphWriter, read: str) -> None:
         """Add what `up` needs of `read` [s, B, I]."""
@@ -197,6 +254,15 @@ class AdaptedColumn(Adapted):
 @dataclass(frozen=True)
 class AdaptedRow(Adapted):
     """The adapter of a row-parallel layer."""
+
+    @property
+    def _draws(self) -> tuple[str, ...]:
+        return DRAWS_OF_ALL if self.adapter.dropout else ()
+
+    def _drawn(self, rule: Rule, reads: int) -> Rule:
+        if not self.adapter.dropout:
+            return rule
+        return drawing(rule, reads, CHANNELS | {Held.SEQUENCE})
 
     def forward(self, w: GraphWriter, read: str, base: str, write: str) -> None:
         """Add `write` [S, B, O], this rank's part of the sum, of `base` and `read` [S, B, I]."""

@@ -41,6 +41,7 @@ class Adapter(nn.Module):
         products: [O], the number of the adapted product of each row of this rank's weight, -1 for
             a row without; None where all rows are of one.
         drawn: the A of each adapted product [r, I], whole.
+        dropout: probability of dropping an element of what `down` reads.
     """
 
     def __init__(
@@ -50,14 +51,17 @@ class Adapter(nn.Module):
         scale: float,
         products: Tensor | None,
         drawn: list[Tensor],
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.rank, self.scale = rank, scale
+        self.rank, self.scale, self.dropout = rank, scale, dropout
         self.is_column = isinstance(linear, ColumnParallelLinear)
         weight, group = linear.weight, linear.tp_group
+        self.place: int = 0 if self.is_column else group.rank()
+        self.ranks: int = 1 if self.is_column else group.size()
         down = torch.cat(drawn)
         if not self.is_column:
-            down = down.chunk(group.size(), dim=1)[group.rank()]
+            down = down.chunk(self.ranks, dim=1)[self.place]
         self.down = nn.Parameter(down.to(weight))
         self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         set_tensor_model_parallel_attributes(self.down, not self.is_column, 1, 1)
@@ -84,8 +88,12 @@ class Adapter(nn.Module):
         """What the adapter adds to this rank's weight, [O, I] in fp32."""
         return self.scale * (self.spread().float() @ self.down.float())
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """What `down` reads of an input under plain autograd."""
+        return nn.functional.dropout(x, self.dropout, self.training)
+
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}"
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
     def _own_products(self) -> Tensor | None:
         # No buffer: those are shared among ranks and saved. The model may have moved since.
@@ -110,7 +118,7 @@ def _add_adapter(linear: Any, args: tuple[Tensor, ...], output: Any) -> Any:
     """Under plain autograd: add what the adapter computes to what the linear layer has."""
     adapter = linear.lora
     y, bias = output
-    low = nn.functional.linear(args[0], adapter.down) * adapter.scale
+    low = nn.functional.linear(adapter.dropped(args[0]), adapter.down) * adapter.scale
     if adapter.is_column:
         if linear.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, group=linear.tp_group)

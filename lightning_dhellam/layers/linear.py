@@ -155,7 +155,11 @@ class ColumnLinear(_Linear):
         adapter = adapter_of(module)
         if adapter is None:
             return cls(*parts)
-        return cls(*parts, AdaptedColumn(parts[0], adapter, along, setting.kernels.linear))
+        kernels = setting.kernels
+        return cls(
+            *parts,
+            AdaptedColumn(parts[0], adapter, along, kernels.linear, kernels.dropout, setting.index),
+        )
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -218,7 +222,11 @@ class RowLinear(_Linear):
         adapter = adapter_of(module)
         if adapter is None:
             return cls(*parts)
-        return cls(*parts, AdaptedRow(parts[0], adapter, along, setting.kernels.linear))
+        kernels = setting.kernels
+        return cls(
+            *parts,
+            AdaptedRow(parts[0], adapter, along, kernels.linear, kernels.dropout, setting.index),
+        )
 
     @property
     def _ends(self) -> tuple[Held, Held]:

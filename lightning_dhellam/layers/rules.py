@@ -21,8 +21,26 @@ OF_TOKENS = Rule(mixes=CHANNELS)
 DRAWS = ("batch.whole_key", "batch.places")
 """What dropout of hidden states reads: a key, and where in its sequence each token stands."""
 
+DRAWS_OF_ALL = ("batch.whole_key", "batch.every_place")
+"""As `DRAWS`, where a tensor-parallel rank has a part of every token instead of some tokens."""
+
 DRAWN = Rule(draws="batch.whole_key", placed=frozenset({Held.SEQUENCE}))
 """As `ALIKE`, of that dropout: ranks that share a sequence draw what one rank would."""
+
+
+def drawing(rule: Rule, reads: int, placed: frozenset[Held]) -> Rule:
+    """`rule` of an operator that draws as well: behind its `reads` slots it has a key and places.
+
+    What it draws follows from the places of what lies `placed`.
+    """
+    alike = Held.REPLICATED, Held.REPLICATED
+
+    def with_both(move: Move) -> Move:
+        each = move.reads if isinstance(move.reads, tuple) else (move.reads,) * reads
+        return replace(move, reads=(*each, *alike))
+
+    moves = {communicator: with_both(move) for communicator, move in rule.moves.items()}
+    return replace(rule, moves=moves, draws=DRAWS[0], placed=placed)
 
 
 def several(context: ParallelContext) -> frozenset[str]:
@@ -53,6 +71,7 @@ def of_batch(context: ParallelContext) -> dict[str, Layout]:
         "batch.tokens": tokens,
         "batch.positions": tokens,
         "batch.places": of_stream(context),
+        "batch.every_place": tokens,
         "batch.documents": tokens,
         "batch.labels": tokens,
         "batch.weights": tokens,

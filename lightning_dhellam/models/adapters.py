@@ -58,7 +58,7 @@ def add_lora(model: CausalLM, lora: LoRA, seed: int = 1234) -> CausalLM:
             for number, name in enumerate(target.conversion.theirs)
             if name in target.products
         ]
-        setattr(linear, NAME, Adapter(linear, lora.rank, lora.scale, own, drawn))
+        setattr(linear, NAME, Adapter(linear, lora.rank, lora.scale, own, drawn, lora.dropout))
     model.lora = lora
     return model
 

@@ -53,6 +53,10 @@ class LoRA:
     rslora: bool = False
     """Whether the scale is alpha / √rank instead (arXiv 2312.03732; peft: use_rslora)."""
 
+    dropout: float = 0.0
+    """Probability of dropping an element of what A reads in training (peft: lora_dropout). Products
+    of one weight, such as queries, keys and values, drop the same elements."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.targets is not None:
@@ -62,6 +66,8 @@ class LoRA:
         for name in ("rank", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
 
     @property
     def scale(self) -> float:

@@ -141,6 +141,7 @@ def lora_of(folder: Folder) -> LoRA:
         alpha=theirs.get("lora_alpha", 8),
         targets=tuple(sorted(name.rpartition(".")[2] for name in names)),
         rslora=theirs.get("use_rslora", False),
+        dropout=theirs.get("lora_dropout", 0.0),
     )
 
 
@@ -162,7 +163,7 @@ def _config(model: CausalLM, lora: LoRA, base: str | None) -> dict[str, Any]:
         "init_lora_weights": True,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "target_modules": sorted(targets),
     }

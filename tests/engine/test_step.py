@@ -226,6 +226,7 @@ def test_ranks_that_share_sequences_take_their_pieces_of_all_that_is_cut() -> No
             assert torch.equal(slots["batch.tokens"], batch["tokens"][rows, places])
             assert slots["batch.positions"].tolist() == [[p] * len(data["tokens"]) for p in places]
             assert slots["batch.places"].tolist() == places[4 * (rank % 2) :][:4]
+            assert slots["batch.every_place"].tolist() == places
             assert data["position_ids"].tolist() == [places] * len(data["tokens"])
             for name in ("labels", "loss_mask", "deep"):
                 assert torch.equal(data[name], batch[name][rows][:, places]), name

@@ -36,6 +36,15 @@ def test_ranks_draw_for_their_tokens_what_one_rank_draws(device: torch.device) -
     assert not torch.equal(whole[0] == 0, whole[1] == 0)
 
 
+def test_ranks_draw_for_their_channels_what_one_rank_draws(device: torch.device) -> None:
+    x = drawn((5, 6000), torch.float32, device).abs() + 1
+    whole = dropout.forward(x, 0.4, 5)
+    for first, last in ((0, 3000), (3000, 6000), (2047, 4097)):
+        part = x[:, first:last], 0.4, 5, None, (first, 6000)
+        assert torch.equal(dropout.forward(*part), whole[:, first:last])
+        assert torch.equal(dropout.backward(*part), whole[:, first:last])
+
+
 def test_keep_rate_and_scale(device: torch.device) -> None:
     x = torch.ones(200_000, device=device)
     for p in (0.1, 0.5):

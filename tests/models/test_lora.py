@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from lightning_dhellam.kernels import dropout
 from lightning_dhellam.layers import lower
+from lightning_dhellam.layers.adapted import SALTS
+from lightning_dhellam.layers.adapter import Adapter
 from lightning_dhellam.models import (
     CausalLM,
     LoRA,
@@ -23,6 +27,7 @@ from lightning_dhellam.models import (
     lora_of,
     save_adapters,
 )
+from lightning_dhellam.models.adapters import adapters_of
 from lightning_dhellam.parallel import ParallelContext
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces, train
 from tests.models.llama import SMALL, hugging_face_llama, relative_error
@@ -78,10 +83,44 @@ def test_plain_autograd_computes_what_the_operators_do() -> None:
     assert max(relative_error(found[n], expected[n]) for n in expected) <= 1e-5
 
 
+def test_both_directions_drop_the_same_which_the_key_and_the_places_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = LoRA(rank=3, alpha=6, dropout=0.3)
+    model, batch = _with_numbers(_model(lora)), batch_of(SMALL)
+    (micro_batch,) = pieces(batch, len(batch["tokens"]), model.context)
+    names = {id(adapter): name for name, adapter in adapters_of(model).items()}
+
+    def dropped(adapter: Adapter, x: Tensor) -> Tensor:
+        _, layer, *_, linear = names[id(adapter)].split(".")
+        counters = int(layer), SALTS[linear.removeprefix("linear_")]
+        key = dropout.derive_key(micro_batch.slots["batch.whole_key"], *counters)
+        # Rows are tokens: of each place those of all samples.
+        return x * dropout.forward(torch.ones(len(x) * x.shape[1], x.shape[2]), 0.3, key).view_as(x)
+
+    monkeypatch.setattr(Adapter, "dropped", dropped)
+    losses = model(batch["tokens"], batch["labels"])
+    mean = losses.sum() / (batch["labels"] != -100).sum()
+    mean.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    add_main_grads(model)
+    loss, found = train(engine_of(lower(model), poison=True), model, [micro_batch])
+    assert relative_error(loss, mean) <= 1e-6
+    assert max(relative_error(found[n], expected[n]) for n in expected) <= 1e-5
+
+
+def test_plain_autograd_drops_in_training_alone() -> None:
+    model, plain = _with_numbers(_model(LoRA(rank=3, dropout=0.3))), _with_numbers(_model(LoRA(3)))
+    tokens = batch_of(SMALL)["tokens"]
+    assert relative_error(model(tokens), plain(tokens)) > 0.01
+    assert torch.equal(model.eval()(tokens), plain(tokens))
+
+
 def test_adapters_come_back_from_a_folder_of_pefts(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    model = _with_numbers(_model())
+    saved_as = replace(LORA, dropout=0.1, rslora=True)
+    model = _with_numbers(_model(saved_as))
     save_adapters(model, tmp_path / "adapters", base="meta-llama/Llama-3.1-8B")
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6, "LORA")
@@ -90,8 +129,9 @@ def test_adapters_come_back_from_a_folder_of_pefts(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     theirs = peft_tensors(adapted(hugging_face_llama(SMALL), LORA, LORA.targets or ()))
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in theirs.items()}
+    assert (config["lora_dropout"], config["use_rslora"], config["bias"]) == (0.1, True, "none")
     lora = lora_of(tmp_path / "adapters")
-    assert lora == replace(LORA, targets=tuple(sorted(LORA.targets or ())))
+    assert lora == replace(saved_as, targets=tuple(sorted(LORA.targets or ())))
     other = _model(lora, seed=2)
     load_adapters(other, tmp_path / "adapters")
     parameters = dict(other.named_parameters())
@@ -124,6 +164,7 @@ def test_pefts_adapters_give_pefts_logits(tmp_path: Path) -> None:
     [
         (lambda: LoRA(rank=0), r"rank=0 must be greater than 0"),
         (lambda: LoRA(alpha=-1.0), r"alpha=-1\.0 must be greater than 0"),
+        (lambda: LoRA(dropout=1.0), r"dropout=1\.0 must be in \[0, 1\)"),
         (lambda: LoRA(rank="16"), r"rank='16' must be a whole number"),
         (lambda: LoRA(targets=()), r"targets names no layer"),
         (lambda: LoRA(targets="q_proj"), r"targets='q_proj' must be a list"),
@@ -178,6 +219,8 @@ def test_adapters_that_do_not_fit_are_refused_and_nothing_is_changed(tmp_path: P
     targets = r"targets=\['q_proj'\], and the model has \['down_proj', "
     refused(targets, model, target_modules=["q_proj"])
     refused(r"use_dora=True, and only False can be expressed", model, use_dora=True)
+    refused(r"bias='all', and only 'none' can be expressed", model, bias="all")
+    refused(r"modules_to_save=\['lm_head'\], and only None", model, modules_to_save=["lm_head"])
     refused(r"peft_type='LOHA', and only 'LORA'", model, peft_type="LOHA")
     refused(r"target_modules='\.\*', and only a list", model, target_modules=".*")
     deeper = _model(LORA, replace(SMALL, num_layers=3))

@@ -193,28 +193,49 @@ def check_merged(world: int, of_ranks: list[dict[str, Outcome]]) -> None:
             assert relative_error(found[name]["logits"], logits) <= 1e-5, name
 
 
-def _with_plans(rank: int) -> list[str]:
+DROPPING = replace(SMALL, hidden_dropout=0.1)
+
+
+def _with_plans(rank: int) -> tuple[list[str], Tensor, dict[str, Tensor]]:
     wrong = []
-    case = Case({"tensor_parallel_size": 2}, config=replace(SMALL, hidden_dropout=0.1))
+    case = Case({"tensor_parallel_size": 2}, LoRA(rank=3, dropout=0.3), config=DROPPING)
     batch = batch_of(case.config, 4, 24)
     with _started(case, plan="sequential") as runner:
         trained = [p for p in runner.model.parameters() if p.requires_grad]
         runner.optimizer(torch.optim.SGD(trained, lr=0.1), distributed_optimizer=False)
         expected = runner.train(batch, step=0), _gradients(runner)
-        builders = BUILDERS | {f"random-{seed}": random_builder(seed) for seed in range(12)}
-        for plan, builder in builders.items():
+        whole = _by_peft(runner.model, expected[1])
+        for plan, builder in (
+            BUILDERS | {f"random-{seed}": random_builder(seed) for seed in range(12)}
+        ).items():
             runner.use_plan(plan, builder)
             found = runner.train(batch, step=0), _gradients(runner)
             wrong += [f"{plan}: {name}" for name in differing(found, expected)]
-    # What adapters have written over is made again as well.
-    for slots in (["qkv"], ["gathers", "gate_up"], "selective", "full"):
+        logits = runner.predict(batch)
+    # What adapters have written over is made again as well, and what they drop is drawn again.
+    for slots in (["qkv", "qkv_low"], ["gathers", "gate_up"], "selective", "full"):
         with _started(case, plan="dhellam", recompute=slots) as runner:
             trained = [p for p in runner.model.parameters() if p.requires_grad]
             runner.optimizer(torch.optim.SGD(trained, lr=0.1), distributed_optimizer=False)
             found = runner.train(batch, step=0), _gradients(runner)
             wrong += [f"{slots}: {name}" for name in differing(found, expected)]
-    return wrong
+    return wrong, logits, whole
 
 
-def test_no_plan_and_nothing_made_again_changes_a_bit() -> None:
-    assert run_ranks(2, _with_plans) == [[], []]
+def test_neither_plans_nor_what_is_made_again_change_a_bit_nor_do_ranks_drop_otherwise() -> None:
+    of_ranks = run_ranks(2, _with_plans)
+    case = Case({}, LoRA(rank=3, dropout=0.3), config=DROPPING)
+    batch = batch_of(case.config, 4, 24)
+    with _started(case) as runner:
+        trained = [p for p in runner.model.parameters() if p.requires_grad]
+        runner.optimizer(torch.optim.SGD(trained, lr=0.1), distributed_optimizer=False)
+        runner.train(batch, step=0)
+        expected = _by_peft(runner.model, _gradients(runner))
+    with _started(replace(case, lora=LoRA(rank=3))) as runner:
+        logits = runner.predict(batch)
+    for wrong, found, gradients in of_ranks:
+        assert wrong == []
+        assert relative_error(found, logits) <= 1e-5
+        errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
+        # Another element dropped would show in the first digit.
+        assert max(errors.values()) <= 5e-5, errors
