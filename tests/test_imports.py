@@ -30,7 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "runner",
         "balance training",
         "agreed precision",
-        "checkpoint",
+        "checkpoint memory",
         "models",
         "engine layers data search",
         "pipeline",

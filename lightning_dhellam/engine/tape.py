@@ -86,7 +86,7 @@ class Ledger:
     def add(self, slot: Slot) -> None:
         """A slot came to life. It borrows the memory of live slots that it has views of."""
         self.slots += 1
-        slot.storages = _storages(slot.value)
+        slot.storages = self.storages(slot.value)
         for place, size in slot.storages:
             holders, memory = self._storages.get(place, (0, slot.memory))
             self._storages[place] = holders + 1, memory
@@ -110,18 +110,17 @@ class Ledger:
                 del self._storages[place]
                 self.bytes -= size
 
+    def storages(self, value: Any) -> tuple[tuple[int, int], ...]:
+        """Where the storages of the tensors in `value` begin, and their bytes."""
+        found = []
+        for tensor in tensors(value):
+            storage = tensor.untyped_storage()
+            found.append((storage.data_ptr(), storage.nbytes()))
+        return tuple(found)
+
     def shared(self, tensor: Tensor) -> bool:
         """Whether a live slot uses the storage of `tensor`."""
         return tensor.untyped_storage().data_ptr() in self._storages
-
-
-def _storages(value: Any) -> tuple[tuple[int, int], ...]:
-    """Where the storages of the tensors in `value` begin, and their bytes."""
-    found = []
-    for tensor in tensors(value):
-        storage = tensor.untyped_storage()
-        found.append((storage.data_ptr(), storage.nbytes()))
-    return tuple(found)
 
 
 def tensors(value: Any) -> tuple[Tensor, ...]:

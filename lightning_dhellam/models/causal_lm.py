@@ -120,7 +120,8 @@ class CausalLM(nn.Module):
             # which is padded to a multiple of the tensor-parallel size.
             draw_part(self.context, seed, 2 + self.config.num_layers)
             table = embedding.position_embeddings
-            table.to(self.context.device, self.transformer_config.params_dtype)
+            weight = table.weight.data
+            table.weight.data = weight.to(self.context.device, self.transformer_config.params_dtype)
             if self.transformer_config.perform_initialization:
                 self.transformer_config.embedding_init_method(table.weight)
         return embedding

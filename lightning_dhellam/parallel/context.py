@@ -63,6 +63,7 @@ class ParallelContext:
         host_group: all ranks, for values in host memory, so that nothing waits for a device; None
             where there are no others.
         asked: what the groups were made for, with which the next context may take them over.
+        planned: whether there are no processes: this is a rank of a run that is only planned.
     """
 
     device: torch.device
@@ -75,6 +76,7 @@ class ParallelContext:
     carried: str = ""
     host_group: ProcessGroup | None = None
     asked: _Asked | None = field(default=None, repr=False)
+    planned: bool = False
 
     @classmethod
     def create(
@@ -231,7 +233,7 @@ class ParallelContext:
         backward, reduction of gradients, optimizer step. Re-entrant; nothing remains afterwards.
         """
         with megatron_device(self.device):
-            if dist.is_initialized():
+            if dist.is_initialized() and not self.planned:
                 yield
             else:
                 with without_distributed():

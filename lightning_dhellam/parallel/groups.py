@@ -114,7 +114,7 @@ def everywhere(group: ProcessGroup) -> ProcessGroupCollection:
 
 @contextmanager
 def without_distributed() -> Iterator[None]:
-    """Let Megatron's functions accept our groups of one while torch.distributed is down.
+    """Let Megatron's functions accept groups of our own that torch.distributed does not know.
 
     They drop every group they are given when `is_initialized` is false, then assert that they have
     one; with a group of size 1 they call no collective. Who is initialised is asked for its rank,
@@ -122,8 +122,8 @@ def without_distributed() -> Iterator[None]:
     """
     alone: dict[str, Callable[..., object]] = {
         "is_initialized": lambda: True,
-        "get_rank": lambda group=None: 0,
-        "get_world_size": lambda group=None: 1,
+        "get_rank": lambda group=None: 0 if group is None else group.rank(),
+        "get_world_size": lambda group=None: 1 if group is None else group.size(),
     }
     originals = {name: getattr(dist, name) for name in alone}
     for name, answer in alone.items():
