@@ -26,13 +26,13 @@ class SavedBytes:
 
     Attributes:
         layers: of one micro-batch in each layer of the rank, embedding and head included.
-        chunks: of one micro-batch in each of the rank's two chunks; without a pipeline all are in
-            the first.
+        chunks: of one micro-batch in each of the rank's chunks, in their order; without a pipeline
+            all are in the first.
         rank: the most that is held at once in a step, of all micro-batches.
     """
 
     layers: tuple[int, ...]
-    chunks: tuple[int, int]
+    chunks: tuple[int, ...]
     rank: int
 
 
@@ -55,12 +55,13 @@ def saved_bytes(
     each = tuple(pair.saved_bytes(tokens) for pair in layers)
     live = most = 0
     for leg in stage.legs(micro_batches):
-        for forward, backward in leg.steps:
+        for forward, backward in leg.pairs:
             # Forward fills before backward frees, in the same pair of layers.
             live += each[forward] if forward is not None else 0
             most = max(most, live)
             live -= each[backward] if backward is not None else 0
-    return SavedBytes(each, (sum(each[: stage.turn]), sum(each[stage.turn :])), most)
+    chunks = tuple(sum(each[index] for index in held) for held in stage.chunks.values())
+    return SavedBytes(each, chunks, most)
 
 
 def activation_peak(
