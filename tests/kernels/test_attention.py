@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels.attention import BACKENDS, Backend
 from lightning_dhellam.kernels.attention.heads import Heads
-from lightning_dhellam.kernels.choose import CANDIDATES
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from tests.kernels.blocks import Shape, check_blocks
 from tests.kernels.checks import assert_close, drawn, truth
 

@@ -15,6 +15,8 @@ import torch
 
 from lightning_dhellam.kernels import choose, protocols
 from lightning_dhellam.kernels.attention import Backend
+from lightning_dhellam.kernels.candidate import Candidate
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.deterministic import deterministic
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     kernels = choose.choose(CPU, torch.bfloat16)
-    assert set(kernels.names) == set(choose.CANDIDATES)
+    assert set(kernels.names) == set(CANDIDATES)
     attends = {o: kernels.names[o] for o in ("attention", "packed_attention")}
     assert attends == {"attention": "cpu", "packed_attention": "cpu"}
     assert {name for o, name in kernels.names.items() if o not in attends} == {"reference"}
@@ -66,14 +68,14 @@ def test_a_forced_backend_that_is_not_installed(name: str, missing: Callable[[st
 
 
 def test_attention_is_chosen_by_the_size_of_heads() -> None:
-    flash = choose.Candidate(lambda: None, lambda device, dtype: None, largest_head=128)
+    flash = Candidate(lambda: None, lambda device, dtype: None, largest_head=128)
     assert flash.obstacle(CPU, torch.bfloat16, 64) is None
     for size in (4, 36, 256):
         assert flash.obstacle(CPU, torch.bfloat16, size) == (
             f"its heads are multiples of 8 up to 128, and these are {size}"
         )
     assert choose.choose(CPU, torch.bfloat16, head=4).names["attention"] == "cpu"
-    fp32 = choose.Candidate(lambda: None, lambda device, dtype: None, multiple=4)
+    fp32 = Candidate(lambda: None, lambda device, dtype: None, multiple=4)
     assert fp32.obstacle(CPU, torch.float32, 12) is None
     assert fp32.obstacle(CPU, torch.float32, 6) == "its heads are multiples of 4, and these are 6"
 
@@ -229,7 +231,7 @@ def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     assert kernels.names["attention"] == usable[0]
     others = {"attention": usable[0], "embedding": "reference", "linear": "cublas"}
     others |= {"packed_attention": "torch_flash", "dropped_attention": "reference"}
-    assert kernels.names == {o: others.get(o, "triton") for o in choose.CANDIDATES}
+    assert kernels.names == {o: others.get(o, "triton") for o in CANDIDATES}
     of_fp32 = choose.choose(device, torch.float32).names
     assert of_fp32["attention"] == of_fp32["packed_attention"] == "efficient"
     forced = choose.choose(device, torch.bfloat16, {"rms_norm": "reference"})
@@ -245,12 +247,12 @@ PROTOCOLS = {
 
 @pytest.mark.parametrize(
     ("operator", "backend"),
-    [(o, name) for o in PROTOCOLS for name in choose.CANDIDATES[o]],
+    [(o, name) for o in PROTOCOLS for name in CANDIDATES[o]],
 )
 def test_a_backend_has_what_its_operator_promises(operator: str, backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    module = choose.CANDIDATES[operator][backend].load()
+    module = CANDIDATES[operator][backend].load()
     protocol = PROTOCOLS[operator]
     promised = [*protocol.__annotations__, *(n for n in vars(protocol) if not n.startswith("_"))]
     assert promised
@@ -272,7 +274,7 @@ def test_attention_is_a_backend() -> None:
     assert isinstance(choose.choose(CPU, torch.float32).attention, Backend)
 
 
-@pytest.mark.parametrize("name", [n for n in choose.CANDIDATES["attention"] if n != "cpu"])
+@pytest.mark.parametrize("name", [n for n in CANDIDATES["attention"] if n != "cpu"])
 def test_libraries_that_cannot_drop_by_counters_say_so(name: str) -> None:
     with pytest.raises(ValueError) as error:
         choose.choose(CPU, torch.float32, {"dropped_attention": name})
@@ -281,4 +283,4 @@ def test_libraries_that_cannot_drop_by_counters_say_so(name: str) -> None:
 
 
 def test_every_backend_of_attention_says_whether_it_drops_by_counters() -> None:
-    assert {*choose.CANDIDATES["attention"]} < {*choose.CANDIDATES["dropped_attention"]}
+    assert {*CANDIDATES["attention"]} < {*CANDIDATES["dropped_attention"]}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.protocols import GroupedKernel
 from tests.kernels.checks import TOLERANCE, assert_close, drawn
 
@@ -56,7 +57,7 @@ def _case(rows: Sequence[int], dtype: torch.dtype, device: torch.device) -> Case
 
 def _backends(device: torch.device, dtype: torch.dtype) -> list[GroupedKernel]:
     usable = choose.available("grouped", device, dtype)
-    return [choose.CANDIDATES["grouped"][name].load() for name, why in usable if why is None]
+    return [CANDIDATES["grouped"][name].load() for name, why in usable if why is None]
 
 
 @pytest.mark.parametrize("sizes", SIZES)

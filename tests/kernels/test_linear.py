@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import choose, embedding
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.protocols import LinearKernel
 from tests.kernels.checks import TOLERANCE, assert_close, drawn, strided, truth
 
@@ -14,7 +15,7 @@ from tests.kernels.checks import TOLERANCE, assert_close, drawn, strided, truth
 def _backends(device: torch.device) -> list[LinearKernel]:
     """Every implementation that computes on `device`."""
     usable = choose.available("linear", device, torch.bfloat16)
-    return [choose.CANDIDATES["linear"][name].load() for name, why in usable if why is None]
+    return [CANDIDATES["linear"][name].load() for name, why in usable if why is None]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (7, 3, 40, 24), (5, 2, 8, 56)], ids=str)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels import choose
 from lightning_dhellam.kernels.attention.heads import Heads
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.deterministic import deterministic
 from tests.kernels.blocks import Shape as Blocks
 from tests.kernels.blocks import check_blocks
@@ -32,9 +33,7 @@ BACKENDS = {
 }
 """Module and class of each."""
 
-WINDOWED = [
-    name for name, one in choose.CANDIDATES["attention"].items() if one.windows and name != "cpu"
-]
+WINDOWED = [name for name, one in CANDIDATES["attention"].items() if one.windows and name != "cpu"]
 """Those of GPUs that attend to a sliding window."""
 
 Shape = tuple[int, int, Heads]
@@ -251,7 +250,7 @@ def _check(
 
 @pytest.mark.parametrize("shape", ["less-than-a-block", "grouped"])
 def test_what_we_make_of_the_published_interface(stand_in: Any, shape: str) -> None:
-    takes_windows = choose.CANDIDATES["attention"][stand_in.name].windows
+    takes_windows = CANDIDATES["attention"][stand_in.name].windows
     for ordered in (False, True):
         with deterministic() if ordered else nullcontext():
             for window in (None, 5) if takes_windows else (None,):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.protocols import PermuteKernel
 from tests.kernels.checks import TOLERANCE, assert_close, drawn, truth
 
@@ -17,7 +18,7 @@ TOKENS, CHOICES, GROUPS, WIDTH = 37, 3, 6, 40
 
 def _backends(device: torch.device) -> list[PermuteKernel]:
     usable = choose.available("permute", device, torch.bfloat16)
-    return [choose.CANDIDATES["permute"][name].load() for name, why in usable if why is None]
+    return [CANDIDATES["permute"][name].load() for name, why in usable if why is None]
 
 
 def _chosen(device: torch.device, *, dropped: bool = False) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_dhellam.kernels import choose, cross_entropy
+from lightning_dhellam.kernels import cross_entropy
+from lightning_dhellam.kernels.candidate import Candidate
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.layers import attention, linear, lower, mlp, norm, residual, transformer
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama
 from lightning_dhellam.parallel import ParallelContext
@@ -401,11 +403,11 @@ def test_every_operator_is_computed_by_the_backend_that_was_asked_for(
 ) -> None:
     config = replace(CONFIG, hidden_dropout=0.1, linear_bias=True)
     counted = {}
-    for operator, candidates in choose.CANDIDATES.items():
+    for operator, candidates in CANDIDATES.items():
         if operator in ("attention", "packed_attention"):
             continue
         counted[operator] = Counted(candidates["reference"].load())
-        mine = choose.Candidate(lambda o=operator: counted[o], lambda device, dtype: None)
+        mine = Candidate(lambda o=operator: counted[o], lambda device, dtype: None)
         monkeypatch.setitem(candidates, "mine", mine)
     model = CausalLM(config, context, dtype)
     add_main_grads(model)

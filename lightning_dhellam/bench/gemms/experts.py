@@ -12,6 +12,7 @@ from lightning_dhellam.bench.gemms.report import row_of
 from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.kernels import choose
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.protocols import GroupedKernel
 from lightning_dhellam.models import ModelConfig
 
@@ -23,7 +24,7 @@ def expert_rows(config: ModelConfig, tokens: int, device: torch.device) -> Itera
     wide = config.expert_ffn_hidden_size or config.ffn_hidden_size
     shapes = {"fc1": (2 * wide, config.hidden_size), "fc2": (config.hidden_size, wide)}
     for name, why in choose.available("grouped", device, torch.bfloat16):
-        backend = choose.CANDIDATES["grouped"][name].load()
+        backend = CANDIDATES["grouped"][name].load()
         for gemm, shape in shapes.items() if why is None else ():
             for share in ("even", "uneven"):
                 sizes = _sizes(tokens * config.experts_per_token, config.num_experts, share)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels import choose, permute
 from lightning_dhellam.kernels.attention.heads import Heads
+from lightning_dhellam.kernels.candidates import CANDIDATES
 
 Call = Callable[..., Any]
 Make = Callable[[], tuple[Tensor, ...]]
@@ -52,7 +53,7 @@ class Case:
 
     def plain(self) -> Call:
         """The kernel of the operator's reference."""
-        return self.of(choose.CANDIDATES[self.operator]["reference"].load())
+        return self.of(CANDIDATES[self.operator]["reference"].load())
 
 
 def all_cases(
