@@ -2,33 +2,56 @@
 
 A stage carries out its visits in order. A visit starts when the stage is free and all it needs has
 arrived; it hands a result on as soon as the strand that made it has ended, which may be before the
-visit ends. A stage sends one message at a time, beside its visits:
+visit ends. Transfers go beside visits: a stage sends one message at a time and receives one at a
+time. One begins when it is made and its receive is posted, which is done a walk ahead, and a stage
+that is `sends_ahead` walks ahead of the end of a transfer waits for it:
 
     stage 0   |===== 0F3+3B0 =====|== 3F2 ==|
     pp             |--0F3--> |--3B0->
     stage 1                  |===== 1F3+2B1 =====
+
+Where transfers are kernels, they take processors from the compute of both stages while they go, and
+a receive does from when it is posted, as it spins until the message is there. Copy engines take
+none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import inf
 
-from lightning_dhellam.pipeline.schedules import Schedule, Visit, Work, done_as
+import numpy as np
+
+from lightning_dhellam.pipeline.schedules import (
+    Part,
+    Placement,
+    Schedule,
+    Visit,
+    Work,
+    sends_ahead,
+)
+from lightning_dhellam.pipeline.schedules.verify import POSTED_AHEAD
+from lightning_dhellam.plan import Strand
+from lightning_dhellam.search.pipeline import rule
 from lightning_dhellam.search.pipeline.visits import VisitCost, VisitCosts
 
 
 @dataclass(frozen=True)
 class Link:
-    """The link between neighbouring stages.
+    """The link between stages.
 
     Attributes:
-        bandwidth: bytes per second that a stage can send.
+        bandwidth: bytes per second that a stage can send, and as many that it can receive.
         latency: seconds until the first byte arrives.
+        takes: share of a stage's compute that a transfer takes, from 0 up to less than 1: of NCCL's
+            kernels their share of the device's multiprocessors, of a copy engine 0.
     """
 
     bandwidth: float = inf
     latency: float = 0.0
+    takes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +70,8 @@ class StageUse:
     Attributes:
         compute: seconds in which compute works.
         exposed: seconds of visits in which compute idles: their own communication is not hidden.
-        transfer: seconds between visits in which what is waited for is on its way from a stage.
+        transfer: seconds between visits in which what is waited for is on its way from or to a
+            stage, and those by which transfers lengthen visits.
         bubble: the other seconds between visits, before the first, and after the last.
         peak: most saved activations at a time.
         intervals: the visits, in order.
@@ -67,7 +91,7 @@ class PipelineRun:
 
     Attributes:
         schedule: schedule that was played.
-        seconds: seconds from the first visit to the end of the last.
+        seconds: seconds from the first visit to the end of the last, or of the last reduction.
         stages: how each stage spends the step.
     """
 
@@ -80,94 +104,94 @@ class PipelineRun:
         return [getattr(stage, part) / self.seconds for stage in self.stages]
 
 
-def play(schedule: Schedule, costs: VisitCosts, link: Link | None = None) -> PipelineRun:
-    """Play a step of a schedule that `verify` accepts; without a `link`, transfers are free."""
-    stages = [_Stage(number, schedule, costs, link or Link()) for number in range(schedule.stages)]
-    arrived: dict[Work, _Message] = {}
-    while sum(stage.advance(arrived) for stage in stages):
-        pass
-    assert all(stage.finished for stage in stages), f"{schedule.name} deadlocks"
-    seconds = max(stage.free for stage in stages)
-    return PipelineRun(schedule, seconds, tuple(stage.use(seconds) for stage in stages))
+def play(
+    schedule: Schedule,
+    costs: VisitCosts,
+    link: Link | None = None,
+    *,
+    reductions: Sequence[float] = (),
+) -> PipelineRun:
+    """Play a step of a schedule that `verify` accepts.
+
+    Args:
+        schedule: to play.
+        costs: what its visits cost.
+        link: between stages; transfers are free without.
+        reductions: seconds in which the gradients of each chunk are reduced, from its last gradient
+            of weights on; a stage reduces one chunk at a time. They are the end of a step, as the
+            norm of gradients needs all of them.
+    """
+    visits = _visits(schedule, costs)
+    wires = wires_of(schedule.placement, costs, link, lead=sends_ahead(schedule))
+    starts, ends, waited = rule.run(visits, wires, schedule.micro_batches)
+    assert np.isfinite(ends).all(), f"{schedule.name} deadlocks"
+    given = np.array(reductions or [0.0] * schedule.chunks, float)
+    seconds = float(rule.drained(visits, ends, wires.place, given).max())
+    uses = []
+    for row, (first, last) in zip(schedule.visits, pairwise(visits.offsets), strict=True):
+        times = list(zip(starts[first:last].tolist(), ends[first:last].tolist(), strict=True))
+        known = [costs.of(works) for works in row]
+        uses.append(_use(row, times, known, float(waited[first:last].sum()), seconds))
+    return PipelineRun(schedule, seconds, tuple(uses))
 
 
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """A result, when it was made, and when it arrives where it is needed, in seconds."""
+def wires_of(
+    placement: Placement, costs: VisitCosts, link: Link | None = None, *, lead: int = 0
+) -> rule.Wires:
+    """Return how results get to other stages; see `rule.Wires` for `lead`."""
+    link = link or Link()
+    carry = [
+        [costs.bytes_sent(Work(chunk, part, 0)) / link.bandwidth for part in _SENT]
+        for chunk in range(placement.chunks)
+    ]
+    place = np.array(placement.stage_of)
+    return rule.Wires(place, np.array(carry), link.latency, link.takes, POSTED_AHEAD, lead)
 
-    made: float
-    arrives: float
+
+def _visits(schedule: Schedule, costs: VisitCosts) -> rule.Visits:
+    works = [_numbers(works) for row in schedule.visits for works in row]
+    known = [costs.of(works) for row in schedule.visits for works in row]
+    return rule.Visits(
+        np.array([0, *accumulate(map(len, schedule.visits))]),
+        np.array(works),
+        np.array([cost.seconds for cost in known], float),
+        np.array([[cost.ready.get(strand, 0.0) for strand in Strand] for cost in known], float),
+    )
 
 
-class _Stage:
-    """Knows how far a stage has come, and what it has spent its time on."""
+_SENT = (Part.FORWARD, Part.BACKWARD)
+_PARTS = {Part.BACKWARD: rule.WHOLE, Part.INPUT: rule.INPUT, Part.WEIGHT: rule.WEIGHT}
 
-    def __init__(self, number: int, schedule: Schedule, costs: VisitCosts, link: Link) -> None:
-        self._number, self._visits = number, schedule.visits[number]
-        self._schedule, self._costs, self._link = schedule, costs, link
-        self._sending = 0.0
-        self._intervals: list[VisitInterval] = []
-        self._done: list[VisitCost] = []
-        self._transfer = 0.0
-        self.free = 0.0
 
-    @property
-    def finished(self) -> bool:
-        return len(self._intervals) == len(self._visits)
+def _numbers(works: Visit) -> list[int]:
+    row = [-1, -1, -1, -1, rule.WHOLE]
+    for work in works:
+        if work.part is Part.FORWARD:
+            row[:2] = work.chunk, work.micro_batch
+        else:
+            row[2:] = work.chunk, work.micro_batch, _PARTS[work.part]
+    return row
 
-    def advance(self, arrived: dict[Work, _Message]) -> int:
-        """Carry out all visits that can be by now, and return how many there were."""
-        first = len(self._intervals)
-        while not self.finished:
-            works = self._visits[len(self._intervals)]
-            before = [b for work in works for b in self._schedule.before(work)]
-            if not all(b in arrived for b in before):
-                break
-            self._do(works, [self._received(b, arrived[b]) for b in before], arrived)
-        return len(self._intervals) - first
 
-    def _received(self, work: Work, message: _Message) -> _Message:
-        """Return when a message is here: a result of this stage's own is when it is made."""
-        local = self._schedule.placement.stage_of[work.chunk] == self._number
-        return _Message(message.made, message.made) if local else message
-
-    def _do(self, works: Visit, needed: list[_Message], arrived: dict[Work, _Message]) -> None:
-        cost = self._costs.of(works)
-        start = self.free
-        for message in sorted(needed, key=lambda message: message.arrives):
-            if message.arrives > start:
-                self._transfer += message.arrives - max(start, message.made)
-                start = message.arrives
-        self._intervals.append(VisitInterval(works, start, start + cost.seconds))
-        self._done.append(cost)
-        self.free = start + cost.seconds
-        for work in sorted(works, key=lambda work: cost.ready[work.strand]):
-            made = start + cost.ready[work.strand]
-            arrived[done_as(work)] = _Message(made, self._sent(work, made))
-
-    def _sent(self, work: Work, made: float) -> float:
-        """Return when the result of a work is where it is needed."""
-        if self._schedule.sent_to(work) is None:
-            return made
-        start = max(made, self._sending)
-        self._sending = start + self._costs.bytes_sent(work) / self._link.bandwidth
-        return self._sending + self._link.latency
-
-    def use(self, seconds: float) -> StageUse:
-        compute = sum(cost.compute for cost in self._done)
-        visits = sum(cost.seconds for cost in self._done)
-        return StageUse(
-            compute,
-            visits - compute,
-            self._transfer,
-            seconds - visits - self._transfer,
-            self._peak(),
-            tuple(self._intervals),
-        )
-
-    def _peak(self) -> float:
-        saved = peak = 0.0
-        for cost in self._done:
-            peak = max(peak, saved + cost.rise)
-            saved += cost.change
-        return peak
+def _use(
+    row: Sequence[Visit],
+    times: Sequence[tuple[float, float]],
+    costs: Sequence[VisitCost],
+    waited: float,
+    seconds: float,
+) -> StageUse:
+    compute = sum(cost.compute for cost in costs)
+    visits = sum(cost.seconds for cost in costs)
+    lasted = sum(end - start for start, end in times)
+    saved = peak = 0.0
+    for cost in costs:
+        peak = max(peak, saved + cost.rise)
+        saved += cost.change
+    return StageUse(
+        compute,
+        visits - compute,
+        waited + lasted - visits,
+        seconds - lasted - waited,
+        peak,
+        tuple(VisitInterval(works, *time) for works, time in zip(row, times, strict=True)),
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
 
-from lightning_dhellam.pipeline.schedules import LIVE, Part, Schedule, Visit, Work
+from lightning_dhellam.pipeline.schedules import LIVE, Part, Placement, Schedule, Visit, Work
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand
 from lightning_dhellam.search.model import Costs, Order, Place, Stop, Walk, as_planned
 from lightning_dhellam.search.pipeline.layers import halves, with_halves
@@ -201,31 +201,62 @@ class LayerCosts:
         return (Place(0, index, half) if half.backward.operators else None), freed
 
 
+Kind = tuple[tuple[int, Part], ...]
+"""Chunk and part of each work of a visit: what its cost depends on."""
+
+
+def kinds_of(placement: Placement, stage: int) -> Iterator[Visit]:
+    """Give one visit of every kind that a stage can carry out, whatever the schedule.
+
+    A forward goes beside a backward, or its first half, of another chunk of the stage, or of the
+    same one where there is no other.
+    """
+    held = placement.held(stage)
+    for chunk in held:
+        for part in Part:
+            yield (Work(chunk, part, 0),)
+    for ahead in held:
+        for behind in held:
+            if ahead != behind or len(held) == 1:
+                for part in (Part.BACKWARD, Part.INPUT):
+                    yield Work(ahead, Part.FORWARD, 1), Work(behind, part, 0)
+
+
 @dataclass(frozen=True)
 class VisitTable:
     """Costs of visits one by one, as stages that know their own tell them each other.
 
     Attributes:
-        costs: cost of each visit.
-        bytes: bytes of the result of each work in them.
+        costs: cost of each kind of visit.
+        bytes: bytes of the result of each chunk and strand.
     """
 
-    costs: Mapping[Visit, VisitCost]
-    bytes: Mapping[Work, float]
+    costs: Mapping[Kind, VisitCost]
+    bytes: Mapping[tuple[int, Strand], float]
 
     @classmethod
     def of_stage(cls, costs: VisitCosts, schedule: Schedule, stage: int) -> VisitTable:
-        """Tabulate what the visits of one stage cost."""
-        visits = schedule.visits[stage]
+        """Tabulate what the visits of one stage cost in one schedule."""
+        return cls._of(costs, schedule.visits[stage])
+
+    @classmethod
+    def of_kinds(cls, costs: VisitCosts, placement: Placement, stage: int) -> VisitTable:
+        """Tabulate what the visits of one stage cost in any schedule; see `kinds_of`."""
+        return cls._of(costs, kinds_of(placement, stage))
+
+    @classmethod
+    def _of(cls, costs: VisitCosts, visits: Iterable[Visit]) -> VisitTable:
+        kinds = {_kind(works): works for works in visits}
+        known = {(work.chunk, work.strand): work for works in kinds.values() for work in works}
         return cls(
-            {works: costs.of(works) for works in visits},
-            {work: costs.bytes_sent(work) for works in visits for work in works},
+            {kind: costs.of(works) for kind, works in kinds.items()},
+            {key: costs.bytes_sent(work) for key, work in known.items()},
         )
 
     @classmethod
     def joined(cls, tables: Iterable[VisitTable]) -> VisitTable:
         """Join the tables of all stages."""
-        costs, sizes = dict[Visit, VisitCost](), dict[Work, float]()
+        costs, sizes = dict[Kind, VisitCost](), dict[tuple[int, Strand], float]()
         for table in tables:
             costs |= table.costs
             sizes |= table.bytes
@@ -233,11 +264,15 @@ class VisitTable:
 
     def of(self, works: Visit) -> VisitCost:
         """Return the cost of a visit."""
-        return self.costs[works]
+        return self.costs[_kind(works)]
 
     def bytes_sent(self, work: Work) -> float:
         """Return the bytes of the result of a work."""
-        return self.bytes[work]
+        return self.bytes[work.chunk, work.strand]
+
+
+def _kind(works: Visit) -> Kind:
+    return tuple((work.chunk, work.part) for work in works)
 
 
 def _ascends(works: Visit) -> bool:

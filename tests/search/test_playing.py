@@ -179,3 +179,67 @@ def test_a_strand_is_sent_before_its_pass_ends() -> None:
     played = play(one_f_one_b(2, 1), EarlyForward())
     assert [visit.start for visit in played.stages[1].intervals] == [1, 5]
     assert [(use.compute, use.exposed) for use in played.stages] == [(6, 2), (6, 2)]
+
+
+def starts(played: PipelineRun) -> list[list[float]]:
+    return [[visit.start for visit in use.intervals] for use in played.stages]
+
+
+def test_a_transfer_begins_when_its_receive_is_posted_a_walk_ahead() -> None:
+    """Messages take 3 s. The second forward is made at 2 and could go at 4, when the first has
+    gone, but stage 1 posts it with its first backward, at 5."""
+    played = play(one_f_one_b(2, 3), UniformCosts(message=3.0), Link(bandwidth=1.0))
+    assert starts(played)[1][:3] == pytest.approx([4, 5, 8])
+
+
+def test_a_receive_that_spins_takes_compute_from_when_it_is_posted() -> None:
+    """Half of it. Stage 0 posts the backward with its only forward, which so takes 2 s: sent from 2
+    to 4 and there at 4.5, forward to 5.5, backward to 7.5, there at 10, backward to 12."""
+    link = Link(bandwidth=2.0, latency=0.5, takes=0.5)
+    played = play(one_f_one_b(2, 1), UniformCosts(message=4.0), link)
+    assert played.seconds == pytest.approx(12.0)
+    assert starts(played) == [pytest.approx([0, 10]), pytest.approx([4.5, 5.5])]
+    assert played.stages[0].transfer == pytest.approx(1.0 + 2.5)  # longer, and waiting
+    assert played.stages[0].compute == 3.0
+
+
+def test_transfers_slow_what_runs_beside_them_and_no_more() -> None:
+    """Messages take 1 s and half of compute. What happens, stage by stage:
+
+    0: 0F0 0-1; 0F1 beside the receive of 1B0, 1-3; 0B0 6.5-10.25, beside the receive of 1B1 to 10;
+       0B1 to 12.25.
+    1: 1F0 2-3; 1B0 3-5.5, beside the receive of 0F1 to 4; 1F1 5.5-7, beside the sending of 1B0
+       to 6.5; 1B1 7-9.
+    """
+    costs = UniformCosts(message=1.0)
+    played = play(one_f_one_b(2, 2), costs, Link(bandwidth=1.0, takes=0.5))
+    assert starts(played) == [pytest.approx([0, 1, 6.5, 10.25]), pytest.approx([2, 3, 5.5, 7])]
+    assert played.seconds == pytest.approx(12.25)
+    beside = play(one_f_one_b(2, 2), costs, Link(bandwidth=1.0))
+    assert starts(beside) == [pytest.approx([0, 1, 6, 9]), pytest.approx([2, 3, 5, 6])]
+    assert beside.seconds == pytest.approx(11.0)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_what_transfers_take_of_compute_never_helps(make: Make) -> None:
+    costs = UniformCosts(1.0, 1.1, 0.7, both=2.5, message=0.3)
+    steps = [play(make(3, 9), costs, Link(2.0, 0.1, takes)) for takes in (0.0, 0.1, 0.3)]
+    assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
+    assert [sum(step.share("transfer")) for step in steps] == sorted(
+        sum(step.share("transfer")) for step in steps
+    )
+    for use in steps[-1].stages:
+        total = use.compute + use.exposed + use.transfer + use.bubble
+        assert total == pytest.approx(steps[-1].seconds)
+
+
+def test_a_step_ends_with_the_reduction_of_the_last_gradients() -> None:
+    """Stage 1 is done with the backward at 4, stage 0 at 6."""
+    schedule = one_f_one_b(2, 1)
+    assert play(schedule, UniformCosts(), reductions=[1.5, 5.0]).seconds == pytest.approx(9.0)
+    assert play(schedule, UniformCosts(), reductions=[1.5, 1.0]).seconds == pytest.approx(7.5)
+    # One stage reduces its second chunk from 4 to 8, and the first one after it.
+    assert play(fold(1, 1), UniformCosts(), reductions=[1.0, 4.0]).seconds == pytest.approx(9.0)
+    # Gradients of weights decide, not those of inputs.
+    split = play(zero_bubble_v(2, 4), UniformCosts(), reductions=[1.0] * 4)
+    assert split.seconds >= play(zero_bubble_v(2, 4), UniformCosts()).seconds + 1.0
