@@ -79,12 +79,19 @@ class Balance:
         """Whether a loss is taken over the tokens of all data-parallel ranks."""
         return NAMES["global_aux_loss"] in self._widths
 
-    def saw(self, tally: Tally) -> None:
-        """A step has computed its gradients, and `tally` has what this rank's part of it used."""
+    def saw(self, tally: Tally, scale: Tensor | None = None) -> None:
+        """A step has computed its gradients, and `tally` has what this rank's part of it used.
+
+        Args:
+            tally: of the step.
+            scale: what its losses were multiplied by, a scalar; None for 1.
+        """
         if not self._layers:
             return
         sums = tally.everywhere(self._widths, self._layers, self._group, self._device)
         load = sums.pop(LOAD)
+        if scale is not None:
+            sums = {name: values / scale for name, values in sums.items()}
         self.last = ExpertUse(self._layers, {k: v.flatten() for k, v in sums.items()}, load)
         self._pending = load
 

@@ -310,12 +310,17 @@ class DualStrandMixin(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Log `grad_norm`, and `skipped_steps` once there are any. An override should call it."""
+        """Log `grad_norm`, `skipped_steps` once there are any, and in fp16 `loss_scale`.
+
+        An override should call it.
+        """
         self.log("grad_norm", self.grad_norm())
         if self._strands is not None:
-            skipped = self._strands.current_runner().skipped_steps
-            if skipped:
-                self.log("skipped_steps", torch.tensor(float(skipped)))
+            runner = self._strands.current_runner()
+            if runner.skipped_steps:
+                self.log("skipped_steps", torch.tensor(float(runner.skipped_steps)))
+            if runner.loss_scale is not None:
+                self.log("loss_scale", runner.loss_scale.clone())
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

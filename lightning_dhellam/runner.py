@@ -29,6 +29,7 @@ from lightning_dhellam.parallel import ParallelContext, zigzag
 from lightning_dhellam.parallel.collectives import from_first, of_every_rank, reduced
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
+from lightning_dhellam.parallel.loss_scale import Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import USUAL, ByLayer
@@ -65,8 +66,8 @@ class Runner:
         micro_batch_size: samples that go through the layers together; the last micro-batch of a
             batch may be smaller. Changes loss and gradients by rounding alone, but for the masks
             of dropout, which are others, and for tokens that experts drop (`capacity_factor`).
-        precision: `32-true`, `bf16-mixed` or `bf16-true`; decides nothing about the model, which
-            is of such a type already.
+        precision: `32-true`, `bf16-mixed`, `16-mixed` or `bf16-true`; decides nothing about the
+            model, which is of such a type already.
         seed: of dropout.
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
@@ -168,7 +169,7 @@ class Runner:
             pipeline_split: layers of each chunk; None to balance them by cost.
             context_transport: what carries the exchanges of a `ring` between GPUs: `nccl`,
                 `copy_engine` (of GPUs of one host), or `auto`, which measures both.
-            precision: `32-true`, `bf16-mixed` or `bf16-true`.
+            precision: `32-true`, `bf16-mixed`, `16-mixed` or `bf16-true`.
             seed: of weights and dropout.
             timeout: after which a collective that a rank does not join fails.
             options: all others of `Runner`.
@@ -276,6 +277,7 @@ class Runner:
         *,
         distributed_optimizer: bool | None = None,
         max_skipped_steps: int = 10,
+        scaling: Scaling | None = None,
     ) -> ModelParallelOptimizer:
         """Make the gradient buffers, and what steps `optimizer` on them.
 
@@ -291,6 +293,8 @@ class Runner:
                 says `elementwise = True`) and the precision is not `bf16-true`.
             max_skipped_steps: steps whose loss or gradient is not finite are left out; after so
                 many in a row `step` raises FloatingPointError.
+            scaling: of the loss, in `16-mixed`; None for that of `torch.amp.GradScaler`. Steps that
+                are left out while the scale is at least 1 are not counted in a row.
 
         Raises:
             ValueError: sharding was asked for where it cannot work.
@@ -303,6 +307,7 @@ class Runner:
             bucket_size=self._bucket_size,
             distributed_optimizer=distributed_optimizer,
             max_skipped_steps=max_skipped_steps,
+            scaling=scaling or Scaling(),
         )
         self._balance = Balance(self.model)
         self._training.optimizer.followers.append(self._balance.step)
@@ -335,11 +340,14 @@ class Runner:
         training.begin()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes, weighs_all=balance.has_losses)
-        pieces = self.intake.micro_batches(batch, step=step, everyone=everyone)
+        scale = training.scale
+        pieces = self.intake.micro_batches(batch, step=step, everyone=everyone, scale=scale)
         check_as_many(pieces, self.context, balanced=balance.spans_replicas)
         self.agreed.suit(batch["tokens"].shape[1])
         loss = training.run(pieces)
-        balance.saw(pieces[0].slots["batch.tally"])
+        if scale is not None:
+            loss = loss / scale
+        balance.saw(pieces[0].slots["batch.tally"], scale)
         # What the ranks with a sample have together is their part of the sum.
         loss = self._of_sequences(loss) * self.context.topology.dp_size
         training.optimizer.saw(loss)
@@ -393,6 +401,11 @@ class Runner:
         if self._training is None:
             raise RuntimeError("there are no gradients: call Runner.optimizer and train first")
         return self._training.optimizer.grad_norm()
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """What the next loss is scaled by in `16-mixed`, a scalar in fp32 on the device."""
+        return self._training.scale if self._training is not None else None
 
     @property
     def skipped_steps(self) -> int:

@@ -17,6 +17,7 @@ from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.experts import ExpertNames, is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.hosts import Question, ReduceOp
+from lightning_dhellam.parallel.loss_scale import LossScale, Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.wrapping import shards
 from lightning_dhellam.plan import Lane
@@ -34,6 +35,7 @@ class Training:
         bucket_size: parameters per bucket of the data-parallel reduction; None for Megatron's.
         distributed_optimizer: whether its state is sharded; None to do so where that helps.
         max_skipped_steps: steps in a row that may be left out.
+        scaling: of the loss, in a precision that scales it.
 
     Attributes:
         buffers: where gradients are, and what reduces them.
@@ -53,6 +55,7 @@ class Training:
         bucket_size: int | None,
         distributed_optimizer: bool | None,
         max_skipped_steps: int,
+        scaling: Scaling,
     ) -> None:
         numbers, context, experts = PRECISIONS[precision], model.context, ExpertNames(model)
         sharded = shards(optimizer, distributed_optimizer, precision, _holders(model))
@@ -82,12 +85,19 @@ class Training:
             sharded=sharded,
             master_weights=numbers.master_weights,
             max_skipped_steps=max_skipped_steps,
+            loss_scale=LossScale(scaling, context.device) if numbers.scales_loss else None,
         )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the form of the optimizer's state."""
         return {"precision": self._precision, **self.optimizer.settings}
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What the next loss is to be multiplied by, a scalar in fp32; None where it is not."""
+        scale = self.optimizer.loss_scale
+        return None if scale is None else scale.value
 
     def follow_model(self) -> None:
         """Train what the model is made of now, and of that what requires a gradient by now.

@@ -29,9 +29,10 @@ class MicroBatch:
             this rank has between the layers; `batch.documents`, the `Runs` of each hop of
             attention, or None where every sample is one document; `batch.labels` [S, B] int64,
             never negative; `batch.weights` [S, B] fp32, what each token's loss counts, with a sum
-            of 1 over the whole batch; `batch.key`, the random key of what this rank alone computes,
-            and `batch.whole_key`, of what all ranks with these samples compute alike or by places,
-            both None in evaluation; `batch.data`, the user's mapping cut to this micro-batch;
+            over the whole batch of 1, or of the scale of the loss; `batch.key`, the random key of
+            what this rank alone computes, and `batch.whole_key`, of what all ranks with these
+            samples compute alike or by places, both None in evaluation; `batch.data`, the user's
+            mapping cut to this micro-batch;
             `batch.share`, its part of the batch's samples; `batch.padding` [S / TP, B] bool, which
             of the tokens that this rank has between the layers are padding, None without labels;
             `batch.token_share`, what each of the others is of the batch; `batch.tally`, what
@@ -59,6 +60,7 @@ def cut(
     topology: Topology,
     targets: bool = True,
     everyone: Everyone | None = None,
+    scale: Tensor | None = None,
     documents: Documents | None = None,
     own_labels: bool = False,
 ) -> list[MicroBatch]:
@@ -87,6 +89,7 @@ def cut(
         targets: whether labels are read, if there are any.
         everyone: ranks whose batches together are the whole one; None where this one is. With them
             every rank's batch must have labels, and every rank must call this.
+        scale: what the loss is multiplied by, a scalar on the device; None for 1.
         documents: what the samples are made of; None where each is one document.
         own_labels: whether labels may mean anything, so that nothing is known to be padding.
     """
@@ -126,7 +129,7 @@ def cut(
         }
         pieces.append(MicroBatch(slots, tokens[rows].numel()))
     if padding is not None:
-        _add_targets(pieces, batch, padding, everyone)
+        _add_targets(pieces, batch, padding, everyone, scale)
     return pieces
 
 
@@ -187,6 +190,7 @@ def _add_targets(
     batch: Mapping[str, Any],
     padding: Tensor,
     everyone: Everyone | None,
+    scale: Tensor | None,
 ) -> None:
     """Give each micro-batch its labels, and what its tokens and samples count.
 
@@ -201,9 +205,9 @@ def _add_targets(
     counts = torch.stack([counts, padding.t().logical_not().float()])
     sizes = [len(piece.slots["batch.tokens"]) for piece in pieces]
     if everyone is None:
-        weights = weights_here(counts, sizes)
+        weights = weights_here(counts, sizes, scale)
     else:
-        weights = weights_everywhere(counts, sizes, everyone)
+        weights = weights_everywhere(counts, sizes, everyone, scale)
     parts = labels.clamp_min(0).split(sizes, dim=1)
     for piece, part, weight in zip(pieces, parts, weights, strict=True):
         piece.slots["batch.labels"] = part.clone(memory_format=torch.contiguous_format)

@@ -59,6 +59,7 @@ class Intake:
         needs_labels: bool = True,
         step: int = 0,
         everyone: Everyone | None = None,
+        scale: Tensor | None = None,
     ) -> list[MicroBatch]:
         """Check a batch, and cut it. The whole batch is that of `everyone`, or else this one.
 
@@ -68,6 +69,7 @@ class Intake:
             needs_labels: whether there is a loss to compute.
             step: decides the random numbers.
             everyone: the ranks that share a global batch, all of which must call this.
+            scale: what the loss is multiplied by, a scalar on the device; None for 1.
 
         Raises:
             ValueError: the batch cannot be cut, has ids outside of the vocabulary, or says of its
@@ -94,6 +96,7 @@ class Intake:
             topology=self.context.topology,
             targets=needs_labels,
             everyone=everyone,
+            scale=scale,
             documents=documents,
             own_labels=self.limits.own_labels,
         )

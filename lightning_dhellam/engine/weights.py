@@ -73,40 +73,50 @@ class Weights(NamedTuple):
     each: Tensor | Slot
 
 
-def weights_here(counts: Tensor, sizes: Sequence[int]) -> list[Weights]:
+def weights_here(
+    counts: Tensor, sizes: Sequence[int], scale: Tensor | None = None
+) -> list[Weights]:
     """The weights of each micro-batch where this rank's batch is the whole one.
 
     Args:
         counts: what each token of the batch counts for, and whether it is no padding: [2, S, B] in
             fp32.
         sizes: samples of each micro-batch.
+        scale: what every weight is multiplied by, a scalar; None for 1.
     """
     total = _never_zero(counts.sum((1, 2)))
+    samples: Any = sum(sizes)
+    if scale is not None:
+        total, samples = total / scale, samples / scale
     weights, each = counts[0] / total[0], total[1].reciprocal()
     parts = weights.split(list(sizes), dim=1)
-    samples = sum(sizes)
     return [
         Weights(part.clone(memory_format=torch.contiguous_format), size / samples, each)
         for part, size in zip(parts, sizes, strict=True)
     ]
 
 
-def weights_everywhere(counts: Tensor, sizes: Sequence[int], everyone: Everyone) -> list[Weights]:
+def weights_everywhere(
+    counts: Tensor, sizes: Sequence[int], everyone: Everyone, scale: Tensor | None = None
+) -> list[Weights]:
     """The weights of each micro-batch in the global batch. Every rank of it must call this.
 
     They are on their way when this returns: slots that say when they are there. `counts` must
-    outlive the step.
+    outlive the step, and so must `scale`, a scalar that every weight is multiplied by.
     """
 
-    def run(counts: Tensor) -> Pending:
+    def run(counts: Tensor, scale: Tensor | None = None) -> Pending:
         total = torch.cat([counts.sum((1, 2)), counts.new_full((1,), float(sum(sizes)))])
         tokens = [counts.new_empty(counts.shape[1], size) for size in sizes]
         samples, each = [counts.new_empty(()) for _ in sizes], counts.new_empty(())
 
         def divide() -> None:
+            total[:2] = _never_zero(total[:2])
+            if scale is not None:
+                total.div_(scale)
             for part, out in zip(counts[0].split(list(sizes), dim=1), tokens, strict=True):
-                torch.div(part, _never_zero(total[0]), out=out)
-            torch.reciprocal(_never_zero(total[1]), out=each)
+                torch.div(part, total[0], out=out)
+            torch.reciprocal(total[1], out=each)
             for size, out in zip(sizes, samples, strict=True):
                 torch.div(counts.new_full((), float(size)), total[2], out=out)
 
@@ -117,9 +127,10 @@ def weights_everywhere(counts: Tensor, sizes: Sequence[int], everyone: Everyone)
         return Pending((tokens, samples, each), Once([work], divide))
 
     lanes = everyone.lanes
-    operator = Operator("weights", Lane.DP, ("counts",), ("tokens", "samples", "each"), run)
-    read = lanes.constants({"counts": counts})["counts"]
-    (tokens, samples, each), mark = lanes.launch(operator, [read], crosses=True)
+    reads = {"counts": counts} if scale is None else {"counts": counts, "scale": scale}
+    operator = Operator("weights", Lane.DP, (*reads,), ("tokens", "samples", "each"), run)
+    read = [*lanes.constants(reads).values()]
+    (tokens, samples, each), mark = lanes.launch(operator, read, crosses=True)
     pairs = zip(tokens, samples, strict=True)
     one = Slot(each, mark)
     return [Weights(Slot(token, mark), Slot(sample, mark), one) for token, sample in pairs]

@@ -17,6 +17,7 @@ from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.loss_scale import LossScale
 from lightning_dhellam.parallel.masters import StepsFollow
 from lightning_dhellam.parallel.optimizer_state import (
     UNNAMED,
@@ -31,6 +32,9 @@ from lightning_dhellam.parallel.regroup import State, put_back, requiring_gradie
 from lightning_dhellam.parallel.replicas import counts_here
 from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer, prefer_fused
 from lightning_dhellam.parallel.wrapping import parts, stepped, weights_of, wrap
+
+_LOSS_SCALE = "loss_scale"
+"""What the scale of the loss is called beside the state of the user's optimizer."""
 
 
 class ModelParallelOptimizer:
@@ -49,8 +53,10 @@ class ModelParallelOptimizer:
         master_weights: keep fp32 copies of 16-bit parameters.
         max_skipped_steps: steps in a row with a loss or gradient that is not finite, after which
             `step` ends the run.
+        loss_scale: what the loss is multiplied by before backward; None where it is not.
 
     Attributes:
+        loss_scale: as it was given.
         steps: how many there were, those that were left out included.
         followers: are called at the end of every step, with a scalar that says whether it was not
             left out, or None where that is not known.
@@ -66,6 +72,7 @@ class ModelParallelOptimizer:
         sharded: bool,
         master_weights: bool,
         max_skipped_steps: int,
+        loss_scale: LossScale | None = None,
     ) -> None:
         prefer_fused(optimizer, context.device)
         self._inner = optimizer
@@ -76,6 +83,7 @@ class ModelParallelOptimizer:
         self._members: list[list[Tensor]] = [list(g["params"]) for g in optimizer.param_groups]
         tells = context.topology.rank == 0
         self._skipped = SkippedSteps(context.device, max_skipped_steps, tells=tells)
+        self.loss_scale = loss_scale
         self._norm: Tensor | None = None
         self._finite: Tensor | None = None
         self._loss: Tensor | None = None
@@ -182,6 +190,9 @@ class ModelParallelOptimizer:
         self._show_stepped()
         with self._context.megatron():
             self._megatron.prepare_grads()
+        if self.loss_scale is not None:
+            grads = [own.grad for own, _ in self._models if own.grad is not None]
+            self.loss_scale.unscale_(grads)
         for parameter in self._hidden:  # frozen: no decay either, and no momentum
             parameter.grad = None
 
@@ -251,8 +262,11 @@ class ModelParallelOptimizer:
             # next zero_grad could clear what the next step has put there.
             parameter.grad = None
         self._show_model()
-        if self._skipping.finite is not None:
-            self._skipped.send(self._skipping.finite, self.steps)
+        finite, scale = self._skipping.finite, self.loss_scale
+        if finite is not None:
+            if scale is not None:
+                scale.update(finite)
+            self._skipped.send(finite, self.steps, None if scale is None else scale.value)
         self.steps += 1
 
     def settle(self) -> None:
@@ -363,9 +377,11 @@ class ModelParallelOptimizer:
             self._weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._has_masters else []
         with self._showing_stepped():
-            state = self._inner.state_dict()
+            state = named(self._inner.state_dict(), self._names)
+        if self.loss_scale is not None:
+            state["other"][_LOSS_SCALE] = self.loss_scale.state_dict()
         return {
-            **named(state, self._names),
+            **state,
             "master_weights": dict(
                 zip(chain.from_iterable(self._names.own), masters, strict=False)
             ),
@@ -386,6 +402,9 @@ class ModelParallelOptimizer:
         """
         self.settle()
         saved = from_numbers(state, self._names) if "optimizer" in state else state
+        other = {**saved["other"]}
+        scale = other.pop(_LOSS_SCALE, None)
+        saved = {**saved, "other": other}
         frozen = set(saved["state"]).difference(*self._names.own)
         if frozen:
             raise ValueError(
@@ -400,6 +419,8 @@ class ModelParallelOptimizer:
             )
         with self._showing_stepped():
             restored = restore(self._inner, saved, self._names, resume_settings)
+        if scale is not None and self.loss_scale is not None:
+            self.loss_scale.load_state_dict(scale)
         if self._has_masters:
             masters = saved["master_weights"]
             for name, parameter in zip(

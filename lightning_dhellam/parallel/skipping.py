@@ -159,15 +159,18 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device, most: int, *, tells: bool) -> None:
         self._finite = LateValue(device)
+        self._scale = LateValue(device)
         self._sent: int | None = None
         self._most = most
         self._tells = tells
         self._in_a_row = 0
         self.count = 0
 
-    def send(self, finite: Tensor, step: int) -> None:
-        """Note, on its way to the host, whether `step` was finite."""
+    def send(self, finite: Tensor, step: int, scale: Tensor | None = None) -> None:
+        """Note, on its way to the host, whether `step` was finite, and the next loss's scale."""
         self._finite.put(finite)
+        if scale is not None:
+            self._scale.put(scale)
         self._sent = step
 
     def hear(self) -> bool:
@@ -178,14 +181,18 @@ class SkippedSteps:
         step, self._sent = self._sent, None
         if step is None:
             return False
-        skipped = not self._finite.wait()
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        skipped, scale = not self._finite.wait(), self._scale.wait()
+        # A smaller scale is looked for by leaving out steps: these alone are no reason to end.
+        in_search = scale is not None and scale >= 1
+        self._in_a_row = self._in_a_row + 1 if skipped and not in_search else 0
         if skipped:
             self.count += 1
+            row = f"{self._in_a_row} in a row, " if not in_search else ""
+            rest = "" if scale is None else f"; the loss is scaled by {scale:g} from now on"
             if self._tells:
                 warnings.warn(
                     f"step {step} was left out: its loss or gradient is not finite"
-                    f" ({self._in_a_row} in a row, {self.count} in all)",
+                    f" ({row}{self.count} in all){rest}",
                     stacklevel=2,
                 )
         return skipped

@@ -52,9 +52,9 @@ def shards(optimizer: Optimizer, asked: bool | None, precision: str, replicas: i
     if asked and not possible:
         raise ValueError(
             f"distributed_optimizer=True does not work with {type(optimizer).__name__} and"
-            f" precision='{precision}': it needs '32-true' or 'bf16-mixed', and torch.optim.AdamW"
-            f" or a class derived from it that says {ELEMENTWISE} = True, since its rule looks at"
-            " each element alone; or leave distributed_optimizer out"
+            f" precision='{precision}': it needs '32-true', 'bf16-mixed' or '16-mixed', and"
+            f" torch.optim.AdamW or a class derived from it that says {ELEMENTWISE} = True, since"
+            " its rule looks at each element alone; or leave distributed_optimizer out"
         )
     return asked
 

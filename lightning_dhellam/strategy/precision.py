@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import (
 )
 from typing_extensions import override
 
+from lightning_dhellam.parallel.loss_scale import Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.precision import PRECISIONS
 
@@ -30,19 +31,22 @@ class DHellamPrecision(Precision):
     |--------------|-------------------------|-----------|----------------|
     | `32-true`    | fp32                    | fp32      | the weights    |
     | `bf16-mixed` | bf16                    | fp32      | fp32           |
+    | `16-mixed`   | fp16                    | fp32      | fp32           |
     | `bf16-true`  | bf16                    | bf16      | the weights    |
 
     Operators take their types from the model, so nothing is cast on the way and there is no
-    autocast. Raises ValueError for any other precision.
+    autocast. In fp16 the loss is scaled, as `scaling` says. Raises ValueError for any other
+    precision.
     """
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, precision: str, scaling: Scaling | None = None) -> None:
         if precision not in PRECISIONS:
             raise ValueError(
                 f"Trainer(precision='{precision}') does not work with DHellamStrategy: use one of"
                 f" {', '.join(PRECISIONS)}"
             )
         self.precision = precision  # type: ignore[assignment]
+        self.scaling = scaling or Scaling()
         self.optimizer: ModelParallelOptimizer | None = None
 
     @classmethod
@@ -51,7 +55,8 @@ class DHellamPrecision(Precision):
         if isinstance(plugin, DHellamPrecision):
             return plugin
         if type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
-            return cls(str(plugin.precision))
+            scaler = getattr(plugin, "scaler", None)
+            return cls(str(plugin.precision), _scaling_of(scaler) if scaler is not None else None)
         raise ValueError(
             f"the precision plugin {type(plugin).__name__} does not work with DHellamStrategy: use"
             f" Trainer(precision=...) with one of {', '.join(PRECISIONS)}"
@@ -89,3 +94,27 @@ class DHellamPrecision(Precision):
     def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
         assert self.optimizer is not None, "the strategy was not set up"
         self.optimizer.clip_by_value(clip_val)
+
+
+def _scaling_of(scaler: torch.amp.GradScaler) -> Scaling:
+    """What the user's scaler does, which scales nothing itself here.
+
+    Raises:
+        ValueError: it is of a kind that may do something else.
+    """
+    if type(scaler) not in (torch.amp.GradScaler, torch.cuda.amp.GradScaler):
+        raise ValueError(
+            f"the scaler {type(scaler).__name__} does not work with DHellamStrategy, which scales"
+            " the loss itself: use torch.amp.GradScaler, whose numbers it takes"
+        )
+    if not scaler.is_enabled():
+        raise ValueError(
+            "the scaler is not enabled: with fp16 the loss must be scaled; use"
+            " torch.amp.GradScaler(enabled=True), or precision='bf16-mixed'"
+        )
+    return Scaling(
+        initial=scaler.get_scale(),
+        growth=scaler.get_growth_factor(),
+        backoff=scaler.get_backoff_factor(),
+        interval=scaler.get_growth_interval(),
+    )

@@ -329,6 +329,7 @@ class DHellamStrategy(SteppingStrategy):
             optimizer,
             distributed_optimizer=self.distributed_optimizer,
             max_skipped_steps=self.max_skipped_steps,
+            scaling=self.precision_plugin.scaling,
         )
 
     @override

@@ -182,8 +182,8 @@ def test_the_gradient_has_a_norm_once_there_is_one() -> None:
 
 
 def test_what_cannot_work_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="precision='16-mixed' must be one of 32-true"):
-        Runner.create(SHAPE, precision="16-mixed")
+    with pytest.raises(ValueError, match="precision='16-true' must be one of 32-true"):
+        Runner.create(SHAPE, precision="16-true")
     with pytest.raises(ValueError, match="device='meta' does not work: use 'cuda' or 'cpu'"):
         Runner.create(SHAPE, "meta")
     with pytest.raises(ValueError, match="tensor_parallel_size=2 needs a multiple of 2 processes"):

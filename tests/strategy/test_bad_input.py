@@ -150,11 +150,11 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "half-precision": (
         _trainer(precision="16-true"),
-        r"precision='16-true'.*use one of 32-true, bf16-mixed, bf16-true",
+        r"precision='16-true'.*use one of 32-true, bf16-mixed, 16-mixed, bf16-true",
     ),
     "double-precision": (
         _trainer(precision="64-true"),
-        r"precision='64-true'.*use one of 32-true, bf16-mixed, bf16-true",
+        r"precision='64-true'.*use one of 32-true, bf16-mixed, 16-mixed, bf16-true",
     ),
     "unknown-preset": (
         lambda: preset("llama-3-80b"),
