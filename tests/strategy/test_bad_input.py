@@ -541,7 +541,7 @@ SETUP: dict[str, tuple[type[Model], dict[str, Any], dict[str, Any], str]] = {
         Model,
         {"distributed_optimizer": True},
         {"precision": "bf16-true"},
-        r"distributed_optimizer=True .*precision='bf16-true'.*'32-true' or 'bf16-mixed'",
+        r"distributed_optimizer=True .*precision='bf16-true'.*'bf16-mixed' or '16-mixed'",
     ),
 }
 BATCHES: dict[str, tuple[Any, dict[str, Any], str]] = {
