@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_dhellam.checkpoint.from_file import take_part
+from lightning_dhellam.checkpoint.lightning_file import read_whole
+from lightning_dhellam.checkpoint.model import restore_origin
 from lightning_dhellam.data.repeats import without_repeats
 from lightning_dhellam.engine.documents import documents_of
 from lightning_dhellam.engine.unread import check_unread
@@ -96,6 +100,46 @@ class DualStrandMixin(LightningModule):
         module = cls(*args, **kwargs)
         module.pretrained, module.model_config = Path(folder), pretrained_config(folder)
         return module
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module with the weights of a checkpoint: the whole model, in this process.
+
+        As Lightning's own, whose files it takes as well; a folder that `DHellamStrategy` has
+        written may be of a run of any sizes. Without a `map_location`, a device, the weights of a
+        folder are on the host. A Trainer takes the module further under any strategy.
+
+        Raises:
+            ValueError: a file of the folder is missing or damaged, or an argument is for files.
+        """
+        if not isinstance(checkpoint_path, str | os.PathLike) or not os.path.isdir(checkpoint_path):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
+        for name, value, kinds in (
+            ("hparams_file", hparams_file, ()),
+            ("map_location", map_location, (str, torch.device)),
+        ):
+            if value is not None and not isinstance(value, kinds):
+                raise ValueError(
+                    f"{name}={value!r} cannot be used with a folder, {checkpoint_path}: give"
+                    " arguments of the module by name, and a device as map_location"
+                )
+        found, _ = read_whole(Path(checkpoint_path), with_state=False)
+        found.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(kwargs)
+        module = _load_state(cls, found, strict=strict, **kwargs)
+        assert isinstance(module, cls)
+        restore_origin(module.model, found)
+        return module if map_location is None else module.to(map_location)
 
     def save_pretrained(
         self,
@@ -210,20 +254,25 @@ class DualStrandMixin(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        if "model" in self._modules:
-            return
+        whole = self._modules.get("model")
         if self._strands is not None:
             context, dtype, _ = self._strands.place()
         else:
-            context = ParallelContext.single(self.device_now)
-            dtype = torch.get_default_dtype()
+            device = torch.device("cpu") if self._trainer is None else self.device_now
+            context, dtype = ParallelContext.single(device), torch.get_default_dtype()
+        if whole is not None:
+            assert isinstance(whole, CausalLM)
+            if self._strands is None or whole.context.in_a_run:
+                return
         model = self.build_model(context, dtype)
-        if self.pretrained is not None:
+        if self.pretrained is not None and whole is None:
             import_huggingface(model, self.pretrained)
         self.model = model
         self.model.settle()
         if self.lora is not None:
             add_lora(self.model, self.lora, self._seed)
+        if whole is not None:
+            take_part(self.model, whole)
 
     def __getattr__(self, name: str) -> Any:
         # Callbacks may want the model before `configure_model`: to freeze a part of it in `setup`.

@@ -67,6 +67,8 @@ ALLOWED: list[Any] = [
     ModelConfig,
 ]
 """Types that files may hold besides those that torch allows itself: values that do nothing."""
+# Lightning itself reads files of other strategies, which may have them among hyperparameters.
+torch.serialization.add_safe_globals([LoRA, ModelConfig])
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.Size)
 _MAPPINGS = (dict, OrderedDict, Counter)
 
@@ -155,8 +157,10 @@ def _save(file: Path, content: Any) -> None:
             opened.close()
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     """The content of a file, of whatever device on the CPU; none of its code is run.
+
+    With `mapped` tensors stay in the file until they are read, and must not be changed.
 
     Raises:
         ValueError: it is missing or damaged, or holds a type that is not allowed.
@@ -178,7 +182,7 @@ def read(file: Path) -> dict[str, Any]:
                     f"{file} holds {', '.join(sorted(unknown))}, which could run code when it is"
                     f" loaded: use another checkpoint, or if you trust this one, {_allow(unknown)}"
                 )
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except ValueError:
         raise
     except Exception as error:

@@ -15,8 +15,12 @@ from lightning_dhellam.parallel.context import ParallelContext
 TOPOLOGY = "topology.json"
 MODEL = "model"
 """Where the description has the model."""
+ABOUT = "dhellam"
+"""Where a file of Lightning's own has what a description has, as far as it knows."""
 FILES = "files"
 """Where it has the size and the checksum of every file."""
+FROM = "checkpoint"
+"""Where a state of an optimizer that is yet to be read has the path of its checkpoint."""
 FORMAT = 2
 _CHECKSUM = "checksum"
 SAME = "use the same value"
@@ -53,6 +57,32 @@ def read_topology(path: Path) -> dict[str, Any]:
             f" up to {FORMAT}: use the version that wrote it, or a newer one"
         )
     return fields
+
+
+def check_present(path: Path) -> None:
+    """Refuse a checkpoint of which a file is missing or has another size than was written.
+
+    Raises:
+        ValueError: the same, or `path` is not a checkpoint. Checksums are compared when it is read.
+    """
+    for name, (size, _) in read_topology(path).get(FILES, {}).items():
+        check_size(path / name, size)
+
+
+def check_size(file: Path, size: int) -> None:
+    """Refuse a file of a checkpoint that is missing, or does not have the size that was written."""
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file.parent} has no {file.name}: {REMEDY}")
+    found = file.stat().st_size
+    if found != size:
+        raise ValueError(
+            f"{file} is damaged: it has {found} bytes, and {size} were written: {REMEDY}"
+        )
+
+
+def holds_state(path: Path) -> bool:
+    """Whether a checkpoint has the state of an optimizer, so that training can go on."""
+    return "optimizer" in read_topology(path)
 
 
 def save_description(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -106,8 +136,13 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         ValueError: it holds weights only, or one of the settings is another.
     """
     if not set(settings) & set(read_topology(path)):
-        raise ValueError(
-            f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
-            " from these weights, or save with save_weights_only=False"
-        )
+        raise ValueError(weights_only(path))
     check_same(path, settings, ALONE)
+
+
+def weights_only(path: Path) -> str:
+    """What is said of a checkpoint without the state of an optimizer."""
+    return (
+        f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"
+        " from these weights, or save with save_weights_only=False"
+    )

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from lightning_dhellam.checkpoint import by_rank, content, stepped, weights
+from lightning_dhellam.checkpoint import by_rank, content, from_file, stepped, weights
 from lightning_dhellam.checkpoint.description import (
     ALONE,
     FILES,
+    FROM,
     MODEL,
     SAME,
     check_same,
@@ -50,9 +51,7 @@ from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.optimizer_state import Form
 
 COMMON = "common.pt"
-_REST = "rest.pt"
-_FROM = "checkpoint"
-"""Where a state that is yet to be read has the folder that it is in."""
+REST = "rest.pt"
 _SHARDED = "distributed_optimizer"
 """What decides who has what of a state, and nothing else."""
 
@@ -104,7 +103,7 @@ def save(
             _write(aside / _own_name(context), own, checksums)
         if first:
             _write(aside / COMMON, common, checksums)
-            _write(aside / _REST, _merged(rests, with_state=state is not None), checksums)
+            _write(aside / REST, _merged(rests, with_state=state is not None), checksums)
 
     def write_tensors() -> None:
         tensors = {**of_module.tensors, **of_optimizer.tensors}
@@ -182,7 +181,7 @@ def load(
     With `settings`, those of this run, `optimizer_states` has what `load_state` reads.
 
     Args:
-        path: of the folder.
+        path: of the folder, or of a file of Lightning's own.
         context: groups of this rank.
         shares: how this rank's parameters lie.
         names: of all in its module's state, among all.
@@ -193,6 +192,12 @@ def load(
         ValueError: on every rank, when one of them cannot read its files, or they do not fit.
     """
     of_run = {name for theirs in of_all_ranks([*names], context.world_group) for name in theirs}
+    if path.is_file():
+        elsewhere = of_run.difference(names)
+        return together(
+            lambda: from_file.load(path, shares, elsewhere, with_state=settings is not None),
+            context.world_group,
+        )
 
     def check() -> None:
         topology = read_topology(path)
@@ -208,7 +213,7 @@ def load(
             return common
         if settings is not None:
             check_settings(path, {k: v for k, v in settings.items() if k != _SHARDED})
-            common["optimizer_states"] = [{_FROM: str(path)}]
+            common["optimizer_states"] = [{FROM: str(path)}]
         elsewhere = of_run.difference(names)
         common["state_dict"] = _load_weights(path, context, shares, elsewhere)
         return common
@@ -237,7 +242,7 @@ def _load_weights(
     path: Path, context: ParallelContext, shares: Shares, elsewhere: Collection[str]
 ) -> dict[str, Any]:
     """This rank's state of the module, and what no rank of the run has a place for."""
-    metadata, rest = read_metadata(path), content.read(path / _REST)
+    metadata, rest = read_metadata(path), content.read(path / REST)
     tensors = metadata.state_dict_metadata
     saved = (n.removeprefix(weights.PREFIX) for n in tensors if n.startswith(weights.PREFIX))
     wanted = [name for name in saved if name not in elsewhere]
@@ -258,10 +263,12 @@ def load_state(
     Raises:
         ValueError: a file is missing or damaged, or something in it is for other sizes.
     """
-    if _FROM not in state:
+    if FROM not in state:
         return dict(state)
-    path = Path(state[_FROM])
-    metadata, rest = read_metadata(path), content.read(path / _REST)["optimizer"]
+    path = Path(state[FROM])
+    if path.is_file():
+        return from_file.load_state(path, context, shares, form)
+    metadata, rest = read_metadata(path), content.read(path / REST)["optimizer"]
     if rest["alone"]:
         check_same(path, sizes_of(context), f"{rest['alone'][0]} cannot be cut, so {ALONE}")
     tensors, pieces = stepped.to_load(metadata.state_dict_metadata, shares, form)

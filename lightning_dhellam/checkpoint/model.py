@@ -7,7 +7,8 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_dhellam.checkpoint.description import MODEL, read_topology
+from lightning_dhellam.checkpoint import content
+from lightning_dhellam.checkpoint.description import ABOUT, MODEL, read_topology
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 
@@ -48,6 +49,12 @@ _FREE = (
 """What may change from one run to the next, if that is asked for: no shape depends on it."""
 
 
+def config_of(saved: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that a description is of."""
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
+    return ModelConfig(**given)
+
+
 def described(config: ModelConfig) -> dict[str, Any]:
     """A configuration as checkpoints hold it: equal models have equal descriptions."""
     same = config.dropout_of_embedding == config.hidden_dropout
@@ -59,23 +66,27 @@ def described(config: ModelConfig) -> dict[str, Any]:
 
 
 def saved_model(path: Path) -> dict[str, Any] | None:
-    """The description of a checkpoint's model; None if version 0.1 has written it.
+    """The description of a checkpoint's model; None if it is not known, as in files of Lightning's
+    own and in what version 0.1 has written.
 
     Raises:
         ValueError: `path` is not a checkpoint, or a newer version has written it.
     """
-    found = read_topology(path).get(MODEL)
+    about = (
+        content.read(path, mapped=True).get(ABOUT, {}) if path.is_file() else read_topology(path)
+    )
+    found = about.get(MODEL)
     if found is None:
         return None
-    known = {field.name: field for field in fields(ModelConfig)}
+    fields_now = {field.name: field for field in fields(ModelConfig)}
     for name in found:
-        if name not in known:
+        if name not in fields_now:
             raise ValueError(
                 f"checkpoint {path} holds a model with {name}={found[name]!r}, which this version"
                 " of lightning-dhellam does not know: use the version that wrote it, or a newer one"
             )
     # A field that did not exist yet had the value that it now has when it is left out.
-    since = {name: f.default for name, f in known.items() if f.default is not MISSING}
+    since = {name: f.default for name, f in fields_now.items() if f.default is not MISSING}
     return {**since, **found}
 
 

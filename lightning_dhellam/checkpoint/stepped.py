@@ -20,7 +20,8 @@ from lightning_dhellam.checkpoint.shares import Share, Shares
 from lightning_dhellam.parallel.optimizer_state import UNNAMED, Form, same
 
 _PREFIX = "optimizer/"
-_MASTER = "master_weight"
+MASTER = "master_weight"
+"""What a master weight is called among what is kept of a parameter."""
 
 
 @dataclass
@@ -55,7 +56,7 @@ def to_save(state: Mapping[str, Any], shares: Shares) -> Saved:
     for name, master in state["master_weights"].items():
         if shares[name].counts:
             part = state["parts"].get(name)
-            saved.tensors[_at(_MASTER, name)] = _pieces(shares[name], master, part)
+            saved.tensors[_at(MASTER, name)] = _pieces(shares[name], master, part)
     saved.rest = {
         "groups": state["groups"],
         "values": values,
@@ -67,6 +68,12 @@ def to_save(state: Mapping[str, Any], shares: Shares) -> Saved:
 
 def _at(key: str, name: str) -> str:
     return f"{_PREFIX}{key}/{name}"
+
+
+def split_place(place: str) -> tuple[str, str]:
+    """What a tensor is of a parameter's state, and the parameter's name, of where it is saved."""
+    key, _, name = place.removeprefix(_PREFIX).partition("/")
+    return key, name
 
 
 def _is_cut(value: Any, share: Share, part: Sequence[int] | None) -> bool:
@@ -123,8 +130,8 @@ def to_load(
     for place, saved in metadata.items():
         if not place.startswith(_PREFIX) or not isinstance(saved, TensorStorageMetadata):
             continue
-        key, _, name = place.removeprefix(_PREFIX).partition("/")
-        if name not in wanted or (key == _MASTER and not form.masters):
+        key, name = split_place(place)
+        if name not in wanted or (key == MASTER and not form.masters):
             continue
         share, part = shares[name], form.parts.get(name)
         shape = share.local if part is None else (part[1] - part[0],)
@@ -156,7 +163,7 @@ def of_rank(
         mine = name in form.stepped
         if name in values or (not mine and name in form.trained):
             continue
-        read = {k: v for k, v in tensors.get(name, {}).items() if k != _MASTER}
+        read = {k: v for k, v in tensors.get(name, {}).items() if k != MASTER}
         found = {**rest["values"].get(name, {}), **read, **own.get(name, {})}
         if found or not mine:
             values[name] = found
@@ -168,7 +175,7 @@ def of_rank(
         "state": values,
         "other": rest["other"],
         "master_weights": {
-            name: kinds[_MASTER] for name, kinds in tensors.items() if _MASTER in kinds
+            name: kinds[MASTER] for name, kinds in tensors.items() if MASTER in kinds
         },
         "parts": form.parts,
     }

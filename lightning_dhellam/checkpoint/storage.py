@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from lightning_dhellam.checkpoint.content import REMEDY
+from lightning_dhellam.checkpoint.description import check_size
 from lightning_dhellam.checkpoint.pieces import Pieces
 from lightning_dhellam.files import write_error
 
@@ -151,14 +152,7 @@ def check_file(file: Path, size: int, digest: str) -> None:
     Raises:
         ValueError: it is missing, cut off or changed.
     """
-    folder = file.parent
-    if not file.is_file():
-        raise ValueError(f"checkpoint {folder} has no {file.name}: {REMEDY}")
-    found = file.stat().st_size
-    if found != size:
-        raise ValueError(
-            f"{file} is damaged: it has {found} bytes, and {size} were written: {REMEDY}"
-        )
+    check_size(file, size)
     if checksum(file) != (size, digest):
         raise ValueError(
             f"{file} is damaged: its checksum is not that of what was written: {REMEDY}"

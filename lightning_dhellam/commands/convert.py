@@ -1,17 +1,17 @@
-"""`dhellam convert`: a folder of Hugging Face to a checkpoint and back, in one process."""
+"""`dhellam convert`: between folders of Hugging Face, checkpoints and files of Lightning's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lightning_dhellam.checkpoint import loop, read_topology
-from lightning_dhellam.checkpoint.model import saved_model
+from lightning_dhellam.checkpoint import loop
+from lightning_dhellam.checkpoint.lightning_file import read_whole, save_file
+from lightning_dhellam.checkpoint.model import config_of, saved_model
 from lightning_dhellam.commands.parser import Parser
-from lightning_dhellam.files import check_folder
+from lightning_dhellam.files import check_file, check_folder
 from lightning_dhellam.models import (
     CausalLM,
     ModelConfig,
@@ -24,7 +24,7 @@ from lightning_dhellam.models.saving import check_target
 from lightning_dhellam.models.source import CONFIG
 from lightning_dhellam.parallel import ParallelContext
 
-_FORMS = ("huggingface", "checkpoint")
+_FORMS = ("huggingface", "checkpoint", "lightning")
 
 
 def convert_command(argv: Sequence[str]) -> int:
@@ -36,12 +36,20 @@ def convert_command(argv: Sequence[str]) -> int:
     """
     parser = Parser(
         prog="dhellam convert",
-        description="Convert a folder of Hugging Face to a checkpoint, or a checkpoint to such a"
-        " folder. It takes no GPU, and the memory of the host for the weights once.",
+        description="Convert a folder of Hugging Face to a checkpoint, a checkpoint to such a"
+        " folder, or to a file that other strategies of Lightning load. It takes no GPU, and the"
+        " memory of the host for what is converted once.",
     )
     parser.add_argument("source", type=Path, help="folder of Hugging Face, or checkpoint")
-    parser.add_argument("target", type=Path, help="folder to write, empty or not there yet")
-    parser.add_argument("--to", choices=_FORMS, help="form to write; left out, the other one")
+    parser.add_argument(
+        "target", type=Path, help="folder to write, empty or not there yet; a file for lightning"
+    )
+    parser.add_argument(
+        "--to",
+        choices=_FORMS,
+        help="form to write; left out, a checkpoint of a folder of Hugging Face, and such a folder"
+        " of a checkpoint",
+    )
     parser.add_argument(
         "--dtype", help=f"of the weights: {', '.join(KINDS)}; left out, as they are"
     )
@@ -55,15 +63,24 @@ def convert_command(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     is_folder = (options.source / CONFIG).is_file()
     form = options.to or _FORMS[is_folder]
-    check_folder(options.target, str(options.target))
-    check_target(options.target)
+    if form == "lightning":
+        if options.target.exists():
+            raise ValueError(f"{options.target} is there already: give the path of a new file")
+        check_file(options.target, str(options.target))
+    else:
+        check_folder(options.target, str(options.target))
+        check_target(options.target)
     if options.dtype is not None and options.dtype not in KINDS:
         raise ValueError(f"--dtype {options.dtype} is no type of weights: use {', '.join(KINDS)}")
-    if form == "checkpoint" and (options.tokenizer or options.origin):
+    if form != "huggingface" and (options.tokenizer or options.origin):
         raise ValueError(
             "--tokenizer and --origin are for a folder of Hugging Face: leave them out"
         )
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    if form == "lightning":
+        _write_file(options.source, options.target, dtype)
+        print(f"written to {options.target}")
+        return 0
     model = (_of_folder if is_folder else _of_checkpoint)(options.source, dtype)
     if form == "checkpoint":
         loop.save(options.target, model, None, None, {})
@@ -83,6 +100,18 @@ def convert_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def _write_file(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    found, lines = read_whole(source)
+    if dtype is not None:
+        weights = found["state_dict"]
+        for name, value in weights.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                weights[name] = value.to(dtype)
+    save_file(target, found)
+    for line in lines:
+        print(line)
+
+
 def _of_folder(folder: Path, dtype: torch.dtype | None) -> CausalLM:
     model = _holder(pretrained_config(folder), dtype or stored_dtype(folder))
     import_huggingface(model, folder)
@@ -90,21 +119,17 @@ def _of_folder(folder: Path, dtype: torch.dtype | None) -> CausalLM:
 
 
 def _of_checkpoint(folder: Path, dtype: torch.dtype | None) -> CausalLM:
-    if not folder.is_dir():
+    if not folder.exists():
         raise ValueError(
             f"{folder} is not a folder: give one of Hugging Face, with {CONFIG}, or a checkpoint"
         )
-    read_topology(folder)
     saved = saved_model(folder)
     if saved is None:
         raise ValueError(
             f"checkpoint {folder} does not say which model it is of: load it with the version that"
             " wrote it, and save it with this one"
         )
-    given: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
-    }
-    model = _holder(ModelConfig(**given), dtype or torch.float32)
+    model = _holder(config_of(saved), dtype or torch.float32)
     loop.load(folder, model, None, None)
     return model
 

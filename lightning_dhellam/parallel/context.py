@@ -186,6 +186,11 @@ class ParallelContext:
         return self.megatron_groups.collection
 
     @property
+    def in_a_run(self) -> bool:
+        """Whether groups were made for a run, so that this is no process for itself."""
+        return self.asked is not None
+
+    @property
     def links(self) -> Mapping[Lane, EmulatedLink]:
         """The links that are emulated, by lane: none outside of an emulated cluster."""
         carried = {lane: each.transport for lane, each in self.communicators.items()}

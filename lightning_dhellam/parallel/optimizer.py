@@ -363,6 +363,7 @@ class ModelParallelOptimizer:
             trained={self._parameter_names[parameter] for parameter in held},
             parts=self._parts,
             masters=self._has_masters,
+            groups=self._names.groups,
         )
 
     @property

@@ -52,12 +52,14 @@ class Form:
         trained: names of the parameters that are trained, whoever has a part.
         parts: of which elements of a parameter it has the state; none if of all.
         masters: whether there are master weights.
+        groups: of each parameter group the names that it was given, also of what rests.
     """
 
     stepped: Sequence[str]
     trained: Collection[str]
     parts: Mapping[str, Sequence[int]]
     masters: bool
+    groups: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
