@@ -15,6 +15,7 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
 )
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -28,6 +29,7 @@ from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher
+from lightning_dhellam.strategy.restarts import Life, Note, RestartingLauncher, nodes_of_life
 from lightning_dhellam.strategy.termination import (
     end_soon_at_exit,
     parent_of_rank,
@@ -139,6 +141,10 @@ class JobStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if self.cluster_environment.creates_processes_externally:
+            life = Life.find()
+            if life is not None and isinstance(self.cluster_environment, TorchElasticEnvironment):
+                self._launcher = RestartingLauncher(life, lambda: JobStrategy._runs + 1)
+                self.num_nodes = nodes_of_life(self.num_processes, self.num_nodes)
             if self.cluster is None:
                 checks.check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
@@ -177,6 +183,15 @@ class JobStrategy(ParallelStrategy):
             context_transport=self.context_transport,
             shared_bytes=self.shared_bytes(),
         )
+        if isinstance(self._launcher, RestartingLauncher):
+            self._launcher.check_agreed(self._context.world_group)
+
+    @property
+    def _note(self) -> Note | None:
+        """Where the first rank notes for later lives of the job where it saves, if it may have."""
+        launcher = self._launcher
+        is_first = self.global_rank == 0
+        return launcher.note if isinstance(launcher, RestartingLauncher) and is_first else None
 
     def _set_world_ranks(self) -> None:
         assert self.cluster_environment is not None
@@ -216,6 +231,8 @@ class JobStrategy(ParallelStrategy):
         """The run is over: other runs may use the groups if it has left nothing in them."""
         if ended_well and self._parent_watch is not None:
             self._parent_watch.set()
+        if ended_well and self._note is not None:
+            self._note.end()
         if not ended_well and self.cluster is None and self.topology.world_size > 1:
             end_soon_at_exit()
         if self._context is not None:

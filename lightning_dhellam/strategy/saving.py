@@ -100,6 +100,8 @@ class SavingStrategy(JobStrategy):
         path = local_path(self.broadcast(str(filepath)))
         assert isinstance(self.lightning_module, DualStrandMixin)
         common |= checkpoint_files.origin_of(self.lightning_module.model)
+        if self._note is not None:
+            self._note.add(path.parent)
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
         checkpoint_files.save(

@@ -85,3 +85,36 @@ def test_a_cluster_that_a_guide_shows_is_read(tmp_path: Path) -> None:
         file = tmp_path / f"{number}.yaml"
         file.write_text(text)
         assert Cluster.load(file).links
+
+
+def test_a_manifest_that_a_guide_shows_starts_what_there_is() -> None:
+    import yaml
+    from torch.distributed.run import get_args_parser
+
+    (shown,) = [
+        fence["text"] for fence in fences(GUIDE / "clusters.md") if fence["language"] == "yaml"
+    ]
+    service, job = yaml.safe_load_all(shown)
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    assert "/dev/shm" in mounts.values()
+    assert container["command"] == ["torchrun"]
+    options = get_args_parser().parse_args(container["args"])
+    assert int(options.nnodes.partition(":")[2]) == spec["completions"] == spec["parallelism"]
+    assert options.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    host = options.rdzv_endpoint.partition(":")[0]
+    assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert options.max_restarts > 0 and options.rdzv_id not in ("", "none")
+    assert options.module and options.training_script == "lightning_dhellam"
+    command, *words = options.training_script_args
+    given = dict(word.removeprefix("--").split("=") for word in words)
+    assert command == "fit"
+    assert given["config"] in recipes.names()
+    assert all(
+        path.startswith(mounts["volume"]) for name, path in given.items() if name != "config"
+    )

@@ -1,0 +1,63 @@
+"""A script that torchrun starts again: in its first life a rank kills itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.strategy.runs import Losses, Model, loader, make_trainer
+
+STEPS, DEATH, EVERY = 6, 3, 2
+
+
+class Death(Callback):
+    """Ends one rank of the first life at the end of a step, without a word."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and trainer.global_rank == 1 and trainer.global_step == DEATH:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Diary(Losses):
+    """Writes the losses of this life after every step, and of which step the first is."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_rank == 0:
+            first = trainer.global_step - len(self.values)
+            self.file.write_text(json.dumps([first, self.values]))
+
+
+def main(folder: Path) -> None:
+    """Train without an interruption, and then with one."""
+    torch.set_num_threads(1)
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for name, callbacks in (
+        ("straight", []),
+        ("killed", [Death(), ModelCheckpoint(every_n_train_steps=EVERY)]),
+    ):
+        trainer = make_trainer(
+            {"micro_batch_size": 2},
+            [Diary(folder / f"{name}-{life}"), *callbacks],
+            max_steps=STEPS,
+            default_root_dir=folder,
+            enable_checkpointing=bool(callbacks),
+        )
+        trainer.fit(Model(num_layers=1), loader({}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
