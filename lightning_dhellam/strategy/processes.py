@@ -29,6 +29,7 @@ from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher
+from lightning_dhellam.strategy.placed import accept, device_of, is_placed
 from lightning_dhellam.strategy.restarts import Life, Note, RestartingLauncher, nodes_of_life
 from lightning_dhellam.strategy.termination import (
     end_soon_at_exit,
@@ -97,6 +98,8 @@ class JobStrategy(ParallelStrategy):
     @override
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
+        if is_placed(self.cluster_environment):
+            return device_of(self.cluster_environment, self.parallel_devices)
         return self.parallel_devices[self.local_rank]
 
     @property
@@ -105,15 +108,22 @@ class JobStrategy(ParallelStrategy):
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
+    def _processes(self) -> int:
+        """Processes of the job."""
+        if is_placed(self.cluster_environment):
+            assert self.cluster_environment is not None
+            return self.cluster_environment.world_size()
+        return self.num_processes * self.num_nodes
+
+    @property
     def topology(self) -> Topology:
         """Sizes and ranks of the job or the emulated cluster; the rank is 0 before there are any.
 
         Raises:
             ValueError: the sizes do not fit the number of processes.
         """
-        processes = self.num_processes * self.num_nodes
         return Topology(
-            world_size=self.cluster.world_size if self.cluster is not None else processes,
+            world_size=self.cluster.world_size if self.cluster is not None else self._processes,
             tp_size=self.tensor_parallel_size,
             pp_size=self.pipeline_parallel_size,
             cp_size=self.context_parallel_size,
@@ -151,9 +161,10 @@ class JobStrategy(ParallelStrategy):
             self._launcher = CheckingLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.check
             )
+        accept(type(self), self.cluster_environment)
         _ = self.topology  # refuses sizes that do not fit
         if self.cluster is not None:
-            checks.check_emulation(self.num_processes * self.num_nodes)
+            checks.check_emulation(self._processes)
 
     @override
     def setup_environment(self) -> None:
@@ -194,10 +205,11 @@ class JobStrategy(ParallelStrategy):
         return launcher.note if isinstance(launcher, RestartingLauncher) and is_first else None
 
     def _set_world_ranks(self) -> None:
-        assert self.cluster_environment is not None
-        rank = self.node_rank * self.num_processes + self.local_rank
-        self.cluster_environment.set_global_rank(rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        environment = self.cluster_environment
+        assert environment is not None
+        if not is_placed(environment):
+            environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            environment.set_world_size(self._processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _join_processes(self) -> None:
@@ -216,7 +228,7 @@ class JobStrategy(ParallelStrategy):
     def _say_why(self, error: BaseException) -> None:
         """Let one rank of the job say why it fails."""
         launcher = self._launcher
-        alone = self.num_processes * self.num_nodes == 1 or self.cluster is not None
+        alone = self._processes == 1 or self.cluster is not None
         if isinstance(launcher, CheckingLauncher):
             alone = alone or launcher.board is None  # nobody else has been started
             board = launcher.board
