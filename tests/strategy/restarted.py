@@ -1,4 +1,4 @@
-"""A script that torchrun starts again: in its first life a rank kills itself."""
+"""A script that torchrun starts again: once a rank kills itself."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ STEPS, DEATH, EVERY = 6, 3, 2
 
 
 class Death(Callback):
-    """Ends one rank of the first life at the end of a step, without a word."""
+    """Ends one rank at the end of a step, once and without a word."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if first and trainer.global_rank == 1 and trainer.global_step == DEATH:
+        is_due = trainer.global_rank == 1 and trainer.global_step == DEATH
+        if is_due and not self.mark.exists():
+            self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -47,7 +51,7 @@ def main(folder: Path) -> None:
     life = os.environ["TORCHELASTIC_RESTART_COUNT"]
     for name, callbacks in (
         ("straight", []),
-        ("killed", [Death(), ModelCheckpoint(every_n_train_steps=EVERY)]),
+        ("killed", [Death(folder / "died"), ModelCheckpoint(every_n_train_steps=EVERY)]),
     ):
         trainer = make_trainer(
             {"micro_batch_size": 2},

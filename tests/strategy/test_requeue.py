@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -59,21 +60,25 @@ class Moment(Callback):
         self._training.close()
 
 
-def _join(rank: int, folder: Path) -> None:
-    """Be a rank of a job of SLURM's."""
-    os.environ |= {
+def _told(rank: int, tasks: int) -> dict[str, str]:
+    """What SLURM tells a rank."""
+    return {
         "RANK": str(rank),  # for the loader
-        "WORLD_SIZE": "2",
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
+        "WORLD_SIZE": str(tasks),
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_NTASKS_PER_NODE": str(tasks),
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
         "SLURM_NODEID": "0",
         "SLURM_NNODES": "1",
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NAME": "train",
-        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
     }
+
+
+def _join(rank: int, folder: Path) -> None:
+    """Be a rank of a job of SLURM's."""
+    os.environ |= {**_told(rank, 2), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     (folder / f"pid-{rank}").write_text(f"{os.getpid()}\n")
 
 
@@ -112,8 +117,12 @@ def _on_rank(rank: int, folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
-    folder = tmp_path_factory.mktemp("slurm")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> list[list[Any]]:
     stub = folder / "scontrol"
     stub.write_text(SCONTROL.format(folder=folder))
     stub.chmod(0o755)
@@ -136,6 +145,18 @@ def test_a_requeued_job_ends_as_the_one_that_was_never_interrupted(
             assert gone_on == never
     # On both ranks, and at most moments.
     assert requeued % 2 == 0 and requeued >= MOMENTS
+
+
+def test_a_requeued_job_may_have_other_sizes(
+    outcomes: list[list[Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never, *moments = outcomes[0]
+    number = next(i for i, (ended, *_) in enumerate(moments) if ended is None)
+    for name, value in _told(0, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))
+    gone_on = _fit(folder / f"{number}", Moment(None))
+    assert gone_on == pytest.approx(never, rel=1e-5)
 
 
 def test_a_job_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
