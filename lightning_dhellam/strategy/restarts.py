@@ -51,7 +51,7 @@ class Life(NamedTuple):
 
     @classmethod
     def find(cls) -> Life | None:
-        """That of this process; None where nothing would start it again."""
+        """The life that this process is in; None where nothing would start the job again."""
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) < 1:
             return None
         job = os.environ.get("TORCHELASTIC_RUN_ID", "")
