@@ -80,10 +80,12 @@ def _batches(topology: Any, count: int, seed: int = 1) -> list[dict[str, Tensor]
 Numbers = tuple[list[float], list[float], dict[str, float]]
 
 
-def _numbers(config: ModelConfig, sizes: dict[str, Any], scaling: Scaling | None) -> Numbers:
+def _numbers(
+    config: ModelConfig, sizes: dict[str, Any], scaling: Scaling | None, device: str
+) -> Numbers:
     """Losses and norms of two steps, and what is logged of experts."""
     precision = {} if scaling is None else HALF
-    with Runner.create(config, "cpu", **sizes, **precision) as runner:
+    with Runner.create(config, device, **sizes, **precision) as runner:
         stepping = runner.optimizer(
             torch.optim.AdamW(runner.model.parameters(), lr=0.001), scaling=scaling
         )
@@ -97,10 +99,12 @@ def _numbers(config: ModelConfig, sizes: dict[str, Any], scaling: Scaling | None
         return losses, norms, logged
 
 
-def _same_numbers(rank: int, cases: list[tuple[ModelConfig, dict[str, Any]]]) -> None:
+def same_numbers(
+    rank: int, cases: list[tuple[ModelConfig, dict[str, Any]]], device: str = "cpu"
+) -> None:
     for config, sizes in cases:
-        expected = _numbers(config, sizes, None)
-        large, small = (_numbers(config, sizes, Scaling(2.0**k)) for k in (10, 0))
+        expected = _numbers(config, sizes, None, device)
+        large, small = (_numbers(config, sizes, Scaling(2.0**k), device) for k in (10, 0))
         for found in (large, small):
             for one, other in zip(found[:2], expected[:2], strict=True):
                 assert one == pytest.approx(other, rel=2e-2)
@@ -112,21 +116,21 @@ def _same_numbers(rank: int, cases: list[tuple[ModelConfig, dict[str, Any]]]) ->
 TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 
 
-@pytest.mark.parametrize(
-    ("world", "cases"),
-    [
-        (1, [(CONFIG, {}), (EXPERTS, {})]),
-        (2, [(CONFIG, {}), (CONFIG, TP), (CONFIG, PP), (EXPERTS, {"expert_parallel_size": 2})]),
-    ],
-)
+CASES: dict[int, list[tuple[ModelConfig, dict[str, Any]]]] = {
+    1: [(CONFIG, {}), (EXPERTS, {})],
+    2: [(CONFIG, {}), (CONFIG, TP), (CONFIG, PP), (EXPERTS, {"expert_parallel_size": 2})],
+}
+
+
+@pytest.mark.parametrize(("world", "cases"), CASES.items())
 def test_numbers_are_those_of_fp32(world: int, cases: list[Any]) -> None:
-    run_ranks(world, _same_numbers, cases)
+    run_ranks(world, same_numbers, cases)
 
 
-def _overflow(rank: int) -> tuple[list[float], list[bool], int, list[str]]:
+def overflow(rank: int, device: str = "cpu") -> tuple[list[float], list[bool], int, list[str]]:
     """One rank's gradient is infinite in one step, and the scale grows after two others."""
     scales, changed, said = [], [], []
-    with Runner.create(CONFIG, "cpu", loss=_spoilt, **HALF) as runner:
+    with Runner.create(CONFIG, device, loss=_spoilt, **HALF) as runner:
         topology = runner.context.topology
         stepping = runner.optimizer(
             torch.optim.AdamW(runner.model.parameters(), lr=0.01), scaling=FEW
@@ -148,9 +152,8 @@ def _overflow(rank: int) -> tuple[list[float], list[bool], int, list[str]]:
         return scales, changed, runner.skipped_steps, said
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(world: int) -> None:
-    first, *others = run_ranks(world, _overflow)
+def check_overflow(of_ranks: list[Any]) -> None:
+    first, *others = of_ranks
     scales, changed, skipped, said = first
     assert scales == [256.0, 512.0, 512.0, 256.0, 256.0, 512.0]
     assert changed == [step != 3 for step in range(6)]
@@ -160,6 +163,11 @@ def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(world: int) -> None:
         " 256 from now on"
     ]
     assert all(other[:3] == first[:3] and not other[3] for other in others)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(world: int) -> None:
+    check_overflow(run_ranks(world, overflow))
 
 
 def test_a_smaller_scale_is_looked_for_and_a_loss_that_has_none_ends_the_run() -> None:
