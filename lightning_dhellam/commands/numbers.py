@@ -18,6 +18,16 @@ def positive(text: str) -> int:
     return int(_number(text, int, lambda value: value >= 1, "a whole number of at least 1"))
 
 
+def counted(text: str) -> int:
+    """The whole number of at least 0 that `text` says."""
+    return int(_number(text, int, lambda value: value >= 0, "a whole number of at least 0"))
+
+
+def share(text: str) -> float:
+    """The number from 0 up to less than 1 that `text` says."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 up to less than 1")
+
+
 def amount(text: str) -> float:
     """The number above 0 that `text` says."""
     return _number(text, float, lambda value: value > 0, "a number above 0")

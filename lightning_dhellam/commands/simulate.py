@@ -7,14 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dhellam.commands.numbers import add_sizes, amount, not_negative, positive
+from lightning_dhellam.commands.numbers import (
+    add_sizes,
+    amount,
+    counted,
+    not_negative,
+    positive,
+    share,
+)
 from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.files import check_folder
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs
-from lightning_dhellam.search.pipeline import Link, PipelineRun, Setting, compare, layers_of
+from lightning_dhellam.search.pipeline import (
+    Effort,
+    Link,
+    PipelineRun,
+    Setting,
+    compare,
+    layers_of,
+)
 from lightning_dhellam.search.report import comparison_table, save_comparison
 
 
@@ -42,11 +56,11 @@ def _simulate_parser() -> Parser:
     parser = Parser(
         prog="dhellam simulate",
         description="Play a training step on the stages of a pipeline, from measured times of"
-        " operators, under 1f1b, interleaved-1f1b, zb-v, dualpipe-v and the fold.",
+        " operators, under 1f1b, interleaved-1f1b, zb-v, dualpipe-v, the fold and a schedule"
+        " searched for these times. Says which is best within the memory, and why not the others.",
         epilog="Each visit is carried out in the fastest of the built-in orders, whatever the"
-        " schedule. Visits of a stage are not overlapped with each other, and transfers between"
-        " stages disturb nothing: neither is in a profile. The reduction of gradients and the"
-        " optimizer come after, and are left out.",
+        " schedule. Visits of a stage are not overlapped with each other. The reduction of"
+        " gradients and the optimizer come after, and are left out.",
     )
     add_sizes(parser)
     parser.add_argument("--profile", type=Path, required=True, metavar="FILE")
@@ -67,6 +81,27 @@ def _simulate_parser() -> Parser:
     )
     parser.add_argument(
         "--p2p_latency", type=not_negative, default=10.0, metavar="us", help="default 10"
+    )
+    parser.add_argument(
+        "--p2p_takes",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="of compute that a transfer takes, of NCCL the share of multiprocessors that its"
+        " kernels have (default 0: copy engines)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=amount,
+        metavar="GiB",
+        help="that a stage has for saved activations; by default as much as is needed",
+    )
+    parser.add_argument(
+        "--search",
+        type=counted,
+        default=Effort.moves,
+        metavar="N",
+        help="moves by which a schedule is searched, 0 to search none (default %(default)s)",
     )
     parser.add_argument(
         "--virtual",
@@ -107,9 +142,11 @@ def _setting(options: Namespace, profile: Profile) -> Setting:
         options.stages,
         options.micro_batches,
         tokens,
-        Link(options.p2p_bandwidth * 1e9, options.p2p_latency * 1e-6),
+        Link(options.p2p_bandwidth * 1e9, options.p2p_latency * 1e-6, options.p2p_takes),
         options.virtual,
         builders,
+        options.memory and options.memory * 2**30,
+        Effort(moves=options.search) if options.search else None,
     )
 
 
@@ -123,7 +160,9 @@ def _conditions(options: Namespace, profile: Profile, setting: Setting) -> dict[
         "layers": ", ".join(f"{count} {name}" for name, count in names.items()),
         "stages": setting.stages,
         "micro-batches": f"{setting.micro_batches} of {setting.tokens:,} tokens",
-        "between stages": f"{options.p2p_bandwidth:g} GB/s, {options.p2p_latency:g} µs",
+        "between stages": f"{options.p2p_bandwidth:g} GB/s, {options.p2p_latency:g} µs"
+        + f", {options.p2p_takes:.1%} of compute" * bool(options.p2p_takes),
+        "memory": f"{options.memory:g} GiB a stage" if options.memory else "as needed",
     }
 
 

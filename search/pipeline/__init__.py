@@ -15,6 +15,8 @@ from lightning_dhellam.search.pipeline.playing import (
     VisitInterval,
     play,
 )
+from lightning_dhellam.search.pipeline.ranking import Ranked, rank
+from lightning_dhellam.search.pipeline.searched import Effort, searched
 from lightning_dhellam.search.pipeline.visits import (
     LayerCosts,
     UniformCosts,
@@ -26,10 +28,12 @@ from lightning_dhellam.search.pipeline.visits import (
 __all__ = [
     "Compared",
     "Comparison",
+    "Effort",
     "FoldedStep",
     "LayerCosts",
     "Link",
     "PipelineRun",
+    "Ranked",
     "Setting",
     "StageUse",
     "UniformCosts",
@@ -42,4 +46,6 @@ __all__ = [
     "cut_folded",
     "layers_of",
     "play",
+    "rank",
+    "searched",
 ]

@@ -8,6 +8,7 @@ from functools import partial
 
 from lightning_dhellam.pipeline.schedules import (
     SCHEDULES,
+    Placement,
     Schedule,
     ScheduleError,
     Scheme,
@@ -18,6 +19,8 @@ from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline.layers import cut, cut_folded
 from lightning_dhellam.search.pipeline.playing import Link, PipelineRun, play
+from lightning_dhellam.search.pipeline.ranking import Ranked, ranked
+from lightning_dhellam.search.pipeline.searched import NAME, Effort, searched
 from lightning_dhellam.search.pipeline.visits import LayerCosts
 
 
@@ -34,6 +37,8 @@ class Setting:
         link: link between neighbouring stages.
         rounds: how many chunks a stage has in interleaved-1f1b.
         builders: orders of which each visit gets the fastest.
+        limit: most saved activations of a stage; None if there is no limit.
+        effort: how long to search a schedule of folded layers; None if none is to be searched.
     """
 
     layers: Sequence[GraphPair]
@@ -44,6 +49,8 @@ class Setting:
     link: Link
     rounds: int = 2
     builders: Mapping[str, Builder] = field(default_factory=BUILDERS.copy)
+    limit: float | None = None
+    effort: Effort | None = None
 
 
 @dataclass(frozen=True)
@@ -67,51 +74,76 @@ class Comparison:
 
     Attributes:
         compared: schedules that are defined for the numbers of the setting, by name.
-        refused: why the others are not defined, by name.
+        refused: why the others are not defined, or not found, by name.
+        ranking: the same schedules, the best first, and why each other one is behind it.
     """
 
     compared: Mapping[str, Compared]
     refused: Mapping[str, str]
+    ranking: Mapping[str, Ranked]
 
 
 def compare(setting: Setting) -> Comparison:
-    """Play every schedule that is defined for these numbers.
+    """Play every schedule that is defined for these numbers, and the searched one.
 
     Raises:
         ValueError: not one of them is.
     """
     compared: dict[str, Compared] = {}
     refused: dict[str, str] = {}
+    known: dict[Placement, LayerCosts] = {}
     for name, make in _schedules(setting.rounds).items():
         try:
             schedule = make(setting.stages, setting.micro_batches)
-            chunks = _cut(setting, schedule)
+            costs = known.get(schedule.placement) or _costs(setting, schedule.placement)
         except ValueError as error:
             refused[name] = str(error)
             continue
+        known[schedule.placement] = costs
         verify(schedule)
-        compared[name] = _compared(setting, schedule, chunks)
+        compared[name] = _compared(setting, schedule, costs)
     if not compared:
         raise ScheduleError(next(iter(refused.values())))
-    return Comparison(compared, refused)
+    limits = _limits(setting)
+    folded = Placement.folded(setting.stages)
+    if setting.effort is not None and folded in known:
+        ways = [one.run.schedule for one in compared.values()]
+        try:
+            found = searched(
+                folded,
+                setting.micro_batches,
+                known[folded],
+                setting.link,
+                limits=limits,
+                known=[schedule for schedule in ways if schedule.placement == folded],
+                effort=setting.effort,
+            )
+            compared[found.name] = _compared(setting, found, known[folded])
+        except ScheduleError as error:
+            refused[NAME] = str(error)
+    runs = {name: one.run for name, one in compared.items()}
+    return Comparison(compared, refused, ranked(runs, limits))
+
+
+def _limits(setting: Setting) -> tuple[float, ...]:
+    return () if setting.limit is None else (setting.limit,) * setting.stages
 
 
 def _schedules(rounds: int) -> dict[str, Scheme]:
     return {**SCHEDULES, "interleaved-1f1b": partial(interleaved_1f1b, rounds=rounds)}
 
 
-def _cut(setting: Setting, schedule: Schedule) -> list[tuple[GraphPair, ...]]:
+def _costs(setting: Setting, placement: Placement) -> LayerCosts:
     """Cut chunks of equal time, or stages of equal time where both ends share a stage."""
-    if schedule.placement.is_folded:
-        return cut_folded(setting.layers, setting.costs, setting.stages)
-    return cut(setting.layers, setting.costs, schedule.chunks)
+    if placement.is_folded:
+        chunks = cut_folded(setting.layers, setting.costs, setting.stages)
+    else:
+        chunks = cut(setting.layers, setting.costs, placement.chunks)
+    return LayerCosts(chunks, setting.costs, tokens=setting.tokens, builders=setting.builders)
 
 
-def _compared(
-    setting: Setting, schedule: Schedule, chunks: Sequence[Sequence[GraphPair]]
-) -> Compared:
+def _compared(setting: Setting, schedule: Schedule, costs: LayerCosts) -> Compared:
     """Play a schedule. Halves of a backward that follow each other are joined if that is faster."""
-    costs = LayerCosts(chunks, setting.costs, tokens=setting.tokens, builders=setting.builders)
     ways = (schedule.joined(), schedule)
     played = min((play(way, costs, setting.link) for way in ways), key=lambda way: way.seconds)
     orders: dict[int, dict[str, None]] = {}

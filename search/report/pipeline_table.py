@@ -22,6 +22,8 @@ def comparison_table(comparison: Comparison) -> str:
     parts = [_aligned([head, *rows])]
     parts.append(_by_stage("bubble", comparison, lambda one, use: _percent(_bubble(one, use))))
     parts.append(_by_stage("peak memory", comparison, lambda one, use: _memory(one, use.peak)))
+    parts.append("\nbest first: " + ", ".join(comparison.ranking))
+    parts += [f"{name}: {one.reason}" for name, one in comparison.ranking.items() if one.reason]
     parts += [f"{name}: left out: {reason}" for name, reason in comparison.refused.items()]
     return "\n".join(parts)
 
@@ -76,6 +78,7 @@ def save_comparison(path: Path, comparison: Comparison, conditions: Mapping[str,
         "format": FORMAT,
         "conditions": conditions,
         "schedules": {name: _fields(one) for name, one in comparison.compared.items()},
+        "ranking": {name: one.reason for name, one in comparison.ranking.items()},
         "left_out": comparison.refused,
     }
     save_text(path, json.dumps(fields, indent=1) + "\n")

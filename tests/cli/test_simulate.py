@@ -16,7 +16,7 @@ from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import measure
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, model, toy_costs
 
-NAMES = ["1f1b", "interleaved-1f1b", "zb-v", "dualpipe-v", "fold"]
+NAMES = ["1f1b", "interleaved-1f1b", "zb-v", "dualpipe-v", "fold", "searched"]
 
 
 @pytest.fixture
@@ -31,16 +31,24 @@ def profile(tmp_path: Path) -> Path:
 
 def simulate(profile: Path, *words: str) -> int:
     output = profile.parent / "out"
+    if "--search" not in words:
+        words = (*words, "--search", "0")
     return main(["simulate", "--profile", str(profile), "--output", str(output), *words])
 
 
 def test_one_table_and_one_picture_of_all_schedules(
     profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert simulate(profile, "--stages", "4", "--micro_batches", "8") == 0
+    memory = ("--memory", "40", "--p2p_takes", "0.1", "--search", "50")
+    assert simulate(profile, "--stages", "4", "--micro_batches", "8", *memory) == 0
     printed = capsys.readouterr().out
     assert "1 embedding, 14 transformer, 1 head" in printed
-    assert "8 of 8,192 tokens" in printed and "50 GB/s, 10 µs" in printed
+    assert "8 of 8,192 tokens" in printed and "50 GB/s, 10 µs, 10.0% of compute" in printed
+    assert "40 GiB a stage" in printed
+    (best,) = re.findall(r"^best first: (.*)$", printed, re.MULTILINE)
+    assert sorted(best.split(", ")) == sorted(NAMES)
+    why = re.findall(r"^([\w-]+): .*(?:slower: |as fast|than its limit)", printed, re.MULTILINE)
+    assert why == best.split(", ")[1:]
     rows = re.findall(r"^(\S.*?) {2,}[\d.]+ m?s +([\d.]+)× +([\d.]+)%(.*)$", printed, re.MULTILINE)
     assert [name for name, *_ in rows] == NAMES
     assert rows[0][1] == "1.00"
@@ -99,6 +107,8 @@ def test_mistakes_are_named_in_the_users_spelling(
         (("--stages", "2"), "required: --micro_batches"),
         (("--stages", "2", "--micro_batches", "8", "--p2p_bandwidth", "0"), "--p2p_bandwidth: '0'"),
         (("--stages", "2", "--micro_batches", "8", "--p2p_latency", "-1"), "--p2p_latency: '-1'"),
+        (("--stages", "2", "--micro_batches", "8", "--p2p_takes", "1"), "--p2p_takes: '1' must be"),
+        (("--stages", "2", "--micro_batches", "8", "--search", "-1"), "--search: '-1' must be a"),
     ):
         with pytest.raises(SystemExit) as exit_:
             simulate(profile, *words)
