@@ -3,8 +3,8 @@
 A stage carries out its visits in order. A visit starts when the stage is free and all it needs has
 arrived; it hands a result on as soon as the strand that made it has ended, which may be before the
 visit ends. Transfers go beside visits: a stage sends one message at a time and receives one at a
-time. One begins when it is made and its receive is posted, which is done a walk ahead, and a stage
-that is `sends_ahead` walks ahead of the end of a transfer waits for it:
+time. One begins when it is made and its receive is posted, which is done a walk ahead. A stage is
+not held up by what it sends; `sends_ahead` of a schedule sees to that:
 
     stage 0   |===== 0F3+3B0 =====|== 3F2 ==|
     pp             |--0F3--> |--3B0->
@@ -30,7 +30,6 @@ from lightning_dhellam.pipeline.schedules import (
     Schedule,
     Visit,
     Work,
-    sends_ahead,
 )
 from lightning_dhellam.pipeline.schedules.verify import POSTED_AHEAD
 from lightning_dhellam.plan import Strand
@@ -122,7 +121,7 @@ def play(
             norm of gradients needs all of them.
     """
     visits = _visits(schedule, costs)
-    wires = wires_of(schedule.placement, costs, link, lead=sends_ahead(schedule))
+    wires = wires_of(schedule.placement, costs, link)
     starts, ends, waited = rule.run(visits, wires, schedule.micro_batches)
     assert np.isfinite(ends).all(), f"{schedule.name} deadlocks"
     given = np.array(reductions or [0.0] * schedule.chunks, float)
@@ -135,17 +134,15 @@ def play(
     return PipelineRun(schedule, seconds, tuple(uses))
 
 
-def wires_of(
-    placement: Placement, costs: VisitCosts, link: Link | None = None, *, lead: int = 0
-) -> rule.Wires:
-    """Return how results get to other stages; see `rule.Wires` for `lead`."""
+def wires_of(placement: Placement, costs: VisitCosts, link: Link | None = None) -> rule.Wires:
+    """Return how results get to other stages."""
     link = link or Link()
     carry = [
         [costs.bytes_sent(Work(chunk, part, 0)) / link.bandwidth for part in _SENT]
         for chunk in range(placement.chunks)
     ]
     place = np.array(placement.stage_of)
-    return rule.Wires(place, np.array(carry), link.latency, link.takes, POSTED_AHEAD, lead)
+    return rule.Wires(place, np.array(carry), link.latency, link.takes, POSTED_AHEAD, 0)
 
 
 def _visits(schedule: Schedule, costs: VisitCosts) -> rule.Visits:
