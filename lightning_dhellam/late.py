@@ -25,7 +25,6 @@ class LateValue:
     def __init__(self, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._copy = torch.zeros((), pin_memory=on_cuda)
-        self._memory = self._copy.numpy()
         self._arrived = torch.cuda.Event() if on_cuda else None
         self._under_way = False
         self._value: float | None = None
@@ -51,7 +50,7 @@ class LateValue:
     def get(self) -> float | None:
         """The last one that has arrived; None before the first."""
         if self._under_way and (self._arrived is None or self._arrived.query()):
-            self._value = float(self._memory)
+            self._value = float(self._copy.numpy())
             self._under_way = False
         return self._value
 

@@ -114,7 +114,7 @@ class GradientBuffers:
                 model,
                 pg_collection=self._groups,
             )
-            if self._parallel:
+            if self._parallel and not context.planned:
                 # Not first in a step: it loads kernels and connects (see `engine/rehearsal.py`).
                 self.ddp.start_grad_sync()
                 self.ddp.finish_grad_sync()

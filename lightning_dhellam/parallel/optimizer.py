@@ -135,6 +135,11 @@ class ModelParallelOptimizer:
         self._megatron.optimizer = self._skipping
 
     @property
+    def inner(self) -> Optimizer:
+        """The user's own."""
+        return self._inner
+
+    @property
     def parameters(self) -> list[Tensor]:
         """What the user's optimizer steps on this rank."""
         return [p for group in self._own for p in group]

@@ -50,6 +50,8 @@ def start_alike(model: Module, context: ParallelContext) -> None:
     """
     groups = context.groups
     mark_experts(model, context.topology)
+    if context.planned:
+        return
     for parameter in model.parameters():
         if is_expert(parameter):
             _broadcast(parameter.detach(), groups.expt_dp)

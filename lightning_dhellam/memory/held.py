@@ -1,0 +1,121 @@
+"""What weights, gradients and the optimizer take on one rank, as Megatron-core allocates them.
+
+Megatron's own buffers and optimizers are made, of tensors that have a shape and no memory: buckets,
+padding, shards and masters are theirs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.optim import Optimizer
+
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+
+_PRIMES = (2, 3, 5, 7, 11, 13)
+"""Sizes of a small parameter, by which those of what an optimizer keeps of it are told apart."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that stay from step to step.
+
+    Attributes:
+        weights: parameters, and buffers of modules.
+        gradients: Megatron's buffers, padding included.
+        optimizer: master weights and what the optimizer keeps of each.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def held(model: CausalLM, buffers: GradientBuffers, optimizer: ModelParallelOptimizer) -> Held:
+    """Count what is held for a model: planned, or of a run.
+
+    Of a run after its first step the optimizer's state is counted as it is; before, and of what is
+    planned, as its own rule makes it: of a small parameter, which it is let to step.
+
+    Args:
+        model: this rank's part.
+        buffers: of its gradients.
+        optimizer: of it.
+    """
+    counted: set[int] = set()
+    weights = _bytes([*model.parameters(), *model.buffers()], counted)
+    every = (*buffers.ddp.buffers, *buffers.ddp.expert_parallel_buffers)
+    weights += _bytes([b.param_data for b in every if b.param_data is not None], counted)
+    gradients = _bytes([b.grad_data for b in every], counted)
+    stepped = optimizer.parameters
+    masters = _bytes(stepped, counted)
+    state = optimizer.inner.state
+    if state:
+        kept = _bytes(_tensors(state.values()), counted)
+    else:
+        kept = _state_bytes(optimizer.inner, stepped)
+    return Held(weights, gradients, masters + kept)
+
+
+def _bytes(every: Iterable[Tensor], counted: set[int]) -> int:
+    """Bytes of the storages of tensors, each counted once."""
+    total = 0
+    for tensor in every:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in counted:
+            counted.add(storage._cdata)
+            total += storage.nbytes()
+    return total
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
+
+
+def _state_bytes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
+    """Bytes that an optimizer will keep of parameters that it has not stepped yet."""
+    known: dict[tuple[int, torch.dtype], list[tuple[tuple[int, ...], int]]] = {}
+    total = 0
+    for parameter in parameters:
+        kind = parameter.dim(), parameter.dtype
+        if kind not in known:
+            known[kind] = _kept_of(optimizer, *kind)
+        sizes = dict(zip(_PRIMES, parameter.shape, strict=False))
+        total += sum(prod(sizes.get(n, n) for n in shape) * size for shape, size in known[kind])
+    return total
+
+
+def _kept_of(
+    optimizer: Optimizer, dimensions: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], int]]:
+    """Shape, and bytes of an element, of what is kept of a parameter with sizes of `_PRIMES`."""
+    with unset_fake_temporarily():
+        probe = torch.zeros(_PRIMES[:dimensions], dtype=dtype)
+        probe.grad = torch.zeros_like(probe)
+        # A second one with the same settings, and nothing of what hangs on the first.
+        other = object.__new__(type(optimizer))
+        vars(other).update(vars(optimizer))
+        vars(other).update({name: OrderedDict() for name in vars(other) if "hooks" in name})
+        vars(other)["param_groups"] = [{**optimizer.param_groups[0], "params": [probe]}]
+        vars(other)["state"] = state = defaultdict[Tensor, dict[str, Any]](dict)
+        with torch.no_grad():
+            type(other).step(other)
+        return [(tuple(t.shape), t.element_size()) for t in _tensors(state.values())]
