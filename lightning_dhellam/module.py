@@ -274,6 +274,17 @@ class DualStrandMixin(LightningModule):
         if whole is not None:
             take_part(self.model, whole)
 
+    def planned_model(self, context: ParallelContext, dtype: torch.dtype) -> CausalLM:
+        """This rank's part of the model as `configure_model` makes it, but for weights of a folder.
+
+        It is not kept: `context` may be of a run that is only planned.
+        """
+        model = self.build_model(context, dtype)
+        model.settle()
+        if self.lora is not None:
+            add_lora(model, self.lora, self._seed)
+        return model
+
     def __getattr__(self, name: str) -> Any:
         # Callbacks may want the model before `configure_model`: to freeze a part of it in `setup`.
         missing = name == "model" and name not in self.__dict__.get("_modules", (name,))

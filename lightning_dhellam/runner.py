@@ -254,6 +254,11 @@ class Runner:
         return self._trained_with().buffers
 
     @property
+    def stepped(self) -> ModelParallelOptimizer:
+        """What steps the user's optimizer."""
+        return self._trained_with().optimizer
+
+    @property
     def steps(self) -> int:
         """How many steps the optimizer has done, of earlier runs as well."""
         return self._training.optimizer.steps if self._training is not None else 0
@@ -336,7 +341,7 @@ class Runner:
         """
         training, balance = self._trained_with(), self._balance
         assert balance is not None
-        batch = self._in_our_words(batch)
+        batch = self.in_our_words(batch)
         training.begin()
         step = self.steps if step is None else step
         everyone = Everyone.of(self.context, self.engine.lanes, weighs_all=balance.has_losses)
@@ -353,7 +358,7 @@ class Runner:
         training.optimizer.saw(loss)
         return loss
 
-    def _in_our_words(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def in_our_words(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch as the intake takes it: in our words, of a length that divides over ranks."""
         batch = in_our_words(batch, own_labels=self.intake.limits.own_labels)
         return self.intake.lengthened(batch) if isinstance(batch, Mapping) else batch
@@ -418,7 +423,7 @@ class Runner:
         Where ranks share experts, all of them must call this equally often.
         """
         everyone = Everyone.with_same_samples(self.context, self.engine.lanes)
-        pieces = self.intake.micro_batches(self._in_our_words(batch), everyone=everyone)
+        pieces = self.intake.micro_batches(self.in_our_words(batch), everyone=everyone)
         return self._of_sequences(self.engine.evaluate(as_many(pieces, self.context)))
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
@@ -426,7 +431,7 @@ class Runner:
 
         Where ranks share experts, all of them must call this equally often.
         """
-        given, batch = batch, self._in_our_words(batch)
+        given, batch = batch, self.in_our_words(batch)
         pieces = self.intake.micro_batches(batch, needs_labels=False)
         tokens = given["input_ids"] if given.get("tokens") is None else given["tokens"]
         logits = self.engine.predict(as_many(pieces, self.context))[: len(batch["tokens"])]

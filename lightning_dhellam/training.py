@@ -19,7 +19,7 @@ from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.hosts import Question, ReduceOp
 from lightning_dhellam.parallel.loss_scale import LossScale, Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
-from lightning_dhellam.parallel.wrapping import shards
+from lightning_dhellam.parallel.wrapping import holders, shards
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.precision import PRECISIONS
 
@@ -58,7 +58,9 @@ class Training:
         scaling: Scaling,
     ) -> None:
         numbers, context, experts = PRECISIONS[precision], model.context, ExpertNames(model)
-        sharded = shards(optimizer, distributed_optimizer, precision, _holders(model))
+        sharded = shards(
+            optimizer, distributed_optimizer, precision, holders(model, context.topology)
+        )
         self._agreed = agreed
         self._context = context
         self._spread = context.topology.ep_size > 1 and any(map(is_expert, model.parameters()))
@@ -196,10 +198,3 @@ class Training:
         self.buffers.close()
         self.buffers = self._make_buffers()
         return self.buffers
-
-
-def _holders(model: CausalLM) -> int:
-    """How many ranks hold the same parameters, of those of `model` that are on most ranks."""
-    topology = model.context.topology
-    experts = topology.expert_dp_size if any(map(is_expert, model.parameters())) else 1
-    return max(topology.replicas, experts)

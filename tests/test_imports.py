@@ -29,14 +29,14 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "hosted",
         "runner",
         "balance training",
-        "agreed precision",
+        "agreed",
         "checkpoint memory",
         "models",
         "engine layers data search",
         "pipeline",
         "parallel",
         "plan",
-        "failures files kernels late optimizing recipes values versions",
+        "failures files kernels late optimizing precision recipes values versions",
     )
 )
 """Rooms from the top floor down; those of one floor do not know each other."""

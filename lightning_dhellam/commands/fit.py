@@ -32,6 +32,31 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
     Raises:
         ValueError: a mistake in the configuration.
     """
+    trainer: pl.Trainer = _lightning(words, keep=keep, run=True).trainer
+    return trainer
+
+
+def configuration(words: list[str]) -> dict[str, Any]:
+    """What `run_lightning` would be configured by, of which nothing but the model is made.
+
+    Gives `trainer` and `data` as they are configured, and under `model` the module.
+
+    Raises:
+        ValueError: a mistake in the configuration.
+    """
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningModule
+
+    read = _lightning(["fit", *words], keep=False, run=False)
+    found: dict[str, Any] = read.config[read.config.subcommand].as_dict()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    given = parser.parse_object({"model": found["model"]})
+    return {**found, "model": parser.instantiate_classes(given).model}
+
+
+def _lightning(words: list[str], *, keep: bool, run: bool) -> Any:
+    """LightningCLI, when it has run the subcommand, or only read what it is configured by."""
     import lightning
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelSummary
@@ -73,7 +98,8 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
                 raise ValueError(one_line(str(error), options, words[0])) from None
             config = self.config[self.config.subcommand].as_dict()
             refuse_blanks(config, Trainer.__init__)
-            check_devices(config["trainer"])
+            if run:
+                check_devices(config["trainer"])
 
         def _options(self, command: str) -> list[str]:
             """What can be configured, such as `trainer.max_steps`."""
@@ -100,7 +126,13 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
                 # What flags of the Trainer cannot be, in a line or two.
                 raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
 
+        def _run_subcommand(self, subcommand: str) -> None:
+            if run:
+                super()._run_subcommand(subcommand)
+
         def instantiate_classes(self) -> None:
+            if not run:
+                return
             # Where a string or nothing is allowed as well as an object, jsonargparse puts what the
             # constructor raised into the text of an error of its own, whose cause is another.
             raised: list[Exception] = []
@@ -121,7 +153,7 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
                     raise raised[-1] from None
                 raise
 
-    done = CLI(
+    return CLI(
         LightningModule,
         LightningDataModule,
         SaveConfigCallback if keep else None,
@@ -132,7 +164,6 @@ def run_lightning(words: list[str], keep: bool = True) -> pl.Trainer:
         seed_everything_default=1234,
         args=words,
     )
-    return done.trainer
 
 
 def take_model_of_checkpoint(model: Any, ckpt_path: Any) -> None:

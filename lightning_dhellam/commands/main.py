@@ -67,6 +67,7 @@ COMMANDS = (
         (
             ("show FILE", "print the plans of a plan file"),
             ("schedule", "print the visits of every stage of the folded pipeline"),
+            ("memory --config FILE", "predict what every rank of a run takes"),
         ),
         "commands.plan:plan_command",
     ),

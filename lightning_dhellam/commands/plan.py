@@ -17,11 +17,13 @@ from lightning_dhellam.search.pipeline import UniformCosts, play
 USAGE = """\
 usage: dhellam plan show FILE
        dhellam plan schedule --stages P --micro_batches M [--output FILE]
+       dhellam plan memory --config FILE_OR_RECIPE [options]
 
   show       print the plans of a plan file, such as that of a search
   schedule   print the visits of every stage of the folded pipeline
+  memory     predict what every rank of a run takes
 
-`dhellam plan schedule --help` says more.
+`dhellam plan schedule --help` and `dhellam plan memory --help` say more.
 """
 
 
@@ -29,13 +31,17 @@ def plan_command(words: list[str]) -> int:
     """Print every plan of a plan file as a table, or the schedule of a pipeline."""
     if words[:1] == ["schedule"]:
         return schedule_command(words[1:])
+    if words[:1] == ["memory"]:
+        from lightning_dhellam.commands.memory import memory_command
+
+        return memory_command(words[1:])
     if words in (["-h"], ["--help"], ["show", "-h"], ["show", "--help"]):
         print(USAGE, end="")
         return 0
     if len(words) != 2 or words[0] != "show":
         raise ValueError(
-            f"plan {' '.join(words)}: use 'dhellam plan show FILE' or 'dhellam plan schedule"
-            " --stages P --micro_batches M'"
+            f"plan {' '.join(words)}: use 'dhellam plan show FILE', 'dhellam plan schedule"
+            " --stages P --micro_batches M' or 'dhellam plan memory --config FILE'"
         )
     print(PlanFile.load(words[1]))
     return 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_dhellam.engine import Engine, cut
+from lightning_dhellam.engine import Engine, MicroBatch, cut
 from lightning_dhellam.layers import Lowered
 from lightning_dhellam.memory.sized import SizedLanes
 from lightning_dhellam.parallel.topology import Topology
@@ -90,18 +90,24 @@ def activation_peak(
     lanes = SizedLanes()
     engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage)
     engine.suit(length)
-    tokens = torch.empty(samples, length, dtype=torch.long)
-    pieces = cut(
-        {"tokens": tokens, "labels": tokens},
+    engine.train(micro_batches(topology, samples, micro_batch_size, length))
+    assert not lanes.ledger.slots, "slots outlive the step"
+    return lanes.ledger.peak_bytes
+
+
+def micro_batches(
+    topology: Topology, samples: int, micro_batch_size: int, length: int
+) -> list[MicroBatch]:
+    """The micro-batches of a step of one rank, of tokens that say nothing."""
+    tokens, labels = (torch.empty(samples, length, dtype=torch.long) for _ in range(2))
+    return cut(
+        {"tokens": tokens, "labels": labels},
         micro_batch_size,
         device=tokens.device,
         seed=0,
         step=0,
         topology=topology,
     )
-    engine.train(pieces)
-    assert not lanes.ledger.slots, "slots outlive the step"
-    return lanes.ledger.peak_bytes
 
 
 def without_memory() -> FakeTensorMode:

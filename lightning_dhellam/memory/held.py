@@ -57,22 +57,23 @@ def held(model: CausalLM, buffers: GradientBuffers, optimizer: ModelParallelOpti
         optimizer: of it.
     """
     counted: set[int] = set()
-    weights = _bytes([*model.parameters(), *model.buffers()], counted)
+    weights = bytes_of([*model.parameters(), *model.buffers()], counted)
     every = (*buffers.ddp.buffers, *buffers.ddp.expert_parallel_buffers)
-    weights += _bytes([b.param_data for b in every if b.param_data is not None], counted)
-    gradients = _bytes([b.grad_data for b in every], counted)
+    weights += bytes_of([b.param_data for b in every if b.param_data is not None], counted)
+    gradients = bytes_of([b.grad_data for b in every], counted)
     stepped = optimizer.parameters
-    masters = _bytes(stepped, counted)
+    masters = bytes_of(stepped, counted)
     state = optimizer.inner.state
     if state:
-        kept = _bytes(_tensors(state.values()), counted)
+        kept = bytes_of(tensors_in(state.values()), counted)
     else:
         kept = _state_bytes(optimizer.inner, stepped)
     return Held(weights, gradients, masters + kept)
 
 
-def _bytes(every: Iterable[Tensor], counted: set[int]) -> int:
-    """Bytes of the storages of tensors, each counted once."""
+def bytes_of(every: Iterable[Tensor], counted: set[int] | None = None) -> int:
+    """Bytes of the storages of tensors, each counted once, and none of those `counted` already."""
+    counted = set() if counted is None else counted
     total = 0
     for tensor in every:
         storage = tensor.untyped_storage()
@@ -82,12 +83,13 @@ def _bytes(every: Iterable[Tensor], counted: set[int]) -> int:
     return total
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in mappings among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Mapping):
-            yield from _tensors(value.values())
+            yield from tensors_in(value.values())
 
 
 def _state_bytes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
@@ -118,4 +120,4 @@ def _kept_of(
         vars(other)["state"] = state = defaultdict[Tensor, dict[str, Any]](dict)
         with torch.no_grad():
             type(other).step(other)
-        return [(tuple(t.shape), t.element_size()) for t in _tensors(state.values())]
+        return [(tuple(t.shape), t.element_size()) for t in tensors_in(state.values())]

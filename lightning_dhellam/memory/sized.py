@@ -7,7 +7,7 @@ once on tensors that have a shape and no memory (torch's fake tensors), and is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any, NamedTuple
@@ -67,6 +67,7 @@ class SizedLanes(Lanes):
         super().__init__()
         self.ledger = SizedLedger()
         self._known: dict[tuple[Any, ...], _Found] = {}
+        self._kinds: dict[int, tuple[Operator, Hashable]] = {}
         self._numbers = count(1)
 
     def launch(
@@ -77,7 +78,7 @@ class SizedLanes(Lanes):
         given = [
             pair for value, like in zip(values, likes, strict=True) for pair in _of(value, like)
         ]
-        key = (*_kind(operator), *map(_form, likes))
+        key = (self._kind(operator), *map(_form, likes))
         if key not in self._known:
             self._known[key] = _found(operator, likes)
         found = self._known[key]
@@ -88,6 +89,15 @@ class SizedLanes(Lanes):
         )
         mark = Mark(operator.track, 0, None, None)
         return results if len(operator.writes) != 1 else results[0], mark
+
+    def _kind(self, operator: Operator) -> Hashable:
+        """What operators of layers of one shape have in common: their results are as large."""
+        known = self._kinds.get(id(operator))
+        if known is None:
+            trained = tuple(tuple(p.shape) for p in operator.accumulates)
+            says = (operator.reads, operator.writes, operator.cost, operator.growth, trained)
+            known = self._kinds[id(operator)] = operator, (operator.name, *says)
+        return known[1]
 
     def share(self, spare: bool) -> None:
         """Nothing to share."""
@@ -163,12 +173,6 @@ def _with_memory(like: Any) -> Any:
         return like
     with unset_fake_temporarily():
         return torch.empty(like.shape, dtype=like.dtype)
-
-
-def _kind(operator: Operator) -> tuple[Any, ...]:
-    """What operators of layers of one shape have in common: their results are as large."""
-    trained = tuple(tuple(p.shape) for p in operator.accumulates)
-    return operator.name, operator.reads, operator.writes, operator.cost, operator.growth, trained
 
 
 def _place(tensor: Tensor) -> int:

@@ -14,10 +14,13 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.topology import Topology
 
 ELEMENTWISE = "elementwise"
 """What the class of an optimizer says of itself if its rule looks at each element alone."""
@@ -57,6 +60,12 @@ def shards(optimizer: Optimizer, asked: bool | None, precision: str, replicas: i
             " its rule looks at each element alone; or leave distributed_optimizer out"
         )
     return asked
+
+
+def holders(model: Module, topology: Topology) -> int:
+    """How many ranks hold the same parameters, of those of `model` that are on most ranks."""
+    experts = topology.expert_dp_size if any(map(is_expert, model.parameters())) else 1
+    return max(topology.replicas, experts)
 
 
 def wrap(

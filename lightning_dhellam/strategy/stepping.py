@@ -20,6 +20,7 @@ from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy.agreed_loader import RepeatingLoader
 from lightning_dhellam.strategy.checks import check_trainer
 from lightning_dhellam.strategy.feeding import Feeding
+from lightning_dhellam.strategy.planning import MemoryWatch
 from lightning_dhellam.strategy.saving import SavingStrategy
 from lightning_dhellam.strategy.skipping import Skipping
 from lightning_dhellam.strategy.termination import Termination
@@ -37,6 +38,7 @@ class SteppingStrategy(SavingStrategy):
     _termination: Termination | None = None
     _feeding: Feeding | None = None
     _skipping: Skipping | None = None
+    _watch: MemoryWatch | None = None
     _losses_left: int | None = None
     _predicting = 0
     _predicted: list[tuple[Any, int]]
@@ -71,7 +73,7 @@ class SteppingStrategy(SavingStrategy):
             self._termination.close()
         if self._skipping is not None:
             self._skipping.close()
-        self._termination = self._feeding = self._skipping = None
+        self._termination = self._feeding = self._skipping = self._watch = None
 
     @override
     def batch_to_device(
@@ -155,6 +157,8 @@ class SteppingStrategy(SavingStrategy):
             )
         if self._skipping is not None and self._losses_left:
             self._skipping.trains()
+        if self._watch is not None:
+            self._watch.begin(self.runner, self._module, batch)
         loss = self.runner.train(batch, step=self._module.trainer.global_step)
         self._losses_left = 0 if self._losses_left else None
         return loss
@@ -189,6 +193,8 @@ class SteppingStrategy(SavingStrategy):
         self._meet()
         if self._optimizer is not None:
             self.runner.settle()
+        if self._watch is not None:
+            self._watch.end(self.runner)
 
     @override
     def on_predict_end(self) -> None:

@@ -26,6 +26,7 @@ from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
+from lightning_dhellam.strategy.planning import MemoryWatch
 from lightning_dhellam.strategy.precision import DHellamPrecision
 from lightning_dhellam.strategy.stepping import SteppingStrategy
 from lightning_dhellam.values import check_kinds, memory_bytes
@@ -302,6 +303,7 @@ class DHellamStrategy(SteppingStrategy):
             size = size_of(module.model, config, self.context, length or config.max_sequence_length)
             rank_zero_info(size)
             self.setup_optimizers(trainer)
+            self._watch = MemoryWatch(self, self.memory_limit)
         self.setup_precision_plugin()
         self.barrier()
 

@@ -1,0 +1,254 @@
+"""What every rank of a run takes, from what the run is told: no process and no GPU is needed.
+
+A rank's share of the model is built by Megatron-core on tensors without memory, with its gradient
+buffers and its optimizer, and the engine walks a step of it on lanes that only count. So the terms
+are those of the run itself:
+
+    weights, gradients, optimizer   what `held` counts, Megatron's padding and shards included
+    activations                     the most that all slots of a step take at once: saved ones,
+                                    those in use within a layer, what is gathered and received
+    batch                           tokens, labels and what is made of them
+    slack                           an assumption: see `RankMemory.slack`
+
+Experts are taken to be used evenly. What CUDA and NCCL take for themselves is none of it: it is no
+part of what a device has to give (`limit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+
+from lightning_dhellam.layers import Loss, lower
+from lightning_dhellam.memory.activations import activation_peak, micro_batches, without_memory
+from lightning_dhellam.memory.held import Held, bytes_of, held, tensors_in
+from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
+from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.parallel.planned import planned_context
+from lightning_dhellam.parallel.topology import Topology
+from lightning_dhellam.parallel.wrapping import holders, shards
+from lightning_dhellam.plan.file import named_plan
+from lightning_dhellam.plan.passes import ByLayer, Recompute
+from lightning_dhellam.precision import PRECISIONS
+
+WORKSPACE = 128 << 20
+"""Bytes that GEMMs and attention ask for while they run: cuBLAS alone takes 32 MiB for each of the
+streams that compute on a Hopper GPU, and as much for its scaled products."""
+_FRAGMENTS = 0.02
+"""Of what comes and goes: what the allocator cannot give to a tensor of another size. It hands out
+blocks of 2 MiB, and the slots of a step have few sizes, which repeat in every layer."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the memory of a run follows from.
+
+    Attributes:
+        config: of the model.
+        topology: sizes of the run, of any of its ranks.
+        samples: of a data-parallel rank's batch.
+        length: tokens of a sequence.
+        micro_batch_size: samples that go through the layers together.
+        precision: `32-true`, `bf16-mixed` or `bf16-true`.
+        plan: the name of a built-in plan, or the path of a plan file; `auto` is taken to find one
+            that takes as much as `interleaved`.
+        recompute: what backward makes again; `auto` is taken to make all of a layer again, since it
+            takes as much as it needs to.
+        split: layers of each chunk of the pipeline; None to balance them.
+        distributed_optimizer: whether its state is sharded; None to do so where that helps.
+        bucket_size: parameters of a bucket; None for Megatron's default.
+        context_exchange: how keys come to the ranks that share sequences.
+        context_fp32_gradients: whether gradients by them travel in fp32.
+        loss: of the user's own, or None.
+        build: makes a rank's part of the model; None for that of `config`.
+        optimizer: makes the optimizer of the parameters that are trained.
+    """
+
+    config: ModelConfig
+    topology: Topology
+    samples: int
+    length: int
+    micro_batch_size: int = 1
+    precision: str = "bf16-mixed"
+    plan: str = "interleaved"
+    recompute: Recompute | ByLayer = "gathers"
+    split: tuple[int, ...] | None = None
+    distributed_optimizer: bool | None = None
+    bucket_size: int | None = None
+    context_exchange: str = "ring"
+    context_fp32_gradients: bool = True
+    loss: Loss | None = None
+    build: Callable[[ParallelContext, torch.dtype], CausalLM] | None = None
+    optimizer: Callable[[Iterable[Parameter]], Optimizer] = AdamW
+
+    def check(self) -> None:
+        """Refuse sizes that the model cannot be cut into.
+
+        Raises:
+            ValueError: with the value, the rule and the remedy.
+        """
+        topology = self.topology
+        self.config.validate(
+            topology.tp_size, topology.ep_size, topology.etp_size, topology.cp_size
+        )
+        self.layers_of_chunks()
+
+    def layers_of_chunks(self) -> tuple[int, ...]:
+        """How many layers each chunk of the pipeline has."""
+        given = None if self.split is None else list(self.split)
+        return tuple(pipeline_split(self.config, self.topology.pp_size, given))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that a rank takes when it takes most, by what for.
+
+    Attributes:
+        stage: its pipeline stage.
+        ranks: how many ranks of the stage take as much: all of them.
+        weights: parameters and buffers of modules.
+        gradients: Megatron's buffers.
+        optimizer: master weights and state.
+        activations: all slots of a step.
+        batch: tokens, labels, and what is made of them.
+    """
+
+    stage: int
+    ranks: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    batch: int
+
+    @property
+    def tensors(self) -> int:
+        """All that is derived, without slack."""
+        held = self.weights + self.gradients + self.optimizer
+        return held + self.activations + self.batch
+
+    @property
+    def slack(self) -> int:
+        """What is assumed beside it."""
+        return WORKSPACE + round(_FRAGMENTS * (self.activations + self.batch))
+
+    @property
+    def total(self) -> int:
+        """All, slack included."""
+        return self.tensors + self.slack
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """The bytes by what for, in the order of a table."""
+        names = ("weights", "gradients", "optimizer", "activations", "batch", "slack")
+        return {name: getattr(self, name) for name in names}
+
+
+def predict(run: Run) -> tuple[RankMemory, ...]:
+    """Predict the memory of every rank: of each pipeline stage, whose ranks are alike.
+
+    Raises:
+        ValueError: a value that no run can have.
+    """
+    run.check()
+    each = run.topology.stage_size
+    return tuple(predict_rank(run, stage * each) for stage in range(run.topology.pp_size))
+
+
+def predict_rank(run: Run, rank: int) -> RankMemory:
+    """Predict the memory of one rank; see `predict`."""
+    topology = replace(run.topology, rank=rank)
+    numbers = PRECISIONS[run.precision]
+    split = run.layers_of_chunks() if topology.pp_size > 1 else ()
+    with without_memory():
+        context = planned_context(topology, torch.device("cpu"), split)
+        build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
+        model = build(context, numbers.dtype)
+        found = _held(run, model, context)
+        peak, batch = _step(run, model, topology)
+    return RankMemory(
+        topology.pp_rank,
+        topology.stage_size,
+        found.weights,
+        found.gradients,
+        found.optimizer,
+        peak,
+        batch,
+    )
+
+
+def step_bytes(run: Run, rank: int, trained: Mapping[str, bool]) -> tuple[int, int]:
+    """Predict the most bytes of slots in a step of one rank, and those of its batch.
+
+    Args:
+        run: of which the rank is one.
+        rank: which.
+        trained: which of its parameters require a gradient, by name.
+    """
+    topology = replace(run.topology, rank=rank)
+    split = run.layers_of_chunks() if topology.pp_size > 1 else ()
+    with without_memory():
+        context = planned_context(topology, torch.device("cpu"), split)
+        build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
+        model = build(context, PRECISIONS[run.precision].dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+            if parameter.requires_grad:
+                parameter.main_grad = torch.empty_like(  # type: ignore[attr-defined]
+                    parameter, dtype=torch.float32
+                )
+        return _step(run, model, topology)
+
+
+def _held(run: Run, model: CausalLM, context: ParallelContext) -> Held:
+    numbers = PRECISIONS[run.precision]
+    optimizer = run.optimizer([p for p in model.parameters() if p.requires_grad])
+    of_model = holders(model, context.topology)
+    sharded = shards(optimizer, run.distributed_optimizer, run.precision, of_model)
+    buffers = GradientBuffers(
+        model,
+        model.transformer_config,
+        context,
+        sharded=sharded,
+        fp32=numbers.fp32_gradients,
+        bucket_size=run.bucket_size,
+    )
+    wrapped = ModelParallelOptimizer(
+        optimizer,
+        buffers,
+        context,
+        {parameter: name for name, parameter in model.named_parameters()},
+        sharded=sharded,
+        master_weights=numbers.master_weights,
+        max_skipped_steps=1,
+    )
+    return held(model, buffers, wrapped)
+
+
+def _step(run: Run, model: CausalLM, topology: Topology) -> tuple[int, int]:
+    """The most bytes of slots in a step, and those of the batch."""
+    lowered = lower(
+        model,
+        recompute="full" if run.recompute == "auto" else run.recompute,
+        loss=run.loss,
+        context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
+        context_fp32_gradients=run.context_fp32_gradients,
+    )
+    # More change nothing: by then as many are held as ever will be.
+    most = (2 * topology.pp_size + 2) * run.micro_batch_size
+    peak = activation_peak(
+        lowered,
+        named_plan("interleaved" if run.plan == "auto" else run.plan),
+        topology,
+        samples=min(run.samples, most),
+        micro_batch_size=run.micro_batch_size,
+        length=run.length,
+    )
+    pieces = micro_batches(topology, run.samples, run.micro_batch_size, run.length)
+    return peak, bytes_of(tensors_in(piece.slots for piece in pieces))

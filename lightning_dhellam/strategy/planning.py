@@ -1,0 +1,173 @@
+"""What a strategy's run takes of memory: planned, refused where it cannot fit, and compared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_dhellam.memory import Run
+from lightning_dhellam.memory.held import held
+from lightning_dhellam.memory.limit import cannot_fit, cheapest_change, refusal
+from lightning_dhellam.memory.prediction import step_bytes
+from lightning_dhellam.module import DualStrandMixin
+from lightning_dhellam.parallel.collectives import of_all_ranks
+from lightning_dhellam.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from lightning_dhellam.runner import Runner
+
+_GIB = 2**30
+
+
+def planned_run(
+    strategy: Any,
+    module: DualStrandMixin,
+    topology: Topology,
+    *,
+    precision: str,
+    samples: int,
+    length: int,
+) -> Run:
+    """The run of a strategy and a module, as its memory is predicted from.
+
+    Args:
+        strategy: a `DHellamStrategy`, or whatever has its arguments.
+        module: its model and loss.
+        topology: the sizes of the run.
+        precision: `32-true`, `bf16-mixed` or `bf16-true`.
+        samples: of a data-parallel rank's batch.
+        length: tokens of a sequence.
+    """
+    split = strategy.pipeline_split
+    return Run(
+        module.model_config,
+        topology,
+        samples,
+        length,
+        micro_batch_size=strategy.micro_batch_size,
+        precision=precision,
+        plan=strategy.plan,
+        recompute=strategy.recompute,
+        split=None if split is None else tuple(split),
+        distributed_optimizer=strategy.distributed_optimizer,
+        bucket_size=strategy.bucket_size,
+        context_exchange=strategy.context_exchange,
+        context_fp32_gradients=strategy.context_fp32_gradients,
+        loss=module.custom_loss,
+        build=module.planned_model,
+    )
+
+
+class MemoryWatch:
+    """Predicts the memory of a run at its first batch, and says in the end what it took.
+
+    It does nothing on a CPU without a limit, of which nobody asks for its memory.
+
+    Args:
+        strategy: a `DHellamStrategy`, whose run it is.
+        limit: bytes that a rank may take, as the user gave it; None for what the device has.
+    """
+
+    def __init__(self, strategy: Any, limit: int | None) -> None:
+        self._strategy = strategy
+        self._limit = limit
+        self._predicted: int | None = None
+        self._batch = 0
+        self._begun = False
+
+    def begin(self, runner: Runner, module: DualStrandMixin, batch: Mapping[str, Any]) -> None:
+        """Refuse, before the first step, a run that cannot fit. Every rank must call this.
+
+        Raises:
+            ValueError: on all ranks in the same words, with the cheapest change that would fit.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        on_cuda = runner.device.type == "cuda"
+        if not on_cuda and self._limit is None:
+            return
+        samples, length = runner.in_our_words(batch)["tokens"].shape
+        context = runner.context
+        run = planned_run(
+            self._strategy,
+            module,
+            context.topology,
+            precision=runner.precision,
+            samples=samples,
+            length=length,
+        )
+        limit = self._limit if self._limit is not None else _room(runner.device)
+        tensors = self._tensors(runner, run)
+        every = of_all_ranks((context.topology.pp_rank, tensors, limit), context.world_group)
+        known = [(stage, took, has) for stage, took, has in every if took is not None]
+        beyond = [one for one in known if cannot_fit(one[1], one[2])]
+        if beyond:
+            stage, most, has = max(beyond, key=lambda one: one[1] - one[2])
+            # The same on all ranks, from the same numbers.
+            whence = "memory_limit" if self._limit is not None else "the device"
+            raise ValueError(refusal(stage, most, has, whence, _change(run, has)))
+        if tensors is not None:
+            self._predicted = tensors
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(runner.device)
+        if known:
+            stage, most, has = max(known, key=lambda one: one[1])
+            rank_zero_info(
+                f"memory: {most / _GIB:.2f} GiB predicted on a rank of stage {stage}, of"
+                f" {has / _GIB:.1f} GiB"
+            )
+
+    def end(self, runner: Runner) -> None:
+        """Say what was predicted and what was measured, per rank. Every rank must call this."""
+        if not self._begun:
+            return
+        own = None
+        if self._predicted is not None:
+            own = self._predicted, self._measured(runner)
+        every = of_all_ranks(own, runner.context.world_group)
+        said = dict.fromkeys(
+            f"rank {rank} {pair[0] / _GIB:.4g} predicted, {pair[1] / _GIB:.4g} measured"
+            for rank, pair in enumerate(every)
+            if pair is not None
+        )
+        if said:
+            rank_zero_info(f"memory in GiB: {'; '.join(said)}")
+
+    def _tensors(self, runner: Runner, run: Run) -> int | None:
+        """Bytes that this rank will take; None where it could not be told."""
+        trained = {n: p.requires_grad for n, p in runner.model.named_parameters()}
+        try:
+            slots, self._batch = step_bytes(run, run.topology.rank, trained)
+        except Exception as error:  # a user's block, which cannot do without values, say
+            shown = " ".join(str(error).split())
+            rank_zero_warn(f"memory could not be predicted: {type(error).__name__}: {shown}")
+            return None
+        return self._held(runner) + slots + self._batch
+
+    def _held(self, runner: Runner) -> int:
+        return held(runner.model, runner.gradient_buffers, runner.stepped).total
+
+    def _measured(self, runner: Runner) -> int:
+        """Torch's peak on a GPU; on a CPU what is held, and the engine's own count of slots."""
+        if runner.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(runner.device)
+        return self._held(runner) + runner.engine.lanes.ledger.peak_bytes + self._batch
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a GPU has for tensors: all, but for what the context and others have taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device)
+
+
+def _change(run: Run, limit: int) -> str | None:
+    try:
+        return cheapest_change(run, limit)
+    except Exception:  # what a user's model does with other sizes is not the mistake
+        print("memory of other settings could not be predicted", file=sys.stderr)
+        return None
