@@ -33,8 +33,9 @@ from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.wrapping import holders, shards
+from lightning_dhellam.plan.by_layer import ByLayer
 from lightning_dhellam.plan.file import named_plan
-from lightning_dhellam.plan.passes import ByLayer, Recompute
+from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 
 WORKSPACE = 128 << 20
