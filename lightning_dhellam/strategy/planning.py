@@ -143,11 +143,11 @@ class MemoryWatch:
         trained = {n: p.requires_grad for n, p in runner.model.named_parameters()}
         try:
             slots, self._batch = step_bytes(run, run.topology.rank, trained)
+            return self._held(runner) + slots + self._batch
         except Exception as error:  # a user's block, which cannot do without values, say
             shown = " ".join(str(error).split())
             rank_zero_warn(f"memory could not be predicted: {type(error).__name__}: {shown}")
             return None
-        return self._held(runner) + slots + self._batch
 
     def _held(self, runner: Runner) -> int:
         return held(runner.model, runner.gradient_buffers, runner.stepped).total
