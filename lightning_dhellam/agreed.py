@@ -18,6 +18,7 @@ from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_o
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
+from lightning_dhellam.pipeline.schedules import scheme_of
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import ByLayer, check_choices
 from lightning_dhellam.plan.file import conditions, named_plan
@@ -38,6 +39,7 @@ class AgreedEngine:
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
+        schedule: order of the pipeline's works: a name, or the path of a file.
         module: what holds the model and the loss; its buffers are as before after a profile.
 
     Attributes:
@@ -62,6 +64,7 @@ class AgreedEngine:
         recompute: Recompute | ByLayer,
         context_exchange: str,
         context_fp32_gradients: bool,
+        schedule: str,
         module: torch.nn.Module,
     ) -> None:
         if plan == "auto":
@@ -77,6 +80,8 @@ class AgreedEngine:
         self._check_alike("context_exchange", context_exchange)
         self._check_alike("context_fp32_gradients", context_fp32_gradients)
         self._check_alike("recompute", recompute)
+        self._check_alike("schedule", schedule)
+        scheme = scheme_of(schedule, self._context.topology.pp_size)
         start_alike(model, self._context)
         check_exchange(context_exchange)
         self.exchanges = exchanges(context_exchange, self._context.topology.cp_size)
@@ -93,6 +98,7 @@ class AgreedEngine:
             loss=loss,
             kernels=kernels,
             context_fp32_gradients=context_fp32_gradients,
+            scheme=scheme,
         )
         self._exchange = self.exchanges[0]
         lowered = self._lower(context_exchange=self._exchange)

@@ -245,7 +245,10 @@ def _plan(trainer: pl.Trainer) -> str:
     if strategy.plan != plan:
         plan = f"{plan} (of {strategy.plan})"
     topology = context.topology
-    pipeline = f" pipeline parallel {topology.pp_size}," if topology.pp_size > 1 else ""
+    pipeline = ""
+    if topology.pp_size > 1:
+        by = f" by {strategy.schedule}" if strategy.schedule != "fold" else ""
+        pipeline = f" pipeline parallel {topology.pp_size}{by},"
     pipeline += f" context parallel {topology.cp_size}," if topology.cp_size > 1 else ""
     pipeline += f" expert parallel {topology.ep_size}," if topology.ep_size > 1 else ""
     return (

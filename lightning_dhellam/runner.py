@@ -80,6 +80,8 @@ class Runner:
             one it is `ring`. Changes loss and gradients by rounding.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
+        schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, or the
+            path of a file that holds one, in the form in which schedules print. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         module: what holds the model and the loss, if that is more than the model: its buffers are
             as before after a profile or a rehearsal.
@@ -101,6 +103,7 @@ class Runner:
         recompute: Recompute | ByLayer = USUAL,
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
+        schedule: str = "fold",
         bucket_size: int | None = None,
         module: torch.nn.Module | None = None,
     ) -> None:
@@ -121,6 +124,7 @@ class Runner:
             recompute=recompute,
             context_exchange=context_exchange,
             context_fp32_gradients=context_fp32_gradients,
+            schedule=schedule,
             module=module or model,
         )
         config, topology = model.config, self.context.topology

@@ -112,7 +112,7 @@ class Session:
         self._pieces = runner.intake.micro_batches(batch)
         self._shapes = _shapes(batch)
         stage = runner.engine.stage
-        self._stage = FoldedStep(stage.number, stage.count, len(self._pieces))
+        self._stage = FoldedStep(stage.number, stage.count, len(self._pieces), stage.scheme)
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         everyone = runner.context.world_group

@@ -90,17 +90,22 @@ class Job:
 
 
 def bind(
-    plan: Plan, forward: Graph | None, backward: Graph | None, follows: Graph | None = None
+    plan: Plan,
+    forward: Graph | None,
+    backward: Graph | None,
+    follows: Graph | None = None,
+    rest: Graph | None = None,
 ) -> Program:
     """Bind a plan to the graphs that it was made for.
 
-    `follows` is the backward graph of forward's own layer: it reads what forward saves.
+    `follows` is the backward graph of forward's own layer, which reads what forward saves, and
+    `rest` the second half of backward, where that is the first, which reads what the first leaves.
 
     Raises:
         PlanError: the plan does not fit the graphs.
     """
     validate(plan, forward, backward)
-    graphs = {Strand.FORWARD: (forward, follows), Strand.BACKWARD: (backward, None)}
+    graphs = {Strand.FORWARD: (forward, follows), Strand.BACKWARD: (backward, rest)}
     entries = tuple(
         _entry(row, *graphs[row.strand]) if isinstance(row, Issue) else None for row in plan.rows
     )

@@ -6,6 +6,7 @@ The only place that knows streams, events and works.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -75,11 +76,12 @@ class Lanes(ABC):
         """Every lane waits for everything that was issued: the step is over."""
 
     @abstractmethod
-    def settle(self) -> None:
-        """A visit begins: take back memory that transfers of earlier visits have read.
+    def settle(self, ahead: int) -> None:
+        """A walk begins: take back memory that transfers of earlier walks have read.
 
         Nothing waits for a send, so its tensor would be held until the step is over. What was
-        issued before the last visit began is waited for: long done, if no stage lags behind.
+        issued in the walks up to the one `ahead` walks before is waited for: long done, if no stage
+        lags behind.
         """
 
     @abstractmethod
@@ -129,8 +131,7 @@ class CpuLanes(Lanes):
     def __init__(self, *, poison: bool = False) -> None:
         super().__init__(poison=poison)
         self._running: list[Work] = []
-        self._transfers: list[Work] = []
-        self._settled = 0
+        self._transfers: deque[list[Work]] = deque([[]])
 
     def launch(
         self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
@@ -151,7 +152,7 @@ class CpuLanes(Lanes):
 
     def _note(self, lane: Lane, work: Work) -> None:
         if lane is Lane.PP:
-            self._transfers.append(work)
+            self._transfers[-1].append(work)
         else:
             self._running = [other for other in self._running if not other.is_completed()]
             self._running.append(work)
@@ -166,16 +167,13 @@ class CpuLanes(Lanes):
 
     def drain(self) -> None:
         self.barrier()
-        for work in self._transfers:
-            work.wait()
-        self._transfers.clear()
-        self._settled = 0
+        self.settle(1)
 
-    def settle(self) -> None:
-        for work in self._transfers[: self._settled]:
-            work.wait()
-        del self._transfers[: self._settled]
-        self._settled = len(self._transfers)
+    def settle(self, ahead: int) -> None:
+        while len(self._transfers) >= ahead:
+            for work in self._transfers.popleft():
+                work.wait()
+        self._transfers.append([])
 
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
         mark = Mark(_COMPUTE, 0, None, None)
@@ -230,7 +228,7 @@ class CudaLanes(Lanes):
         self._numbers: dict[Track, int] = {_COMPUTE: 0}
         self._seen: dict[Track, dict[Track, int]] = {_COMPUTE: {}}
         self._waiting: dict[Track, list[Slot]] = {_COMPUTE: []}
-        self._last_visit: dict[Track, Mark] = {}
+        self._begun: deque[dict[Track, Mark]] = deque()
 
     def stream(self, lane: Lane, edge: str = "") -> torch.cuda.Stream:
         """The stream of a lane or edge, made on first use."""
@@ -295,7 +293,7 @@ class CudaLanes(Lanes):
     def drain(self) -> None:
         self.share(spare=False)
         self._join(list(self._streams))
-        self._last_visit = {}
+        self._begun.clear()
 
     def _join(self, tracks: Sequence[Track]) -> None:
         marks = [self._mark(track) for track in tracks]
@@ -303,13 +301,16 @@ class CudaLanes(Lanes):
             for mark in marks:
                 self._wait(track, self._streams[track], mark)
 
-    def settle(self) -> None:
+    def settle(self, ahead: int) -> None:
+        while len(self._begun) > ahead - 1:
+            self._begun.popleft()
+        begun = self._begun[0] if len(self._begun) == ahead - 1 else {}
         for track, slots in self._waiting.items():
             memories = [m for slot in slots for m in slot.memories if m.owner == track]
             users = {user for memory in memories for user in memory.uses}
-            for user in sorted(users & self._last_visit.keys()):
-                self._wait(track, self._streams[track], self._last_visit[user])
-        self._last_visit = {track: self._mark(track) for track in self._streams}
+            for user in sorted(users & begun.keys()):
+                self._wait(track, self._streams[track], begun[user])
+        self._begun.append({track: self._mark(track) for track in self._streams})
 
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
         self._numbers[_COMPUTE] += 1

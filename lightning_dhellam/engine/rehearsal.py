@@ -31,7 +31,7 @@ from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import GraphPair
 
 Run = Callable[[list[MicroBatch]], Any]
-"""Carries out one or two micro-batches on this stage alone."""
+"""Carries out some micro-batches on this stage alone."""
 
 
 class Rehearsals:
@@ -57,6 +57,7 @@ class Rehearsals:
         operators = [operator for graph in graphs for operator in graph.operators]
         self._parameters = [p for o in operators for p in o.accumulates]
         self._turns = max((len(o.rehearsals) for o in operators), default=1) or 1
+        self._stage = stage
         self._needed = stage.count > 1 and executor.lanes.loads
         self._done: set[tuple[Any, ...]] = set()
 
@@ -66,13 +67,13 @@ class Rehearsals:
         Args:
             step: what decides on its kernels, beside the shapes: its kind and its plans.
             pieces: its micro-batches. Each shape among them is rehearsed once, by each routing that
-                there is for it, two at a time if there are two: the first adds to gradients in
-                another way than the second.
+                there is for it, by as few as walk in every way of the step, and two if there are
+                two: the first adds to gradients in another way than the second.
             run: carries it out.
         """
         if not self._needed:
             return
-        count = min(2, len(pieces))
+        count = self._stage.fewest(len(pieces))
         for piece in pieces:
             key = (*step, count, *_shapes(piece))
             if key not in self._done:

@@ -73,8 +73,13 @@ class StepState:
         return state.tapes[layer]
 
     def enter(self, micro_batch: int, layer: int, graph: Graph) -> Tape:
-        """Put what the strand's last graph handed over on the tape of its next one."""
+        """Put what the strand's last graph handed over on the tape of its next one.
+
+        The second half of a backward is no link of that chain: all that it needs is on its tape.
+        """
         state, tape = self.of(micro_batch), self.tape(micro_batch, layer)
+        if not graph.is_link:
+            return tape
         for name, slot in zip(graph.taken, state.carried, strict=True):
             if not tape.put(name, slot) and not slot.holders:
                 self._lanes.release(slot)
@@ -83,6 +88,8 @@ class StepState:
 
     def leave(self, micro_batch: int, layer: int, graph: Graph) -> None:
         """Take what the graph hands over."""
+        if not graph.is_link:
+            return
         state = self.of(micro_batch)
         state.carried = state.tapes[layer].take(graph.handed)
 

@@ -29,8 +29,9 @@ from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
 from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.engine.trace import Tracer
-from lightning_dhellam.pipeline.stage import Leg, Stage
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand
+from lightning_dhellam.pipeline.schedules import Part
+from lightning_dhellam.pipeline.stage import Leg, Stage, Step
+from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand, passes
 
 _QUEUED = 100
 """Operators that a device takes into its queue without holding up the host."""
@@ -66,8 +67,9 @@ class Engine:
         self._executor = Executor(lanes)
         self._builder = builder
         self._plans: dict[tuple[str, str], Plan] = {}
-        self._programs: dict[tuple[int | None, int | None], Program] = {}
+        self._programs: dict[tuple[int | None, int | None, Part], Program] = {}
         self._evaluations: dict[int, Program] = {}
+        self._halves: dict[int, tuple[Graph, Graph]] = {}
         self._module = module
         self._rehearsals = Rehearsals(self._executor, self.layers, self.stage, module)
 
@@ -95,17 +97,17 @@ class Engine:
         any length.
         """
         self.layers = tuple(pair.at(length) for pair in self.layers)
+        self._halves.clear()
         if self.logits is not None:
             self.logits = self.logits.at(length)
         self.install(self._builder)
 
     def plans(self) -> list[Plan]:
         """The plans of a training step, one for each distinct pair of graphs, in walking order."""
-        for pairs in self.stage.pairings():
-            for forward, backward in pairs:
+        for leg in self.stage.kinds():
+            for forward, backward in leg.pairs:
                 for pair in ((forward, backward), (forward, None), (None, backward)):
-                    if pair != (None, None):
-                        self._program(*pair)
+                    self._program(*pair, leg.part)
         return list(dict.fromkeys(self._plans.values()))
 
     def train(
@@ -118,7 +120,7 @@ class Engine:
         """
         self._rehearsals.before(("train", self._builder), micro_batches, self._train_alone)
         with torch.no_grad():
-            losses = self._train(micro_batches, self.stage.legs(len(micro_batches)), on_gradient)
+            losses = self._train(micro_batches, self.stage.step(len(micro_batches)), on_gradient)
             return _total(losses, micro_batches)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -219,46 +221,51 @@ class Engine:
         finally:
             self._executor.observer = None
 
-    def _legs(
-        self, state: StepState, legs: Sequence[Leg], forwards: Sequence[Graph]
-    ) -> Iterator[Leg]:
+    def _legs(self, state: StepState, step: Step, forwards: Sequence[Graph]) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
-        self._post(state, legs[0], forwards)
-        for index, leg in enumerate(legs):
-            self.lanes.settle()
-            for following in legs[index + 1 : index + 2]:
+        self._post(state, step.legs[0], forwards)
+        last = step.last
+        for index, leg in enumerate(step.legs):
+            self.lanes.settle(step.ahead)
+            for following in step.legs[index + 1 : index + 2]:
                 self._post(state, following, forwards)
             yield leg
+            for micro_batch in {leg.forward, leg.backward}:
+                if micro_batch is not None and last[micro_batch] == index:
+                    state.end(micro_batch)
         # The caller's tensors, the micro-batches, must outlive every lane's use of them.
         self.lanes.drain()
 
     def _train(
         self,
         micro_batches: Sequence[MicroBatch],
-        legs: Sequence[Leg],
+        step: Step,
         on_gradient: OnGradient | None = None,
     ) -> list[Tensor]:
-        """Walk `legs` forward and backward. Returns the losses that this stage has."""
+        """Walk forward and backward. Returns the losses that this stage has."""
         state = StepState(micro_batches, self.lanes, self._readers)
         losses: list[Tensor] = []
         final = len(micro_batches) - 1
-        for leg in self._legs(state, legs, [pair.forward for pair in self.layers]):
+        for leg in self._legs(state, step, [pair.forward for pair in self.layers]):
             self._pass(leg, state, on_gradient if leg.backward == final else None)
-            if leg.forward is not None:
-                losses += state.results(leg.forward)
-            if leg.backward is not None and leg.pairs[-1][1] == 0:
-                state.end(leg.backward)
+            losses += self._results(state, leg)
         return losses
 
+    def _results(self, state: StepState, leg: Leg) -> list[Tensor]:
+        """What the model's last layer has handed over in a walk: the loss, or logits."""
+        ends = any(forward == len(self.layers) - 1 for forward, _ in leg.pairs)
+        return state.results(leg.forward) if ends and leg.forward is not None else []
+
     def _train_alone(self, pieces: list[MicroBatch]) -> None:
-        _total(self._train(pieces, self.stage.rehearsal(len(pieces))), pieces)
+        _total(self._train(pieces, self.stage.step(len(pieces))), pieces)
 
     def _post(self, state: StepState, leg: Leg, forwards: Sequence[Graph]) -> None:
         """Issue what the first graph of each strand receives from another stage."""
         for strand, layer in leg.begins:
             micro_batch = leg.forward if strand is Strand.FORWARD else leg.backward
             assert micro_batch is not None
-            graph = forwards[layer] if strand is Strand.FORWARD else self.layers[layer].backward
+            ahead = strand is Strand.FORWARD
+            graph = forwards[layer] if ahead else self._backward(layer, leg.part)
             if graph.receives:
                 self._executor.post(receives(graph), state.tape(micro_batch, layer))
 
@@ -267,6 +274,9 @@ class Engine:
         previous: Job | None = None
         for forward, backward in leg.pairs:
             job = self._enter_pair(state, leg, forward, backward)
+            if job is None:
+                self._leave_pair(state, leg, forward, backward)
+                continue  # such as the first half of an embedding's backward
             if previous is not None and previous.program.plan is not job.program.plan:
                 self._executor.finish(previous, on_gradient)
                 previous = None
@@ -278,8 +288,8 @@ class Engine:
 
     def _enter_pair(
         self, state: StepState, leg: Leg, forward: int | None, backward: int | None
-    ) -> Job:
-        """Open the tapes of a pair of layers."""
+    ) -> Job | None:
+        """Open the tapes of a pair of layers. Returns None where there is nothing to do."""
         tapes = {}
         if forward is not None:
             assert leg.forward is not None
@@ -287,9 +297,10 @@ class Engine:
             tapes[Strand.FORWARD] = state.enter(leg.forward, forward, graph)
         if backward is not None:
             assert leg.backward is not None
-            graph = self.layers[backward].backward
+            graph = self._backward(backward, leg.part)
             tapes[Strand.BACKWARD] = state.enter(leg.backward, backward, graph)
-        return Job(self._program(forward, backward), tapes)
+        program = self._program(forward, backward, leg.part)
+        return Job(program, tapes) if program is not None else None
 
     def _leave_pair(
         self, state: StepState, leg: Leg, forward: int | None, backward: int | None
@@ -299,7 +310,7 @@ class Engine:
             state.leave(leg.forward, forward, self.layers[forward].forward)
         if backward is not None:
             assert leg.backward is not None
-            state.leave(leg.backward, backward, self.layers[backward].backward)
+            state.leave(leg.backward, backward, self._backward(backward, leg.part))
 
     def _forward(
         self, graphs: Sequence[Graph], micro_batches: Sequence[MicroBatch]
@@ -310,20 +321,20 @@ class Engine:
         still = [replace(p, slots={**p.slots, **no_keys}) for p in micro_batches]
 
         def alone(pieces: list[MicroBatch]) -> None:
-            self._ahead(pieces, self.stage.rehearsal(len(pieces), backward=False), graphs)
+            self._ahead(pieces, self.stage.step(len(pieces), backward=False), graphs)
 
         # Prediction ends in another graph than evaluation.
         self._rehearsals.before((graphs[-1].fingerprint, self._builder), still, alone)
         with torch.no_grad():
-            return self._ahead(still, self.stage.legs(len(still), backward=False), graphs)
+            return self._ahead(still, self.stage.step(len(still), backward=False), graphs)
 
     def _ahead(
-        self, micro_batches: Sequence[MicroBatch], legs: Sequence[Leg], graphs: Sequence[Graph]
+        self, micro_batches: Sequence[MicroBatch], step: Step, graphs: Sequence[Graph]
     ) -> list[Tensor]:
-        """Walk `legs` forward only. Returns what the last graph hands over, where it is."""
+        """Walk forward only. Returns what the last graph hands over, where it is."""
         state = StepState(micro_batches, self.lanes, lambda layer: Counter(graphs[layer].readers))
         found: list[Tensor] = []
-        for leg in self._legs(state, legs, graphs):
+        for leg in self._legs(state, step, graphs):
             assert leg.forward is not None
             for layer, _ in leg.pairs:
                 assert layer is not None
@@ -332,9 +343,7 @@ class Engine:
                 self._executor.run(Job(program, {Strand.FORWARD: tape}))
                 state.leave(leg.forward, layer, graphs[layer])
                 state.close(leg.forward, layer)
-            found += state.results(leg.forward)
-            if leg.pairs[-1][0] == len(graphs) - 1:
-                state.end(leg.forward)
+            found += self._results(state, leg)
         return found
 
     def _readers(self, layer: int) -> Counter[str]:
@@ -342,14 +351,33 @@ class Engine:
         pair = self.layers[layer]
         return pair.forward.readers + pair.backward.readers
 
-    def _program(self, forward: int | None, backward: int | None) -> Program:
-        """The program of layer `forward` beside layer `backward`, made on first use."""
-        key = (forward, backward)
+    def _backward(self, layer: int, part: Part) -> Graph:
+        """The backward graph of a layer, or one of its halves."""
+        graph = self.layers[layer].backward
+        if part is Part.BACKWARD:
+            return graph
+        if layer not in self._halves:
+            self._halves[layer] = passes.halves(graph)
+        return self._halves[layer][part is Part.WEIGHT]
+
+    def _program(self, forward: int | None, backward: int | None, part: Part) -> Program | None:
+        """The program of layer `forward` beside `part` of layer `backward`, made on first use.
+
+        None where there is nothing to do.
+        """
+        key = (forward, backward, part)
         if key not in self._programs:
             ahead = self.layers[forward] if forward is not None else None
-            behind = self.layers[backward].backward if backward is not None else None
+            behind = self._backward(backward, part) if backward is not None else None
+            if behind is not None and not behind.operators:
+                behind = None
+            if ahead is None and behind is None:
+                return None
+            rest = None
+            if backward is not None and part is Part.INPUT:
+                rest = self._backward(backward, Part.WEIGHT)
             graph, follows = (ahead.forward, ahead.backward) if ahead else (None, None)
-            self._programs[key] = bind(self._plan(graph, behind), graph, behind, follows)
+            self._programs[key] = bind(self._plan(graph, behind), graph, behind, follows, rest)
         return self._programs[key]
 
     def _evaluation(self, graph: Graph) -> Program:

@@ -24,7 +24,7 @@ from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
 from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
-from lightning_dhellam.pipeline.schedules import Placement
+from lightning_dhellam.pipeline.schedules import Placement, Scheme, fold
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair, check_chain
 from lightning_dhellam.plan.by_layer import USUAL, ByLayer, choices_of, remade
@@ -63,6 +63,7 @@ def lower(
     kernels: Mapping[str, str] | None = None,
     context_exchange: str = "ring",
     context_fp32_gradients: bool = True,
+    scheme: Scheme = fold,
 ) -> Lowered:
     """Lower a `models.CausalLM`.
 
@@ -75,6 +76,7 @@ def lower(
             chosen by device, type and what is installed.
         context_exchange: how keys come to the ranks that share sequences: `ring` or `all_gather`.
         context_fp32_gradients: whether gradients by them travel in fp32, or as activations.
+        scheme: makes the schedule of a step.
 
     Raises:
         ValueError: the configuration or a layer cannot be lowered, a backend not be used, no
@@ -130,7 +132,7 @@ def lower(
         check_chain(chunk)
     layers = (*falling, *rising)
     _check_trained(model, layers)
-    stage = Stage(topology.pp_rank, placement, (len(falling), len(rising)))
+    stage = Stage(topology.pp_rank, placement, (len(falling), len(rising)), scheme)
     return Lowered(layers, logits, chosen, stage, frozenset(slots))
 
 

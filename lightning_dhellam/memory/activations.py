@@ -16,8 +16,9 @@ from lightning_dhellam.engine import Engine, MicroBatch, cut
 from lightning_dhellam.layers import Lowered
 from lightning_dhellam.memory.sized import SizedLanes
 from lightning_dhellam.parallel.topology import Topology
+from lightning_dhellam.pipeline.schedules import Part
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import Builder, GraphPair
+from lightning_dhellam.plan import Builder, GraphPair, passes
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,22 @@ def saved_bytes(
         micro_batches: of a step.
     """
     each = tuple(pair.saved_bytes(tokens) for pair in layers)
+    left = tuple(round(passes.left_bytes(pair) * tokens) for pair in layers)
     live = most = 0
-    for leg in stage.legs(micro_batches):
+    for leg in stage.step(micro_batches).legs:
         for forward, backward in leg.pairs:
             # Forward fills before backward frees, in the same pair of layers.
             live += each[forward] if forward is not None else 0
             most = max(most, live)
-            live -= each[backward] if backward is not None else 0
+            if backward is not None:
+                live -= _freed(leg.part, each[backward], left[backward])
     chunks = tuple(sum(each[index] for index in held) for held in stage.chunks.values())
     return SavedBytes(each, chunks, most)
+
+
+def _freed(part: Part, saved: int, left: int) -> int:
+    """What backward in a layer frees: all that is saved, or its halves what they do not leave."""
+    return {Part.INPUT: saved - left, Part.WEIGHT: left}.get(part, saved)
 
 
 def activation_peak(

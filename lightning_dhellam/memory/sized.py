@@ -108,7 +108,7 @@ class SizedLanes(Lanes):
     def drain(self) -> None:
         """Nothing to wait for."""
 
-    def settle(self) -> None:
+    def settle(self, ahead: int) -> None:
         """Nothing to wait for."""
 
     def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:

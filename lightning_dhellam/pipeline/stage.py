@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise, zip_longest
 from typing import NamedTuple
 
 from lightning_dhellam.pipeline.schedules import (
+    Part,
     Placement,
     Schedule,
+    ScheduleError,
+    Scheme,
     Visit,
     Walk,
     fold,
+    sends_ahead,
     verify,
     walks,
 )
@@ -30,11 +33,13 @@ class Leg(NamedTuple):
         pairs: layers that go beside each other, in walking order.
         forward: micro-batch that goes forward, or None.
         backward: micro-batch that goes backward, or None.
+        part: which part of backward that is.
     """
 
     pairs: tuple[Pair, ...]
     forward: int | None
     backward: int | None
+    part: Part = Part.BACKWARD
 
     @property
     def begins(self) -> tuple[tuple[Strand, int], ...]:
@@ -42,6 +47,35 @@ class Leg(NamedTuple):
         ahead = [(Strand.FORWARD, f) for f, _ in self.pairs if f is not None]
         behind = [(Strand.BACKWARD, b) for _, b in self.pairs if b is not None]
         return (*ahead[:1], *behind[:1])
+
+
+class Step(NamedTuple):
+    """What a stage does in a step.
+
+    Attributes:
+        legs: its walks.
+        ahead: walks after which it may wait for what it has sent.
+    """
+
+    legs: tuple[Leg, ...]
+    ahead: int
+
+    @property
+    def last(self) -> dict[int, int]:
+        """The index of the last walk of each micro-batch."""
+        both = ((i, k) for i, leg in enumerate(self.legs) for k in (leg.forward, leg.backward))
+        return {k: index for index, k in both if k is not None}
+
+    def kinds(self) -> tuple[Leg, ...]:
+        """Its walks as if there were but one of a kind, whichever micro-batches they are of."""
+        bare = (
+            leg._replace(
+                forward=None if leg.forward is None else 0,
+                backward=None if leg.backward is None else 0,
+            )
+            for leg in self.legs
+        )
+        return tuple(dict.fromkeys(bare))
 
 
 @dataclass(frozen=True)
@@ -52,11 +86,13 @@ class Stage:
         number: number of this rank's stage, from 0.
         placement: which stage holds each chunk.
         counts: how many layers each chunk of this stage has, embedding and head included.
+        scheme: makes the schedule of a step.
     """
 
     number: int
     placement: Placement
     counts: tuple[int, ...]
+    scheme: Scheme = fold
 
     @classmethod
     def alone(cls, layers: int) -> Stage:
@@ -80,35 +116,30 @@ class Stage:
         held = self.placement.held(self.number)
         return {chunk: range(*end) for chunk, end in zip(held, ends, strict=True)}
 
-    def legs(self, micro_batches: int, *, backward: bool = True) -> list[Leg]:
-        """Return the walks of a step over this stage's layers."""
-        schedule = verified(self.count, micro_batches, backward)
-        return [self._leg(walk) for walk in walks(schedule.visits[self.number])]
+    def step(self, micro_batches: int, *, backward: bool = True) -> Step:
+        """Return the walks of a step over this stage's layers.
 
-    def rehearsal(self, micro_batches: int, *, backward: bool = True) -> list[Leg]:
-        """Return the walks of one or two micro-batches of which every chunk is on this stage.
-
-        Two go beside each other in every kind of visit, so all of a step's plans are carried out.
+        Raises:
+            ScheduleError: the schedule is not defined for so many micro-batches.
         """
-        assert 1 <= micro_batches <= 2
-        turns: list[Pair]
-        if not backward:
-            turns = [(index, None) for index in range(micro_batches)]
-        else:
-            turns = [(0, None), (None, 0)] if micro_batches == 1 else [(0, None), (1, 0), (None, 1)]
-        return [
-            Leg(tuple(_taken(pairs, *turn)), *turn) for turn in turns for pairs in self.pairings()
-        ]
+        return _step(self, micro_batches, backward)
 
-    def pairings(self) -> Iterator[tuple[Pair, ...]]:
-        """Give the pairs of layers of every kind of leg in which two strands meet."""
-        schedule = verified(self.count, 2 * self.count)
-        found = [
-            self.pairs(walk)
-            for walk in walks(schedule.visits[self.number])
-            if all(len(works) == 2 for works in walk)
-        ]
-        return iter(dict.fromkeys(found))
+    def fewest(self, micro_batches: int) -> int:
+        """Return the fewest micro-batches that walk in every way in which so many would.
+
+        It is at least two, if there are two.
+        """
+        return _fewest(self, micro_batches)
+
+    def kinds(self) -> tuple[Leg, ...]:
+        """Return every kind of walk that steps have, however many micro-batches they have."""
+        found: dict[Leg, None] = {}
+        for count in range(1, 2 * self.count + 2):
+            try:
+                found.update((kind, None) for kind in self.step(count).kinds())
+            except ScheduleError:
+                break  # a schedule of a file is of as many as it says, or of fewer
+        return tuple(found)
 
     def pairs(self, walk: Walk) -> tuple[Pair, ...]:
         """Return the layers of a walk, two by two; those left over have no partner.
@@ -128,10 +159,16 @@ class Stage:
             return tuple(zip_longest(ahead, behind))
         return tuple(reversed(list(zip_longest(reversed(ahead), reversed(behind)))))
 
-    def _leg(self, walk: Walk) -> Leg:
-        micro_batch = {work.strand: work.micro_batch for work in walk[0]}
-        both = micro_batch.get(Strand.FORWARD), micro_batch.get(Strand.BACKWARD)
-        return Leg(self.pairs(walk), *both)
+    def leg(self, walk: Walk) -> Leg:
+        """Return a walk as layers of this stage."""
+        strands = {work.strand: work for work in walk[0]}
+        ahead, behind = strands.get(Strand.FORWARD), strands.get(Strand.BACKWARD)
+        return Leg(
+            self.pairs(walk),
+            None if ahead is None else ahead.micro_batch,
+            None if behind is None else behind.micro_batch,
+            behind.part if behind else Part.BACKWARD,
+        )
 
 
 def _ascends(works: Visit) -> bool:
@@ -140,19 +177,27 @@ def _ascends(works: Visit) -> bool:
     return len(chunks) == 2 and chunks[Strand.FORWARD] > chunks[Strand.BACKWARD]
 
 
-def _taken(pairs: tuple[Pair, ...], forward: int | None, backward: int | None) -> Iterator[Pair]:
-    """Give the pairs without the layers of a strand that is absent."""
-    for ahead, behind in pairs:
-        pair = (ahead if forward is not None else None, behind if backward is not None else None)
-        if pair != (None, None):
-            yield pair
+@lru_cache(maxsize=256)
+def _step(stage: Stage, micro_batches: int, backward: bool) -> Step:
+    schedule, ahead = verified(stage.scheme, stage.count, micro_batches, backward)
+    legs = (stage.leg(walk) for walk in walks(schedule.visits[stage.number]))
+    return Step(tuple(leg for leg in legs if leg.pairs), ahead)
 
 
-@lru_cache(maxsize=64)
-def verified(stages: int, micro_batches: int, backward: bool = True) -> Schedule:
-    """Return the fold, after the proof that it can run."""
-    schedule = fold(stages, micro_batches)
+@lru_cache(maxsize=256)
+def _fewest(stage: Stage, micro_batches: int) -> int:
+    kinds = set(stage.step(micro_batches).kinds())
+    counts = range(min(2, micro_batches), micro_batches + 1)
+    return next(n for n in counts if kinds <= set(stage.step(n).kinds()))
+
+
+@lru_cache(maxsize=256)
+def verified(
+    scheme: Scheme, stages: int, micro_batches: int, backward: bool = True
+) -> tuple[Schedule, int]:
+    """Return a schedule after the proof that it can run, and how far senders are ahead in it."""
+    schedule = scheme(stages, micro_batches)
     if not backward:
         schedule = schedule.forward_only()
     verify(schedule)
-    return schedule
+    return schedule, sends_ahead(schedule)

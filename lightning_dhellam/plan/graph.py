@@ -132,6 +132,11 @@ class Graph:
         }
 
     @property
+    def is_link(self) -> bool:
+        """Whether its strand goes through it: it is handed something, or hands something on."""
+        return bool(self.inputs or self.outputs)
+
+    @property
     def taken(self) -> tuple[str, ...]:
         """The inputs that the previous graph of the strand hands over."""
         return () if self.receives else self.inputs

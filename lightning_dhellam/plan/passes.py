@@ -6,6 +6,12 @@ hides under the other strand, and its random numbers, which come from counters, 
 
     forward    norm -> normal   gather -> whole   gemm ...
     backward   dgrad   gather.again: normal -> whole_again   wgrad: dy, whole_again
+
+`halves` splits backward into what others wait for and what they do not, which can then be done
+later, where a stage of a pipeline would have nothing to do:
+
+    input      dgrad: dy -> dx
+    weights    gather.again: normal -> whole_again   wgrad: dy, whole_again
 """
 
 from __future__ import annotations
@@ -50,6 +56,45 @@ def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
             bytes_per_token={**backward.bytes_per_token, **sizes},
         ),
     )
+
+
+def halves(graph: Graph) -> tuple[Graph, Graph]:
+    """Split a backward graph: what the gradient of the layer's input needs, and all the rest.
+
+    The rest are the gradients of weights, and what only they read. It is handed nothing and hands
+    on nothing: what it reads of the first half stays on the tape of the layer, as what forward has
+    saved does. A half may have no operators, such as the first one of an embedding.
+    """
+    needed = set(graph.outputs)
+    first = set[str]()
+    for operator in reversed(graph.operators):
+        if needed & set(operator.writes):
+            first.add(operator.name)
+            needed.update(operator.reads)
+    early = tuple(o for o in graph.operators if o.name in first)
+    late = tuple(o for o in graph.operators if o.name not in first)
+    return (
+        replace(graph, name=f"{graph.name}.input", operators=early),
+        replace(
+            graph,
+            name=f"{graph.name}.weights",
+            operators=late,
+            inputs=(),
+            outputs=(),
+            receives=(),
+            sends=(),
+        ),
+    )
+
+
+def left_bytes(pair: GraphPair) -> float:
+    """Predict what the first half of a layer's backward leaves for the second, in bytes per token.
+
+    It is what the second reads of forward, and of the first.
+    """
+    sizes = {**pair.forward.bytes_per_token, **pair.backward.bytes_per_token}
+    _, second = halves(pair.backward)
+    return sum(sizes.get(slot, 0.0) for slot in second.foreign)
 
 
 class _Remaking:

@@ -22,6 +22,7 @@ from lightning_dhellam.models import keys_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
+from lightning_dhellam.pipeline.schedules import scheme_of
 from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.runner import Runner
@@ -95,6 +96,9 @@ class DHellamStrategy(SteppingStrategy):
         timeout: after which a collective that a rank does not join fails.
         memory_limit: how much memory of each rank's device the run may take: a number of GiB, or
             text such as `40GiB`. None for what the GPU has; a CPU then has no limit.
+        schedule: order of the works of a pipeline on each stage: `fold`, `zb-v` or `dualpipe-v`
+            (see `dhellam plan schedule`), or the path of a file that holds one in the form in which
+            schedules print. Changes neither loss nor gradients.
         resume_settings: whose settings win where `ckpt_path` has other ones than this run: those of
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
@@ -129,6 +133,7 @@ class DHellamStrategy(SteppingStrategy):
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
         memory_limit: float | str | None = None,
+        schedule: str = "fold",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -139,6 +144,7 @@ class DHellamStrategy(SteppingStrategy):
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin
         )
         plan = os.fspath(plan) if isinstance(plan, os.PathLike) else plan
+        schedule = os.fspath(schedule) if isinstance(schedule, os.PathLike) else schedule
         checks.check_arguments(
             tensor_parallel_size,
             pipeline_parallel_size,
@@ -155,6 +161,7 @@ class DHellamStrategy(SteppingStrategy):
         check_transport(context_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
+        scheme_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
@@ -167,6 +174,7 @@ class DHellamStrategy(SteppingStrategy):
         self.expert_tensor_parallel_size = expert_tensor_parallel_size
         self.micro_batch_size = micro_batch_size
         self.plan = plan
+        self.schedule = schedule
         self.distributed_optimizer = distributed_optimizer
         self.kernels = kernels
         self.recompute = recompute
@@ -291,6 +299,7 @@ class DHellamStrategy(SteppingStrategy):
             recompute=self.recompute,
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
+            schedule=self.schedule,
             bucket_size=self.bucket_size,
             module=module,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lightning_dhellam.pipeline.schedules import Schedule, fold
+from lightning_dhellam.pipeline.schedules import Schedule, Scheme, fold
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline.playing import play
@@ -21,16 +21,18 @@ class FoldedStep:
         number: number of this stage, from 0.
         count: how many stages there are.
         micro_batches: how many micro-batches a step has.
+        scheme: makes the schedule.
     """
 
     number: int
     count: int
     micro_batches: int
+    scheme: Scheme = fold
 
     @cached_property
     def schedule(self) -> Schedule:
         """The schedule of all stages."""
-        return fold(self.count, self.micro_batches)
+        return self.scheme(self.count, self.micro_batches)
 
     @cached_property
     def _filled(self) -> float:

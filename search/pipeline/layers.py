@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from lightning_dhellam.pipeline import split
-from lightning_dhellam.plan import Graph, GraphPair, Strand
+from lightning_dhellam.plan import Graph, GraphPair, Strand, passes
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs
 
@@ -141,22 +141,12 @@ def halves(pair: GraphPair) -> tuple[GraphPair, GraphPair]:
     weights and what only they read. The second takes in what the first leaves for it. Transfers to
     other stages, which are no operators, are in neither.
     """
-    graph = pair.backward
-    needed: set[str] = set(graph.outputs)
-    first = set()
-    for operator in reversed(graph.operators):
-        if needed & set(operator.writes):
-            first.add(operator.name)
-            needed |= set(operator.reads)
-    early = tuple(o for o in graph.operators if o.name in first)
-    late = tuple(o for o in graph.operators if o.name not in first)
-    known = {*graph.inputs, *(slot for o in early for slot in o.writes)}
-    left = tuple(dict.fromkeys(slot for o in late for slot in o.reads if slot in known))
-    graph = replace(graph, receives=(), sends=())
-    one = replace(graph, name=f"{graph.name}.input", operators=early)
-    other = replace(graph, name=f"{graph.name}.weights", operators=late, inputs=left, outputs=())
+    first, second = passes.halves(replace(pair.backward, receives=(), sends=()))
+    known = {*first.inputs, *first.written}
+    left = tuple(s for s in dict.fromkeys(second.foreign) if s in known)
     return tuple(  # type: ignore[return-value]
-        GraphPair(replace(pair.forward, name=half.name), half) for half in (one, other)
+        GraphPair(replace(pair.forward, name=half.name), half)
+        for half in (first, replace(second, inputs=left))
     )
 
 

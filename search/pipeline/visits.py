@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Protocol
 
 from lightning_dhellam.pipeline.schedules import LIVE, Part, Placement, Schedule, Visit, Work
-from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand
+from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand, passes
 from lightning_dhellam.search.model import Costs, Order, Place, Stop, Walk, as_planned
 from lightning_dhellam.search.pipeline.layers import halves, with_halves
 
@@ -283,12 +283,9 @@ def _ascends(works: Visit) -> bool:
 
 def _bytes(layer: GraphPair) -> tuple[float, float]:
     """Return the bytes per token saved after forward, and after the first half of backward."""
-    forward, backward = layer.forward.bytes_per_token, layer.backward.bytes_per_token
-    late = halves(layer)[1].backward
-    saved = sum(forward.get(slot, 0.0) for slot in layer.saved)
-    kept = sum(forward.get(slot, 0.0) for slot in late.foreign)
-    kept += sum(backward.get(slot, 0.0) for slot in late.inputs)
-    return saved, kept
+    sizes = layer.forward.bytes_per_token
+    saved = sum(sizes.get(slot, 0.0) for slot in layer.saved)
+    return saved, passes.left_bytes(layer)
 
 
 def _timed(

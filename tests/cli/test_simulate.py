@@ -74,10 +74,10 @@ def test_one_table_and_one_picture_of_all_schedules(
 def test_what_is_left_out_is_named_with_the_reason(
     profile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert simulate(profile, "--stages", "3", "--micro_batches", "4") == 0
+    sizes = ("--stages", "3", "--micro_batches", "4")
+    assert simulate(profile, *sizes, "--virtual", "7") == 0
     printed = capsys.readouterr().out
-    assert "interleaved-1f1b: left out: interleaved-1f1b needs a multiple of 3" in printed
-    assert "dualpipe-v: left out: dualpipe-v needs at least 6 micro-batches" in printed
+    assert "interleaved-1f1b: left out: 21 chunks need as many layers" in printed
     assert simulate(profile, "--stages", "17", "--micro_batches", "16") == 2
     assert "17 chunks need as many layers, and there are 16" in capsys.readouterr().err
 

@@ -17,10 +17,13 @@ from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.pipeline.schedules import SCHEDULES, Placement
+from lightning_dhellam.pipeline.schedules.named import Written
 from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import add_main_grads, batch_of, differing, engine_of, pieces, train
 from tests.models.llama import hugging_face_llama, relative_error, token_losses
+from tests.pipeline.random_schedules import random_schedule
 from tests.plan.graphs import random_builder
 
 pytestmark = pytest.mark.gpu
@@ -125,6 +128,30 @@ def test_no_plan_changes_a_bit(dtype: torch.dtype, device: torch.device) -> None
         engine = poisoned if index % 2 else plain
         engine.install(builder)
         assert differing(train(engine, model, micro_batches), expected) == [], name
+
+
+def schedules_that_differ(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Schedules whose losses or gradients on one stage are other ones than the fold's."""
+    config = replace(CONFIG, hidden_dropout=0.1)
+    model, _ = _model(config, device, dtype)
+    micro_batches = pieces(_batch(config, device), 1, model.context)
+    expected = train(engine_of(lower(model), device), model, micro_batches)
+    schemes = {name: SCHEDULES[name] for name in ("zb-v", "dualpipe-v")}
+    for seed in range(6):
+        schedule = random_schedule(seed, Placement.folded(1), len(micro_batches))
+        schemes[str(schedule)] = Written(schedule, "random")
+    wrong = []
+    for index, (name, scheme) in enumerate(schemes.items()):
+        lowered = lower(model, scheme=scheme, recompute="selective" if index % 2 else "gathers")
+        engine = engine_of(lowered, device, builder=random_builder(index), poison=index % 3 == 0)
+        if differing(train(engine, model, micro_batches), expected):
+            wrong.append(name)
+    return wrong
+
+
+@TYPES
+def test_no_schedule_changes_a_bit(dtype: torch.dtype, device: torch.device) -> None:
+    assert schedules_that_differ(device, dtype) == []
 
 
 @TYPES

@@ -33,6 +33,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "dp2": {},
         "tp2": {"tensor_parallel_size": 2},
         "pp2": {"pipeline_parallel_size": 2},
+        "pp2-zb-v": {"pipeline_parallel_size": 2, "schedule": "zb-v"},
         "tp2-hugging-face": {"tensor_parallel_size": 2},
     },
 }

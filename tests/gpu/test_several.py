@@ -226,12 +226,13 @@ STRATEGIES: dict[int, Strategies] = {
     2: {
         "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3},
         "pp2": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
+        "pp2-zb-v": {"pipeline_parallel_size": 2, "micro_batch_size": 1, "schedule": "zb-v"},
         "dp2": {"micro_batch_size": 2, "bucket_size": 300},
         "dp2-unsharded": {"micro_batch_size": 2, "distributed_optimizer": False},
     },
     4: {
         "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
-        "pp2-dp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
+        "pp2-dp2": {"pipeline_parallel_size": 2, "schedule": "dualpipe-v"},
         "tp2-pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     },
     8: {

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lightning_dhellam.engine.weights import Everyone
-from lightning_dhellam.layers import lower
+from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.memory.activations import activation_peak, saved_bytes, without_memory
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.planned import planned_context
+from lightning_dhellam.pipeline.schedules import SCHEDULES
 from lightning_dhellam.plan import BUILDERS, GraphPair, Lane, Operator
 from lightning_dhellam.plan.passes import Recompute
 from tests.engine.harness import CPU, add_main_grads, batch_of, engine_of, pieces
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     length: int = 16
     dtype: torch.dtype = torch.float32
     exchange: str = "ring"
+    schedule: str = "fold"
 
 
 DROPPING = replace(SMALL, num_layers=3, hidden_dropout=0.1)
@@ -74,9 +76,20 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], list[Case]]] = {
             Case(LAYERS, samples=1),
             Case(LAYERS, samples=6, recompute="full", dtype=torch.bfloat16),
             Case(replace(LAYERS, tie_embeddings=True), samples=5, size=2, plan="megatron"),
+            Case(LAYERS, samples=6, schedule="zb-v"),
+            Case(LAYERS, samples=6, schedule="dualpipe-v", recompute="selective"),
         ],
     ),
 }
+
+
+def _lowered(case: Case, model: CausalLM) -> Lowered:
+    return lower(
+        model,
+        recompute=case.recompute,
+        context_exchange=case.exchange,
+        scheme=SCHEDULES[case.schedule],
+    )
 
 
 def _predicted(case: Case, context: ParallelContext) -> int:
@@ -85,7 +98,7 @@ def _predicted(case: Case, context: ParallelContext) -> int:
         planned = planned_context(topology, CPU, context.pipeline_split)
         model = CausalLM(case.config, planned, case.dtype)
         add_main_grads(model)
-        lowered = lower(model, recompute=case.recompute, context_exchange=case.exchange)
+        lowered = _lowered(case, model)
         peak = activation_peak(
             lowered,
             BUILDERS[case.plan],
@@ -107,7 +120,7 @@ def _predicted(case: Case, context: ParallelContext) -> int:
 def _measured(case: Case, context: ParallelContext) -> int:
     model = CausalLM(case.config, context, case.dtype)
     add_main_grads(model)
-    lowered = lower(model, recompute=case.recompute, context_exchange=case.exchange)
+    lowered = _lowered(case, model)
     layers = tuple(map(_evenly_used, lowered.layers))
     engine = engine_of(replace(lowered, layers=layers), builder=BUILDERS[case.plan])
     engine.suit(case.length)

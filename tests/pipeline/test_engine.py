@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,13 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
-from lightning_dhellam.pipeline.schedules import fold, live_activations, peak_activations
+from lightning_dhellam.pipeline.schedules import (
+    SCHEDULES,
+    Placement,
+    live_activations,
+    peak_activations,
+)
+from lightning_dhellam.pipeline.schedules.named import Written
 from lightning_dhellam.pipeline.stage import Leg
 from lightning_dhellam.plan import BUILDERS, Lane
 from lightning_dhellam.plan.passes import CHOICES
@@ -33,6 +39,7 @@ from tests.engine.harness import (
     train,
 )
 from tests.models.llama import SMALL, hugging_face_llama, relative_error, token_losses
+from tests.pipeline.random_schedules import random_schedule
 from tests.plan.graphs import random_builder
 from tests.ranks import run_ranks
 
@@ -74,22 +81,34 @@ def _model(config: ModelConfig, context: ParallelContext) -> CausalLM:
     return model
 
 
-def _counts(stages: int, name: str) -> range:
+FOLDED = [name for name, make in SCHEDULES.items() if make(2, 4).placement.is_folded]
+
+
+def _counts(stages: int, name: str, schedule: str = "fold") -> Sequence[int]:
     """Every number of micro-batches for one case; for the others one that is less than P."""
-    return range(1, 2 * stages + 4) if name == "uneven" else range(stages - 1, stages + 1)
+    if name == "uneven":
+        return range(1, 2 * stages + 4) if schedule == "fold" else (1, stages + 1, 2 * stages + 3)
+    return range(stages - 1, stages + 1) if schedule == "fold" else (stages - 1,)
 
 
 Outcome = dict[str, Tensor]
 
 
-def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int], Outcome]:
-    """What one rank of `stages` computes in the cases of a pipeline of `of` stages."""
+def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int, str], Outcome]:
+    """What one rank of `stages` computes in the cases of a pipeline of `of` stages.
+
+    By case, number of micro-batches, and schedule.
+    """
     found = {}
     for name, case in CASES[of].items():
         context = _context(stages, case if stages == of else Case(case.config))
         model = _model(case.config, context)
-        engine = engine_of(lower(model), lanes=LoadingLanes(poison=True))
-        for count in _counts(of, name):
+        weights = {f"{n}.initial": p.detach() for n, p in model.named_parameters()}
+        schedules = FOLDED if stages == of else ["fold"]
+        for schedule, count in ((one, n) for one in schedules for n in _counts(of, name, one)):
+            if count == _counts(of, name, schedule)[0]:
+                lowered = lower(model, scheme=SCHEDULES[schedule])
+                engine = engine_of(lowered, lanes=LoadingLanes(poison=True))
             # The last micro-batch is smaller than the others.
             batch = batch_of(case.config, 2 * count - (count > 1), LENGTH)
             micro_batches = pieces(batch, 2, context)
@@ -100,8 +119,7 @@ def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int], Outcome]
             if context.topology.pp_rank:
                 assert not any(result.any() for result in results.values())
                 results = {}
-            weights = {f"{n}.initial": p.detach() for n, p in model.named_parameters()}
-            found[name, count] = {**results, **gradients, **weights}
+            found[name, count, schedule] = {**results, **gradients, **weights}
         context.destroy()
     return found
 
@@ -117,9 +135,10 @@ def _same(name: str, case: Case, actual: Tensor, expected: Tensor) -> bool:
 def test_losses_gradients_and_logits_are_those_of_one_stage(stages: int) -> None:
     (whole,) = run_ranks(1, _outcomes, 1, stages)
     ranks = run_ranks(stages, _outcomes, stages, stages)
-    for (name, count), expected in whole.items():
-        case = CASES[stages][name]
-        parts = [rank[name, count] for rank in ranks]
+    assert {schedule for _, _, schedule in ranks[0]} == {*FOLDED}
+    for name, count, schedule in ranks[0]:
+        case, expected = CASES[stages][name], whole[name, count, "fold"]
+        parts = [rank[name, count, schedule] for rank in ranks]
         computed = sorted(key for part in parts for key in part)
         assert computed == sorted(expected), f"{name}: a layer is lost or doubled"
         wrong = [
@@ -128,7 +147,7 @@ def test_losses_gradients_and_logits_are_those_of_one_stage(stages: int) -> None
             for key, actual in part.items()
             if not _same(key, case, actual, expected[key])
         ]
-        assert not wrong, f"{name}, {count} micro-batches: {wrong}"
+        assert not wrong, f"{name}, {count} micro-batches by {schedule}: {wrong}"
 
 
 def _against_hugging_face(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,6 +246,11 @@ def _on_two_stages(rank: int) -> dict[str, Any]:
     for index, (name, builder) in enumerate(builders.items()):
         other = engine_of(lowered, builder=builder, poison=index % 2 == 0)
         wrong[name] = differing(train(other, model, micro_batches), expected)
+    for seed in range(5):
+        schedule = random_schedule(seed, Placement.folded(2), len(micro_batches))
+        drawn = lower(model, scheme=Written(schedule, "random"))
+        other = engine_of(drawn, builder=random_builder(seed), lanes=LoadingLanes(poison=True))
+        wrong[str(schedule)] = differing(train(other, model, micro_batches), expected)
     return {"wrong": {n: w for n, w in wrong.items() if w}, "trace": _trace(engine, context)}
 
 
@@ -251,7 +275,7 @@ def two_stages() -> list[dict[str, Any]]:
     return run_ranks(2, _on_two_stages)
 
 
-def test_no_plan_changes_a_bit_inside_passes(two_stages: list[dict[str, Any]]) -> None:
+def test_no_plan_and_no_schedule_changes_a_bit(two_stages: list[dict[str, Any]]) -> None:
     assert [outcome["wrong"] for outcome in two_stages] == [{}, {}]
 
 
@@ -285,7 +309,7 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
     halves = tuple(stage.chunks.values())
     chunk_bytes = tuple(sum(saved[i] for i in layers) for layers in halves)
     boundary = tokens * config.hidden_size * 4
-    legs = stage.legs(count)
+    legs = stage.step(count).legs
     held: list[int] = []
     bytes_of: list[tuple[int, int]] = []
 
@@ -307,7 +331,7 @@ def _held(rank: int, stages: int, count: int) -> dict[str, Any]:
 
     _watched(engine, after)
     train(engine, model, micro_batches)
-    visits = fold(stages, count).visits[rank]
+    visits = SCHEDULES["fold"](stages, count).visits[rank]
     live = live_activations(visits)
     predicted = live[1::2] if rank == stages - 1 else live
     context.destroy()

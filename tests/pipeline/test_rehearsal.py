@@ -27,8 +27,8 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import _OLD, aside
-from lightning_dhellam.pipeline.schedules import Placement
-from lightning_dhellam.pipeline.stage import Leg, Stage
+from lightning_dhellam.pipeline.schedules import SCHEDULES, Placement
+from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import BUILDERS
 from tests.engine.harness import (
     CPU,
@@ -168,14 +168,14 @@ def _rehearsals(rank: int) -> dict[str, Any]:
     engine, plain = engine_of(lowered, lanes=lanes), engine_of(lowered)
     micro_batches = pieces(batch_of(CONFIG, 5, LENGTH), 2, context)  # the last one is smaller
     found: dict[str, Any] = {"shapes": []}
-    rehearsal = engine.stage.rehearsal
+    once = engine._rehearsals.once
 
-    def noted(count: int, *, backward: bool = True) -> list[Leg]:
-        found["shapes"].append((count, backward))
-        return rehearsal(count, backward=backward)
+    def noted(alone: list[MicroBatch], *rest: Any, **more: Any) -> None:
+        key = alone[0].slots["batch.key"]
+        found["shapes"].append((len(alone), key is not None))
+        once(alone, *rest, **more)
 
-    engine._stage = engine.stage  # of which one method is watched
-    object.__setattr__(engine._stage, "rehearsal", noted)
+    engine._rehearsals.once = noted  # type: ignore[method-assign]
     expected = train(plain, model, micro_batches)
     random = torch.get_rng_state()
     found["first"] = differing(train(engine, model, micro_batches), expected)
@@ -202,10 +202,10 @@ def test_a_stage_rehearses_every_shape_and_plan_once_and_leaves_nothing_behind()
     for outcome in run_ranks(2, _rehearsals):
         assert outcome["first"] == outcome["accumulated"] == []
         assert outcome["random"]
-        assert outcome["after one"] == [(2, True), (2, True)]
+        assert outcome["after one"] == [(3, True), (3, True)]
         more = outcome["shapes"][2:]
         # Evaluation with both shapes, one micro-batch with another plan, nothing when it is back.
-        assert more == [(2, False), (2, False), (1, True)]
+        assert more == [(3, False), (3, False), (1, True)]
 
 
 def _left(rank: int) -> dict[str, Any]:
@@ -252,17 +252,14 @@ def test_gradients_and_their_marks_are_as_before() -> None:
 _FOLD = Placement.folded(2)
 
 
-def test_both_strands_meet_in_every_kind_of_pass() -> None:
-    for stage in (Stage(0, _FOLD, (3, 2)), Stage(1, _FOLD, (2, 2))):
-        legs = stage.rehearsal(2)
-        together = [leg.pairs for leg in legs if None not in (leg.forward, leg.backward)]
-        assert together == list(stage.pairings())
-        for micro_batch in range(2):
-            ahead = [f for leg in legs if leg.forward == micro_batch for f, _ in leg.pairs]
-            behind = [b for leg in legs if leg.backward == micro_batch for _, b in leg.pairs]
-            whole = list(range(stage.layers))
-            assert [f for f in ahead if f is not None] == whole
-            assert [b for b in behind if b is not None] == whole[::-1]
+@pytest.mark.parametrize(("schedule", "fewest"), [("fold", 3), ("zb-v", 3), ("dualpipe-v", 4)])
+def test_a_rehearsal_walks_in_every_way_of_a_step(schedule: str, fewest: int) -> None:
+    for number in (0, 1):
+        stage = Stage(number, _FOLD, (3, 2), SCHEDULES[schedule])
+        assert stage.fewest(12) <= fewest and stage.fewest(1) == 1
+        for count in range(1, 13):
+            of_few, of_all = (stage.step(n).kinds() for n in (stage.fewest(count), count))
+            assert {*of_few} == {*of_all} <= {*stage.kinds()}
 
 
 def _sent(rank: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from lightning_dhellam.pipeline.schedules import (
     live_activations,
     one_f_one_b,
     peak_activations,
+    scheme_of,
     sends_ahead,
     verify,
     walks,
@@ -74,29 +76,45 @@ def test_fold_whole() -> None:
     """)
 
 
-@pytest.mark.parametrize(
-    ("make", "defined"),
-    [
-        (one_f_one_b, lambda stages, micro_batches: True),
-        (interleaved_1f1b, lambda stages, micro_batches: micro_batches % stages == 0),
-        (zero_bubble_v, lambda stages, micro_batches: True),
-        (dual_pipe_v, lambda stages, micro_batches: micro_batches >= 2 * stages),
-        (fold, lambda stages, micro_batches: True),
-    ],
-)
-def test_every_schedule_can_be_carried_out(make: Make, defined: Callable[[int, int], bool]) -> None:
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_every_schedule_can_be_carried_out(make: Make) -> None:
     for stages in STAGES:
         for micro_batches in MICRO_BATCHES:
-            if defined(stages, micro_batches):
-                schedule = make(stages, micro_batches)
-                verify(schedule)
-                verify(schedule.joined())
-                verify(schedule.forward_only())
-                assert Schedule.parse(str(schedule)) == schedule
-                assert (schedule.stages, schedule.micro_batches) == (stages, micro_batches)
-            else:
-                with pytest.raises(ScheduleError, match=rf"not {micro_batches}$"):
-                    make(stages, micro_batches)
+            schedule = make(stages, micro_batches)
+            verify(schedule)
+            verify(schedule.joined())
+            verify(schedule.forward_only())
+            assert Schedule.parse(str(schedule)) == schedule
+            assert (schedule.stages, schedule.micro_batches) == (stages, micro_batches)
+
+
+def test_fewer_micro_batches_leave_out_what_is_missing() -> None:
+    assert dual_pipe_v(2, 1).visits == table("""
+        0F0 3F0 3I0 3W0 0B0
+        1F0 2F0 2B0 1B0
+    """)
+    assert interleaved_1f1b(2, 3).visits == table("""
+        0F0 0F1 2F0 2F1 0F2 2B0 2B1 2F2 0B0 0B1 2B2 0B2
+        1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1B1 3F2 3B2 1B2
+    """)
+
+
+def test_a_schedule_of_a_file_is_for_as_many_micro_batches_or_fewer(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(f"{zero_bubble_v(2, 6)}\n")
+    scheme = scheme_of(str(path), 2)
+    assert scheme(2, 6) == zero_bubble_v(2, 6) and scheme(2, 4) == zero_bubble_v(2, 6).of_first(4)
+    verify(scheme(2, 1))
+    with pytest.raises(ScheduleError, match=r"mine.txt' is of 6 micro-batches, and a batch has 7"):
+        scheme(2, 7)
+    with pytest.raises(ScheduleError, match=r"is of 2 stages, but pipeline_parallel_size is 3"):
+        scheme_of(str(path), 3)
+    path.write_text(str(zero_bubble_v(2, 6)).replace("1F0 ", ""))
+    with pytest.raises(ScheduleError, match=r"<-- I 1 times, W 1 times of chunk 1 for micro-batch"):
+        scheme_of(str(path), 2)
+    path.write_text("hello")
+    with pytest.raises(ScheduleError, match=r"schedule='.*mine.txt' is not a schedule: expected"):
+        scheme_of(str(path), 2)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
@@ -315,3 +333,9 @@ def test_placements() -> None:
 
 def test_schedules_have_the_names_under_which_they_are_chosen() -> None:
     assert {name: make(2, 4).name for name, make in SCHEDULES.items()} == {n: n for n in SCHEDULES}
+
+
+def test_the_schedule_of_the_guide_can_be_carried_out() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "pipelines.md").read_text()
+    (shown,) = (part for part in guide.split("```text\n") if part.startswith("schedule "))
+    verify(Schedule.parse(shown.split("```")[0]))

@@ -84,8 +84,8 @@ def _stage(number: int, stages: int, *counts: int) -> Stage:
 def test_left_over_layers_have_no_partner_and_the_ends_of_the_model_meet() -> None:
     stage = _stage(0, 2, 3, 2)
     down, up = ((0, 4), (1, 3), (2, None)), ((None, 2), (3, 1), (4, 0))
-    assert list(stage.pairings()) == [down, up]
-    legs = stage.legs(4)
+    legs = stage.step(4).legs
+    assert [leg.pairs for leg in stage.kinds() if None not in leg[1:3]] == [down, up]
     assert legs[0] == Leg(((0, None), (1, None), (2, None)), 0, None)
     assert [leg for leg in legs if leg.pairs == down] == [Leg(down, 2, 0), Leg(down, 3, 1)]
     assert [leg for leg in legs if leg.pairs == up] == [Leg(up, 2, 0), Leg(up, 3, 1)]
@@ -95,8 +95,8 @@ def test_on_the_last_stage_a_visit_goes_on_into_the_next() -> None:
     stage = _stage(1, 2, 1, 2)
     pairs = ((0, 2), (1, 1), (2, 0))
     forward, backward = ((0, None), (1, None), (2, None)), ((None, 2), (None, 1), (None, 0))
-    legs = stage.legs(3)
+    legs = stage.step(3).legs
     assert legs[0] == Leg(forward, 0, None) and legs[2] == Leg(pairs, 2, 0)
     assert legs[2].begins == (("forward", 0), ("backward", 2))
     assert [leg.forward for leg in legs] == [0, 1, 2, None, None]
-    assert Stage.alone(3).legs(1) == [Leg(forward, 0, None), Leg(backward, None, 0)]
+    assert Stage.alone(3).step(1).legs == (Leg(forward, 0, None), Leg(backward, None, 0))

@@ -20,9 +20,18 @@ from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.executor import Entry
 from lightning_dhellam.engine.lanes import CudaLanes
 from lightning_dhellam.engine.tape import Slot, tensors
-from lightning_dhellam.pipeline.schedules import Edge, Placement, fold, peak_activations
+from lightning_dhellam.pipeline.schedules import (
+    SCHEDULES,
+    Edge,
+    Placement,
+    Scheme,
+    fold,
+    peak_activations,
+)
+from lightning_dhellam.pipeline.schedules.named import Written
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from tests.pipeline.random_schedules import random_schedule
 from tests.plan.graphs import random_builder
 from tests.streams import Moment, Streams
 
@@ -91,8 +100,8 @@ class CheckedLanes(CudaLanes):
                 assert self.books.knows(owner, moment), f"{value.name} is freed too early"
         super()._drop(slot)
 
-    def settle(self) -> None:
-        super().settle()
+    def settle(self, ahead: int) -> None:
+        super().settle(ahead)
         self.most_waiting = max(self.most_waiting, sum(map(len, self._waiting.values())))
 
 
@@ -150,13 +159,13 @@ def _layers(books: Books) -> list[GraphPair]:
 
 
 def _step(
-    builder: Builder, count: int, monkeypatch: pytest.MonkeyPatch
+    builder: Builder, count: int, monkeypatch: pytest.MonkeyPatch, scheme: Scheme = fold
 ) -> tuple[Books, CheckedLanes]:
     books = Books()
     books.install(monkeypatch)
     lanes = CheckedLanes(books)
     engine = Engine(
-        _layers(books), lanes, builder, stage=Stage(STAGE, Placement.folded(STAGES), (2, 2))
+        _layers(books), lanes, builder, stage=Stage(STAGE, Placement.folded(STAGES), (2, 2), scheme)
     )
 
     def observe(entry: Entry, values: list[Any]) -> None:
@@ -190,6 +199,20 @@ def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
     pairs = list(pairwise(books.order))
     assert {first for first, then in pairs if then == "y.send"} == {"residual"}
     assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}
+
+
+@pytest.mark.parametrize("name", ["zb-v", "dualpipe-v", *map(str, range(6))])
+def test_halves_of_backward_read_nothing_too_early_either(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = SCHEDULES.get(name) or Written(
+        random_schedule(int(name), Placement.folded(STAGES), 7), "random"
+    )
+    for plan in ("interleaved", "random-0", "random-1"):
+        books, _ = _step(PLANS[plan], 7, monkeypatch, scheme)
+        assert books.early == [] and books.received
+        pairs = list(pairwise(books.order))
+        assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}
 
 
 def test_compute_gives_a_lead_to_what_goes_first_and_to_nothing_else(

@@ -108,7 +108,7 @@ def test_zero_bubble_v_is_torchs(stages: int, micro_batches: int) -> None:
 
 @pytest.mark.parametrize(("stages", "micro_batches"), SIZES)
 def test_dual_pipe_v_is_torchs(stages: int, micro_batches: int) -> None:
-    """Where it is defined: torch asks for as many micro-batches as we do, when it is made."""
+    """Torch makes it for two micro-batches a stage at least; of fewer, we leave out the others."""
     if micro_batches >= 2 * stages:
         assert dual_pipe_v(stages, micro_batches).visits == dual(stages, micro_batches).visits
 

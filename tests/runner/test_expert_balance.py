@@ -41,7 +41,7 @@ CONFIG = ModelConfig(
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"plan": "sequential"}, {"micro_batch_size": SAMPLES}],
     4: [
-        {"expert_parallel_size": 2, "pipeline_parallel_size": 2},
+        {"expert_parallel_size": 2, "pipeline_parallel_size": 2, "schedule": "zb-v"},
         {"expert_parallel_size": 2, "tensor_parallel_size": 2},
         {"context_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2},
     ],

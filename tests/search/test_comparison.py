@@ -101,13 +101,8 @@ def test_searched_orders_are_used_where_they_are_faster() -> None:
 
 def test_what_is_not_defined_is_left_out_with_the_reason() -> None:
     found = compare(setting(micro_batches=6, rounds=7))
-    assert list(found.compared) == ["1f1b", "zb-v", "fold"]
-    assert found.refused["dualpipe-v"] == (
-        "dualpipe-v needs at least 8 micro-batches, two for each stage, not 6"
-    )
-    assert "multiple of 4 micro-batches" in found.refused["interleaved-1f1b"]
-    deep = compare(setting(rounds=7))
-    assert "28 chunks need as many layers, and there are 26" in deep.refused["interleaved-1f1b"]
+    assert list(found.compared) == ["1f1b", "zb-v", "dualpipe-v", "fold"]
+    assert "28 chunks need as many layers, and there are 26" in found.refused["interleaved-1f1b"]
     with pytest.raises(ValueError, match="27 chunks need as many layers"):
         compare(setting(stages=27))
 

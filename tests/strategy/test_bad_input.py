@@ -49,6 +49,20 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         _arguments(plan="interleave"),
         r"plan='interleave' is not a known plan.*'sequential'.*did you mean 'interleaved'",
     ),
+    "unknown-schedule": (
+        _arguments(schedule="dualpipe"),
+        r"schedule='dualpipe' is not a known schedule: use zb-v or dualpipe-v or fold, or the path"
+        r" of a file.*did you mean 'dualpipe-v'",
+    ),
+    "straight-schedule": (
+        _arguments(schedule="1f1b", pipeline_parallel_size=2),
+        r"schedule='1f1b' has its chunks on stages 0 1, and layers are trained where they are"
+        r" folded, on 0 1 1 0: use zb-v or dualpipe-v or fold",
+    ),
+    "schedule-that-is-missing": (
+        _arguments(schedule="none.txt"),
+        r"schedule='none.txt' cannot be read: ",
+    ),
     "no-micro-batch": (_arguments(micro_batch_size=0), r"micro_batch_size=0 must be .*at least 1"),
     "negative-micro-batch": (
         _arguments(micro_batch_size=-2),

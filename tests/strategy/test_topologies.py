@@ -113,9 +113,14 @@ PAIR: dict[str, dict[str, Any] | str] = {
     "pp2-ragged-micro-batches": {
         "pipeline_parallel_size": 2,
         "micro_batch_size": 3,
+        "schedule": "zb-v",
         "recompute": {"chunk 0-1": ["full", "gathers"], "chunk 3": "none", "head": "full"},
     },
-    "pp2-one-micro-batch": {"pipeline_parallel_size": 2, "micro_batch_size": 8},
+    "pp2-one-micro-batch": {
+        "pipeline_parallel_size": 2,
+        "micro_batch_size": 8,
+        "schedule": "dualpipe-v",
+    },
     "cp2": {"context_parallel_size": 2, "micro_batch_size": 3},
     "cp2-gathered": {
         "context_parallel_size": 2,
@@ -127,15 +132,16 @@ PAIR: dict[str, dict[str, Any] | str] = {
 FOUR: dict[str, dict[str, Any] | str] = {
     "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
     "tp2-dp2-unsharded": {"tensor_parallel_size": 2, "distributed_optimizer": False},
-    "pp2-tp2": {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "micro_batch_size": 2},
+    "pp2-tp2": {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "schedule": "dualpipe-v"},
     "pp2-dp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
     "tp2-cp2": {"tensor_parallel_size": 2, "context_parallel_size": 2, "micro_batch_size": 2},
     "cp2-dp2": {"context_parallel_size": 2, "micro_batch_size": 2},
-    "pp2-cp2": {"pipeline_parallel_size": 2, "context_parallel_size": 2, "plan": "megatron"},
+    "pp2-cp2": {"pipeline_parallel_size": 2, "context_parallel_size": 2, "schedule": "zb-v"},
     "pp2-dp2-unsharded-small-buckets": {
         "pipeline_parallel_size": 2,
         "distributed_optimizer": False,
         "bucket_size": 300,
+        "schedule": "zb-v",
     },
 }
 LAYOUTS = {1: ALONE, 2: PAIR, 4: FOUR}

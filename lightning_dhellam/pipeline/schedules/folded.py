@@ -12,7 +12,7 @@ from itertools import count
 from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.straight import check_numbers
-from lightning_dhellam.pipeline.schedules.work import Part, ScheduleError, Visit, Work, one
+from lightning_dhellam.pipeline.schedules.work import Part, Visit, Work, one
 
 _F, _B, _I, _W = Part
 
@@ -69,11 +69,9 @@ def zero_bubble_v(stages: int, micro_batches: int) -> Schedule:
     those that are missing. It is defined for every number of stages and micro-batches.
     """
     check_numbers(stages, micro_batches)
-    rows = []
-    for stage in range(stages):
-        row = _zero_bubble_row(stage, stages, max(micro_batches, 2 * stages - 1))
-        rows.append(tuple(works for works in row if works[0].micro_batch < micro_batches))
-    return Schedule("zb-v", micro_batches, Placement.folded(stages), tuple(rows))
+    made = max(micro_batches, 2 * stages - 1)
+    rows = tuple(tuple(_zero_bubble_row(s, stages, made)) for s in range(stages))
+    return Schedule("zb-v", made, Placement.folded(stages), rows).of_first(micro_batches)
 
 
 def _zero_bubble_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:
@@ -114,18 +112,13 @@ def dual_pipe_v(stages: int, micro_batches: int) -> Schedule:
 
     Where a backward stands alone at the ends, some leave their weight gradients for later.
     Sources: DeepSeek-V3 (arXiv 2412.19437, section 3.2.1) and the phases of DeepSeek's DualPipe.
-
-    Raises:
-        ScheduleError: fewer than 2P micro-batches.
+    It is made for at least 2P micro-batches; fewer leave out the works of those that are missing.
     """
     check_numbers(stages, micro_batches)
-    if micro_batches < 2 * stages:
-        raise ScheduleError(
-            f"dualpipe-v needs at least {2 * stages} micro-batches, two for each stage, not"
-            f" {micro_batches}"
-        )
-    rows = tuple(tuple(_dual_row(s, stages, micro_batches)) for s in range(stages))
-    return Schedule("dualpipe-v", micro_batches, Placement.folded(stages), rows)
+    made = max(micro_batches, 2 * stages)
+    rows = tuple(tuple(_dual_row(s, stages, made)) for s in range(stages))
+    whole = Schedule("dualpipe-v", made, Placement.folded(stages), rows)
+    return whole.of_first(micro_batches)
 
 
 def _dual_row(stage: int, stages: int, micro_batches: int) -> Iterator[Visit]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
+from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
+from lightning_dhellam.pipeline.schedules.verify import verify
+from lightning_dhellam.pipeline.schedules.work import ScheduleError
 
 Scheme = Callable[[int, int], Schedule]
 """Makes a schedule of stages and micro-batches; refuses numbers with a `ScheduleError`."""
@@ -19,3 +25,74 @@ SCHEDULES: Mapping[str, Scheme] = {
     "fold": fold,
 }
 """Schedules by the names that users know."""
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """The schedule of a file. Steps of fewer micro-batches leave out the works of the others.
+
+    Attributes:
+        schedule: what the file says.
+        path: of the file.
+    """
+
+    schedule: Schedule
+    path: str
+
+    def __call__(self, stages: int, micro_batches: int) -> Schedule:
+        """Return the schedule. Raises ScheduleError where it is of other numbers."""
+        known = self.schedule
+        if stages != known.stages:
+            raise ScheduleError(
+                f"schedule={self.path!r} is of {known.stages} stages, but pipeline_parallel_size is"
+                f" {stages}: give one of so many"
+            )
+        if micro_batches > known.micro_batches:
+            raise ScheduleError(
+                f"schedule={self.path!r} is of {known.micro_batches} micro-batches, and a batch has"
+                f" {micro_batches}: give one of so many, or the name of a schedule"
+            )
+        return known.of_first(micro_batches)
+
+
+def scheme_of(schedule: str, stages: int) -> Scheme:
+    """What makes the schedules of a run: of that name, or of the file of that path.
+
+    Raises:
+        ScheduleError: an unknown name, a file that holds no schedule for so many stages or one that
+            cannot be carried out, or chunks that the trainer does not place so.
+    """
+    if schedule in SCHEDULES:
+        scheme: Scheme = SCHEDULES[schedule]
+    elif Path(schedule).suffix:
+        scheme = _written(schedule)
+        verify(scheme(stages, 1))
+    else:
+        close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ScheduleError(
+            f"schedule='{schedule}' is not a known schedule: use {' or '.join(_trained())}, or the"
+            f" path of a file that holds one{hint}"
+        )
+    placement = scheme(stages, 1).placement
+    if placement != Placement.folded(stages):
+        raise ScheduleError(
+            f"schedule='{schedule}' has its chunks on stages {placement}, and layers are trained"
+            f" where they are folded, on {Placement.folded(stages)}: use {' or '.join(_trained())}"
+        )
+    return scheme
+
+
+def _trained() -> list[str]:
+    return [name for name, make in SCHEDULES.items() if make(2, 1).placement.is_folded]
+
+
+def _written(path: str) -> Written:
+    try:
+        known = Schedule.parse(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"schedule={path!r} cannot be read: {error}") from None
+    except ScheduleError as error:
+        raise ScheduleError(f"schedule={path!r} is {error}") from None
+    verify(known)
+    return Written(known, path)

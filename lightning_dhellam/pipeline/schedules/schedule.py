@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -111,10 +111,21 @@ class Schedule:
 
     def forward_only(self) -> Schedule:
         """Return the schedule without what goes backward, for a step that evaluates."""
-        rows = tuple(
-            tuple(ahead for works in row if (ahead := _forwards(works))) for row in self.visits
+        return self._without(lambda work: work.part is not Part.FORWARD)
+
+    def of_first(self, micro_batches: int) -> Schedule:
+        """Return the schedule of the first so many micro-batches, as if the others did nothing."""
+        if micro_batches >= self.micro_batches:
+            return self
+        first = self._without(lambda work: work.micro_batch >= micro_batches)
+        return replace(first, micro_batches=micro_batches)
+
+    def _without(self, missing: Callable[[Work], bool]) -> Schedule:
+        rows = (
+            (tuple(work for work in works if not missing(work)) for works in row)
+            for row in self.visits
         )
-        return replace(self, visits=rows)
+        return replace(self, visits=tuple(tuple(works for works in row if works) for row in rows))
 
     def joined(self) -> Schedule:
         """Return a schedule whose halves of a backward that follow each other are one backward.
@@ -167,10 +178,6 @@ class Schedule:
             remark = f"{len(rows)} rows for {placement.stages} stages"
             raise _parse_error(lines, 0, remark)
         return cls(header[1], int(header[2]), placement, tuple(rows))
-
-
-def _forwards(works: Visit) -> Visit:
-    return tuple(work for work in works if work.part is Part.FORWARD)
 
 
 def _joined(row: Sequence[Visit]) -> list[Visit]:

@@ -32,22 +32,19 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
 def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedule:
     """Make 1F1B over `rounds` chunks a stage: P micro-batches meet one chunk, then the next.
 
-    Source: Megatron-LM (arXiv 2104.04473, section 2.2), whose warm-up it has.
+    Source: Megatron-LM (arXiv 2104.04473, section 2.2), whose warm-up it has. It is made for a
+    multiple of P micro-batches; others leave out the works of those that are missing.
 
     Raises:
-        ScheduleError: `micro_batches` is no multiple of `stages`, or `rounds` is below 1.
+        ScheduleError: `rounds` is below 1.
     """
     check_numbers(stages, micro_batches)
     if rounds < 1:
         raise ScheduleError(f"rounds={rounds} must be at least 1")
-    if micro_batches % stages:
-        raise ScheduleError(
-            f"interleaved-1f1b needs a multiple of {stages} micro-batches, one for each stage, not"
-            f" {micro_batches}"
-        )
+    made = -(-micro_batches // stages) * stages
     turns = [
         (group + k, chunk)
-        for group in range(0, micro_batches, stages)
+        for group in range(0, made, stages)
         for chunk in range(rounds)
         for k in range(stages)
     ]
@@ -56,12 +53,13 @@ def interleaved_1f1b(stages: int, micro_batches: int, rounds: int = 2) -> Schedu
         forward = [one(c * stages + stage, Part.FORWARD, k) for k, c in turns]
         backward = [one((rounds - 1 - c) * stages + stage, Part.BACKWARD, k) for k, c in turns]
         warm_up = 2 * (stages - 1 - stage) + (rounds - 1) * stages
-        if micro_batches == stages:
+        if made == stages:
             # Megatron lets everything go forward first when there is one group only.
             warm_up = len(forward)
         rows.append(_in_turn(forward, backward, min(warm_up, len(forward))))
     placement = Placement.straight(stages, rounds)
-    return Schedule("interleaved-1f1b", micro_batches, placement, tuple(rows))
+    whole = Schedule("interleaved-1f1b", made, placement, tuple(rows))
+    return whole.of_first(micro_batches)
 
 
 def _in_turn(forward: list[Visit], backward: list[Visit], warm_up: int) -> tuple[Visit, ...]:
