@@ -30,7 +30,13 @@ from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher
 from lightning_dhellam.strategy.placed import accept, device_of, is_placed
-from lightning_dhellam.strategy.restarts import Life, Note, RestartingLauncher, nodes_of_life
+from lightning_dhellam.strategy.restarts import (
+    Life,
+    Note,
+    RestartingLauncher,
+    nodes_of_life,
+    store_of_life,
+)
 from lightning_dhellam.strategy.termination import (
     end_soon_at_exit,
     parent_of_rank,
@@ -222,7 +228,11 @@ class JobStrategy(ParallelStrategy):
             self._board.run += 1
         self._parent_watch = watch_parent(self.timeout.total_seconds())
         _init_dist_connection(
-            self.cluster_environment, backend, timeout=self.timeout, device_id=device_id
+            self.cluster_environment,
+            backend,
+            timeout=self.timeout,
+            device_id=device_id,
+            **store_of_life(self.timeout),
         )
 
     def _say_why(self, error: BaseException) -> None:

@@ -17,9 +17,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch.distributed as dist
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -31,7 +33,6 @@ from lightning_dhellam.parallel.collectives import of_all_ranks
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    import torch.distributed as dist
 
 _NOTES = ".restarts"
 _NO_ID = ("none", "")
@@ -228,6 +229,20 @@ class RestartingLauncher(_Launcher):
     @override
     def kill(self, signum: Any) -> None:
         """Torchrun ends the processes that it has started."""
+
+
+def store_of_life(timeout: timedelta) -> dict[str, Any]:
+    """Where the processes of a life find each other: nothing to say where torchrun has no store.
+
+    Torchrun's own outlives them, and so do the addresses that they have left in it: by those a
+    process of the next life would look for one that is dead, or wait for it.
+    """
+    life = Life.find()
+    if life is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"life {life.restarts}", store)}
 
 
 def nodes_of_life(devices: int, num_nodes: int) -> int:
