@@ -19,7 +19,7 @@ from lightning_dhellam.kernels.dropout import derive_key
 from lightning_dhellam.layers.adapter import NAME, Adapter, draw_down
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.layout import Conversion, Shape
+from lightning_dhellam.models.layout import Conversion, Parts, Shape
 from lightning_dhellam.models.lora import COLUMNS, LINEARS, LoRA, Target, targets_of
 
 PREFIX = "base_model.model."
@@ -141,7 +141,7 @@ def _cut(target: Target, rank: int, letter: str, ours: str) -> Conversion:
     base, shapes = target.conversion, target.conversion.theirs
     kept = [name in target.products for name in shapes]
 
-    def join(whole: Sequence[Any], own: int, size: int) -> Tensor:
+    def join(whole: Sequence[Any], own: int, size: int) -> Tensor | Parts:
         given = iter(whole)
         every = [
             next(given) if keep else torch.zeros(_shape(target, name, rank, letter))

@@ -153,7 +153,7 @@ def fill(model: CausalLM, own: list[Conversion], tensors: Mapping[str, Readable]
     with torch.no_grad():
         for conversion in progress(own, "reading weights", model.context.topology):
             whole = [tensors[name] for name in conversion.theirs]
-            parameters[conversion.ours].copy_(conversion.join(whole, *_share(conversion, model)))
+            conversion.write(parameters[conversion.ours], whole, *_share(conversion, model))
 
 
 def _check_parameters(own: list[Conversion], model: CausalLM) -> None:

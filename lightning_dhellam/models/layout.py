@@ -56,12 +56,39 @@ class MixtureNames:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Parts of a shard side by side, which nobody has put together yet.
+
+    Attributes:
+        tensors: the parts; they may have more dimensions than the shard, and are laid as it is.
+        dim: along which they lie.
+    """
+
+    tensors: Sequence[Tensor]
+    dim: int = 0
+
+    def whole(self) -> Tensor:
+        """The shard, put together."""
+        return torch.cat(list(self.tensors), self.dim).flatten(0, self.dim)
+
+    def write(self, target: Tensor) -> None:
+        """Copy each to its place in the shard."""
+        sizes = [tensor.shape[self.dim] for tensor in self.tensors]
+        shape = [*self.tensors[0].shape]
+        shape[self.dim] = sum(sizes)
+        places = target.view(shape).split(sizes, self.dim)
+        for place, tensor in zip(places, self.tensors, strict=True):
+            place.copy_(tensor)
+
+
+@dataclass(frozen=True)
 class Conversion:
     """How one of our parameters is made of Hugging Face tensors.
 
-    ``join`` makes the shard of a rank from the whole tensors (rank, size), of which it takes no
-    more than the rank has; ``split`` makes the whole tensors from the shards of all ranks, in rank
-    order: tensor-parallel ranks, or those that share an expert.
+    ``join`` finds the shard of a rank in the whole tensors (rank, size), of which it takes no more
+    than the rank has; ``split`` finds the whole tensors in the shards of all ranks, in rank order:
+    tensor-parallel ranks, or those that share an expert. What they give may be parts of what they
+    were given.
 
     Attributes:
         ours: name of the parameter; of an expert, on the ranks that have it.
@@ -72,10 +99,23 @@ class Conversion:
 
     ours: str
     theirs: dict[str, Shape]
-    join: Callable[[Sequence[Whole], int, int], Tensor]
+    join: Callable[[Sequence[Whole], int, int], Tensor | Parts]
     split: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     layer: int | None = None
     expert: int | None = None
+
+    def shard(self, whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+        """What `join` finds, as one tensor."""
+        found = self.join(whole, rank, size)
+        return found.whole() if isinstance(found, Parts) else found
+
+    def write(self, target: Tensor, whole: Sequence[Whole], rank: int, size: int) -> None:
+        """Fill the shard of a rank, of whose size no second one is made."""
+        found = self.join(whole, rank, size)
+        if isinstance(found, Parts):
+            found.write(target)
+        else:
+            target.copy_(found)
 
 
 def conversions(
@@ -193,6 +233,11 @@ def _part(rows: int, rank: int, size: int) -> slice:
     return slice(rank * rows // size, (rank + 1) * rows // size)
 
 
+def _all(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The shards of all ranks side by side; one alone is not copied."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
+
+
 def _norm(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Conversion]:
     for part in ("weight",) if config.normalization == "RMSNorm" else ("weight", "bias"):
         yield _replicated(f"{ours}.{part}", f"{theirs}.{part}", (width,))
@@ -212,7 +257,7 @@ def _rows(ours: str, theirs: str, shape: Shape) -> Conversion:
         ours,
         {theirs: shape},
         join=lambda whole, rank, size: whole[0][_part(shape[0], rank, size)],
-        split=lambda shards: [torch.cat(list(shards))],
+        split=lambda shards: [_all(shards)],
     )
 
 
@@ -221,31 +266,29 @@ def _columns(ours: str, theirs: str, shape: Shape) -> Conversion:
         ours,
         {theirs: shape},
         join=lambda whole, rank, size: whole[0][:, _part(shape[1], rank, size)],
-        split=lambda shards: [torch.cat(list(shards), dim=1)],
+        split=lambda shards: [_all(shards, 1)],
     )
 
 
 def _vocabulary(ours: str, theirs: str, shape: Shape, padded_rows: int) -> Conversion:
     rows, *rest = shape
 
-    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor | Parts:
         part = _part(padded_rows, rank, size)
         own = whole[0][min(part.start, rows) : min(part.stop, rows)]
         padding = part.stop - part.start - len(own)
-        return torch.cat([own, own.new_zeros(padding, *rest)]) if padding else own
+        return Parts([own, own.new_zeros(padding, *rest)]) if padding else own
 
-    return Conversion(
-        ours, {theirs: shape}, join=join, split=lambda shards: [torch.cat(list(shards))[:rows]]
-    )
+    return Conversion(ours, {theirs: shape}, join=join, split=lambda shards: [_all(shards)[:rows]])
 
 
 def _gate_and_up(ours: str, theirs: tuple[str, str], shape: Shape) -> Conversion:
-    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
-        return torch.cat([tensor[_part(shape[0], rank, size)] for tensor in whole])
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Parts:
+        return Parts([tensor[_part(shape[0], rank, size)] for tensor in whole])
 
     def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in range(2)]
+        return [_all([half[part] for half in halves]) for part in range(2)]
 
     return Conversion(ours, dict.fromkeys(theirs, shape), join, split)
 
@@ -256,15 +299,15 @@ def _attention_input(config: ModelConfig, ours: str, theirs: str, kind: str) -> 
     queries = config.num_attention_heads // groups * width
     parts = (queries, width, width)
 
-    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Parts:
         own = [
             tensor[_part(groups * rows, rank, size)].unflatten(0, (groups // size, rows))
             for tensor, rows in zip(whole, parts, strict=True)
         ]
-        return torch.cat(own, dim=1).flatten(0, 1)
+        return Parts(own, 1)
 
     def split(shards: Sequence[Tensor]) -> Sequence[Tensor]:
-        fused = torch.cat(list(shards)).unflatten(0, (groups, sum(parts)))
+        fused = _all(shards).unflatten(0, (groups, sum(parts)))
         return [part.flatten(0, 1) for part in fused.split(parts, dim=1)]
 
     names = {
@@ -314,7 +357,7 @@ def _together(conversion: Conversion, name: str) -> Conversion:
     shapes = list(conversion.theirs.values())
     counts = [rows for rows, *_ in shapes]
 
-    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor:
+    def join(whole: Sequence[Whole], rank: int, size: int) -> Tensor | Parts:
         firsts = [sum(counts[:number]) for number in range(len(counts))]
         parts = [_Rows(whole[0], *place) for place in zip(firsts, counts, strict=True)]
         return conversion.join(parts, rank, size)

@@ -105,7 +105,7 @@ class Target:
             torch.full((shape[0], 1), self.products.index(name) if name in self.products else -1)
             for name, shape in theirs.items()
         ]
-        return self.conversion.join(labels, topology.tp_rank, topology.tp_size).flatten()
+        return self.conversion.shard(labels, topology.tp_rank, topology.tp_size).flatten()
 
 
 def targets_of(config: ModelConfig, lora: LoRA) -> list[Target]:

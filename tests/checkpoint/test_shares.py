@@ -128,11 +128,11 @@ def test_parts_are_those_of_the_layout_that_imports_use(config: ModelConfig, siz
     seen = set()
     for conversion in conversions(config, family.names, 8 * size * 3, config.num_experts or 1):
         theirs = [torch.rand(shape) for shape in conversion.theirs.values()]
-        whole, share = conversion.join(theirs, 0, 1), shares[conversion.ours]
+        whole, share = conversion.shard(theirs, 0, 1), shares[conversion.ours]
         share = replace(share, shape=tuple(whole.shape))
         for place in range(size):
             own = replace(share, place=place, places=size if share.axis is not None else 1)
-            assert torch.equal(conversion.join(theirs, place, size), _cut(whole, own))
+            assert torch.equal(conversion.shard(theirs, place, size), _cut(whole, own))
         seen.add(conversion.ours)
     assert seen == shares.keys()
     assert {shares[name].rows for name in seen if "output_layer" in name} == {config.vocab_size}

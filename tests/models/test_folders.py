@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
+import signal
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lightning_dhellam.commands.main import main
 from lightning_dhellam.models import (
     CausalLM,
     config_of,
@@ -46,12 +52,17 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor[:] for name, tensor in stored_tensors(folder, "").items()}
 
 
-def _read(folder: Path, **sizes: int) -> CausalLM:
+def _blank(folder: Path, **sizes: int) -> CausalLM:
     context = ParallelContext.create(CPU, **sizes) if sizes else ParallelContext.single(CPU)
     model = CausalLM(config_of(folder), context)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
+    return model
+
+
+def _read(folder: Path, **sizes: int) -> CausalLM:
+    model = _blank(folder, **sizes)
     import_huggingface(model, folder)
     return model
 
@@ -107,9 +118,12 @@ def _reads_and_writes(rank: int, root: str, names: list[str]) -> None:
     for name in names:
         folder = Path(root, name)
         for number, sizes in enumerate(_sizes_of(name)):
-            with _recorded() as reads:
-                model = _read(folder, **sizes)
+            model = _blank(folder, **sizes)
+            with _recorded() as (reads, made):
+                import_huggingface(model, folder)
             _check_reads(model, reads, folder, f"{name} {sizes}")
+            largest = max(parameter.nbytes for parameter in model.parameters())
+            assert made.most <= largest, f"{name} {sizes}"
             target = folder.with_name(f"{name}-{number}")
             save_huggingface(model, target, max_shard_size="20KB")
             assert Path(target, INDEX).is_file()
@@ -134,21 +148,61 @@ class _Reads:
         self.most = max(self.most, sum(size for _, size in self.alive))
 
 
-class _recorded:
-    """Records every slice that is read of a file."""
+class _Made(TorchDispatchMode):
+    """Counts the memory that operations take, and how much of it there is at once.
 
-    def __enter__(self) -> _Reads:
-        reads, self._before = _Reads(), Stored.__getitem__
+    Attributes:
+        most: bytes.
+        reads: whether a file is being read, whose parts take no memory of their own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.reads = 0, False
+        self._alive: dict[int, tuple[int, list[weakref.ref[Tensor]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.reads:
+            return found
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors_in((args, kwargs))}
+        for tensor in _tensors_in(found):
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr()
+            if place in self._alive:
+                self._alive[place][1].append(weakref.ref(tensor))
+            elif place not in given:
+                self._alive[place] = storage.nbytes(), [weakref.ref(tensor)]
+        alive = self._alive.items()
+        self._alive = {p: one for p, one in alive if any(ref() is not None for ref in one[1])}
+        self.most = max(self.most, sum(size for size, _ in self._alive.values()))
+        return found
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+class _recorded:
+    """Records every slice that is read of a file, and the memory that is taken meanwhile."""
+
+    def __enter__(self) -> tuple[_Reads, _Made]:
+        reads, made, self._before = _Reads(), _Made(), Stored.__getitem__
 
         def read(stored: Stored, slices: Any) -> Tensor:
+            made.reads = True
             found = self._before(stored, slices)
+            made.reads = False
             reads.add(found)
             return found
 
         Stored.__getitem__ = read  # type: ignore[method-assign]
-        return reads
+        self._made = made
+        made.__enter__()
+        return reads, made
 
     def __exit__(self, *_: object) -> None:
+        self._made.__exit__(None, None, None)
         Stored.__getitem__ = self._before  # type: ignore[method-assign]
 
 
@@ -282,7 +336,7 @@ def _edit(folder: Path, **changes: Any) -> None:
     [_lose, _tear, _cut, _reshape, _quantise, _rename, _classify, _enlarge, _untie, _scribble],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_a_line_and_nothing_is_read_of_it(
-    folder: Path, damage: Any
+    folder: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = damage(folder)
     with pytest.raises(ValueError, match=message) as caught:
@@ -294,6 +348,10 @@ def test_a_folder_that_cannot_be_used_is_refused_in_a_line_and_nothing_is_read_o
             assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
             assert model.origin is None
     assert "\n" not in str(caught.value)
+    assert main(["convert", str(folder), str(folder.parent / "kept")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(message, said) and "\n" not in said
+    assert os.listdir(folder.parent) == [folder.name]
 
 
 @pytest.fixture
@@ -370,6 +428,45 @@ def test_an_interrupted_export_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         save_huggingface(model, tmp_path / "ours")
     assert os.listdir(tmp_path) == []
+
+
+def _killed(what: str, root: Path) -> None:
+    """Convert until this process is killed: between two files, or when only the name lacks."""
+
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == "folder":
+        put = TensorFile.put
+
+        def putting(file: TensorFile, *tensor: Any) -> None:
+            if "00003" in file.path.name:
+                kill()
+            put(file, *tensor)
+
+        TensorFile.put = putting  # type: ignore[method-assign]
+        save_huggingface(_read(root / "theirs"), root / what, max_shard_size="10KB")
+    else:
+        os.fsync = kill  # type: ignore[assignment]
+        main(["convert", str(root / "theirs"), str(root / what)])
+
+
+@pytest.mark.parametrize("what", ["folder", "checkpoint"])
+def test_what_is_killed_while_it_writes_has_no_name_and_can_be_written_again(
+    what: str, folder: Path
+) -> None:
+    root = folder.parent
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_killed, args=(what, root))
+    process.start()
+    process.join(300)
+    process.kill()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = {*os.listdir(root)} - {folder.name}
+    assert left.startswith(".") and ".partial" in left and os.listdir(root / left)
+    to = "huggingface" if what == "folder" else what
+    assert main(["convert", str(folder), str(root / what), f"--to={to}"]) == 0
+    assert (root / what).is_dir()
 
 
 def test_layers_of_ones_own_take_no_weights(folder: Path) -> None:
