@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from transformers import AutoModelForCausalLM
 from lightning_dhellam import DualStrandMixin, LanguageModel
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.models import config_of, export_huggingface, preset
+from lightning_dhellam.models.layout import HEAD
 from lightning_dhellam.runner import Runner
 from tests.models.folders import SHAPES, save_folder
+from tests.models.llama import relative_error
 from tests.ranks import run_ranks
-from tests.strategy.runs import make_trainer
+from tests.strategy.runs import join, make_trainer
 
 LENGTH = 16
 
@@ -111,6 +114,38 @@ def test_the_command_trains_a_folder(
     assert "overrides.num_layers=3 contradicts pretrained=" in capsys.readouterr().err
     assert main([*words, "--model.preset=llama-tiny"]) == 2
     assert "preset=llama-tiny contradicts pretrained=" in capsys.readouterr().err
+
+
+class Plain(Own):
+    """Of which no optimizer makes roundings larger."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
+def _trained(folder: Path, target: Path, **sizes: Any) -> None:
+    module = Plain.from_pretrained(folder, rate=0.1)
+    _fit(module, 3, micro_batch_size=1, **sizes)
+    module.save_pretrained(target)
+
+
+def _trained_by_two(rank: int, root: Path) -> None:
+    join(rank, 2)
+    for name in ("tensor", "pipeline"):
+        _trained(root / "theirs", root / name, **{f"{name}_parallel_size": 2})
+
+
+def test_two_ranks_train_a_folder_as_one_does(tmp_path: Path) -> None:
+    save_folder(replace(SHAPES["llama"], num_layers=4), tmp_path / "theirs")
+    run_ranks(2, _trained_by_two, tmp_path)
+    _trained(tmp_path / "theirs", tmp_path / "alone")
+    before, expected = _tensors(tmp_path / "theirs"), _tensors(tmp_path / "alone")
+    assert relative_error(before[HEAD], expected[HEAD]) > 1e-3
+    for name in ("tensor", "pipeline"):
+        found = _tensors(tmp_path / name)
+        assert found.keys() == expected.keys()
+        errors = {one: relative_error(found[one], expected[one]) for one in expected}
+        assert max(errors.values()) <= 1e-5, (name, errors)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
