@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_dhellam.bench import (
+    convert,
     gemms,
     kernels,
     launch,
@@ -20,6 +21,7 @@ from lightning_dhellam.bench.benchmark import Benchmark
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     benchmark.name: benchmark
     for benchmark in (
+        convert.BENCHMARK,
         gemms.BENCHMARK,
         kernels.BENCHMARK,
         launch.BENCHMARK,

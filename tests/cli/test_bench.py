@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dhellam.bench.convert import run as convert_bench
 from lightning_dhellam.bench.kernels import run as kernel_bench
 from lightning_dhellam.bench.processes import Budget
 from lightning_dhellam.bench.throughput.settings import CASES, Case, Job, Settings
@@ -18,7 +19,7 @@ from lightning_dhellam.bench.throughput.worker import result_of
 from lightning_dhellam.bench.throughput.workers import Workers
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.commands.main import main
-from lightning_dhellam.models import parameter_count
+from lightning_dhellam.models import parameter_count, preset
 
 TINY = "llama-tiny:2:512:64:2"
 
@@ -47,6 +48,31 @@ def test_throughput_trains_both_sides_to_the_same_losses(tmp_path: Path) -> None
     operators = {row["operator"]: row for row in report[f"operators of {TINY}"]}
     assert operators["forward/qkv.gemm"]["calls"] == 2 * 2
     assert operators["backward/output.wgrad"]["ms"] > 0
+
+
+def test_folders_are_written_and_read_beside_plain_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--preset=llama-tiny", "--layers=2", "--rounds=2", f"--output={tmp_path}"]
+    assert main(["bench", "convert", *words]) == 0
+    report = _report(tmp_path, "convert")
+    rows = {(row["does"], row["by"]): row for row in report["rows"]}
+    assert len(rows) == 6
+    assert report["parameters"] == parameter_count(preset("llama-tiny", num_layers=2))
+    for (does, by), row in rows.items():
+        assert row["lowest"] <= row["of the disk"] <= row["highest"], (does, by)
+        assert (row["of the disk"] == 1) is (by == "disk")
+    (left,) = {path.name.rpartition(".")[0] for path in tmp_path.iterdir()}
+    assert left.startswith("convert-")
+
+    def wrong(*_: Any) -> None:
+        """Reads nothing."""
+
+    monkeypatch.setattr(convert_bench, "import_huggingface", wrong)
+    assert main(["bench", "convert", *words]) == 1
+    failed = [row for row in _report(tmp_path, "convert")["rows"] if "failed" in row]
+    assert [(row["does"], row["by"]) for row in failed] == [("read", "ours"), ("write", "ours")]
+    assert {row["failed"] for row in failed} == {"what is read is not what was written"}
 
 
 def test_a_side_that_fails_costs_its_own_row_only(
