@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,18 +10,18 @@ from lightning_dhellam.commands.numbers import add_sizes
 from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.commands.simulate import title
 from lightning_dhellam.files import check_file
-from lightning_dhellam.pipeline.schedules import Visit, fold, verify
+from lightning_dhellam.pipeline.schedules import SCHEDULES, Schedule, Visit, fold, verify
 from lightning_dhellam.plan import Strand
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.pipeline import UniformCosts, play
 
 USAGE = """\
 usage: dhellam plan show FILE
-       dhellam plan schedule --stages P --micro_batches M [--output FILE]
+       dhellam plan schedule [NAME] --stages P --micro_batches M [--output FILE]
        dhellam plan memory --config FILE_OR_RECIPE [options]
 
   show       print the plans of a plan file, such as that of a search
-  schedule   print the visits of every stage of the folded pipeline
+  schedule   print the visits of every stage of the folded pipeline, or of another schedule
   memory     predict what every rank of a run takes
 
 `dhellam plan schedule --help` and `dhellam plan memory --help` say more.
@@ -48,26 +49,51 @@ def plan_command(words: list[str]) -> int:
 
 
 def schedule_command(argv: Sequence[str]) -> int:
-    """Print the fold as a table, and draw it."""
+    """Print a schedule as a table, and draw it."""
     parser = Parser(
         prog="dhellam plan schedule",
-        description="Print the visits of every stage of the folded pipeline.",
+        description="Print the visits of every stage of a pipeline: of the fold as a table, or of"
+        f" the schedule NAME ({', '.join(SCHEDULES)}, or a file that holds one) as text that is"
+        " such a file.",
     )
+    parser.add_argument("name", nargs="?", metavar="NAME")
     add_sizes(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture to draw: a PNG file")
     options = parser.parse_args(argv)
     if options.output is not None:
         check_file(options.output, f"--output {options.output}")
-    schedule = fold(options.stages, options.micro_batches)
+    schedule = _schedule(options.name or "fold", options.stages, options.micro_batches)
     verify(schedule)
-    print(fold_table(options.stages, options.micro_batches))
+    if options.name is None:
+        print(fold_table(options.stages, options.micro_batches))
+    else:
+        print(schedule)
     if options.output is not None:
         from lightning_dhellam.search.report.pipeline_pictures import save_pipelines
 
         played = play(schedule, UniformCosts(both=3.0))
-        save_pipelines(options.output, {title("fold", played): played}, unit="of one forward")
-        print(f"written to {options.output}")
+        titles = {title(schedule.name, played): played}
+        save_pipelines(options.output, titles, unit="of one forward")
+        # What is printed of a named schedule is a file of it, and nothing else.
+        print(f"written to {options.output}", file=sys.stderr if options.name else sys.stdout)
     return 0
+
+
+def _schedule(name: str, stages: int, micro_batches: int) -> Schedule:
+    """Make a named schedule, or read one that must have these sizes."""
+    if name in SCHEDULES:
+        return SCHEDULES[name](stages, micro_batches)
+    if not Path(name).is_file():
+        raise ValueError(
+            f"schedule '{name}' is neither a file nor one of {', '.join(SCHEDULES)}: give one"
+        )
+    schedule = Schedule.parse(Path(name).read_text())
+    if (schedule.stages, schedule.micro_batches) != (stages, micro_batches):
+        raise ValueError(
+            f"{name} is of {schedule.stages} stages and {schedule.micro_batches} micro-batches, not"
+            f" {stages} and {micro_batches}: give those (--stages, --micro_batches)"
+        )
+    return schedule
 
 
 def fold_table(stages: int, micro_batches: int) -> str:

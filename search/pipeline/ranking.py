@@ -94,7 +94,7 @@ def _reason(run: PipelineRun, best: PipelineRun, limits: Sequence[float]) -> str
     more = {part: _mean(run, part) - _mean(best, part) for part in _PARTS}
     part = max(more, key=lambda one: more[one])
     gained = more[part] / best.seconds
-    return f"{share:.1%} slower: {_WORDS[part]} take {gained:.1%} of the best step more"
+    return f"{share:.1%} slower: {gained:.1%} of the best step more in {_WORDS[part]}"
 
 
 def _mean(run: PipelineRun, part: str) -> float:

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_dhellam.commands.main import main
+from lightning_dhellam.pipeline.schedules import SCHEDULES, Schedule
 from lightning_dhellam.plan import BUILDERS, kind_of
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import measure
@@ -177,3 +178,25 @@ def test_the_fold_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
         main(["plan", "schedule", "--stages", "2", "--micro_batches", "0"])
     assert exit_.value.code == 2
     assert "--micro_batches: '0' must be a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_any_schedule_is_printed_as_a_file_of_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--stages", "2", "--micro_batches", "4")
+    assert main(["plan", "schedule", name, *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert Schedule.parse(printed) == SCHEDULES[name](2, 4)
+    file = tmp_path / "mine.txt"
+    file.write_text(printed)
+    assert main(["plan", "schedule", str(file), *sizes]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["plan", "schedule", str(file), "--stages", "2", "--micro_batches", "5"]) == 2
+    assert "mine.txt is of 2 stages and 4 micro-batches, not 2 and 5" in capsys.readouterr().err
+
+
+def test_a_schedule_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "schedule", "gpipe", "--stages", "2", "--micro_batches", "4"]) == 2
+    message = "schedule 'gpipe' is neither a file nor one of 1f1b, interleaved-1f1b, zb-v"
+    assert message in capsys.readouterr().err
