@@ -135,9 +135,8 @@ def _draw(model: CausalLM) -> None:
 
 
 def _digests(model: CausalLM) -> list[int]:
-    return [
-        zlib.crc32(memoryview(p.detach().view(torch.uint8).numpy())) for p in model.parameters()
-    ]
+    every = (parameter.detach().view(torch.uint8) for parameter in model.parameters())
+    return [zlib.crc32(parameter.numpy().tobytes()) for parameter in every]
 
 
 def _seconds(work: Callable[[], None]) -> float:
