@@ -33,6 +33,7 @@ from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.wrapping import holders, shards
+from lightning_dhellam.pipeline.schedules import scheme_of
 from lightning_dhellam.plan.by_layer import ByLayer
 from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.plan.passes import Recompute
@@ -66,6 +67,7 @@ class Run:
         bucket_size: parameters of a bucket; None for Megatron's default.
         context_exchange: how keys come to the ranks that share sequences.
         context_fp32_gradients: whether gradients by them travel in fp32.
+        schedule: order of the pipeline's works: a name, or the path of a file.
         loss: of the user's own, or None.
         build: makes a rank's part of the model; None for that of `config`.
         optimizer: makes the optimizer of the parameters that are trained.
@@ -84,6 +86,7 @@ class Run:
     bucket_size: int | None = None
     context_exchange: str = "ring"
     context_fp32_gradients: bool = True
+    schedule: str = "fold"
     loss: Loss | None = None
     build: Callable[[ParallelContext, torch.dtype], CausalLM] | None = None
     optimizer: Callable[[Iterable[Parameter]], Optimizer] = AdamW
@@ -240,6 +243,7 @@ def _step(run: Run, model: CausalLM, topology: Topology) -> tuple[int, int]:
         loss=run.loss,
         context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
         context_fp32_gradients=run.context_fp32_gradients,
+        scheme=scheme_of(run.schedule, topology.pp_size),
     )
     # More change nothing: by then as many are held as ever will be.
     most = (2 * topology.pp_size + 2) * run.micro_batch_size

@@ -57,6 +57,7 @@ def planned_run(
         bucket_size=strategy.bucket_size,
         context_exchange=strategy.context_exchange,
         context_fp32_gradients=strategy.context_fp32_gradients,
+        schedule=strategy.schedule,
         loss=module.custom_loss,
         build=module.planned_model,
     )

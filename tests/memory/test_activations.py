@@ -11,9 +11,11 @@ import torch
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.memory.activations import activation_peak, saved_bytes, without_memory
+from lightning_dhellam.memory.prediction import Run, predict
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.planned import planned_context
+from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.pipeline.schedules import SCHEDULES
 from lightning_dhellam.plan import BUILDERS, GraphPair, Lane, Operator
 from lightning_dhellam.plan.passes import Recompute
@@ -171,3 +173,11 @@ def test_the_peak_of_slots_on_two_ranks() -> None:
     assert not wrong
     # A rank of a pipeline is predicted apart: stage 0 has the embedding and the head.
     assert outcomes[0]["pp"] != outcomes[1]["pp"]
+
+
+def test_a_run_is_predicted_under_its_schedule() -> None:
+    topology = Topology(world_size=2, pp_size=2)
+    run = Run(replace(SMALL, num_layers=8), topology, 8, 16, precision="32-true")
+    ranks = {name: predict(replace(run, schedule=name)) for name in ("fold", "zb-v")}
+    first = {name: found[0].activations for name, found in ranks.items()}
+    assert first["fold"] != first["zb-v"]
