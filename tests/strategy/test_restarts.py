@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.strategy import DHellamStrategy, restarts
-from lightning_dhellam.strategy.restarts import Life, RestartingLauncher, nodes_of_life
+from lightning_dhellam.strategy.restarts import (
+    Life,
+    RestartingLauncher,
+    nodes_of_life,
+    store_of_life,
+)
 from tests.strategy.restarted import DEATH, EVERY, STEPS
 from tests.strategy.runs import Losses, Model, loader, make_trainer
 
@@ -172,6 +179,24 @@ def test_ranks_that_see_different_files_are_refused(monkeypatch: pytest.MonkeyPa
                 launcher.check_agreed(None)
         else:
             launcher.check_agreed(None)
+
+
+def test_a_life_does_not_see_the_addresses_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(kept.port),
+        "TORCHELASTIC_MAX_RESTARTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert store_of_life(timedelta(seconds=300)) == {}
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    lives = []
+    for number in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        lives.append(store_of_life(timedelta(seconds=300))["store"])
+    lives[0].set("address", "of a dead process")
+    assert lives[0].check(["address"]) and not lives[1].check(["address"])
 
 
 @pytest.mark.parametrize(
