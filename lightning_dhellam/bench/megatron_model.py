@@ -78,7 +78,7 @@ def gpt_model(
     config.pipeline_dtype = dtype
     each = shape.num_layers // topology.pp_size
     first = each * topology.pp_rank
-    specs = [layer_spec(shape, index) for index in range(first, first + each)]
+    specs = [layer_spec(shape, index, config) for index in range(first, first + each)]
     norm: Any = NORMS[shape.normalization]
     if context.device.type == "cuda":
         _fuse(config, transformer_engine)

@@ -11,6 +11,7 @@ from lightning_dhellam.checkpoint import content
 from lightning_dhellam.checkpoint.description import ABOUT, MODEL, read_topology
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.rotary_fields import RotaryFields
 
 _ORIGIN = "origin"
 _RATE = "router_bias_update_rate"
@@ -25,7 +26,7 @@ _OF_TRAINING = (
 )
 _OF_NO_WEIGHT = ("init_std", "max_sequence_length")
 """What weights that are loaded do not compute otherwise."""
-_ROPE = ("rope_short_factors", "rope_long_factors", "rope_original_length", "rope_magnitude")
+_ROPE = tuple(field.name for field in fields(RotaryFields) if field.name != "rotary_fraction")
 _ROUTING = (
     "experts_per_token",
     "router_scores",
@@ -43,8 +44,6 @@ _FREE = (
     *_ROPE,
     *_ROUTING,
     "norm_epsilon",
-    "rotary_base",
-    "rope_scaling_factor",
 )
 """What may change from one run to the next, if that is asked for: no shape depends on it."""
 
@@ -59,7 +58,13 @@ def described(config: ModelConfig) -> dict[str, Any]:
     """A configuration as checkpoints hold it: equal models have equal descriptions."""
     same = config.dropout_of_embedding == config.hidden_dropout
     dropout = None if same else config.embedding_dropout
-    alike = replace(config, head_dim=config.kv_channels, embedding_dropout=dropout)
+    usual = replace(config, rope_magnitude=None).magnitude == config.magnitude
+    alike = replace(
+        config,
+        head_dim=config.kv_channels,
+        embedding_dropout=dropout,
+        rope_magnitude=None if usual else config.rope_magnitude,
+    )
     found = asdict(alike).items()
     # The file knows lists only.
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found}
@@ -87,6 +92,8 @@ def saved_model(path: Path) -> dict[str, Any] | None:
             )
     # A field that did not exist yet had the value that it now has when it is left out.
     since = {name: f.default for name, f in fields_now.items() if f.default is not MISSING}
+    if "rope_scaling" not in found and found.get("rope_magnitude") == 1.0:
+        found = {**found, "rope_magnitude": None}  # which it once was when it was left out
     return {**since, **found}
 
 

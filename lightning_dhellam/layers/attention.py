@@ -27,6 +27,7 @@ from lightning_dhellam.layers.head_norm import HeadNorm
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.rules import of_documents, on_tp
 from lightning_dhellam.layers.shared import SharedAttention
+from lightning_dhellam.layers.wide_norm import SharedNorm
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
 
@@ -72,7 +73,7 @@ class Attention:
     proj: RowLinear
     heads: Heads
     setting: Setting
-    norm: HeadNorm | None = None
+    norm: HeadNorm | SharedNorm | None = None
     given_scale: float | None = None
     drops: float = 0.0
     window: int | None = None
@@ -127,6 +128,10 @@ class Attention:
         else:
             self._attend(w)
         return self.proj.forward(w, "context")
+
+    def written(self, w: GraphWriter) -> str:
+        """The slot of the result that `forward` returned."""
+        return self.proj.written(w)
 
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward. Returns the slot of the gradient by `read`."""

@@ -54,6 +54,9 @@ class Block(Protocol):
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the operators of forward. Returns the slot of the result."""
 
+    def written(self, w: GraphWriter) -> str:
+        """The slot of the result that `forward` returned."""
+
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward, from `grad` of the result.
 

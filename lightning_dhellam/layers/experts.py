@@ -108,6 +108,10 @@ class Experts:
             self._add(w, "experts.join", (routed, beside), self.output)
         return self.output
 
+    def written(self, w: GraphWriter) -> str:
+        """The slot of the result that `forward` returned."""
+        return self.output
+
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward. Returns the slot of the gradient by `read`."""
         by_routed, written = f"d_{read}_routed", f"d_{read}_mixture"

@@ -4,7 +4,8 @@
     backward  attention  (rope)  head_norm  qkv
 
 Tensor-parallel ranks have some of the heads each and the whole weights, so that each adds its part
-of their gradients, as a norm does that sees some of the tokens.
+of their gradients, as a norm does that sees some of the tokens. A norm of all heads together is the
+same on one rank, and another where several share them: `wide_norm`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rules import on_tp
+from lightning_dhellam.layers.wide_norm import SharedNorm, WideNorm
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
 
@@ -32,14 +34,18 @@ class HeadNorm:
         query: of each head's queries [D].
         key: of each head's keys [D].
         heads: of this rank.
+        is_wide: whether it is of all heads together [H * D].
     """
 
     query: Norm
     key: Norm
     heads: Heads
+    is_wide: bool = False
 
     @classmethod
-    def of(cls, module: Any, heads: Heads, kernels: Kernels, index: int) -> HeadNorm | None:
+    def of(
+        cls, module: Any, heads: Heads, kernels: Kernels, index: int
+    ) -> HeadNorm | SharedNorm | None:
         """What lowers the norms of a `SelfAttention`; None where it has none.
 
         Raises:
@@ -54,18 +60,29 @@ class HeadNorm:
                     f"layer {index}: its attention has no {name}_layernorm, but the other: give its"
                     " spec both, or none"
                 )
+            if isinstance(norm, WideNorm):
+                continue
             width = getattr(getattr(norm, "weight", None), "numel", lambda: heads.size)()
             if width != heads.size:
                 raise ValueError(
                     f"layer {index}: its {name}_layernorm is of {width} channels, which has no"
                     f" lowering: use a norm of one head's {heads.size}"
                 )
-        where = f"layer {index}"
-        return cls(
-            Norm.of(found["q"], "query", kernels, where),
-            Norm.of(found["k"], "key", kernels, where),
+        where, query, key = f"layer {index}", found["q"], found["k"]
+        if isinstance(query, WideNorm) != isinstance(key, WideNorm):
+            raise ValueError(
+                f"layer {index}: its attention has a norm of all heads together, and another of"
+                " each: give its spec two of a kind"
+            )
+        lowered = cls(
+            Norm.of(query, "query", kernels, where),
+            Norm.of(key, "key", kernels, where),
             heads,
+            isinstance(query, WideNorm),
         )
+        if isinstance(query, WideNorm) and isinstance(key, WideNorm) and query.ranks > 1:
+            return SharedNorm(query, key, heads, lowered._cut, lowered._join)
+        return lowered
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -77,19 +94,21 @@ class HeadNorm:
 
         def run(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             queries, keys, values = self._cut(qkv)
-            normed, query_statistics = self.query.normalise(queries.contiguous())
-            keys, key_statistics = self.key.normalise(keys.contiguous())
-            return self._join(normed, keys, values), query_statistics, key_statistics
+            normed, query_statistics = self.query.normalise(self._whole(queries))
+            normed_keys, key_statistics = self.key.normalise(self._whole(keys))
+            found = self._join(normed.view_as(queries), normed_keys.view_as(keys), values)
+            return found, query_statistics, key_statistics
 
         size = w.sizes.wide(self.heads.channels)
         numbers = 4 * len(self.query.parameters)
+        of_queries, of_keys = (1, 1) if self.is_wide else (self.heads.queries, self.heads.groups)
         w.compute(
             "head_norm",
             (read,),
             {
                 write: size,
-                "query_rstd": numbers * self.heads.queries,
-                "key_rstd": numbers * self.heads.groups,
+                "query_rstd": numbers * of_queries,
+                "key_rstd": numbers * of_keys,
             },
             run,
             moved=2 * size,
@@ -102,11 +121,14 @@ class HeadNorm:
         def run(grad: Tensor, qkv: Tensor, of_queries: Tensor, of_keys: Tensor) -> Tensor:
             queries, keys, _ = self._cut(qkv)
             d_queries, d_keys, d_values = self._cut(grad)
-            return self._join(
-                self.query.gradient(d_queries.contiguous(), queries.contiguous(), of_queries),
-                self.key.gradient(d_keys.contiguous(), keys.contiguous(), of_keys),
-                d_values,
+            by_queries, by_keys = (
+                norm.gradient(self._whole(dy), self._whole(x), statistics).view_as(x)
+                for norm, dy, x, statistics in (
+                    (self.query, d_queries, queries, of_queries),
+                    (self.key, d_keys, keys, of_keys),
+                )
             )
+            return self._join(by_queries, by_keys, d_values)
 
         size = w.sizes.wide(self.heads.channels)
         w.compute(
@@ -118,6 +140,10 @@ class HeadNorm:
             accumulates=self.parameters,
             rule=on_tp(Held.HEADS, Held.HEADS, gradient=Held.PARTIAL),
         )
+
+    def _whole(self, heads: Tensor) -> Tensor:
+        """Heads [S, B, G, ., D] with the channels last that a norm takes together."""
+        return heads.reshape(*heads.shape[:2], -1) if self.is_wide else heads.contiguous()
 
     def _cut(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [S, B, G, R, D], keys and values [S, B, G, 1, D], as views."""

@@ -86,6 +86,10 @@ class Mlp:
         )
         return self.fc2.forward(w, self._act)
 
+    def written(self, w: GraphWriter) -> str:
+        """The slot of the result that `forward` returned."""
+        return self.fc2.written(w)
+
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward. Returns the slot of the gradient by `read`."""
         self.fc2.backward(w, grad, self._act)

@@ -12,7 +12,8 @@ class RotaryTable:
     """Tables for Megatron-core's `RotaryEmbedding`, whose frequencies they are made from.
 
     Args:
-        rotary: the module that holds `inv_freq`, or says the `frequencies` of a length.
+        rotary: the module that holds `inv_freq`, or says the `frequencies` of a length, and
+            perhaps factors on channels, `shrinking`.
         ranks: that share each sequence by context parallelism.
     """
 
@@ -37,4 +38,7 @@ class RotaryTable:
         frequencies = self.rotary.inv_freq if of_length is None else of_length(length)
         angles = torch.outer(positions, frequencies.to(device))
         angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        factors = getattr(self.rotary, "shrinking", None)
+        if factors is None:
+            return angles.cos(), angles.sin()
+        return angles.cos() * factors.to(device), angles.sin() * factors.to(device)

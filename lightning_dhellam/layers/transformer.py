@@ -3,7 +3,12 @@
     forward   norm  attention  residual  norm  mlp  residual
     backward        mlp  norm            attention  norm
 
-The second block may be a mixture of experts; such a layer's graphs have a name of their own.
+The second block may be a mixture of experts; such a layer's graphs have a name of their own, and so
+have those of a layer whose norms are of what a block gives (`post_norm`):
+
+    forward   attention  norm  residual  mlp  norm  residual
+    backward  norm  mlp  stream  norm  attention  stream
+
 Between the blocks hidden states are split along the sequence: [S / TP, B, H].
 """
 
@@ -13,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
@@ -25,6 +31,7 @@ from lightning_dhellam.layers.experts import Experts
 from lightning_dhellam.layers.fields import check_unknown
 from lightning_dhellam.layers.mlp import Mlp
 from lightning_dhellam.layers.norm import Norm
+from lightning_dhellam.layers.post_norm import NormedSum
 from lightning_dhellam.layers.residual import Residual
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan import Graph, GraphPair, Strand
@@ -59,6 +66,7 @@ class _Half:
     Attributes:
         x: the slot of the residual stream before it.
         y: that after it.
+        is_post: whether the norm is of what the block gives, not of what it reads.
     """
 
     norm: Norm
@@ -66,6 +74,30 @@ class _Half:
     residual: Residual
     x: str
     y: str
+    is_post: bool = False
+
+    def forward(self, w: GraphWriter, read: str) -> str:
+        """Add the block and its norm, where that comes last. Returns what joins the stream."""
+        found = self.block.forward(w, read)
+        return self.norm.forward(w, found) if self.is_post else found
+
+    def backward(self, w: GraphWriter, dy: str, dx: str) -> None:
+        """Add `dx` from the gradient by the stream after it."""
+        joined = self.norm.output if self.is_post else self.block.output
+        grad = self.residual.backward(w, dy, f"d_{joined}")
+        if not self.is_post:
+            grad = self.block.backward(w, grad, self.norm.output)
+            self.norm.backward(w, grad, self.x, dx, residual=dy)
+            return
+        self.norm.backward(w, grad, self.block.written(w), f"d_{self.block.output}")
+        grad = self.block.backward(w, f"d_{self.block.output}", self.x)
+        w.compute(
+            f"{self.norm.name}.stream.grad",
+            (grad, dy),
+            {dx: w.sizes.shard},
+            torch.add,
+            moved=3 * w.sizes.shard,
+        )
 
 
 def lower_transformer(layer: Any, setting: Setting) -> GraphPair:
@@ -97,6 +129,16 @@ def _half(
             f" lowering: use one of {', '.join(known.__name__ for known in BLOCKS)}"
         )
     block = make(module, setting)
+    add = layer.self_attn_bda if name == "attention" else layer.mlp_bda
+    is_post = isinstance(add, NormedSum)
+    if is_post:
+        check_class(norm_module, IdentityOp, f"norm before the {name}", setting.index)
+        norm_module = add.norm
+        if block.bias is not None:
+            raise ValueError(
+                f"layer {setting.index}: its {name} has a bias that joins before a norm, which has"
+                " no lowering: use linear layers without bias, or norms before the blocks"
+            )
     # Distinguishes the random numbers of the two sums of a layer.
     salt = 1 if name == "attention" else 2
     return _Half(
@@ -111,27 +153,31 @@ def _half(
         ),
         x,
         y,
+        is_post,
     )
 
 
 def _forward(halves: tuple[_Half, _Half], setting: Setting) -> Graph:
     w = GraphWriter(_name(halves), Strand.FORWARD, setting.sizes)
     first, second = halves
-    read = first.norm.forward(w, first.x)
-    read = first.residual.forward_and_norm(
-        w, (first.block.forward(w, read), first.x), first.y, second.norm
-    )
-    second.residual.forward(w, (second.block.forward(w, read), second.x), second.y)
+    read = first.x if first.is_post else first.norm.forward(w, first.x)
+    given = first.forward(w, read), first.x
+    if second.is_post:
+        first.residual.forward(w, given, first.y)
+        read = second.x
+    else:
+        read = first.residual.forward_and_norm(w, given, first.y, second.norm)
+    second.residual.forward(w, (second.forward(w, read), second.x), second.y)
     return w.graph({first.x: setting.sizes.shard}, (second.y,))
 
 
 def _backward(halves: tuple[_Half, _Half], setting: Setting) -> Graph:
     w = GraphWriter(_name(halves), Strand.BACKWARD, setting.sizes)
-    for half in reversed(halves):
-        dx, dy = _gradient(half.x), _gradient(half.y)
-        grad = half.residual.backward(w, dy, f"d_{half.block.output}")
-        grad = half.block.backward(w, grad, half.norm.output)
-        half.norm.backward(w, grad, half.x, dx, residual=dy)
+    first, second = halves
+    # A block that reads the stream itself has `d_mid` for its own part of the gradient.
+    between = "d_stream" if second.is_post else "d_mid"
+    second.backward(w, "dy", between)
+    first.backward(w, between, "dx")
     return w.graph({"dy": setting.sizes.shard}, ("dx",))
 
 
@@ -142,10 +188,7 @@ def _name(halves: tuple[_Half, _Half]) -> str:
     """
     attends, computes = (half.block for half in halves)
     kind = "mixture" if isinstance(computes, Experts) else "transformer"
+    if halves[0].is_post:
+        kind = f"{kind}.post_norm"
     windowed = isinstance(attends, Attention) and attends.window is not None
     return f"{kind}.windowed" if windowed else kind
-
-
-def _gradient(slot: str) -> str:
-    """The slot of the gradient by a slot of the residual stream."""
-    return f"d{slot}" if slot in ("x", "y") else f"d_{slot}"

@@ -19,7 +19,7 @@ from lightning_dhellam.kernels.dropout import derive_key
 from lightning_dhellam.layers.adapter import NAME, Adapter, draw_down
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.layout import Conversion, Parts, Shape
+from lightning_dhellam.models.conversion import Conversion, Parts, Shape
 from lightning_dhellam.models.lora import COLUMNS, LINEARS, LoRA, Target, targets_of
 
 PREFIX = "base_model.model."

@@ -6,6 +6,8 @@ kernels that need none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,7 +22,8 @@ from lightning_dhellam.layers.fields import window_of
 class SdpaCoreAttention(nn.Module):
     """``core_attention`` of a Megatron layer spec; grouped queries.
 
-    The mask is causal, in layers with a window (`layers.fields.window_of`) within that.
+    The mask is causal, in layers with a window (`layers.fields.window_of`) within that. With
+    `shrinking` queries and keys are multiplied by it first, a number for each channel of a head.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class SdpaCoreAttention(nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        shrinking: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -48,6 +52,8 @@ class SdpaCoreAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.dropout = dropout
         self.window = window_of(config, layer_number)
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.shrinking = None if shrinking is None else torch.tensor(shrinking, device=device)
 
     def forward(
         self,
@@ -63,6 +69,8 @@ class SdpaCoreAttention(nn.Module):
         [S, B, heads * D]. The mask is causal; ``attention_mask`` [B, 1, S, S] is true where a
         query does not see a key, and says all of it but the window."""
         assert attention_bias is None and packed_seq_params is None
+        if self.shrinking is not None:
+            query, key = (x * self.shrinking.to(x.dtype) for x in (query, key))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         seen = None if attention_mask is None else ~attention_mask
         if self.window is not None and self.window < len(query[0, 0]):

@@ -26,12 +26,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from lightning_dhellam.layers.sequence import is_token_wise, of_whole_sequences
+from lightning_dhellam.layers.wide_norm import WideNorm
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.drawing import draw_experts, draw_part, seeded
 from lightning_dhellam.models.lora import LoRA
 from lightning_dhellam.models.loss import vocab_parallel_cross_entropy
 from lightning_dhellam.models.norm import NORMS
-from lightning_dhellam.models.rotary import LongRotary
+from lightning_dhellam.models.rotary import ScaledRotary, is_scaled
 from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.models.stage import Elsewhere, check_order, chunks_of_layers, is_here
 from lightning_dhellam.parallel.context import ParallelContext
@@ -98,6 +99,10 @@ class CausalLM(nn.Module):
                 if is_here(chunk, context)
                 else Elsewhere(chunk)
             )
+        if config.qk_norm_whole:
+            # Megatron-core adds up the gradients of norms of queries and keys over tensor-parallel
+            # ranks if this says that there are some; of these each rank has weights of its own.
+            self.transformer_config.qk_layernorm = False
         self.final_norm = self.output_layer = None
         if ends:
             norm = NORMS[config.normalization]
@@ -126,18 +131,10 @@ class CausalLM(nn.Module):
                 self.transformer_config.embedding_init_method(table.weight)
         return embedding
 
-    def _build_rotary(self) -> RotaryEmbedding | LongRotary:
+    def _build_rotary(self) -> RotaryEmbedding | ScaledRotary:
         config = self.config
-        short, long = config.rope_short_factors, config.rope_long_factors
-        if short is not None and long is not None and config.rope_original_length is not None:
-            return LongRotary(
-                config.kv_channels,
-                config.rotary_base,
-                short,
-                long,
-                config.rope_original_length,
-                self.context.device,
-            )
+        if is_scaled(config):
+            return ScaledRotary(config, self.context.device)
         return RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
@@ -151,11 +148,14 @@ class CausalLM(nn.Module):
     def _build_layer(self, index: int, chunk: int, seed: int) -> nn.Module:
         draw_part(self.context, seed, 2 + index)
         layer = build_module(
-            layer_spec(self.config, index),
+            layer_spec(self.config, index, self.transformer_config),
             config=self.transformer_config,
             layer_number=index + 1,
             pg_collection=self.context.groups,
         )
+        for module in layer.modules():
+            if isinstance(module, WideNorm):
+                module.group = self.context.groups.tp
         if isinstance(layer.mlp, MoELayer):
             draw_experts(layer.mlp, self.context, seed, 2 + index)
             mark_experts(layer, self.context.topology)

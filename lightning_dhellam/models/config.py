@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_dhellam.layers.mlp import gelu_tanh
 from lightning_dhellam.models.experts import ExpertFields, as_kept, check_expert_shares
+from lightning_dhellam.models.rotary_fields import RotaryFields
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.values import check_fields
 from lightning_dhellam.versions import QUIET_FIELDS
@@ -29,10 +30,11 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class ModelConfig(ExpertFields):
+class ModelConfig(ExpertFields, RotaryFields):
     """Shape and initialisation of one model; immutable, valid once constructed.
 
-    A mixture of experts has the fields of `ExpertFields` as well.
+    A mixture of experts has the fields of `ExpertFields` as well, and rotary embedding those of
+    `RotaryFields`.
 
     Raises ValueError, naming the field, when a value is of another kind than the field says, or the
     numbers do not fit together.
@@ -64,26 +66,6 @@ class ModelConfig(ExpertFields):
 
     norm_epsilon: float = 1e-5
     """Added to the mean square in every RMSNorm."""
-
-    rotary_base: float = 500_000.0
-    """Base period of the rotary position embedding (Hugging Face: rope_theta)."""
-
-    rope_scaling_factor: float | None = None
-    """Llama-3 scaling of the rotary frequencies (8 for Llama 3.1, 32 for 3.2); off when left out.
-    The other constants are the family's own: low 1, high 4, original context 8192."""
-
-    rope_short_factors: tuple[float, ...] | None = None
-    """Divide the rotary frequencies of sequences of at most `rope_original_length` tokens, a number
-    for each pair of a head's channels (Hugging Face: short_factor of longrope); off if left out."""
-
-    rope_long_factors: tuple[float, ...] | None = None
-    """Divide those of longer sequences (Hugging Face: long_factor)."""
-
-    rope_original_length: int | None = None
-    """Tokens up to which `rope_short_factors` hold, with these factors."""
-
-    rope_magnitude: float = 1.0
-    """Multiplies queries and keys where they are rotated (Hugging Face: short_mscale)."""
 
     sliding_window: int | None = None
     """How many tokens each attends to, of itself and those before it; all when left out. One as
@@ -127,6 +109,13 @@ class ModelConfig(ExpertFields):
     qk_norm: bool = False
     """Whether each head's queries and keys pass through a norm of their own (Qwen3)."""
 
+    qk_norm_whole: bool = False
+    """Whether that norm is of all heads of a token together (OLMo-2)."""
+
+    post_norm: bool = False
+    """Whether norms are of what attention and MLP give, before it joins the residual stream
+    (OLMo-2), not of what they read from it."""
+
     position_embedding: str = "rope"
     """`rope`, rotary position embedding; `learned`, a table with a row for each position; or
     `none`: then only the causal mask tells positions."""
@@ -145,18 +134,14 @@ class ModelConfig(ExpertFields):
                 f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}: change one, or set head_dim"
             )
-        if self.position_embedding == "rope" and self.kv_channels % 2:
-            raise ValueError(
-                f"head_dim={self.kv_channels} is odd, but rotary embeddings turn pairs: make it "
-                f"even (left out, it is hidden_size / num_attention_heads)"
-            )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_query_groups={self.num_query_groups}: every group needs as many queries"
             )
-        self._check_long_rope()
+        self.check_rotary(self.position_embedding, self.kv_channels)
         self._check_windows()
+        self._check_norms()
         self.check_experts(self.num_layers)
         if self.num_experts is not None and self.linear_bias:
             raise ValueError(
@@ -181,45 +166,9 @@ class ModelConfig(ExpertFields):
             if p is not None and not 0.0 <= p < 1.0:
                 raise ValueError(f"{name}={p} must be in [0, 1)")
         for name in ("norm_epsilon", "rotary_base", "rope_magnitude", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
-        if self.rope_scaling_factor is not None and self.position_embedding != "rope":
-            raise ValueError(
-                f"rope_scaling_factor={self.rope_scaling_factor} with position_embedding="
-                f"{self.position_embedding!r}: there is no rotary embedding to scale; leave it out"
-            )
-        if self.rope_scaling_factor is not None and not self.rope_scaling_factor >= 1.0:
-            raise ValueError(
-                f"rope_scaling_factor={self.rope_scaling_factor} must be at least 1; leave it out "
-                f"to switch the scaling off"
-            )
-
-    def _check_long_rope(self) -> None:
-        """Refuse factors of rotary frequencies that do not fit together."""
-        names = ("rope_short_factors", "rope_long_factors", "rope_original_length")
-        given = [name for name in names if getattr(self, name) is not None]
-        if not given and self.rope_magnitude == 1.0:
-            return
-        if self.position_embedding != "rope":
-            raise ValueError(
-                f"{(given or ['rope_magnitude'])[0]} with position_embedding="
-                f"{self.position_embedding!r}: there is no rotary embedding to scale; leave it out"
-            )
-        if given and len(given) < len(names):
-            missing = ", ".join(name for name in names if name not in given)
-            raise ValueError(f"{', '.join(given)} without {missing}: give all three, or none")
-        if given and self.rope_scaling_factor is not None:
-            raise ValueError(
-                f"rope_scaling_factor={self.rope_scaling_factor} with rope_short_factors: these are"
-                " two scalings of the same frequencies; leave one out"
-            )
-        for name in given[:2]:
-            factors, pairs = getattr(self, name), self.kv_channels // 2
-            if len(factors) != pairs or not all(factor > 0 for factor in factors):
-                raise ValueError(
-                    f"{name} has {len(factors)} numbers, the least {min(factors, default=None)}: a"
-                    f" head of {self.kv_channels} channels needs {pairs} greater than 0"
-                )
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be greater than 0")
 
     def _check_windows(self) -> None:
         """Refuse a list of layers that have a window, where it does not fit."""
@@ -243,6 +192,27 @@ class ModelConfig(ExpertFields):
                 f" num_layers={self.num_layers} layers"
             )
 
+    def _check_norms(self) -> None:
+        """Refuse norms in other places where what they would be of is not computed."""
+        if self.qk_norm_whole and (not self.qk_norm or self.normalization != "RMSNorm"):
+            raise ValueError(
+                f"qk_norm_whole=True with qk_norm={self.qk_norm} and"
+                f" normalization={self.normalization!r}: it is an RMSNorm of queries and keys; set"
+                " qk_norm=True and normalization='RMSNorm'"
+            )
+        if not self.post_norm:
+            return
+        for name, given in {
+            "linear_bias": self.linear_bias,
+            "attention_bias": self.attention_bias,
+            "num_experts": self.num_experts is not None,
+        }.items():
+            if given:
+                raise ValueError(
+                    f"post_norm=True with {name}={getattr(self, name)}: norms of what is added to"
+                    " the residual stream are of dense layers without biases; leave one out"
+                )
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer: None where tokens attend to all those before them."""
@@ -255,9 +225,9 @@ class ModelConfig(ExpertFields):
     @property
     def softmax_scale(self) -> float | None:
         """Factor on attention's scores; None where it is that of the heads' width alone."""
-        if self.rope_magnitude == 1.0:
+        if self.magnitude == 1.0:
             return None
-        return float(self.rope_magnitude**2 * self.kv_channels**-0.5)
+        return float(self.magnitude**2 * self.kv_channels**-0.5)
 
     @property
     def dropout_of_embedding(self) -> float:

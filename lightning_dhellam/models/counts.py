@@ -71,7 +71,7 @@ def _parameters(config: ModelConfig, experts: int) -> int:
     layers = sum(
         _matrices(config, here, experts) + _biases(config, here) for here in config.expert_layers
     )
-    heads = 2 * config.kv_channels * _per_norm(config) if config.qk_norm else 0
+    heads = _head_norms(config)
     tables = 1 if config.tie_embeddings else 2
     table = config.vocab_size * config.hidden_size
     bias = config.vocab_size if config.output_bias else 0
@@ -99,6 +99,14 @@ def _chosen(config: ModelConfig) -> int:
 def _per_norm(config: ModelConfig) -> int:
     """Parameters of a norm for each channel."""
     return 1 if config.normalization == "RMSNorm" else 2
+
+
+def _head_norms(config: ModelConfig) -> int:
+    """Parameters of the norms of queries and keys in one layer."""
+    if not config.qk_norm:
+        return 0
+    both = config.num_attention_heads + config.num_query_groups if config.qk_norm_whole else 2
+    return both * config.kv_channels * _per_norm(config)
 
 
 def _mlp_matrices(config: ModelConfig) -> int:

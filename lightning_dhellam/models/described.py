@@ -10,8 +10,9 @@ from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.families import Family
-from lightning_dhellam.models.families.family import SLIDING, WHOLE, rope_of, rope_type
-from lightning_dhellam.models.source import CONFIG, LLAMA_3, check_config, read_config
+from lightning_dhellam.models.families.family import SLIDING, WHOLE
+from lightning_dhellam.models.families.rope import LONG, ORIGINAL, rope_of, rope_told, rope_type
+from lightning_dhellam.models.source import CONFIG, check_config, read_config
 
 _LEFT_OUT = ("auto_map", "_name_or_path", "quantization_config")
 """What is true of the folder of origin only: its code, its path."""
@@ -35,7 +36,7 @@ def config_json(
     found = {name: value for name, value in found.items() if name not in _LEFT_OUT}
     found |= {"architectures": [family.architecture], "dtype": kind, "torch_dtype": kind}
     if config.position_embedding == "rope":
-        found |= _rope(found, config.rotary_base)
+        found |= _rope(found, config.rotary_base, family)
     return found
 
 
@@ -51,16 +52,16 @@ def _of_origin(config: ModelConfig, family: Family, origin: Path | None) -> dict
 
 
 def _made(config: ModelConfig, family: Family) -> dict[str, Any]:
-    kind = "default" if config.rope_scaling_factor is None else "llama3"
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": config.rotary_base}
-    if config.rope_scaling_factor is not None:
-        rope |= {"factor": config.rope_scaling_factor, **LLAMA_3}
+    rope = rope_told(config)
+    # Transformers scales by `dynamic` what is longer than this.
+    is_dynamic = rope["rope_type"] == "dynamic"
+    longest = config.rope_original_length if is_dynamic else config.max_sequence_length
     found = {
         **{name: value for name, value in family.only.items() if value is not None},
         **{name: getattr(config, ours) for ours, (name, _) in family.fields.items()},
         "model_type": family.model_type,
         "head_dim": config.kv_channels,
-        "max_position_embeddings": config.max_sequence_length,
+        "max_position_embeddings": longest,
         "initializer_range": config.init_std,
         **({"rope_parameters": rope} if config.position_embedding == "rope" else {}),
         **_windows(config, family),
@@ -93,14 +94,16 @@ def _windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     }
 
 
-def _rope(theirs: dict[str, Any], base: float) -> dict[str, Any]:
+def _rope(theirs: dict[str, Any], base: float, family: Family) -> dict[str, Any]:
     """The rotary embedding where transformers 5 looks for it, and where 4 does."""
     rope = {name: value for name, value in rope_of(theirs).items() if name != "type"}
-    kind = rope_type(rope_of(theirs))
+    kind, partial = rope_type(rope_of(theirs)), "partial_rotary_factor"
     rope |= {"rope_type": kind, "rope_theta": base}
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {
+    known = (partial, ORIGINAL) if kind == LONG else (partial,)
+    beside = {name: rope[name] for name in known if name in rope}
+    return beside | {
         "rope_parameters": rope,
         "rope_theta": base,
-        "rope_scaling": None if kind == "default" else scaling,
+        "rope_scaling": None if kind == "default" else family.in_4(scaling),
     }

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.conversion import Conversion
 from lightning_dhellam.models.families import Family
-from lightning_dhellam.models.layout import HEAD, Conversion
+from lightning_dhellam.models.layout import HEAD
 from lightning_dhellam.models.stored import Readable, kind_of, listed
 from lightning_dhellam.parallel.topology import Topology
 

@@ -15,10 +15,10 @@ from torch.distributed import ProcessGroup
 from lightning_dhellam.models.adapters import MergedWeights
 from lightning_dhellam.models.carried import check_vocabulary
 from lightning_dhellam.models.causal_lm import CausalLM
+from lightning_dhellam.models.conversion import Conversion
 from lightning_dhellam.models.families import LLAMA, Family, check_shape, family_of
 from lightning_dhellam.models.fitting import check_tensors, check_tied
 from lightning_dhellam.models.fused import fused, unfused
-from lightning_dhellam.models.layout import Conversion
 from lightning_dhellam.models.progress import progress
 from lightning_dhellam.models.source import check_config, open_weights, read_config
 from lightning_dhellam.models.stored import Readable, listed

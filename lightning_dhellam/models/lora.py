@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.models.conversion import Conversion
 from lightning_dhellam.models.families import family_of
-from lightning_dhellam.models.layout import Conversion
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.values import check_fields, suggestion
 

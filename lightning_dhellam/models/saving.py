@@ -17,11 +17,11 @@ from torch import Tensor
 from lightning_dhellam.files import local_path, save_text, staged_directory
 from lightning_dhellam.models.carried import carry, check_vocabulary
 from lightning_dhellam.models.causal_lm import CausalLM
+from lightning_dhellam.models.conversion import Shape
 from lightning_dhellam.models.described import config_json
 from lightning_dhellam.models.families import family_of
 from lightning_dhellam.models.fitting import KINDS
 from lightning_dhellam.models.huggingface import table_of, whole_parameters
-from lightning_dhellam.models.layout import Shape
 from lightning_dhellam.models.progress import progress
 from lightning_dhellam.models.shards import bytes_of, index_of, shards
 from lightning_dhellam.models.source import CONFIG

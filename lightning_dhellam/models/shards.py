@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from lightning_dhellam.models.layout import Shape
+from lightning_dhellam.models.conversion import Shape
 from lightning_dhellam.models.stored import WHOLE
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

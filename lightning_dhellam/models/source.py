@@ -21,26 +21,18 @@ from lightning_dhellam.models.families import FAMILIES, Family, family_of
 from lightning_dhellam.models.families.family import (
     SLIDING,
     WHOLE,
-    Found,
-    Theirs,
     Windows,
-    rope_of,
-    rope_type,
 )
+from lightning_dhellam.models.families.rope import Found, Theirs, rope_found, rope_of, rope_type
+from lightning_dhellam.models.rotary_fields import LLAMA_3
 from lightning_dhellam.models.stored import Readable, stored_tensors
 
 CONFIG = "config.json"
-LLAMA_3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""Constants of the scaling of Llama 3, of which only the factor can be expressed here."""
-
 _SPELT = {
     "kv_channels": "head_dim",
     "expert_width": "expert_ffn_hidden_size",
     "windows": "sliding_window",
+    "magnitude": "rope_magnitude",
 }
 """What a user writes, by what is compared."""
 
@@ -124,6 +116,8 @@ def config_of(source: Any, **overrides: Any) -> ModelConfig:
         )
     said = {ours: value for ours, (_, value) in _found(theirs, family).items()}
     said["head_dim"] = said.pop("kv_channels")
+    if "magnitude" in said:
+        said["rope_magnitude"] = said.pop("magnitude")
     said.setdefault("max_sequence_length", theirs.get("max_position_embeddings", 8192))
     for ours, (name, usual) in family.training.items():
         said[ours] = theirs.get(name, usual)
@@ -136,6 +130,9 @@ def config_of(source: Any, **overrides: Any) -> ModelConfig:
     longest = overrides.get("max_sequence_length", said["max_sequence_length"])
     said |= _window_fields(said.pop("windows"), longest)
     config = ModelConfig(**{**family.fixed, **said, **overrides})
+    usual = replace(config, rope_magnitude=None)
+    if "rope_magnitude" not in overrides and usual.magnitude == config.magnitude:
+        config = usual
     if not family.misfits(config) and family_of(config) is not family:
         config = replace(config, family=family.model_type)
     problems = list(_inexpressible(theirs, config, family))
@@ -220,15 +217,7 @@ def _found(theirs: Theirs, family: Family) -> Found:
     found["windows"] = "sliding_window", windows
     if family.fixed.get("position_embedding", "rope") != "rope":
         return found | family.more(theirs)
-    rope = rope_of(theirs)
-    base = rope.get("rope_theta", theirs.get("rope_theta"))
-    found["rotary_base"] = "rope_theta", family.rotary_base if base is None else base
-    scaled = rope_type(rope) == "llama3"
-    found["rope_scaling_factor"] = (
-        "factor of rope_type 'llama3'",
-        rope["factor"] if scaled else None,
-    )
-    return found | family.more(theirs)
+    return found | rope_found(theirs, family.rotary_base) | family.more(theirs)
 
 
 def _in_short(windows: Windows) -> Any:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_dhellam.files import read_json
-from lightning_dhellam.models.layout import Shape
+from lightning_dhellam.models.conversion import Shape
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.files import write_error
-from lightning_dhellam.models.layout import Shape
+from lightning_dhellam.models.conversion import Shape
 from lightning_dhellam.models.stored import TYPES
 
 _CODES = {name: code for code, name in TYPES.items()}

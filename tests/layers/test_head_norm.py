@@ -1,4 +1,4 @@
-"""Norms of each head's queries and keys, lowered, against autograd through Megatron's modules."""
+"""Norms of queries and keys, of each head or of all together, lowered, against autograd."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ CONFIGS = {
     "layer norm": replace(NORMED, normalization="LayerNorm"),
     "a head for each group, no rotary": replace(
         NORMED, num_query_groups=4, position_embedding="none"
+    ),
+    "of all heads": replace(NORMED, qk_norm_whole=True),
+    "of all heads and after the blocks": replace(
+        NORMED, qk_norm_whole=True, post_norm=True, position_embedding="none"
     ),
 }
 NORMS = ("q_layernorm.weight", "k_layernorm.weight")
@@ -66,9 +70,10 @@ def test_tensor_parallel_ranks_add_up_what_their_heads_give() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_no_plan_changes_it(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", ["rotary", "of all heads and after the blocks"])
+def test_no_plan_changes_it(config: str, dtype: torch.dtype) -> None:
     context = ParallelContext.single(CPU)
-    model = filled(NORMED, context, dtype)
+    model = filled(CONFIGS[config], context, dtype)
     lowered, batch = lower(model), pieces(batch_of(NORMED, 4, 16), 2, context)
     expected = train(engine_of(lowered, builder=BUILDERS["sequential"]), model, batch)
     for builder in (*BUILDERS.values(), *map(random_builder, range(3))):

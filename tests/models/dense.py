@@ -15,6 +15,7 @@ from transformers import (
 
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.models.families import family_of
+from lightning_dhellam.models.families.rope import rope_told
 from tests.models.llama import SMALL
 
 # Three heads to a group, channels that are no power of two, and an odd vocabulary.
@@ -40,22 +41,41 @@ GPT2 = replace(
 )
 DENSE = {
     "mistral": replace(ODD, sliding_window=5),
-    "mistral-whole": replace(ODD, family="mistral", head_dim=8),
+    "mistral-whole": replace(
+        ODD,
+        family="mistral",
+        head_dim=12,
+        rope_scaling="yarn",
+        rope_scaling_factor=4.0,
+        rope_original_length=16,
+        rope_beta_fast=3.0,
+        rope_truncate=False,
+    ),
     "qwen2": replace(ODD, qkv_bias=True, tie_embeddings=True),
     "qwen2-last-layers": replace(
         ODD, qkv_bias=True, sliding_window=3, window_layers=(0, 0, 1, 1), num_query_groups=6
     ),
-    "qwen3": replace(ODD, head_dim=10, qk_norm=True),
+    "qwen3": replace(
+        ODD, head_dim=10, qk_norm=True, rope_scaling="linear", rope_scaling_factor=3.0
+    ),
     "qwen3-biased": replace(ODD, head_dim=4, qk_norm=True, attention_bias=True),
+    # Batches are longer than what it was trained on first, so that the second factors hold.
+    "phi3-long": replace(
+        ODD,
+        rotary_fraction=0.75,
+        rope_short_factors=(1.0, 1.5),
+        rope_long_factors=(1.25, 8.0),
+        rope_original_length=16,
+        rope_magnitude=1.5**0.5,
+        tie_embeddings=True,
+        embedding_dropout=0.0,
+    ),
+    "olmo2": replace(ODD, qk_norm=True, qk_norm_whole=True, post_norm=True),
+    "phi3": replace(ODD, family="phi3", sliding_window=7, embedding_dropout=0.0),
     "gpt2": replace(GPT2, tie_embeddings=True),
     "gpt2-exact": replace(GPT2, activation="gelu", ffn_hidden_size=144),
 }
 """By their families, and what is particular."""
-
-
-def rope_of(config: ModelConfig) -> dict[str, Any]:
-    """What transformers 5 says of the rotary embedding."""
-    return {"rope_type": "default", "rope_theta": config.rotary_base}
 
 
 def configuration_of(config: ModelConfig) -> PreTrainedConfig:
@@ -70,7 +90,7 @@ def configuration_of(config: ModelConfig) -> PreTrainedConfig:
         "num_key_value_heads": config.num_query_groups,
         "max_position_embeddings": config.max_sequence_length,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_parameters": rope_of(config),
+        "rope_parameters": rope_told(config),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
         "bos_token_id": None,
@@ -81,10 +101,12 @@ def configuration_of(config: ModelConfig) -> PreTrainedConfig:
         said |= {"sliding_window": config.sliding_window, "use_sliding_window": True}
         layers = config.window_layers or (1,) * config.num_layers
         said["max_window_layers"] = layers.index(1)
-    elif family == "mistral":
+    elif family in ("mistral", "phi3"):
         said["sliding_window"] = None
     if config.head_dim is not None:
         said["head_dim"] = config.head_dim
+    if config.rope_short_factors is not None:
+        said["original_max_position_embeddings"] = config.rope_original_length
     if family == "gpt2":
         said |= {
             "n_inner": config.ffn_hidden_size,

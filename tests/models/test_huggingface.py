@@ -147,8 +147,14 @@ LLAMA_3 |= {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
             "rms_norm_eps=1e-06, and the model has norm_epsilon=1e-05",
         ),
         (
+            {"rope_parameters": {**ROPE, "rope_type": "proportional", "factor": 2.0}},
+            "rope_type='proportional' (factor=2.0), and only 'llama3' or 'linear' or 'dynamic' or"
+            " 'yarn' or 'longrope' can be expressed here",
+        ),
+        (
             {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}},
-            "rope_type='linear' (factor=2.0), and only 'llama3' can be expressed here",
+            "rope_type='linear', and the model has rope_scaling='llama3'; factor of rope_type"
+            " 'linear'=2.0, and the model has rope_scaling_factor=None",
         ),
         (
             {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "dynamic"}},

@@ -218,7 +218,7 @@ def test_the_command_restores_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     run_lightning(["predict", *words, resume])
     predicted = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert all(len(json.loads(line)["prediction"]) == 16 for line in predicted) and predicted
-    with pytest.raises(ValueError, match=r"with norm_epsilon=0\.001, rotary_base=10000\.0"):
+    with pytest.raises(ValueError, match=r"with rotary_base=10000\.0, norm_epsilon=0\.001"):
         run_lightning(["validate", *words, resume, f"--model.overrides={OF_TEXT}"])
 
 

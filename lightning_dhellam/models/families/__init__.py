@@ -8,12 +8,14 @@ from lightning_dhellam.models.families.gpt2 import GPT2
 from lightning_dhellam.models.families.llama import LLAMA
 from lightning_dhellam.models.families.mistral import MISTRAL
 from lightning_dhellam.models.families.mixtral import MIXTRAL
+from lightning_dhellam.models.families.olmo2 import OLMO2
+from lightning_dhellam.models.families.phi3 import PHI3
 from lightning_dhellam.models.families.phi_moe import PHI_MOE
 from lightning_dhellam.models.families.qwen2 import QWEN2
 from lightning_dhellam.models.families.qwen3 import QWEN3
 from lightning_dhellam.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, GPT2, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, PHI_MOE)
+FAMILIES = (LLAMA, GPT2, MISTRAL, QWEN2, QWEN3, PHI3, OLMO2, MIXTRAL, QWEN3_MOE, PHI_MOE)
 """All that are known."""
 
 __all__ = ["FAMILIES", "LLAMA", "Family", "check_shape", "family_of"]

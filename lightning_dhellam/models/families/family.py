@@ -7,19 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.models.layout import (
-    EMBEDDING,
-    Conversion,
-    MixtureNames,
-    conversions,
-)
-
-Theirs = Mapping[str, Any]
-"""What a `config.json` holds."""
-
-Found = dict[str, tuple[str, Any]]
-"""By a `ModelConfig`'s names: Hugging Face's name of a value, and the value."""
-
+from lightning_dhellam.models.conversion import Conversion
+from lightning_dhellam.models.families.rope import LONG, Found, Theirs
+from lightning_dhellam.models.layout import EMBEDDING, MixtureNames, conversions
+from lightning_dhellam.models.rotary_fields import SCALINGS
 
 Windows = tuple[int | None, ...]
 """How many tokens each attends to in each layer, of itself and those before it; None for all."""
@@ -42,6 +33,10 @@ def _no_more(own: ModelConfig) -> Theirs:
 
 def _no_refusal(theirs: Theirs, own: ModelConfig) -> Iterator[str]:
     yield from ()
+
+
+def _as_in_5(scaling: Theirs) -> Theirs:
+    return scaling
 
 
 def _has_all(config: ModelConfig) -> Iterator[str]:
@@ -74,6 +69,7 @@ class Family:
         more: what its configuration says in a way of its own.
         tells: the same the other way round, what it says so of a model.
         refuses: what else cannot be expressed.
+        in_4: what transformers 4 takes for its `rope_scaling`, where 5 would take more.
         training: as `fields`, of what training alone looks at: a `ModelConfig` that is made from
             a configuration takes it over, and weights go to one with any other value.
         lacks: fields of a model that it does not have, as `name=value`, where `fixed` does not say.
@@ -89,7 +85,7 @@ class Family:
     fields: Mapping[str, tuple[str, Any]]
     only: Mapping[str, Any]
     rotary_base: float = 10_000.0
-    rope_types: tuple[str, ...] = ("default", "llama3")
+    rope_types: tuple[str, ...] = ("default", *SCALINGS, LONG)
     experts: MixtureNames | None = None
     dense_layers: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
@@ -97,6 +93,7 @@ class Family:
     more: Callable[[Theirs], Found] = field(default=_nothing)
     tells: Callable[[ModelConfig], Theirs] = field(default=_no_more)
     refuses: Callable[[Theirs, ModelConfig], Iterator[str]] = field(default=_no_refusal)
+    in_4: Callable[[Theirs], Theirs] = field(default=_as_in_5)
     training: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     lacks: Callable[[ModelConfig], Iterator[str]] = field(default=_has_all)
     table: Callable[[ModelConfig, MixtureNames, int, int], Iterator[Conversion]] = field(
@@ -133,7 +130,10 @@ PLAIN: dict[str, Any] = {
     "attention_bias": False,
     "output_bias": False,
     "qk_norm": False,
+    "qk_norm_whole": False,
+    "post_norm": False,
     "sliding_window": None,
+    "rotary_fraction": 1.0,
 }
 """Fields of a `ModelConfig` that tell Llama from other families."""
 
@@ -160,17 +160,6 @@ ONLY: dict[str, Any] = {
 def but_for(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The fields without some, of which a family has any value."""
     return {name: value for name, value in fields.items() if name not in names}
-
-
-def rope_of(theirs: Theirs) -> Theirs:
-    """What a configuration of transformers 5 or 4 says of its rotary embedding."""
-    return theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-
-
-def rope_type(rope: Theirs) -> str:
-    """The scaling of rotary frequencies, by its name in Hugging Face."""
-    kind: str = rope.get("rope_type", rope.get("type", "default")) or "default"
-    return kind
 
 
 def all_layers(theirs: Theirs, layers: int) -> Windows:

@@ -78,6 +78,7 @@ GPT2 = Family(
         "linear_bias": True,
         "output_bias": False,
         "qk_norm": False,
+        "post_norm": False,
         "sliding_window": None,
     },
     fields={

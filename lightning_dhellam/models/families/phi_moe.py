@@ -17,30 +17,15 @@ from lightning_dhellam.models.families.family import (
     Theirs,
     all_layers,
     but_for,
-    rope_of,
-    rope_type,
 )
+from lightning_dhellam.models.families.rope import LONG, rope_of, rope_type
 from lightning_dhellam.models.layout import MixtureNames
 
 
 def _more(theirs: Theirs) -> Found:
     rope = rope_of(theirs)
-    if rope_type(rope) != "longrope":
-        rope = {}
-    first = theirs.get("original_max_position_embeddings")
-    return {
-        "rope_short_factors": ("short_factor", _kept(rope.get("short_factor"))),
-        "rope_long_factors": ("long_factor", _kept(rope.get("long_factor"))),
-        "rope_original_length": (
-            "original_max_position_embeddings",
-            rope.get("original_max_position_embeddings", first) if rope else None,
-        ),
-        "rope_magnitude": ("short_mscale", rope.get("short_mscale", 1.0)),
-    }
-
-
-def _kept(factors: list[float] | None) -> tuple[float, ...] | None:
-    return None if factors is None else tuple(factors)
+    said = rope if rope_type(rope) == LONG else {}
+    return {"magnitude": ("short_mscale", said.get("short_mscale", 1.0))}
 
 
 def _tells(own: ModelConfig) -> Theirs:
@@ -48,12 +33,12 @@ def _tells(own: ModelConfig) -> Theirs:
         return {}
     first = own.rope_original_length
     scaling = {
-        "rope_type": "longrope",
+        "rope_type": LONG,
         "rope_theta": own.rotary_base,
         "short_factor": list(own.rope_short_factors),
         "long_factor": list(own.rope_long_factors),
-        "short_mscale": own.rope_magnitude,
-        "long_mscale": own.rope_magnitude,
+        "short_mscale": own.magnitude,
+        "long_mscale": own.magnitude,
         "original_max_position_embeddings": first,
     }
     return {"rope_parameters": scaling, "original_max_position_embeddings": first}
@@ -95,7 +80,7 @@ PHI_MOE = Family(
     },
     only=ONLY,
     rotary_base=1e6,
-    rope_types=("default", "longrope"),
+    rope_types=("default", LONG),
     experts=MixtureNames("block_sparse_moe", "gate", ("w1", "w3", "w2")),
     renamed=((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")),
     windows=all_layers,
