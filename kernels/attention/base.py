@@ -21,7 +21,8 @@ class Backend(ABC):
     Shapes: S queries, T keys, B batch, H query heads, G key and value heads, D head size. With
     `causal` T is S, and each token attends to itself and those before it; otherwise every query
     attends to every key. With a `window` of W tokens, which is causal always, each attends to
-    itself and the W - 1 before it.
+    itself and the W - 1 before it; there may be more keys then, of which the last S are those of
+    the queries.
 
     Attributes:
         name: by which it is asked for.

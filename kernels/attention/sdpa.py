@@ -125,24 +125,28 @@ def bias_of(seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~seen[:, None], -torch.inf).expand(b, heads, s, t)
 
 
-def in_window(length: int, window: int, device: torch.device) -> Tensor:
-    """Which of `length` queries see which keys, [S, S] bool: themselves and `window` - 1 before."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+def in_window(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Which queries see which keys, [S, T] bool: themselves and `window` - 1 before.
+
+    The last query stands where the last key does.
+    """
+    seen, later = torch.ones(queries, keys, dtype=torch.bool, device=device), keys - queries
+    return seen.tril(later).triu(later + 1 - window)
 
 
-def _bias(q: Tensor, window: int | None) -> Tensor | None:
+def _bias(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
     """What a window adds to the scores of queries [B, H, S, D]."""
     if window is None:
         return None
-    seen = in_window(q.shape[2], window, q.device).expand(len(q), -1, -1)
+    seen = in_window(q.shape[2], k.shape[2], window, q.device).expand(len(q), -1, -1)
     return bias_of(seen, q.shape[1], q.dtype)
 
 
-def _band(q: Tensor, window: int | None) -> Tensor | None:
-    """What a window adds to the scores of one head, [S, S]: for a kernel that repeats it itself."""
+def _band(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
+    """What a window adds to the scores of one head, [S, T]: for a kernel that repeats it itself."""
     if window is None:
         return None
-    seen = in_window(q.shape[2], window, q.device)
+    seen = in_window(q.shape[2], k.shape[2], window, q.device)
     return torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
 
 
@@ -160,7 +164,7 @@ class CpuFlash(SdpaBackend):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal and window is None, attn_mask=_band(q, window), scale=scale
+            q, k, v, 0.0, causal and window is None, attn_mask=_band(q, k, window), scale=scale
         )
         return out, lse, None
 
@@ -179,7 +183,7 @@ class CpuFlash(SdpaBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal and window is None,
-            attn_mask=_band(q, window), scale=scale,
+            attn_mask=_band(q, k, window), scale=scale,
         )  # fmt: skip
         return dq, dk, dv
 
@@ -282,7 +286,7 @@ class EfficientAttention(SdpaBackend):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None
     ) -> tuple[Tensor, Tensor, Any]:
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            q, k, v, _bias(q, window), True, 0.0, causal and window is None, scale=scale
+            q, k, v, _bias(q, k, window), True, 0.0, causal and window is None, scale=scale
         )
         return out, lse[..., : q.shape[2]], (seed, offset)
 
@@ -300,7 +304,7 @@ class EfficientAttention(SdpaBackend):
         window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         causal = causal and window is None
-        bias = _bias(q, window)
+        bias = _bias(q, k, window)
         return efficient_gradients(dout, q, k, v, bias, out, lse, state, scale, causal)
 
 

@@ -44,8 +44,8 @@ class PackedBackend(ABC):
 
     Shapes: S queries, T keys, B batch, H query heads, G key and value heads, D head size. With
     `causal` T is S, and each token attends to itself and those before it in its document, with a
-    `window` of W tokens to the W - 1 before it; otherwise every query attends to every key of its
-    document.
+    `window` of W tokens to the W - 1 before it, and there may be more keys then, of which the last
+    S are those of the queries; otherwise every query attends to every key of its document.
 
     Attributes:
         name: by which it is asked for.

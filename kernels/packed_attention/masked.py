@@ -81,5 +81,6 @@ def sees(
         for ends, count in ((runs.queries, queries), (runs.keys, keys))
     ]
     seen = numbers[0][:, :, None] == numbers[1][:, None]
-    seen = seen.tril() if causal else seen
-    return seen if window is None else seen.triu(1 - window)
+    later = keys - queries  # with a window the last query stands where the last key does
+    seen = seen.tril(later) if causal else seen
+    return seen if window is None else seen.triu(later + 1 - window)

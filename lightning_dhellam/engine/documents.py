@@ -124,6 +124,8 @@ def runs_of(
 ) -> tuple[Runs, ...] | None:
     """Where the documents of some samples lie in each hop; None if each sample is one.
 
+    Behind the hops, where ranks share sequences, comes where they lie in whole ones.
+
     Args:
         documents: of the whole batch.
         rows: the samples.
@@ -137,6 +139,8 @@ def runs_of(
     sample = torch.tensor([b for b, found in enumerate(samples) for _ in found])
     length = samples[0][-1]
     meeting = [zigzag.that_meet(*share, hop) for hop in range(share[1])]
+    if share[1] > 1:
+        meeting.append((tuple(range(2 * share[1])),) * 2)
     pairs = [[_places(ends, sample, one, length, share[1]) for one in pair] for pair in meeting]
     longest = [int(torch.stack(pair).diff().max()) for pair in pairs]
     moved = place(torch.stack([torch.stack(pair) for pair in pairs]).int())

@@ -20,7 +20,8 @@ from lightning_dhellam.kernels.packed_attention import Runs
 from lightning_dhellam.parallel import zigzag
 
 Hops = tuple[Runs, ...] | None
-"""Where the documents of a micro-batch lie in each hop; None where every sample is one."""
+"""Where the documents of a micro-batch lie in each hop, and last in whole samples; None where every
+sample is one."""
 
 Told = Sequence[Any]
 """What a micro-batch says to attention: the values of `Among.told`."""

@@ -27,6 +27,8 @@ from lightning_dhellam.layers.head_norm import HeadNorm
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.rules import of_documents, on_tp
 from lightning_dhellam.layers.shared import SharedAttention
+from lightning_dhellam.layers.shared_window import SharedWindow
+from lightning_dhellam.layers.ways import Gathered
 from lightning_dhellam.layers.wide_norm import SharedNorm
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
@@ -151,11 +153,14 @@ class Attention:
         return self.qkv.backward(w, "d_qkv", read)
 
     @cached_property
-    def _shared(self) -> SharedAttention | None:
+    def _shared(self) -> SharedAttention | SharedWindow | None:
         """What attends where context-parallel ranks share sequences."""
         kernels, way = self.setting.kernels, self.setting.way
         if way is None:
             return None
+        if self.window is not None:
+            gathered = Gathered(way.rank, way.ranks, way.dtype)
+            return SharedWindow(self.heads, self._among, self._read, self._cut, gathered, _BACKWARD)
         return SharedAttention(
             self.heads, self._among, self._read, self._cut, kernels, way, _BACKWARD
         )
@@ -289,13 +294,6 @@ def _window(module: Any, setting: Setting) -> int | None:
             f"layer {setting.index}: its attention has a window of {window} tokens, which one that"
             f" drops weights does not keep: set attention_dropout={dropped} to 0, or leave the"
             " window out"
-        )
-    if window is not None and setting.way is not None:
-        ranks = setting.sizes.context.topology.cp_size
-        raise ValueError(
-            f"layer {setting.index}: its attention has a window of {window} tokens, which ranks"
-            f" that share a sequence do not keep: leave context_parallel_size={ranks} at 1, or"
-            " train sequences no longer than the window, by max_sequence_length"
         )
     return window
 

@@ -74,7 +74,8 @@ class SdpaCoreAttention(nn.Module):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         seen = None if attention_mask is None else ~attention_mask
         if self.window is not None and self.window < len(query[0, 0]):
-            inside = in_window(len(query[0, 0]), self.window, query.device)
+            length = len(query[0, 0])
+            inside = in_window(length, length, self.window, query.device)
             seen = inside if seen is None else seen & inside
         context = torch.nn.functional.scaled_dot_product_attention(
             query,

@@ -282,13 +282,6 @@ class ModelConfig(ExpertFields, RotaryFields):
                     f"tensor_parallel_size={tensor_parallel_size}: every rank holds an equal "
                     f"share; lower tensor_parallel_size or change {name}"
                 )
-        if context_parallel_size > 1 and any(window is not None for window in self.windows):
-            raise ValueError(
-                f"sliding_window={self.sliding_window} with"
-                f" context_parallel_size={context_parallel_size}: ranks that share a sequence"
-                " attend to all of it; leave context_parallel_size at 1, or train sequences no"
-                f" longer than the window, max_sequence_length={self.sliding_window} at most"
-            )
         ranks = tensor_parallel_size
         if expert_tensor_parallel_size is not None:
             ranks = expert_tensor_parallel_size

@@ -236,7 +236,13 @@ def test_runs_say_who_sees_whom_in_every_hop(ranks: int) -> None:
     assert torch.equal(found.unseen(), ~wanted)
     for rank in range(ranks):
         hops = runs_of(found, slice(None), (rank, ranks), lambda x: x)
-        assert hops is not None and len(hops) == ranks
+        assert hops is not None
+        if ranks > 1:
+            *hops, whole = hops
+            assert whole.longest == whole.queries.diff().max()
+            alone = runs_of(found, slice(None), (0, 1), lambda x: x)
+            assert alone is not None and torch.equal(whole.queries, alone[0].keys)
+        assert len(hops) == ranks
         seen = torch.zeros_like(wanted)
         for hop, runs in enumerate(hops):
             mine, theirs = (

@@ -71,6 +71,31 @@ def test_forward_and_gradients(
         assert_close(actual, wanted, 2e-6 if dtype is torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("window", [1, 7, 100])
+def test_with_a_window_fewer_queries_stand_where_the_last_keys_do(
+    window: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    q, k, v = (drawn((48, 2, heads, 16), dtype, device, heads) for heads in (4, 2, 2))
+    dout = drawn((48, 2, 64), dtype, device, 1)
+    dout[:29] = 0
+    for backend in _backends(device, dtype):
+        if not CANDIDATES["attention"][backend.name].windows or not backend.gives_lse:
+            continue
+        out, lse, state = backend.forward(q, k, v, 0.3, window=window)
+        grads = backend.backward(dout, q, k, v, out, lse, state, 0.3, window=window)
+        some, some_lse, state = backend.forward(q[29:], k, v, 0.3, window=window)
+        read = (dout[29:], q[29:], k, v, some, some_lse.contiguous(), state, 0.3)
+        dq, dk, dv = backend.backward(*read, window=window)
+        actual = {"out": some, "lse": some_lse, "dq": dq, "dk": dk, "dv": dv}
+        wanted = dict(
+            zip(actual, (out[29:], lse[..., 29:], grads[0][29:], *grads[1:]), strict=True)
+        )
+        if window == 1:  # One key: the scores cannot matter.
+            for name in ("dq", "dk"):
+                assert actual.pop(name).abs().max() < 1e-2 and wanted.pop(name).abs().max() < 1e-2
+        assert_close(actual, wanted, 2e-6 if dtype is torch.float32 else 1e-2)
+
+
 def test_a_token_sees_nothing_of_later_ones(dtype: torch.dtype, device: torch.device) -> None:
     q, k, v = (drawn((16, 2, 2, 8), dtype, device, seed) for seed in range(3))
     for backend in _backends(device, dtype):

@@ -60,13 +60,6 @@ def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], words: lis
         assert word in str(error.value)
 
 
-def test_ranks_that_share_a_sequence_have_no_window() -> None:
-    config = replace(SMALL, sliding_window=16)
-    with pytest.raises(ValueError, match=r"^sliding_window=16 with context_parallel_size=2: "):
-        config.validate(1, context_parallel_size=2)
-    replace(config, max_sequence_length=16).validate(1, context_parallel_size=2)
-
-
 def test_a_window_is_of_the_layers_that_have_one_unless_it_holds_all_tokens() -> None:
     config = replace(SMALL, sliding_window=16)
     assert config.windows == (16, 16)

@@ -53,7 +53,7 @@ class Case:
     @property
     def known(self) -> bool:
         """Whether Hugging Face has such a model."""
-        return self.config.position_embedding == "rope"
+        return self.config.position_embedding == "rope" and self.config.sliding_window is None
 
     @property
     def batch(self) -> dict[str, Tensor]:
@@ -69,6 +69,8 @@ def _cp(size: int, **others: int) -> dict[str, int]:
 
 DROPS = replace(SMALL, hidden_dropout=0.1)
 WITHOUT_ROTARY = replace(SMALL, position_embedding="none", init_std=0.3)
+WINDOW = replace(SMALL, sliding_window=7, init_std=0.3)
+ONE_WINDOW = replace(WINDOW, sliding_window=3, window_layers=(0, 1))
 UNGROUPED = replace(SMALL, num_query_groups=4, tie_embeddings=True)
 CASES: dict[int, dict[str, Case]] = {
     2: {
@@ -78,6 +80,7 @@ CASES: dict[int, dict[str, Case]] = {
         "packed": Case(_cp(2), packed=True),
         "packed-gathered": Case(_cp(2), {**GATHERED, "recompute": "full"}, UNGROUPED, packed=True),
         "packed-tensor": Case({"tensor_parallel_size": 2}, packed=True),
+        "window": Case(_cp(2), {}, WINDOW),
         "packed-without-rotary": Case(_cp(2), {}, WITHOUT_ROTARY, packed=True),
     },
     3: {
@@ -85,6 +88,7 @@ CASES: dict[int, dict[str, Case]] = {
         "gathered": Case(_cp(3), GATHERED),
         "packed": Case(_cp(3), packed=True),
         "packed-gathered": Case(_cp(3), GATHERED, packed=True),
+        "packed-window": Case(_cp(3), {"recompute": "full"}, ONE_WINDOW, packed=True),
     },
     4: {
         "ring": Case(_cp(4)),
