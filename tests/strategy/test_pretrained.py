@@ -116,6 +116,28 @@ def test_the_command_trains_a_folder(
     assert "preset=llama-tiny contradicts pretrained=" in capsys.readouterr().err
 
 
+def test_the_command_trains_a_folder_goes_on_and_its_checkpoint_becomes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(SHAPES["llama"], tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "--model=lightning_dhellam.LanguageModel", "--data", f"{__name__}.Tokens"]
+    words += ["--model.pretrained=theirs", "--model.learning_rate=1e-2", "--trainer.devices=1"]
+    words += ["--trainer.strategy=dhellam", "--trainer.accelerator=cpu"]
+    words += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    for folder, steps in (("first", 2), ("rest", 4)):
+        resumed = [f"--ckpt_path={kept}" for kept in Path("first").rglob("*.ckpt")]
+        assert len(resumed) == (folder == "rest")
+        options = [f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={folder}"]
+        assert main([*words, *options, *resumed]) == 0, capsys.readouterr().err
+    (kept,) = Path("rest").rglob("*.ckpt")
+    assert main(["convert", str(kept), "back"]) == 0
+    assert _loss(Path("back")) < _loss(Path("theirs"))
+    assert _tensors(Path("back")).keys() == _tensors(Path("theirs")).keys()
+    assert config_of("back") == config_of("theirs")
+    assert Path("back/tokenizer.json").read_bytes() == Path("theirs/tokenizer.json").read_bytes()
+
+
 class Plain(Own):
     """Of which no optimizer makes roundings larger."""
 
