@@ -36,7 +36,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "parallel",
         "plan",
-        "failures files kernels late optimizing precision recipes values versions",
+        "failures files kernels late leftovers optimizing precision recipes values versions",
     )
 )
 """Rooms from the top floor down; those of one floor do not know each other."""

@@ -82,10 +82,25 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
         ValueError: something in it can not be saved, or never be read.
         WriteError: there is no room for it, or the disk fails.
     """
+    _save(file, _checked(file.name, content))
+
+
+def encoded(name: str, content: Mapping[str, Any]) -> bytes:
+    """What `write` writes into a file of that name.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    buffer = io.BytesIO()
+    torch.save(_checked(name, content), buffer)
+    return buffer.getvalue()
+
+
+def _checked(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
     content = dict(content)
     unknown: dict[str, set[str]] = {}
     for place, value in _odd_parts(content):
-        names = _unknown_types(f"{file.name}: {place}", value)
+        names = _unknown_types(f"{file}: {place}", value)
         if names:
             unknown[place] = names
     if unknown:
@@ -93,9 +108,9 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
         warnings.warn(
             f"the checkpoint holds types that are read only when you allow them: {listed}; before"
             f" loading it {_allow(set().union(*unknown.values()))}, or keep plain values instead",
-            stacklevel=2,
+            stacklevel=3,
         )
-    _save(file, content)
+    return content
 
 
 def check_readable(content: Mapping[str, Any], place: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 
-from lightning_dhellam.checkpoint import folder
+from lightning_dhellam.checkpoint import folder, writing
 from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.model import (
     check_model,
@@ -58,7 +58,7 @@ def save(
     weights = {WEIGHTS + name: value for name, value in names.all_of(model.state_dict()).items()}
     common = {_STEPS: steps, "extra": extra, **_OF_A_TRAINER, **origin_of(model)}
     described_model = described(model.config)
-    folder.save(
+    writing.save(
         path, model.context, common, weights, _shares(model), state, settings, described_model
     )
 

@@ -19,7 +19,8 @@ from lightning_dhellam.checkpoint.pieces import Pieces
 from lightning_dhellam.checkpoint.shares import Share, Shares
 from lightning_dhellam.parallel.optimizer_state import UNNAMED, Form, same
 
-_PREFIX = "optimizer/"
+PREFIX = "optimizer/"
+"""Before the names of what an optimizer keeps."""
 MASTER = "master_weight"
 """What a master weight is called among what is kept of a parameter."""
 
@@ -67,12 +68,12 @@ def to_save(state: Mapping[str, Any], shares: Shares) -> Saved:
 
 
 def _at(key: str, name: str) -> str:
-    return f"{_PREFIX}{key}/{name}"
+    return f"{PREFIX}{key}/{name}"
 
 
 def split_place(place: str) -> tuple[str, str]:
     """What a tensor is of a parameter's state, and the parameter's name, of where it is saved."""
-    key, _, name = place.removeprefix(_PREFIX).partition("/")
+    key, _, name = place.removeprefix(PREFIX).partition("/")
     return key, name
 
 
@@ -128,7 +129,7 @@ def to_load(
     pieces: dict[str, Pieces] = {}
     wanted = set(form.stepped)
     for place, saved in metadata.items():
-        if not place.startswith(_PREFIX) or not isinstance(saved, TensorStorageMetadata):
+        if not place.startswith(PREFIX) or not isinstance(saved, TensorStorageMetadata):
             continue
         key, name = split_place(place)
         if name not in wanted or (key == MASTER and not form.masters):

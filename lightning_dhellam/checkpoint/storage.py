@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -35,6 +33,7 @@ from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import check_size
 from lightning_dhellam.checkpoint.pieces import Pieces
 from lightning_dhellam.files import write_error
+from lightning_dhellam.parallel.collectives import to_first
 
 METADATA = ".metadata"
 Checksums = dict[str, tuple[int, str]]
@@ -62,34 +61,83 @@ _DESCRIPTIONS = (
 )
 
 
-def save_pieces(
-    folder: Path, tensors: Mapping[str, Pieces], group: dist.ProcessGroup | None
-) -> Checksums:
-    """Write what this rank has of some tensors; the checksums of its files.
+class Planned:
+    """What this rank writes of some tensors.
 
-    Every rank of `group` must call this. What several ranks have is written by one of them, so that
-    all write about as much.
+    Of what several ranks have one writes each part, so that all write about as much. Every rank of
+    `group` must make one, at the same place.
 
-    Raises:
-        WriteError: there is no room for it, or the disk fails; on the rank that it befell.
+    Args:
+        folder: that they are to lie in.
+        tensors: what this rank has of them.
+        group: of all ranks, for values in host memory; None where there are no others.
+
+    Attributes:
+        pieces: what it writes, by a name for each; it may be replaced by copies.
     """
-    writer = _Writer(folder)
-    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(
-                dict(tensors),
-                storage_writer=writer,
-                planner=planner,
-                process_group=group,
-                no_dist=group is None,
-            )
-    except CheckpointException as error:
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, Pieces], group: dist.ProcessGroup | None
+    ) -> None:
+        self._writer = _Writer(folder)
+        self._planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         rank = 0 if group is None else group.rank()
-        if rank in error.failures:
-            raise error.failures[rank][0] from None
-    return writer.files.checksums
+        self._planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
+        self._writer.set_up_storage_writer(rank == 0, rank=rank)
+        self._metadata: Metadata | None = None
+        plan = _through_first(self._planner.create_local_plan(), self._plan_all, group)
+        self._plan: SavePlan = self._planner.finish_plan(plan)
+        self.pieces = {
+            _name_of(item.index): tensors[item.index.fqn].piece(item.index)
+            for item in self._plan.items
+        }
+
+    def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
+        plans, self._metadata = self._planner.create_global_plan(plans)
+        return self._writer.prepare_global_plan(plans)
+
+    def write(self) -> Any:
+        """Write this rank's file. Returns what `finish` takes of all ranks.
+
+        Raises:
+            WriteError: there is no room for it, or the disk fails.
+        """
+        self._planner.copies = self.pieces
+        return self._writer.write_data(self._plan, self._planner).value()
+
+    def finish(self, written: list[Any]) -> None:
+        """Write what describes all files, on the first rank, of what `write` returned on each."""
+        assert self._metadata is not None
+        self._writer.finish(self._metadata, written)
+
+    @property
+    def checksums(self) -> Checksums:
+        """Of what this rank has written."""
+        return self._writer.files.checksums
+
+
+def _name_of(index: MetadataIndex) -> str:
+    return f"{index.fqn} at {index.offset}"
+
+
+def _through_first(
+    value: Any, part: Callable[[list[Any]], list[Any]], group: dist.ProcessGroup | None
+) -> Any:
+    """What the first rank makes for this one of the values of all ranks."""
+    if group is None:
+        return part([value])[0]
+    values = to_first(value, group)
+    made: list[Any] = [None] * group.size()
+    if values is not None:
+        try:
+            made = part(values)
+        except Exception as error:  # the others wait for what it makes
+            made = [error] * group.size()
+    found: list[Any] = [None]
+    dist.scatter_object_list(found, made, group=group, group_src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -171,10 +219,12 @@ class _Descriptions(pickle.Unpickler):
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Finds what is to be written among pieces."""
+    """Finds what is to be written among the copies of pieces."""
+
+    copies: Mapping[str, Tensor]
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].piece(index)
+        return self.copies[_name_of(index)]
 
 
 class _LoadPlanner(DefaultLoadPlanner):

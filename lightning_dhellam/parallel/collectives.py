@@ -216,6 +216,15 @@ def of_all_ranks(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return values
 
 
+def to_first(value: Any, group: dist.ProcessGroup | None) -> list[Any] | None:
+    """Every rank's `value` on the first rank, which is any that can be pickled; None elsewhere."""
+    if group is None or group.size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(value, values, group=group, group_dst=0)
+    return values
+
+
 class Failure(NamedTuple):
     """What went wrong on a rank.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from typing_extensions import override
 
@@ -19,6 +20,38 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import ClusterEnvironment
 
 
+class StartedLauncher(_Launcher):
+    """Starts nothing: something else has started this process and all others of the job.
+
+    Args:
+        prepare: is given the trainer before it runs.
+    """
+
+    def __init__(self, prepare: Callable[[pl.Trainer], None]) -> None:
+        self._prepare = prepare
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return True
+
+    @override
+    def launch(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        trainer: pl.Trainer | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if trainer is not None:
+            self._prepare(trainer)
+        return function(*args, **kwargs)
+
+    @override
+    def kill(self, signum: Any) -> None:
+        """Nobody is left to tell: who has started the others tells them."""
+
+
 class CheckingLauncher(_SubprocessScriptLauncher):
     """Starts the other processes only after the configuration has been checked in this one.
 
@@ -28,6 +61,7 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         num_nodes: of the job.
         check: raises what is wrong with a trainer and with the data module and the checkpoint that
             it is to be given.
+        prepare: is given the trainer before it runs.
 
     Attributes:
         board: where ranks agree on who says why the job fails, once there are others.
@@ -39,9 +73,11 @@ class CheckingLauncher(_SubprocessScriptLauncher):
         num_processes: int,
         num_nodes: int,
         check: Callable[[pl.Trainer, Any, Any], None],
+        prepare: Callable[[pl.Trainer], None],
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._check = check
+        self._prepare = prepare
         self.board: Board | None = None
 
     @override
@@ -57,6 +93,7 @@ class CheckingLauncher(_SubprocessScriptLauncher):
             # Each entry of the Trainer has the path at another place.
             named = inspect.signature(function).bind(*args, **kwargs).arguments
             self._check(trainer, data, named.get("ckpt_path"))
+            self._prepare(trainer)
         return super().launch(function, *args, trainer=trainer, **kwargs)
 
     @override

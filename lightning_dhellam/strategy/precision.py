@@ -48,6 +48,7 @@ class DHellamPrecision(Precision):
         self.precision = precision  # type: ignore[assignment]
         self.scaling = scaling or Scaling()
         self.optimizer: ModelParallelOptimizer | None = None
+        self.before_update: Callable[[], None] = _nothing
 
     @classmethod
     def of(cls, plugin: Precision) -> DHellamPrecision:
@@ -82,6 +83,7 @@ class DHellamPrecision(Precision):
             return None
         self.optimizer.prepare()
         self._after_closure(model, optimizer)
+        self.before_update()
         self.optimizer.step()
         return result
 
@@ -118,3 +120,7 @@ def _scaling_of(scaler: torch.amp.GradScaler) -> Scaling:
         backoff=scaler.get_backoff_factor(),
         interval=scaler.get_growth_interval(),
     )
+
+
+def _nothing() -> None:
+    """Nobody reads what is about to change."""

@@ -28,7 +28,7 @@ from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
-from lightning_dhellam.strategy.launcher import CheckingLauncher
+from lightning_dhellam.strategy.launcher import CheckingLauncher, StartedLauncher
 from lightning_dhellam.strategy.placed import accept, device_of, is_placed
 from lightning_dhellam.strategy.restarts import (
     Life,
@@ -81,6 +81,9 @@ class JobStrategy(ParallelStrategy):
     def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
         """Refuse what cannot work, before any process computes."""
         raise NotImplementedError
+
+    def prepare(self, trainer: pl.Trainer) -> None:
+        """See what a trainer is asked for, before it runs."""
 
     def layers_of_chunks(self) -> tuple[int, ...]:
         """Layers of each chunk of the pipeline."""
@@ -158,14 +161,21 @@ class JobStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         if self.cluster_environment.creates_processes_externally:
             life = Life.find()
+            self._launcher = StartedLauncher(self.prepare)
             if life is not None and isinstance(self.cluster_environment, TorchElasticEnvironment):
-                self._launcher = RestartingLauncher(life, lambda: JobStrategy._runs + 1)
+                self._launcher = RestartingLauncher(
+                    life, lambda: JobStrategy._runs + 1, self.prepare
+                )
                 self.num_nodes = nodes_of_life(self.num_processes, self.num_nodes)
             if self.cluster is None:
                 checks.check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = CheckingLauncher(
-                self.cluster_environment, self.num_processes, self.num_nodes, self.check
+                self.cluster_environment,
+                self.num_processes,
+                self.num_nodes,
+                self.check,
+                self.prepare,
             )
         accept(type(self), self.cluster_environment)
         _ = self.topology  # refuses sizes that do not fit

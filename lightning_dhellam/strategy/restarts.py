@@ -158,15 +158,22 @@ class RestartingLauncher(_Launcher):
     Args:
         life: of this process.
         run: gives the number that the next run has in the script.
+        prepare: is given the trainer before it runs.
 
     Attributes:
         note: of the run that is under way.
         found: the checkpoint that it goes on from, if it does by itself.
     """
 
-    def __init__(self, life: Life, run: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        life: Life,
+        run: Callable[[], int],
+        prepare: Callable[[pl.Trainer], None] | None = None,
+    ) -> None:
         self._life = life
         self._run = run
+        self._prepare = prepare
         self.note: Note | None = None
         self.found: Path | None = None
 
@@ -184,6 +191,8 @@ class RestartingLauncher(_Launcher):
         **kwargs: Any,
     ) -> Any:
         self.note = self.found = None
+        if trainer is not None and self._prepare is not None:
+            self._prepare(trainer)
         if trainer is None or trainer.state.fn is not TrainerFn.FITTING:
             return function(*args, **kwargs)
         call = inspect.signature(function).bind(*args, **kwargs)

@@ -69,6 +69,27 @@ def carry_over(
     return states, [*lines, *([jump] if jump else [])]
 
 
+def of_other_ranks(loops: Mapping[str, Any], saved: int | None, own: int) -> str | None:
+    """What is to be said of a loader whose place does not fit this run; None if it does.
+
+    One that counts samples of all ranks together fits any number of them.
+
+    Args:
+        loops: what the checkpoint has of them.
+        saved: data-parallel ranks that saved it, if that is known.
+        own: data-parallel ranks of this run.
+    """
+    states = loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+    odd = [state for state in states if state and "samples" not in state]
+    if not odd or saved in (None, own):
+        return None
+    return (
+        f"the DataLoader goes on where its own state says, which a run with {saved} data-parallel"
+        f" ranks has saved, and this run has {own}: unless it counts the samples of all ranks, some"
+        " are skipped or come again"
+    )
+
+
 def _given_wins(resume_settings: str) -> bool:
     return resume_settings == "arguments"
 

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
+from lightning_dhellam.checkpoint.background import Background, group_beside
 from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.shares import Shares
-from lightning_dhellam.files import local_path
+from lightning_dhellam.files import WriteError, local_path
+from lightning_dhellam.leftovers import clear, remove
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.runner import Runner
+from lightning_dhellam.strategy.finding import Finding
+from lightning_dhellam.strategy.keeping import Keeping
 from lightning_dhellam.strategy.processes import JobStrategy
-from lightning_dhellam.strategy.resuming import carry_over
+from lightning_dhellam.strategy.resuming import carry_over, of_other_ranks
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class SavingStrategy(JobStrategy):
@@ -34,11 +42,21 @@ class SavingStrategy(JobStrategy):
 
     Attributes:
         resume_settings: whose settings win where a checkpoint and the run differ.
+        async_checkpoint: whether checkpoints are written while training goes on.
     """
 
     resume_settings: str
     _runner: Runner | None = None
     _optimizer: ModelParallelOptimizer | None = None
+    async_checkpoint: bool
+    _finding: Finding | None = None
+    _keeping: Keeping | None = None
+    _background: Background | None = None
+    _has_waited = False
+
+    @override
+    def prepare(self, trainer: pl.Trainer) -> None:
+        self._finding = Finding(trainer)
 
     @property
     @override
@@ -70,9 +88,11 @@ class SavingStrategy(JobStrategy):
     ) -> None:
         """Write a folder that loads with any parallel sizes; see `checkpoint.folder`.
 
+        With `async_checkpoint` it is written while training goes on, one at a time.
+
         Raises:
             ValueError: the run is emulated, weights are not finite, or `filepath` is remote.
-            OSError: a rank could not write.
+            OSError: a rank could not write, or could not write the one before.
         """
         if self.cluster is not None:
             raise ValueError(
@@ -91,36 +111,128 @@ class SavingStrategy(JobStrategy):
                 stacklevel=2,
             )
             return
+        path = local_path(self.broadcast(str(filepath)))
+        self._wait_before(path)
         common = dict(checkpoint)
         weights = self._expert_names.all_of(common.pop("state_dict"))
         with_state = common.pop("optimizer_states", None) is not None
         state = settings = None
         if with_state and self._optimizer is not None:
             state, settings = self._optimizer.state_dict(), self._settings
-        path = local_path(self.broadcast(str(filepath)))
         assert isinstance(self.lightning_module, DualStrandMixin)
         common |= checkpoint_files.origin_of(self.lightning_module.model)
         if self._note is not None:
             self._note.add(path.parent)
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
-        checkpoint_files.save(
+        prepared = checkpoint_files.prepare(
             path, self.context, common, weights, self._shares, state, settings, model
         )
+        if self._background is not None and self._trains:
+            self._background.start(prepared)
+        else:
+            checkpoint_files.write(prepared, checkpoint_files.host_group(self.context))
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written is complete. Every rank must call this.
+
+        Raises:
+            OSError: a rank could not write it.
+        """
+        if self._background is not None:
+            self._background.finish()
+
+    @contextmanager
+    def saving_at_once(self) -> Iterator[None]:
+        """Inside, a checkpoint is complete when it is saved."""
+        background, self._background = self._background, None
+        try:
+            if background is not None:
+                background.finish()
+            yield
+        finally:
+            self._background = background
+
+    @property
+    def _trains(self) -> bool:
+        """Whether training goes on, so that something can be done meanwhile."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.trainer.state
+        return state.fn is TrainerFn.FITTING and state.status is TrainerStatus.RUNNING
+
+    def _wait_before(self, path: Path) -> None:
+        """Let nothing be in flight when `path` is to be saved."""
+        if self._background is None or self._background.path is None:
+            return
+        if not self._has_waited and self._background.path != path:
+            self._has_waited = True
+            rank_zero_info(
+                f"checkpoint {path} waits until {self._background.path} is written, as others may:"
+                " one is written at a time"
+            )
+        self._background.finish()
+
+    def _open_background(self, trainer: pl.Trainer) -> None:
+        """Have a run's checkpoints written as it asks. Every rank must call this."""
+        if trainer.state.fn is not TrainerFn.FITTING or self.cluster is not None:
+            return
+        if self.async_checkpoint:
+            context = self.context
+            beside = group_beside(context, self.timeout)
+            self._background = Background(context.device, context.host_group, beside)
+        self._keeping = Keeping(trainer, self._after_save, self._in_flight)
+
+    def _after_save(self, action: Callable[[], None]) -> None:
+        if self._background is not None:
+            self._background.then(action)
+        else:
+            action()
+
+    def _hold(self) -> None:
+        if self._background is not None:
+            self._background.hold()
+
+    def _in_flight(self) -> Path | None:
+        return self._background.path if self._background is not None else None
+
+    def _close_background(self) -> None:
+        """Wait for what is in flight, on a rank that may be alone; a failure is said."""
+        self._say_unwritten()
+        if self._background is not None:
+            self._background.close()
+        if self._keeping is not None:
+            self._keeping.close()
+        self._background = self._keeping = None
+
+    def _say_unwritten(self) -> None:
+        path = self._in_flight()
+        error = self._background.settle() if self._background is not None else None
+        if error is not None:
+            reason = f"{error}".partition("\n")[0]
+            known = reason if isinstance(error, WriteError) else f"{path} was not written: {reason}"
+            warnings.warn(known, stacklevel=2)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         # What was to take its place was not saved.
-        if not self.alone:
-            super().remove_checkpoint(filepath)
+        if self.alone or not self.is_global_zero:
+            return
+        path = local_path(filepath)
+        self._after_save(lambda: remove(path))
 
     @override
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         assert self.lightning_module is not None
-        path = local_path(self.broadcast(str(checkpoint_path)))
+        self.wait_for_checkpoint()
         fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
+        names, settings = self._expert_names, self._settings if fitting else None
+        path = local_path(self.broadcast(str(checkpoint_path)))
+        finding = self._finding
+        found_whole = finding is not None and finding.by_newest
+        if finding is not None and found_whole:
+            path = self._newest_whole(path, finding, training=fitting)
 
         def check() -> list[str]:
             return checkpoint_files.check_model(
@@ -129,15 +241,44 @@ class SavingStrategy(JobStrategy):
 
         for line in together(check, self.context.world_group):
             rank_zero_warn(line)
-        names, settings = self._expert_names, self._settings if fitting else None
         own, experts = names.split(self.lightning_module.state_dict())
         saved = checkpoint_files.load(
-            path, self.context, self._shares, [*own, *experts], settings, experts
+            path,
+            self.context,
+            self._shares,
+            [*own, *experts],
+            settings,
+            experts,
+            checked=found_whole,
         )
         saved["state_dict"] = names.rank_of(saved["state_dict"])
+        if fitting:
+            self._say_of_loaders(path, saved.get("loops", {}))
         assert isinstance(self.lightning_module, DualStrandMixin)
         checkpoint_files.restore_origin(self.lightning_module.model, saved)
         return saved
+
+    def _say_of_loaders(self, path: Path, loops: Mapping[str, Any]) -> None:
+        saved = checkpoint_files.read_topology(path) if path.is_dir() else {}
+        line = of_other_ranks(loops, saved.get("data_parallel_size"), self.context.topology.dp_size)
+        if line:
+            rank_zero_warn(line)
+
+    def _newest_whole(self, path: Path, finding: Finding, *, training: bool) -> Path:
+        """The newest whole checkpoint of this run's, of which `path` would be the newest.
+
+        Raises:
+            ValueError: on every rank: there is none.
+        """
+        if self.is_global_zero:
+            clear(path.parent)
+        paths = [path, *map(Path, self.broadcast(finding.others(path)))]
+        found, refused = checkpoint_files.newest_whole(paths, self.context, training=training)
+        for reason in refused:
+            rank_zero_warn(f"{reason}: going on from {found}, the newest that is whole")
+        if refused:
+            finding.took(found)
+        return found
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

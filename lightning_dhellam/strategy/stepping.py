@@ -61,9 +61,10 @@ class SteppingStrategy(SavingStrategy):
     def _meet_others(self, trainer: pl.Trainer) -> None:
         """Have ranks tell each other what they are fed, and when to end."""
         self._predicted = []
+        self._open_background(trainer)
         if self.context.emulated:
             return
-        self._termination = Termination(trainer, self.context.host_group)
+        self._termination = Termination(trainer, self.context.host_group, self.saving_at_once)
         if self.context.host_group is not None:
             self._feeding = Feeding(self.context.topology, self.context.host_group)
             self._skipping = Skipping(trainer, self.context.host_group)
@@ -183,6 +184,8 @@ class SteppingStrategy(SavingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # A callback such as GradientAccumulationScheduler may have changed it after the start.
         check_trainer(self._module.trainer)
+        if self._background is not None:
+            self._background.check()
 
     def _meet(self) -> None:
         if self._termination is not None:
@@ -191,6 +194,7 @@ class SteppingStrategy(SavingStrategy):
     @override
     def on_train_end(self) -> None:
         self._meet()
+        self.wait_for_checkpoint()
         if self._optimizer is not None:
             self.runner.settle()
         if self._watch is not None:

@@ -103,6 +103,9 @@ class DHellamStrategy(SteppingStrategy):
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
             depends on it.
+        async_checkpoint: write checkpoints while training goes on: a step waits only until what is
+            saved is copied to host memory, and one is written at a time. One that cannot be written
+            ends the run. Whatever ends a run waits until it is written.
 
     Raises:
         ValueError: a value or a combination that cannot work, before any process computes.
@@ -134,6 +137,7 @@ class DHellamStrategy(SteppingStrategy):
         expert_tensor_parallel_size: int | None = None,
         memory_limit: float | str | None = None,
         schedule: str = "fold",
+        async_checkpoint: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -186,6 +190,7 @@ class DHellamStrategy(SteppingStrategy):
         self.memory_limit = (
             None if memory_limit is None else memory_bytes("memory_limit", memory_limit)
         )
+        self.async_checkpoint = async_checkpoint
         checks.check_links(self.cluster, context_parallel_size, expert_parallel_size)
         self.timeout = timeout or default_pg_timeout
         self._ended_well = True
@@ -342,6 +347,7 @@ class DHellamStrategy(SteppingStrategy):
             max_skipped_steps=self.max_skipped_steps,
             scaling=self.precision_plugin.scaling,
         )
+        self.precision_plugin.before_update = self._hold
 
     @override
     def model_to_device(self) -> None:
@@ -364,10 +370,12 @@ class DHellamStrategy(SteppingStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._ended_well = False
+        self._say_unwritten()
         self._say_why(exception)
 
     @override
     def teardown(self) -> None:
+        self._close_background()
         self._leave_others()
         if self._runner is not None:
             self._runner.close()

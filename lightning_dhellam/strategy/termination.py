@@ -21,8 +21,8 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +56,23 @@ class Termination(Callback):
     Args:
         trainer: that has not yet registered its handlers.
         group: of all ranks, for tensors in host memory; None where there are no others.
+        saving_at_once: inside of which checkpoints are complete when they are saved.
 
     Attributes:
         told: whether this process was told to end.
     """
 
-    def __init__(self, trainer: pl.Trainer, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        group: dist.ProcessGroup | None,
+        saving_at_once: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._trainer = trainer
         self._connector = trainer._signal_connector
         self._loop = trainer.fit_loop.epoch_loop
         self._group = group
+        self._saving_at_once = saving_at_once
         self.told = self._to_requeue = self._has_requeued = False
         self._at_once = False
         self._asked: Question | None = None
@@ -146,7 +153,8 @@ class Termination(Callback):
     def _requeue(self) -> None:
         """Save, and have SLURM start the job again: Lightning's handler, on all ranks at once."""
         handler = getattr(type(self._connector), _REQUEUER)
-        handler(self._connector, signal.SIGUSR1, None)
+        with self._saving_at_once():
+            handler(self._connector, signal.SIGUSR1, None)
 
     def _note_end(self, signum: int, frame: Any) -> None:
         if not self.told:

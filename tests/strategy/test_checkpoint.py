@@ -17,7 +17,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_dhellam import files
+from lightning_dhellam import checkpoint, files
+from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.files import WriteError
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import DHellamStrategy
@@ -267,7 +268,7 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
     ("name", "words"),
     [
         ("weights-only", ["holds weights only", "save_weights_only=False"]),
-        ("file", ["plain.ckpt is not a folder", "give a folder that a run"]),
+        ("file", ["plain.ckpt is damaged, or cut off", "use another checkpoint"]),
         ("missing", ["nowhere.ckpt does not exist: give a folder that a run"]),
         ("no-file", ["no-file has no __1_0.distcp: ", "use another checkpoint"]),
         *((file, [f"cut-{file}/{file} ", "use another checkpoint"]) for file in DAMAGED),
@@ -298,7 +299,6 @@ def test_a_weights_only_checkpoint_validates_like_the_run_that_wrote_it(
 
 @pytest.mark.parametrize("room", [0, 100, 1500, 4500, 10_000])
 def test_a_full_disk_is_said_with_the_file_and_what_is_missing(room: int, tmp_path: Path) -> None:
-    from lightning_dhellam.checkpoint import folder as checkpoint
     from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
@@ -313,24 +313,22 @@ def test_a_full_disk_is_said_with_the_file_and_what_is_missing(room: int, tmp_pa
     assert f"{path} was not written: rank 0: WriteError: {file} in {tmp_path}" in message
     assert "No space left on device" in message and "more are needed, and" in message
     assert "unexpected pos" not in message and "\n" not in message
-    assert checkpoint.load_common(path) == {"value": 1}
+    assert load_common(path) == {"value": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_a_folder_of_the_final_name_is_whole_without_torch_distributed(tmp_path: Path) -> None:
-    from lightning_dhellam.checkpoint import folder as checkpoint
     from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
     path = tmp_path / "a.ckpt"
     for value in (1, 2):
         checkpoint.save(path, context, {"value": value}, {"w": torch.ones(2)}, {})
-        assert checkpoint.load_common(path) == {"value": value}
+        assert load_common(path) == {"value": value}
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: Path) -> None:
-    from lightning_dhellam.checkpoint import folder as checkpoint
     from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
@@ -352,12 +350,11 @@ def test_a_checkpoint_stays_when_its_successor_cannot_take_its_place(tmp_path: P
         renaming = mock.patch.object(Path, "rename", refuse)
         with failing, renaming, pytest.raises(OSError, match="no space left"):
             checkpoint.save(path, context, {"value": 2}, {"w": torch.ones(2)}, {})
-        assert checkpoint.load_common(path) == {"value": 1}
+        assert load_common(path) == {"value": 1}
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
-    from lightning_dhellam.checkpoint import folder as checkpoint
     from lightning_dhellam.parallel import ParallelContext
 
     context = ParallelContext.single(torch.device("cpu"))
@@ -366,8 +363,8 @@ def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) 
     last.symlink_to(best)
     for value in (2, 3):
         checkpoint.save(last, context, {"value": value}, {"w": torch.ones(2)}, {})
-        assert checkpoint.load_common(last) == {"value": value}
-    assert checkpoint.load_common(best) == {"value": 1}
+        assert load_common(last) == {"value": value}
+    assert load_common(best) == {"value": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 

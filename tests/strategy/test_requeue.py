@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_dhellam.checkpoint.folder import aside_of
+from lightning_dhellam.checkpoint.writing import aside_of
 from tests.ranks import run_ranks
 from tests.strategy.runs import Model, loader, make_trainer
 

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_dhellam.checkpoint import content
+from lightning_dhellam.strategy.resuming import of_other_ranks
 from tests.checkpoint.first_format import make_old
 from tests.strategy.runs import Model, loader, make_trainer
 
@@ -256,3 +257,15 @@ def test_who_wins_holds_for_the_schedule_as_well(schedule: Any, name: str, tmp_p
 def test_an_unknown_value_of_resume_settings_is_refused() -> None:
     with pytest.raises(ValueError, match="resume_settings='new' must be one of checkpoint, arg"):
         make_trainer({"resume_settings": "new"})
+
+
+def test_a_loader_with_a_place_of_its_own_is_said_where_other_ranks_have_saved_it() -> None:
+    def loops(*states: dict[str, Any]) -> dict[str, Any]:
+        return {"fit_loop": {"state_dict": {"combined_loader": [*states]}}}
+
+    theirs = {"_num_yielded": 3}  # as torchdata's StatefulDataLoader has it
+    said = of_other_ranks(loops(theirs), 2, 1)
+    assert said is not None and "2 data-parallel ranks" in said and "\n" not in said
+    assert of_other_ranks(loops(theirs), 2, 2) is None
+    assert of_other_ranks(loops({"samples": 24}, {}), 2, 1) is None
+    assert of_other_ranks({}, None, 1) is None

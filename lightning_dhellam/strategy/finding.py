@@ -1,0 +1,87 @@
+"""Which checkpoint a run goes on from, where Lightning is to find it: the newest that is whole.
+
+Lightning takes the path for good once it has found one. So it is asked here what it was asked for,
+before the processes of a job know each other.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_dhellam.files import local_path
+from lightning_dhellam.leftovers import restore
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+_PARSE = "_parse_ckpt_path"
+_ENDING = ".ckpt"
+
+
+class Finding:
+    """Knows whether a run of a trainer was given a path, and where else its checkpoints are.
+
+    Args:
+        trainer: that is about to run.
+
+    Attributes:
+        by_newest: whether the run is to go on from the newest checkpoint, whatever its path.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._connector = trainer._checkpoint_connector
+        self.by_newest = False
+        setattr(self._connector, _PARSE, self._parse)
+
+    def _parse(self, state_fn: TrainerFn, ckpt_path: Any, **known: Any) -> Any:
+        folders = self._folders()
+        for folder in folders:
+            restore(folder)
+        parse = getattr(type(self._connector), _PARSE)
+        path = parse(self._connector, state_fn, ckpt_path, **known)
+        lost = (link for folder in folders for link in folder.glob("last*.ckpt") if _is_lost(link))
+        if path is None and ckpt_path == "last":
+            path = next(map(str, lost), None)
+        unnamed = ckpt_path is None and state_fn is TrainerFn.FITTING
+        self.by_newest = path is not None and (unnamed or ckpt_path in ("last", "hpc"))
+        return path
+
+    def others(self, path: Path) -> list[str]:
+        """Checkpoints of this trainer's besides `path`, the newest first."""
+        found: dict[Path, float] = {}
+        for folder in (path.parent, *self._folders()):
+            for one in folder.glob(f"*{_ENDING}"):
+                if one.is_dir():
+                    found[one.resolve()] = one.stat().st_mtime
+        found.pop(path.resolve(), None)
+        return [str(one) for one in sorted(found, key=lambda one: -found[one])]
+
+    def took(self, path: Path) -> None:
+        """Let the trainer know which checkpoint it really goes on from."""
+        self._connector._ckpt_path = str(path)
+
+    def _folders(self) -> list[Path]:
+        """Where checkpoints of the trainer's callbacks and of SLURM's requeueing are."""
+        trainer = self._trainer
+        found: list[Any] = [trainer.default_root_dir]
+        for callback in getattr(trainer, "callbacks", ()):
+            if isinstance(callback, ModelCheckpoint):
+                found.append(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+            elif isinstance(callback, OnExceptionCheckpoint):
+                found.append(callback.dirpath)
+        local = []
+        for folder in dict.fromkeys(map(str, found)):
+            with suppress(ValueError):  # of another file system
+                local.append(local_path(folder))
+        return local
+
+
+def _is_lost(link: Path) -> bool:
+    """Whether what a link names is gone."""
+    return link.is_symlink() and not link.exists()
