@@ -17,7 +17,9 @@ from typing_extensions import override
 from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session, use_unsearched
 from lightning_dhellam.files import check_file, local_path
 from lightning_dhellam.hosted import RunnerStrategy
+from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.report import Findings
@@ -38,6 +40,9 @@ class AutoSearch(Callback):
     beats `sequential` by no more than noise. A plan changes neither loss nor gradients, so no
     step is lost. The table, the pictures, the profile and the plan file are written to the
     folder `search` of the run, and the numbers go to its logger.
+
+    A checkpoint has the plan that was found: a run that goes on from it uses that plan where it
+    fits. Where it does not, or where the search was not over, it searches anew.
 
     Args:
         rounds: steps that each of the plans is measured on.
@@ -89,6 +94,8 @@ class AutoSearch(Callback):
         self._gradients_ready: Callable[[], None] = _nothing
         self._over = False
         self._again = False
+        self._found: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
 
     @property
     def findings(self) -> Findings | None:
@@ -129,14 +136,49 @@ class AutoSearch(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._session = self._plan_file = None
         self._again = False
-        steps = trainer.estimated_stepping_batches
         for_its_own_sake = self.replay or self._options.profile is not None
+        loaded, self._loaded, self._found = self._loaded, {}, {}
+        if loaded and not for_its_own_sake and self._use(loaded, trainer):
+            self._found, self._over = loaded, True
+            return
+        steps = trainer.estimated_stepping_batches
         self._over = steps < _FEWEST and not for_its_own_sake
         if self._over:
             trainer.print(
                 f"search: {steps:.0f} steps of training are too few to choose a plan, which takes"
                 f" {_FEWEST} at least: none is searched"
             )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The plan that was found, if one is: what a run that goes on need not search again."""
+        return dict(self._found)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = dict(state_dict)
+
+    def _use(self, loaded: Mapping[str, Any], trainer: pl.Trainer) -> bool:
+        """Use the plan of a checkpoint, if it is for such a run. Every rank must call this."""
+        runner = _runner(trainer)
+        where = "the checkpoint's plan"
+
+        def plans() -> PlanFile:
+            found = PlanFile.of_fields(loaded["plans"], where)
+            found.check(runner.agreed.conditions, where)
+            build = found.builder()
+            for pair in runner.engine.layers:  # refuses what has changed
+                build(pair.forward, pair.backward)
+            return found
+
+        try:
+            found = together(plans, runner.context.world_group)
+        except ValueError as error:
+            trainer.print(f"search: {error}")
+            return False
+        runner.use_plan(loaded["name"], found.builder())
+        trainer.print(f"search: '{loaded['name']}' is used, which the checkpoint has found")
+        return True
 
     @override
     def on_train_batch_start(
@@ -249,6 +291,7 @@ class AutoSearch(Callback):
 
     def _finish(self, trainer: pl.Trainer, findings: Findings) -> None:
         self._over = True
+        self._found = {"name": findings.winner, "plans": findings.plans.fields}
         # A collective: every rank asks.
         run = self.folder or trainer.log_dir or trainer.default_root_dir
         if not trainer.is_global_zero:

@@ -97,9 +97,10 @@ class PlanFile:
         assert used <= set(named), "plans of graphs that are not given"
         return cls(plans, named, conditions or {}, versions or {}, notes or {})
 
-    def save(self, path: Path | str) -> None:
-        """Write it, whole or not at all."""
-        fields = {
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a file has of it, as plain values."""
+        return {
             "format": FORMAT,
             "conditions": self.conditions,
             "versions": self.versions,
@@ -110,7 +111,10 @@ class PlanFile:
                 for (forward, backward), plan in self.plans.items()
             ],
         }
-        save_text(Path(path), put_in_lines(fields))
+
+    def save(self, path: Path | str) -> None:
+        """Write it, whole or not at all."""
+        save_text(Path(path), put_in_lines(self.fields))
 
     @classmethod
     def load(
@@ -122,21 +126,29 @@ class PlanFile:
             FileError: it is not a whole plan file, or was made under other conditions: each
                 differing field is named with both values.
         """
-        fields = load_json(Path(path), "plan file", FORMAT)
+        loaded = cls.of_fields(load_json(Path(path), "plan file", FORMAT), path)
+        if expected_conditions is not None:
+            loaded.check(expected_conditions, path)
+        return loaded
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any], path: Path | str) -> PlanFile:
+        """Plans of what `fields` is; `path` is what they came from.
+
+        Raises:
+            FileError: something is missing, or is no plan.
+        """
         try:
             plans = {
                 (row["forward"], row["backward"]): Plan.parse("\n".join(row["table"]))
                 for row in fields["plans"]
             }
             parts = (fields[name] for name in ("graphs", "conditions", "versions", "notes"))
-            loaded = cls(plans, *parts)
+            return cls(plans, *parts)
         except PlanError as error:
             raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
         except (KeyError, TypeError) as error:
             raise FileError(f"{path} is not a whole plan file ({error}): search again") from error
-        if expected_conditions is not None:
-            loaded.check(expected_conditions, path)
-        return loaded
 
     def check(self, expected_conditions: Mapping[str, Any], path: Path | str) -> None:
         """Refuse plans that were made under other conditions; `path` is what they came from.

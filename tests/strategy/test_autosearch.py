@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -308,6 +309,39 @@ def test_what_was_in_use_stays_when_nothing_is_chosen(tmp_path: Path) -> None:
 def test_training_that_ends_after_a_whole_round_chooses_from_it(tmp_path: Path) -> None:
     searched(tmp_path, STEPS - 2)
     assert (tmp_path / "search" / "plan.json").exists()
+
+
+def test_a_run_that_goes_on_uses_the_plan_of_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it fits; one of the middle of a search has none, so all is measured anew."""
+
+    def fit(steps: int, path: str | None = None, micro_batch_size: int = 3) -> list[str]:
+        plans = InUse()
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = make_trainer(
+            {"micro_batch_size": micro_batch_size, "plan": "auto"},
+            [AutoSearch(rounds=ROUNDS), plans, keep],
+            max_steps=steps,
+            enable_checkpointing=True,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(Model(), loader({}, GLOBAL_BATCH * 40), ckpt_path=path)
+        return plans.plans
+
+    end = -(-STEPS // 3) * 3
+    fit(end)
+    winner = json.loads((tmp_path / "search" / "outcomes.json").read_text())["winner"]
+    capsys.readouterr()
+    assert fit(end + 3, f"{tmp_path}/step={end}.ckpt") == [winner] * 3
+    assert f"search: '{winner}' is used, which the checkpoint has" in capsys.readouterr().out
+    # The plan is kept for those that follow.
+    assert fit(end + 4, f"{tmp_path}/step={end + 3}.ckpt") == [winner]
+    other = fit(end + 2, f"{tmp_path}/step={end}.ckpt", micro_batch_size=2)
+    said = capsys.readouterr().out
+    assert set(other) == {"sequential"} and "micro_batch_size is 3 in the file and 2 here" in said
+    again = fit(end, f"{tmp_path}/step=3.ckpt")
+    assert len(set(again)) > 1 and "search: measuring" in capsys.readouterr().out
 
 
 def test_a_replayed_search_needs_one_step(tmp_path: Path) -> None:
