@@ -112,7 +112,7 @@ class Planned:
 
     @property
     def checksums(self) -> Checksums:
-        """Of what this rank has written."""
+        """Checksums of what this rank has written."""
         return self._writer.files.checksums
 
 
