@@ -64,9 +64,8 @@ def read_whole(folder: Path, *, with_state: bool = True) -> WholeCheckpoint:
     known = read_topology(folder)
     if FILES not in known:
         raise ValueError(
-            f"checkpoint {folder} is of the form of version 0.1, a file per rank: make it one that"
-            " loads anywhere by `dhellam convert`, or load it with the sizes that it was saved"
-            " with and save it again"
+            f"checkpoint {folder} is of the form of version 0.1, a file per rank: load it with the"
+            " sizes that it was saved with, and convert what is saved then"
         )
     for name, (size, digest) in known[FILES].items():
         check_file(folder / name, size, digest)

@@ -49,7 +49,12 @@ COMMANDS = (
     ),
     Command(
         ("convert",),
-        (("SOURCE TARGET", "a folder of Hugging Face -> a checkpoint, and the other way round"),),
+        (
+            (
+                "SOURCE TARGET",
+                "a folder of Hugging Face <-> a checkpoint <-> Lightning's file",
+            ),
+        ),
         "commands.convert:convert_command",
     ),
     Command(

@@ -12,9 +12,10 @@ import pytest
 from torch.distributed import run
 
 from lightning_dhellam.bench.command import BENCHMARKS
-from lightning_dhellam.commands.main import LOOPS, main
+from lightning_dhellam.commands.main import BY_NAME, main
 from tests.docs.pages import ROOT
 
+LOOPS = BY_NAME["fit"].names
 _PLACEHOLDER = re.compile(r"[A-Z]+|…|\.\.\.")
 
 
