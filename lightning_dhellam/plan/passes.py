@@ -27,6 +27,10 @@ Recompute = str | Sequence[str]
 """What is made again: the name of a choice in `CHOICES`, or names of slots and choices."""
 
 
+AGAIN = ".again"
+"""Behind the name of an operator that backward runs again."""
+
+
 def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
     """The same layer, whose backward makes `slots` of forward again where it needs them.
 
@@ -36,15 +40,13 @@ def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
     any case.
     """
     forward, backward = pair.forward, pair.backward
-    again = _Remaking(forward, frozenset(slots))
-    for slot in pair.saved:
-        again.want(slot)
-    if not again.operators:
+    again = run_again(pair, slots)
+    if not again:
         return pair
-    remade = {slot: f"{slot}_again" for o in again.operators for slot in o.writes}
+    remade = {slot: f"{slot}_again" for o in again for slot in o.writes}
     clones = [
-        replace(_renamed(operator, remade), name=f"{operator.name}.again", remakes=())
-        for operator in again.operators
+        replace(_renamed(operator, remade), name=f"{operator.name}{AGAIN}", remakes=())
+        for operator in again
     ]
     readers = [_renamed(operator, remade) for operator in backward.operators]
     sizes = {remade[slot]: forward.bytes_per_token[slot] for slot in remade}
@@ -95,6 +97,14 @@ def left_bytes(pair: GraphPair) -> float:
     sizes = {**pair.forward.bytes_per_token, **pair.backward.bytes_per_token}
     _, second = halves(pair.backward)
     return sum(sizes.get(slot, 0.0) for slot in second.foreign)
+
+
+def run_again(pair: GraphPair, slots: Collection[str]) -> list[Operator]:
+    """The operators of forward, or parts of them, that `recompute` runs again, in their order."""
+    again = _Remaking(pair.forward, frozenset(slots))
+    for slot in pair.saved:
+        again.want(slot)
+    return again.operators
 
 
 class _Remaking:
