@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.engine import Engine, make_lanes
 from lightning_dhellam.engine.structure import Structure
-from lightning_dhellam.layers import Loss, check_exchange, exchanges, lower
+from lightning_dhellam.layers import Loss, Lowered, check_exchange, exchanges, lower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_on_all_ranks
@@ -19,9 +19,9 @@ from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.pipeline.schedules import scheme_of
-from lightning_dhellam.plan import Builder
-from lightning_dhellam.plan.by_layer import ByLayer, check_choices
-from lightning_dhellam.plan.file import conditions, named_plan
+from lightning_dhellam.plan import Builder, GraphPair
+from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer, check_choices
+from lightning_dhellam.plan.file import PlanFile, conditions, named_plan
 from lightning_dhellam.plan.passes import Recompute
 
 
@@ -35,7 +35,8 @@ class AgreedEngine:
         loss: a loss of the user's own, from logits [B, S, V] and the micro-batch to a scalar.
         kernels: backends to use by operator; the fastest that this machine has for all others.
         recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, a
-            list of choices and slots, or either by layer.
+            list of choices and slots, or either by layer. With `auto` it is all that can be, until
+            `remake` is called; or what a plan file was searched with.
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
@@ -48,6 +49,9 @@ class AgreedEngine:
         plan_in_use: the name of the plan, or what it was called when it was installed.
         structure: what the model is made of, for which the engine was made.
         exchanges: ways for keys and values that a search may choose from.
+        recompute: what backward makes again.
+        undecided: whether that is to be decided yet.
+        chosen: what `remake` was given; None before.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -94,14 +98,18 @@ class AgreedEngine:
         self._lower = partial(
             lower,
             model,
-            recompute=recompute,
             loss=loss,
             kernels=kernels,
             context_fp32_gradients=context_fp32_gradients,
             scheme=scheme,
         )
         self._exchange = self.exchanges[0]
-        lowered = self._lower(context_exchange=self._exchange)
+        self.undecided = recompute == AUTO and not plan.endswith(".json")
+        if recompute == AUTO:
+            recompute = "full" if self.undecided else PlanFile.load(plan).recompute or USUAL
+        self.recompute: Recompute | ByLayer = recompute
+        self.chosen: ByLayer | None = None
+        lowered = self.lowered(recompute)
         # A slot may be of another stage's layers alone.
         every = of_all_ranks(lowered.slots, self._world)
         check_choices(recompute, frozenset().union(*every))
@@ -123,9 +131,32 @@ class AgreedEngine:
         self._make_anew()
         self._agree(self._world)
 
+    def lowered(self, recompute: Recompute | ByLayer) -> Lowered:
+        """The operators of this rank, whose backward makes so much again: to look at."""
+        return self._lower(recompute=recompute, context_exchange=self._exchange)
+
+    def suited(self, layers: Sequence[GraphPair]) -> list[GraphPair]:
+        """Such layers with the nominal costs of the sequences that plans are made for."""
+        return [pair if self._length is None else pair.at(self._length) for pair in layers]
+
+    @property
+    def context(self) -> ParallelContext:
+        """This rank's place among all."""
+        return self._context
+
+    def remake(self, recompute: ByLayer) -> None:
+        """Let backward make other slots again from the next step on. Every rank must call this.
+
+        The plans are those of the same builder.
+        """
+        self._check_alike("recompute", recompute)
+        self.recompute, self.undecided, self.chosen = recompute, False, recompute
+        self._make_anew()
+        self._agree(self._world)
+
     def _make_anew(self) -> None:
         """Make the operators anew, and the engine, with the builder of before."""
-        lowered, before = self._lower(context_exchange=self._exchange), self.engine
+        lowered, before = self.lowered(self.recompute), self.engine
         before.lanes.processors = self._context.processors(lowered.layers)
         self.engine = Engine(
             lowered.layers,

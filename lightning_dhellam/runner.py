@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_dhellam import remaking
 from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.balance import Balance, ExpertUse
 from lightning_dhellam.checkpoint.loop import load, save
@@ -74,7 +75,8 @@ class Runner:
         recompute: what backward makes again, in place of keeping it: `none`, `gathers` (inputs of
             column-parallel layers), `selective` (norms and activations as well), `full` (all but a
             layer's input), a list of choices and slots, or one of these by layer, as
-            `{"0-3": "full", "4-": "selective"}`. Changes no bit.
+            `{"0-3": "full", "4-": "selective"}`. With `auto` what fits into memory at the least
+            time is chosen, layer by layer. Changes no bit.
         context_exchange: how keys and values come to the ranks that share sequences: from rank to
             rank (`ring`), or all at once (`all_gather`). With `auto` a search may choose; without
             one it is `ring`. Changes loss and gradients by rounding.
@@ -83,8 +85,13 @@ class Runner:
         schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, or the
             path of a file that holds one, in the form in which schedules print. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
+        memory_limit: bytes of the device's memory that the run may take by `recompute="auto"`; None
+            for what a GPU has, and no limit on a CPU.
         module: what holds the model and the loss, if that is more than the model: its buffers are
             as before after a profile or a rehearsal.
+
+    Attributes:
+        is_searched: whether a search is to come, which then chooses what `auto` leaves open.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -105,12 +112,15 @@ class Runner:
         context_fp32_gradients: bool = True,
         schedule: str = "fold",
         bucket_size: int | None = None,
+        memory_limit: int | None = None,
         module: torch.nn.Module | None = None,
     ) -> None:
         self.model = model
         self.context = model.context
         self.plan = plan
         self.precision = precision
+        self.memory_limit = memory_limit
+        self.is_searched = False
         self._bucket_size = bucket_size
         self._training: Training | None = None
         self._balance: Balance | None = None
@@ -263,6 +273,13 @@ class Runner:
         return self._trained_with().optimizer
 
     @property
+    def state_shards(self) -> int:
+        """How many ranks share the optimizer's state of a parameter."""
+        topology = self.context.topology
+        shared = (self.settings or {}).get("distributed_optimizer", False)
+        return topology.dp_size * topology.cp_size if shared else 1
+
+    @property
     def steps(self) -> int:
         """How many steps the optimizer has done, of earlier runs as well."""
         return self._training.optimizer.steps if self._training is not None else 0
@@ -353,6 +370,8 @@ class Runner:
         pieces = self.intake.micro_batches(batch, step=step, everyone=everyone, scale=scale)
         check_as_many(pieces, self.context, balanced=balance.spans_replicas)
         self.agreed.suit(batch["tokens"].shape[1])
+        if self.agreed.undecided and not self.is_searched:
+            remaking.by_rule(self.agreed, self.model, pieces, self.memory_limit, self.state_shards)
         loss = training.run(pieces)
         if scale is not None:
             loss = loss / scale

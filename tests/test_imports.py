@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "displays expert_load module predictions",
         "hosted",
         "runner",
-        "balance training",
+        "balance remaking training",
         "agreed",
         "checkpoint memory",
         "models",

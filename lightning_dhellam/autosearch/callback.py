@@ -143,6 +143,7 @@ class AutoSearch(Callback):
             return
         steps = trainer.estimated_stepping_batches
         self._over = steps < _FEWEST and not for_its_own_sake
+        _runner(trainer).is_searched = not self._over
         if self._over:
             trainer.print(
                 f"search: {steps:.0f} steps of training are too few to choose a plan, which takes"

@@ -30,6 +30,7 @@ from lightning_dhellam.hosted import Ending
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.remaking import measured_bytes, when_measured
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Fingerprint, Profile, Progress, Trials
 from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate
@@ -115,6 +116,13 @@ class Session:
         self._stage = FoldedStep(stage.number, stage.count, len(self._pieces), stage.scheme)
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
+        if runner.agreed.undecided:
+            if options.profile is not None:
+                raise ValueError(
+                    f"profile={options.profile} is of one choice of what backward makes again, and"
+                    " recompute='auto' makes one: give recompute, or leave profile out"
+                )
+            held = measured_bytes(runner.agreed, runner.model, runner.state_shards)
         everyone = runner.context.world_group
         measuring = partial(self._measuring, progress)
         limit = options.memory_limit
@@ -129,6 +137,11 @@ class Session:
                 taken = self._take_exchange(measuring, slack)
             self.exchange, self._profile, limit = taken
         else:
+            with self._timed("profile"):
+                self._profile = together(lambda: self._profiled(measuring), everyone)
+        if runner.agreed.undecided:
+            with self._timed("recompute"):
+                self._choose_recompute(held)
             with self._timed("profile"):
                 self._profile = together(lambda: self._profiled(measuring), everyone)
         with self._timed("solve"):
@@ -202,6 +215,12 @@ class Session:
             memory_slack=slack,
             ending=self._ending_at_once,
         )
+
+    def _choose_recompute(self, held: float) -> None:
+        """Let backward make again what the memory asks for, by the times that were measured."""
+        runner = self._runner
+        costs = Costs.of(self._profile)
+        when_measured(runner.agreed, self._pieces, runner.memory_limit, held, costs)
 
     def _measure(self, progress: Progress | None, reduction: Reduction | None = None) -> Profile:
         engine, everyone = self._runner.engine, self._runner.context.world_group
@@ -411,7 +430,8 @@ class Session:
         plans, names = dict(mine.plans), dict(mine.graphs)
         for more, others in of_all_ranks((plans, names), self._runner.context.world_group):
             plans, names = {**more, **plans}, {**others, **names}
-        return replace(mine, plans=plans, graphs=names)
+        chosen = self._runner.agreed.chosen
+        return replace(mine, plans=plans, graphs=names, recompute=chosen or {})
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

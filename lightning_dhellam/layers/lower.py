@@ -27,7 +27,7 @@ from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.schedules import Placement, Scheme, fold
 from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Graph, GraphPair, check_chain
-from lightning_dhellam.plan.by_layer import USUAL, ByLayer, choices_of, remade
+from lightning_dhellam.plan.by_layer import HEAD, USUAL, ByLayer, choices_of, remade
 from lightning_dhellam.plan.layout import Held
 from lightning_dhellam.plan.passes import Recompute
 
@@ -46,6 +46,7 @@ class Lowered:
         kernels: what computes the operators.
         stage: this rank's place in the pipeline.
         slots: that its layers and head have in forward: those that backward can make again.
+        keys: by which `recompute` names each of `layers`; nothing where it cannot.
     """
 
     layers: tuple[GraphPair, ...]
@@ -53,6 +54,7 @@ class Lowered:
     kernels: Kernels
     stage: Stage
     slots: frozenset[str]
+    keys: tuple[str, ...]
 
 
 def lower(
@@ -133,7 +135,10 @@ def lower(
     layers = (*falling, *rising)
     _check_trained(model, layers)
     stage = Stage(topology.pp_rank, placement, (len(falling), len(rising)), scheme)
-    return Lowered(layers, logits, chosen, stage, frozenset(slots))
+    keys = [str(index) for chunk in (early, late) for index, _ in model.own_layers(chunk)]
+    if topology.pp_rank == 0:
+        keys = ["", *keys, HEAD]
+    return Lowered(layers, logits, chosen, stage, frozenset(slots), tuple(keys))
 
 
 def _check_trained(model: torch.nn.Module, layers: Sequence[GraphPair]) -> None:

@@ -20,10 +20,16 @@ from lightning_dhellam.plan.passes import Recompute, check_recompute, chosen, of
 ByLayer = Mapping[str | int, Recompute]
 """A choice by what it is for: `7`, `0-3`, `4-`, `chunk 0`, `chunk 2-3`, `head` or `others`."""
 
+AUTO = "auto"
+"""In place of a choice, one is made: what fits into memory at the least time."""
+
 USUAL = "gathers"
 """The choice where nothing is said."""
 
-_HEAD, _OTHERS, _CHUNK = "head", "others", "chunk "
+HEAD = "head"
+"""What the head is called."""
+
+_OTHERS, _CHUNK = "others", "chunk "
 _RANGE = re.compile(r"(chunk )?(\d+)(-(\d*))?")
 
 
@@ -56,7 +62,7 @@ def choices_of(
     values = {str(key): one for key, one in what.items()}
     others = values.get(_OTHERS, USUAL)
     layers = (values[named[i]] if i in named else others for i in range(len(chunks)))
-    return (*layers, values[_HEAD] if _HEAD in values else of_head(others))
+    return (*layers, values[HEAD] if HEAD in values else of_head(others))
 
 
 def check_choices(what: Recompute | ByLayer, slots: Collection[str]) -> None:
@@ -90,13 +96,13 @@ def check_keys(what: Recompute | ByLayer) -> None:
         ValueError: with the nearest one.
     """
     for key in map(str, what) if isinstance(what, Mapping) else ():
-        if key in (_HEAD, _OTHERS) or _RANGE.fullmatch(key):
+        if key in (HEAD, _OTHERS) or _RANGE.fullmatch(key):
             continue
-        close = get_close_matches(key, (_HEAD, _OTHERS, f"{_CHUNK}0"), n=1, cutoff=0.5)
+        close = get_close_matches(key, (HEAD, _OTHERS, f"{_CHUNK}0"), n=1, cutoff=0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(
             f"recompute has a choice for '{key}', which is no layer: use numbers of layers such as"
-            f" '7', '0-3' or '4-', of chunks such as '{_CHUNK}0', '{_HEAD}' or '{_OTHERS}'{hint}"
+            f" '7', '0-3' or '4-', of chunks such as '{_CHUNK}0', '{HEAD}' or '{_OTHERS}'{hint}"
         )
 
 
@@ -104,7 +110,7 @@ def _layers(key: str, chunks: Sequence[int], count: int) -> Sequence[int]:
     """The layers that a key names; the head is the one behind the last."""
     match = _RANGE.fullmatch(key)
     if match is None:
-        return [len(chunks)] if key == _HEAD else []
+        return [len(chunks)] if key == HEAD else []
     of_chunk, first, ending, end = match.groups()
     last = (count if of_chunk else len(chunks)) - 1
     low = int(first)

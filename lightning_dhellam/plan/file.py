@@ -25,6 +25,7 @@ from lightning_dhellam.plan import (
     kind_of,
     validate,
 )
+from lightning_dhellam.plan.by_layer import ByLayer
 from lightning_dhellam.plan.graph import kind_in
 
 FORMAT = 1
@@ -73,6 +74,8 @@ class PlanFile:
         conditions: sizes, shapes, device, dtype: what must be equal where the plans are used.
         versions: of the packages that made it, for the reader only.
         notes: predicted and measured times and the like, for the reader only.
+        recompute: what backward makes again, where that was chosen for these plans; see
+            `plan.by_layer`.
     """
 
     plans: Mapping[Kind, Plan]
@@ -80,6 +83,7 @@ class PlanFile:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    recompute: ByLayer = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -105,6 +109,7 @@ class PlanFile:
             "conditions": self.conditions,
             "versions": self.versions,
             "notes": self.notes,
+            "recompute": self.recompute,
             "graphs": self.graphs,
             "plans": [
                 {"forward": forward, "backward": backward, "table": str(plan).splitlines()}
@@ -143,8 +148,9 @@ class PlanFile:
                 (row["forward"], row["backward"]): Plan.parse("\n".join(row["table"]))
                 for row in fields["plans"]
             }
-            parts = (fields[name] for name in ("graphs", "conditions", "versions", "notes"))
-            return cls(plans, *parts)
+            names = ("graphs", "conditions", "versions", "notes")
+            parts = {name: fields[name] for name in names}
+            return cls(plans, **parts, recompute=fields.get("recompute", {}))
         except PlanError as error:
             raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
         except (KeyError, TypeError) as error:

@@ -20,6 +20,8 @@ BATCH_PREFIX = "batch."
 _AND = "+"
 """In a name, between the kind of a layer and what its backward makes again."""
 
+_MANY = 4
+
 Kind = tuple[str, str]
 """Fingerprints of the forward and the backward graph; empty for a missing strand."""
 
@@ -184,7 +186,12 @@ class Graph:
 
 
 def called(kind: str, *choices: str) -> str:
-    """The name of a kind of layer whose backward makes again what these choices name."""
+    """The name of a kind of layer whose backward makes again what these choices name.
+
+    Many of them are counted.
+    """
+    if len(choices) > _MANY:
+        choices = (f"{len(choices)}-slots",)
     return _AND.join((kind, *choices))
 
 

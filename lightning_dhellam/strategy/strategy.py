@@ -85,7 +85,8 @@ class DHellamStrategy(SteppingStrategy):
             of column-parallel layers; `selective`, norms and activations as well; `full`, all but
             a layer's input; a list of choices and slots; or one of these by layer, as
             `{"0-3": "full", "4-": "selective"}`, with `chunk 0`, `head` and `others` as further
-            keys. Changes no bit.
+            keys. With `auto` what fits into memory at the least time is chosen, layer by layer: by
+            measured times where plans are searched, else by FLOPs and bytes. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
             after so many in a row the run ends with a FloatingPointError.
@@ -306,6 +307,7 @@ class DHellamStrategy(SteppingStrategy):
             context_fp32_gradients=self.context_fp32_gradients,
             schedule=self.schedule,
             bucket_size=self.bucket_size,
+            memory_limit=self.memory_limit,
             module=module,
         )
         rank_zero_info(str(self._runner.agreed.kernels))

@@ -46,9 +46,10 @@ def candidates(
     Args:
         pair: a layer that makes nothing again.
         seconds: what an operator of forward takes, alone.
-        most: how many to return at most.
+        most: how many to return at most, but for the two ends; with 0 nothing is made again.
     """
-    found = {slots: _candidate(pair, slots, seconds) for slots in _sets(pair)}
+    sets = _sets(pair) if most else [frozenset[str]()]
+    found = {slots: _candidate(pair, slots, seconds) for slots in sets}
     front: list[Candidate] = []
     for one in sorted(found.values(), key=lambda c: (c.saved, c.seconds, sorted(c.slots))):
         if not front or one.seconds < front[-1].seconds:

@@ -42,6 +42,7 @@ def choose(
     *,
     limit: float,
     tokens: int,
+    free: Sequence[bool] | None = None,
     builder: Builder | None = None,
 ) -> Chosen:
     """Choose what backward makes again in each layer, at the least time of which all fits.
@@ -56,27 +57,29 @@ def choose(
         costs: what operators cost.
         limit: bytes that slots may take at once.
         tokens: how many tokens a micro-batch has.
+        free: for each layer whether it may make something again; all may if not given.
         builder: makes the plans; None to search them.
 
     Raises:
         ValueError: nothing fits; it says how many bytes the least needs.
     """
-    numbers: dict[tuple[str, str], int] = {}
+    numbers: dict[object, int] = {}
     kinds: list[Kind] = []
     of_layer: list[int] = []
-    for own, pair in zip(measured, kept, strict=True):
-        key = pair.forward.fingerprint, pair.backward.fingerprint
+    for own, pair, may in zip(measured, kept, free or [True] * len(kept), strict=True):
+        key = pair.forward.fingerprint, pair.backward.fingerprint, may
         if key not in numbers:
             numbers[key] = len(kinds)
-            kinds.append(Kind.of(own, pair, costs))
+            kinds.append(Kind.of(own, pair, costs, free=may))
         of_layer.append(numbers[key])
     tables = _tables(kinds, of_layer, moments, costs, tokens, builder)
     fit = _fit(kinds, of_layer, moments, tables, limit, tokens)
     chosen = fit.run()
     if not chosen:
         raise ValueError(
-            f"recompute='auto' finds nothing that fits: activations may take {limit / 2**30:.2f}"
-            f" GiB, and need {fit.peak(fit.least()) / 2**30:.2f} GiB at the least; raise"
+            f"recompute='auto' finds nothing that fits: activations need"
+            f" {fit.peak(fit.least()) / 2**20:,.1f} MiB at the least, and what weights, gradients"
+            f" and optimizer leave of the memory is {max(limit, 0) / 2**20:,.1f} MiB: raise"
             " memory_limit, or make micro_batch_size or the sequences smaller"
         )
     nothing = (0,) * len(kept)

@@ -101,7 +101,7 @@ class Fit:
     def _simple(self) -> list[tuple[int, ...]]:
         """Return choices of at most two candidates: one of the first layers, one of the others."""
         most = max(len(own) for own in self.seconds)
-        found = {}
+        found: dict[tuple[int, ...], None] = {}
         for one, other in product(range(most), repeat=2):
             for turn in range(self._count + 1) if one > other else (0,):
                 numbers = [one if at < turn else other for at in range(self._count)]
@@ -137,10 +137,7 @@ class Fit:
         for layer in range(at, self._count):
             points = _hull(self.bytes[layer] * weights[layer], self.seconds[layer])
             time, used = time + points[0][1], used + points[0][0]
-            steps += [
-                ((t - s) / (b - a), b - a, s - t)
-                for (a, s), (b, t) in pairwise(points)
-            ]
+            steps += [((t - s) / (b - a), b - a, s - t) for (a, s), (b, t) in pairwise(points)]
         steps.sort()
         sizes = np.cumsum([0.0, *(size for _, size, _ in steps)]) + used
         times = time - np.cumsum([0.0, *(gain for _, _, gain in steps)])

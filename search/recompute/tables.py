@@ -8,7 +8,7 @@ from functools import partial
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.plan.passes import recompute
 from lightning_dhellam.search.model import Costs
-from lightning_dhellam.search.recompute.candidates import Candidate, candidates
+from lightning_dhellam.search.recompute.candidates import MOST, Candidate, candidates
 from lightning_dhellam.search.recompute.covering import of_forward
 from lightning_dhellam.search.solve import Budget, Problem, solve_pair
 from lightning_dhellam.search.solve.orders import graphs_of
@@ -32,9 +32,13 @@ class Kind:
     measured: GraphPair
 
     @classmethod
-    def of(cls, measured: GraphPair, kept: GraphPair, costs: Costs) -> Kind:
-        """Make the kind of a layer from the one that was measured and one that makes nothing."""
-        found = candidates(kept, partial(of_forward, costs, measured))
+    def of(cls, measured: GraphPair, kept: GraphPair, costs: Costs, *, free: bool) -> Kind:
+        """Make the kind of a layer from the one that was measured and one that makes nothing.
+
+        Unless it is `free` it stays like that.
+        """
+        most = MOST if free else 0
+        found = candidates(kept, partial(of_forward, costs, measured), most)
         pairs = tuple(recompute(kept, one.slots) for one in found)
         return cls(tuple(found), pairs, measured)
 

@@ -352,6 +352,51 @@ def test_a_replayed_search_needs_one_step(tmp_path: Path) -> None:
     assert losses == train({"micro_batch_size": 3}, **steps)
 
 
+class Remade(Callback):
+    """What is made again at the end, and the most bytes of slots in the steps before."""
+
+    what: Any = None
+    peak = 0
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        assert isinstance(trainer.strategy, DHellamStrategy)
+        runner = trainer.strategy.runner
+        self.what = runner.agreed.recompute
+        self.peak = runner.engine.lanes.ledger.peak_bytes
+        runner.engine.lanes.ledger.peak_bytes = 0
+
+
+def test_what_is_made_again_is_chosen_by_measured_times_and_kept_in_the_plan_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"num_layers": 4, "hidden_dropout": 0.1}
+    end = Remade()
+
+    def trained(steps: int = 4, **strategy: Any) -> list[float]:
+        callbacks: list[Callback] = [end]
+        if strategy.get("plan") == "auto":
+            callbacks = [AutoSearch(rounds=1, replay=True, folder=str(tmp_path)), *callbacks]
+        given = {"micro_batch_size": 2, **strategy}
+        return train(given, Model(**sizes), callbacks=callbacks, max_steps=steps)
+
+    kept = trained(recompute="none", plan="sequential")
+    model = Model(**sizes)
+    model.configure_model()
+    held = sum(20.0 * p.numel() for p in model.parameters())
+    limit = f"{(held + end.peak * 0.6) / 0.97 / 2**20:.6f}MiB"
+    most = end.peak
+    assert trained(plan="auto", recompute="auto", memory_limit=limit) == kept
+    assert end.peak <= 0.65 * most
+    chosen = end.what
+    assert set(chosen) == {"0", "1", "2", "3", "head"} and set(chosen.values()) != {"none"}
+    file = tmp_path / "plan.json"
+    assert PlanFile.load(file).recompute == chosen
+    assert trained(plan=str(file), recompute="auto") == kept
+    assert end.what == chosen
+    with pytest.raises(ValueError, match="recompute='auto' finds nothing that fits"):
+        trained(plan="auto", recompute="auto", memory_limit=f"{held / 2**20:.6f}MiB")
+
+
 def test_batches_of_another_size_are_not_measured(tmp_path: Path) -> None:
     """An epoch of two and a half batches: the half one is trained, but says nothing."""
     plans = InUse()
