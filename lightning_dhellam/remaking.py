@@ -18,7 +18,7 @@ from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
-from lightning_dhellam.plan import Builder
+from lightning_dhellam.plan import Builder, GraphPair
 
 if TYPE_CHECKING:
     from lightning_dhellam.search.model import Costs
@@ -27,6 +27,9 @@ SHARE = 0.9
 """Of the memory, without a search."""
 _MEASURED_SHARE = 0.97
 """Of the memory, when it is measured what the run takes."""
+_UNDER_WAY = 8
+"""Tensors that stages hand over and have not let go: two that were received ahead, four that the
+last two walks have sent, and two that are carried on."""
 _STATE = 12
 """Bytes of an optimizer's state for each parameter: two moments and a master weight in fp32."""
 
@@ -129,13 +132,14 @@ def take(
     engine, world = agreed.engine, agreed.context.world_group
     kept = agreed.lowered("none")
     layers = agreed.suited(kept.layers)
-    walks = (leg.pairs for leg in kept.stage.legs(micro_batches))
+    room -= _UNDER_WAY * tokens * max(map(_received, layers))
+    legs = kept.stage.step(micro_batches).legs
     found = together(
         partial(
             choose,
             engine.layers,
             layers,
-            moments(walks, len(layers)),
+            moments(legs, len(layers)),
             costs,
             limit=room,
             tokens=tokens,
@@ -159,6 +163,12 @@ def take(
         f" {count} of {len(every)} layers make some again: {_size(tightest.peak_bytes)}, and"
         f" {tightest.seconds / tightest.kept - 1:.1%} more time"
     )
+
+
+def _received(layer: GraphPair) -> float:
+    """Bytes per token of what another stage sends a layer."""
+    slots = (slot for operator in layer.forward.receives for slot in operator.writes)
+    return sum(layer.forward.bytes_per_token.get(slot, 0.0) for slot in slots)
 
 
 def _size(size: float) -> str:

@@ -1,8 +1,9 @@
-"""From measured operator times to a plan, in five rooms.
+"""From measured operator times to a plan, in six rooms.
 
     measure    times operators and keeps the times: profiles and their files
     model      plays orders of operators by those times: seconds, memory, a whole step
     solve      finds the best order of each pair of layers
+    recompute  finds what layers make again, so that a stage fits into memory
     pipeline   plays the stages of a pipeline, whose visits are such steps
     report     shows what was found: tables, traces, pictures, folders
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lightning_dhellam.pipeline.schedules import Part
+from lightning_dhellam.pipeline.stage import Leg
+
 
 class Moment(NamedTuple):
     """Two layers beside each other.
@@ -21,23 +24,26 @@ class Moment(NamedTuple):
     saved: tuple[int, ...]
 
 
-def moments(
-    walks: Iterable[Iterable[tuple[int | None, int | None]]], layers: int
-) -> dict[Moment, int]:
+def moments(legs: Iterable[Leg], layers: int) -> dict[Moment, int]:
     """Return how often each moment occurs in a step.
 
+    Where backward is in two parts, the first is taken for all of it, and what is saved of a layer
+    to stay until the second.
+
     Args:
-        walks: of a stage, each the pairs of layers that go beside each other: one forward, one
-            backward.
+        legs: walks of a stage.
         layers: how many layers the stage has.
     """
     found: dict[Moment, int] = {}
     saved = [0] * layers
-    for ahead, behind in (pair for walk in walks for pair in walk):
-        if ahead is not None:
-            saved[ahead] += 1
-        moment = Moment(ahead, behind, tuple(saved))
-        found[moment] = found.get(moment, 0) + 1
-        if behind is not None:
-            saved[behind] -= 1
+    for leg in legs:
+        for ahead, behind in leg.pairs:
+            if ahead is not None:
+                saved[ahead] += 1
+            meets = None if leg.part is Part.WEIGHTS else behind
+            if ahead is not None or meets is not None:
+                moment = Moment(ahead, meets, tuple(saved))
+                found[moment] = found.get(moment, 0) + 1
+            if behind is not None and leg.part is not Part.INPUT:
+                saved[behind] -= 1
     return found

@@ -46,11 +46,11 @@ class Stand:
         return [recompute(pair, own) for pair, own in zip(self.kept.layers, slots, strict=True)]
 
     def choose(self, limit: float) -> Chosen:
-        walks = [leg.pairs for leg in self.kept.stage.legs(MICRO_BATCHES)]
+        legs = self.kept.stage.step(MICRO_BATCHES).legs
         return choose(
             self.measured,
             self.kept.layers,
-            moments(walks, len(self.kept.layers)),
+            moments(legs, len(self.kept.layers)),
             self.costs,
             limit=limit,
             tokens=TOKENS,
@@ -118,9 +118,10 @@ def test_early_stages_hold_more_micro_batches() -> None:
     held = []
     for number in range(3):
         stage = Stage(number, Placement.folded(3), (2, 2))
-        found = moments((leg.pairs for leg in stage.legs(8)), 4)
+        legs = stage.step(8).legs
+        found = moments(legs, 4)
         held.append(max(moment.saved[0] for moment in found))
         counts = [moment.saved for moment in found]
         assert all(a >= b for saved in counts for a, b in pairwise(saved[:2])), "later layers less"
-        assert sum(found.values()) == sum(len(leg.pairs) for leg in stage.legs(8))
+        assert sum(found.values()) == sum(len(leg.pairs) for leg in legs)
     assert held == sorted(held, reverse=True) and held[0] > held[-1]

@@ -388,7 +388,8 @@ def test_what_is_made_again_is_chosen_by_measured_times_and_kept_in_the_plan_fil
     assert trained(plan="auto", recompute="auto", memory_limit=limit) == kept
     assert end.peak <= 0.65 * most
     chosen = end.what
-    assert set(chosen) == {"0", "1", "2", "3", "head"} and set(chosen.values()) != {"none"}
+    assert set(chosen) == {"0", "1", "2", "3", "head"}
+    assert any(value != "none" for value in chosen.values())
     file = tmp_path / "plan.json"
     assert PlanFile.load(file).recompute == chosen
     assert trained(plan=str(file), recompute="auto") == kept
