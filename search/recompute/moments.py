@@ -40,7 +40,7 @@ def moments(legs: Iterable[Leg], layers: int) -> dict[Moment, int]:
         for ahead, behind in leg.pairs:
             if ahead is not None:
                 saved[ahead] += 1
-            meets = None if leg.part is Part.WEIGHTS else behind
+            meets = None if leg.part is Part.WEIGHT else behind
             if ahead is not None or meets is not None:
                 moment = Moment(ahead, meets, tuple(saved))
                 found[moment] = found.get(moment, 0) + 1
