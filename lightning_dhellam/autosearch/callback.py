@@ -167,8 +167,10 @@ class AutoSearch(Callback):
         def plans() -> PlanFile:
             found = PlanFile.of_fields(loaded["plans"], where)
             found.check(runner.agreed.conditions, where)
-            build = found.builder()
-            for pair in runner.engine.layers:  # refuses what has changed
+            build, layers = found.builder(), runner.engine.layers
+            if runner.agreed.undecided and found.recompute:
+                layers = runner.agreed.lowered(found.recompute).layers
+            for pair in layers:  # refuses what has changed
                 build(pair.forward, pair.backward)
             return found
 
@@ -177,6 +179,8 @@ class AutoSearch(Callback):
         except ValueError as error:
             trainer.print(f"search: {error}")
             return False
+        if runner.agreed.undecided and found.recompute:
+            runner.agreed.remake(found.recompute)
         runner.use_plan(loaded["name"], found.builder())
         trainer.print(f"search: '{loaded['name']}' is used, which the checkpoint has found")
         return True

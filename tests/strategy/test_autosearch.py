@@ -367,17 +367,20 @@ class Remade(Callback):
 
 
 def test_what_is_made_again_is_chosen_by_measured_times_and_kept_in_the_plan_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     sizes: dict[str, Any] = {"num_layers": 4, "hidden_dropout": 0.1}
     end = Remade()
 
-    def trained(steps: int = 4, **strategy: Any) -> list[float]:
+    def trained(state: Any = None, **strategy: Any) -> list[float]:
         callbacks: list[Callback] = [end]
         if strategy.get("plan") == "auto":
-            callbacks = [AutoSearch(rounds=1, replay=True, folder=str(tmp_path)), *callbacks]
+            search = AutoSearch(rounds=1, replay=state is None, folder=str(tmp_path))
+            if state is not None:
+                search.load_state_dict(state)
+            callbacks = [search, *callbacks]
         given = {"micro_batch_size": 2, **strategy}
-        return train(given, Model(**sizes), callbacks=callbacks, max_steps=steps)
+        return train(given, Model(**sizes), callbacks=callbacks)
 
     kept = trained(recompute="none", plan="sequential")
     model = Model(**sizes)
@@ -393,6 +396,10 @@ def test_what_is_made_again_is_chosen_by_measured_times_and_kept_in_the_plan_fil
     file = tmp_path / "plan.json"
     assert PlanFile.load(file).recompute == chosen
     assert trained(plan=str(file), recompute="auto") == kept
+    assert end.what == chosen
+    # A checkpoint has the plans as well.
+    state = {"name": "auto", "plans": PlanFile.load(file).fields}
+    assert trained(state, plan="auto", recompute="auto") == kept
     assert end.what == chosen
     with pytest.raises(ValueError, match="recompute='auto' finds nothing that fits"):
         trained(plan="auto", recompute="auto", memory_limit=f"{held / 2**20:.6f}MiB")
