@@ -52,7 +52,7 @@ class Finding:
         self.by_newest = path is not None and (unnamed or ckpt_path in ("last", "hpc"))
         return path
 
-    def others(self, path: Path) -> list[str]:
+    def others(self, path: Path) -> list[Path]:
         """Checkpoints of this trainer's besides `path`, the newest first."""
         found: dict[Path, float] = {}
         for folder in (path.parent, *self._folders()):
@@ -60,7 +60,7 @@ class Finding:
                 if one.is_dir():
                     found[one.resolve()] = one.stat().st_mtime
         found.pop(path.resolve(), None)
-        return [str(one) for one in sorted(found, key=lambda one: -found[one])]
+        return sorted(found, key=lambda one: -found[one])
 
     def took(self, path: Path) -> None:
         """Let the trainer know which checkpoint it really goes on from."""

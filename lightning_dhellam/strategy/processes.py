@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,11 @@ class JobStrategy(ParallelStrategy):
         launcher = self._launcher
         is_first = self.global_rank == 0
         return launcher.note if isinstance(launcher, RestartingLauncher) and is_first else None
+
+    def _of_earlier_lives(self, path: Path) -> list[Path] | None:
+        """Older checkpoints of the job, if it goes on from `path` by itself; see `restarts`."""
+        launcher = self._launcher
+        return launcher.others(path) if isinstance(launcher, RestartingLauncher) else None
 
     def _set_world_ranks(self) -> None:
         environment = self.cluster_environment

@@ -107,15 +107,12 @@ class Note:
         self._file.unlink(missing_ok=True)
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint with which training can go on; None if there is none.
+        """The newest checkpoint with which training can go on; None if there is none.
 
-        Of each newer one that is not whole a line says why.
+        All its files are there, in their sizes; what is in them is compared when it is loaded. Of
+        each newer one of which that is not so a line says why.
         """
-        known = _read(self._file)
-        saved = [place for folder in known.get("folders", ()) for place in _saved(Path(folder))]
-        for moment, path in sorted(saved, reverse=True):
-            if moment < known["begun"]:
-                break  # of another job
+        for path in self.saved():
             try:
                 check_present(path)
                 if holds_state(path):
@@ -123,6 +120,13 @@ class Note:
             except ValueError as error:
                 rank_zero_warn(f"going on from an older checkpoint: {error}")
         return None
+
+    def saved(self) -> list[Path]:
+        """Checkpoints that the job has saved, the newest first."""
+        known = _read(self._file)
+        found = [place for folder in known.get("folders", ()) for place in _saved(Path(folder))]
+        # What is older than the note is of another job.
+        return [path for moment, path in sorted(found, reverse=True) if moment >= known["begun"]]
 
     def _write(self, known: dict[str, Any]) -> None:
         save_text(self._file, json.dumps(known) + "\n")
@@ -234,6 +238,13 @@ class RestartingLauncher(_Launcher):
                 f"rank {found.index(None)} does not see {path}, from which other ranks go on: save"
                 " on a file system that all nodes see, and start again when it shows them the same"
             )
+
+    def others(self, path: Path) -> list[Path] | None:
+        """Older checkpoints of the job, the newest first, if it goes on from `path` by itself."""
+        if self.note is None or path != self.found:
+            return None
+        saved = self.note.saved()
+        return saved[saved.index(path) + 1 :] if path in saved else []
 
     @override
     def kill(self, signum: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,10 +229,11 @@ class SavingStrategy(JobStrategy):
         fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
         names, settings = self._expert_names, self._settings if fitting else None
         path = local_path(self.broadcast(str(checkpoint_path)))
-        finding = self._finding
-        found_whole = finding is not None and finding.by_newest
-        if finding is not None and found_whole:
-            path = self._newest_whole(path, finding, training=fitting)
+        finding, others = self._finding, self._of_earlier_lives(path)
+        if others is None and finding is not None and finding.by_newest:
+            others = finding.others(path)
+        if others is not None:
+            path = self._newest_whole(path, others, training=fitting)
 
         def check() -> list[str]:
             return checkpoint_files.check_model(
@@ -249,7 +250,7 @@ class SavingStrategy(JobStrategy):
             [*own, *experts],
             settings,
             experts,
-            checked=found_whole,
+            checked=others is not None,
         )
         saved["state_dict"] = names.rank_of(saved["state_dict"])
         if fitting:
@@ -264,20 +265,20 @@ class SavingStrategy(JobStrategy):
         if line:
             rank_zero_warn(line)
 
-    def _newest_whole(self, path: Path, finding: Finding, *, training: bool) -> Path:
-        """The newest whole checkpoint of this run's, of which `path` would be the newest.
+    def _newest_whole(self, path: Path, others: Sequence[Path], *, training: bool) -> Path:
+        """The newest whole checkpoint of this run's: `path`, or else one of others.
 
         Raises:
             ValueError: on every rank: there is none.
         """
         if self.is_global_zero:
             clear(path.parent)
-        paths = [path, *map(Path, self.broadcast(finding.others(path)))]
+        paths = [path, *map(Path, self.broadcast([str(other) for other in others]))]
         found, refused = checkpoint_files.newest_whole(paths, self.context, training=training)
         for reason in refused:
             rank_zero_warn(f"{reason}: going on from {found}, the newest that is whole")
-        if refused:
-            finding.took(found)
+        if refused and self._finding is not None:
+            self._finding.took(found)
         return found
 
     @override

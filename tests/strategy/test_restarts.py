@@ -145,6 +145,12 @@ def test_what_is_not_whole_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
         assert job.fit(1, 5, weights="weights.ckpt") == [3, 4, 5]
     with pytest.warns(UserWarning, match="older checkpoint"):
         assert job.fit(2, 4) == [3, 4]  # not from weights alone
+    changed = job.checkpoint(2) / "rest.pt"
+    whole = changed.read_bytes()
+    changed.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.warns(UserWarning, match=r"step=2.ckpt/rest.pt .*going on from .*step=1.ckpt"):
+        assert job.fit(2, 3) == [2, 3]
+    changed.write_bytes(whole)
     (job.checkpoint(2) / "topology.json").unlink()
     with pytest.warns(UserWarning, match="older checkpoint"):
         assert job.fit(3, 3) == [2, 3]
