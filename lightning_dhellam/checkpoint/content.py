@@ -172,10 +172,15 @@ def _save(file: Path, content: Any) -> None:
             opened.close()
 
 
+_BEGINNING = b"PK"
+"""What a file of `torch.save` begins with: it is a zip file."""
+
+
 def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     """The content of a file, of whatever device on the CPU; none of its code is run.
 
-    With `mapped` tensors stay in the file until they are read, and must not be changed.
+    With `mapped` it is a file that the user has named, whose tensors stay there until they are
+    read, and must not be changed.
 
     Raises:
         ValueError: it is missing or damaged, or holds a type that is not allowed.
@@ -186,6 +191,13 @@ def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
         with file.open("rb") as stream:
             # Of a file that is cut off torch says something else for each length.
             whole = is_zipfile(stream)
+            stream.seek(0)
+            begins = stream.read(len(_BEGINNING)) == _BEGINNING
+        if mapped and not begins:
+            raise ValueError(
+                f"{file} is no checkpoint: give a folder that a run with DHellamStrategy has saved,"
+                " or a file that one with another of Lightning's strategies has"
+            )
         if not whole:
             raise ValueError(
                 f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {REMEDY}"

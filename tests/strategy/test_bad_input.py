@@ -343,7 +343,7 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
     },
     "checkpoint-of-another-kind": (
         _launch(ckpt_path=Path(__file__)),
-        r"test_bad_input.py is not a folder: give a folder that a run with",
+        r"test_bad_input.py is no checkpoint: give a folder that a run with DHellamStrategy",
     ),
 }
 
@@ -687,7 +687,7 @@ def messages() -> dict[str, tuple[str, int]]:
 PATTERNS = {
     **{name: case[-1] for name, case in SETUP.items()},
     **{name: case[-1] for name, case in BATCHES.items()},
-    "checkpoint": r"test_bad_input.py is not a folder: give a folder that a run",
+    "checkpoint": r"test_bad_input.py is no checkpoint: give a folder that a run",
     "no-checkpoint": r"test_bad_input.ckpt does not exist: give a folder that a run",
 }
 
