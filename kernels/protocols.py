@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.kernels.attention.heads import Heads
+from lightning_dhellam.kernels.dropout.reference import Columns
 from lightning_dhellam.kernels.permute import Sorted
 
 
@@ -49,7 +50,7 @@ class DropoutKernel(Protocol):
         p: float,
         key: int,
         places: Tensor | None = None,
-        columns: tuple[int, int] | None = None,
+        columns: Columns = None,
     ) -> Tensor:
         """Drop elements of `x` [s, ...] with probability `p`, and scale the others."""
 
@@ -64,7 +65,7 @@ class DropoutKernel(Protocol):
         p: float,
         key: int,
         places: Tensor | None = None,
-        columns: tuple[int, int] | None = None,
+        columns: Columns = None,
     ) -> Tensor:
         """The gradient by `x`, from `dy`, that of what `forward` gave."""
 

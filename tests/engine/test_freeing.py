@@ -16,7 +16,7 @@ from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.pipeline.schedules import Visit, fold, walks
-from lightning_dhellam.pipeline.stage import Leg
+from lightning_dhellam.pipeline.stage import Leg, Stage
 from lightning_dhellam.plan import (
     BUILDERS,
     Builder,
@@ -224,11 +224,12 @@ def test_two_strands_hold_hardly_more_than_one() -> None:
 def test_evaluation_and_prediction_save_nothing() -> None:
     context = ParallelContext.single(CPU)
     model = CausalLM(CONFIG, context)
-    engine = engine_of(lower(model))
+    lowered = lower(model)
+    first, *between, last = lowered.layers
     peaks = []
-    for layers in (engine.layers, (engine.layers[0], *engine.layers[1:-1] * 4, engine.layers[-1])):
-        engine.layers = layers
-        engine.lanes.ledger = Ledger()
+    for times in (1, 4):
+        layers = (first, *between * times, last)
+        engine = engine_of(replace(lowered, layers=layers, stage=Stage.alone(len(layers))))
         engine.evaluate(pieces(batch_of(CONFIG, 2, 8), 1, context))
         engine.predict(pieces(batch_of(CONFIG, 2, 8), 1, context))
         assert engine.lanes.ledger.slots == 0

@@ -154,15 +154,15 @@ def test_plans_lists_every_distinct_plan_in_walking_order(model: CausalLM) -> No
     engine = engine_of(lower(model))
     pairs = [(plan.forward, plan.backward) for plan in engine.plans()]
     assert pairs == [
-        ("embedding", "head"),
         ("embedding", None),
-        (None, "head"),
-        ("transformer", "transformer"),
         ("transformer", None),
-        (None, "transformer"),
-        ("head", "embedding"),
         ("head", None),
+        (None, "head"),
+        (None, "transformer"),
         (None, "embedding"),
+        ("embedding", "head"),
+        ("transformer", "transformer"),
+        ("head", "embedding"),
     ]
     engine.install(BUILDERS["dhellam"])
     assert {plan.name for plan in engine.plans()} == {"dhellam"}
