@@ -6,7 +6,7 @@ there is no progress bar, and a device that is read has nothing left to do meanw
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class LateValue:
     def __init__(self, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._copy = torch.zeros((), pin_memory=on_cuda)
+        self._memory: Any = None  # of the copy: a planned run's has none
         self._arrived = torch.cuda.Event() if on_cuda else None
         self._under_way = False
         self._value: float | None = None
@@ -32,6 +33,8 @@ class LateValue:
     def put(self, scalar: Tensor) -> None:
         """Send a scalar to the host, unless an earlier one is still under way."""
         self.get()
+        if self._memory is None:
+            self._memory = self._copy.numpy()
         if not self._under_way:
             self._copy.copy_(scalar.detach(), non_blocking=True)
             self._under_way = True
@@ -50,7 +53,7 @@ class LateValue:
     def get(self) -> float | None:
         """The last one that has arrived; None before the first."""
         if self._under_way and (self._arrived is None or self._arrived.query()):
-            self._value = float(self._copy.numpy())
+            self._value = float(self._memory)
             self._under_way = False
         return self._value
 
