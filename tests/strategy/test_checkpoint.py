@@ -268,7 +268,7 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_the_old_checkpoint(
     ("name", "words"),
     [
         ("weights-only", ["holds weights only", "save_weights_only=False"]),
-        ("file", ["plain.ckpt is damaged, or cut off", "use another checkpoint"]),
+        ("file", ["plain.ckpt is no checkpoint: give a folder that a run", "or a file"]),
         ("missing", ["nowhere.ckpt does not exist: give a folder that a run"]),
         ("no-file", ["no-file has no __1_0.distcp: ", "use another checkpoint"]),
         *((file, [f"cut-{file}/{file} ", "use another checkpoint"]) for file in DAMAGED),
