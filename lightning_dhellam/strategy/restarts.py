@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -30,6 +29,7 @@ from typing_extensions import override
 from lightning_dhellam.checkpoint import check_present, holds_state
 from lightning_dhellam.files import local_path, save_text
 from lightning_dhellam.parallel.collectives import of_all_ranks
+from lightning_dhellam.strategy.launcher import StartedLauncher
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -156,7 +156,7 @@ def _saved(folder: Path) -> Iterator[tuple[float, Path]]:
                     yield (path / "topology.json").stat().st_mtime, path
 
 
-class RestartingLauncher(_Launcher):
+class RestartingLauncher(StartedLauncher):
     """Where torchrun has started the processes: lets a later life go on from an earlier one.
 
     Args:
@@ -173,18 +173,13 @@ class RestartingLauncher(_Launcher):
         self,
         life: Life,
         run: Callable[[], int],
-        prepare: Callable[[pl.Trainer], None] | None = None,
+        prepare: Callable[[pl.Trainer], None],
     ) -> None:
+        super().__init__(prepare)
         self._life = life
         self._run = run
-        self._prepare = prepare
         self.note: Note | None = None
         self.found: Path | None = None
-
-    @property
-    @override
-    def is_interactive_compatible(self) -> bool:
-        return True
 
     @override
     def launch(
@@ -195,10 +190,8 @@ class RestartingLauncher(_Launcher):
         **kwargs: Any,
     ) -> Any:
         self.note = self.found = None
-        if trainer is not None and self._prepare is not None:
-            self._prepare(trainer)
         if trainer is None or trainer.state.fn is not TrainerFn.FITTING:
-            return function(*args, **kwargs)
+            return super().launch(function, *args, trainer=trainer, **kwargs)
         call = inspect.signature(function).bind(*args, **kwargs)
         root = local_path(trainer.default_root_dir)
         self.note = Note(root, self._life, self._run())
@@ -209,7 +202,7 @@ class RestartingLauncher(_Launcher):
             self.note.forget()  # of another job of that id, or of none
         if self.found is not None:
             call.arguments["ckpt_path"] = str(self.found)
-        return function(*call.args, **call.kwargs)
+        return super().launch(function, *call.args, trainer=trainer, **call.kwargs)
 
     def _choose(self, given: Any) -> Path | None:
         """The checkpoint to go on from, where the run was given this `ckpt_path`."""
@@ -245,10 +238,6 @@ class RestartingLauncher(_Launcher):
             return None
         saved = self.note.saved()
         return saved[saved.index(path) + 1 :] if path in saved else []
-
-    @override
-    def kill(self, signum: Any) -> None:
-        """Torchrun ends the processes that it has started."""
 
 
 def store_of_life(timeout: timedelta) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def test_a_job_of_an_id_goes_on_until_its_end(
 
 
 def test_ranks_that_see_different_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = RestartingLauncher(Life("job", 1), lambda: 1)
+    launcher = RestartingLauncher(Life("job", 1), lambda: 1, lambda trainer: None)
     for found, refused in (([None, Path("a.ckpt")], True), ([None, None], False)):
         monkeypatch.setattr(restarts, "of_all_ranks", lambda *_, found=found: found)
         if refused:
