@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def write_error(
         free = shutil.disk_usage(_existing(path.parent)).free
         text += f": {size_in_words(written)} were written{more}, and {size_in_words(free)} are free"
     return WriteError(error.errno, text)
+
+
+def in_parts(file: FileIO, data: memoryview) -> Iterator[int]:
+    """Write all of `data` to an unbuffered file, of which a disk that is almost full takes a part.
+
+    Gives the bytes of each part once they are written.
+    """
+    while data.nbytes:
+        done = file.write(data)
+        yield done
+        data = data[done:]
 
 
 def _existing(folder: Path) -> Path:

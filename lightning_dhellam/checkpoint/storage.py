@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import check_size
 from lightning_dhellam.checkpoint.pieces import Pieces
-from lightning_dhellam.files import write_error
+from lightning_dhellam.files import in_parts, write_error
 from lightning_dhellam.parallel.collectives import to_first
 
 METADATA = ".metadata"
@@ -292,18 +292,15 @@ class _Written:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        self.checksum = zlib.crc32(left, self.checksum)
-        count = left.nbytes
+        whole = memoryview(data).cast("B")
+        self.checksum = zlib.crc32(whole, self.checksum)
         try:
-            while left.nbytes:  # unbuffered: a disk that is almost full takes a part
-                done = self.file.write(left)
+            for done in in_parts(self.file, whole):
                 self.size += done
-                left = left[done:]
         except OSError as error:
             self.error = error
             raise
-        return count
+        return whole.nbytes
 
     def tell(self) -> int:
         return self.size

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dhellam.files import write_error
+from lightning_dhellam.files import in_parts, write_error
 from lightning_dhellam.models.conversion import Shape
 from lightning_dhellam.models.stored import TYPES
 
@@ -56,12 +56,9 @@ class TensorFile:
         self._write(whole.flatten().view(torch.uint8).numpy())
 
     def _write(self, data: Any) -> None:
-        left = memoryview(data)
         try:
-            while left.nbytes:  # unbuffered: a disk that is almost full takes a part
-                done = self._file.write(left)
+            for done in in_parts(self._file, memoryview(data)):
                 self.written += done
-                left = left[done:]
         except OSError as error:
             raise write_error(self.path, error, self.written, self.needed) from error
 
