@@ -36,7 +36,7 @@ class AgreedEngine:
         kernels: backends to use by operator; the fastest that this machine has for all others.
         recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, a
             list of choices and slots, or either by layer. With `auto` it is all that can be, until
-            `remake` is called; or what a plan file was searched with.
+            `use_recompute` is called; or what a plan file was searched with.
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
@@ -51,7 +51,7 @@ class AgreedEngine:
         exchanges: ways for keys and values that a search may choose from.
         recompute: what backward makes again.
         undecided: whether that is to be decided yet.
-        chosen: what `remake` was given; None before.
+        chosen: what `use_recompute` was given; None before.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -144,7 +144,7 @@ class AgreedEngine:
         """This rank's place among all."""
         return self._context
 
-    def remake(self, recompute: ByLayer) -> None:
+    def use_recompute(self, recompute: ByLayer) -> None:
         """Let backward make other slots again from the next step on. Every rank must call this.
 
         The plans are those of the same builder.

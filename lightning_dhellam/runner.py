@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_dhellam import remaking
+from lightning_dhellam import recomputing
 from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.balance import Balance, ExpertUse
 from lightning_dhellam.checkpoint.loop import load, save
@@ -371,7 +371,9 @@ class Runner:
         check_as_many(pieces, self.context, balanced=balance.spans_replicas)
         self.agreed.suit(batch["tokens"].shape[1])
         if self.agreed.undecided and not self.is_searched:
-            remaking.by_rule(self.agreed, self.model, pieces, self.memory_limit, self.state_shards)
+            recomputing.by_rule(
+                self.agreed, self.model, pieces, self.memory_limit, self.state_shards
+            )
         loss = training.run(pieces)
         if scale is not None:
             loss = loss / scale

@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "displays expert_load module predictions",
         "hosted",
         "runner",
-        "balance remaking training",
+        "balance recomputing training",
         "agreed",
         "checkpoint memory",
         "models",

@@ -180,7 +180,7 @@ class AutoSearch(Callback):
             trainer.print(f"search: {error}")
             return False
         if runner.agreed.undecided and found.recompute:
-            runner.agreed.remake(found.recompute)
+            runner.agreed.use_recompute(found.recompute)
         runner.use_plan(loaded["name"], found.builder())
         trainer.print(f"search: '{loaded['name']}' is used, which the checkpoint has found")
         return True

@@ -30,7 +30,7 @@ from lightning_dhellam.hosted import Ending
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
 from lightning_dhellam.plan.file import PlanFile, named_plan
-from lightning_dhellam.remaking import measured_bytes, when_measured
+from lightning_dhellam.recomputing import measured_bytes, when_measured
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Fingerprint, Profile, Progress, Trials
 from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate

@@ -107,13 +107,15 @@ def lower(
     wanted = choices_of(recompute, model.chunks, model.chunk_count)
     slots: set[str] = set()
 
-    def remaking(pair: GraphPair, what: Recompute) -> GraphPair:
+    def recomputed(pair: GraphPair, what: Recompute) -> GraphPair:
         slots.update(pair.forward.written)
         return remade(pair, what)
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
-            remaking(_lower_layer(layer, Setting(sizes, chosen, rotary, index, way)), wanted[index])
+            recomputed(
+                _lower_layer(layer, Setting(sizes, chosen, rotary, index, way)), wanted[index]
+            )
             for index, layer in model.own_layers(chunk)
         ]
 
@@ -123,7 +125,7 @@ def lower(
     if topology.pp_rank == 0:
         head = _head(model, sizes, chosen, loss)
         falling.insert(0, lower_embedding(model.embedding, sizes, chosen))
-        rising.append(remaking(head.lower(), wanted[-1]))
+        rising.append(recomputed(head.lower(), wanted[-1]))
         logits = head.lower_logits()
     if topology.pp_size > 1:
         falling = connect(falling, early, sizes)

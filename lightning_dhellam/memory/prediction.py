@@ -4,7 +4,7 @@ A rank's share of the model is built by Megatron-core on tensors without memory,
 buffers and its optimizer, and the engine walks a step of it on lanes that only count. So the terms
 are those of the run itself:
 
-    weights, gradients, optimizer   what `held` counts, Megatron's padding and shards included
+    weights, gradients, optimizer   what `model_states` counts: Megatron's padding and shards too
     activations                     the most that all slots of a step take at once: saved ones,
                                     those in use within a layer, what is gathered and received
     batch                           tokens, labels and what is made of them
@@ -25,7 +25,12 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_dhellam.layers import Loss, lower
 from lightning_dhellam.memory.activations import activation_peak, micro_batches, without_memory
-from lightning_dhellam.memory.held import Held, bytes_of, held, tensors_in
+from lightning_dhellam.memory.model_states import (
+    ModelStates,
+    bytes_of,
+    model_states,
+    tensors_in,
+)
 from lightning_dhellam.models import CausalLM, ModelConfig, pipeline_split
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
@@ -174,7 +179,7 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
         context = planned_context(topology, torch.device("cpu"), split)
         build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
         model = build(context, numbers.dtype)
-        found = _held(run, model, context)
+        found = _model_states(run, model, context)
         peak, batch = _step(run, model, topology)
     return RankMemory(
         topology.pp_rank,
@@ -210,7 +215,7 @@ def step_bytes(run: Run, rank: int, trained: Mapping[str, bool]) -> tuple[int, i
         return _step(run, model, topology)
 
 
-def _held(run: Run, model: CausalLM, context: ParallelContext) -> Held:
+def _model_states(run: Run, model: CausalLM, context: ParallelContext) -> ModelStates:
     numbers = PRECISIONS[run.precision]
     optimizer = run.optimizer([p for p in model.parameters() if p.requires_grad])
     of_model = holders(model, context.topology)
@@ -232,7 +237,7 @@ def _held(run: Run, model: CausalLM, context: ParallelContext) -> Held:
         master_weights=numbers.master_weights,
         max_skipped_steps=1,
     )
-    return held(model, buffers, wrapped)
+    return model_states(model, buffers, wrapped)
 
 
 def _step(run: Run, model: CausalLM, topology: Topology) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_dhellam.memory import Run
-from lightning_dhellam.memory.held import held
 from lightning_dhellam.memory.limit import cannot_fit, cheapest_change, refusal
+from lightning_dhellam.memory.model_states import model_states
 from lightning_dhellam.memory.prediction import step_bytes
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import of_all_ranks
@@ -144,20 +144,20 @@ class MemoryWatch:
         trained = {n: p.requires_grad for n, p in runner.model.named_parameters()}
         try:
             slots, self._batch = step_bytes(run, run.topology.rank, trained)
-            return self._held(runner) + slots + self._batch
+            return self._model_states(runner) + slots + self._batch
         except Exception as error:  # a user's block, which cannot do without values, say
             shown = " ".join(str(error).split())
             rank_zero_warn(f"memory could not be predicted: {type(error).__name__}: {shown}")
             return None
 
-    def _held(self, runner: Runner) -> int:
-        return held(runner.model, runner.gradient_buffers, runner.stepped).total
+    def _model_states(self, runner: Runner) -> int:
+        return model_states(runner.model, runner.gradient_buffers, runner.stepped).total
 
     def _measured(self, runner: Runner) -> int:
         """Torch's peak on a GPU; on a CPU what is held, and the engine's own count of slots."""
         if runner.device.type == "cuda":
             return torch.cuda.max_memory_allocated(runner.device)
-        return self._held(runner) + runner.engine.lanes.ledger.peak_bytes + self._batch
+        return self._model_states(runner) + runner.engine.lanes.ledger.peak_bytes + self._batch
 
 
 def _room(device: torch.device) -> int:

@@ -155,7 +155,7 @@ def take(
     }
     known = of_all_ranks((mine, found, room), world)
     every = {key: value for other, _, _ in known for key, value in other.items()}
-    agreed.remake(dict(sorted(every.items())))
+    agreed.use_recompute(dict(sorted(every.items())))
     _, tightest, room = min(known, key=lambda one: one[2] - one[1].kept_bytes)
     count = sum(value != "none" for value in every.values())
     rank_zero_info(

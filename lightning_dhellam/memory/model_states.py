@@ -1,4 +1,4 @@
-"""What weights, gradients and the optimizer take on one rank, as Megatron-core allocates them.
+"""Model states: weights, gradients and the optimizer of one rank, as Megatron-core allocates them.
 
 Megatron's own buffers and optimizers are made, of tensors that have a shape and no memory: buckets,
 padding, shards and masters are theirs.
@@ -26,8 +26,8 @@ _PRIMES = (2, 3, 5, 7, 11, 13)
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that stay from step to step.
+class ModelStates:
+    """Bytes that stay from step to step (the word is that of arXiv 1910.02054).
 
     Attributes:
         weights: parameters, and buffers of modules.
@@ -45,8 +45,10 @@ class Held:
         return self.weights + self.gradients + self.optimizer
 
 
-def held(model: CausalLM, buffers: GradientBuffers, optimizer: ModelParallelOptimizer) -> Held:
-    """Count what is held for a model: planned, or of a run.
+def model_states(
+    model: CausalLM, buffers: GradientBuffers, optimizer: ModelParallelOptimizer
+) -> ModelStates:
+    """Count the states of a model: planned, or of a run.
 
     Of a run after its first step the optimizer's state is counted as it is; before, and of what is
     planned, as its own rule makes it: of a small parameter, which it is let to step.
@@ -68,7 +70,7 @@ def held(model: CausalLM, buffers: GradientBuffers, optimizer: ModelParallelOpti
         kept = bytes_of(tensors_in(state.values()), counted)
     else:
         kept = _state_bytes(optimizer.inner, stepped)
-    return Held(weights, gradients, masters + kept)
+    return ModelStates(weights, gradients, masters + kept)
 
 
 def bytes_of(every: Iterable[Tensor], counted: set[int] | None = None) -> int:

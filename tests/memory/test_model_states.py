@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_dhellam.memory.activations import without_memory
-from lightning_dhellam.memory.held import Held, held
+from lightning_dhellam.memory.model_states import ModelStates, model_states
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     bucket_size: int | None = 3000
 
 
-def _held(case: Case, context: ParallelContext, *, step: bool) -> Held:
+def _held(case: Case, context: ParallelContext, *, step: bool) -> ModelStates:
     """Of a run of which one step was made, or of a planned one."""
     numbers = PRECISIONS[case.precision]
     model = CausalLM(case.config, context, numbers.dtype)
@@ -65,10 +65,10 @@ def _held(case: Case, context: ParallelContext, *, step: bool) -> Held:
         buffers.finish()
         optimizer.step()
         assert optimizer.steps == 1
-    return held(model, buffers, optimizer)
+    return model_states(model, buffers, optimizer)
 
 
-def _both(case: Case, context: ParallelContext) -> tuple[Held, Held]:
+def _both(case: Case, context: ParallelContext) -> tuple[ModelStates, ModelStates]:
     with without_memory():
         planned = planned_context(context.topology, CPU, context.pipeline_split)
         predicted = _held(case, planned, step=False)
@@ -101,7 +101,7 @@ TWO_RANKS = (
 )
 
 
-def _on_rank(rank: int) -> list[tuple[Held, Held]]:
+def _on_rank(rank: int) -> list[tuple[ModelStates, ModelStates]]:
     found = []
     for case in TWO_RANKS:
         sizes = {"tensor_parallel_size": case.tensor_parallel_size}
