@@ -125,6 +125,14 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "reference": Candidate(_backend("dropped_attention.reference", "Reference"), anywhere),
     },
     "embedding": {"reference": _reference("embedding")},
+    "fp8": {
+        "cublas": Candidate(_module("fp8.cublas"), on_hopper_in_16_bits, "triton"),
+        # On the CPU its interpreter, for tests.
+        "triton": Candidate(
+            _module("fp8.triton"), for_triton_on_hopper, "triton", automatic=is_hopper
+        ),
+        "reference": _reference("fp8"),
+    },
     "gelu": _with_triton("gelu"),
     "gelu_tanh": _with_triton("gelu_tanh"),
     "grouped": _with_triton("grouped", for_triton_on_hopper),

@@ -34,6 +34,7 @@ class Kernels:
     dropout: protocols.DropoutKernel
     dropped_attention: DroppingBackend
     embedding: protocols.EmbeddingKernel
+    fp8: protocols.Fp8Kernel
     gelu: protocols.ActivationKernel
     gelu_tanh: protocols.ActivationKernel
     grouped: protocols.GroupedKernel

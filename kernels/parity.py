@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_dhellam.kernels import (
     cross_entropy,
     dropout,
+    fp8,
     gelu,
     gelu_tanh,
     grouped,
@@ -31,6 +32,9 @@ from lightning_dhellam.kernels.deterministic import deterministic
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative error by norm that one rounding of the result explains."""
+
+COARSE = {"fp8": 4e-3}
+"""What operators are allowed in any type: Hopper adds up products of 8 bits with 14 bits."""
 
 Pairs = Iterator[tuple[str, Tensor, Tensor]]
 """Name of a tensor, what the backend made, what the reference makes."""
@@ -72,7 +76,7 @@ def errors(operator: str, backend: Any, draw: Draw) -> dict[str, float]:
 
 def check(operator: str, backend: Any, draw: Draw, slack: float = 1.0) -> list[str]:
     """What `backend` gets wrong, one line for each tensor; `slack` multiplies the limits."""
-    limit = LIMITS[draw.dtype] * slack
+    limit = max(LIMITS[draw.dtype], COARSE.get(operator, 0.0)) * slack
     found = errors(operator, backend, draw)
     return [
         f"{operator}: {name} of {draw.tokens} x {draw.width} in {draw.dtype} is off by {error:.1e},"
@@ -203,6 +207,35 @@ def _merge(backend: Any, draw: Draw) -> Pairs:
             yield f"weights from {start} in {dtype}", total.exp(), expected[1].exp()
 
 
+def _fp8(backend: Any, draw: Draw) -> Pairs:
+    """Casts by every block, and the products of a linear layer whose sizes GEMMs can have."""
+    x = draw.rows()
+    for block in (fp8.WHOLE, fp8.ROWS, fp8.SQUARES):
+        for dtype in (fp8.FORWARD, fp8.GRADIENT):
+            found, truth = backend.cast(x, dtype, block), fp8.cast(x.float(), dtype, block)
+            for name, a, b in zip(("cast", "turned"), found, truth, strict=True):
+                yield f"{name} to {dtype} by {block}", fp8.widened(a), fp8.widened(b)
+    for squares, side in ((fp8.WHOLE, 16), (fp8.SQUARES, 128)):
+        block = fp8.ROWS if squares else fp8.WHOLE
+        # Of few rows no wide product: Triton's interpreter takes its time.
+        inputs, outputs = -(-min(draw.width, 16 * draw.tokens) // side) * side, 2 * side
+        x, weight = draw.normal(draw.tokens, inputs), draw.normal(outputs, inputs)
+        dy = draw.normal(draw.tokens, outputs)
+        (x_in, x_turned), (w_in, w_turned), (dy_in, dy_turned) = (
+            backend.cast(x, fp8.FORWARD, block),
+            backend.cast(weight, fp8.FORWARD, squares),
+            backend.cast(dy, fp8.FORWARD if block else fp8.GRADIENT, block),
+        )
+        for name, a, b in (("y", x_in, w_in), ("dx", dy_in, w_turned)):
+            product = backend.multiply(a, b, draw.dtype)
+            yield f"{name} by {block}", product, fp8.multiply(a, b, torch.float32)
+        grad = torch.randn(outputs, inputs, device=draw.device)
+        expected = grad.clone()
+        backend.accumulate(grad, dy_turned, x_turned)
+        fp8.accumulate(expected, dy_turned, x_turned)
+        yield f"dweight by {block}", grad, expected
+
+
 def _grouped(backend: Any, draw: Draw) -> Pairs:
     """Four groups, of which one has no rows, before rows of none; fresh gradients and old ones."""
     inputs, outputs, groups = -(-draw.width // 32) * 8, 72, 4
@@ -297,6 +330,7 @@ CASES: dict[str, Callable[[Any, Draw], Pairs]] = {
     "swiglu": _swiglu,
     "rope": _rope,
     "dropout": _dropout,
+    "fp8": _fp8,
     "merge": _merge,
     "grouped": _grouped,
     "permute": _permute,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.dropout.reference import Columns
+from lightning_dhellam.kernels.fp8.reference import Block, Cast
 from lightning_dhellam.kernels.permute import Sorted
 
 
@@ -78,6 +79,33 @@ class EmbeddingKernel(Protocol):
 
     def accumulate_wgrad(self, grad: Tensor, dy: Tensor, tokens: Tensor, first: int) -> None:
         """Add `dy` [S, B, H] to the rows of `grad` [V, H], in place."""
+
+
+class Fp8Kernel(Protocol):
+    """Matrices in 8 bits, and their products in a linear layer.
+
+    Attributes:
+        SHRINKS: whether its GEMMs leave processors free when `processors.leave` asks for it.
+    """
+
+    SHRINKS: bool
+
+    def cast(self, x: Tensor, dtype: torch.dtype, block: Block = None) -> tuple[Cast, Cast]:
+        """`x` [..., C] as a matrix [N, C] of `dtype`, and turned."""
+
+    def multiply(
+        self,
+        a: Cast,
+        b: Cast,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        *,
+        fast: bool = False,
+    ) -> Tensor:
+        """`a` [M, K] times `b` [N, K] transposed, plus `bias` [N]."""
+
+    def accumulate(self, grad: Tensor, a: Cast, b: Cast, *, first: bool = False) -> None:
+        """Add `a` [M, K] times `b` [N, K] transposed to `grad` [M, N], in place."""
 
 
 class GroupedKernel(Protocol):

@@ -179,6 +179,7 @@ def test_kernels_are_checked_and_timed(tmp_path: Path) -> None:
     rows = _report(tmp_path, "kernels")["rows"]
     names = {row["kernel"] for row in rows}
     assert {"rms_norm grad", "rope", "gelu", "layer_norm", "loss with grad"} <= names
+    assert {"cast to fp8", "cast to fp8 by rows", "cast to fp8 by squares"} <= names
     assert {"permute", "unpermute", "unpermute grad", "weighted swiglu grad"} <= names
     assert all(row["ours GB/s"] > 0 and row["eager GB/s"] > 0 for row in rows)
 
@@ -201,10 +202,12 @@ def test_gemms_of_a_layer_and_the_head(tmp_path: Path) -> None:
     words = ["--device=cpu", "--preset=llama-tiny", "--tokens=8", "--vocabulary=[40]"]
     assert main(["bench", "gemms", *words, f"--output={tmp_path}"]) == 0
     rows = _report(tmp_path, "gemms")["rows"]
-    assert [(r["gemm"], r["out"], r["in"]) for r in rows] == [
-        ("qkv", 512, 256), ("proj", 256, 256), ("fc1", 1536, 256), ("fc2", 256, 768),
-        ("output 40", 40, 256),
-    ]  # fmt: skip
+    layer = [("qkv", 512, 256), ("proj", 256, 256), ("fc1", 1536, 256), ("fc2", 256, 768)]
+    assert [(r["library"], r["gemm"], r["out"], r["in"]) for r in rows] == [
+        *(("cpu", *gemm) for gemm in [*layer, ("output 40", 40, 256)]),
+        *(("fp8 reference, current", *gemm) for gemm in layer),
+        *(("fp8 reference, blockwise", *gemm) for gemm in layer),
+    ]
     assert all(row[f"{kind} TFLOP/s"] > 0 for row in rows for kind in ("forward", "dgrad", "wgrad"))
 
 

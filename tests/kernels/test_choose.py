@@ -45,8 +45,8 @@ def test_the_cpu_computes_with_the_references_and_says_so() -> None:
     assert str(kernels) == (
         "kernels: cpu for attention, packed_attention; reference for cross_entropy, dropout,"
         " dropped_attention,"
-        " embedding, gelu, gelu_tanh, grouped, layer_norm, linear, merge, permute, rms_norm, rope,"
-        " swiglu"
+        " embedding, fp8, gelu, gelu_tanh, grouped, layer_norm, linear, merge, permute, rms_norm,"
+        " rope, swiglu"
     )
     assert kernels.swiglu.forward(torch.ones(1, 4)).shape == (1, 2)
 
@@ -231,6 +231,7 @@ def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     assert kernels.names["attention"] == usable[0]
     others = {"attention": usable[0], "embedding": "reference", "linear": "cublas"}
     others |= {"packed_attention": "torch_flash", "dropped_attention": "reference"}
+    others |= {"fp8": "cublas"}
     assert kernels.names == {o: others.get(o, "triton") for o in CANDIDATES}
     of_fp32 = choose.choose(device, torch.float32).names
     assert of_fp32["attention"] == of_fp32["packed_attention"] == "efficient"

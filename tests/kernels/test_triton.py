@@ -19,12 +19,14 @@ from torch import Tensor
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
-from lightning_dhellam.kernels import cross_entropy, dropout, masters, parity
+from lightning_dhellam.kernels import cross_entropy, dropout, fp8, masters, parity
 from lightning_dhellam.kernels.attention.heads import Heads
+from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.dropout.philox import philox
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPERATORS = tuple(parity.CASES)
+BLOCKS = (fp8.WHOLE, fp8.ROWS, fp8.SQUARES)
 # Triton's interpreter cuts fp32 off to bf16 where the GPU rounds to the nearest.
 SLACK = 1.0 if torch.cuda.is_available() else 2.0
 
@@ -60,8 +62,10 @@ def test_parity_notices_a_wrong_kernel(operator: str) -> None:
             def wrong(*args: Any) -> Any:
                 result = function(*args)
                 # What computes in place returns nothing.
-                first = next(a for a in args if isinstance(a, list)) if result is None else result
-                first = first[0] if isinstance(first, tuple | list) else first
+                lists = (a for a in args if isinstance(a, list))
+                first = next(lists, args[0]) if result is None else result
+                while isinstance(first, tuple | list):
+                    first = first[0]
                 first.view(-1)[-1] = float("nan")
                 return result
 
@@ -150,6 +154,15 @@ def _grouped_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, .
     return grouped.forward(x, weights, ends), grouped.data_grad(dy, weights, ends), *grads
 
 
+def _fp8_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    kernel, x, dy = triton_of("fp8"), x.flatten(1), dy[..., :16].flatten(1)
+    casts = [c for block in BLOCKS for t in (x, dy) for c in kernel.cast(t, fp8.FORWARD, block)]
+    grad = torch.ones(32, 80, device=DEVICE)
+    kernel.accumulate(grad, casts[3], casts[1])
+    parts = [part for one in casts for part in (one.values.view(torch.uint8), one.scale)]
+    return *parts, kernel.multiply(casts[3], casts[1], torch.float32), grad
+
+
 def _permute_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     permute = triton_of("permute")
     x, dy, rows = (t.flatten(1)[:2] for t in (x, dy, residual))
@@ -177,6 +190,7 @@ def _statistics(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
 RESULTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "cross_entropy": _statistics,
     "dropout": _dropout_results,
+    "fp8": _fp8_results,
     "gelu": partial(_gelu_results, "gelu"),
     "gelu_tanh": partial(_gelu_results, "gelu_tanh"),
     "grouped": _grouped_results,
@@ -212,6 +226,50 @@ def test_results_do_not_depend_on_strides(operator: str) -> None:
 def test_training_sizes_on_the_gpu(operator: str) -> None:
     draw = parity.Draw(4097, 4096, torch.bfloat16, DEVICE)
     assert not parity.check(operator, triton_of(operator), draw)
+
+
+@pytest.mark.parametrize("dtype", [fp8.FORWARD, fp8.GRADIENT], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_casts_to_8_bits_are_those_of_the_reference(dtype: torch.dtype, block: fp8.Block) -> None:
+    """Of numbers far apart, the largest and the smallest of a type, and of nothing but zeros."""
+    torch.manual_seed(0)
+    spread = torch.randn(150, 300) * torch.exp(4 * torch.randn(150, 300))
+    spread[0, :5] = torch.tensor([0.0, -0.0, 3e38, 1e-38, -3e38])
+    for x in (torch.randn(7, 130), spread, torch.zeros(3, 16)):
+        x = x.bfloat16().to(DEVICE)
+        found, expected = triton_of("fp8").cast(x, dtype, block), fp8.cast(x, dtype, block)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a.scale, b.scale)
+            assert torch.equal(a.values.float(), b.values.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cublas", "triton"])
+def test_products_of_8_bits_and_no_wait_on_the_gpu(backend: str) -> None:
+    """Odd numbers of rows and, by squares, of blocks: what is added to fit changes nothing."""
+    kernel = CANDIDATES["fp8"][backend].load()
+    torch.manual_seed(0)
+    for width in (384, 4096):
+        assert not parity.check("fp8", kernel, parity.Draw(1027, width, torch.bfloat16, DEVICE))
+    x, dy = (torch.randn(513, 256, device=DEVICE).bfloat16() for _ in range(2))
+    x[7, 9] = torch.nan
+    grad = torch.zeros(256, 256, device=DEVICE)
+
+    def step(block: fp8.Block) -> None:
+        a, b = kernel.cast(dy, fp8.FORWARD, block), kernel.cast(x, fp8.FORWARD, block)
+        kernel.multiply(a[0], b[0], torch.bfloat16, fast=True)
+        kernel.accumulate(grad, a[1], b[1], first=True)
+        kernel.accumulate(grad, a[1], b[1])
+
+    for block in (fp8.WHOLE, fp8.ROWS):
+        step(block)  # compiles
+        assert grad[:, 9].isnan().all() and not grad[:, 10].isnan().any()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(block)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("size", [1, 4096, 10001])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_dhellam.bench.gemms.eight_bits import rows_in_8_bits
 from lightning_dhellam.bench.gemms.experts import expert_rows
 from lightning_dhellam.bench.gemms.report import COLUMNS, row_of
 from lightning_dhellam.bench.gemms.settings import Settings
@@ -35,7 +37,11 @@ def measure(settings: Settings, folder: Path) -> Report:
             rates = _rates(settings.tokens, *shape, device)
             report.rows.append(row_of(library, name, settings.tokens, shape, rates))
             print(report.rows[-1], flush=True)
-    for row in expert_rows(preset(settings.preset), settings.tokens, device):
+    others = chain(
+        rows_in_8_bits(shapes, settings.tokens, device),
+        expert_rows(preset(settings.preset), settings.tokens, device),
+    )
+    for row in others:
         if not budget.left:
             report.notes["budget"] = "ended before every GEMM was measured"
             break

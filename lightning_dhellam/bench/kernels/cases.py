@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import choose, permute
+from lightning_dhellam.kernels import choose, fp8, permute
 from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.kernels.candidates import CANDIDATES
 
@@ -99,6 +99,7 @@ def _hidden_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Ca
     yield from _rope_cases(tokens, hidden, device)
     yield _merge_case(tokens, hidden, device)
     yield from _expert_cases(tokens, hidden, device)
+    yield from _cast_cases(tokens, hidden, device)
     yield case(
         "dropout", "dropout + residual", "forward_add", lambda: draw(row, row), 3 * x, 0.1, 1 << 40
     )
@@ -177,6 +178,17 @@ def _expert_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Ca
         "swiglu", "weighted swiglu grad", attrgetter("weighted_backward"),
         lambda: (*draw((rows, 2 * hidden), (rows, 4 * hidden)), weights(rows)), moved=20 * x,
     )  # fmt: skip
+
+
+def _cast_cases(tokens: int, hidden: int, device: torch.device) -> Iterator[Case]:
+    """Hidden states in 8 bits, as they are and turned. A scale of all of them takes a pass more."""
+    kinds = {"cast to fp8": (fp8.WHOLE, 6), "cast to fp8 by rows": (fp8.ROWS, 4)}
+    kinds["cast to fp8 by squares"] = (fp8.SQUARES, 4)
+    for name, (block, size) in kinds.items():
+        yield Case(
+            "fp8", name, attrgetter("cast"), lambda: _draw(device, (tokens, hidden)),
+            (fp8.FORWARD, block), size * tokens * hidden, tokens, hidden,
+        )  # fmt: skip
 
 
 def _loss_cases(tokens: int, columns: int, device: torch.device) -> Iterator[Case]:

@@ -1,0 +1,160 @@
+"""Triton: a matrix in 8 bits, as it is and turned, in one pass; with a scale of all of it in two.
+
+The first pass leaves the largest number of each program, and every program of the second takes the
+largest of those: there is nothing to clear, no third launch, and the host waits for nothing.
+Shapes: N rows, C columns, P columns of the turned matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_dhellam.kernels.fp8.reference import FORWARD, LARGEST, SIDE, SMALLEST, Block, Cast
+from lightning_dhellam.kernels.launch import blocks, interpreted
+from lightning_dhellam.kernels.linear.processors import processors
+
+_BLOCK = 8192
+_PARTS = 1024
+"""Most programs of the first pass."""
+
+_SIDE = tl.constexpr(SIDE)
+_SMALLEST = tl.constexpr(SMALLEST)
+
+
+def cast(x: Tensor, dtype: torch.dtype, block: Block = None) -> tuple[Cast, Cast]:
+    """Compute what `reference.cast` does."""
+    rows = x.contiguous().flatten(0, -2)
+    height, width = rows.shape
+    down, across = blocks(height, SIDE), blocks(width, SIDE)
+    pitch = blocks(height, 16) * 16 if block is None else down * SIDE
+    values, turned = x.new_empty(height, width, dtype=dtype), x.new_empty(width, pitch, dtype=dtype)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=x.device)
+
+    found, parts = values, 0
+    if block is None:
+        scale = numbers(1)
+        scale_turned = scale
+        parts = min(max(1, blocks(rows.numel(), _BLOCK)), _most(x.device))
+        found = numbers(parts)
+        _largest[(parts,)](rows, found, rows.numel(), parts, BLOCK=_BLOCK, num_warps=8)
+    elif block[0] == 1:
+        scale, scale_turned = numbers(across, height).t(), numbers(down, width).t()
+    else:
+        scale, scale_turned = numbers(down, across), numbers(across, down)
+    if width:
+        _cast[(max(1, down * across),)](
+            rows, found, values, turned, scale, scale_turned, height, width, pitch, down, across,
+            parts, LARGEST[dtype], PER=0 if block is None else 1 if block[0] == 1 else 2,
+            PARTS=_PARTS, MANTISSA=3 if dtype is FORWARD else 2, INTERPRETED=interpreted(),
+            num_warps=8,
+        )  # fmt: skip
+    return Cast(values, scale), Cast(turned, scale_turned)
+
+
+def _most(device: torch.device) -> int:
+    """Programs of the first pass: as many as run at once."""
+    return min(_PARTS, 4 * processors(device)) if device.type == "cuda" else 4
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _largest(x: tl.tensor, found: tl.tensor, size: int, parts: int, BLOCK: tl.constexpr) -> None:
+    program = tl.program_id(0)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for step in range(tl.cdiv(size, parts * BLOCK)):
+        here = (step * parts + program).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        wide = tl.load(x + here, mask=here < size, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(wide))
+    tl.store(found + program, tl.max(most))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _cast(
+    x: tl.tensor,
+    found: tl.tensor,
+    values: tl.tensor,
+    turned: tl.tensor,
+    scale: tl.tensor,
+    scale_turned: tl.tensor,
+    height: int,
+    width: int,
+    pitch: int,
+    down: int,
+    across: int,
+    parts: int,
+    most: float,
+    PER: tl.constexpr,
+    PARTS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """One square. A scale is `PER` tensor (0), row and column of the square (1), or square (2)."""
+    program = tl.program_id(0)
+    high, far = program // across, program % across
+    row, column = high * _SIDE + tl.arange(0, _SIDE), far * _SIDE + tl.arange(0, _SIDE)
+    tall, wide = row < height, column < width
+    here = row[:, None].to(tl.int64) * width + column[None, :]
+    read = tl.load(x + here, mask=tall[:, None] & wide[None, :], other=0.0).to(tl.float32)
+    if PER == 0:
+        part = tl.arange(0, PARTS)
+        largest = tl.max(tl.load(found + part, mask=part < parts, other=0.0))
+        factor, inverse = _scales(largest, most)
+        if program == 0:
+            tl.store(scale, factor)
+        below = read * inverse
+        above = below
+    elif PER == 1:
+        size = tl.abs(read)
+        factor, inverse = _scales(tl.max(size, axis=1), most)
+        tl.store(scale + far * height + row, factor, mask=tall)
+        below = read * inverse[:, None]
+        factor, inverse = _scales(tl.max(size, axis=0), most)
+        tl.store(scale_turned + high * width + column, factor, mask=wide)
+        above = read * inverse[None, :]
+    else:
+        factor, inverse = _scales(tl.max(tl.abs(read)), most)
+        tl.store(scale + program, factor)
+        tl.store(scale_turned + far * down + high, factor)
+        below = read * inverse
+        above = below
+    dtype: tl.constexpr = values.dtype.element_ty
+    kept = _rounded(below, most, dtype, MANTISSA, INTERPRETED)
+    tl.store(values + here, kept, mask=tall[:, None] & wide[None, :])
+    if PER == 1:
+        kept = _rounded(above, most, dtype, MANTISSA, INTERPRETED)
+    there = column[:, None].to(tl.int64) * pitch + row[None, :]
+    tl.store(turned + there, tl.trans(kept), mask=wide[:, None] & (row < pitch)[None, :])
+
+
+@triton.jit
+def _scales(largest: tl.tensor, most: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    known = largest > _SMALLEST
+    safe = tl.where(known, largest, 1.0)
+    return (
+        tl.where(known, tl.div_rn(safe, most), 1.0),
+        tl.where(known, tl.div_rn(most, safe), 1.0),
+    )
+
+
+@triton.jit
+def _rounded(
+    x: tl.tensor,
+    most: tl.tensor,
+    dtype: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> tl.tensor:
+    # Not `minimum` and `maximum`, which drop NaN: one in the result leaves the step out.
+    x = tl.where(x > most, most, tl.where(x < -most, -most, x))
+    if INTERPRETED:  # it rounds half up, and loses the carry
+        bits = x.to(tl.int32, bitcast=True)
+        last: tl.constexpr = 23 - MANTISSA
+        bits = (bits + ((1 << (last - 1)) - 1) + ((bits >> last) & 1)) & ~((1 << last) - 1)
+        small: tl.constexpr = 2.0**-6 if MANTISSA == 3 else 2.0**-14
+        shift: tl.constexpr = 1.5 * 2.0 ** (23 - MANTISSA) * small
+        x = tl.where(tl.abs(x) < small, (x + shift) - shift, bits.to(tl.float32, bitcast=True))
+    return x.to(dtype)
