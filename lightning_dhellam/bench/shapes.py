@@ -114,13 +114,15 @@ def rank_of(
     device: torch.device,
     context_ranks: int = 1,
     expert_ranks: int = 1,
+    stages: int = 1,
 ) -> Iterator[ParallelContext]:
-    """Play a rank of `cluster`, of so many that share layers, sequences and experts."""
+    """Play a rank of `cluster`, of so many that share layers, sequences, experts and stages."""
     cluster.join()
     try:
         context = ParallelContext.create(
             device,
             tensor_parallel_size=ranks,
+            pipeline_parallel_size=stages,
             context_parallel_size=context_ranks,
             expert_parallel_size=expert_ranks,
             cluster=cluster,

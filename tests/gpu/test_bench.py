@@ -24,3 +24,15 @@ def test_a_cell_is_measured_on_a_gpu(link: str, tmp_path: Path) -> None:
     plans = [row for name, row in rows.items() if name not in ("bound", "compute")]
     assert [row["parity"] for row in plans] == [0.0] * len(plans), "bitwise, on a GPU too"
     assert any(tmp_path.glob("overlap-a4-*.png"))
+
+
+def test_memory_is_predicted_and_does_not_grow_on_a_gpu(tmp_path: Path) -> None:
+    names = ["selective", "auto", "tp 4", "first of 4 stages"]
+    words = ["--miniature=true", f"--cases={json.dumps(names)}", f"--output={tmp_path}"]
+    assert bench_command(["memory", *words]) == 0
+    (file,) = tmp_path.glob("memory-*.json")
+    for row in json.loads(file.read_text())["rows"]:
+        name = row["case"]
+        assert abs(row["slots error"]) < 0.03, f"{name}: kernels of a GPU save what they need"
+        assert row["retries"] == row["growth MiB"] == 0, name
+        assert row.get("parity", 0.0) == 0.0, f"{name}: bitwise, on a GPU too"
