@@ -18,7 +18,7 @@ from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_o
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
-from lightning_dhellam.pipeline.schedules import scheme_of
+from lightning_dhellam.pipeline.schedules import Scheme, scheme_of
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer, check_choices
 from lightning_dhellam.plan.file import PlanFile, conditions, named_plan
@@ -52,6 +52,7 @@ class AgreedEngine:
         recompute: what backward makes again.
         undecided: whether that is to be decided yet.
         chosen: what `use_recompute` was given; None before.
+        schedule: name of the order in which stages work, or the path of its file.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -109,6 +110,7 @@ class AgreedEngine:
             recompute = "full" if self.undecided else PlanFile.load(plan).recompute or USUAL
         self.recompute: Recompute | ByLayer = recompute
         self.chosen: ByLayer | None = None
+        self.schedule = schedule
         lowered = self.lowered(recompute)
         # A slot may be of another stage's layers alone.
         every = of_all_ranks(lowered.slots, self._world)
@@ -183,6 +185,22 @@ class AgreedEngine:
         """
         self.engine.install(builder)
         self.plan_in_use = name
+        self._agree(self._world)
+
+    def use_schedule(self, name: str, scheme: Scheme) -> None:
+        """Let stages work in another order from the next step on. Every rank must call this.
+
+        Args:
+            name: of the schedule, as it was searched: the same on all ranks.
+            scheme: makes schedules of the chunks as they lie.
+
+        Raises:
+            ValueError: ranks would work by different ones, and wait for each other forever.
+        """
+        self._check_alike("schedule", name)
+        self.schedule = name
+        self._lower = partial(self._lower, scheme=scheme)
+        self.engine.follow(scheme)
         self._agree(self._world)
 
     def check_frozen(self, group: dist.ProcessGroup | None) -> None:

@@ -32,6 +32,7 @@ from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.loss_scale import Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.pipeline.schedules import Scheme
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import USUAL, ByLayer
 from lightning_dhellam.plan.passes import Recompute
@@ -296,6 +297,16 @@ class Runner:
             ValueError: ranks would order them differently, and wait for each other forever.
         """
         self.agreed.use_plan(name, builder)
+
+    def use_schedule(self, name: str, scheme: Scheme) -> None:
+        """Let the stages of a pipeline work in another order from the next step on.
+
+        Every rank must call this, with the same.
+
+        Raises:
+            ValueError: ranks would work by different ones, and wait for each other forever.
+        """
+        self.agreed.use_schedule(name, scheme)
 
     def optimizer(
         self,

@@ -8,13 +8,17 @@ same modules that ours is made of.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_pipelining_with_interleaving,
+    get_forward_backward_func,
+)
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -72,44 +76,73 @@ def gpt_model(
 
     Call it inside of `context.megatron()`.
     """
+    (model,) = gpt_chunks(shape, context, dtype, transformer_engine=transformer_engine)
+    return model
+
+
+def gpt_chunks(
+    shape: ModelConfig,
+    context: ParallelContext,
+    dtype: torch.dtype = torch.float32,
+    *,
+    chunks: int = 1,
+    transformer_engine: bool = False,
+) -> list[GPTModel]:
+    """`GPTModel` of each chunk of this rank, of equal shares of the layers that go round.
+
+    Call it inside of `context.megatron()`. With several chunks a stage Megatron-core interleaves
+    them, and sends beside compute, as its own training script has it.
+    """
     config = shape.transformer_config(context, dtype)
     topology = context.topology
     config.pipeline_model_parallel_size = topology.pp_size
     config.pipeline_dtype = dtype
-    each = shape.num_layers // topology.pp_size
-    first = each * topology.pp_rank
-    specs = [layer_spec(shape, index, config) for index in range(first, first + each)]
+    if chunks > 1:
+        config.virtual_pipeline_model_parallel_size = chunks
+        config.microbatch_group_size_per_vp_stage = topology.pp_size
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+    count = topology.pp_size * chunks
+    each = shape.num_layers // count
     norm: Any = NORMS[shape.normalization]
     if context.device.type == "cuda":
         _fuse(config, transformer_engine)
         norm = _FUSED[shape.normalization]
-        specs = [_with_norm(spec, norm) for spec in specs]
-        if transformer_engine:
-            spec, norm = _of_transformer_engine()
-            specs = [spec] * each
-    if topology.cp_size > 1:
-        specs = [_sharing_sequences(spec) for spec in specs]
     # Its generators must exist on a GPU, whatever they draw.
     model_parallel_cuda_manual_seed(1, tp_rank=topology.tp_rank, ep_rank=0, etp_rank=0)
-    theirs = GPTModel(
-        config,
-        TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
-        vocab_size=shape.padded_vocab_size(topology.tp_size),
-        max_sequence_length=shape.max_sequence_length,
-        pre_process=topology.pp_rank == 0,
-        post_process=topology.pp_rank == topology.pp_size - 1,
-        position_embedding_type="rope",
-        rotary_base=int(shape.rotary_base),
-        share_embeddings_and_output_weights=shape.tie_embeddings,
-        pg_collection=context.groups,
-    )
+    models = []
+    for number in range(chunks):
+        place = topology.pp_rank + number * topology.pp_size
+        first = each * place
+        specs = [layer_spec(shape, index, config) for index in range(first, first + each)]
+        if context.device.type == "cuda":
+            specs = [_with_norm(spec, norm) for spec in specs]
+            if transformer_engine:
+                spec, norm = _of_transformer_engine()
+                specs = [spec] * each
+        if topology.cp_size > 1:
+            specs = [_sharing_sequences(spec) for spec in specs]
+        model = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
+            vocab_size=shape.padded_vocab_size(topology.tp_size),
+            max_sequence_length=shape.max_sequence_length,
+            pre_process=place == 0,
+            post_process=place == count - 1,
+            position_embedding_type="rope",
+            rotary_base=int(shape.rotary_base),
+            share_embeddings_and_output_weights=shape.tie_embeddings,
+            pg_collection=context.groups,
+            vp_stage=number if chunks > 1 else None,
+        )
+        models.append((first, model))
     # All layers at once: on a stage of its own, ours would have two chunks of other layers.
     whole = replace(context, topology=topology.stage, edges={}, pipeline_split=())
     ours = dict(CausalLM(shape, whole, dtype).named_parameters())
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.copy_(ours[_our_name(name, first)])
-    return theirs
+        for first, model in models:
+            for name, parameter in model.named_parameters():
+                parameter.copy_(ours[_our_name(name, first)])
+    return [model for _, model in models]
 
 
 def _fuse(config: TransformerConfig, transformer_engine: bool) -> None:
@@ -162,6 +195,13 @@ def _our_name(name: str, first: int) -> str:
         number, _, inner = rest.partition(".")
         return f"{ours}{first + int(number)}.{_INSIDE.get(inner, inner)}"
     return name
+
+
+def forward_backward(chunks: int) -> Callable[..., Any]:
+    """Megatron-core's function for forward and backward of a step, by its chunks on a stage."""
+    if chunks > 1:
+        return cast(Callable[..., Any], forward_backward_pipelining_with_interleaving)
+    return cast(Callable[..., Any], get_forward_backward_func())
 
 
 def forward_step(pieces: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:

@@ -61,6 +61,10 @@ class Rehearsals:
         self._needed = stage.count > 1 and executor.lanes.loads
         self._done: set[tuple[Any, ...]] = set()
 
+    def follow(self, stage: Stage) -> None:
+        """Rehearse the walks of another schedule from the next step on."""
+        self._stage = stage
+
     def before(self, step: tuple[Any, ...], pieces: Sequence[MicroBatch], run: Run) -> None:
         """Rehearse a step on `pieces` that is not known yet.
 
@@ -75,7 +79,7 @@ class Rehearsals:
             return
         count = self._stage.fewest(len(pieces))
         for piece in pieces:
-            key = (*step, count, *_shapes(piece))
+            key = (*step, self._stage.scheme, count, *_shapes(piece))
             if key not in self._done:
                 for turn in range(self._turns):
                     self.once([piece] * count, run, turn=turn)

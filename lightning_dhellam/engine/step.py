@@ -29,7 +29,7 @@ from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
 from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.engine.trace import Tracer
-from lightning_dhellam.pipeline.schedules import Part
+from lightning_dhellam.pipeline.schedules import Part, Scheme
 from lightning_dhellam.pipeline.stage import Leg, Stage, Step
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand, passes
 
@@ -82,6 +82,11 @@ class Engine:
     def builder(self) -> Builder:
         """What makes the plan of each pair of graphs."""
         return self._builder
+
+    def follow(self, scheme: Scheme) -> None:
+        """Walk by the schedules of `scheme` from the next step on. Layers stay where they are."""
+        self._stage = replace(self.stage, scheme=scheme)
+        self._rehearsals.follow(self._stage)
 
     def install(self, builder: Builder) -> None:
         """Use the plans of `builder` from the next visit on."""

@@ -11,10 +11,10 @@ from lightning_dhellam.pipeline.schedules import (
     Part,
     Placement,
     Schedule,
-    ScheduleError,
     Scheme,
     Visit,
     Walk,
+    counts_of,
     fold,
     sends_ahead,
     verify,
@@ -134,11 +134,8 @@ class Stage:
     def kinds(self) -> tuple[Leg, ...]:
         """Return every kind of walk that steps have, however many micro-batches they have."""
         found: dict[Leg, None] = {}
-        for count in range(1, 2 * self.count + 2):
-            try:
-                found.update((kind, None) for kind in self.step(count).kinds())
-            except ScheduleError:
-                break  # a schedule of a file is of as many as it says, or of fewer
+        for count in counts_of(self.scheme, self.count):
+            found.update((kind, None) for kind in self.step(count).kinds())
         return tuple(found)
 
     def pairs(self, walk: Walk) -> tuple[Pair, ...]:

@@ -15,7 +15,7 @@ from lightning_dhellam.search.pipeline.playing import (
     VisitInterval,
     play,
 )
-from lightning_dhellam.search.pipeline.ranking import Ranked, rank
+from lightning_dhellam.search.pipeline.ranking import Ranked, rank, ranked
 from lightning_dhellam.search.pipeline.searched import Effort, searched
 from lightning_dhellam.search.pipeline.visits import (
     LayerCosts,
@@ -47,5 +47,6 @@ __all__ = [
     "layers_of",
     "play",
     "rank",
+    "ranked",
     "searched",
 ]

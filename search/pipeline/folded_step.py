@@ -35,9 +35,14 @@ class FoldedStep:
         return self.scheme(self.count, self.micro_batches)
 
     @cached_property
-    def _filled(self) -> float:
-        """Share of a step in which this stage has something to do, if all visits take as long."""
-        return play(self.schedule, UniformCosts()).share("compute")[self.number]
+    def _shares(self) -> Sequence[float]:
+        """Share of a step in which each stage has something to do, if all visits take as long."""
+        return play(self.schedule, UniformCosts()).share("compute")
+
+    @property
+    def fill(self) -> float:
+        """The mean of that over all stages."""
+        return sum(self._shares) / self.count
 
     def visits(
         self,
@@ -47,6 +52,7 @@ class FoldedStep:
         *,
         busy: float,
         tokens: int,
+        of_any: bool = False,
     ) -> VisitTable:
         """Tabulate what the visits of this stage cost.
 
@@ -56,11 +62,14 @@ class FoldedStep:
             costs: what the operators cost.
             busy: share of its visits in which compute works.
             tokens: how many tokens a micro-batch has.
+            of_any: tabulate those of any schedule, with stages as filled as in this one.
         """
         chunks = [layers.get(chunk, ()) for chunk in range(self.schedule.chunks)]
         # Compute has more pauses, where stages wait for each other.
-        costs = costs.clocked(busy * self._filled)
+        costs = costs.clocked(busy * self._shares[self.number])
         known = LayerCosts(chunks, costs, tokens=tokens, builders={"": builder})
+        if of_any:
+            return VisitTable.of_kinds(known, self.schedule.placement, self.number)
         return VisitTable.of_stage(known, self.schedule, self.number)
 
     def seconds(self, tables: Iterable[VisitTable]) -> float:

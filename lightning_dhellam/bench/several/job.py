@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_dhellam.bench.shapes import Shape, shapes
 from lightning_dhellam.models import ModelConfig, parameter_count
 
-OURS, MEGATRON, EMULATED = "ours", "megatron-core", "emulated"
+OURS, MEGATRON, EMULATED, SCHEDULED = "ours", "megatron-core", "emulated", "scheduled"
+AUTO = "auto"
 JOB, RESULT = "job.json", "result.json"
 """Files of a job's folder: what its processes are told, and what the first of them writes."""
 
@@ -30,11 +31,11 @@ class Job:
     """One side of one case, for all of its processes.
 
     Attributes:
-        side: Who trains: `ours` or `megatron-core`.
+        side: Who trains: `ours`, `megatron-core`, or `scheduled`, which is ours by schedules.
         shape: The letter of width and sequences, as in `dhellam bench overlap`.
         layers: Layers of the model; as many as fit are trained, if these do not.
         vocabulary: Tokens of the model's vocabulary.
-        micro_batches: Micro-batches of a step.
+        counts: Micro-batches of a step, one number after the other. Where plans are searched, one.
         tensor: The tensor-parallel size.
         pipeline: The pipeline-parallel size.
         device: `cuda`, or `cpu` for a rehearsal in miniature.
@@ -44,6 +45,9 @@ class Job:
         context: The context-parallel size.
         experts: The expert-parallel size, of as many data-parallel ranks.
         plan: The plan of our side: `auto`, or a plan file to try beside the built-in ones.
+        schedules: Of a pipeline, one after the other: names of ours; of Megatron-core's side how
+            many chunks each stage has.
+        shares: Chunks of a stage that its layers can be shared out to, whoever trains them.
         emulate: The link of a cluster that one process of our side plays a rank of, by the fields
             of `Link`.
     """
@@ -52,7 +56,7 @@ class Job:
     shape: str
     layers: int
     vocabulary: int
-    micro_batches: int
+    counts: tuple[int, ...]
     tensor: int
     pipeline: int
     device: str
@@ -62,6 +66,8 @@ class Job:
     context: int = 1
     experts: int = 1
     plan: str = "auto"
+    schedules: tuple[str, ...] = ()
+    shares: int = 1
     emulate: Mapping[str, float] | None = None
 
     @property
@@ -80,7 +86,9 @@ class Job:
     @classmethod
     def load(cls, path: Path) -> Job:
         """The job that was saved at `path`."""
-        return cls(**json.loads(path.read_text()))
+        fields = json.loads(path.read_text())
+        lists = {name: tuple(fields[name]) for name in ("counts", "schedules")}
+        return cls(**{**fields, **lists})
 
     def save(self, path: Path) -> None:
         """Write the job for its processes."""
@@ -104,8 +112,9 @@ class Job:
         """The model, with no more layers than fit into `memory` bytes with all that they need."""
         config = replace(self._shape.config, vocab_size=self.vocabulary)
         layers = min(self.layers, self._fitting(config, memory))
-        whole = layers - layers % self.pipeline  # as Megatron shares them out
-        return replace(config, num_layers=max(whole, self.pipeline))
+        # As Megatron shares them out; all its schedules train the same model.
+        shares = self.pipeline * self.shares
+        return replace(config, num_layers=max(layers - layers % shares, shares))
 
     def _fitting(self, config: ModelConfig, memory: float) -> int:
         held = self._held(config)
@@ -127,13 +136,18 @@ class Job:
         held = max(config.num_experts // self.experts, config.experts_per_token)
         return replace(config, num_experts=held)
 
-    def batch(self, config: ModelConfig) -> dict[str, Tensor]:
-        """Tokens and labels [B, S] of every step, the same for all sides and ranks.
+    def steps_of(self, count: int) -> int:
+        """Steps of `count` micro-batches to time: as many micro-batches as of the shortest ones."""
+        return max(1, round(self.steps * min(self.counts) / count))
+
+    def batch(self, config: ModelConfig, count: int) -> dict[str, Tensor]:
+        """Tokens and labels [B, S] of every step of `count` micro-batches, the same for all sides
+        and ranks.
 
         Of data-parallel ranks each takes every n-th row.
         """
         generator = torch.Generator().manual_seed(5)
-        size = (self.micro_batches * self.micro_batch * self.experts, self.length + 1)
+        size = (count * self.micro_batch * self.experts, self.length + 1)
         tokens = torch.randint(0, config.vocab_size, size, generator=generator)
         return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 

@@ -45,7 +45,7 @@ class _Module(DualStrandMixin):
         assert dealt is not None and self.model_config is not None
         batch = {
             name: rows[dealt["rank"] :: dealt["num_replicas"]]
-            for name, rows in self.job.batch(self.model_config).items()
+            for name, rows in self.job.batch(self.model_config, self.job.counts[0]).items()
         }
         count = len(batch["tokens"])
         rows = [{name: values[i] for name, values in batch.items()} for i in range(count)]
@@ -152,6 +152,7 @@ def measure(job: Job, device: torch.device, folder: Path) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
         "layers": config.num_layers,
+        "micro-batches": job.counts[0],
         "step s": median(watch.seconds[1:]),
         "steps s": watch.seconds[1:],
         "peak GiB": peak,

@@ -10,8 +10,9 @@ from lightning_dhellam.bench.several.job import EMULATED, MEGATRON, OURS, Job
 from lightning_dhellam.models import training_flops_per_token
 
 COLUMNS = (
-    "case", "side", "plan", "step ms", "spread ms", "over megatron-core", "MFU", "whole ms",
-    "whole MFU", "predicted ms", "error", "of real", "loss", "grad norm", "peak GiB",
+    "case", "micro-batches", "side", "schedule", "plan", "step ms", "spread ms",
+    "over megatron-core", "over interleaved", "MFU", "whole ms", "whole MFU", "predicted ms",
+    "error", "of real", "loss", "grad norm", "peak GiB", "of its peak",
 )  # fmt: skip
 _SAME = {"loss": 1e-3, "grad norm": 2e-2}
 """How far apart, of its value, the two sides may be in bf16."""
@@ -20,19 +21,20 @@ _FILE = "ours"
 
 
 def rows_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> list[Row]:
-    """A row for each plan; for Megatron-core one.
+    """A row for each plan that was searched; for Megatron-core, and ours by a schedule, one.
 
     Args:
         job: What was trained.
         side: Who trained it.
-        result: What its processes have measured, or `failed` with the reason.
+        result: What its processes have measured once, or `failed` with the reason.
         peak_tflops: TFLOP/s that a device could compute at most.
     """
     case: Row = {"case": job.case, "side": side}
     if "failed" in result:
         return [case | result]
+    case |= {name: result[name] for name in ("micro-batches", "schedule") if name in result}
     config = replace(job.config(1e18), num_layers=result["layers"])
-    tokens = job.micro_batches * job.micro_batch * job.experts * job.length
+    tokens = result["micro-batches"] * job.micro_batch * job.experts * job.length
     work = training_flops_per_token(config, job.length) * tokens
     full = peak_tflops * 1e12 * job.tensor * job.pipeline * job.context * job.experts
     common = ("loss", "grad norm", "peak GiB", "layers")
@@ -40,7 +42,8 @@ def rows_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> 
     whole = {"whole ms": result["step s"] * 1e3, "whole MFU": work / result["step s"] / full}
     details = {name: value for name, value in result.items() if name != "plans"}
     rows = []
-    for plan in result.get("plans", [{"plan": "-", "seconds": result.get("seconds")}]):
+    once = {name: result[name] for name in ("seconds", "predicted") if result.get(name) is not None}
+    for plan in result.get("plans", [{"plan": "-", **once}]):
         name = _FILE if plan["plan"].endswith(".json") else plan["plan"]
         row: Row = shared | {"plan": name, "step ms": plan["seconds"] * 1e3}
         row["MFU"] = work / plan["seconds"] / full
@@ -58,20 +61,34 @@ def rows_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> 
 def compare(rows: list[Row]) -> None:
     """Put into the rows of one case what they are against each other.
 
-    Ours over Megatron-core, if that trains the same, and the emulated rank over the real one.
+    Of steps of as many micro-batches: ours over Megatron-core, and over the better of those that
+    it interleaves, if they train the same; and the emulated rank over the real one.
     """
+    timed = [row for row in rows if "step ms" in row]
+    for count in dict.fromkeys(row.get("micro-batches") for row in timed):
+        _compare([row for row in timed if row.get("micro-batches") == count])
+
+
+def _compare(rows: list[Row]) -> None:
     timed: dict[str, list[Row]] = {side: [] for side in (MEGATRON, OURS, EMULATED)}
     for row in rows:
-        if "step ms" in row:
-            timed[row["side"]].append(row)
-    ours = timed[OURS]
-    if timed[MEGATRON] and ours:
-        (theirs,) = timed[MEGATRON]
+        timed[row["side"]].append(row)
+    ours, same = timed[OURS], list[Row]()
+    for theirs in timed[MEGATRON] if ours else ():
         if difference := _difference(theirs, ours[0]):
             theirs["failed"] = f"it trains something else, so nothing is compared: {difference}"
         else:
-            for row in ours:
-                row["over megatron-core"] = theirs["step ms"] / row["step ms"]
+            same.append(theirs)
+    straight = [row for row in same if not row.get("schedule", "").startswith("interleaved")]
+    others = [row for row in same if row not in straight]
+    for row in ours:
+        for theirs in straight:
+            row["over megatron-core"] = theirs["step ms"] / row["step ms"]
+            if theirs.get("peak GiB") and row.get("peak GiB"):
+                row["of its peak"] = row["peak GiB"] / theirs["peak GiB"]
+        if others:
+            best = min(theirs["step ms"] for theirs in others)
+            row["over interleaved"] = best / row["step ms"]
     real = {row["plan"]: row for row in ours}
     real.update((_FILE, row) for row in ours if "details" in row)
     for row in timed[EMULATED]:

@@ -14,7 +14,15 @@ from typing import Any
 from lightning_dhellam.bench.megatron_model import has_transformer_engine
 from lightning_dhellam.bench.processes import Budget, stop
 from lightning_dhellam.bench.report import Report, pick_device
-from lightning_dhellam.bench.several.job import EMULATED, JOB, MEGATRON, OURS, RESULT, Job
+from lightning_dhellam.bench.several.job import (
+    EMULATED,
+    JOB,
+    MEGATRON,
+    OURS,
+    RESULT,
+    SCHEDULED,
+    Job,
+)
 from lightning_dhellam.bench.several.report import COLUMNS, compare, rows_of
 from lightning_dhellam.bench.several.settings import Settings
 
@@ -36,7 +44,8 @@ def measure(settings: Settings, folder: Path) -> Report:
         for side, result in _sides(job, settings, folder, budget):
             if "device" in result:
                 report.device = f"{job.processes} {result.pop('device')}"
-            report.rows += rows_of(job, side, result, settings.peak_tflops)
+            for row in result.pop("measured", [result]):
+                report.rows += rows_of(job, side, row, settings.peak_tflops)
             compare([row for row in report.rows if row["case"] == job.case])
             report.save(folder)
             print(f"{job.case} {side}: done, {budget.left:.0f} s left", flush=True)
@@ -47,13 +56,28 @@ def _sides(
     job: Job, settings: Settings, folder: Path, budget: Budget
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The results of one side after the other; the emulated one needs what ours has found."""
-    real: dict[str, Any] = {}
     home = folder / "several" / job.case.replace(" ", "-")
-    if MEGATRON in settings.sides:
-        yield MEGATRON, _megatron(job, home / MEGATRON, settings, budget)
-    if OURS in settings.sides:
-        real = _done(replace(job, side=OURS), home / OURS, settings, budget)
-        yield OURS, dict(real)
+    theirs = ("1",) * (MEGATRON in settings.sides) + settings.schedules(MEGATRON)
+    if theirs:
+        their = replace(job, schedules=theirs)
+        yield MEGATRON, _megatron(their, home / MEGATRON, settings, budget)
+    schedules = settings.schedules(OURS)
+    if schedules:
+        walked = replace(job, side=SCHEDULED, schedules=schedules, plan=settings.plan)
+        yield OURS, _done(walked, home / SCHEDULED, settings, budget)
+    for count in settings.counts if OURS in settings.sides else ():
+        one = replace(job, side=OURS, counts=(count,))
+        place = home if len(settings.counts) == 1 else home / str(count)
+        yield from _searched(one, place, settings, budget)
+
+
+def _searched(
+    job: Job, home: Path, settings: Settings, budget: Budget
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The result of our search, and of the emulated rank."""
+    found = _done(job, home / OURS, settings, budget)
+    (real,) = found.get("measured") or [found]
+    yield OURS, dict(found)
     # One process cannot play a stage, which computes what another one sends, and what was measured
     # is one link.
     alone = job.pipeline == job.context == job.experts == 1
@@ -101,13 +125,18 @@ def _done(job: Job, folder: Path, settings: Settings, budget: Budget) -> dict[st
         )
         try:
             code = process.wait(seconds)
+            reason = f"ended with code {code}: see {folder / 'log.txt'}"
         except subprocess.TimeoutExpired:
-            return {"failed": f"stopped after {seconds:.0f} s"}
+            reason = f"stopped after {seconds:.0f} s"
         finally:
             stop(process)
-    if code or not (folder / RESULT).exists():
-        return {"failed": f"ended with code {code}: see {folder / 'log.txt'}"}
+    if not (folder / RESULT).exists():
+        return {"failed": reason}
     found: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    if not found.pop("whole"):
+        if not found["measured"]:
+            return {"failed": reason}
+        found["measured"].append({"failed": reason})
     return found
 
 

@@ -1,7 +1,14 @@
 """Orders in which the stages of a pipeline work, as data: what they are, and those with names."""
 
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
-from lightning_dhellam.pipeline.schedules.named import SCHEDULES, Scheme, scheme_of
+from lightning_dhellam.pipeline.schedules.named import (
+    SCHEDULES,
+    Found,
+    Scheme,
+    counts_of,
+    playable,
+    scheme_of,
+)
 from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.schedule import Edge, Schedule
 from lightning_dhellam.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
@@ -24,6 +31,7 @@ __all__ = [
     "LIVE",
     "SCHEDULES",
     "Edge",
+    "Found",
     "Part",
     "Placement",
     "Schedule",
@@ -32,6 +40,7 @@ __all__ = [
     "Visit",
     "Walk",
     "Work",
+    "counts_of",
     "done_as",
     "dual_pipe_v",
     "fold",
@@ -40,6 +49,7 @@ __all__ = [
     "one",
     "one_f_one_b",
     "peak_activations",
+    "playable",
     "scheme_of",
     "sends_ahead",
     "shown",

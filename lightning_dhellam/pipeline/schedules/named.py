@@ -55,6 +55,44 @@ class Written:
         return known.of_first(micro_batches)
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A schedule that was searched for steps of so many micro-batches; others go by another.
+
+    Attributes:
+        schedule: what was found.
+        otherwise: makes the schedules of steps of more or fewer micro-batches.
+    """
+
+    schedule: Schedule
+    otherwise: Scheme
+
+    def __call__(self, stages: int, micro_batches: int) -> Schedule:
+        """Return the schedule of a step."""
+        if (stages, micro_batches) == (self.schedule.stages, self.schedule.micro_batches):
+            return self.schedule
+        return self.otherwise(stages, micro_batches)
+
+
+def counts_of(scheme: Scheme, stages: int) -> tuple[int, ...]:
+    """Return numbers of micro-batches whose steps, together, have every kind of visit."""
+    some = range(1, 2 * stages + 2)
+    if isinstance(scheme, Written):
+        known = scheme.schedule.micro_batches
+        return (*(count for count in some if count < known), known)
+    if isinstance(scheme, Found):
+        return (*counts_of(scheme.otherwise, stages), scheme.schedule.micro_batches)
+    return tuple(some)
+
+
+def playable(placement: Placement) -> dict[str, Scheme]:
+    """Return the schedules with a name that layers can be trained by where they lie."""
+    stages = placement.stages
+    return {
+        name: make for name, make in SCHEDULES.items() if make(stages, 1).placement == placement
+    }
+
+
 def scheme_of(schedule: str, stages: int) -> Scheme:
     """What makes the schedules of a run: of that name, or of the file of that path.
 

@@ -1,0 +1,151 @@
+"""Our side of `dhellam bench several` by schedules: one model, walked in one order after the other.
+
+A profile of its operators predicts the step of each, and `auto` is the fastest of those that were
+predicted best: what `schedule='auto'` comes to in a run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
+from lightning_dhellam.autosearch.schedules import SEARCHED, TRIED, Forecast, forecast
+from lightning_dhellam.bench.several.job import AUTO, Job, memory_of
+from lightning_dhellam.bench.several.steps import Note, Side, Watch, timed
+from lightning_dhellam.pipeline.schedules import Scheme, scheme_of
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan.file import named_plan
+from lightning_dhellam.runner import Runner
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Costs, simulate
+from lightning_dhellam.search.pipeline import Effort
+
+
+def measure(job: Job, device: torch.device, note: Note) -> None:
+    """Train some steps by each schedule, and note times, predictions, loss and gradient norm."""
+    cuda = device.type == "cuda"
+    config = job.config(memory_of(device))
+    runner = Runner.create(
+        config,
+        device,
+        tensor_parallel_size=job.tensor,
+        pipeline_parallel_size=job.pipeline,
+        context_parallel_size=job.context,
+        expert_parallel_size=job.experts,
+        micro_batch_size=job.micro_batch,
+        precision="bf16-mixed" if cuda else "32-true",
+        plan=job.plan,
+    )
+    with runner:
+        optimizer = runner.optimizer(
+            torch.optim.AdamW(runner.model.parameters(), lr=0.0, fused=cuda)
+        )
+        training = _Training(job, runner, optimizer.step)
+        training.take(job.counts[0])
+        training.step()
+        clock = Watch()
+        profile = training.profile()
+        shared: dict[str, Any] = {"layers": config.num_layers, "profile s": clock.lap()}
+        for count in job.counts:
+            training.take(count)
+            clock.lap()
+            known = training.forecast(profile)
+            training.measure(
+                known, note, {**shared, "micro-batches": count, "search s": clock.lap()}
+            )
+
+
+class _Training:
+    """Steps of one rank. Weights stay as they are: the learning rate is 0."""
+
+    def __init__(self, job: Job, runner: Runner, update: Any) -> None:
+        self._job = job
+        self._runner = runner
+        self._update = update
+        self._batch: dict[str, Tensor] = {}
+        self._count = 0
+
+    def take(self, count: int) -> None:
+        """Train on batches of `count` micro-batches from now on."""
+        topology = self._runner.context.topology
+        rows = self._job.batch(self._runner.model.config, count)
+        self._count = count
+        self._batch = {
+            name: values[topology.dp_rank :: topology.dp_size].to(self._runner.device)
+            for name, values in rows.items()
+        }
+
+    def gradients(self) -> Tensor:
+        return self._runner.mean(self._runner.train(self._batch))
+
+    def step(self) -> tuple[float, float]:
+        """A whole step. Returns its loss and the norm of its gradient."""
+        loss, norm = self.gradients(), self._runner.grad_norm()
+        self._update()
+        return float(loss), float(norm)
+
+    def profile(self) -> Profile:
+        runner = self._runner
+        piece = runner.intake.micro_batches(self._batch)[0]
+        agreed = runner.agreed
+        made_for = fingerprint(agreed.engine, piece, agreed.conditions, agreed.kernels.names)
+        return take_profile(runner.engine, piece, made_for, group=runner.context.stage_group)
+
+    def forecast(self, profile: Profile) -> Forecast:
+        """What schedules would take, with the plan that the run has."""
+        runner, costs = self._runner, Costs.of(profile)
+        builder = named_plan(runner.plan, runner.agreed.conditions)
+        tokens = self._job.micro_batch * self._job.length // self._job.context
+        alone = simulate(
+            runner.engine.layers, builder, costs, micro_batches=self._count, tokens=tokens
+        )
+        return forecast(
+            runner,
+            costs,
+            builder,
+            busy=alone.utilisation[Lane.COMPUTE],
+            tokens=tokens,
+            micro_batches=self._count,
+            effort=Effort() if AUTO in self._job.schedules else None,
+        )
+
+    def measure(self, known: Forecast, note: Note, shared: dict[str, Any]) -> None:
+        """Measure each schedule once, `auto` with those that it chooses from as the last."""
+        stages, found = self._runner.engine.stage.count, dict[str, dict[str, Any]]()
+        wanted = {name: partial(scheme_of, name, stages) for name in self._job.schedules}
+        wanted.pop(AUTO, None)
+        for name, make in wanted.items():
+            found[name] = shared | self._measured(name, make(), known)
+            note(found[name])
+        if AUTO in self._job.schedules:
+            rivals = known.fitting[:TRIED] or tuple(known.ranking)[:1]
+            for name in rivals:
+                if name not in found:
+                    found[name] = shared | self._measured(name, known.schemes[name], known)
+            best = min(rivals, key=lambda name: float(found[name]["seconds"]))
+            reasons = {name: one.reason for name, one in known.ranking.items()}
+            detail = {"installed": best, "behind": reasons}
+            if SEARCHED in known.schemes:
+                made = known.schemes[SEARCHED](stages, self._count)
+                detail["searched"] = str(made)
+            note({**found[best], "schedule": f"{AUTO}: {best}", **detail})
+
+    def _measured(self, name: str, scheme: Scheme, known: Forecast) -> dict[str, Any]:
+        self._runner.use_schedule(name, scheme)
+        loss, norm = self.step()
+        played = known.ranking.get(name)
+        return {
+            "schedule": name,
+            "loss": loss,
+            "grad norm": norm,
+            **timed(
+                Side(self.gradients, self._update),
+                self._runner.device,
+                self._job.steps_of(self._count),
+            ),
+            "predicted": played.run.seconds if played is not None else None,
+        }
