@@ -24,7 +24,7 @@ from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.engine.words import in_our_words
 from lightning_dhellam.files import local_path
 from lightning_dhellam.layers import Loss
-from lightning_dhellam.models import CausalLM, ModelConfig, keys_bytes
+from lightning_dhellam.models import CausalLM, ModelConfig, crossing_bytes
 from lightning_dhellam.models import pipeline_split as split_of
 from lightning_dhellam.parallel import ParallelContext, zigzag
 from lightning_dhellam.parallel.collectives import from_first, of_every_rank, reduced
@@ -161,6 +161,7 @@ class Runner:
         expert_tensor_parallel_size: int | None = None,
         pipeline_split: list[int] | None = None,
         context_transport: str = "auto",
+        pipeline_transport: str = "auto",
         precision: str = "32-true",
         seed: int = 1234,
         timeout: timedelta = default_pg_timeout,
@@ -184,6 +185,7 @@ class Runner:
             pipeline_split: layers of each chunk; None to balance them by cost.
             context_transport: what carries the exchanges of a `ring` between GPUs: `nccl`,
                 `copy_engine` (of GPUs of one host), or `auto`, which measures both.
+            pipeline_transport: what carries transfers between stages: one of the same.
             precision: `32-true`, `bf16-mixed`, `16-mixed` or `bf16-true`.
             seed: of weights and dropout.
             timeout: after which a collective that a rank does not join fails.
@@ -195,7 +197,7 @@ class Runner:
         if precision not in PRECISIONS:
             raise ValueError(f"precision='{precision}' must be one of {', '.join(PRECISIONS)}")
         device, dtype = this_device(device), PRECISIONS[precision].dtype
-        shared_bytes = None
+        crossing = None
         with ExitStack() as stack:
             stack.callback(join(device, timeout))
             if isinstance(model, ModelConfig):
@@ -207,7 +209,7 @@ class Runner:
                 )
                 pipeline_split = list(split_of(model, pipeline_parallel_size, pipeline_split))
                 tokens = options.get("micro_batch_size", 1) * model.max_sequence_length
-                shared_bytes = keys_bytes(model, dtype, tokens)
+                crossing = crossing_bytes(model, dtype, tokens)
             context = ParallelContext.create(
                 device,
                 tensor_parallel_size=tensor_parallel_size,
@@ -218,7 +220,8 @@ class Runner:
                 pipeline_split=tuple(pipeline_split or ()),
                 timeout=timeout,
                 context_transport=context_transport,
-                shared_bytes=shared_bytes,
+                pipeline_transport=pipeline_transport,
+                crossing=crossing,
             )
             stack.callback(context.destroy)
             if isinstance(model, ModelConfig):

@@ -45,7 +45,7 @@ def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[Graph
 def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
     (slot,) = graph.inputs
     edge = Edge(source, here, graph.direction)
-    group, parts = sizes.context.edges[edge], sizes.tp
+    carrier, parts = sizes.context.edges[edge], sizes.tp
     dtype, hidden = sizes.dtype, sizes.hidden
 
     def empty(tokens: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
         return tokens.new_empty(length // parts, samples, hidden, dtype=dtype)
 
     def run(tokens: Tensor) -> collectives.Pending:
-        return collectives.receive(empty(tokens), source, group)
+        return collectives.receive(empty(tokens), source, carrier)
 
     def made_up(tokens: Tensor) -> Tensor:
         return empty(tokens).normal_()
@@ -75,10 +75,10 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
 def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
     (slot,) = graph.outputs
     edge = Edge(here, target, graph.direction)
-    group = sizes.context.edges[edge]
+    carrier = sizes.context.edges[edge]
 
     def run(x: Tensor) -> collectives.Pending:
-        return collectives.send(x, target, group)
+        return collectives.send(x, target, carrier)
 
     def unsent(x: Tensor) -> None:
         x.contiguous()  # which a kernel does

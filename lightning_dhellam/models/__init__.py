@@ -5,7 +5,7 @@ from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.counts import (
     active_parameter_count,
-    keys_bytes,
+    crossing_bytes,
     parameter_count,
     training_flops_per_token,
 )
@@ -33,12 +33,12 @@ __all__ = [
     "adapter_conversions",
     "add_lora",
     "config_of",
+    "crossing_bytes",
     "export_huggingface",
     "export_llama",
     "huggingface_tensors",
     "import_huggingface",
     "import_llama",
-    "keys_bytes",
     "load_adapters",
     "lora_of",
     "parameter_count",

@@ -10,6 +10,7 @@ import torch
 
 from lightning_dhellam.kernels.attention.heads import Heads
 from lightning_dhellam.models.config import ModelConfig
+from lightning_dhellam.plan import Lane
 
 # Longer contexts are for inference, or for a last phase of training.
 _TRAINING_LENGTH = 8192
@@ -33,9 +34,16 @@ def heads_of(config: ModelConfig) -> Heads:
     return Heads(groups, config.num_attention_heads // groups, config.kv_channels)
 
 
-def keys_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of a layer's keys and values of so many tokens, on all ranks together."""
-    return 2 * tokens * config.num_query_groups * config.kv_channels * dtype.itemsize
+def crossing_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> dict[Lane, int]:
+    """Bytes that lanes carry at a time of so many tokens, on all ranks together.
+
+    Of `cp` they are a layer's keys and values, of `pp` the hidden states between two layers.
+    """
+    each = tokens * dtype.itemsize
+    return {
+        Lane.CP: 2 * each * config.num_query_groups * config.kv_channels,
+        Lane.PP: each * config.hidden_size,
+    }
 
 
 def training_flops_per_token(config: ModelConfig, length: int, *, frozen: bool = False) -> float:

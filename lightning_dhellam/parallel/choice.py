@@ -1,4 +1,5 @@
-"""What carries exchanges between the GPUs that share sequences, as it was asked for or measured.
+"""What carries exchanges between GPUs that share sequences, and transfers between the stages of a
+pipeline, as it was asked for or measured.
 
     nccl           sends and receives by processors
     copy_engine    each GPU pulls from the memory of another, on one host (`copy_engine.py`)
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from platform import node
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,24 +27,42 @@ from lightning_dhellam.parallel.copy_engine import (
     Memory,
     SharedMemoryTransport,
     open_memory,
+    piece_of,
 )
 from lightning_dhellam.parallel.stand_in import is_emulated
+from lightning_dhellam.plan import Lane
 
 AUTO, NCCL, COPY_ENGINE = "auto", "nccl", "copy_engine"
 TRANSPORTS = (AUTO, NCCL, COPY_ENGINE)
 """What users may ask for."""
 CROSSING = 16 << 20
 """Bytes that are measured where it is not known what a rank hands on at a time."""
+
+
+class _Lane(NamedTuple):
+    """How a lane is spelt: who is on it, and by which argument its transport is asked for."""
+
+    argument: str
+    ranks: str
+
+
+_LANES = {
+    Lane.CP: _Lane("context_transport", "the GPUs that share sequences"),
+    Lane.PP: _Lane("pipeline_transport", "the stages of a pipeline"),
+}
 _MOST = 64 << 20
 """Bytes beyond which only the bandwidth counts."""
 _WARM, _TIMED = 2, 7
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def check_transport(name: str, device: str | None = None, *, emulated: bool = False) -> None:
+def check_transport(
+    lane: Lane, name: str, device: str | None = None, *, emulated: bool = False
+) -> None:
     """Refuse a transport that there is not, or not on such a device.
 
     Args:
+        lane: that it is asked for.
         name: as asked for.
         device: the type of device, once it is known.
         emulated: whether a link is played in its place.
@@ -50,19 +70,20 @@ def check_transport(name: str, device: str | None = None, *, emulated: bool = Fa
     Raises:
         ValueError: with the ones that there are.
     """
+    argument = _LANES[lane].argument
     if name not in TRANSPORTS:
         known = ", ".join(TRANSPORTS)
-        raise ValueError(f"context_transport={name!r} is not known: use one of {known}")
+        raise ValueError(f"{argument}={name!r} is not known: use one of {known}")
     if name == AUTO:
         return
     if emulated:
         raise ValueError(
-            f"context_transport='{name}' carries nothing under emulate=..., where the link 'cp'"
+            f"{argument}='{name}' carries nothing under emulate=..., where the link '{lane}'"
             f" says how long exchanges take: leave it at '{AUTO}'"
         )
     if device not in (None, "cuda"):
         raise ValueError(
-            f"context_transport='{name}' works between GPUs, but the device is '{device}': leave"
+            f"{argument}='{name}' works between GPUs, but the device is '{device}': leave"
             f" it at '{AUTO}'"
         )
 
@@ -73,6 +94,7 @@ def choose_transport(
     device: torch.device,
     world: ProcessGroup | None,
     crossing: int = CROSSING,
+    parts: int = 1,
 ) -> tuple[Communicator, str]:
     """What carries the exchanges of a lane, the same on all ranks, and why.
 
@@ -84,6 +106,7 @@ def choose_transport(
         device: of this rank.
         world: all ranks.
         crossing: bytes that a rank hands on at a time, which `auto` measures.
+        parts: of the memory by which copy engines do it.
 
     Raises:
         ValueError: copy engines were asked for and cannot be had, on every rank.
@@ -92,13 +115,13 @@ def choose_transport(
         return on, ""
     if name == NCCL:
         return on, NCCL
-    opened, obstacle = _open(on, device, world)
+    opened, obstacle = _open(on, device, world, piece_of(crossing), parts)
     if opened is None:
         if name == AUTO:
             return on, f"{NCCL}, since {obstacle}"
         raise ValueError(
-            f"context_transport='{COPY_ENGINE}' cannot be had, since {obstacle}: use '{AUTO}' or"
-            f" '{NCCL}'"
+            f"{_LANES[on.lane].argument}='{COPY_ENGINE}' cannot be had, since {obstacle}: use"
+            f" '{AUTO}' or '{NCCL}'"
         )
     if name == COPY_ENGINE:
         return opened, COPY_ENGINE
@@ -125,23 +148,23 @@ def fastest(
 
 
 def _open(
-    on: Communicator, device: torch.device, world: ProcessGroup | None
+    on: Communicator, device: torch.device, world: ProcessGroup | None, piece: int, parts: int
 ) -> tuple[Communicator | None, str]:
     """The lane by copy engine, or why no rank has it. Every rank of `world` must call this."""
     memory: Memory | None = None
     obstacle = ""
     if len(set(of_all_ranks(_host(), on.group))) > 1:
-        obstacle = "the GPUs that share sequences are on several hosts"
+        obstacle = f"{_LANES[on.lane].ranks} are on several hosts"
     else:
         try:
-            memory = open_memory(on.group, device)
+            memory = open_memory(on.group, device, piece, parts)
         except Exception as error:  # whatever this torch, driver or GPU makes of it
             obstacle = f"memory cannot be shared ({(str(error) or repr(error)).splitlines()[0]})"
     # Nobody may wait for signals of a rank that has none.
     obstacle = _of_any(obstacle, world)
     if obstacle or memory is None:
         return None, obstacle
-    opened = replace(on, transport=SharedMemoryTransport(memory, on.rank, on.transport))
+    opened = replace(on, transport=SharedMemoryTransport(memory, on.rank, on.transport, piece))
     obstacle = _of_any(_wrong(opened, device), world)
     return (None, obstacle) if obstacle else (opened, "")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.parallel.communicator import Communicator
+from lightning_dhellam.parallel.transport import Transport
 from lightning_dhellam.parallel.work import Once, Work
 from lightning_dhellam.versions import all_gather_single
 
@@ -136,25 +137,17 @@ def _joined(*pendings: Pending) -> Pending:
     return Pending(tuple(pending.value for pending in pendings), Once(works) if works else None)
 
 
-def send(x: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
-    """Send `x` to the rank `peer` of `group`. Writes nothing; `x` is read until the work is done.
+def send(x: Tensor, target: int, edge: Transport) -> Pending:
+    """Send `x` to the stage `target`. Writes nothing; `x` is read until the work is done.
 
-    Sends of one group to one peer arrive in order, so a group must not carry both directions.
+    What is sent on an edge arrives in order.
     """
-    return _transfer(None, dist.isend(x.contiguous(), group=group, group_dst=peer), x.is_cuda)
+    return Pending(None, edge.exchange([x.contiguous()], [], target, target))
 
 
-def receive(out: Tensor, peer: int, group: dist.ProcessGroup) -> Pending:
-    """Receive `out`, of the shape and type that the rank `peer` of `group` sends next."""
-    return _transfer(out, dist.irecv(out, group=group, group_src=peer), out.is_cuda)
-
-
-def _transfer(value: Tensor | None, work: dist.Work | None, on_cuda: bool) -> Pending:
-    assert work is not None, "a transfer of a group that this rank is not in"
-    if on_cuda:
-        work.wait()  # only makes the track's stream wait
-        return Pending(value, None)
-    return Pending(value, Once([work]))
+def receive(out: Tensor, source: int, edge: Transport) -> Pending:
+    """Receive `out`, of the shape and type that the stage `source` sends next on an edge."""
+    return Pending(out, edge.exchange([], [out], source, source))
 
 
 def from_first(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_dhellam.parallel.choice import AUTO, CROSSING, check_transport, c
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.communicator import Communicators, alone, open_communicators
 from lightning_dhellam.parallel.cpu import megatron_device
-from lightning_dhellam.parallel.edges import EdgeKey, open_edges
+from lightning_dhellam.parallel.edges import Edges, open_edges, parts_of
 from lightning_dhellam.parallel.emulate import Cluster
 from lightning_dhellam.parallel.groups import (
     OpenGroups,
@@ -33,6 +33,7 @@ from lightning_dhellam.parallel.stand_in import is_emulated
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.transport import Transport
 from lightning_dhellam.plan import GraphPair, Lane
+from lightning_dhellam.plan.placement import Placement
 
 
 class _Asked(NamedTuple):
@@ -43,8 +44,9 @@ class _Asked(NamedTuple):
     topology: Topology
     timeout: timedelta
     tuned: bool
-    context_transport: str
-    shared_bytes: int | None
+    transports: Mapping[Lane, str]
+    crossing: Mapping[Lane, int]
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class ParallelContext:
         topology: the sizes of the run, and this rank's place.
         megatron_groups: Megatron's process groups, of which `groups` is what its modules take.
         communicators: what carries collectives, by lane.
-        edges: process groups of transfers between neighbouring pipeline stages.
+        edges: what carries transfers between the stages of a pipeline.
+        placement: which of those holds which chunk of the layers.
         pipeline_split: layers of each chunk, if they were given.
         alone: the group of this rank only, in a pipeline.
-        carried: what carries exchanges of the `cp` lane and why, where there was a choice.
+        carried: what carries exchanges of `cp` and `pp` lanes and why, where there was a choice.
         host_group: all ranks, for values in host memory, so that nothing waits for a device; None
             where there are no others.
         asked: what the groups were made for, with which the next context may take them over.
@@ -70,10 +73,11 @@ class ParallelContext:
     topology: Topology
     megatron_groups: OpenGroups
     communicators: Communicators
-    edges: Mapping[EdgeKey, ProcessGroup] = field(default_factory=dict)
+    edges: Edges = field(default_factory=dict)
+    placement: Placement = field(default_factory=lambda: Placement.folded(1))
     pipeline_split: tuple[int, ...] = ()
     alone: ProcessGroup | None = None
-    carried: str = ""
+    carried: Mapping[Lane, str] = field(default_factory=dict)
     host_group: ProcessGroup | None = None
     asked: _Asked | None = field(default=None, repr=False)
     planned: bool = False
@@ -93,7 +97,9 @@ class ParallelContext:
         timeout: timedelta = default_pg_timeout,
         tuned: bool = True,
         context_transport: str = AUTO,
-        shared_bytes: int | None = None,
+        pipeline_transport: str = AUTO,
+        crossing: Mapping[Lane, int] | None = None,
+        placement: Placement | None = None,
     ) -> ParallelContext:
         """Cut the initialised world into groups, in the order that `Topology` states.
 
@@ -114,8 +120,10 @@ class ParallelContext:
             tuned: set NCCL's communicators up for two strands (`nccl.yaml`).
             context_transport: what carries exchanges between ranks that share a sequence: `auto`,
                 `nccl` or `copy_engine`; see `choice`.
-            shared_bytes: of what such ranks exchange parts of: a layer's keys and values. With such
-                a part `auto` measures.
+            pipeline_transport: what carries transfers between stages: one of the same.
+            crossing: bytes of what the ranks of a lane hand on parts of: of `cp` a layer's keys and
+                values, of `pp` the hidden states between layers. With such a part `auto` measures.
+            placement: which stage holds which chunk of the layers; folded if not given.
 
         Raises:
             ValueError: the sizes do not fit the world, or the transport not the device.
@@ -134,9 +142,18 @@ class ParallelContext:
                 else expert_tensor_parallel_size
             ),
         )
-        check_transport(context_transport, device.type, emulated=cluster is not None)
+        transports = {Lane.CP: context_transport, Lane.PP: pipeline_transport}
+        for lane, name in transports.items():
+            check_transport(lane, name, device.type, emulated=cluster is not None)
         asked = _Asked(
-            dist.group.WORLD, device, topology, timeout, tuned, context_transport, shared_bytes
+            dist.group.WORLD,
+            device,
+            topology,
+            timeout,
+            tuned,
+            transports,
+            crossing or {},
+            placement or Placement.folded(pipeline_parallel_size),
         )
         context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)
         if cluster is None:
@@ -150,21 +167,26 @@ class ParallelContext:
         opened = open_groups(topology, device, timeout, tuned=asked.tuned)
         groups = opened.collection
         communicators = dict(open_communicators(topology, groups, device, timeout))
-        parts = topology.tp_size * topology.cp_size
-        communicators[Lane.CP], carried = choose_transport(
-            asked.context_transport,
-            communicators[Lane.CP],
-            device,
-            asked.world,
-            CROSSING if asked.shared_bytes is None else asked.shared_bytes // parts,
-        )
+        carried = {}
+        for lane, name in asked.transports.items():
+            whole = asked.crossing.get(lane)
+            communicators[lane], carried[lane] = choose_transport(
+                name,
+                communicators[lane],
+                device,
+                asked.world,
+                CROSSING if whole is None else whole // (topology.tp_size * topology.cp_size),
+                parts_of(asked.placement) if lane is Lane.PP else 1,
+            )
+        between = communicators[Lane.PP].transport
         return cls(
             device=device,
             topology=topology,
             megatron_groups=opened,
             communicators=communicators,
-            carried=carried,
-            edges=open_edges(topology, device, timeout),
+            carried={lane: why for lane, why in carried.items() if why},
+            edges=open_edges(topology, asked.placement, between, device, timeout),
+            placement=asked.placement,
             alone=group_of_this_rank() if topology.pp_size > 1 else None,
             host_group=group_of_hosts(topology, timeout),
             asked=asked,

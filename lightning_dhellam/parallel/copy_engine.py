@@ -1,5 +1,7 @@
 """Exchanges by copy engine, between GPUs of one host: each rank pulls what another has laid out.
 
+Where only one of two ranks sends, as along the edges of a pipeline, it goes the same way.
+
 Both see the memory where it lies (torch's symmetric memory), in two places that take turns, so that
 one may be pulled while the next is laid out:
 
@@ -29,6 +31,12 @@ from lightning_dhellam.plan import Collective
 PIECE = 32 << 20
 """Bytes of a place. What is larger goes in several turns."""
 _PLACES = 2
+_ALIGNED = 512
+
+
+def piece_of(crossing: int) -> int:
+    """Bytes of a place, where so many are handed on at a time."""
+    return min(PIECE, -(-max(crossing, 1) // _ALIGNED) * _ALIGNED)
 
 
 class Memory(Protocol):
@@ -49,11 +57,13 @@ class Memory(Protocol):
         """Await the signal of a rank."""
 
 
-def open_memory(group: ProcessGroup, device: torch.device, piece: int = PIECE) -> Memory:
-    """Memory of the GPUs of `group`. Every rank of it must call this."""
+def open_memory(
+    group: ProcessGroup, device: torch.device, piece: int = PIECE, parts: int = 1
+) -> Memory:
+    """Memory of the GPUs of `group`, in parts of two places. Every rank of it must call this."""
     import torch.distributed._symmetric_memory as symmetric
 
-    laid_out = symmetric.empty(_PLACES * piece, dtype=torch.uint8, device=device)
+    laid_out = symmetric.empty(parts * _PLACES * piece, dtype=torch.uint8, device=device)
     memory: Memory = symmetric.rendezvous(laid_out, group)
     return memory
 
@@ -62,22 +72,35 @@ class SharedMemoryTransport:
     """Carries exchanges through memory that ranks share, and other collectives as before.
 
     Args:
-        memory: with two places of `piece` bytes for each rank.
+        memory: with two places of `piece` bytes for each rank and part.
         rank: of this process in it.
         others: what carries the collectives that are no exchanges.
         piece: bytes of a place.
+        number: of the part of the memory that it has for itself.
     """
 
-    def __init__(self, memory: Memory, rank: int, others: Transport, piece: int = PIECE) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        rank: int,
+        others: Transport,
+        piece: int = PIECE,
+        number: int = 0,
+    ) -> None:
         self._memory = memory
         self._rank = rank
         self._others = others
         self._piece = piece
+        self._first = number * _PLACES
         # Who has still to say that what lies in a place was taken.
         self._readers: list[int | None] = [None] * _PLACES
         # Pieces by rank, which both ends count alike.
         self._sent: Counter[int] = Counter()
         self._pulled: Counter[int] = Counter()
+
+    def part(self, number: int) -> SharedMemoryTransport:
+        """The same by another part of the memory, so that neither waits for the other."""
+        return SharedMemoryTransport(self._memory, self._rank, self._others, self._piece, number)
 
     def exchange(
         self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
@@ -123,28 +146,26 @@ class SharedMemoryTransport:
         place = self._sent[target] % _PLACES
         reader = self._readers[place]
         if reader is not None:
-            self._memory.wait_signal(reader, _taken(place))
+            self._memory.wait_signal(reader, self._taken(place))
         self._place(self._rank, place, len(piece)).copy_(piece)
-        self._memory.put_signal(target, _ready(place))
+        self._memory.put_signal(target, self._ready(place))
         self._readers[place] = target
         self._sent[target] += 1
 
     def _pull(self, piece: Tensor, source: int) -> None:
         place = self._pulled[source] % _PLACES
-        self._memory.wait_signal(source, _ready(place))
+        self._memory.wait_signal(source, self._ready(place))
         piece.copy_(self._place(source, place, len(piece)))
-        self._memory.put_signal(source, _taken(place))
+        self._memory.put_signal(source, self._taken(place))
         self._pulled[source] += 1
 
     def _place(self, rank: int, place: int, size: int) -> Tensor:
         """The first `size` bytes of a place of a rank."""
-        whole = self._memory.get_buffer(rank, (_PLACES * self._piece,), torch.uint8)
-        return whole[place * self._piece :][:size]
+        offset = (self._first + place) * self._piece
+        return self._memory.get_buffer(rank, (size,), torch.uint8, offset)
 
+    def _ready(self, place: int) -> int:
+        return 2 * self._first + place
 
-def _ready(place: int) -> int:
-    return place
-
-
-def _taken(place: int) -> int:
-    return _PLACES + place
+    def _taken(self, place: int) -> int:
+        return 2 * self._first + _PLACES + place

@@ -1,46 +1,78 @@
-"""Communicators of the transfers between neighbouring pipeline stages.
+"""What carries transfers between the stages of a pipeline: a transport for each edge.
 
-Each strand has its own communicator in each direction of each edge, so that a transfer waits only
-for earlier ones of its kind: sends of a communicator and their receives are in the same order
-whatever the two ranks do otherwise, and a receive that is posted early holds up nothing else.
-Edges that share no stage share a communicator, so a rank is in eight at most.
+A transfer waits only for earlier ones of its edge: sends and their receives are in the same order
+whatever the two ranks do otherwise, and a receive that is posted early holds up nothing else. By
+process groups an edge has a communicator, which edges share that have no stage in common; by copy
+engine a part of the memory that all stages see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.parallel.copy_engine import SharedMemoryTransport
 from lightning_dhellam.parallel.nccl import high_priority
 from lightning_dhellam.parallel.topology import Topology
+from lightning_dhellam.parallel.transport import GroupTransport, Transport
 from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan.placement import Edge, Placement
 
-EdgeKey = tuple[int, int, str]
-"""Source stage, target stage, strand."""
-
-STRANDS = ("forward", "backward")
+Edges = Mapping[Edge, Transport]
+"""What carries the transfers of each edge, on which one stage sends and one receives."""
 
 
 def open_edges(
-    topology: Topology, device: torch.device, timeout: timedelta
-) -> Mapping[EdgeKey, ProcessGroup]:
-    """The communicators of this rank's pipeline, connected. Every rank must call this."""
+    topology: Topology,
+    placement: Placement,
+    between: Transport,
+    device: torch.device,
+    timeout: timedelta,
+) -> Edges:
+    """The edges of this rank's pipeline, connected. Every rank must call this.
+
+    Args:
+        topology: of this rank.
+        placement: of the chunks, from which the edges follow.
+        between: what carries exchanges between the stages: by copy engine edges are parts of its
+            memory, of which there must be `parts_of(placement)`.
+        device: that computes.
+        timeout: after which a transfer fails that a rank does not join.
+    """
     if topology.pp_size == 1:
         return {}
-    mine: dict[EdgeKey, ProcessGroup] = {}
+    if isinstance(between, SharedMemoryTransport):
+        return {edge: between.part(part) for edge, part in _parts(placement.edges).items()}
+    mine: dict[Edge, ProcessGroup] = {}
     for ranks in topology.groups(Lane.PP):
-        opened = _open(ranks, timeout)
+        opened = _open(ranks, placement.edges, timeout)
         if topology.rank in ranks:
             mine = opened
     _connect(mine, topology.pp_rank, device)
-    return mine
+    return {edge: GroupTransport(group, Lane.PP, one_way=True) for edge, group in mine.items()}
 
 
-def _connect(edges: Mapping[EdgeKey, ProcessGroup], stage: int, device: torch.device) -> None:
+def parts_of(placement: Placement) -> int:
+    """Parts of shared memory for the edges of a placement, and one for exchanges of all stages."""
+    return 1 + max(_parts(placement.edges).values(), default=0)
+
+
+def _parts(edges: Sequence[Edge]) -> dict[Edge, int]:
+    """The part of its sender's memory that each edge has, from 1 on."""
+    sent: Counter[int] = Counter()
+    parts = {}
+    for edge in edges:
+        sent[edge.source] += 1
+        parts[edge] = sent[edge.source]
+    return parts
+
+
+def _connect(edges: Mapping[Edge, ProcessGroup], stage: int, device: torch.device) -> None:
     """Send one number along each edge.
 
     NCCL may connect two ranks at their first transfer, and keeps both hosts waiting meanwhile. Here
@@ -54,15 +86,14 @@ def _connect(edges: Mapping[EdgeKey, ProcessGroup], stage: int, device: torch.de
             dist.recv(number, group=group, group_src=source)
 
 
-def _open(ranks: list[int], timeout: timedelta) -> dict[EdgeKey, ProcessGroup]:
-    stages = len(ranks)
-    opened: dict[EdgeKey, ProcessGroup] = {}
-    for strand in STRANDS:
-        for parity in range(min(2, stages - 1)):
-            down, up = (
-                dist.new_group(ranks, timeout=timeout, pg_options=high_priority()) for _ in range(2)
-            )
-            for edge in range(parity, stages - 1, 2):
-                opened[edge, edge + 1, strand] = down
-                opened[edge + 1, edge, strand] = up
+def _open(ranks: list[int], edges: Sequence[Edge], timeout: timedelta) -> dict[Edge, ProcessGroup]:
+    stages_of: dict[ProcessGroup, set[int]] = {}
+    opened: dict[Edge, ProcessGroup] = {}
+    for edge in edges:
+        ends = {edge.source, edge.target}
+        group = next((group for group, taken in stages_of.items() if ends.isdisjoint(taken)), None)
+        if group is None:
+            group = dist.new_group(ranks, timeout=timeout, pg_options=high_priority())
+        stages_of.setdefault(group, set()).update(ends)
+        opened[edge] = group
     return opened

@@ -7,7 +7,7 @@ of another shape is under way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.parallel.communicator import Communicator, Communicators
 from lightning_dhellam.parallel.context import ParallelContext
-from lightning_dhellam.parallel.edges import STRANDS, EdgeKey
 from lightning_dhellam.parallel.groups import OpenGroups
 from lightning_dhellam.parallel.stand_in import EmulatedGroup
 from lightning_dhellam.parallel.topology import LANES, Topology
 from lightning_dhellam.plan import Collective
+from lightning_dhellam.plan.placement import Placement
 
 
 class Nowhere:
@@ -54,7 +54,10 @@ class Nowhere:
 
 
 def planned_context(
-    topology: Topology, device: torch.device, pipeline_split: tuple[int, ...] = ()
+    topology: Topology,
+    device: torch.device,
+    pipeline_split: tuple[int, ...] = (),
+    placement: Placement | None = None,
 ) -> ParallelContext:
     """The context of rank `topology.rank` of a run that is not there.
 
@@ -62,13 +65,16 @@ def planned_context(
         topology: the sizes of the run, and which of its ranks this is.
         device: that it would compute on.
         pipeline_split: layers of each chunk, if they were given.
+        placement: which stage holds which chunk; folded if not given.
     """
+    placement = placement or Placement.folded(topology.pp_size)
     return ParallelContext(
         device,
         topology,
         OpenGroups(_collection(topology)),
         _communicators(topology),
-        edges=_edges(topology),
+        edges=dict.fromkeys(placement.edges, Nowhere()),
+        placement=placement,
         pipeline_split=pipeline_split,
         alone=_group(0, 1) if topology.pp_size > 1 else None,
         planned=True,
@@ -120,16 +126,4 @@ def _communicators(topology: Topology) -> Communicators:
             lane, _group(rank, topology.size(lane)), Nowhere(), rank, topology.size(lane)
         )
         for lane, rank in ranks.items()
-    }
-
-
-def _edges(topology: Topology) -> Mapping[EdgeKey, ProcessGroup]:
-    stages = topology.pp_size
-    group = _group(topology.pp_rank, stages)
-    return {
-        (source, target, strand): group
-        for strand in STRANDS
-        for source in range(stages)
-        for target in (source - 1, source + 1)
-        if 0 <= target < stages
     }

@@ -12,7 +12,7 @@ None of them is seen by autograd.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -104,11 +104,14 @@ class GroupTransport:
     Args:
         group: of NCCL or gloo.
         lane: whose settings the group has.
+        one_way: whether its exchanges only send, or only receive, as along the edges of a pipeline.
+            Other ranks of the group take no part in them.
     """
 
-    def __init__(self, group: ProcessGroup, lane: Lane) -> None:
+    def __init__(self, group: ProcessGroup, lane: Lane, *, one_way: bool = False) -> None:
         self._group = group
         self._lane = lane
+        self._one_way = one_way
         self._by_nccl = dist.get_backend(group) == "nccl"
 
     def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
@@ -125,24 +128,39 @@ class GroupTransport:
         self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
     ) -> Work | None:
         """See `Transport`."""
-        group = self._group
-        transfers = [
-            dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in sent if x.numel()
-        ]
-        transfers += [
-            dist.P2POp(dist.irecv, out, group=group, group_peer=source)
-            for out in received
-            if out.numel()
-        ]
-        if not transfers:
+        given = [x for x in sent if x.numel()]
+        taken = [out for out in received if out.numel()]
+        if not (given or taken):
             return None
-        # As one, or two ranks that send first would wait for each other.
-        works = dist.batch_isend_irecv(transfers)
+        if self._one_way:
+            works = self._apart(given, taken, target, source)
+        else:
+            works = self._together(given, taken, target, source)
         if not (sent or received)[0].is_cuda:
             return Once(works)
         for work in works:
             work.wait()  # only makes the lane's stream wait
         return None
+
+    def _together(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
+    ) -> list[dist.Work]:
+        """Transfers as one, or two ranks that send first would wait for each other."""
+        group = self._group
+        transfers = [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in sent]
+        transfers += [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in received]
+        works: list[dist.Work] = dist.batch_isend_irecv(transfers)
+        return works
+
+    def _apart(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
+    ) -> list[dist.Work]:
+        """Transfers one by one, since all ranks of a group must take part in its first as one."""
+        assert not (sent and received), "an edge goes one way"
+        works = [dist.isend(x, group=self._group, group_dst=target) for x in sent]
+        works += [dist.irecv(x, group=self._group, group_src=source) for x in received]
+        assert None not in works, "a transfer of a group that this rank is not in"
+        return cast(list[dist.Work], works)
 
     def all_to_all(
         self,

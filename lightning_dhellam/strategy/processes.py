@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -27,6 +28,7 @@ from lightning_dhellam.failures import Board, fold, judge
 from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
+from lightning_dhellam.plan import Lane
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher, StartedLauncher
@@ -58,6 +60,7 @@ class JobStrategy(ParallelStrategy):
         pipeline_parallel_size: stages that share the layers.
         context_parallel_size: ranks that share each sequence.
         context_transport: what carries exchanges between those.
+        pipeline_transport: what carries transfers between stages.
         expert_parallel_size: ranks that share the experts of each layer.
         expert_tensor_parallel_size: ranks that share each expert; None for those of a layer.
         cluster: that this process only pretends to be part of, or None.
@@ -68,6 +71,7 @@ class JobStrategy(ParallelStrategy):
     pipeline_parallel_size: int
     context_parallel_size: int
     context_transport: str
+    pipeline_transport: str
     expert_parallel_size: int
     expert_tensor_parallel_size: int | None
     cluster: Cluster | None
@@ -90,8 +94,8 @@ class JobStrategy(ParallelStrategy):
         """Layers of each chunk of the pipeline."""
         raise NotImplementedError
 
-    def shared_bytes(self) -> int:
-        """Bytes of a layer's keys and values, of a micro-batch of the longest sequences."""
+    def crossing(self) -> Mapping[Lane, int]:
+        """Bytes that lanes carry of a micro-batch of the longest sequences, by lane."""
         raise NotImplementedError
 
     @property
@@ -209,7 +213,8 @@ class JobStrategy(ParallelStrategy):
             pipeline_split=self.layers_of_chunks(),
             timeout=self.timeout,
             context_transport=self.context_transport,
-            shared_bytes=self.shared_bytes(),
+            pipeline_transport=self.pipeline_transport,
+            crossing=self.crossing(),
         )
         if isinstance(self._launcher, RestartingLauncher):
             self._launcher.check_agreed(self._context.world_group)

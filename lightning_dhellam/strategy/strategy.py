@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,12 @@ from typing_extensions import override
 
 from lightning_dhellam.displays import size_of
 from lightning_dhellam.hosted import Place
-from lightning_dhellam.models import keys_bytes, pipeline_split
+from lightning_dhellam.models import crossing_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
 from lightning_dhellam.pipeline.schedules import scheme_of
+from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.runner import Runner
@@ -63,6 +64,8 @@ class DHellamStrategy(SteppingStrategy):
             `copy_engine`, by which a GPU pulls from the memory of another one of its host and
             leaves its processors to computation. With `auto` the faster of both is measured at the
             start; on several hosts it is `nccl`. Changes neither loss nor gradients.
+        pipeline_transport: what carries hidden states and their gradients between the stages of a
+            pipeline: `nccl`, `copy_engine` or `auto`, likewise.
         expert_parallel_size: ranks that share the experts of each layer, of all ranks of a stage:
             tokens go to the ranks of their experts and come back. Changes loss and gradients by
             rounding alone, unless a `capacity_factor` drops tokens, which each rank and micro-batch
@@ -134,6 +137,7 @@ class DHellamStrategy(SteppingStrategy):
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
         context_transport: str = "auto",
+        pipeline_transport: str = "auto",
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
         memory_limit: float | str | None = None,
@@ -163,7 +167,8 @@ class DHellamStrategy(SteppingStrategy):
             max_skipped_steps,
         )
         checks.check_context(context_parallel_size, context_exchange, kernels)
-        check_transport(context_transport, emulated=emulate is not None)
+        check_transport(Lane.CP, context_transport, emulated=emulate is not None)
+        check_transport(Lane.PP, pipeline_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
         scheme_of(schedule, pipeline_parallel_size)
@@ -175,6 +180,7 @@ class DHellamStrategy(SteppingStrategy):
         self.context_exchange = context_exchange
         self.context_fp32_gradients = context_fp32_gradients
         self.context_transport = context_transport
+        self.pipeline_transport = pipeline_transport
         self.expert_parallel_size = expert_parallel_size
         self.expert_tensor_parallel_size = expert_tensor_parallel_size
         self.micro_batch_size = micro_batch_size
@@ -249,7 +255,8 @@ class DHellamStrategy(SteppingStrategy):
                 f"accelerator='{self.root_device.type}' does not work with DHellamStrategy: use"
                 " 'gpu' or 'cpu'"
             )
-        check_transport(self.context_transport, self.root_device.type)
+        check_transport(Lane.CP, self.context_transport, self.root_device.type)
+        check_transport(Lane.PP, self.pipeline_transport, self.root_device.type)
 
     @override
     def setup_environment(self) -> None:
@@ -272,11 +279,11 @@ class DHellamStrategy(SteppingStrategy):
         return pipeline_split(config, self.pipeline_parallel_size, self.pipeline_split)
 
     @override
-    def shared_bytes(self) -> int:
+    def crossing(self) -> Mapping[Lane, int]:
         config = self._module.model_config
         length = getattr(getattr(self._module.trainer, "datamodule", None), "sequence_length", None)
         tokens = self.micro_batch_size * (length or config.max_sequence_length)
-        return keys_bytes(config, self.dtype, tokens)
+        return crossing_bytes(config, self.dtype, tokens)
 
     def _announce(self, cluster: Cluster) -> None:
         """Say that the run is emulated, and how well: in the log and in the loggers' files."""
@@ -311,8 +318,8 @@ class DHellamStrategy(SteppingStrategy):
             module=module,
         )
         rank_zero_info(str(self._runner.agreed.kernels))
-        if self.context.carried:
-            rank_zero_info(f"exchanges of the cp lane: {self.context.carried}")
+        for lane, why in self.context.carried.items():
+            rank_zero_info(f"exchanges of the {lane} lane: {why}")
         if trainer.state.fn is TrainerFn.FITTING:
             config = module.model_config
             length = getattr(getattr(trainer, "datamodule", None), "sequence_length", None)

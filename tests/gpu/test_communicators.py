@@ -65,9 +65,10 @@ def _processors(rank: int, lane: Lane, folder: str) -> dict[str, tuple[int, int]
     other = 1 - rank
     x = torch.ones(2, 32 << 20, device="cuda", dtype=torch.bfloat16)
     rows = {"given": [1, 1], "taken": [1, 1]}
+    edge = GroupTransport(on.group, lane, one_way=True)
 
     def one_way() -> Any:
-        return send(x, other, on.group) if rank == 0 else receive(x, other, on.group)
+        return send(x, other, edge) if rank == 0 else receive(x, other, edge)
 
     launches: dict[Collective, Callable[[], Any]] = {
         Collective.ALL_GATHER: lambda: all_gather(on, x),

@@ -109,11 +109,11 @@ def _chosen(rank: int) -> dict[str, Any]:
                 if differing(outcome, expected):
                     found["wrong"].append(f"{name}, {seed}: {differing(outcome, expected)}")
             transport = runner.context.communicators[Lane.CP].transport
-            found[name] = runner.context.carried, type(transport).__name__
+            found[name] = runner.context.carried[Lane.CP], type(transport).__name__
     # Enough for many turns of both places; then on a device that is kept busy.
-    shared = 2 * 4 * PIECE
+    crossing = {Lane.CP: 2 * 4 * PIECE}
     context = ParallelContext.create(
-        device, context_parallel_size=2, context_transport="copy_engine", shared_bytes=shared
+        device, context_parallel_size=2, context_transport="copy_engine", crossing=crossing
     )
     on = context.communicators[Lane.CP]
     passed_on(on, "cuda")
@@ -130,8 +130,8 @@ def _chosen(rank: int) -> dict[str, Any]:
     torch.cuda.set_sync_debug_mode("default")
     found["arrived"] = bool((got == x - rank + 1 - rank).all())
     context.destroy()
-    measured = ParallelContext.create(device, context_parallel_size=2, shared_bytes=shared)
-    found["measured"] = measured.carried
+    measured = ParallelContext.create(device, context_parallel_size=2, crossing=crossing)
+    found["measured"] = measured.carried[Lane.CP]
     measured.destroy()
     return found
 

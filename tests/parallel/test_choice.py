@@ -18,11 +18,11 @@ from tests.ranks import run_ranks
 def _found(rank: int) -> dict[str, Any]:
     context = ParallelContext.create(torch.device("cpu"), context_parallel_size=2)
     on, world = context.communicators[Lane.CP], dist.group.WORLD
-    assert isinstance(on.transport, Duplex) and context.carried == ""
+    assert isinstance(on.transport, Duplex) and context.carried == {}
     gpu = torch.device("cuda", rank)
     assert choose_transport("nccl", on, gpu, world) == (on, "nccl")
     # Where one rank alone cannot: as if its memory could not be seen, or it stood elsewhere.
-    choice.open_memory = lambda group, device: 1 / rank  # type: ignore[assignment]
+    choice.open_memory = lambda *_: 1 / rank  # type: ignore[assignment]
     found: dict[str, Any] = {"unseen": choose_transport("auto", on, gpu, world)[1]}
     choice._host = lambda: str(rank)
     found["apart"] = choose_transport("auto", on, gpu, world)[1]

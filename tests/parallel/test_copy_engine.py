@@ -44,7 +44,7 @@ class View:
     def get_buffer(
         self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int = 0
     ) -> Tensor:
-        return self.shared.laid_out[rank].view(dtype).view(sizes)
+        return self.shared.laid_out[rank][storage_offset:][: sizes[0]].view(dtype)
 
     def put_signal(self, dst_rank: int, channel: int = 0, timeout_ms: int = 0) -> None:
         self.shared.signals[self.rank, dst_rank, channel].put(None, timeout=20)

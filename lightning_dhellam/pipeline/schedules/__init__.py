@@ -9,8 +9,7 @@ from lightning_dhellam.pipeline.schedules.named import (
     playable,
     scheme_of,
 )
-from lightning_dhellam.pipeline.schedules.placement import Placement
-from lightning_dhellam.pipeline.schedules.schedule import Edge, Schedule
+from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
 from lightning_dhellam.pipeline.schedules.verify import sends_ahead, verify
 from lightning_dhellam.pipeline.schedules.walks import Walk, walks
@@ -26,6 +25,7 @@ from lightning_dhellam.pipeline.schedules.work import (
     peak_activations,
     shown,
 )
+from lightning_dhellam.plan.placement import Edge, Placement
 
 __all__ = [
     "LIVE",

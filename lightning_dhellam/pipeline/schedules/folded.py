@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 
-from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.straight import check_numbers
 from lightning_dhellam.pipeline.schedules.work import Part, Visit, Work, one
+from lightning_dhellam.plan.placement import Placement
 
 _F, _B, _I, _W = Part
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
-from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
 from lightning_dhellam.pipeline.schedules.verify import verify
 from lightning_dhellam.pipeline.schedules.work import ScheduleError
+from lightning_dhellam.plan.placement import Placement
 
 Scheme = Callable[[int, int], Schedule]
 """Makes a schedule of stages and micro-batches; refuses numbers with a `ScheduleError`."""

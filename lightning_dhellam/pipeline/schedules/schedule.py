@@ -13,9 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.work import (
     Part,
     ScheduleError,
@@ -25,21 +23,10 @@ from lightning_dhellam.pipeline.schedules.work import (
     one,
     shown,
 )
-from lightning_dhellam.plan.operator import Strand
+from lightning_dhellam.plan.placement import Edge, Placement
 
 _HEADER = re.compile(r"schedule (\S+): (\d+) micro-batch(?:es)?, chunks on stages (\d+(?: \d+)*)")
 _ROW = re.compile(r"stage (\d+)((?: +\S+)*)")
-
-
-class Edge(NamedTuple):
-    """Carries one strand's tensors from a stage to another: first in, first out."""
-
-    source: int
-    target: int
-    strand: Strand
-
-    def __str__(self) -> str:
-        return f"{self.strand} {self.source}→{self.target}"
 
 
 @dataclass(frozen=True)

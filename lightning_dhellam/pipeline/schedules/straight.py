@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_dhellam.pipeline.schedules.placement import Placement
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.work import Part, ScheduleError, Visit, one
+from lightning_dhellam.plan.placement import Placement
 
 
 def check_numbers(stages: int, micro_batches: int) -> None:

@@ -1,9 +1,23 @@
-"""Which stage holds which chunk of the layers."""
+"""Which stage holds which chunk of the layers, and what goes from stage to stage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from itertools import pairwise
+from typing import NamedTuple, Self
+
+from lightning_dhellam.plan.operator import Strand
+
+
+class Edge(NamedTuple):
+    """Carries one strand's tensors from a stage to another: first in, first out."""
+
+    source: int
+    target: int
+    strand: Strand
+
+    def __str__(self) -> str:
+        return f"{self.strand} {self.source}→{self.target}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,14 @@ class Placement:
     def is_folded(self) -> bool:
         """Whether the layers are folded."""
         return self == Placement.folded(self.stages)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """The edges between stages, in one order for all of them."""
+        ahead = {ends for ends in pairwise(self.stage_of) if ends[0] != ends[1]}
+        forward = {Edge(source, target, Strand.FORWARD) for source, target in ahead}
+        backward = {Edge(target, source, Strand.BACKWARD) for source, target in ahead}
+        return tuple(sorted(forward | backward))
 
     def held(self, stage: int) -> tuple[int, ...]:
         """Return the chunks that a stage holds, in the order of the model."""
