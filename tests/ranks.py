@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Importing these takes seconds; the fork server pays once and every rank starts from its image.
+# Importing these takes seconds; the fork server pays once and every rank starts from its image,
+# which the last one keeps from being looked through, and so copied, by each rank's collector.
 _PRELOAD = [
     "torch",
     "torch.distributed",
@@ -27,6 +28,13 @@ _PRELOAD = [
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "transformers.models.llama.modeling_llama",
+    "lightning_dhellam.autosearch",
+    "lightning_dhellam.callbacks",
+    "lightning_dhellam.checkpoint",
+    "lightning_dhellam.data",
+    "lightning_dhellam.module",
+    "lightning_dhellam.strategy",
+    "tests.frozen",
 ]
 _HOST = "127.0.0.1"
 
@@ -151,6 +159,9 @@ def _rank_main(
             timeout=timedelta(seconds=timeout),
             device_id=device,
         )
+        # One that ended at once would break the connections that the others are still making.
+        store.set(f"connected-{rank}", "")
+        store.wait([f"connected-{other}" for other in range(world_size)])
         # Plain pickle copies tensors by value, so nothing outlives the rank in shared memory.
         message = (time.monotonic(), pickle.dumps(function(rank, *args)), None)
     except BaseException as error:

@@ -18,6 +18,10 @@ def _sum_over_ranks(rank: int, offset: int) -> dict[str, torch.Tensor]:
     return {"sum": value, "threads": torch.tensor(torch.get_num_threads())}
 
 
+def _do_nothing(rank: int) -> int:
+    return rank
+
+
 def _fail_on_the_last(rank: int) -> None:
     if rank == dist.get_world_size() - 1:
         raise KeyError("the cause")
@@ -35,6 +39,10 @@ def test_results_come_in_rank_order(world_size: int) -> None:
         world_size
     )
     assert all(result["threads"].item() == 1 for result in results)
+
+
+def test_ranks_that_do_nothing_wait_until_all_are_connected() -> None:
+    assert run_ranks(4, _do_nothing) == [0, 1, 2, 3]
 
 
 def test_the_first_error_is_raised_with_the_ranks_traceback() -> None:
