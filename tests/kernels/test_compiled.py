@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.kernels import parity
+from lightning_dhellam.kernels import fp8, parity
 
 pytest.importorskip("triton")
 GPUTarget = importlib.import_module("triton.backends.compiler").GPUTarget
@@ -115,6 +115,14 @@ def _grouped(backend: Any) -> None:
     backend.bias_grad(dy, biases, [False] * 3, ends, None, scale)
 
 
+def _fp8(backend: Any) -> None:
+    kinds = [(fp8.WHOLE, fp8.FORWARD), (fp8.WHOLE, fp8.GRADIENT), (fp8.ROWS, fp8.FORWARD)]
+    kinds.append((fp8.SQUARES, fp8.FORWARD))
+    x, dy, *_ = (backend.cast(_zeros(256, WIDTH), dtype, block)[1] for block, dtype in kinds)
+    for first in (True, False):
+        backend.accumulate(_zeros(WIDTH, WIDTH, dtype=torch.float32), dy, x, first=first)
+
+
 def _permute(backend: Any) -> None:
     x, order = _zeros(ROWS, WIDTH), _zeros(2 * ROWS, dtype=torch.int32)
     weights = _zeros(ROWS, 2, dtype=torch.float32)
@@ -128,6 +136,7 @@ def _permute(backend: Any) -> None:
 CALLS: dict[str, Callable[[Any], None]] = {
     "cross_entropy": _cross_entropy,
     "dropout": _dropout,
+    "fp8": _fp8,
     "gelu": partial(_activation, halves=1),
     "gelu_tanh": partial(_activation, halves=1),
     "grouped": _grouped,
@@ -150,7 +159,7 @@ def test_every_kernel_compiles_for_hopper(operator: str, compiled: list[tuple[st
     for name, code in compiled:
         if name in ("_combine", "_clear"):
             continue  # moves a few numbers per token, or nothing
-        if name in ("_multiply", "_add_products"):
+        if name in ("_multiply", "_add_product", "_add_products"):
             # Operands go from memory to the tensor cores past the registers.
             assert "cp.async.bulk.tensor" in code and "wgmma" in code, name
             continue
