@@ -142,7 +142,8 @@ def gpt_chunks(
         for first, model in models:
             for name, parameter in model.named_parameters():
                 parameter.copy_(ours[_our_name(name, first)])
-    return [model for _, model in models]
+    # A router draws its weight on the host, whatever device the others are made on.
+    return [model.to(context.device) for _, model in models]
 
 
 def _fuse(config: TransformerConfig, transformer_engine: bool) -> None:

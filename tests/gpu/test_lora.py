@@ -15,5 +15,5 @@ pytestmark = pytest.mark.gpu
 def test_loss_gradients_and_merged_weights_are_hugging_faces(world: int) -> None:
     needs(world)
     of_ranks = run_ranks(world, outcomes_of_rank, world, "cuda", backend="nccl")
-    check_gradients(world, of_ranks)
-    check_merged(world, of_ranks)
+    check_gradients(world, of_ranks, "cuda")
+    check_merged(world, of_ranks, "cuda")
