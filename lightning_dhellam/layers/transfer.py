@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_dhellam.layers.writer import LINK_RATE, Sizes
+from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.pipeline.schedules import Edge, Placement
-from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Operator
+from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Operator, nominal
 
 
 def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[GraphPair]:
@@ -64,7 +64,7 @@ def _receiving(graph: Graph, source: int, here: int, sizes: Sizes) -> Graph:
         ("batch.tokens",),
         (slot,),
         run,
-        sizes.shard / LINK_RATE,
+        sizes.shard / nominal.LINK,
         edge=str(edge),
         collective=Collective.RECEIVE,
         rehearsals=(made_up,),
@@ -89,7 +89,7 @@ def _sending(graph: Graph, here: int, target: int, sizes: Sizes) -> Graph:
         (slot,),
         (),
         run,
-        sizes.shard / LINK_RATE,
+        sizes.shard / nominal.LINK,
         edge=str(edge),
         collective=Collective.SEND,
         rehearsals=(unsent,),

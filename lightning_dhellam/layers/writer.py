@@ -13,14 +13,8 @@ from lightning_dhellam.layers.rules import ALIKE, bound, gathers, of_batch, of_s
 from lightning_dhellam.parallel import collectives
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.gradients import taken_first
-from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand
+from lightning_dhellam.plan import Collective, Graph, Lane, Operator, Strand, nominal
 from lightning_dhellam.plan.layout import Held, Rule
-
-# Nominal rates of one H200 with NVLink, measured or from the data sheet. Plans that are made
-# without a profile depend on the ratios only.
-_FLOPS = 700e12
-_MEMORY = 4.0e12
-LINK_RATE = 300e9
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,8 @@ class GraphWriter:
             remakes: operators that make some of `writes` again from others of them.
         """
         assert not (growing and (flops or moved)), f"{name} has two nominal costs"
-        growth = growing / _FLOPS
-        cost = growth * self.sizes.length or max(flops / _FLOPS, moved / _MEMORY)
+        growth = growing / nominal.FLOPS
+        cost = growth * self.sizes.length or max(flops / nominal.FLOPS, moved / nominal.MEMORY)
         trained = tuple(p for p in accumulates if p.requires_grad)
         slots = tuple(writes)
         self._add(
@@ -214,7 +208,7 @@ class GraphWriter:
         def run(*values: torch.Tensor) -> collectives.Pending:
             return launch(communicator, *values)
 
-        cost = crossing / LINK_RATE
+        cost = crossing / nominal.LINK
         self._add(
             Operator(
                 name,

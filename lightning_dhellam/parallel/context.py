@@ -158,7 +158,8 @@ class ParallelContext:
         context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)
         if cluster is None:
             return context
-        played = play_links(cluster.links, context.groups, context.communicators, device)
+        links = cluster.links_of(topology)
+        played = play_links(links, context.groups, context.communicators, device)
         return replace(context, communicators=played)
 
     @classmethod

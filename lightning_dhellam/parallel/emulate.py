@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.parallel import stand_in
-from lightning_dhellam.parallel.topology import LANES
-from lightning_dhellam.plan import Collective
+from lightning_dhellam.parallel.networks import Device, Network, Networks, Reach
+from lightning_dhellam.parallel.topology import LANES, Topology
+from lightning_dhellam.plan import Collective, Lane
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.values import check_fields, load_yaml
+
+_NEEDED = ("world_size", "links")
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,14 +75,17 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster that a run pretends to be part of.
+    """The cluster that a run pretends to be part of, or is predicted for.
 
     Attributes:
         world_size: ranks.
-        links: by lane: `tp`, `pp`, `cp`, `ep`, `dp`. On other lanes transfers take no time.
+        links: by lane: `tp`, `pp`, `cp`, `ep`, `dp`. On other lanes transfers take no time. Where
+            there are `networks`, those that are not given follow from them; see `links_of`.
         rank: which of them this process is.
         source: where the figures come from.
         name: what the user calls it: of a shipped file, or the path of another one.
+        device: what each rank computes on; None where nothing is said of it.
+        networks: what connects the ranks, by level; None where links say it by lane.
     """
 
     world_size: int
@@ -87,6 +93,8 @@ class Cluster:
     rank: int = 0
     source: str = ""
     name: str = "cluster"
+    device: Device | None = None
+    networks: Networks | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -114,13 +122,39 @@ class Cluster:
         except ValueError as error:
             raise ValueError(f"cluster file {path}: {error}") from error
 
+    def links_of(self, topology: Topology) -> dict[str, Link]:
+        """The link of each lane on which several ranks communicate, and those that are given.
+
+        Raises:
+            ValueError: ranks would lie in several nodes, between which there is no network.
+        """
+        links = dict(self.links)
+        if self.networks is None:
+            return links
+        for lane in LANES:
+            size, step = topology.size(lane), topology.step(lane)
+            if lane is Lane.DP:  # gradients are added up over ranks that share sequences, too
+                size, step = topology.replicas, topology.tp_size
+            if lane not in links and size > 1:
+                links[lane] = _link_of(self.networks.of(size, step))
+        return links
+
     def join(self) -> None:
         """Initialise torch.distributed as this rank, without any other process."""
         stand_in.join(self.rank, self.world_size)
 
 
+def _link_of(reach: Reach) -> Link:
+    """What connects a rank to others of such a group."""
+    network = reach.network
+    link = Link(reach.ring, network.latency, network.sms)
+    straight = replace(link, bandwidth=reach.straight)
+    return replace(link, collectives=((Collective.ALL_TO_ALL, straight),))
+
+
 def _cluster(given: Any, name: str) -> Cluster:
-    values = {"name": name, **_fields(Cluster, given, "it", ("world_size", "links"))}
+    needed = ("world_size",) if isinstance(given, dict) and "networks" in given else _NEEDED
+    values = {"name": name, "links": {}, **_fields(Cluster, given, "it", needed)}
     links = values["links"]
     if not isinstance(links, dict):
         raise ValueError(f"links={links!r} must be a mapping from lane to link")
@@ -130,7 +164,32 @@ def _cluster(given: Any, name: str) -> Cluster:
         rank=_whole(values.get("rank", 0), "rank"),
         source=str(values.get("source", "")),
         name=str(values["name"]),
+        device=_part(Device, values.get("device"), "device"),
+        networks=_networks(values.get("networks")),
     )
+
+
+def _networks(given: Any) -> Networks | None:
+    if given is None:
+        return None
+    levels = _fields(Networks, given, "networks", ("node", "inside"))
+    inside = _part(Network, levels["inside"], "networks.inside")
+    if inside is None:
+        raise ValueError("networks.inside is blank: give it a bandwidth")
+    between = _part(Network, levels.get("between"), "networks.between")
+    return Networks(_whole(levels["node"], "networks.node"), inside, between)
+
+
+def _part(kind: Any, given: Any, place: str) -> Any:
+    """A device or a network as a file spells it."""
+    if given is None:
+        return None
+    needed = [field.name for field in fields(kind) if field.default is MISSING]
+    values = _fields(kind, given, place, tuple(needed))
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{place}.{error}") from error
 
 
 def _link(given: Any, place: str, base: Link | None = None) -> Link:

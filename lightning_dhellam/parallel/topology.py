@@ -201,11 +201,11 @@ class Topology:
 
     def groups(self, lane: Lane) -> list[list[int]]:
         """The ranks of every group of a communication `lane`, by the order of their first ranks."""
-        size, step = self.size(lane), self._step(lane)
+        size, step = self.size(lane), self.step(lane)
         firsts = (rank for rank in range(self.world_size) if rank // step % size == 0)
         return [[first + step * place for place in range(size)] for first in firsts]
 
-    def _step(self, lane: Lane) -> int:
+    def step(self, lane: Lane) -> int:
         """How far apart neighbours of a group of `lane` are."""
         return {
             Lane.TP: 1,

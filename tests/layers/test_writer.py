@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.layers.writer import LINK_RATE, GraphWriter, Sizes
+from lightning_dhellam.layers.writer import GraphWriter, Sizes
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import Pending, all_to_all, exchange
-from lightning_dhellam.plan import Collective, Graph, Lane, Strand
+from lightning_dhellam.plan import Collective, Graph, Lane, Strand, nominal
 from lightning_dhellam.plan.layout import Held, Move, Rule
 from tests.ranks import run_ranks
 
@@ -70,8 +70,8 @@ def _on_a_ring(rank: int) -> dict[str, list[float]]:
         Collective.ALL_GATHER,
         Collective.REDUCE_SCATTER,
     ]
-    assert exchanged.cost == 48 / LINK_RATE
-    assert gathered.cost == scattered.cost == pytest.approx(24 * 2 / 3 / LINK_RATE)
+    assert exchanged.cost == 48 / nominal.LINK
+    assert gathered.cost == scattered.cost == pytest.approx(24 * 2 / 3 / nominal.LINK)
     assert graph.bytes_per_token["x_sum"] == 24 / 3 and graph.bytes_per_token["values_1"] == 24
     found = _run(
         graph,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from lightning_dhellam.parallel import Cluster, Link, ParallelContext
 from lightning_dhellam.parallel.collectives import all_gather, all_to_all, exchange, reduce_scatter
 from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.link import EmulatedLink, Play
+from lightning_dhellam.parallel.networks import Network, Networks
+from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.plan import Collective, Lane
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.strategy import DHellamStrategy
@@ -82,14 +85,37 @@ def test_gradients_cross_the_link_without_data_parallelism(
 @pytest.mark.parametrize("name", clusters.names())
 def test_shipped_clusters_load_and_say_where_their_figures_come_from(name: str) -> None:
     cluster = Cluster.load(name)
-    assert cluster.name == name and cluster.world_size == 8
-    assert 10e9 < cluster.links["tp"].bandwidth < 450e9, "bytes per second, one way"
+    assert cluster.name == name and cluster.world_size == (64 if name.endswith("64") else 8)
+    links = cluster.links_of(Topology(world_size=cluster.world_size, tp_size=8))
+    assert 10e9 < links["tp"].bandwidth < 450e9, "bytes per second, one way"
     assert "data sheet" in cluster.source and "assumed" in cluster.source
 
 
-def test_five_kinds_of_nodes_ship() -> None:
-    kinds = {"a40-node", "a800-node", "h100-node", "h200-node", "h800-node"}
-    assert kinds <= set(clusters.names())
+@pytest.mark.parametrize("kind", ["a40", "a800", "h100", "h200", "h800"])
+def test_of_five_kinds_a_node_and_a_cluster_ship(kind: str) -> None:
+    node, cluster = Cluster.load(f"{kind}-node"), Cluster.load(f"{kind}-64")
+    assert cluster.device is not None and kind.upper() in cluster.device.name
+    links = cluster.links_of(Topology(world_size=64, tp_size=8))
+    assert links["tp"].bandwidth == node.links["tp"].bandwidth, "one figure, in two files"
+
+
+def test_links_follow_from_networks_by_level() -> None:
+    """Eight groups of data-parallel ranks, one to a device, share what a node sends."""
+    cluster = Cluster.load("a40-64")
+    links = cluster.links_of(Topology(world_size=64, tp_size=8))
+    assert links["tp"].bandwidth == 22e9 and links["dp"].bandwidth == 11.2e9 / 8
+    assert set(links) == {"tp", "dp"}
+    wide = cluster.links_of(Topology(world_size=64, tp_size=2, cp_size=32))
+    assert wide["cp"].bandwidth == wide["dp"].bandwidth == 11.2e9 * 4 / 8, "two rings a node"
+    spread = cluster.links_of(Topology(world_size=64, ep_size=16))["ep"]
+    assert spread.bandwidth == 11.2e9, "one ring, which enters each node once"
+    assert spread.of(Collective.ALL_TO_ALL).bandwidth == pytest.approx(15 / 8 * 11.2e9 / 8)
+
+
+def test_a_network_between_nodes_that_is_needed_is_named() -> None:
+    cluster = replace(Cluster.load("a40-64"), networks=Networks(8, Network(1e9)))
+    with pytest.raises(ValueError, match="16 ranks, of which a node of 8 holds 8, need a network"):
+        cluster.links_of(Topology(world_size=64, tp_size=16))
 
 
 def test_an_unknown_cluster_is_answered_with_the_known_ones() -> None:

@@ -61,7 +61,8 @@ class Settings:
         shape = self.trained_shape()
         if self.cluster is not None:
             cluster = Cluster.load(self.cluster)
-            if shape.context_ranks > 1 and "cp" not in cluster.links:
+            unknown = cluster.networks is None and "cp" not in cluster.links
+            if shape.context_ranks > 1 and unknown:
                 raise ValueError(
                     f"--cluster {self.cluster} has no link 'cp', over which the ranks of shape"
                     f" {self.shape} share sequences: add one under `links`, or use --context_link"

@@ -1,0 +1,164 @@
+"""What a cluster is built of: its devices, and the networks between them by level.
+
+Groups of ranks that communicate lie inside of a node, or reach over several. Which of the two
+networks a group uses, and with how many others it shares it, follows from its size and from how far
+apart its ranks are:
+
+    inside    each device sends, and receives, at its bandwidth
+    between   what a node sends, all of its devices together
+
+The ring of a group enters and leaves each node once, so where a node holds `inside` ranks of a
+group, as many groups as that leaves share the node's network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_dhellam.values import check_fields
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, by its data sheet.
+
+    Attributes:
+        name: as CUDA calls it, such as `NVIDIA H200`.
+        flops: dense bf16 operations per second that it could compute at most.
+        memory: bytes of its memory.
+        bandwidth: bytes per second of its memory.
+        multiprocessors: how many it has.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    multiprocessors: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("flops", "memory", "bandwidth", "multiprocessors"):
+            _check_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Network:
+    """One level of networks.
+
+    Attributes:
+        bandwidth: bytes per second that are sent, and received, at once: inside of a node by a
+            device, between nodes by all devices of a node together.
+        latency: seconds before the first byte.
+        hop: seconds that each further step of a ring or a tree takes.
+        sms: streaming multiprocessors that a transfer keeps busy; 0 for the copy engine.
+    """
+
+    bandwidth: float
+    latency: float = 10e-6
+    hop: float = 0.0
+    sms: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_positive("bandwidth", self.bandwidth)
+        for name in ("latency", "hop", "sms"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All levels.
+
+    Attributes:
+        node: devices of a node.
+        inside: the network inside of a node.
+        between: the network between nodes; None where there is one node.
+    """
+
+    node: int
+    inside: Network
+    between: Network | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_positive("node", self.node)
+
+    def of(self, size: int, step: int) -> Reach:
+        """How far a group reaches of `size` ranks, `step` apart from each other."""
+        inside = max(1, min(size, self.node // step))
+        return Reach(self, size, inside)
+
+    def slower(self, times: float) -> Networks:
+        """The same with a fraction of the bandwidths."""
+        inside = _slower(self.inside, times)
+        return Networks(self.node, inside, self.between and _slower(self.between, times))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A group of ranks, and what connects them.
+
+    Attributes:
+        networks: of the cluster.
+        size: ranks of the group.
+        inside: as many of them as lie in a node.
+    """
+
+    networks: Networks
+    size: int
+    inside: int
+
+    @property
+    def nodes(self) -> int:
+        """Over how many nodes the group reaches."""
+        return -(-self.size // self.inside)
+
+    @property
+    def name(self) -> str:
+        """The level: `inside` or `between`."""
+        return "inside" if self.nodes == 1 else "between"
+
+    @property
+    def network(self) -> Network:
+        """The slowest network that the group uses.
+
+        Raises:
+            ValueError: it would reach over nodes, between which there is no network.
+        """
+        if self.nodes == 1:
+            return self.networks.inside
+        if self.networks.between is None:
+            raise ValueError(
+                f"{self.size} ranks, of which a node of {self.networks.node} holds {self.inside},"
+                " need a network between nodes: add `between` under `networks`"
+            )
+        return self.networks.between
+
+    @property
+    def ring(self) -> float:
+        """Bytes per second that pass each rank of a ring through the group."""
+        slowest = self.network.bandwidth
+        if self.nodes == 1:
+            return slowest
+        shared = slowest * self.inside / self.networks.node
+        return min(shared, self.networks.inside.bandwidth) if self.inside > 1 else shared
+
+    @property
+    def straight(self) -> float:
+        """Bytes per second that a rank sends to others where each sends to each."""
+        if self.nodes == 1:
+            return self.network.bandwidth
+        outside = (self.size - self.inside) / (self.network.bandwidth / self.networks.node)
+        within = (self.inside - 1) / self.networks.inside.bandwidth
+        return (self.size - 1) / max(outside, within)
+
+
+def _slower(network: Network, times: float) -> Network:
+    return Network(network.bandwidth / times, network.latency, network.hop, network.sms)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be more than 0")

@@ -1,0 +1,38 @@
+"""A whole step on a cluster, predicted from the profile of one device."""
+
+from lightning_dhellam.search.cluster.ending import Groups
+from lightning_dhellam.search.cluster.prediction import (
+    Advice,
+    Candidate,
+    Choice,
+    LaneUse,
+    Prediction,
+    StagePrediction,
+    VisitSpan,
+)
+from lightning_dhellam.search.cluster.pricing import Known, Machine, Origin, Priced, Pricing
+from lightning_dhellam.search.cluster.steady import Middle, middle
+from lightning_dhellam.search.cluster.step import Played, played
+from lightning_dhellam.search.cluster.work import Weights, Work
+
+__all__ = [
+    "Advice",
+    "Candidate",
+    "Choice",
+    "Groups",
+    "Known",
+    "LaneUse",
+    "Machine",
+    "Middle",
+    "Origin",
+    "Played",
+    "Prediction",
+    "Priced",
+    "Pricing",
+    "StagePrediction",
+    "VisitSpan",
+    "Weights",
+    "Work",
+    "middle",
+    "played",
+]

@@ -1,0 +1,71 @@
+"""Costs of visits through chunks of layers, of which few are played where many are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_dhellam.pipeline.schedules import Visit
+from lightning_dhellam.plan import Builder, Graph, Kind, Plan, kind_of
+from lightning_dhellam.search.cluster.work import THIN, Work
+from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline import LayerCosts, VisitCost
+
+
+class _Deep:
+    """Costs of visits through many layers that are alike, from those through few.
+
+    Args:
+        thinner: costs with the least of `THIN` in the smallest chunk.
+        thin: costs with the most.
+        depth: layers of the smallest chunk.
+    """
+
+    def __init__(self, thinner: LayerCosts, thin: LayerCosts, depth: int) -> None:
+        few, more = THIN
+        self._both = thinner, thin
+        self._times = (depth - more) / (more - few)
+        self.bytes_sent = thin.bytes_sent
+        self.order_of = thin.order_of
+
+    def of(self, works: Visit) -> VisitCost:
+        """Return the cost of a visit."""
+        less, more = (costs.of(works) for costs in self._both)
+
+        def at(a: float, b: float) -> float:
+            return b + (b - a) * self._times
+
+        return VisitCost(
+            at(less.seconds, more.seconds),
+            at(less.compute, more.compute),
+            {strand: at(less.ready[strand], more.ready[strand]) for strand in more.ready},
+            at(less.rise, more.rise),
+            at(less.change, more.change),
+        )
+
+
+def costs_of(
+    work: Work, costs: Costs, builders: Mapping[str, Builder], sketch: bool
+) -> LayerCosts | _Deep:
+    """Return what visits cost: of few layers a chunk, if a sketch is enough."""
+    if sketch and work.is_deep:
+        thinner, thin = (_layer_costs(work.shallow(n), costs, builders) for n in THIN)
+        return _Deep(thinner, thin, min(filter(None, work.split)))
+    return _layer_costs(work, costs, builders)
+
+
+def _layer_costs(work: Work, costs: Costs, builders: Mapping[str, Builder]) -> LayerCosts:
+    chunks = [[work.layers[n] for n in chunk] for chunk in work.chunks]
+    return LayerCosts(chunks, costs, tokens=work.tokens, builders=builders)
+
+
+def remembered(build: Builder) -> Builder:
+    """Return a builder that makes each plan once."""
+    known: dict[Kind, Plan] = {}
+
+    def make(forward: Graph | None, backward: Graph | None) -> Plan:
+        key = kind_of(forward, backward)
+        if key not in known:
+            known[key] = build(forward, backward)
+        return known[key]
+
+    return make

@@ -1,0 +1,324 @@
+"""What the operators of a rank cost on a cluster: from a profile as far as it tells, or derived.
+
+An operator's time comes from the best source that there is, and its bars from how good that is:
+
+    measured   the profile has this operator on this device, at this size
+    scaled     it has the operator at another size, or a link between as many ranks: by work
+    derived    it has not, or was measured on another device: by data sheets
+    modelled   communication, by bytes and the level of the network (see `collectives`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from lightning_dhellam.parallel.networks import Device, Networks, Reach
+from lightning_dhellam.parallel.topology import Topology
+from lightning_dhellam.plan import Graph, Lane, Operator, nominal
+from lightning_dhellam.search.cluster.collectives import seconds_of
+from lightning_dhellam.search.measure import Key, Profile, mean_of
+from lightning_dhellam.search.model import Costs, Sample
+from lightning_dhellam.search.model.slowdowns import Slowdowns
+
+EMULATED = ", emulated cluster"
+"""What the name of a device goes on with in a profile whose links are emulated."""
+_LEAST = 4e-6
+"""Seconds that a kernel takes at least."""
+_MATRIX, _FORWARD, _BACKWARD, _MEMORY = 0.65, 0.58, 0.49, 0.83
+"""Shares of a data sheet's rates that an H200 reaches for long: of matrix products, attention
+forward and backward, and memory."""
+_MODELLED_SLOWDOWN = 1.1
+"""Of a collective whose kernels share a device with computation, where it was not measured."""
+_SAME = 1e-6
+
+
+class Origin(StrEnum):
+    """Where a time comes from."""
+
+    MEASURED = "measured"
+    SCALED = "scaled"
+    DERIVED = "derived"
+    MODELLED = "modelled"
+
+
+BARS: Mapping[Origin, float] = {
+    Origin.SCALED: 0.07,
+    Origin.DERIVED: 0.15,
+    Origin.MODELLED: 0.2,
+}
+"""Share by which a time may be wrong either way; of what is measured the spread says it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank runs on.
+
+    Attributes:
+        device: by its data sheet.
+        networks: between ranks.
+        slower: times that lanes are slower than their networks say.
+        straggler: times that compute is slower than it should be.
+    """
+
+    device: Device
+    networks: Networks
+    slower: Mapping[Lane, float] = field(default_factory=dict)
+    straggler: float = 1.0
+
+    def reach(self, lane: Lane, topology: Topology) -> Reach:
+        """The group of a lane. That of `dp` adds up gradients, also of ranks that share
+        sequences."""
+        size, step = topology.size(lane), topology.step(lane)
+        if lane is Lane.DP:
+            size, step = topology.replicas, topology.tp_size
+        return self.networks.slower(self.slower.get(lane, 1.0)).of(size, step)
+
+
+class Price(NamedTuple):
+    """Seconds of an operator alone, and within which it may lie."""
+
+    seconds: float
+    low: float
+    high: float
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Operators of some graphs with what they cost.
+
+    Attributes:
+        costs: what the machine model needs to know of them.
+        prices: by key.
+    """
+
+    costs: Costs
+    prices: Mapping[Key, Price]
+
+    @property
+    def cheap(self) -> Costs:
+        """Costs if all that is uncertain turns out well."""
+        return replace(self.costs, seconds={k: p.low for k, p in self.prices.items()})
+
+    @property
+    def dear(self) -> Costs:
+        """Costs if it turns out badly."""
+        return replace(self.costs, seconds={k: p.high for k, p in self.prices.items()})
+
+
+class Known:
+    """What a profile tells of operators by their names.
+
+    Args:
+        profile: of one rank.
+        devices: data sheets of devices by their names, to tell one from another by.
+    """
+
+    def __init__(self, profile: Profile, devices: Mapping[str, Device]) -> None:
+        made_for = profile.fingerprint
+        self.profile = profile
+        self.device, _, links = made_for.device.partition(EMULATED)
+        self.is_emulated = bool(links)
+        self.sheet = devices.get(self.device)
+        shapes, sizes = made_for.shapes, made_for.sizes
+        self.tokens = shapes["micro_batch_size"] * shapes["sequence_length"] / sizes.get("cp", 1)
+        self.rows = {row.operator: row for row in profile.timings if row.partner is None}
+        measured = Sample.of(profile)
+        self.costs = Costs(
+            profile.operators,
+            {**measured.seconds, **mean_of(profile)},
+            measured.slowdowns,
+            profile.launch,
+            profile.inline,
+            measured.behind,
+            clock=profile.clock,
+        )
+        self._by_name: dict[str, tuple[Graph, Operator]] = {}
+        for graph in profile.graphs:
+            for operator in graph.operators:
+                self._by_name.setdefault(operator.name, (graph, operator))
+
+    def find(self, name: str) -> tuple[Graph, Operator] | None:
+        """The operator of that name, or the one that it is run again of."""
+        return self._by_name.get(name) or self._by_name.get(name.removesuffix(".again"))
+
+    def key(self, found: tuple[Graph, Operator]) -> Key:
+        """Key of an operator that was found."""
+        return self.profile.operators[found[0].fingerprint][found[1].name]
+
+    def rate(self, ranks: int) -> float | None:
+        """Bytes per second over real links between so many ranks, of the largest gather."""
+        if self.is_emulated:
+            return None
+        rates = [
+            (operator.cost, operator.cost * self.tokens * nominal.LINK / self._seconds(graph, name))
+            for name, (graph, operator) in self._by_name.items()
+            if operator.lane in (Lane.TP, Lane.CP)
+            and self.profile.fingerprint.sizes.get(operator.lane.value) == ranks
+        ]
+        return max(rates)[1] if rates else None
+
+    def _seconds(self, graph: Graph, name: str) -> float:
+        return self.costs.seconds[self.profile.operators[graph.fingerprint][name]]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """Prices operators on a machine.
+
+    Attributes:
+        machine: what they run on.
+        topology: of the run.
+        tokens: of a micro-batch on a rank.
+        known: what a profile tells; None without one.
+    """
+
+    machine: Machine
+    topology: Topology
+    tokens: int
+    known: Known | None = None
+
+    def price(self, graphs: Iterable[Graph]) -> Priced:
+        """Price every operator of some graphs."""
+        keys: dict[str, dict[str, Key]] = {}
+        prices: dict[Key, Price] = {}
+        lanes: dict[Key, Lane] = {}
+        measured: dict[Key, Key] = {}
+        for graph in {graph.fingerprint: graph for graph in graphs}.values():
+            own = keys.setdefault(graph.fingerprint, {})
+            for operator in graph.operators:
+                key = own[operator.name] = f"{graph}/{operator.name}"
+                prices[key] = self._slowed(self._price(graph, operator), operator.lane)
+                lanes[key] = operator.lane
+                found = self.known.find(operator.name) if self.known else None
+                if self.known and found:
+                    measured[key] = self.known.key(found)
+        costs = Costs(keys, {key: price.seconds for key, price in prices.items()})
+        base = self.known.costs if self.known else costs
+        costs = replace(
+            costs,
+            slowdowns=self._slowdowns(lanes, measured, base.slowdowns),
+            behind=self._known_slowdowns(lanes, measured, base.behind),
+            launch=base.launch,
+            inline=base.inline,
+            clock=base.clock,
+            compute=frozenset(key for key, lane in lanes.items() if lane is Lane.COMPUTE),
+        )
+        return Priced(costs, prices)
+
+    def _slowed(self, price: Price, lane: Lane) -> Price:
+        times = self.machine.straggler if lane is Lane.COMPUTE else 1.0
+        return Price(price.seconds * times, price.low * times, price.high * times, price.origin)
+
+    def _price(self, graph: Graph, operator: Operator) -> Price:
+        if operator.lane is Lane.HOST:
+            return _around(_LEAST, Origin.DERIVED)
+        if operator.is_communication:
+            return self._communication(graph, operator)
+        derived = self._derived(graph, operator, self.machine.device)
+        known = self.known
+        found = known.find(operator.name) if known else None
+        if known is None or found is None:
+            return _around(derived, Origin.DERIVED)
+        row, other = known.rows[known.key(found)], found[1]
+        ratio = self._ratio(operator, other)
+        same = abs(ratio - 1) < _SAME and self._alike(graph, operator, found)
+        if known.device != self.machine.device.name:
+            if known.sheet is None:
+                return _around(derived, Origin.DERIVED)
+            times = derived / self._derived(graph, operator, known.sheet)
+            return _around(known.costs.seconds[row.operator] * ratio * times, Origin.DERIVED)
+        seconds = known.costs.seconds[row.operator]
+        if same:
+            low, high = row.p20 / row.median, row.p80 / row.median
+            return Price(seconds, seconds * low, seconds * high, Origin.MEASURED)
+        return _around(seconds * ratio, Origin.SCALED)
+
+    def _communication(self, graph: Graph, operator: Operator) -> Price:
+        reach = self.machine.reach(operator.lane, self.topology)
+        crossing = operator.cost * nominal.LINK * self.tokens
+        modelled = seconds_of(operator.collective, crossing, reach)
+        known = self.known
+        usable = (
+            known is not None
+            and not known.is_emulated
+            and known.device == self.machine.device.name
+            and reach.nodes == 1
+            and self.machine.slower.get(operator.lane, 1.0) == 1.0
+        )
+        if not usable or known is None:
+            return _around(modelled, Origin.MODELLED)
+        found = known.find(operator.name)
+        size = known.profile.fingerprint.sizes.get(operator.lane.value)
+        if found and found[1].lane is operator.lane and size == reach.size:
+            ratio = self._ratio(operator, found[1])
+            row = known.rows[known.key(found)]
+            seconds = known.costs.seconds[row.operator]
+            if abs(ratio - 1) < _SAME:
+                low, high = row.p20 / row.median, row.p80 / row.median
+                return Price(seconds, seconds * low, seconds * high, Origin.MEASURED)
+            return _around(seconds * ratio, Origin.SCALED)
+        rate = known.rate(reach.size)
+        if rate is None:
+            return _around(modelled, Origin.MODELLED)
+        return _around(reach.network.latency + crossing / rate, Origin.SCALED)
+
+    def _ratio(self, operator: Operator, other: Operator) -> float:
+        """How much more work an operator has than the one that was measured."""
+        assert self.known is not None
+        if not other.cost:
+            return 1.0 * self.tokens / self.known.tokens
+        return operator.cost * self.tokens / (other.cost * self.known.tokens)
+
+    def _alike(self, graph: Graph, operator: Operator, found: tuple[Graph, Operator]) -> bool:
+        """Whether what it writes is as large: the same work may be of another shape."""
+        assert self.known is not None
+        own = sum(graph.bytes_per_token.get(slot, 0.0) for slot in operator.writes)
+        theirs = sum(found[0].bytes_per_token.get(slot, 0.0) for slot in found[1].writes)
+        return abs(own * self.tokens - theirs * self.known.tokens) <= _SAME * own * self.tokens
+
+    def _derived(self, graph: Graph, operator: Operator, device: Device) -> float:
+        """Seconds by data sheets."""
+        if operator.light or not operator.cost:
+            moved = operator.cost * nominal.MEMORY * self.tokens
+            return max(_LEAST, moved / (_MEMORY * device.bandwidth))
+        share = _MATRIX
+        if operator.growth or operator.name.split(".")[0] == "attention":
+            share = _BACKWARD if graph.direction == "backward" else _FORWARD
+        flops = operator.cost * nominal.FLOPS * self.tokens
+        return max(_LEAST, flops / (share * device.flops))
+
+    def _slowdowns(
+        self, lanes: Mapping[Key, Lane], measured: Mapping[Key, Key], base: Slowdowns
+    ) -> Slowdowns:
+        """How operators disturb each other: as measured, or by the processors of a transfer."""
+        found = {}
+        for one, lane in lanes.items():
+            if lane in (Lane.COMPUTE, Lane.HOST):
+                continue
+            sms = self.machine.reach(lane, self.topology).network.sms
+            left = 1 - sms / self.machine.device.multiprocessors
+            usual = (_MODELLED_SLOWDOWN if sms else 1.0), 1 / max(left, 0.1)
+            for other, its in lanes.items():
+                if its is Lane.COMPUTE:
+                    found[one, other] = usual
+        return {**found, **self._known_slowdowns(lanes, measured, base)}
+
+    def _known_slowdowns(
+        self, lanes: Mapping[Key, Lane], measured: Mapping[Key, Key], base: Slowdowns
+    ) -> Slowdowns:
+        talking = [key for key in measured if lanes[key] not in (Lane.COMPUTE, Lane.HOST)]
+        pairs: Sequence[tuple[Key, Key]] = [(a, b) for a in talking for b in measured if a != b]
+        return {
+            (a, b): base[measured[a], measured[b]]
+            for a, b in pairs
+            if (measured[a], measured[b]) in base
+        }
+
+
+def _around(seconds: float, origin: Origin) -> Price:
+    bar = BARS[origin]
+    return Price(seconds, seconds * (1 - bar), seconds * (1 + bar), origin)

@@ -1,0 +1,194 @@
+"""A step of all ranks, played: layers of equal ranks once, then the stages, then what ends a step.
+
+Ranks of a stage are alike, and so are stages with as many layers between the two ends: thousands of
+ranks are as few kinds of visits. What the machine model plays of those is put together by the
+pipeline's schedule; behind it come the reduction of gradients, as far as nothing hides it, and the
+optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lightning_dhellam.pipeline.schedules import verify
+from lightning_dhellam.plan import Builder, Lane
+from lightning_dhellam.search.cluster.deep import costs_of, remembered
+from lightning_dhellam.search.cluster.ending import (
+    REDUCE,
+    Groups,
+    optimizer,
+    reduction_of,
+    reductions,
+)
+from lightning_dhellam.search.cluster.pricing import Machine
+from lightning_dhellam.search.cluster.work import THIN, Work
+from lightning_dhellam.search.model import Costs, Reductions, simulate
+from lightning_dhellam.search.pipeline import Link, PipelineRun, VisitTable, play
+
+_FEW = 3
+"""Micro-batches that are played of a step without a pipeline; further ones are like the last."""
+_CLOCK_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage spends a step, in seconds; see `StagePrediction`."""
+
+    compute: float
+    exposed: float
+    transfer: float
+    bubble: float
+    reduction: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Played:
+    """A step as it was played.
+
+    Attributes:
+        seconds: of all of it.
+        stages: how each spends it.
+        plan: name of the plans, where all visits have the same.
+        reduced: seconds in which gradients are reduced, of the stage that does so longest.
+        gathered: seconds in which new weights are gathered.
+        run: the pipeline; None without one.
+    """
+
+    seconds: float
+    stages: tuple[Stage, ...]
+    plan: str
+    reduced: float
+    gathered: float
+    run: PipelineRun | None = None
+
+
+def played(
+    work: Work,
+    costs: Costs,
+    builders: Mapping[str, Builder],
+    machine: Machine,
+    groups: Groups,
+    *,
+    link: Link | None = None,
+    slow: Costs | None = None,
+    sketch: bool = False,
+) -> Played:
+    """Play a step.
+
+    Args:
+        work: of the step.
+        costs: what operators cost.
+        builders: orders; a step gets the fastest, with a pipeline each of its visits.
+        machine: that ranks run on.
+        groups: over which gradients are added up.
+        link: between stages.
+        slow: what operators cost on the first stage, if one of its ranks is a straggler.
+        sketch: whether to play few layers of many that are alike, and go on from there.
+
+    Raises:
+        ScheduleError: the schedule is not defined for these numbers.
+    """
+    if work.stages == 1:
+        return _alone(work, slow or costs, builders, machine, groups, sketch)
+    return _staged(work, costs, builders, machine, groups, link, slow, sketch)
+
+
+def _alone(
+    work: Work,
+    costs: Costs,
+    builders: Mapping[str, Builder],
+    machine: Machine,
+    groups: Groups,
+    sketch: bool,
+) -> Played:
+    """A step without a pipeline: the plan is the fastest of a sketch."""
+    depth = len(work.layers) - 2
+    builders = {name: remembered(build) for name, build in builders.items()}
+    thinner, thin = (work.shallow(count) if work.is_deep else work for count in THIN)
+    found = {name: _steady(thin, build, costs, None)[0] for name, build in builders.items()}
+    plan = min(found, key=lambda name: found[name])
+    build = builders[plan]
+    of_step = reductions(work, groups)
+    if sketch and work.is_deep:
+        few, more = THIN
+        both = [_steady(one, build, costs, None) for one in (thinner, thin)]
+        times = (depth - more) / (more - few)
+        bare, compute = (b + (b - a) * times for a, b in zip(*both, strict=True))
+    else:
+        bare, compute = _steady(work, build, costs, None)
+    tail = 0.0
+    if of_step is not None:
+        # Of a single micro-batch: only the last one has reductions beside it.
+        one = replace(thin if sketch else work, micro_batches=min(2, work.micro_batches))
+        beside = reductions(one, groups)
+        assert beside is not None
+        known = replace(costs, seconds={**costs.seconds, REDUCE: beside[1]})
+        tail = _steady(one, build, known, beside[0])[0] - _steady(one, build, costs, None)[0]
+        tail = max(0.0, tail)
+    last, gathered = optimizer(work, range(len(work.layers)), machine, groups)
+    busy = reduction_of(work, range(len(work.layers)), groups)
+    stage = Stage(compute, bare - compute, 0.0, 0.0, tail, last)
+    return Played(bare + tail + last, (stage,), plan, busy, gathered)
+
+
+def _steady(
+    work: Work, build: Builder, costs: Costs, reductions: Reductions | None
+) -> tuple[float, float]:
+    """Seconds of a step up to its last gradient, and of compute in it."""
+    found = []
+    for count in sorted({min(work.micro_batches, n) for n in (_FEW - 1, _FEW)}):
+        step = simulate(
+            work.layers,
+            build,
+            costs,
+            micro_batches=count,
+            tokens=work.tokens,
+            reductions=reductions,
+        )
+        found.append((step.seconds, step.busy[Lane.COMPUTE]))
+    more = max(0, work.micro_batches - _FEW)
+    seconds, compute = (found[-1][n] + more * (found[-1][n] - found[0][n]) for n in (0, 1))
+    return seconds, compute
+
+
+def _staged(
+    work: Work,
+    costs: Costs,
+    builders: Mapping[str, Builder],
+    machine: Machine,
+    groups: Groups,
+    link: Link | None,
+    slow: Costs | None,
+    sketch: bool,
+) -> Played:
+    schedule = work.schedule
+    verify(schedule)
+    builders = {name: remembered(build) for name, build in builders.items()}
+    reduced = [reduction_of(work, chunk, groups) for chunk in work.chunks]
+    stages = range(work.stages)
+    share = 1.0
+    for _ in range(_CLOCK_ROUNDS):
+        usual = costs_of(work, costs.clocked(share), builders, sketch)
+        table = VisitTable.joined(VisitTable.of_stage(usual, schedule, s) for s in stages)
+        if slow is not None:
+            late = costs_of(work, slow.clocked(share), builders, sketch)
+            table = VisitTable.joined((table, VisitTable.of_stage(late, schedule, 0)))
+        run = play(schedule, table, link)
+        before, share = share, sum(run.share("compute")) / work.stages
+        if costs.clock.slowdown(before) == costs.clock.slowdown(share):
+            break
+    whole = play(schedule, table, link, reductions=reduced) if any(reduced) else run
+    tail = max(0.0, whole.seconds - run.seconds)
+    ends = [optimizer(work, [*work.of_stage(s)], machine, groups) for s in stages]
+    last = max(end for end, _ in ends)
+    found = tuple(
+        Stage(use.compute, use.exposed, use.transfer, use.bubble, tail, last) for use in run.stages
+    )
+    held = [work.placement.held(s) for s in stages]
+    busy = max(sum(reduced[chunk] for chunk in own) for own in held)
+    gathered = max(seconds for _, seconds in ends)
+    names = {usual.order_of(works) for row in schedule.visits for works in row} - {"nothing"}
+    plan = ", ".join(sorted(names))
+    return Played(run.seconds + tail + last, found, plan, busy, gathered, run)
