@@ -20,6 +20,8 @@ from lightning_dhellam.layers.balancing import LOAD
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.tally import Tally
 from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from lightning_dhellam.plan.by_layer import USUAL, ByLayer
+from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.search.measure import Profile
 
 _SEED = 1234
@@ -126,15 +128,17 @@ def trunk(
     priority: int = -1,
     processors: int | None = None,
     context_exchange: str = "ring",
+    recompute: Recompute | ByLayer = USUAL,
 ) -> Workload:
     """The first `layers` transformer layers alone: `count` micro-batches of [micro_batch, length].
 
     They start from fixed hidden states, and their loss is a linear function of what comes out, so
     that embedding and loss head, which have little to hide, do not blur the times. GEMMs can leave
-    so many `processors` free; None: as many as collectives of these layers occupy.
+    so many `processors` free; None: as many as collectives of these layers occupy. Backward makes
+    `recompute` again.
     """
     give_gradients(model)
-    lowered = lower(model, context_exchange=context_exchange)
+    lowered = lower(model, recompute=recompute, context_exchange=context_exchange)
     inner = [pair.at(length) for pair in lowered.layers[1 : layers + 1]]
     context = model.context
     if processors is None:

@@ -168,6 +168,23 @@ def test_experts_are_spread_over_ranks(tmp_path: Path) -> None:
     assert 70 <= int(low) <= 100 <= int(high) <= 130, "what arrives is as much as what leaves"
 
 
+def test_a_cell_may_make_again_what_it_says_or_what_fits(tmp_path: Path) -> None:
+    words = ("--links", "[copy:110]", "--cells", "[a4]", "--plans", "[sequential,megatron,auto]")
+    again = ("--recompute", "[none,auto:0.5]")
+    found = bench("overlap", tmp_path, *SHORT, *words, *again)
+    rows = {(row["cell"], row["plan"]): row for row in found["rows"]}
+    none, fits = "a4 copy:110 none", "a4 copy:110 auto:0.5"
+    assert {cell for cell, _ in rows} == {none, fits}
+    for (_, plan), row in rows.items():
+        assert plan in ("bound", "compute") or row["parity"] == 0.0, "nor does it change a bit"
+    assert rows[none, "auto"]["of none"] == 1
+    # Megatron's order makes again what all layers do; the other plans what fits.
+    assert rows[fits, "auto"]["of none"] < 0.65
+    assert re.search(r"Megatron's order has '(selective|full)'", found[fits])
+    assert "35%" < found[f"recompute: {fits}"].partition("and ")[2] < "99%"
+    assert f"recompute: {none}" not in found
+
+
 def test_the_most_important_cells_come_first() -> None:
     links = [parse_link(text) for text in LINKS]
     names = [cell.name for cell in cells(links, calibrate=True, levers=True)]
@@ -205,6 +222,9 @@ def test_links_are_written_as_they_are_read() -> None:
         (("--plans", "[sequential,auto]"), "--plans: 'megatron' must be among them"),
         (("--micro_batches", "[2,2]"), r"--micro_batches \[2, 2\]: give two different"),
         (("--links", "[fast]"), "link 'fast'"),
+        (("--recompute", "[most]"), "--recompute: 'most' is not a choice: use none, gathers"),
+        (("--recompute", "[auto:half]"), "--recompute: 'auto:half' is not .* auto:0.5 for half"),
+        (("--recompute", "[auto:2]"), "--recompute: 'auto:2' is not a choice"),
         (("--memory_slack", "-0.1"), "--memory_slack -0.1 must be at least 0"),
         (("--cluster", "h20-node"), "did you mean 'h200-node'"),
     ],

@@ -14,6 +14,7 @@ import torch
 from lightning_dhellam.bench.convert import run as convert_bench
 from lightning_dhellam.bench.kernels import run as kernel_bench
 from lightning_dhellam.bench.processes import Budget
+from lightning_dhellam.bench.throughput.modules import Theirs
 from lightning_dhellam.bench.throughput.settings import CASES, Case, Job, Settings
 from lightning_dhellam.bench.throughput.worker import result_of
 from lightning_dhellam.bench.throughput.workers import Workers
@@ -110,6 +111,21 @@ def test_throughput_trains_adapters_and_names_peft_where_it_is_missing(
     rate = ours["tokens/s"] * frozen.flops_per_token
     assert ours["TFLOP/s"] == pytest.approx(rate / 1e12)
     assert abs(ours["loss"] - 6.3) < 0.2 and ours["grad norm"] > 0
+
+
+def test_both_sides_may_make_activations_again() -> None:
+    found = {}
+    for side in ("ours", "eager"):
+        plain, again = (
+            result_of(Job(case, side, "cpu", "interleaved", warm_up=1, steps=1))
+            for case in (TINY, f"{TINY}:auto")
+        )
+        assert again["losses"] == plain["losses"], side
+        found[side] = again["losses"]
+    assert found["ours"] == pytest.approx(found["eager"], rel=1e-3)
+    for case, is_so in ((TINY, False), (f"{TINY}:none", False), (f"{TINY}:full", True)):
+        theirs = Theirs(Case.parse(case), torch.device("cpu"), compiled=False)
+        assert theirs.net.is_gradient_checkpointing is is_so
 
 
 def test_a_process_that_dies_costs_its_own_row_only(tmp_path: Path) -> None:

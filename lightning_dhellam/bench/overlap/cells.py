@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from lightning_dhellam.parallel import Link
 from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan.by_layer import AUTO, USUAL
 
 PUBLISHED_EXPOSED = 5.4 / 16.5
 """Share of compute that Megatron exposes on 8 H200 for shape b: 21.9 - 16.5 of 16.5 ms a layer."""
@@ -28,6 +29,8 @@ class Cell:
         lane: Whose link `link` is.
         priority: The priority of communication streams, on CUDA.
         lever: What is unusual about the cell, in words.
+        recompute: What backward makes again: a choice, or `auto:` and the share of the activation
+            memory that a step needs which keeps all.
     """
 
     shape: str
@@ -39,6 +42,13 @@ class Cell:
     lane: Lane = Lane.TP
     priority: int = -1
     lever: str = ""
+    recompute: str = USUAL
+
+    @property
+    def share(self) -> float | None:
+        """The share of activation memory into which it is to fit; None where a choice was given."""
+        auto, _, share = self.recompute.partition(":")
+        return float(share) if auto == AUTO else None
 
     @property
     def name(self) -> str:
@@ -48,7 +58,8 @@ class Cell:
         context = ""
         if self.context_link is not None:
             context = f" {self.exchange} {_spell(self.context_link)}"
-        return f"{self.shape}{self.layers} {rate}{context}{lever}"
+        again = "" if self.recompute == USUAL else f" {self.recompute}"
+        return f"{self.shape}{self.layers} {rate}{context}{lever}{again}"
 
     @property
     def processors(self) -> int:
@@ -63,7 +74,8 @@ class Cell:
     @property
     def without_lever(self) -> tuple[object, ...]:
         """What this cell and the same one with another lever have in common."""
-        return self.shape, self.layers, self.calibrated, self.link.bandwidth, bool(self.link.sms)
+        link = self.link.bandwidth, bool(self.link.sms)
+        return self.shape, self.layers, self.calibrated, *link, self.recompute
 
 
 def _manner(link: Link) -> str:

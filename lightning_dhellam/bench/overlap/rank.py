@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
 
 import torch
 
+from lightning_dhellam.bench.overlap.again import Again, fitted, saved_by_none, saved_of
 from lightning_dhellam.bench.overlap.calibrate import find_rising
 from lightning_dhellam.bench.overlap.cells import PUBLISHED_EXPOSED, Cell
 from lightning_dhellam.bench.overlap.cut import cost_of_cutting
@@ -25,6 +27,8 @@ from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import Link, ParallelContext
 from lightning_dhellam.parallel.link import EmulatedLink, Play
 from lightning_dhellam.plan import BUILDERS, Builder, Lane
+from lightning_dhellam.plan.by_layer import ByLayer
+from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.search.model import Costs
 
 _CALIBRATION_ROUNDS = 2
@@ -76,7 +80,7 @@ class Rank:
 
     def measure(self, cell: Cell) -> Measured:
         """Profile, search, compare results, and time every plan of one cell."""
-        work = self._workload(cell)
+        work = self._workload(cell, cell.recompute if cell.share is None else "full")
         self._play(Play.TIME)
         link = cell.link.slower(self._slower)
         if cell.context_link is not None:
@@ -86,25 +90,34 @@ class Rank:
         self._links[cell.lane].become(link)
         crossing = self._crossing(work, cell.lane)
         note = f"link {self._links[cell.lane].calibrated((crossing,))}"
-        plans = self._plans(work, replace(cell, link=link))
-        steps = {name: self._steps(work, builder) for name, builder in plans.builders.items()}
-        parity = self._parity(cell, plans)
+        again = self._again(cell)
+        works = again.works(partial(self._workload, cell), self._settings.plans)
+        work = works["sequential"]
+        plans = self._plans(work, replace(cell, link=link), again.costs)
+        steps = {name: self._steps(works[name], one) for name, one in plans.builders.items()}
+        parity = self._parity(cell, again, plans)
         self._free()
+        length = self._shapes[cell.shape].length
+        kept = saved_by_none(work.model, cell.layers, cell.exchange, length, work.tokens)
         figures = {
             name: PlanFigures(
-                self._predicted(work, plans, name),
-                self._peak(work, many),
+                self._predicted(works[name], plans, name),
+                self._peak(works[name], many),
                 *parity[name],
                 plans.search_seconds.get(name),
+                saved_of(works[name].layers[1:-1], work.tokens),
+                kept,
             )
             for name, (_, many) in steps.items()
         }
         steps[COMPUTE] = self._compute(work)
         timed = in_turn(steps, self._timer, self._settings.rounds)
         more = self._settings.many - self._settings.few
-        busy = lane_seconds(work.layers[1:2], plans.costs)
-        busiest = max(busy[lane] for lane in self._links)
+        busy = lane_seconds(work.layers[1:-1], plans.costs)
+        busiest = max(busy[lane] for lane in self._links) / cell.layers
         note += _rows(work) + self._cut(cell, work, plans.costs)
+        if again.note:
+            note += f"; {again.note}"
         rows = rows_of(cell, more, busiest, timed, figures)
         views = Views.of(f"EMULATED {cell.name}, {link}", work, plans)
         return Measured(rows, f"{note}. {_searched(plans)}", views)
@@ -125,7 +138,14 @@ class Rank:
         for link in self._links.values():
             link.play = play
 
-    def _workload(self, cell: Cell) -> Workload:
+    def _again(self, cell: Cell) -> Again:
+        """What backward makes again in the cell: what it says, or what fits."""
+        if cell.share is None:
+            return Again(cell.recompute, cell.recompute)
+        make = partial(self._workload, cell)
+        return fitted(make, cell.share, self._settings.repeats)
+
+    def _workload(self, cell: Cell, recompute: Recompute | ByLayer) -> Workload:
         shape = self._shapes[cell.shape]
         if self._model is None or self._model[0] != cell.shape or self._model[1] < cell.layers:
             self._model = None
@@ -144,6 +164,7 @@ class Rank:
             priority=cell.priority,
             processors=cell.processors,
             context_exchange=cell.exchange,
+            recompute=recompute,
         )
 
     def _steps(self, work: Workload, builder: Builder) -> tuple[Step, Step]:
@@ -188,14 +209,15 @@ class Rank:
         )
         return replace(cell.link, bandwidth=1 / slowness)
 
-    def _plans(self, work: Workload, cell: Cell) -> Plans:
+    def _plans(self, work: Workload, cell: Cell, costs: Costs | None) -> Plans:
         """The plans for this shape and link, and for as many layers: a step's memory asks for it.
 
-        They are searched once and kept.
+        They are searched once and kept. Where no `costs` are known they are measured.
         """
         key = replace(cell, lever="")
         if key not in self._searched:
-            costs = Costs.of(work.profile(repeats=self._settings.repeats))
+            if costs is None:
+                costs = Costs.of(work.profile(repeats=self._settings.repeats))
             sequential = self._steps(work, BUILDERS["sequential"])[1]
             self._searched[key] = Plans.of(
                 work.layers,
@@ -222,7 +244,7 @@ class Rank:
         found = cost_of_cutting(work, costs, shape.length, shape.micro_batch)
         return f"; attention {found:.3f} × a {shape.context_ranks}th of the uncut one"
 
-    def _parity(self, cell: Cell, plans: Plans) -> dict[str, tuple[float, str]]:
+    def _parity(self, cell: Cell, again: Again, plans: Plans) -> dict[str, tuple[float, str]]:
         """How far results are from the sequential plan's, and which of them is farthest.
 
         Collectives bring numbers, and kernels add up in a fixed order: the fastest gradient of
@@ -231,9 +253,9 @@ class Rank:
         self._play(Play.ECHO)
         try:
             with deterministic():
-                work = self._workload(cell)
-                steps = {name: self._steps(work, b)[1] for name, b in plans.builders.items()}
-                return _farthest(work, steps)
+                works = again.works(partial(self._workload, cell), self._settings.plans)
+                steps = {n: self._steps(works[n], b)[1] for n, b in plans.builders.items()}
+                return _farthest(works["sequential"], steps)
         finally:
             self._play(Play.TIME)
 

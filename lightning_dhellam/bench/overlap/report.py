@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_dhellam.autosearch.session import MEMORY_SLACK
 from lightning_dhellam.bench.overlap.cells import Cell
@@ -14,7 +14,8 @@ from lightning_dhellam.bench.shapes import SLOWER
 
 COLUMNS = (
     "cell", "plan", "layer ms", "over megatron", "of bound", "exposed ms", "step ms", "spread ms",
-    "predicted ms", "error", "step error", "peak GiB", "of sequential", "parity", "farthest",
+    "predicted ms", "error", "step error", "peak GiB", "of sequential", "saved MiB",
+    "of none", "parity", "farthest",
 )  # fmt: skip
 COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""
@@ -33,6 +34,8 @@ class PlanFigures:
         parity: How far its results are from the sequential plan's; 0 when bitwise equal.
         farthest: The result that is farthest away, or `-`.
         search_seconds: What its search took, if it was searched.
+        saved: Bytes of activations that a layer saves of a micro-batch.
+        saved_by_none: The same, if nothing were made again.
     """
 
     predicted: tuple[float, float]
@@ -40,6 +43,8 @@ class PlanFigures:
     parity: float
     farthest: str
     search_seconds: float | None
+    saved: float
+    saved_by_none: float
 
 
 def rows_of(
@@ -82,6 +87,8 @@ def rows_of(
                 "step error": found.predicted[1] / timed[name][1].median - 1,
                 "peak GiB": found.peak / 2**30,
                 "of sequential": found.peak / figures["sequential"].peak,
+                "saved MiB": found.saved / 2**20,
+                "of none": found.saved / found.saved_by_none,
                 "parity": found.parity,
                 "farthest": found.farthest,
                 "search s": found.search_seconds,
@@ -121,4 +128,20 @@ def lever_notes(cells: Sequence[Cell], rows: Sequence[Row]) -> Row:
         if cell.lever and cell.name in found and before in found:
             gain = found[before] / found[cell.name] - 1
             notes[f"lever: {cell.lever}"] = f"auto {gain:+.1%} faster than {before}"
+    return notes
+
+
+def recompute_notes(cells: Sequence[Cell], rows: Sequence[Row]) -> Row:
+    """What making slots again costs the searched plan, against the same cell that keeps all."""
+    found = {row["cell"]: row for row in rows if row["plan"] == "auto"}
+    notes: Row = {}
+    for cell in cells:
+        plain = replace(cell, recompute="none").name
+        if cell.recompute == "none" or not {cell.name, plain} <= found.keys():
+            continue
+        own, kept = found[cell.name], found[plain]
+        notes[f"recompute: {cell.name}"] = (
+            f"auto {own['layer ms'] / kept['layer ms'] - 1:+.1%} time against none, and"
+            f" {1 - own['of none']:.0%} of activation bytes are not saved"
+        )
     return notes

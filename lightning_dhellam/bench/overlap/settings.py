@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_dhellam.autosearch.session import MEMORY_SLACK
 from lightning_dhellam.bench.overlap.cells import Cell, cells
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.shapes import parse_link
 from lightning_dhellam.parallel import Cluster, Link
+from lightning_dhellam.plan.by_layer import AUTO, USUAL
+from lightning_dhellam.plan.passes import CHOICES
 
 LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""
@@ -64,6 +66,10 @@ class Settings:
     levers: bool = False
     """Whether to try what may pay beyond order."""
 
+    recompute: tuple[str, ...] = (USUAL,)
+    """What backward makes again, each in cells of its own: none, gathers, selective or full, or
+    auto:0.5 for what fits into half of the activation memory that none needs."""
+
     def __post_init__(self) -> None:
         unknown = [plan for plan in self.plans if plan not in PLANS]
         if unknown:
@@ -73,6 +79,8 @@ class Settings:
             raise ValueError(
                 f"--plans: '{missing[0]}' must be among them, others are compared to it"
             )
+        for again in self.recompute:
+            _check_recompute(again)
         if not self.memory_slack >= 0:
             raise ValueError(f"--memory_slack {self.memory_slack} must be at least 0")
         counts = self.micro_batches
@@ -120,6 +128,20 @@ class Settings:
             context_links=[parse_link(text) for text in self.context_links if plain],
             expert_links=[parse_link(text) for text in self.expert_links if plain],
         )
+        found = [replace(cell, recompute=again) for cell in found for again in self.recompute]
         if self.cells is None:
             return found
         return [cell for cell in found if any(map(cell.name.startswith, self.cells))]
+
+
+def _check_recompute(text: str) -> None:
+    auto, _, share = text.partition(":")
+    try:
+        known = text in CHOICES or (auto == AUTO and 0 < float(share) <= 1)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"--recompute: '{text}' is not a choice: use {', '.join(CHOICES)}, or {AUTO}:0.5 for"
+            " half of the activation memory"
+        )

@@ -50,13 +50,15 @@ class Ours(DualStrandMixin):
 
 
 class Theirs(pl.LightningModule):
-    """`LlamaForCausalLM` of `case`, eager or compiled."""
+    """`LlamaForCausalLM` of `case`, eager or compiled, with checkpointing where we recompute."""
 
     def __init__(self, case: Case, device: torch.device, compiled: bool) -> None:
         super().__init__()
         self.net = _huggingface(case, device)
         self.rotary = self.net.model.rotary_emb
         self.frequencies = (self.rotary.inv_freq.clone(),)
+        if case.recompute not in (None, "none"):
+            self.net.gradient_checkpointing_enable({"use_reentrant": False})
         if case.lora is not None:
             self.net = _with_peft(self.net, case.lora)
         self.run = torch.compile(self.net) if compiled else self.net

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_dhellam.models import LoRA, ModelConfig, preset, training_flops_per_token
+from lightning_dhellam.plan.by_layer import AUTO
+from lightning_dhellam.plan.passes import CHOICES
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 SIDES = (OURS, EAGER, COMPILED)
@@ -14,8 +16,9 @@ CASES = (
     "llama-3.2-3b:28:128256:8192:4",
     "llama-3-8b:8:32000:32768:2",
     "llama-3-8b:32:128256:4096:8:lora16",
+    "llama-3-8b:8:32000:32768:2:auto",
 )
-_FORM = "preset:layers:vocabulary:sequence:micro-batches[:loraRANK]"
+_FORM = "preset:layers:vocabulary:sequence:micro-batches[:loraRANK][:RECOMPUTE]"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Settings:
 
     cases: tuple[str, ...] = CASES
     """What to train, the most important first: preset:layers:vocabulary:sequence:micro-batches, and
-    :lora16 behind it for adapters of rank 16 beside frozen weights, on their side by peft."""
+    :lora16 behind it for adapters of rank 16 beside frozen weights, on their side by peft; :auto,
+    :full or :selective for what backward makes again, on their side gradient checkpointing."""
 
     sides: tuple[str, ...] = SIDES
     """Who trains it: ours, and Hugging Face's model eager and compiled."""
@@ -85,28 +89,33 @@ class Case:
         length: Tokens of a sequence.
         micro_batches: Micro-batches of one sample each to an optimizer step.
         lora: Adapters, if they alone are trained.
+        recompute: What our side's backward makes again, where theirs has gradient checkpointing;
+            None for what is usual, which is none on their side.
     """
 
     config: ModelConfig
     length: int
     micro_batches: int
     lora: LoRA | None = None
+    recompute: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """The case that is written as `preset:layers:vocabulary:sequence:micro-batches[:lora16]`.
+        """The case that is written as `preset:layers:vocabulary:sequence:micro-batches`,
+        with `:lora16`, `:auto` or both behind it.
 
         Raises:
             ValueError: It is written otherwise, or there is no such preset.
         """
         name, *numbers = text.split(":")
+        recompute = numbers.pop() if numbers and numbers[-1] in (AUTO, *CHOICES) else None
         rank = numbers.pop().removeprefix("lora") if len(numbers) == 5 else ""
         if len(numbers) != 4 or not all(part.isdigit() for part in (*numbers, rank or "0")):
             raise ValueError(f"--cases: '{text}' is not {_FORM}, such as llama-3-8b:8:32000:8192:4")
         layers, vocabulary, length, micro_batches = map(int, numbers)
         config = preset(name, num_layers=layers, vocab_size=vocabulary, max_sequence_length=length)
         lora = LoRA(int(rank), 2.0 * int(rank)) if rank else None
-        return cls(config, length, micro_batches, lora)
+        return cls(config, length, micro_batches, lora, recompute)
 
     @property
     def flops_per_token(self) -> float:

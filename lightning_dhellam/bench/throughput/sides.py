@@ -16,6 +16,7 @@ from lightning_dhellam.bench.report import pick_device
 from lightning_dhellam.bench.throughput.modules import Ours, Theirs
 from lightning_dhellam.bench.throughput.operators import operator_times
 from lightning_dhellam.bench.throughput.settings import COMPILED, OURS, Case, Job
+from lightning_dhellam.plan.by_layer import USUAL
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import DHellamStrategy
 
@@ -104,7 +105,8 @@ def measure(job: Job) -> dict[str, Any]:
     if job.side == OURS:
         # One batch to an optimizer step, which the strategy cuts.
         module, samples, accumulate = Ours(case, device), case.micro_batches, 1
-        strategy: Any = DHellamStrategy(micro_batch_size=1, plan=job.plan)
+        again = case.recompute or USUAL
+        strategy: Any = DHellamStrategy(micro_batch_size=1, plan=job.plan, recompute=again)
         precision: Any = "bf16-mixed"
     else:
         module = Theirs(case, device, compiled=job.side == COMPILED)
