@@ -95,6 +95,9 @@ class Befalls(Callback):
     def on_save_checkpoint(self, *_: Any) -> None:
         self.here("saving")
 
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        print(f"rank {self.rank} ends after {trainer.global_step} steps", flush=True)
+
 
 def _search_at(befalls: Befalls) -> None:
     """Moments of a search. One that is told while it solves would go on for ever."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -45,12 +46,16 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Ended]:
 
 
 def check(job: Job, ended: Ended) -> None:
-    """All processes have ended, by themselves where there was something to save."""
+    """All processes have ended, by themselves and at one step where there was something to save."""
     assert f"rank {job.victim}: {job}" in ended.output
     assert ended.gone, ended.output
     if job.signum == TERM and job.moment not in BEFORE:
         for rank in (0, 1):
             assert f"rank {rank} ends by SIGTERMException" in ended.output
+        steps = re.findall(r"rank \d ends after (\d+) steps", ended.output)
+        assert len(steps) == 2 and len(set(steps)) == 1, ended.output
+        said = f"[rank {job.victim}] SIGTERM: all ranks end at their next step"
+        assert said in ended.output
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
