@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_dhellam.bench import (
+    checkpoint,
     convert,
     gemms,
     kernels,
@@ -22,6 +23,7 @@ from lightning_dhellam.bench.benchmark import Benchmark
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     benchmark.name: benchmark
     for benchmark in (
+        checkpoint.BENCHMARK,
         convert.BENCHMARK,
         gemms.BENCHMARK,
         kernels.BENCHMARK,

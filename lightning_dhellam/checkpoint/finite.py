@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from lightning_dhellam.parallel.collectives import together
@@ -24,7 +25,7 @@ def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
 
     def check() -> None:
         # After a run only what was trained may be on the host.
-        flags = [weight.isfinite().all().to(weights[0].device) for weight in weights]
+        flags = [_is_finite(weight).to(weights[0].device) for weight in weights]
         finite = torch.stack(flags).tolist()
         if not all(finite):
             name = ExpertNames(model).of_all(names[finite.index(False)])
@@ -34,3 +35,11 @@ def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
             )
 
     together(check, context.world_group)
+
+
+def _is_finite(weight: Tensor) -> Tensor:
+    """Whether all values are, by the least and the greatest: NaN is both if there is any."""
+    if not weight.numel():
+        return torch.tensor(True, device=weight.device)
+    low, high = torch.aminmax(weight.detach())
+    return low.isfinite() & high.isfinite()

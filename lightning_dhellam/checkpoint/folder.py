@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lightning_dhellam.checkpoint import by_rank, content, from_file, stepped, weights
+from lightning_dhellam.checkpoint.checksums import check_file
 from lightning_dhellam.checkpoint.description import (
     ALONE,
     FILES,
@@ -33,12 +34,8 @@ from lightning_dhellam.checkpoint.description import (
     read_topology,
     sizes_of,
 )
+from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
 from lightning_dhellam.checkpoint.shares import Shares
-from lightning_dhellam.checkpoint.storage import (
-    check_file,
-    load_pieces,
-    read_metadata,
-)
 from lightning_dhellam.parallel.collectives import of_all_ranks, together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.optimizer_state import Form

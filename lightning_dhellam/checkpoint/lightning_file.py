@@ -14,19 +14,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_dhellam.checkpoint import content
+from lightning_dhellam.checkpoint.checksums import check_file
 from lightning_dhellam.checkpoint.description import ABOUT, FILES, MODEL, read_topology
 from lightning_dhellam.checkpoint.folder import REST, load_common
 from lightning_dhellam.checkpoint.from_file import NAMES
 from lightning_dhellam.checkpoint.model import config_of, saved_model
 from lightning_dhellam.checkpoint.order import in_order
-from lightning_dhellam.checkpoint.pieces import Pieces
+from lightning_dhellam.checkpoint.pieces import Pieces, empty_place
+from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
 from lightning_dhellam.checkpoint.stepped import MASTER, split_place
-from lightning_dhellam.checkpoint.storage import check_file, load_pieces, read_metadata
 from lightning_dhellam.checkpoint.weights import PREFIX
 from lightning_dhellam.files import put_in_place, sync_files
 
@@ -145,7 +145,7 @@ def _read(
     tensors, pieces = {}, {}
     for place, saved in metadata.state_dict_metadata.items():
         if isinstance(saved, TensorStorageMetadata) and wanted(place):
-            tensors[place] = torch.empty(saved.size, dtype=saved.properties.dtype)
+            tensors[place] = empty_place(saved.size, saved.properties.dtype)
             start = (0,) * len(saved.size)
             pieces[place] = Pieces(saved.size, saved.properties.dtype, [(start, tensors[place])])
     load_pieces(folder, metadata, pieces)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -53,3 +55,16 @@ class Pieces:
         """The piece that begins where `index` says."""
         assert index.offset is not None
         return self.pieces[index.offset]
+
+
+def empty_place(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros on the host that is to be filled.
+
+    In numpy's memory, which asks the system for large pages: filling it for the first time is two
+    to three times as fast as torch's own.
+    """
+    count = prod(shape)
+    if not count:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    memory = numpy.zeros(count * dtype.itemsize, numpy.uint8)
+    return torch.from_numpy(memory).view(dtype).view(tuple(shape))

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_dhellam.checkpoint.pieces import Pieces
+from lightning_dhellam.checkpoint.pieces import Pieces, empty_place
 from lightning_dhellam.checkpoint.shares import Share, Shares
 from lightning_dhellam.parallel.optimizer_state import UNNAMED, Form, same
 
@@ -136,7 +135,7 @@ def to_load(
             continue
         share, part = shares[name], form.parts.get(name)
         shape = share.local if part is None else (part[1] - part[0],)
-        state.setdefault(name, {})[key] = whole = torch.zeros(shape, dtype=saved.properties.dtype)
+        state.setdefault(name, {})[key] = whole = empty_place(shape, saved.properties.dtype)
         rows = saved.size[0] if share.rows is not None else None
         pieces[place] = Pieces(saved.size, whole.dtype, share.pieces(whole, part, rows))
     return state, pieces

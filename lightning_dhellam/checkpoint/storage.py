@@ -1,64 +1,30 @@
-"""Tensors in files of torch's distributed checkpoint, each file with a checksum.
+"""Tensors written to files of torch's distributed checkpoint, each file with a checksum.
 
-Any tool that reads such folders (`torch.distributed.checkpoint`) reads these. What describes them,
-`.metadata`, is a pickle: here it makes descriptions and nothing else, so that no code is run.
+Any tool that reads such folders (`torch.distributed.checkpoint`) reads these.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    create_default_local_load_plan,
-)
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.serialization import get_crc32_options, set_crc32_options
 
-from lightning_dhellam.checkpoint.content import REMEDY
-from lightning_dhellam.checkpoint.description import check_size
+from lightning_dhellam.checkpoint.checksums import AT_ONCE, Checksums, crc32
 from lightning_dhellam.checkpoint.pieces import Pieces
 from lightning_dhellam.files import in_parts, write_error
 from lightning_dhellam.parallel.collectives import to_first
-
-METADATA = ".metadata"
-Checksums = dict[str, tuple[int, str]]
-"""By the names of files how many bytes they have, and the checksum of those."""
-_AT_ONCE = 2**22
-_HOME = "torch.distributed.checkpoint."
-_DESCRIPTIONS = (
-    *(
-        f"{_HOME}metadata.{name}"
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-            "MetadataIndex",
-            "StorageMeta",
-        )
-    ),
-    f"{_HOME}filesystem._StorageInfo",
-    "torch.Size",
-    "torch.serialization._get_layout",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
-)
 
 
 class Planned:
@@ -103,7 +69,8 @@ class Planned:
             WriteError: there is no room for it, or the disk fails.
         """
         self._planner.copies = self.pieces
-        return self._writer.write_data(self._plan, self._planner).value()
+        with _summed_once():
+            return self._writer.write_data(self._plan, self._planner).value()
 
     def finish(self, written: list[Any]) -> None:
         """Write what describes all files, on the first rank, of what `write` returned on each."""
@@ -114,6 +81,17 @@ class Planned:
     def checksums(self) -> Checksums:
         """Checksums of what this rank has written."""
         return self._writer.files.checksums
+
+
+@contextmanager
+def _summed_once() -> Iterator[None]:
+    """Inside, torch does not sum what it saves: the whole file has a checksum."""
+    usual = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(usual)
 
 
 def _name_of(index: MetadataIndex) -> str:
@@ -140,84 +118,6 @@ def _through_first(
     return found[0]
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """What tensors a folder has, and where.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
-    file = folder / METADATA
-    try:
-        with file.open("rb") as stream:
-            found = _Descriptions(stream).load()
-        if not isinstance(found, Metadata):
-            raise pickle.UnpicklingError(f"it is a {type(found).__name__}")
-    except FileNotFoundError as error:
-        raise ValueError(f"checkpoint {folder} has no {METADATA}: {REMEDY}") from error
-    except Exception as error:
-        raise ValueError(
-            f"{file} cannot be read ({type(error).__name__}: {error}): it is damaged, {REMEDY}"
-        ) from error
-    return found
-
-
-def load_pieces(folder: Path, metadata: Metadata, tensors: Mapping[str, Pieces]) -> None:
-    """Fill the pieces of some tensors with what a folder has of them.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    reader = dcp.FileSystemReader(folder)
-    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.state_dict = dict(tensors)
-    try:
-        reader.set_up_storage_reader(metadata, True)
-        plan = create_default_local_load_plan(planner.state_dict, metadata)
-        reader.read_data(plan, planner).wait()
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"checkpoint {folder} has no {Path(error.filename).name}: {REMEDY}"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}): if it is"
-            f" damaged, {REMEDY}"
-        ) from error
-
-
-def checksum(file: Path) -> tuple[int, str]:
-    """How many bytes a file has, and their checksum."""
-    found = 0
-    with file.open("rb") as stream:
-        while data := stream.read(_AT_ONCE):
-            found = zlib.crc32(data, found)
-        return stream.tell(), f"{found:08x}"
-
-
-def check_file(file: Path, size: int, digest: str) -> None:
-    """Refuse a file that is not as it was written.
-
-    Raises:
-        ValueError: it is missing, cut off or changed.
-    """
-    check_size(file, size)
-    if checksum(file) != (size, digest):
-        raise ValueError(
-            f"{file} is damaged: its checksum is not that of what was written: {REMEDY}"
-        )
-
-
-class _Descriptions(pickle.Unpickler):
-    """Makes descriptions of tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if f"{module}.{name}" not in _DESCRIPTIONS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
-        return resolve_name(f"{module}:{name}")
-
-
 class _SavePlanner(DefaultSavePlanner):
     """Finds what is to be written among the copies of pieces."""
 
@@ -225,13 +125,6 @@ class _SavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.copies[_name_of(index)]
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Finds what is to be filled among pieces."""
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].piece(index)
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -293,10 +186,12 @@ class _Written:
 
     def write(self, data: Any) -> int:
         whole = memoryview(data).cast("B")
-        self.checksum = zlib.crc32(whole, self.checksum)
         try:
-            for done in in_parts(self.file, whole):
-                self.size += done
+            for start in range(0, whole.nbytes, AT_ONCE):
+                part = whole[start : start + AT_ONCE]
+                self.checksum = crc32(part, self.checksum)
+                for done in in_parts(self.file, part):
+                    self.size += done
         except OSError as error:
             self.error = error
             raise

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lightning_dhellam.checkpoint.checksums import check_file
 from lightning_dhellam.checkpoint.description import FILES, MODEL, read_topology
 from lightning_dhellam.checkpoint.folder import load_common
-from lightning_dhellam.checkpoint.storage import check_file, read_metadata
+from lightning_dhellam.checkpoint.reading import read_metadata
 from lightning_dhellam.checkpoint.weights import PREFIX
 
 _SIZES = "_parallel_size"

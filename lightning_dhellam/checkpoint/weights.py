@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_dhellam.checkpoint.pieces import Pieces
+from lightning_dhellam.checkpoint.pieces import Pieces, empty_place
 from lightning_dhellam.checkpoint.shares import Share, Shares
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.topology import Topology
@@ -115,7 +115,7 @@ def to_load(
         rows = saved.size[0] if share is not None and share.rows is not None else None
         if share is None or not share.fits(tuple(saved.size)):
             share, rows = _as_it_lay(tuple(saved.size), lying.get(name), topology), None
-        state[name] = torch.zeros(share.local, dtype=saved.properties.dtype)
+        state[name] = empty_place(share.local, saved.properties.dtype)
         found = share.pieces(state[name], saved_rows=rows)
         pieces[PREFIX + name] = Pieces(saved.size, saved.properties.dtype, found)
     return state, pieces

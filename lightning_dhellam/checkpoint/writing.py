@@ -16,12 +16,13 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from lightning_dhellam.checkpoint import content, stepped, weights
+from lightning_dhellam.checkpoint.checksums import Checksums
 from lightning_dhellam.checkpoint.description import FILES, MODEL, save_description, sizes_of
 from lightning_dhellam.checkpoint.folder import COMMON, REST, own_name
 from lightning_dhellam.checkpoint.shares import Shares
 from lightning_dhellam.checkpoint.staging import Staging
-from lightning_dhellam.checkpoint.storage import Checksums, Planned
-from lightning_dhellam.files import WriteError, put_in_place, sync_files, write_atomically
+from lightning_dhellam.checkpoint.storage import Planned
+from lightning_dhellam.files import WriteError, put_in_place, write_atomically
 from lightning_dhellam.leftovers import clear, name_digest
 from lightning_dhellam.parallel.collectives import of_all_ranks, to_first, try_together
 from lightning_dhellam.parallel.context import ParallelContext
@@ -148,7 +149,6 @@ def write(prepared: Prepared, group: ProcessGroup | None) -> None:
             prepared.tensors.finish([files for files, _ in of_ranks])
             files = _union([prepared.tensors.checksums, *(sums for _, sums in of_ranks)])
             save_description(aside, {**prepared.description, FILES: files})
-            sync_files(aside)
             put_in_place(aside, path)
 
     for step in (make_room, write_own, publish):

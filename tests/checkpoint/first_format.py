@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_dhellam.checkpoint import content
 from lightning_dhellam.checkpoint.description import FILES, read_topology, sizes_of
 from lightning_dhellam.checkpoint.pieces import Pieces
-from lightning_dhellam.checkpoint.storage import load_pieces, read_metadata
+from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
 from lightning_dhellam.parallel import ParallelContext
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dhellam.bench.checkpoint import run as checkpoint_bench
+from lightning_dhellam.bench.checkpoint import steps as checkpoint_steps
+from lightning_dhellam.bench.checkpoint.report import rows_of
 from lightning_dhellam.bench.convert import run as convert_bench
 from lightning_dhellam.bench.kernels import run as kernel_bench
 from lightning_dhellam.bench.processes import Budget
@@ -21,6 +24,8 @@ from lightning_dhellam.bench.throughput.workers import Workers
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.models import parameter_count, preset
+from tests.ranks import run_ranks
+from tests.strategy.runs import join
 
 TINY = "llama-tiny:2:512:64:2"
 
@@ -74,6 +79,47 @@ def test_folders_are_written_and_read_beside_plain_files(
     failed = [row for row in _report(tmp_path, "convert")["rows"] if "failed" in row]
     assert [(row["does"], row["by"]) for row in failed] == [("read", "ours"), ("write", "ours")]
     assert {row["failed"] for row in failed} == {"what is read is not what was written"}
+
+
+def _bandwidth(rank: int, place: Path) -> tuple[int, dict[str, dict[str, float]]]:
+    join(rank, 2)
+    settings = checkpoint_bench.Settings(
+        processes=2,
+        pipeline_parallel_size=1,
+        layers=1,
+        hidden=64,
+        vocabulary=128,
+        repeats=1,
+        parts=("bandwidth",),
+    )
+    found = checkpoint_bench._measured(settings, place)
+    with pytest.raises(RuntimeError, match="a: w is not read as it was written"):
+        checkpoint_bench._check("a", {"w": torch.ones(2)}, lambda: lambda: {"w": torch.zeros(2)})
+    return found
+
+
+def test_a_state_is_saved_and_loaded_in_each_way(tmp_path: Path) -> None:
+    """Each of which must read what it has written."""
+    (size, times), _ = run_ranks(2, _bandwidth, tmp_path)
+    rows = {row["way"]: row for row in rows_of(times, size)}
+    assert list(rows) == ["checkpoint", "plain DCP", "file per rank"]
+    for row in rows.values():
+        assert row["save GB/s"] == pytest.approx(size / row["save s"] / 1e9)
+        assert row["load ratio"] == pytest.approx(row["load s"] / rows["checkpoint"]["load s"])
+    assert not list(tmp_path.glob("*-[01]"))
+
+
+def test_steps_that_save_are_timed_beside_others(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--parts=[steps]", f"--case={TINY}", "--steps=1"]
+    assert main(["bench", "checkpoint", *words, f"--output={tmp_path}"]) == 0
+    at_once, first, beside = _report(tmp_path, "checkpoint")["steps"]
+    assert (at_once["way"], first["way"], beside["way"]) == checkpoint_steps.WAYS
+    for row in (at_once, first, beside):
+        assert row["ratio"] == pytest.approx(row["saves ms"] / row["normal ms"])
+        assert row["GB"] > 3 * 4 * row["parameters"] / 1e9 and row["next ms"] > 0
+    assert at_once["saves ms"] >= 1e3 * at_once["whole s"]  # training has waited for all of it
+    (left,) = {path.name.rpartition(".")[0] for path in tmp_path.iterdir()}
+    assert left.startswith("checkpoint-")
 
 
 def test_a_side_that_fails_costs_its_own_row_only(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dhellam.checkpoint.storage import read_metadata
+from lightning_dhellam.checkpoint.reading import read_metadata
 from lightning_dhellam.models import ModelConfig, export_llama, import_llama
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.runner import Runner

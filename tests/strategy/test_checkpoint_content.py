@@ -30,9 +30,9 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dhellam.checkpoint import content
+from lightning_dhellam.checkpoint.checksums import checksum
 from lightning_dhellam.checkpoint.description import save_description
 from lightning_dhellam.checkpoint.folder import load_common
-from lightning_dhellam.checkpoint.storage import checksum
 from lightning_dhellam.checkpoint.writing import save
 from lightning_dhellam.parallel import ParallelContext
 from tests.checkpoint.first_format import make_old
