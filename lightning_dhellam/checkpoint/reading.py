@@ -139,7 +139,8 @@ def _fill(file: FileIO, lies: Any, item: ReadItem, target: Tensor) -> None:
 
 
 def _read_into(file: FileIO, tensor: Tensor) -> None:
-    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    left = memoryview(values)
     while left:
         count = file.readinto(left)
         if not count:
@@ -163,7 +164,7 @@ class _Laid(NamedTuple):
 
 def _laid(view: Any) -> _Laid | None:
     """How the tensor lies that is saved in `view`; None if only torch can read it."""
-    reader = torch._C.PyTorchFileReader(view)
+    reader: Any = torch._C.PyTorchFileReader(view)
     if reader.get_record("byteorder") != sys.byteorder.encode():
         return None
     try:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.bench.checkpoint.report import COLUMNS, rows_of
 from lightning_dhellam.bench.checkpoint.settings import BANDWIDTH, STEPS, Settings
-from lightning_dhellam.bench.checkpoint.sides import SIDES, Parts, parts_of
+from lightning_dhellam.bench.checkpoint.sides import SIDES, Parts, Side, parts_of
 from lightning_dhellam.bench.checkpoint.steps import measure_steps
 from lightning_dhellam.bench.processes import end_with_parent
 from lightning_dhellam.bench.report import Report, device_name, pick_device
@@ -33,6 +33,7 @@ Times = dict[str, dict[str, float]]
 
 def measure(settings: Settings, folder: Path) -> Report:
     """Save and load in `folder`, whose file system is measured, and leave only the report there."""
+    device = pick_device(settings.device) if STEPS in settings.parts else _CPU
     report = Report("checkpoint", device_name(_CPU), COLUMNS)
     report.notes["checksums"] = f"by {crc32.__module__}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,8 +43,8 @@ def measure(settings: Settings, folder: Path) -> Report:
             report.notes["state"] = f"{size / 1e9:.3g} GB of {settings.processes} processes"
             report.rows += rows_of(times, size)
         if STEPS in settings.parts:
-            report.device = device_name(pick_device(settings.device))
-            report.details["steps"] = measure_steps(settings, Path(place))
+            report.details["steps"] = measure_steps(settings, Path(place), device)
+            report.device = device_name(device)
     return report
 
 
@@ -100,7 +101,7 @@ def _measured(settings: Settings, place: Path) -> tuple[int, Times]:
         optimizer.step()  # from now on there are moments
         size = torch.tensor(sum(part.nbytes for part in parts_of(runner, optimizer).values()))
         dist.all_reduce(size)
-        sides = {name: make(runner, optimizer) for name, make in SIDES.items()}
+        sides: dict[str, Side] = {name: make(runner, optimizer) for name, make in SIDES.items()}
         taken: dict[str, dict[str, list[float]]] = {n: {"save": [], "load": []} for n in sides}
         for number in range(settings.repeats + 1):
             for name, side in sides.items():

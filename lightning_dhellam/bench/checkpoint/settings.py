@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dhellam.bench.report import pick_device
 from lightning_dhellam.bench.throughput.settings import Case
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Topology
@@ -59,7 +58,6 @@ class Settings:
             raise ValueError(f"--parts: '{unknown[0]}' is not a part: use {', '.join(PARTS)}")
         if STEPS in self.parts:
             Case.parse(self.case)
-            pick_device(self.device)
         self.config.validate(self.tensor_parallel_size)
         Topology(
             world_size=self.processes,

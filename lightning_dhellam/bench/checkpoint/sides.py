@@ -62,13 +62,13 @@ class PlainDCP:
         self.tensors = parts_of(runner, optimizer)
 
     def save(self, path: Path) -> None:
-        """As torch does it: each file is brought to the disk."""
+        """Torch brings each file to the disk."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.save(dict(self.tensors), checkpoint_id=path)
 
     def load(self, path: Path) -> Callable[[], Parts]:
-        """As torch does it, without any checksum."""
+        """Torch reads it, without any checksum."""
         tensors = {
             name: torch.empty_like(tensor) if name.startswith(stepped.PREFIX) else tensor
             for name, tensor in self.tensors.items()
@@ -80,7 +80,7 @@ class PlainDCP:
 
 
 class FilePerRank:
-    """As version 0.1 did: `torch.save` of the weights, by one replica, and of each rank's state."""
+    """What version 0.1 wrote: weights by one replica, each rank's state, by `torch.save`."""
 
     def __init__(self, runner: Runner, optimizer: ModelParallelOptimizer) -> None:
         self.runner, self.optimizer = runner, optimizer
@@ -112,7 +112,11 @@ class FilePerRank:
         return lambda: parts_of(self.runner, self.optimizer)
 
 
-SIDES = {"checkpoint": Checkpoint, "plain DCP": PlainDCP, "file per rank": FilePerRank}
+SIDES: Mapping[str, Callable[[Runner, ModelParallelOptimizer], Side]] = {
+    "checkpoint": Checkpoint,
+    "plain DCP": PlainDCP,
+    "file per rank": FilePerRank,
+}
 
 
 def parts_of(runner: Runner, optimizer: ModelParallelOptimizer) -> Parts:

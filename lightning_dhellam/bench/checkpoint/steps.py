@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dhellam.bench.checkpoint.settings import Settings
-from lightning_dhellam.bench.report import Row, pick_device
+from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.throughput.settings import Case
 from lightning_dhellam.models import parameter_count
 from lightning_dhellam.module import DualStrandMixin
@@ -30,15 +30,14 @@ WAYS = (AT_ONCE, FIRST, BESIDE)
 _WARM_UP = 2
 
 
-def measure_steps(settings: Settings, place: Path) -> list[Row]:
-    """Train on one device, and save in `place` in each way. A row for each way.
+def measure_steps(settings: Settings, place: Path, device: torch.device) -> list[Row]:
+    """Train on `device`, and save in `place` in each way. A row for each way.
 
     Of each: the median of steps that nothing disturbs (`normal ms`), the step that saves, the one
     after it, those while it is written (a median), from the call until the checkpoint has its name
     (`whole s`), and how much more memory of the host the process had than before, at most, by the
     bytes of the checkpoint.
     """
-    device = pick_device(settings.device)
     case = Case.parse(settings.case)
     watch = _Watch(device, settings.steps, place)
     trainer = pl.Trainer(
