@@ -65,11 +65,12 @@ class InUse(Callback):
 
 
 class InUseExchange(Callback):
-    """The collective that brings keys and values, once there has been a search."""
+    """The collective that brings keys and values, once it is chosen: that ends the training."""
 
     found = ""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 2
         assert isinstance(trainer.strategy, DHellamStrategy)
         layer = trainer.strategy.runner.engine.layers[1]
         first = next(o for o in layer.forward.operators if o.lane is Lane.CP)
@@ -92,16 +93,28 @@ def searched(
     return losses, plans.plans
 
 
-def on_two_ranks(
-    rank: int, folder: Path, sizes: dict[str, Any]
-) -> tuple[list[float], list[float], list[str], dict[str, float], dict[str, float]]:
-    """Losses without and with a search, the plans of the latter, and by plan what a step would
-    take on this rank's stage alone and what it is predicted to take."""
+SIZES: dict[str, dict[str, Any]] = {
+    "tp": {"tensor_parallel_size": 2},
+    "pp": {"pipeline_parallel_size": 2},
+    "cp": {"context_parallel_size": 2, "context_exchange": "auto"},
+    "dp": {},  # takes the ranks that the others leave
+}
+OnARank = tuple[list[float], list[float], list[str], dict[str, float], dict[str, float]]
+"""Losses without and with a search, the plans of the latter, and by plan what a step would take on
+this rank's stage alone and what it is predicted to take."""
+
+
+def on_two_ranks(rank: int, root: Path) -> dict[str, OnARank]:
     join(rank, 2)
+    return {kind: _on_a_rank(root / kind, sizes) for kind, sizes in SIZES.items()}
+
+
+def _on_a_rank(folder: Path, sizes: dict[str, Any]) -> OnARank:
     strategy = {**sizes, "micro_batch_size": 3}
     steps = STEPS + 2
     samples = GLOBAL_BATCH * (steps + 1)
-    model = {"hidden_dropout": 0.1, "num_layers": 4}
+    layers = 4 if "pipeline_parallel_size" in sizes else 2
+    model: dict[str, Any] = {"hidden_dropout": 0.1, "num_layers": layers}
     plain = train(strategy, Model(**model), max_steps=steps, samples=samples)
     plans, search = InUse(), AutoSearch(rounds=ROUNDS)
     losses = train(
@@ -118,17 +131,19 @@ def on_two_ranks(
     return plain, losses, plans.plans, alone, {o.name: o.predicted for o in found.outcomes}
 
 
-@pytest.mark.parametrize("kind", ["tp", "pp", "dp", "cp"])
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, OnARank]]]:
+    """The folder of the searches, and by rank what came of each kind."""
+    root = tmp_path_factory.mktemp("searches")
+    return root, run_ranks(2, on_two_ranks, root)
+
+
+@pytest.mark.parametrize("kind", SIZES)
 def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
-    tmp_path: Path, kind: str
+    on_ranks: tuple[Path, list[dict[str, OnARank]]], kind: str
 ) -> None:
-    sizes = {
-        "tp": {"tensor_parallel_size": 2},
-        "pp": {"pipeline_parallel_size": 2},
-        "cp": {"context_parallel_size": 2, "context_exchange": "auto"},
-        "dp": {},  # takes the ranks that the others leave
-    }
-    results = run_ranks(2, on_two_ranks, tmp_path, sizes[kind])
+    root, by_rank = on_ranks
+    results = [found[kind] for found in by_rank]
     for plain, losses, *_ in results:
         assert losses == plain, "the search changed the losses"
     predicted = results[0][4]
@@ -142,7 +157,7 @@ def test_a_searched_run_has_the_same_losses_and_all_ranks_the_same_plan(
     assert plans == results[1][2]
     assert plans[0] == "sequential" and sorted(plans[1:7]) == sorted(PLANS)
     assert sorted(plans[7:13]) == sorted(PLANS)
-    folder = tmp_path / "search"
+    folder = root / kind / "search"
     overlap = {"overlap.png"} if kind != "pp" else set()
     assert {path.name for path in folder.iterdir()} == FILES | overlap
     found = json.loads((folder / "outcomes.json").read_text())
