@@ -40,7 +40,8 @@ class SdpaBackend(Backend):
         q, k, v = self._arrange(q, k, v)
         out, lse, state = self._forward(q, k, v, scale, causal, window)
         s, b = q.shape[2], q.shape[0]
-        return out.permute(2, 0, 1, 3).reshape(s, b, -1), lse, state
+        # The memory-efficient kernel lays out batches first, whatever it was given.
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1).contiguous(), lse, state
 
     def backward(
         self,

@@ -66,13 +66,13 @@ def _drop(
     residual: tl.tensor,
     out: tl.tensor,
     places: tl.tensor,
-    size: int,
+    size: tl.tensor,
     first: int,
     before: int,
     own: int,
     across: int,
     key: tl.tensor,
-    limit: int,
+    limit: tl.tensor,
     scale: float,
     ADDS: tl.constexpr,
     PART: tl.constexpr,
@@ -104,7 +104,7 @@ def _read(
     x: tl.tensor,
     residual: tl.tensor,
     here: tl.tensor,
-    size: int,
+    size: tl.tensor,
     ADDS: tl.constexpr,
     PART: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -123,8 +123,8 @@ def _write(
     value: tl.tensor,
     branch: tl.tensor,
     word: tl.tensor,
-    size: int,
-    limit: int,
+    size: tl.tensor,
+    limit: tl.tensor,
     scale: float,
     ADDS: tl.constexpr,
     PART: tl.constexpr,
@@ -136,7 +136,7 @@ def _write(
 
 
 @triton.jit
-def _inside(here: tl.tensor, size: int, PART: tl.constexpr) -> tl.tensor:
+def _inside(here: tl.tensor, size: tl.tensor, PART: tl.constexpr) -> tl.tensor:
     inside = here < size
     if PART:
         inside = inside & (here >= 0)

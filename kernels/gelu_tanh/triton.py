@@ -34,7 +34,7 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _forward(x: tl.tensor, y: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
+def _forward(x: tl.tensor, y: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = here < size
     wide = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
@@ -43,7 +43,9 @@ def _forward(x: tl.tensor, y: tl.tensor, size: int, BLOCK: tl.constexpr) -> None
 
 
 @triton.jit
-def _backward(dy: tl.tensor, x: tl.tensor, dx: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
+def _backward(
+    dy: tl.tensor, x: tl.tensor, dx: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = here < size
     wide = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)

@@ -20,7 +20,9 @@ def take_changes_(master: Tensor, weight: Tensor) -> None:
 
 
 @triton.jit
-def _take_changes(master: tl.tensor, weight: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
+def _take_changes(
+    master: tl.tensor, weight: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     bits = tl.load(master + at, mask=inside, other=0.0).to(tl.int32, bitcast=True)

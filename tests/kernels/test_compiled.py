@@ -149,6 +149,19 @@ CALLS: dict[str, Callable[[Any], None]] = {
 }
 
 
+def test_numbers_of_elements_may_need_more_than_32_bits() -> None:
+    """To Triton a parameter that is annotated as `int` has 32, whatever it is given."""
+    found = set()
+    for operator in (*CALLS, "masters"):
+        module = importlib.import_module(f"lightning_dhellam.kernels.{operator}.triton")
+        for name, kernel in vars(module).items():
+            for parameter in kernel.params if isinstance(kernel, JITFunction) else ():
+                if parameter.name in ("size", "limit", "key"):
+                    found.add(operator)
+                    assert not parameter.annotation_type, f"{operator}: {name}"
+    assert found == {"dropout", "gelu", "gelu_tanh", "masters"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own driver compiles them")
 @pytest.mark.parametrize("operator", list(parity.CASES))
 def test_every_kernel_compiles_for_hopper(operator: str, compiled: list[tuple[str, str]]) -> None:

@@ -121,7 +121,7 @@ def same_numbers(
         large, small = (_numbers(config, sizes, Scaling(2.0**k), device) for k in (10, 0))
         for found in (large, small):
             for one, other in zip(found[:2], expected[:2], strict=True):
-                assert one == pytest.approx(other, rel=2e-2)
+                assert one == pytest.approx(other, rel=2e-2), (found, expected)
             assert found[2] == pytest.approx(expected[2], rel=2e-2)
         assert large[0] == pytest.approx(small[0], rel=1e-3), "the loss that is told is not scaled"
         assert bool(expected[2]) == (config.num_experts is not None)

@@ -168,7 +168,8 @@ def check_gradients(world: int, of_ranks: list[dict[str, Outcome]], kind: str = 
             assert abs(outcome["loss"] - expected_loss) <= 1e-6 * expected_loss, place
             assert outcome["gradients"].keys() == expected.keys(), place
             errors = {n: relative_error(outcome["gradients"][n], expected[n]) for n in expected}
-            assert max(errors.values()) <= 1e-5, (place, errors)
+            limit = 1e-5 if kind == "cpu" else 3e-5  # a GPU adds up in another order
+            assert max(errors.values()) <= limit, (place, errors)
 
 
 def test_a_step_changes_adapters_alone_and_nothing_else_has_a_buffer(
@@ -195,7 +196,7 @@ def check_merged(world: int, of_ranks: list[dict[str, Outcome]], kind: str = "cp
             model = hugging_face_llama(case.config)
             model.load_state_dict(found[name]["merged"])
             logits = model(batch["tokens"]).logits.detach()
-            assert relative_error(found[name]["logits"], logits) <= 1e-5, name
+            assert relative_error(found[name]["logits"], logits) <= 3e-5, name
 
 
 DROPPING = replace(SMALL, hidden_dropout=0.1)
