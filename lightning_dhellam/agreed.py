@@ -18,7 +18,7 @@ from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_o
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
-from lightning_dhellam.pipeline.schedules import Scheme, scheme_of
+from lightning_dhellam.pipeline.schedules import Scheme, check_placed, scheme_of
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer, check_choices
 from lightning_dhellam.plan.file import PlanFile, conditions, named_plan
@@ -87,6 +87,7 @@ class AgreedEngine:
         self._check_alike("recompute", recompute)
         self._check_alike("schedule", schedule)
         scheme = scheme_of(schedule, self._context.topology.pp_size)
+        check_placed(schedule, scheme, self._context.placement)
         start_alike(model, self._context)
         check_exchange(context_exchange)
         self.exchanges = exchanges(context_exchange, self._context.topology.cp_size)
@@ -121,7 +122,8 @@ class AgreedEngine:
         builder = named_plan(plan, self.conditions)
         processors = self._context.processors(lowered.layers)
         lanes = make_lanes(self._context.device, processors=processors)
-        self.engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, module)
+        logits, stage, ends = lowered.logits, lowered.stage, lowered.ends
+        self.engine = Engine(lowered.layers, lanes, builder, logits, stage, module, ends)
         self.use_plan(plan, builder)
 
     def exchange(self, name: str) -> None:
@@ -167,6 +169,7 @@ class AgreedEngine:
             lowered.logits,
             lowered.stage,
             self._module,
+            lowered.ends,
         )
         if self._length is not None:
             self.engine.suit(self._length)

@@ -27,12 +27,12 @@ from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, crossing_bytes
 from lightning_dhellam.models import pipeline_split as split_of
 from lightning_dhellam.parallel import ParallelContext, zigzag
-from lightning_dhellam.parallel.collectives import from_first, of_every_rank, reduced
+from lightning_dhellam.parallel.collectives import from_one, of_every_rank, reduced
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.loss_scale import Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
-from lightning_dhellam.pipeline.schedules import Scheme
+from lightning_dhellam.pipeline.schedules import Scheme, placement_of
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import USUAL, ByLayer
 from lightning_dhellam.plan.passes import Recompute
@@ -83,8 +83,9 @@ class Runner:
             one it is `ring`. Changes loss and gradients by rounding.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
-        schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, or the
-            path of a file that holds one, in the form in which schedules print. Changes no bit.
+        schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, `1f1b`,
+            `interleaved-1f1b`, or the path of a file that holds one, in the form in which schedules
+            print. The model's layers must lie where it has them. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         memory_limit: bytes of the device's memory that the run may take by `recompute="auto"`; None
             for what a GPU has, and no limit on a CPU.
@@ -177,7 +178,8 @@ class Runner:
             model: its configuration, or what makes it of a context and a type.
             device: that this process computes on; its GPU, or else the CPU, if not given.
             tensor_parallel_size: ranks that share each layer, with sequence parallelism.
-            pipeline_parallel_size: stages P that share the layers, as 2P chunks.
+            pipeline_parallel_size: stages P that share the layers, as chunks that lie where the
+                `schedule` has them.
             context_parallel_size: ranks that share each sequence.
             expert_parallel_size: ranks that share the experts of each layer.
             expert_tensor_parallel_size: ranks that share each expert: as many as share each layer
@@ -197,7 +199,8 @@ class Runner:
         if precision not in PRECISIONS:
             raise ValueError(f"precision='{precision}' must be one of {', '.join(PRECISIONS)}")
         device, dtype = this_device(device), PRECISIONS[precision].dtype
-        crossing = None
+        schedule = options.get("schedule", "fold")
+        placement, crossing = placement_of(schedule, pipeline_parallel_size), None
         with ExitStack() as stack:
             stack.callback(join(device, timeout))
             if isinstance(model, ModelConfig):
@@ -207,7 +210,7 @@ class Runner:
                     expert_tensor_parallel_size,
                     context_parallel_size,
                 )
-                pipeline_split = list(split_of(model, pipeline_parallel_size, pipeline_split))
+                pipeline_split = list(split_of(model, placement, pipeline_split))
                 tokens = options.get("micro_batch_size", 1) * model.max_sequence_length
                 crossing = crossing_bytes(model, dtype, tokens)
             context = ParallelContext.create(
@@ -222,6 +225,7 @@ class Runner:
                 context_transport=context_transport,
                 pipeline_transport=pipeline_transport,
                 crossing=crossing,
+                placement=placement,
             )
             stack.callback(context.destroy)
             if isinstance(model, ModelConfig):
@@ -404,9 +408,9 @@ class Runner:
 
     def _of_sequences(self, loss: Tensor) -> Tensor:
         """The loss of whole sequences, from what each rank has computed of its tokens."""
-        if self.context.topology.pp_rank == 0:
+        if self.context.has_loss:
             loss = reduced(loss, self.context.groups.cp, "sum")
-        return from_first(loss, self.context.groups.pp)
+        return from_one(loss, self.context.groups.pp, self.context.placement.last)
 
     def follow_model(self) -> None:
         """Train from the next step on what requires a gradient by now, and leave all else alone.
@@ -474,13 +478,14 @@ class Runner:
         pieces = self.intake.micro_batches(batch, needs_labels=False)
         tokens = given["input_ids"] if given.get("tokens") is None else given["tokens"]
         logits = self.engine.predict(as_many(pieces, self.context))[: len(batch["tokens"])]
-        if self.context.topology.pp_rank > 0:
+        if not self.context.has_loss:
             shape = (*batch["tokens"].shape, self.model.config.vocab_size)
             dtype = self.model.transformer_config.params_dtype
             logits = torch.empty(shape, dtype=dtype, device=self.device)
         elif self.context.topology.cp_size > 1:
             logits = zigzag.whole_sequence(of_every_rank(logits, self.context.groups.cp), dim=1)
-        return from_first(logits, self.context.groups.pp)[:, : tokens.shape[1]]
+        logits = from_one(logits, self.context.groups.pp, self.context.placement.last)
+        return logits[:, : tokens.shape[1]]
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over data-parallel ranks. Nothing waits for it on the host."""

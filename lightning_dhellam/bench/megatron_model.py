@@ -31,6 +31,7 @@ from lightning_dhellam.models.attention import SdpaCoreAttention
 from lightning_dhellam.models.norm import NORMS, LayerNorm, RMSNorm
 from lightning_dhellam.models.spec import layer_spec
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.plan.placement import Placement
 
 _OURS = {"decoder.final_layernorm.": "final_norm.", "decoder.layers.": "layers."}
 # Transformer-engine's linear layers have the norm before them inside.
@@ -136,7 +137,13 @@ def gpt_chunks(
         )
         models.append((first, model))
     # All layers at once: on a stage of its own, ours would have two chunks of other layers.
-    whole = replace(context, topology=topology.stage, edges={}, pipeline_split=())
+    whole = replace(
+        context,
+        topology=topology.stage,
+        edges={},
+        pipeline_split=(),
+        placement=Placement.folded(1),
+    )
     ours = dict(CausalLM(shape, whole, dtype).named_parameters())
     with torch.no_grad():
         for first, model in models:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.files import read_json, save_text
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.plan.placement import Placement
 
 TOPOLOGY = "topology.json"
 MODEL = "model"
@@ -103,6 +104,7 @@ def sizes_of(context: ParallelContext) -> dict[str, Any]:
         "tensor_parallel_size": topology.tp_size,
         "pipeline_parallel_size": topology.pp_size,
         "pipeline_split": list(context.pipeline_split) if topology.pp_size > 1 else None,
+        "pipeline_placement": list(context.placement.stage_of) if topology.pp_size > 1 else None,
         "context_parallel_size": topology.cp_size,
         "data_parallel_size": topology.dp_size,
         "expert_parallel_size": topology.ep_size,
@@ -116,17 +118,31 @@ def check_same(path: Path, mine: Mapping[str, Any], remedy: str = SAME) -> None:
     Raises:
         ValueError: with both values.
     """
-    # Older checkpoints do not name what every run had then.
-    saved = read_topology(path)
-    whole = {"context_parallel_size": 1, "expert_parallel_size": 1}
-    whole["expert_tensor_parallel_size"] = saved.get("tensor_parallel_size", 1)
-    saved = {**whole, **saved}
+    saved = _with_older(read_topology(path))
     for name in mine:
         if saved.get(name) != mine[name]:
             raise ValueError(
                 f"checkpoint {path} was written with {name}={saved.get(name)}, this run has"
                 f" {name}={mine[name]}: {remedy}"
             )
+
+
+def is_of_sizes(path: Path, context: ParallelContext) -> bool:
+    """Whether a checkpoint was written by a run of the same sizes."""
+    saved, mine = _with_older(read_topology(path)), sizes_of(context)
+    return {name: saved.get(name) for name in mine} == mine
+
+
+def _with_older(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a description, with what every run had when older ones were written."""
+    stages = saved.get("pipeline_parallel_size", 1)
+    older = {
+        "context_parallel_size": 1,
+        "expert_parallel_size": 1,
+        "expert_tensor_parallel_size": saved.get("tensor_parallel_size", 1),
+        "pipeline_placement": [*Placement.folded(stages).stage_of] if stages > 1 else None,
+    }
+    return {**older, **saved}
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:

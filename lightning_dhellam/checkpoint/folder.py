@@ -31,6 +31,7 @@ from lightning_dhellam.checkpoint.description import (
     SAME,
     check_same,
     check_settings,
+    is_of_sizes,
     read_topology,
     sizes_of,
 )
@@ -170,9 +171,8 @@ def load_state(
 
 def _own(path: Path, context: ParallelContext) -> dict[str, Any]:
     """What this rank has had alone, if it is the rank of a run of the same sizes."""
-    file, topology = path / own_name(context), read_topology(path)
-    same = {name: topology.get(name) for name in sizes_of(context)} == sizes_of(context)
-    return content.read(file) if same and file.name in topology[FILES] else {}
+    file, files = path / own_name(context), read_topology(path)[FILES]
+    return content.read(file) if is_of_sizes(path, context) and file.name in files else {}
 
 
 def own_name(context: ParallelContext) -> str:

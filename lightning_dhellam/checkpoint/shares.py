@@ -187,10 +187,9 @@ def _rows(module: Module) -> dict[int, int]:
     """Rows without padding, of what has a row for each word of the vocabulary."""
     found: dict[int, int] = {}
     for model in module.modules():
-        if isinstance(model, CausalLM) and model.embedding and model.output_layer:
-            tables = model.embedding.word_embeddings.parameters()
-            found |= {
-                id(p): model.config.vocab_size
-                for p in chain(tables, model.output_layer.parameters())
-            }
+        if isinstance(model, CausalLM):
+            words = model.embedding and model.embedding.word_embeddings
+            tables = [table for table in (words, model.output_layer) if table is not None]
+            rows = chain.from_iterable(table.parameters() for table in tables)
+            found |= {id(p): model.config.vocab_size for p in rows}
     return found

@@ -83,7 +83,7 @@ def summarise(folder: Path) -> Summary:
         else:
             state += count * tensor.properties.dtype.itemsize
     sizes = {n: v for n, v in known.items() if n.endswith(_SIZES) and v and v > 1}
-    others = (FILES, MODEL, "format", "checksum", "pipeline_split")
+    others = (FILES, MODEL, "format", "checksum", "pipeline_split", "pipeline_placement")
     return Summary(
         known.get("format", 1),
         len(files),

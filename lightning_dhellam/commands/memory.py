@@ -81,6 +81,7 @@ def memory_command(argv: Sequence[str]) -> int:
 def _run(read: Mapping[str, Any], options: Any) -> tuple[Run, int | None]:
     """The run that was configured, and the bytes that a rank may take."""
     from lightning_dhellam.parallel.topology import Topology
+    from lightning_dhellam.pipeline.schedules import placement_of
     from lightning_dhellam.strategy.checks import check_module
     from lightning_dhellam.strategy.planning import planned_run
 
@@ -94,7 +95,8 @@ def _run(read: Mapping[str, Any], options: Any) -> tuple[Run, int | None]:
         ep_size=strategy.expert_parallel_size,
         etp_size=strategy.expert_tensor_parallel_size,  # type: ignore[arg-type]
     )
-    check_module(read["model"], topology, strategy.pipeline_split)
+    placement = placement_of(strategy.schedule, topology.pp_size)
+    check_module(read["model"], topology, placement, strategy.pipeline_split)
     precision = str(trainer.get("precision"))
     precision = _SHORT.get(precision, precision)
     if precision not in PRECISIONS:

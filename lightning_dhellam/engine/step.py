@@ -28,10 +28,22 @@ from lightning_dhellam.engine.executor import (
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
 from lightning_dhellam.engine.state import StepState
+from lightning_dhellam.engine.tape import Slot
 from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.pipeline.schedules import Part, Scheme
 from lightning_dhellam.pipeline.stage import Leg, Stage, Step
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Plan, Strand, passes
+from lightning_dhellam.plan import (
+    BEGIN,
+    BUILDERS,
+    Builder,
+    Ends,
+    Graph,
+    GraphPair,
+    Operator,
+    Plan,
+    Strand,
+    passes,
+)
 
 _QUEUED = 100
 """Operators that a device takes into its queue without holding up the host."""
@@ -49,6 +61,7 @@ class Engine:
         stage: this rank's place in the pipeline; None when it has all layers.
         module: whose buffers are as before after what is run for its own sake: a profile, or a
             rehearsal.
+        ends: what a step has beside its layers.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Engine:
         logits: Graph | None = None,
         stage: Stage | None = None,
         module: torch.nn.Module | None = None,
+        ends: Ends | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.lanes = lanes
@@ -71,6 +85,7 @@ class Engine:
         self._evaluations: dict[int, Program] = {}
         self._halves: dict[int, tuple[Graph, Graph]] = {}
         self._module = module
+        self._ends = ends or Ends()
         self._rehearsals = Rehearsals(self._executor, self.layers, self.stage, module)
 
     @property
@@ -125,7 +140,9 @@ class Engine:
         """
         self._rehearsals.before(("train", self._builder), micro_batches, self._train_alone)
         with torch.no_grad():
+            self._beside(self._ends.prologue)
             losses = self._train(micro_batches, self.stage.step(len(micro_batches)), on_gradient)
+            self._beside(self._ends.epilogue, on_gradient)
             return _total(losses, micro_batches)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -136,7 +153,7 @@ class Engine:
     def predict(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Logits [B, S, V] of the batch, forward only; nothing on a stage that has no head."""
         graphs = [pair.forward for pair in self.layers]
-        if self.stage.number == 0:
+        if self.stage.number == self.stage.placement.last:
             assert self.logits is not None, "the engine was made without a graph for logits"
             graphs[-1] = self.logits
         logits = self._forward(graphs, micro_batches)
@@ -225,6 +242,20 @@ class Engine:
             self.train([micro_batch])
         finally:
             self._executor.observer = None
+
+    def _beside(self, operators: Sequence[Operator], on_gradient: OnGradient | None = None) -> None:
+        """Run a prologue or an epilogue."""
+        if not operators:
+            return
+        slots = self.lanes.constants({BEGIN: None})
+        for operator in operators:
+            inputs = [slots[name] for name in operator.reads]
+            value, mark = self.lanes.launch(operator, inputs, crosses=True)
+            slots |= {name: Slot(value, mark) for name in operator.writes}
+            if operator.accumulates and on_gradient is not None:
+                on_gradient(operator.accumulates)
+        if operators is self._ends.epilogue:
+            self.lanes.drain()  # what was received goes when every lane has read it
 
     def _legs(self, state: StepState, step: Step, forwards: Sequence[Graph]) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
@@ -331,6 +362,7 @@ class Engine:
         # Prediction ends in another graph than evaluation.
         self._rehearsals.before((graphs[-1].fingerprint, self._builder), still, alone)
         with torch.no_grad():
+            self._beside(self._ends.prologue)
             return self._ahead(still, self.stage.step(len(still), backward=False), graphs)
 
     def _ahead(

@@ -47,14 +47,14 @@ class Everyone(NamedTuple):
         """
         if context.topology.replicas == 1 or context.emulated:
             return None
-        if context.topology.pp_rank and not weighs_all:
+        if not (context.has_loss or weighs_all):
             return None
         return cls(context.groups.dp_cp, lanes)
 
     @classmethod
     def with_same_samples(cls, context: ParallelContext, lanes: Lanes) -> Self | None:
         """The ranks that share this one's sequences; None where it is alone, or has no loss."""
-        if context.topology.cp_size == 1 or context.topology.pp_rank or context.emulated:
+        if context.topology.cp_size == 1 or not context.has_loss or context.emulated:
             return None
         return cls(context.groups.cp, lanes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from lightning_dhellam.layers.head import HeadLowering, Loss
 from lightning_dhellam.layers.linear import ColumnLinear
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rotary import RotaryTable
+from lightning_dhellam.layers.tied import lower_tied
 from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
 from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
-from lightning_dhellam.pipeline.schedules import Placement, Scheme, fold
+from lightning_dhellam.pipeline.schedules import Scheme, fold
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import Graph, GraphPair, check_chain
+from lightning_dhellam.plan import Ends, Graph, GraphPair, check_chain
 from lightning_dhellam.plan.by_layer import HEAD, USUAL, ByLayer, choices_of, remade
 from lightning_dhellam.plan.layout import Held
 from lightning_dhellam.plan.passes import Recompute
@@ -41,12 +43,13 @@ class Lowered:
 
     Attributes:
         layers: embedding, every layer, head; forward from first to last. With pipeline parallelism
-            those of this rank's chunk, then those of its fold.
+            those of this rank's chunks.
         logits: the head's graph for prediction, forward only; None on a stage without head.
         kernels: what computes the operators.
         stage: this rank's place in the pipeline.
         slots: that its layers and head have in forward: those that backward can make again.
         keys: by which `recompute` names each of `layers`; nothing where it cannot.
+        ends: what a step has beside its layers.
     """
 
     layers: tuple[GraphPair, ...]
@@ -55,6 +58,7 @@ class Lowered:
     stage: Stage
     slots: frozenset[str]
     keys: tuple[str, ...]
+    ends: Ends
 
 
 def lower(
@@ -119,28 +123,41 @@ def lower(
             for index, layer in model.own_layers(chunk)
         ]
 
-    placement = Placement.folded(topology.pp_size)
-    early, late = placement.held(topology.pp_rank)
-    falling, rising, logits = lowered(early), lowered(late), None
-    if topology.pp_rank == 0:
+    number, placement = topology.pp_rank, sizes.context.placement
+    if topology.pp_size == 1:
+        placement = scheme(1, 1).placement
+    assert scheme(topology.pp_size, 1).placement == placement, "built for another placement"
+    held = placement.held(number)
+    chunks, logits = [lowered(chunk) for chunk in held], None
+    if number == placement.first:
+        chunks[0].insert(0, lower_embedding(model.embedding, sizes, chosen))
+    if number == placement.last:
         head = _head(model, sizes, chosen, loss)
-        falling.insert(0, lower_embedding(model.embedding, sizes, chosen))
-        rising.append(recomputed(head.lower(), wanted[-1]))
+        chunks[-1].append(recomputed(head.lower(), wanted[-1]))
         logits = head.lower_logits()
     if topology.pp_size > 1:
-        falling = connect(falling, early, sizes)
-        rising = connect(rising, late, sizes)
-        if logits is not None and len(rising) == 1:
-            logits = replace(logits, receives=rising[0].forward.receives)
-    for chunk in (falling, rising):
-        check_chain(chunk)
-    layers = (*falling, *rising)
-    _check_trained(model, layers)
-    stage = Stage(topology.pp_rank, placement, (len(falling), len(rising)), scheme)
-    keys = [str(index) for chunk in (early, late) for index, _ in model.own_layers(chunk)]
-    if topology.pp_rank == 0:
-        keys = ["", *keys, HEAD]
-    return Lowered(layers, logits, chosen, stage, frozenset(slots), tuple(keys))
+        chunks = [connect(layers, one, sizes) for layers, one in zip(chunks, held, strict=True)]
+        if logits is not None and len(chunks[-1]) == 1:
+            logits = replace(logits, receives=chunks[-1][0].forward.receives)
+    for layers in chunks:
+        check_chain(layers)
+    every = tuple(chain.from_iterable(chunks))
+    _check_trained(model, every)
+    stage = Stage(number, placement, tuple(map(len, chunks)), scheme)
+    keys = [str(index) for chunk in held for index, _ in model.own_layers(chunk)]
+    if number == placement.first:
+        keys.insert(0, "")
+    if number == placement.last:
+        keys.append(HEAD)
+    return Lowered(
+        every,
+        logits,
+        chosen,
+        stage,
+        frozenset(slots),
+        tuple(keys),
+        lower_tied(model),
+    )
 
 
 def _check_trained(model: torch.nn.Module, layers: Sequence[GraphPair]) -> None:

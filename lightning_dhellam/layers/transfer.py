@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.parallel import collectives
-from lightning_dhellam.pipeline.schedules import Edge, Placement
 from lightning_dhellam.plan import Collective, Graph, GraphPair, Lane, Operator, nominal
+from lightning_dhellam.plan.placement import Edge
 
 
 def connect(layers: Sequence[GraphPair], chunk: int, sizes: Sizes) -> list[GraphPair]:
     """The layers of a chunk, with the transfers from and to the chunks on other stages."""
-    stage_of = Placement.folded(sizes.context.topology.pp_size).stage_of
+    stage_of = sizes.context.placement.stage_of
     here = stage_of[chunk]
     connected = list(layers)
     if chunk > 0 and stage_of[chunk - 1] != here:

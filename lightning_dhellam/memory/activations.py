@@ -96,7 +96,8 @@ def activation_peak(
         length: tokens of a sequence, before ranks share it.
     """
     lanes = SizedLanes()
-    engine = Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage)
+    logits, stage, ends = lowered.logits, lowered.stage, lowered.ends
+    engine = Engine(lowered.layers, lanes, builder, logits, stage, ends=ends)
     engine.suit(length)
     engine.train(micro_batches(topology, samples, micro_batch_size, length))
     assert not lanes.ledger.slots, "slots outlive the step"

@@ -38,7 +38,7 @@ from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.wrapping import holders, shards
-from lightning_dhellam.pipeline.schedules import scheme_of
+from lightning_dhellam.pipeline.schedules import Placement, placement_of, scheme_of
 from lightning_dhellam.plan.by_layer import ByLayer
 from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.plan.passes import Recompute
@@ -111,7 +111,12 @@ class Run:
     def layers_of_chunks(self) -> tuple[int, ...]:
         """How many layers each chunk of the pipeline has."""
         given = None if self.split is None else list(self.split)
-        return tuple(pipeline_split(self.config, self.topology.pp_size, given))
+        return tuple(pipeline_split(self.config, self.placement, given))
+
+    @property
+    def placement(self) -> Placement:
+        """Which stage holds which chunk of the layers."""
+        return placement_of(self.schedule, self.topology.pp_size)
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
     numbers = PRECISIONS[run.precision]
     split = run.layers_of_chunks() if topology.pp_size > 1 else ()
     with without_memory():
-        context = planned_context(topology, torch.device("cpu"), split)
+        context = planned_context(topology, torch.device("cpu"), split, run.placement)
         build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
         model = build(context, numbers.dtype)
         found = _model_states(run, model, context)
@@ -203,7 +208,7 @@ def step_bytes(run: Run, rank: int, trained: Mapping[str, bool]) -> tuple[int, i
     topology = replace(run.topology, rank=rank)
     split = run.layers_of_chunks() if topology.pp_size > 1 else ()
     with without_memory():
-        context = planned_context(topology, torch.device("cpu"), split)
+        context = planned_context(topology, torch.device("cpu"), split, run.placement)
         build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
         model = build(context, PRECISIONS[run.precision].dtype)
         for name, parameter in model.named_parameters():

@@ -42,9 +42,9 @@ from lightning_dhellam.parallel.experts import ExpertNames, mark_experts
 class CausalLM(nn.Module):
     """Embedding, transformer layers, final norm and output layer of one rank.
 
-    With pipeline parallelism a rank builds only the layers of its own two chunks, at their places
-    in ``layers``, and the first stage the embedding, final norm and output layer, which are None on
-    all others.
+    With pipeline parallelism a rank builds only the layers of its own chunks, at their places in
+    ``layers``. The stage of the first chunk has the embedding, that of the last one final norm and
+    output layer; they are None on all others.
 
     ``forward`` is the plain autograd path through Megatron's modules: the reference for the
     operator graphs, and how the model runs under Lightning's ordinary strategies. With tensor
@@ -89,8 +89,8 @@ class CausalLM(nn.Module):
         # tensor-parallel size, and which layers are built on the pipeline stage; neither must
         # shift the draws of what follows.
         config, context = self.config, self.context
-        ends = context.topology.pp_rank == 0
-        self.embedding = self._build_embedding(seed) if ends else None
+        stage, placement = context.topology.pp_rank, context.placement
+        self.embedding = self._build_embedding(seed) if stage == placement.first else None
         self.rotary = self._build_rotary() if config.position_embedding == "rope" else None
         self.layers = nn.ModuleList()
         for index, chunk in enumerate(chunks_of_layers(config, context)):
@@ -104,11 +104,14 @@ class CausalLM(nn.Module):
             # ranks if this says that there are some; of these each rank has weights of its own.
             self.transformer_config.qk_layernorm = False
         self.final_norm = self.output_layer = None
-        if ends:
+        if stage == placement.last:
             norm = NORMS[config.normalization]
             self.final_norm = norm(self.transformer_config, config.hidden_size, config.norm_epsilon)
             draw_part(context, seed, 1)
             self.output_layer = self._build_output()
+        copied = self.config.tie_embeddings and self.output_layer is not None
+        # In a tuple, as the model is not to find it among its parameters.
+        self._tied_copy = (self._build_copy() if copied and self.embedding is None else None,)
 
     def _build_embedding(self, seed: int) -> LanguageModelEmbedding:
         learned = self.config.position_embedding == "learned"
@@ -172,6 +175,18 @@ class CausalLM(nn.Module):
             tp_group=self.context.groups.tp,
         )
 
+    def _build_copy(self) -> nn.Parameter:
+        shape = self.padded_vocab_size // self.context.topology.tp_size, self.config.hidden_size
+        dtype, device = self.transformer_config.params_dtype, self.context.device
+        copy = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        copy.main_grad = torch.zeros(shape, device=device)  # type: ignore[attr-defined]
+        return copy
+
+    @property
+    def tied_copy(self) -> nn.Parameter | None:
+        """A copy of the embedding's weight, where an output layer that is tied to it has none."""
+        return self._tied_copy[0]
+
     def settle(self) -> None:
         """Take the layers as they are now, after a user has put modules of their own there.
 
@@ -190,12 +205,12 @@ class CausalLM(nn.Module):
             chunk = getattr(layer, "pipeline_chunk", chunk)
             here = is_here(chunk, self.context)
             self.layers[index] = _placed(layer, chunk) if here else Elsewhere(chunk)
-        # Only the first stage has anything else, the embedding and the head.
-        topology = self.context.topology
-        for own in (topology.pp_rank, 2 * topology.pp_size - 1 - topology.pp_rank):
-            if topology.pp_rank and not self.own_layers(own):
+        stage, placement = self.context.topology.pp_rank, self.context.placement
+        for own in placement.held(stage):
+            # The embedding and the head make chunks of their own.
+            if own not in (0, placement.chunks - 1) and not self.own_layers(own):
                 raise ValueError(
-                    f"pipeline stage {topology.pp_rank} has no layer left in chunk {own}:"
+                    f"pipeline stage {stage} has no layer left in chunk {own}:"
                     " replace fewer layers in build_model, or give pipeline_split"
                 )
 
@@ -213,19 +228,19 @@ class CausalLM(nn.Module):
     def own_layers(self, chunk: int) -> list[tuple[int, nn.Module]]:
         """The layers of a chunk of this rank's stage, with their numbers in the model."""
         if self.context.topology.pp_size == 1:
-            # One stage has both chunks; where they meet makes no difference.
+            # One stage has all chunks; where they meet makes no difference.
             return list(enumerate(self.layers)) if chunk == 0 else []
         return [pair for pair in enumerate(self.layers) if self.chunk_of(pair[0]) == chunk]
 
     def chunk_of(self, layer: int) -> int:
-        """The chunk of the fold that a layer is part of."""
+        """The chunk of the pipeline that a layer is part of."""
         chunk = self.layers[layer].pipeline_chunk
         assert isinstance(chunk, int)
         return chunk
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """The chunk of the fold that each layer is part of; one stage has a single one."""
+        """The chunk of the pipeline that each layer is part of; one stage has a single one."""
         if self.context.topology.pp_size == 1:
             return (0,) * len(self.layers)
         return tuple(self.chunk_of(index) for index in range(len(self.layers)))
@@ -233,14 +248,19 @@ class CausalLM(nn.Module):
     @property
     def chunk_count(self) -> int:
         """How many chunks there are; some may have no layer."""
-        stages = self.context.topology.pp_size
-        return 2 * stages if stages > 1 else 1
+        return self.context.placement.chunks if self.context.topology.pp_size > 1 else 1
 
     @property
     def output_weight(self) -> nn.Parameter:
-        """The weight [padded V / TP, H] of the output layer; the embedding's own when tied."""
-        assert self.embedding is not None and self.output_layer is not None
+        """The weight [padded V / TP, H] of the output layer; the embedding's own when tied.
+
+        Where that is on another stage, it is a copy, which is no parameter of the model.
+        """
+        if self.tied_copy is not None:
+            return self.tied_copy
+        assert self.output_layer is not None
         if self.config.tie_embeddings:
+            assert self.embedding is not None
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight
 

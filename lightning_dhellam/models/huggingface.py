@@ -23,7 +23,6 @@ from lightning_dhellam.models.progress import progress
 from lightning_dhellam.models.source import check_config, open_weights, read_config
 from lightning_dhellam.models.stored import Readable, listed
 from lightning_dhellam.parallel.collectives import together
-from lightning_dhellam.pipeline.schedules import Placement
 
 Source = Mapping[str, Tensor] | torch.nn.Module | str | PathLike[str]
 """The folder of a saved model, such a model itself, or its state dict."""
@@ -250,10 +249,12 @@ def _conversions(family: Family, model: CausalLM) -> Iterator[Conversion]:
 
 def _stage(conversion: Conversion, model: CausalLM) -> int:
     """The pipeline stage that has the parameter of a conversion."""
-    if conversion.layer is None or model.context.topology.pp_size == 1:
+    placement = model.context.placement
+    if model.context.topology.pp_size == 1:
         return 0
-    stage_of = Placement.folded(model.context.topology.pp_size).stage_of
-    return stage_of[model.chunk_of(conversion.layer)]
+    if conversion.layer is None:
+        return placement.first if conversion.ours.startswith("embedding.") else placement.last
+    return placement.stage_of[model.chunk_of(conversion.layer)]
 
 
 def _owner(conversion: Conversion, model: CausalLM) -> int:

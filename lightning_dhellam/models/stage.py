@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.counts import costs_in_layers
 from lightning_dhellam.parallel.context import ParallelContext
-from lightning_dhellam.pipeline.schedules import Placement
 from lightning_dhellam.pipeline.split import balanced, check_split, chunks
+from lightning_dhellam.plan.placement import Placement
 
 
 class Elsewhere(nn.Module):
@@ -31,22 +31,22 @@ class Elsewhere(nn.Module):
 
 
 def pipeline_split(
-    config: ModelConfig, stages: int, given: Iterable[int] | None = None
+    config: ModelConfig, placement: Placement, given: Iterable[int] | None = None
 ) -> tuple[int, ...]:
-    """Layers of each of the 2P chunks: as given, or balanced by cost.
+    """Layers of each chunk of a placement: as given, or balanced by cost.
 
     Raises:
         ValueError: the split that was given does not fit, or the layers are too few.
     """
     if given:
-        return check_split(tuple(given), config.num_layers, stages)
+        return check_split(tuple(given), config.num_layers, placement)
     embedding, head = costs_in_layers(config)
-    return balanced(config.num_layers, stages, embedding=embedding, head=head)
+    return balanced(config.num_layers, placement, embedding=embedding, head=head)
 
 
 def chunks_of_layers(config: ModelConfig, context: ParallelContext) -> list[int]:
     """The chunk of each layer of the model."""
-    split = pipeline_split(config, context.topology.pp_size, context.pipeline_split)
+    split = pipeline_split(config, context.placement, context.pipeline_split)
     return [chunk for chunk, layers in enumerate(chunks(split)) for _ in layers]
 
 
@@ -81,5 +81,4 @@ def check_order(layers: Iterable[nn.Module], stages: int) -> None:
 
 def is_here(chunk: int, context: ParallelContext) -> bool:
     """Whether this rank's stage holds a chunk."""
-    topology = context.topology
-    return Placement.folded(topology.pp_size).stage_of[chunk] == topology.pp_rank
+    return context.placement.stage_of[chunk] == context.topology.pp_rank

@@ -150,10 +150,10 @@ def receive(out: Tensor, source: int, edge: Transport) -> Pending:
     return Pending(out, edge.exchange([], [out], source, source))
 
 
-def from_first(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`value` of the first rank of `group`, on all of them; on the others it only has the shape."""
+def from_one(value: Tensor, group: dist.ProcessGroup | None, source: int = 0) -> Tensor:
+    """`value` of one rank of `group`, on all of them; on the others it only has the shape."""
     if group is not None and group.size() > 1:
-        dist.broadcast(value, group=group, group_src=0)
+        dist.broadcast(value, group=group, group_src=source)
     return value
 
 

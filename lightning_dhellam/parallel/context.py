@@ -214,6 +214,11 @@ class ParallelContext:
         return self.asked is not None
 
     @property
+    def has_loss(self) -> bool:
+        """Whether this rank's stage has the head, and so the loss."""
+        return self.topology.pp_rank == self.placement.last
+
+    @property
     def links(self) -> Mapping[Lane, EmulatedLink]:
         """The links that are emulated, by lane: none outside of an emulated cluster."""
         carried = {lane: each.transport for lane, each in self.communicators.items()}

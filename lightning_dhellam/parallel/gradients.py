@@ -33,6 +33,11 @@ _ALIGNED = 512
 """Bytes: no kernel asks for more."""
 
 
+def start_over(parameter: Parameter) -> None:
+    """Let what is next added to the gradient of `parameter` overwrite it."""
+    setattr(parameter, _OLD, True)
+
+
 def taken_first(parameter: Parameter) -> bool:
     """Whether the `main_grad` of `parameter` is asked for the first time in this step.
 
@@ -127,7 +132,7 @@ class GradientBuffers:
         """
         for parameter in self.ddp.params_with_grad:
             parameter.grad_added_to_main_grad = False
-            setattr(parameter, _OLD, True)
+            start_over(parameter)
         self._frozen = tuple(p for p in self.ddp.params_with_grad if not p.requires_grad)
         for group in self._bucket_groups:
             group.reset()

@@ -4,6 +4,8 @@ from lightning_dhellam.plan.agreement import LayoutError
 from lightning_dhellam.plan.builders import BUILDERS, Builder, builder
 from lightning_dhellam.plan.graph import (
     BATCH_PREFIX,
+    BEGIN,
+    Ends,
     Graph,
     GraphPair,
     Kind,
@@ -17,10 +19,12 @@ from lightning_dhellam.plan.validate import validate
 
 __all__ = [
     "BATCH_PREFIX",
+    "BEGIN",
     "BUILDERS",
     "Barrier",
     "Builder",
     "Collective",
+    "Ends",
     "Graph",
     "GraphPair",
     "Issue",

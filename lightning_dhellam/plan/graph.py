@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from lightning_dhellam.plan.agreement import LayoutError, follow
 from lightning_dhellam.plan.layout import Layout
@@ -15,6 +16,21 @@ from lightning_dhellam.plan.operator import Operator, Strand
 
 BATCH_PREFIX = "batch."
 """Slots of the micro-batch itself (tokens, labels, random key): every layer may read them."""
+
+BEGIN = "step.begin"
+"""A slot without a value, which is there when a prologue or an epilogue begins."""
+
+
+class Ends(NamedTuple):
+    """What a step has beside its layers: operators that run in order, with slots of their own.
+
+    Attributes:
+        prologue: what every step begins with.
+        epilogue: what a step that trains ends with.
+    """
+
+    prologue: tuple[Operator, ...] = ()
+    epilogue: tuple[Operator, ...] = ()
 
 
 _AND = "+"

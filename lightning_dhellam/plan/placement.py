@@ -59,12 +59,33 @@ class Placement:
         return self == Placement.folded(self.stages)
 
     @property
+    def first(self) -> int:
+        """The stage of the embedding, where forward begins."""
+        return self.stage_of[0]
+
+    @property
+    def last(self) -> int:
+        """The stage of the head, where the loss is."""
+        return self.stage_of[-1]
+
+    @property
+    def loop(self) -> tuple[Edge, ...]:
+        """Where both ends are on different stages, the edge from the first to the last, and back.
+
+        By them the head has the weight of an embedding that it is tied to.
+        """
+        if self.first == self.last:
+            return ()
+        ahead = Edge(self.first, self.last, Strand.FORWARD)
+        return (ahead, Edge(self.last, self.first, Strand.BACKWARD))
+
+    @property
     def edges(self) -> tuple[Edge, ...]:
         """The edges between stages, in one order for all of them."""
         ahead = {ends for ends in pairwise(self.stage_of) if ends[0] != ends[1]}
         forward = {Edge(source, target, Strand.FORWARD) for source, target in ahead}
         backward = {Edge(target, source, Strand.BACKWARD) for source, target in ahead}
-        return tuple(sorted(forward | backward))
+        return tuple(sorted({*forward, *backward, *self.loop}))
 
     def held(self, stage: int) -> tuple[int, ...]:
         """Return the chunks that a stage holds, in the order of the model."""

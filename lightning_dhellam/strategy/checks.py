@@ -28,6 +28,7 @@ from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel import Cluster, Topology
 from lightning_dhellam.parallel.optimizer_state import RESUME_SETTINGS
 from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.plan.placement import Placement
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -224,8 +225,10 @@ def check_emulation(processes: int) -> None:
         )
 
 
-def check_module(module: Any, topology: Topology, split: Sequence[int] | None = None) -> None:
-    """Refuse a module that cannot be trained with two strands."""
+def check_module(
+    module: Any, topology: Topology, placement: Placement, split: Sequence[int] | None = None
+) -> None:
+    """Refuse a module that cannot be trained with two strands, where chunks lie so."""
     if not isinstance(module, DualStrandMixin):
         raise ValueError(
             f"DHellamStrategy cannot train {type(module).__name__}: make it a DualStrandMixin"
@@ -244,7 +247,7 @@ def check_module(module: Any, topology: Topology, split: Sequence[int] | None = 
     module.model_config.validate(
         topology.tp_size, topology.ep_size, topology.etp_size, topology.cp_size
     )
-    pipeline_split(module.model_config, topology.pp_size, split)
+    pipeline_split(module.model_config, placement, split)
 
 
 def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan.placement import Placement
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher, StartedLauncher
@@ -89,6 +90,10 @@ class JobStrategy(ParallelStrategy):
 
     def prepare(self, trainer: pl.Trainer) -> None:
         """See what a trainer is asked for, before it runs."""
+
+    def placement(self) -> Placement:
+        """Which stage holds which chunk of the layers."""
+        raise NotImplementedError
 
     def layers_of_chunks(self) -> tuple[int, ...]:
         """Layers of each chunk of the pipeline."""
@@ -215,6 +220,7 @@ class JobStrategy(ParallelStrategy):
             context_transport=self.context_transport,
             pipeline_transport=self.pipeline_transport,
             crossing=self.crossing(),
+            placement=self.placement(),
         )
         if isinstance(self._launcher, RestartingLauncher):
             self._launcher.check_agreed(self._context.world_group)

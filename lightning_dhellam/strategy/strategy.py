@@ -22,7 +22,7 @@ from lightning_dhellam.models import crossing_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
-from lightning_dhellam.pipeline.schedules import scheme_of
+from lightning_dhellam.pipeline.schedules import Placement, placement_of, scheme_of
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
@@ -47,10 +47,11 @@ class DHellamStrategy(SteppingStrategy):
 
     Args:
         tensor_parallel_size: ranks that share each layer, with sequence parallelism.
-        pipeline_parallel_size: stages P that share the layers, as 2P chunks: stage s has chunks s
-            and 2P-1-s. Changes neither loss nor gradients.
-        pipeline_split: layers of each of the 2P chunks; None to balance them by cost, with the
-            embedding and the output layer on stage 0 counted.
+        pipeline_parallel_size: stages P that share the layers, as chunks that lie where `schedule`
+            has them: with `fold` 2P, of which stage s has s and 2P-1-s. Changes neither loss nor
+            gradients.
+        pipeline_split: layers of each chunk; None to balance them by cost, with the embedding and
+            the output layer counted where they are.
         context_parallel_size: ranks C that share each sequence, for long ones: each has two of 2C
             pieces. Changes loss and gradients by rounding alone, unless experts drop tokens. Blocks
             of your own must be `token_wise`, and a `compute_loss` of your own sees each rank's
@@ -100,9 +101,10 @@ class DHellamStrategy(SteppingStrategy):
         timeout: after which a collective that a rank does not join fails.
         memory_limit: how much memory of each rank's device the run may take: a number of GiB, or
             text such as `40GiB`. None for what the GPU has; a CPU then has no limit.
-        schedule: order of the works of a pipeline on each stage: `fold`, `zb-v` or `dualpipe-v`
-            (see `dhellam plan schedule`), or the path of a file that holds one in the form in which
-            schedules print. Changes neither loss nor gradients.
+        schedule: order of the works of a pipeline on each stage, and where its chunks lie: `fold`,
+            `zb-v`, `dualpipe-v`, `1f1b`, `interleaved-1f1b` or, with N chunks a stage,
+            `interleaved-1f1b-N` (see `dhellam plan schedule`); or the path of a file that holds one
+            in the form in which schedules print. Changes neither loss nor gradients.
         resume_settings: whose settings win where `ckpt_path` has other ones than this run: those of
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
@@ -239,7 +241,9 @@ class DHellamStrategy(SteppingStrategy):
             ValueError: with the value, the rule and the remedy.
         """
         checks.check_trainer(trainer)
-        checks.check_module(trainer.lightning_module, self.topology, self.pipeline_split)
+        checks.check_module(
+            trainer.lightning_module, self.topology, self.placement(), self.pipeline_split
+        )
         data = data or getattr(trainer, "datamodule", None)
         checks.check_data(trainer.lightning_module, data, self.topology)
         checks.check_hyperparameters(trainer, data)
@@ -276,7 +280,11 @@ class DHellamStrategy(SteppingStrategy):
     @override
     def layers_of_chunks(self) -> tuple[int, ...]:
         config = self._module.model_config
-        return pipeline_split(config, self.pipeline_parallel_size, self.pipeline_split)
+        return pipeline_split(config, self.placement(), self.pipeline_split)
+
+    @override
+    def placement(self) -> Placement:
+        return placement_of(self.schedule, self.pipeline_parallel_size)
 
     @override
     def crossing(self) -> Mapping[Lane, int]:

@@ -9,6 +9,7 @@ from math import inf
 
 from lightning_dhellam.pipeline import split
 from lightning_dhellam.plan import Graph, GraphPair, Strand, passes
+from lightning_dhellam.plan.placement import Placement
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs
 
@@ -92,7 +93,9 @@ def cut_folded(
         seconds_of(layer, costs) / each if end else 0.0
         for layer, end in zip((layers[0], layers[-1]), ends, strict=True)
     )
-    counts = list(split.balanced(len(middle), stages, embedding=embedding, head=head))
+    counts = list(
+        split.balanced(len(middle), Placement.folded(stages), embedding=embedding, head=head)
+    )
     counts[0] += first
     counts[-1] += last
     if not all(counts):

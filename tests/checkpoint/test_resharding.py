@@ -39,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "expert_tensor_parallel_size": 1,
     },
     "pp2": {"pipeline_parallel_size": 2, "pipeline_split": [0, 1, 1, 1]},
+    "pp2-1f1b": {"pipeline_parallel_size": 2, "schedule": "1f1b"},
     "dp2": {"bucket_size": 700},
     "cp2": {"context_parallel_size": 2},
     "ep2-dp2": {"expert_parallel_size": 2},
@@ -126,7 +127,7 @@ def _matrix(rank: int, root: Path) -> dict[str, list[float]]:
         found |= zip(jobs, _runs(EXPERTS, sizes, [*jobs.values()]), strict=True)
     half = root / "half.ckpt"
     (found["half"],) = _runs(TIED, {**SIZES["dp2"], **HALF}, [(None, half, STOP + MORE)])
-    for name in ("tp2", "pp2", "dp2"):
+    for name in ("tp2", "pp2", "pp2-1f1b", "dp2"):
         job = half, root / f"half-{name}.ckpt", MORE
         (found[f"half-{name}"],) = _runs(TIED, {**SIZES[name], **HALF}, [job])
     return found
@@ -187,7 +188,7 @@ def test_any_sizes_go_on_with_any_other(
         assert resumed == pytest.approx(straight, rel=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "alone"])
+@pytest.mark.parametrize("name", ["tp2", "pp2", "pp2-1f1b", "dp2", "alone"])
 def test_master_weights_and_tied_embeddings_go_on(
     losses: dict[str, list[float]], root: Path, name: str
 ) -> None:

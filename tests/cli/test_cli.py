@@ -19,6 +19,7 @@ from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.models import pipeline_split, preset
 from lightning_dhellam.plan import Plan
 from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.plan.placement import Placement
 
 
 def dhellam(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +44,7 @@ def test_every_recipe_parses_against_the_real_signatures(
     config.validate(
         tensor, strategy["expert_parallel_size"], strategy["expert_tensor_parallel_size"]
     )
-    assert len(pipeline_split(config, stages)) == 2 * stages
+    assert len(pipeline_split(config, Placement.folded(stages))) == 2 * stages
     assert strategy["plan"] == "auto"
     context = strategy["context_parallel_size"]
     assert parsed["trainer"]["devices"] % (tensor * stages * context) == 0

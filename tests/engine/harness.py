@@ -81,7 +81,7 @@ def engine_of(
 ) -> Engine:
     """An engine for the whole model."""
     lanes = lanes or make_lanes(device, poison=poison)
-    return Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage)
+    return Engine(lowered.layers, lanes, builder, lowered.logits, lowered.stage, ends=lowered.ends)
 
 
 def train(

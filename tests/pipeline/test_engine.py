@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine
@@ -15,12 +17,14 @@ from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, ModelConfig, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.pipeline.schedules import (
     SCHEDULES,
     Placement,
     live_activations,
     peak_activations,
+    placement_of,
 )
 from lightning_dhellam.pipeline.schedules.named import Written
 from lightning_dhellam.pipeline.stage import Leg
@@ -69,10 +73,25 @@ CASES: dict[int, dict[str, Case]] = {
 }
 
 
-def _context(stages: int, case: Case = CASES[2]["uneven"], **sizes: int) -> ParallelContext:
+def _context(
+    stages: int,
+    case: Case = CASES[2]["uneven"],
+    placement: Placement | None = None,
+    **sizes: int,
+) -> ParallelContext:
     return ParallelContext.create(
-        CPU, pipeline_parallel_size=stages, pipeline_split=case.split, **sizes
+        CPU,
+        pipeline_parallel_size=stages,
+        pipeline_split=_split(case, placement.chunks) if placement else case.split,
+        placement=placement,
+        **sizes,
     )
+
+
+def _split(case: Case, chunks: int) -> tuple[int, ...]:
+    """That of a case, where neighbouring chunks of it are one if there are fewer."""
+    each = len(case.split) // chunks
+    return tuple(sum(case.split[i * each :][:each]) for i in range(chunks) if each)
 
 
 def _model(config: ModelConfig, context: ParallelContext) -> CausalLM:
@@ -81,7 +100,12 @@ def _model(config: ModelConfig, context: ParallelContext) -> CausalLM:
     return model
 
 
-FOLDED = [name for name, make in SCHEDULES.items() if make(2, 4).placement.is_folded]
+def _placed(stages: int) -> dict[Placement, list[str]]:
+    """The schedules with a name, by where their chunks lie."""
+    found: dict[Placement, list[str]] = {}
+    for name in SCHEDULES:
+        found.setdefault(placement_of(name, stages), []).append(name)
+    return found
 
 
 def _counts(stages: int, name: str, schedule: str = "fold") -> Sequence[int]:
@@ -100,12 +124,13 @@ def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int, str], Out
     By case, number of micro-batches, and schedule.
     """
     found = {}
-    for name, case in CASES[of].items():
-        context = _context(stages, case if stages == of else Case(case.config))
+    placed = _placed(stages) if stages == of else {Placement.folded(1): ["fold"]}
+    for (name, case), placement in product(CASES[of].items(), placed):
+        context = _context(stages, case if stages == of else Case(case.config), placement)
         model = _model(case.config, context)
         weights = {f"{n}.initial": p.detach() for n, p in model.named_parameters()}
-        schedules = FOLDED if stages == of else ["fold"]
-        for schedule, count in ((one, n) for one in schedules for n in _counts(of, name, one)):
+        counts = {one: _counts(of, name, one) for one in placed[placement]}
+        for schedule, count in ((one, n) for one in counts for n in counts[one]):
             if count == _counts(of, name, schedule)[0]:
                 lowered = lower(model, scheme=SCHEDULES[schedule])
                 engine = engine_of(lowered, lanes=LoadingLanes(poison=True))
@@ -116,7 +141,7 @@ def _outcomes(rank: int, stages: int, of: int) -> dict[tuple[str, int, str], Out
             results = {"train": loss, "evaluate": engine.evaluate(micro_batches)}
             results["predict"] = engine.predict(micro_batches)
             assert engine.lanes.ledger.slots == 0
-            if context.topology.pp_rank:
+            if not context.has_loss:
                 assert not any(result.any() for result in results.values())
                 results = {}
             found[name, count, schedule] = {**results, **gradients, **weights}
@@ -135,7 +160,7 @@ def _same(name: str, case: Case, actual: Tensor, expected: Tensor) -> bool:
 def test_losses_gradients_and_logits_are_those_of_one_stage(stages: int) -> None:
     (whole,) = run_ranks(1, _outcomes, 1, stages)
     ranks = run_ranks(stages, _outcomes, stages, stages)
-    assert {schedule for _, _, schedule in ranks[0]} == {*FOLDED}
+    assert {schedule for _, _, schedule in ranks[0]} == {*SCHEDULES}
     for name, count, schedule in ranks[0]:
         case, expected = CASES[stages][name], whole[name, count, "fold"]
         parts = [rank[name, count, schedule] for rank in ranks]
@@ -150,13 +175,24 @@ def test_losses_gradients_and_logits_are_those_of_one_stage(stages: int) -> None
         assert not wrong, f"{name}, {count} micro-batches by {schedule}: {wrong}"
 
 
-def _against_hugging_face(rank: int, sizes: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+ENDS = ("fold", "interleaved-1f1b")
+"""Schedules whose stages have both ends of the model together, and apart."""
+
+
+def _against_hugging_face(
+    rank: int, sizes: dict[str, int]
+) -> list[tuple[bool, Tensor, dict[str, Tensor]]]:
     case = Case(replace(SMALL, num_layers=5, tie_embeddings=True, vocab_size=53))
-    context = _context(2, case, **sizes)
-    model = prepared(case.config, context)
-    engine = engine_of(lower(model), poison=True)
-    loss, gradients = train(engine, model, pieces(batch_of(case.config, 5, LENGTH), 2, context))
-    return loss, export_llama(model, reduced(model, gradients))
+    found = []
+    for schedule in ENDS:
+        context = _context(2, case, placement_of(schedule, 2), **sizes)
+        model = prepared(case.config, context)
+        engine = engine_of(lower(model, scheme=SCHEDULES[schedule]), poison=True)
+        loss, gradients = train(engine, model, pieces(batch_of(case.config, 5, LENGTH), 2, context))
+        exported = export_llama(model, reduced(model, gradients))
+        found.append((context.has_loss, loss, exported))
+        context.destroy()
+    return found
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
@@ -168,9 +204,8 @@ def test_gradients_are_hugging_faces(tensor_parallel_size: int) -> None:
     expected_loss.backward()
     sizes = {"tensor_parallel_size": tensor_parallel_size}
     outcomes = run_ranks(2 * tensor_parallel_size, _against_hugging_face, sizes)
-    for rank, (loss, gradients) in enumerate(outcomes):
-        first = rank < tensor_parallel_size
-        assert abs(loss - expected_loss * first) <= 1e-6 * expected_loss
+    for has_loss, loss, gradients in chain.from_iterable(outcomes):
+        assert abs(loss - expected_loss * has_loss) <= 1e-6 * expected_loss
         errors = {
             name: relative_error(gradients[name], parameter.grad)
             for name, parameter in reference.named_parameters()
@@ -180,18 +215,20 @@ def test_gradients_are_hugging_faces(tensor_parallel_size: int) -> None:
         assert max(errors.values()) <= 1e-5, errors
 
 
-def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
+def _on_data_parallel_stages(rank: int) -> list[tuple[int, dict[str, Tensor]]]:
     """The gradients of this stage's layers as the optimizer gets them, with two replicas."""
-    config = replace(SMALL, num_layers=5)
-    context = _context(2, Case(config))
+    return [_of_replica(schedule) for schedule in ENDS]
+
+
+def _of_replica(schedule: str) -> tuple[int, dict[str, Tensor]]:
+    config = replace(SMALL, num_layers=5, tie_embeddings=True)
+    context = _context(2, Case(config), placement_of(schedule, 2))
     assert context.topology.dp_size == 2
     model = CausalLM(config, context)
     import_llama(model, hugging_face_llama(config))
-    engine = engine_of(lower(model), poison=True)
+    engine = engine_of(lower(model, scheme=SCHEDULES[schedule]), poison=True)
     buffers = GradientBuffers(model, model.transformer_config, context, sharded=False, fp32=True)
-    # The first stage has the loss.
-    has_loss = context.topology.pp_rank == 0
-    everyone = Everyone(context.groups.dp_cp, engine.lanes) if has_loss else None
+    everyone = Everyone(context.groups.dp_cp, engine.lanes) if context.has_loss else None
     batch = {
         name: rows[context.topology.dp_rank :: 2]
         for name, rows in batch_of(config, 6, LENGTH).items()
@@ -204,18 +241,21 @@ def _on_data_parallel_stages(rank: int) -> tuple[int, dict[str, Tensor]]:
         )
         buffers.finish()
     gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    context.destroy()
     return context.topology.dp_rank, export_llama(model, gradients)
 
 
 def test_gradients_of_replicated_stages_are_hugging_faces() -> None:
-    config = replace(SMALL, num_layers=5)
+    config = replace(SMALL, num_layers=5, tie_embeddings=True)
     reference, batch = hugging_face_llama(config), batch_of(config, 6, LENGTH)
     losses = token_losses(reference, batch["tokens"], batch["labels"])
     (losses.sum() / (batch["labels"] != -100).sum()).backward()
     expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    found: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
-    for replica, gradients in run_ranks(4, _on_data_parallel_stages):
-        found[replica] |= gradients
+    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for outcomes in run_ranks(4, _on_data_parallel_stages):
+        for schedule, (replica, gradients) in zip(ENDS, outcomes, strict=True):
+            found.setdefault((schedule, replica), {}).update(gradients)
+    assert len(found) == 4
     for gradients in found.values():
         assert gradients.keys() == expected.keys()
         errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
@@ -251,7 +291,34 @@ def _on_two_stages(rank: int) -> dict[str, Any]:
         drawn = lower(model, scheme=Written(schedule, "random"))
         other = engine_of(drawn, builder=random_builder(seed), lanes=LoadingLanes(poison=True))
         wrong[str(schedule)] = differing(train(other, model, micro_batches), expected)
-    return {"wrong": {n: w for n, w in wrong.items() if w}, "trace": _trace(engine, context)}
+    trace = _trace(engine, context)
+    context.destroy()
+    loss, gradients = expected
+    of_stages = of_all_ranks(gradients, dist.group.WORLD)
+    every = {"loss": loss} | {name: g for part in of_stages for name, g in part.items()}
+    wrong |= _on_other_placements(config, of_all_ranks(every, dist.group.WORLD)[0])
+    return {"wrong": {n: w for n, w in wrong.items() if w}, "trace": trace}
+
+
+def _on_other_placements(config: ModelConfig, expected: dict[str, Tensor]) -> dict[str, list[str]]:
+    """What differs where chunks go round, or lie as nobody would think of, by random schedules."""
+    wrong = {}
+    for seed, stage_of in enumerate([(0, 1), (0, 1, 0, 1), (1, 0, 0, 1, 0, 1)]):
+        placement = Placement(stage_of)
+        context = _context(2, placement=placement)
+        model = _model(config, context)
+        micro_batches = pieces(batch_of(config, 5, LENGTH), 1, context)
+        scheme = Written(random_schedule(seed, placement, len(micro_batches)), "random")
+        engine = engine_of(
+            lower(model, scheme=scheme), builder=random_builder(seed), lanes=LoadingLanes()
+        )
+        loss, found = train(engine, model, micro_batches)
+        found |= {"loss": loss} if context.has_loss else {}
+        wrong[str(scheme.schedule)] = [
+            name for name, value in found.items() if not torch.equal(value, expected[name])
+        ]
+        context.destroy()
+    return wrong
 
 
 Interval = tuple[str, float, float]

@@ -10,6 +10,8 @@ from lightning_dhellam.pipeline.schedules import Placement
 from lightning_dhellam.pipeline.split import balanced, check_split, chunks
 from lightning_dhellam.pipeline.stage import Leg, Stage
 
+folded, straight = Placement.folded, Placement.straight
+
 
 def _stages(split: tuple[int, ...]) -> list[int]:
     """Layers of each stage."""
@@ -19,30 +21,36 @@ def _stages(split: tuple[int, ...]) -> list[int]:
 
 
 def test_equal_layers_are_shared_out_evenly() -> None:
-    assert balanced(8, 4) == (1, 1, 1, 1, 1, 1, 1, 1)
-    assert balanced(9, 2) == (2, 2, 3, 2)
-    assert balanced(4, 1) == (2, 2)
+    assert balanced(8, folded(4)) == (1, 1, 1, 1, 1, 1, 1, 1)
+    assert balanced(9, folded(2)) == (2, 2, 3, 2)
+    assert balanced(4, folded(1)) == (2, 2)
+    assert balanced(9, straight(4)) == (2, 2, 2, 3)
+    assert balanced(9, straight(2, 2)) == (2, 2, 2, 3)
+    assert balanced(3, straight(1)) == (3,)
 
 
 def test_a_costly_head_leaves_its_stage_fewer_layers() -> None:
-    assert _stages(balanced(32, 4, head=2.4)) == [6, 8, 9, 9]
-    assert balanced(16, 4, head=5.0) == (0, 2, 2, 3, 3, 3, 3, 0)
-    early, *_, late = balanced(32, 4, head=2.4)
+    assert _stages(balanced(32, folded(4), head=2.4)) == [6, 8, 9, 9]
+    assert balanced(16, folded(4), head=5.0) == (0, 2, 2, 3, 3, 3, 3, 0)
+    early, *_, late = balanced(32, folded(4), head=2.4)
     assert early == late + 2
+    assert balanced(32, straight(4), head=2.4) == (8, 9, 9, 6)
+    assert balanced(6, straight(2, 2), head=5.0) == (2, 1, 3, 0)
 
 
 def test_presets_count_the_embedding_and_the_head() -> None:
     embedding, head = costs_in_layers(preset("llama-3-8b"))
     assert 0 < embedding < 0.05 and 2 < head < 2.5
-    assert _stages(pipeline_split(preset("llama-3-8b"), 4)) == [6, 8, 9, 9]
-    assert pipeline_split(preset("llama-3-70b"), 2) == pipeline_split(preset("llama-3.1-70b"), 2)
+    assert _stages(pipeline_split(preset("llama-3-8b"), folded(4))) == [6, 8, 9, 9]
+    older, newer = preset("llama-3-70b"), preset("llama-3.1-70b")
+    assert pipeline_split(older, folded(2)) == pipeline_split(newer, folded(2))
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
 def test_no_layer_is_lost_or_doubled_and_no_later_chunk_is_empty(stages: int) -> None:
     for layers in range(2 * stages, 40):
         for head in (0.0, 1.3, 6.0):
-            split = balanced(layers, stages, embedding=0.1, head=head)
+            split = balanced(layers, folded(stages), embedding=0.1, head=head)
             placed = [layer for chunk in chunks(split) for layer in chunk]
             assert placed == list(range(layers)) and len(split) == 2 * stages
             if stages > 1:
@@ -69,12 +77,12 @@ def test_chunks() -> None:
 )
 def test_splits_that_cannot_be_are_refused(split: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_split(split, 4, 2)
+        check_split(split, 4, folded(2))
 
 
 def test_too_few_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pipeline_parallel_size=4 needs at least 6 layers"):
-        balanced(5, 4)
+        balanced(5, folded(4))
 
 
 def _stage(number: int, stages: int, *counts: int) -> Stage:

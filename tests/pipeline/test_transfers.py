@@ -33,7 +33,7 @@ PIECE = 512
 """Bytes, so that a message goes in several turns."""
 CHANNELS = 64
 COUNT = 7
-CONFIG = replace(SMALL, num_layers=6, hidden_dropout=0.1)
+CONFIG = replace(SMALL, num_layers=6, hidden_dropout=0.1, tie_embeddings=True)
 
 
 class OfFile:
@@ -147,12 +147,18 @@ def wrong_by(
 
 
 def _of_stage(rank: int, folder: str) -> list[str]:
-    context = ParallelContext.create(CPU, pipeline_parallel_size=3)
-    with _by_files(context, folder) as other:
-        return wrong_by(context, other)
+    wrong = []
+    for number, placement in enumerate((Placement.folded(3), Placement.straight(3, 2))):
+        context = ParallelContext.create(CPU, pipeline_parallel_size=3, placement=placement)
+        with _by_files(context, str(Path(folder) / str(number))) as other:
+            wrong += wrong_by(context, other)
+        context.destroy()
+    return wrong
 
 
 def test_what_is_pulled_is_what_process_groups_bring(tmp_path: Path) -> None:
-    for name, size in {"laid_out": 1 << 20, "signals": 1 << 16}.items():
-        (tmp_path / name).write_bytes(bytes(size))
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        for name, size in {"laid_out": 1 << 20, "signals": 1 << 16}.items():
+            (tmp_path / str(number) / name).write_bytes(bytes(size))
     assert run_ranks(3, _of_stage, str(tmp_path)) == [[], [], []]

@@ -51,13 +51,12 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "unknown-schedule": (
         _arguments(schedule="dualpipe"),
-        r"schedule='dualpipe' is not a known schedule: use zb-v or dualpipe-v or fold, or the path"
-        r" of a file.*did you mean 'dualpipe-v'",
+        r"schedule='dualpipe' is not a known schedule: use 1f1b or interleaved-1f1b or zb-v or"
+        r" dualpipe-v or fold, or the path of a file.*did you mean 'dualpipe-v'",
     ),
-    "straight-schedule": (
-        _arguments(schedule="1f1b", pipeline_parallel_size=2),
-        r"schedule='1f1b' has its chunks on stages 0 1, and layers are trained where they are"
-        r" folded, on 0 1 1 0: use zb-v or dualpipe-v or fold",
+    "schedule-of-no-chunks": (
+        _arguments(schedule="interleaved-1f1b-0", pipeline_parallel_size=2),
+        r"schedule='interleaved-1f1b-0' is not a known schedule: .*mean 'interleaved-1f1b'",
     ),
     "schedule-that-is-missing": (
         _arguments(schedule="none.txt"),
@@ -91,6 +90,10 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     "no-context-rank": (
         _arguments(context_parallel_size=0),
         r"context_parallel_size=0 must be .*at least 1",
+    ),
+    "unknown-transport-of-stages": (
+        _arguments(pipeline_parallel_size=2, pipeline_transport="gloo"),
+        r"pipeline_transport='gloo' is not known: use one of auto, nccl, copy_engine",
     ),
     "unknown-transport": (
         _arguments(context_parallel_size=2, context_transport="nvlink"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
@@ -24,7 +26,10 @@ SCHEDULES: Mapping[str, Scheme] = {
     "dualpipe-v": dual_pipe_v,
     "fold": fold,
 }
-"""Schedules by the names that users know."""
+"""Schedules by the names that users know: those that a pipeline is trained by.
+
+`interleaved-1f1b` has two chunks a stage, `interleaved-1f1b-4` four.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +102,13 @@ def scheme_of(schedule: str, stages: int) -> Scheme:
     """What makes the schedules of a run: of that name, or of the file of that path.
 
     Raises:
-        ScheduleError: an unknown name, a file that holds no schedule for so many stages or one that
-            cannot be carried out, or chunks that the trainer does not place so.
+        ScheduleError: an unknown name, or a file that holds no schedule for so many stages or one
+            that cannot be carried out.
     """
     if schedule in SCHEDULES:
         scheme: Scheme = SCHEDULES[schedule]
+    elif (rounds := _ROUNDS.fullmatch(schedule)) and int(rounds[1]):
+        scheme = _of_rounds(int(rounds[1]))
     elif Path(schedule).suffix:
         scheme = _written(schedule)
         verify(scheme(stages, 1))
@@ -109,20 +116,42 @@ def scheme_of(schedule: str, stages: int) -> Scheme:
         close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ScheduleError(
-            f"schedule='{schedule}' is not a known schedule: use {' or '.join(_trained())}, or the"
+            f"schedule='{schedule}' is not a known schedule: use {' or '.join(SCHEDULES)}, or the"
             f" path of a file that holds one{hint}"
-        )
-    placement = scheme(stages, 1).placement
-    if placement != Placement.folded(stages):
-        raise ScheduleError(
-            f"schedule='{schedule}' has its chunks on stages {placement}, and layers are trained"
-            f" where they are folded, on {Placement.folded(stages)}: use {' or '.join(_trained())}"
         )
     return scheme
 
 
-def _trained() -> list[str]:
-    return [name for name, make in SCHEDULES.items() if make(2, 1).placement.is_folded]
+def placement_of(schedule: str, stages: int) -> Placement:
+    """Where the layers of a run lie: which stage holds which chunk of them.
+
+    Raises:
+        ScheduleError: see `scheme_of`.
+    """
+    return scheme_of(schedule, stages)(stages, 1).placement
+
+
+def check_placed(schedule: str, scheme: Scheme, placement: Placement) -> None:
+    """Refuse a schedule whose chunks lie elsewhere than those of a model that was built.
+
+    Raises:
+        ScheduleError: with both placements.
+    """
+    stages = placement.stages
+    its = scheme(stages, 1).placement
+    if stages > 1 and its != placement:
+        raise ScheduleError(
+            f"schedule='{schedule}' has its chunks on stages {its}, and the model was built with"
+            f" them on {placement}: use {' or '.join(playable(placement)) or 'a file'}"
+        )
+
+
+_ROUNDS = re.compile(r"interleaved-1f1b-(\d+)")
+
+
+@cache
+def _of_rounds(rounds: int) -> Scheme:
+    return partial(interleaved_1f1b, rounds=rounds)
 
 
 def _written(path: str) -> Written:
