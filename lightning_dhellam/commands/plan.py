@@ -11,6 +11,7 @@ from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.commands.simulate import title
 from lightning_dhellam.files import check_file
 from lightning_dhellam.pipeline.schedules import SCHEDULES, Schedule, Visit, fold, verify
+from lightning_dhellam.pipeline.schedules.named import named as named_schedule
 from lightning_dhellam.plan import Strand
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.pipeline import UniformCosts, play
@@ -81,8 +82,9 @@ def schedule_command(argv: Sequence[str]) -> int:
 
 def _schedule(name: str, stages: int, micro_batches: int) -> Schedule:
     """Make a named schedule, or read one that must have these sizes."""
-    if name in SCHEDULES:
-        return SCHEDULES[name](stages, micro_batches)
+    make = named_schedule(name)
+    if make is not None:
+        return make(stages, micro_batches)
     if not Path(name).is_file():
         raise ValueError(
             f"schedule '{name}' is neither a file nor one of {', '.join(SCHEDULES)}: give one"

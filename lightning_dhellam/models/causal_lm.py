@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
     scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
@@ -179,6 +180,7 @@ class CausalLM(nn.Module):
         shape = self.padded_vocab_size // self.context.topology.tp_size, self.config.hidden_size
         dtype, device = self.transformer_config.params_dtype, self.context.device
         copy = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        set_tensor_model_parallel_attributes(copy, is_parallel=True, dim=0, stride=1)
         copy.main_grad = torch.zeros(shape, device=device)  # type: ignore[attr-defined]
         return copy
 

@@ -156,9 +156,11 @@ class GradientBuffers:
         if not self._parallel:
             return
         with on_lane(), self._context.megatron():
-            # A bucket is reduced when all of it is complete. Nothing comes of what is frozen.
+            # A bucket is reduced when all of it is complete. Nothing comes of what is frozen, and
+            # copies of what other stages have are in none.
             for parameter in (*self._frozen, *parameters):
-                self.ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
+                if parameter in self.ddp.param_to_bucket_group:
+                    self.ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
         self._frozen = ()
 
     def finish(self) -> None:

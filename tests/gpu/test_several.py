@@ -227,6 +227,7 @@ STRATEGIES: dict[int, Strategies] = {
         "tp2": {"tensor_parallel_size": 2, "micro_batch_size": 3},
         "pp2": {"pipeline_parallel_size": 2, "micro_batch_size": 3},
         "pp2-zb-v": {"pipeline_parallel_size": 2, "micro_batch_size": 1, "schedule": "zb-v"},
+        "pp2-1f1b": {"pipeline_parallel_size": 2, "schedule": "1f1b"},
         "dp2": {"micro_batch_size": 2, "bucket_size": 300},
         "dp2-unsharded": {"micro_batch_size": 2, "distributed_optimizer": False},
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 from lightning_dhellam.pipeline.schedules import Part, Placement, Schedule, Visit, Work, done_as
 
@@ -22,6 +22,8 @@ def random_schedule(seed: int, placement: Placement, micro_batches: int) -> Sche
         for k in range(micro_batches)
     }
     done: set[Work] = set()
+    # What each edge carries and nobody has received, first in, first out.
+    sent: dict[tuple[int, int, str], list[Work]] = defaultdict(list)
     following: Counter[tuple[int, str]] = Counter()
 
     def ready(stage: int) -> list[Work]:
@@ -38,9 +40,20 @@ def random_schedule(seed: int, placement: Placement, micro_batches: int) -> Sche
                     continue  # gradients of weights are added up in order
                 part = Part(way if way != "B" or not halved else "I")
                 work = Work(chunk, part, k)
-                if all(before in done for before in empty.before(work)):
+                if all(before in done for before in empty.before(work)) and all(
+                    sent[edge][0] == before for edge, before in received(work)
+                ):
                     found.append(work)
         return found
+
+    def received(work: Work) -> list[tuple[tuple[int, int, str], Work]]:
+        stage_of = placement.stage_of
+        here = stage_of[work.chunk]
+        return [
+            ((stage_of[before.chunk], here, before.strand), before)
+            for before in empty.before(work)
+            if stage_of[before.chunk] != here
+        ]
 
     while True:
         choices = [(stage, works) for stage in range(placement.stages) if (works := ready(stage))]
@@ -55,6 +68,11 @@ def random_schedule(seed: int, placement: Placement, micro_batches: int) -> Sche
         rows[stage].append(visit)
         for one in visit:
             done.add(done_as(one))
+            for edge, _ in received(one):
+                sent[edge].pop(0)
+            target = empty.sent_to(one)
+            if target is not None:
+                sent[stage, target, one.strand].append(done_as(one))
             following[one.chunk, "B" if one.part is Part.INPUT else str(one.part)] += 1
             if one.part is Part.BACKWARD:
                 following[one.chunk, "W"] += 1

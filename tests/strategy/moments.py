@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.autosearch import session
 from lightning_dhellam.callbacks import AutoSearch
+from lightning_dhellam.engine import Engine
 from lightning_dhellam.strategy import termination
 from tests.process_groups import is_running
 from tests.ranks import _PRELOAD
@@ -42,15 +44,18 @@ class Job(NamedTuple):
         signum: SIGTERM or SIGKILL.
         victim: rank that is sent the signal.
         accelerator: that the ranks compute on.
+        schedule: of a pipeline whose stages the ranks are; nothing if they share each layer.
     """
 
     moment: str
     signum: int
     victim: int
     accelerator: str = "cpu"
+    schedule: str = ""
 
     def __str__(self) -> str:
-        return f"{self.moment}-{signal.Signals(self.signum).name}-rank-{self.victim}"
+        place = f"rank-{self.victim}" + f"-of-{self.schedule}" * bool(self.schedule)
+        return f"{self.moment}-{signal.Signals(self.signum).name}-{place}"
 
 
 class Ended(NamedTuple):
@@ -119,11 +124,26 @@ def _search_at(befalls: Befalls) -> None:
     session.solve = solved
 
 
+def _walk_at(befalls: Befalls, walks: int = 9) -> None:
+    """A moment within a step, when messages are under way between stages."""
+    whole_pass, counted = Engine._pass, count(1)
+
+    def walked(self: Any, *args: Any) -> None:
+        whole_pass(self, *args)
+        if next(counted) == walks:
+            befalls.here("walk")
+
+    Engine._pass = walked  # type: ignore[method-assign]
+
+
 def _run(job: Job, rank: int, folder: Path) -> None:
     termination._GRACE = 1.0
     befalls = Befalls(job, rank)
     befalls.here("start-up")
     strategy: dict[str, Any] = {"tensor_parallel_size": 2}
+    if job.schedule:
+        strategy = {"pipeline_parallel_size": 2, "schedule": job.schedule}
+        _walk_at(befalls)
     callbacks: list[Callback] = [befalls, ModelCheckpoint(folder, every_n_train_steps=3)]
     if job.moment in ("profile", "solve", "trial"):
         _search_at(befalls)
@@ -145,7 +165,8 @@ def _run(job: Job, rank: int, folder: Path) -> None:
 
     trainer.strategy._join_processes = joined  # type: ignore[attr-defined]
     data = DataLoader(Sequences(64), batch_size=8)
-    trainer.fit(Model(num_layers=1), data, DataLoader(Sequences(16), batch_size=8))
+    model = Model(num_layers=4 if job.schedule else 1)
+    trainer.fit(model, data, DataLoader(Sequences(16), batch_size=8))
 
 
 def _be_rank(job: Job, rank: int, folder: Path) -> None:

@@ -25,7 +25,7 @@ STOP, STEPS = 2, 4
 FROZEN = "layers.1.self_attention.linear_proj.weight"
 DENSE: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_parallel_size": 2},
-    "pp2": {"pipeline_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2, "schedule": "1f1b"},
     "dp2": {"bucket_size": 700, "micro_batch_size": 2},
 }
 MOE: dict[str, dict[str, Any]] = {

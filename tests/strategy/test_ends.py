@@ -37,6 +37,9 @@ JOBS = (
     Job("solve", TERM, 0),
     Job("solve", TERM, 1),
     Job("solve", KILL, 1),
+    Job("walk", KILL, 0, schedule="zb-v"),
+    Job("walk", KILL, 1, schedule="1f1b"),
+    Job("walk", KILL, 0, schedule="interleaved-1f1b"),
 )
 
 

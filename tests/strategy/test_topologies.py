@@ -127,13 +127,17 @@ PAIR: dict[str, dict[str, Any] | str] = {
         "context_exchange": "all_gather",
         "distributed_optimizer": False,
     },
-    "pp2-dhellam": {"pipeline_parallel_size": 2, "plan": "dhellam"},
+    "pp2-dhellam": {"pipeline_parallel_size": 2, "plan": "dhellam", "schedule": "1f1b"},
 }
 FOUR: dict[str, dict[str, Any] | str] = {
     "tp2-dp2": {"tensor_parallel_size": 2, "micro_batch_size": 2},
     "tp2-dp2-unsharded": {"tensor_parallel_size": 2, "distributed_optimizer": False},
     "pp2-tp2": {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "schedule": "dualpipe-v"},
-    "pp2-dp2": {"pipeline_parallel_size": 2, "micro_batch_size": 2},
+    "pp2-dp2": {
+        "pipeline_parallel_size": 2,
+        "micro_batch_size": 2,
+        "schedule": "interleaved-1f1b",
+    },
     "tp2-cp2": {"tensor_parallel_size": 2, "context_parallel_size": 2, "micro_batch_size": 2},
     "cp2-dp2": {"context_parallel_size": 2, "micro_batch_size": 2},
     "pp2-cp2": {"pipeline_parallel_size": 2, "context_parallel_size": 2, "schedule": "zb-v"},

@@ -98,6 +98,14 @@ def playable(placement: Placement) -> dict[str, Scheme]:
     }
 
 
+def named(schedule: str) -> Scheme | None:
+    """Return what makes the schedules of a name, or None if it is none."""
+    rounds = _ROUNDS.fullmatch(schedule)
+    if rounds is not None and int(rounds[1]):
+        return _of_rounds(int(rounds[1]))
+    return SCHEDULES.get(schedule)
+
+
 def scheme_of(schedule: str, stages: int) -> Scheme:
     """What makes the schedules of a run: of that name, or of the file of that path.
 
@@ -105,14 +113,11 @@ def scheme_of(schedule: str, stages: int) -> Scheme:
         ScheduleError: an unknown name, or a file that holds no schedule for so many stages or one
             that cannot be carried out.
     """
-    if schedule in SCHEDULES:
-        scheme: Scheme = SCHEDULES[schedule]
-    elif (rounds := _ROUNDS.fullmatch(schedule)) and int(rounds[1]):
-        scheme = _of_rounds(int(rounds[1]))
-    elif Path(schedule).suffix:
+    scheme = named(schedule)
+    if scheme is None and Path(schedule).suffix:
         scheme = _written(schedule)
         verify(scheme(stages, 1))
-    else:
+    if scheme is None:
         close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ScheduleError(
