@@ -16,6 +16,7 @@ from lightning_dhellam.pipeline.schedules import (
     ScheduleError,
     Visit,
     Work,
+    check_placed,
     done_as,
     dual_pipe_v,
     fold,
@@ -23,6 +24,7 @@ from lightning_dhellam.pipeline.schedules import (
     live_activations,
     one_f_one_b,
     peak_activations,
+    placement_of,
     scheme_of,
     sends_ahead,
     verify,
@@ -123,6 +125,33 @@ def test_interleaving_takes_any_number_of_rounds(rounds: int) -> None:
         schedule = interleaved_1f1b(stages, 2 * stages, rounds)
         verify(schedule)
         assert schedule.chunks == rounds * stages
+
+
+def test_a_name_may_say_how_many_chunks_a_stage_has() -> None:
+    assert placement_of("interleaved-1f1b", 2) == Placement.straight(2, 2)
+    assert placement_of("interleaved-1f1b-4", 2) == Placement.straight(2, 4)
+    assert scheme_of("interleaved-1f1b-4", 2) is scheme_of("interleaved-1f1b-4", 2)
+
+
+def test_chunks_lie_where_a_model_was_built() -> None:
+    check_placed("zb-v", zero_bubble_v, Placement.folded(3))
+    check_placed("1f1b", one_f_one_b, Placement.folded(1))
+    message = r"'1f1b' has its chunks on stages 0 1, and the model .* on 0 1 1 0: use zb-v or dual"
+    with pytest.raises(ScheduleError, match=message):
+        check_placed("1f1b", one_f_one_b, Placement.folded(2))
+
+
+def test_edges_follow_from_where_chunks_lie() -> None:
+    def shown(placement: Placement) -> str:
+        return ", ".join(map(str, placement.edges))
+
+    assert shown(Placement.straight(1, 3)) == ""
+    both = "backward 0→1, forward 0→1, backward 1→0, forward 1→0"
+    assert shown(Placement.folded(2)) == shown(Placement.straight(2, 2)) == both
+    # The last one has the head, and 0 the embedding.
+    assert shown(Placement.straight(3)) == (
+        "forward 0→1, forward 0→2, backward 1→0, forward 1→2, backward 2→0, backward 2→1"
+    )
 
 
 def test_only_two_strands_share_a_visit() -> None:

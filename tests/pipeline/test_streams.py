@@ -30,12 +30,23 @@ from lightning_dhellam.pipeline.schedules import (
 )
 from lightning_dhellam.pipeline.schedules.named import Written
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, GraphPair, Lane, Operator, Strand
+from lightning_dhellam.plan import (
+    BEGIN,
+    BUILDERS,
+    Builder,
+    Ends,
+    Graph,
+    GraphPair,
+    Lane,
+    Operator,
+    Strand,
+)
 from tests.pipeline.random_schedules import random_schedule
 from tests.plan.graphs import random_builder
 from tests.streams import Moment, Streams
 
 STAGE, STAGES = 1, 3
+FOLDED, STRAIGHT = Placement.folded(STAGES), Placement.straight(STAGES, 2)
 
 
 @dataclass
@@ -105,7 +116,7 @@ class CheckedLanes(CudaLanes):
         self.most_waiting = max(self.most_waiting, sum(map(len, self._waiting.values())))
 
 
-def _layers(books: Books) -> list[GraphPair]:
+def _layers(books: Books, placement: Placement) -> list[GraphPair]:
     """Two layers in each chunk, every one with a collective in each direction.
 
     Each keeps a view of its input beside what autograd would allocate, as a user's module does.
@@ -155,17 +166,54 @@ def _layers(books: Books) -> list[GraphPair]:
             Graph("toy", behind, backward, ("dy",), ("dx",), receives=ends["br"], sends=ends["bs"]),
         )
 
-    return [pair(0, None), pair(None, 2), pair(2, None), pair(None, 0)]
+    found = []
+    for chunk in placement.held(STAGE):
+        found.append(pair(placement.stage_of[chunk - 1], None))
+        found.append(pair(None, placement.stage_of[chunk + 1]))
+    return found
+
+
+def _ends(books: Books) -> Ends:
+    """What comes before a step and is read, and what is made behind it and sent."""
+
+    def operator(
+        name: str, lane: Lane, reads: tuple[str, ...], writes: tuple[str, ...], edge: str = ""
+    ) -> Operator:
+        def run(*values: Any) -> Any:
+            value = books.run(name, *values)
+            return value if writes else None
+
+        return Operator(name, lane, reads, writes, run, edge=edge)
+
+    ahead, back = Edge(0, STAGE, Strand.FORWARD), Edge(STAGE, 0, Strand.BACKWARD)
+    return Ends(
+        (
+            operator("w.receive", Lane.PP, (BEGIN,), ("step.w",), str(ahead)),
+            operator("w.begin", Lane.COMPUTE, ("step.w",), ()),
+        ),
+        (
+            operator("dw.end", Lane.COMPUTE, (), ("step.dw",)),
+            operator("dw.give", Lane.PP, ("step.dw",), (), str(back)),
+        ),
+    )
 
 
 def _step(
-    builder: Builder, count: int, monkeypatch: pytest.MonkeyPatch, scheme: Scheme = fold
+    builder: Builder,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: Scheme = fold,
+    placement: Placement = FOLDED,
 ) -> tuple[Books, CheckedLanes]:
     books = Books()
     books.install(monkeypatch)
     lanes = CheckedLanes(books)
     engine = Engine(
-        _layers(books), lanes, builder, stage=Stage(STAGE, Placement.folded(STAGES), (2, 2), scheme)
+        _layers(books, placement),
+        lanes,
+        builder,
+        stage=Stage(STAGE, placement, (2, 2), scheme),
+        ends=_ends(books),
     )
 
     def observe(entry: Entry, values: list[Any]) -> None:
@@ -205,14 +253,24 @@ def test_nothing_is_read_or_freed_too_early_and_no_send_waits_for_a_receive(
 def test_halves_of_backward_read_nothing_too_early_either(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheme = SCHEDULES.get(name) or Written(
-        random_schedule(int(name), Placement.folded(STAGES), 7), "random"
-    )
+    scheme = SCHEDULES.get(name) or Written(random_schedule(int(name), FOLDED, 7), "random")
     for plan in ("interleaved", "random-0", "random-1"):
         books, _ = _step(PLANS[plan], 7, monkeypatch, scheme)
         assert books.early == [] and books.received
         pairs = list(pairwise(books.order))
         assert {first for first, then in pairs if then == "dx.send"} == {"grad_sum"}
+
+
+@pytest.mark.parametrize("name", ["interleaved-1f1b", *map(str, range(3))])
+def test_chunks_that_go_round_read_nothing_too_early(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = SCHEDULES.get(name) or Written(random_schedule(int(name), STRAIGHT, 7), "random")
+    for plan in ("interleaved", "random-0"):
+        books, _ = _step(PLANS[plan], 7, monkeypatch, scheme, STRAIGHT)
+        assert books.early == [] and books.received
+        assert books.order.count("w.begin") == 2 and books.order[-1] != "dw.give"
+        assert books.order.count("dw.give") == 1
 
 
 def test_compute_gives_a_lead_to_what_goes_first_and_to_nothing_else(
