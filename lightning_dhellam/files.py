@@ -43,7 +43,7 @@ class WriteError(OSError):
 
 
 def write_error(
-    path: Path, error: OSError, written: int, needed: int | None = None, about: str = ""
+    path: Any, error: OSError, written: int, needed: int | None = None, about: str = ""
 ) -> WriteError:
     """What to raise when a file could not be written to its end.
 
@@ -59,8 +59,10 @@ def write_error(
         more = (
             "" if needed is None else f", {about}{size_in_words(needed - written)} more are needed"
         )
-        free = shutil.disk_usage(_existing(path.parent)).free
-        text += f": {size_in_words(written)} were written{more}, and {size_in_words(free)} are free"
+        text += f": {size_in_words(written)} were written{more}"
+        if isinstance(path, Path):
+            free = shutil.disk_usage(_existing(path.parent)).free
+            text += f", and {size_in_words(free)} are free"
     return WriteError(error.errno, text)
 
 
@@ -254,11 +256,11 @@ def save_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, data)
 
 
-def read_json(path: Path, kind: str, remedy: str) -> dict[str, Any]:
+def read_json(path: Any, kind: str, remedy: str) -> dict[str, Any]:
     """The fields of a JSON file.
 
     Args:
-        path: of the file.
+        path: of the file, of this machine or another.
         kind: what it is wanted as, such as "profile".
         remedy: what to do if it is broken.
 

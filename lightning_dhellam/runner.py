@@ -22,7 +22,6 @@ from lightning_dhellam.engine.intake import Intake
 from lightning_dhellam.engine.meeting import as_many, check_as_many
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.engine.words import in_our_words
-from lightning_dhellam.files import local_path
 from lightning_dhellam.layers import Loss
 from lightning_dhellam.models import CausalLM, ModelConfig, crossing_bytes
 from lightning_dhellam.models import pipeline_split as split_of
@@ -37,6 +36,7 @@ from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import USUAL, ByLayer
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
+from lightning_dhellam.remote import Folder, place_of
 from lightning_dhellam.training import Training
 
 
@@ -501,7 +501,7 @@ class Runner:
         Raises:
             OSError: a rank could not write; on every rank, and `path` is as it was before.
         """
-        save(local_path(path), self.model, self._stepped, self.settings, dict(extra or {}))
+        save(self._place(path), self.model, self._stepped, self.settings, dict(extra or {}))
 
     def load(self, path: Path | str, *, resume_settings: str = "checkpoint") -> dict[str, Any]:
         """Go on from a checkpoint, also of a Trainer. Every rank must call this.
@@ -519,7 +519,10 @@ class Runner:
         """
         if self._training is not None:
             self._training.follow_model()
-        return load(local_path(path), self.model, self._stepped, self.settings, resume_settings)
+        return load(self._place(path), self.model, self._stepped, self.settings, resume_settings)
+
+    def _place(self, path: Path | str) -> Folder:
+        return place_of(path, processes=self.context.topology.world_size)
 
     @property
     def _stepped(self) -> ModelParallelOptimizer | None:

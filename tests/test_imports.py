@@ -35,7 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "engine layers data search",
         "pipeline",
         "parallel",
-        "plan",
+        "plan remote",
         "failures files kernels late leftovers optimizing precision recipes values versions",
     )
 )

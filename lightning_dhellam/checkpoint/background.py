@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
@@ -23,6 +22,7 @@ from lightning_dhellam.checkpoint.writing import Prepared, write
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.groups import group_of_hosts
 from lightning_dhellam.parallel.hosts import Question, ReduceOp
+from lightning_dhellam.remote import Folder
 
 
 class Background:
@@ -44,7 +44,7 @@ class Background:
         self._asked: Question | None = None
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> Folder | None:
         """What is in flight, as far as ranks have agreed."""
         return None if self._job is None else self._job.path
 

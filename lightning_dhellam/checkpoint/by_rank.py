@@ -9,7 +9,6 @@ state-00003.pt   optimizer state of rank 3
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint import content
@@ -21,13 +20,14 @@ from lightning_dhellam.checkpoint.description import (
     sizes_of,
 )
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.remote import Folder
 
 _OF_REPLICAS = ("context_parallel_size", "data_parallel_size", "expert_parallel_size")
 """Sizes that weights do not depend on."""
 
 
 def load_weights(
-    path: Path, context: ParallelContext, experts: Collection[str] = ()
+    path: Folder, context: ParallelContext, experts: Collection[str] = ()
 ) -> dict[str, Any]:
     """This model-parallel rank's weights, and those of its `experts`, by their names among all.
 
@@ -44,7 +44,7 @@ def load_weights(
     return weights | _load_experts(path, context, frozenset(experts)) if experts else weights
 
 
-def _load_experts(path: Path, context: ParallelContext, names: frozenset[str]) -> dict[str, Any]:
+def _load_experts(path: Folder, context: ParallelContext, names: frozenset[str]) -> dict[str, Any]:
     topology, parts = context.topology, int(read_topology(path).get("expert_parallel_size", 1))
     if parts == topology.ep_size:
         return content.read(path / _experts_name(context, topology.ep_rank))
@@ -59,7 +59,9 @@ def _load_experts(path: Path, context: ParallelContext, names: frozenset[str]) -
     return found
 
 
-def load_state(path: Path, context: ParallelContext, settings: Mapping[str, Any]) -> dict[str, Any]:
+def load_state(
+    path: Folder, context: ParallelContext, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """This rank's optimizer state, for a run with `settings`.
 
     Raises:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import check_size
+from lightning_dhellam.remote import Folder
 
 Checksums = dict[str, tuple[int, str]]
 """By the names of files how many bytes they have, and the checksum of those."""
@@ -29,7 +29,7 @@ def _find_crc32() -> Callable[[Any, int], int]:
 crc32 = _find_crc32()
 
 
-def checksum(file: Path) -> tuple[int, str]:
+def checksum(file: Folder) -> tuple[int, str]:
     """How many bytes a file has, and their checksum."""
     buffer = memoryview(bytearray(AT_ONCE))
     found = size = 0
@@ -40,7 +40,7 @@ def checksum(file: Path) -> tuple[int, str]:
     return size, f"{found:08x}"
 
 
-def check_file(file: Path, size: int, digest: str) -> None:
+def check_file(file: Folder, size: int, digest: str) -> None:
     """Refuse a file that is not as it was written.
 
     Raises:

@@ -19,7 +19,7 @@ import uuid
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import IO, Any, cast
@@ -33,6 +33,7 @@ from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoi
 from lightning_dhellam.files import write_error
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.lora import LoRA
+from lightning_dhellam.remote import Folder
 
 REMEDY = "use another checkpoint, such as the one before it"
 _MAKERS: dict[str, Any] = {
@@ -176,7 +177,7 @@ _BEGINNING = b"PK"
 """What a file of `torch.save` begins with: it is a zip file."""
 
 
-def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
+def read(file: Folder, *, mapped: bool = False) -> dict[str, Any]:
     """The content of a file, of whatever device on the CPU; none of its code is run.
 
     With `mapped` it is a file that the user has named, whose tensors stay there until they are
@@ -187,8 +188,9 @@ def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     """
     if not file.is_file():
         raise ValueError(f"checkpoint {file.parent} has no {file.name}: {REMEDY}")
+    source: Any = file if isinstance(file, Path) else io.BytesIO(file.read_bytes())
     try:
-        with file.open("rb") as stream:
+        with file.open("rb") if source is file else nullcontext(source) as stream:
             # Of a file that is cut off torch says something else for each length.
             whole = is_zipfile(stream)
             stream.seek(0)
@@ -203,13 +205,18 @@ def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
                 f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {REMEDY}"
             )
         with _allowed():
-            unknown = set(get_unsafe_globals_in_checkpoint(file))
+            unknown = set(get_unsafe_globals_in_checkpoint(_begun(source)))
             if unknown:
                 raise ValueError(
                     f"{file} holds {', '.join(sorted(unknown))}, which could run code when it is"
                     f" loaded: use another checkpoint, or if you trust this one, {_allow(unknown)}"
                 )
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(
+                _begun(source),
+                map_location="cpu",
+                weights_only=True,
+                mmap=mapped and source is file,
+            )
     except ValueError:
         raise
     except Exception as error:
@@ -220,6 +227,13 @@ def read(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {REMEDY}")
     return content
+
+
+def _begun(source: Any) -> Any:
+    """A path, or a stream at its beginning."""
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    return source
 
 
 def _reason(error: Exception) -> str:

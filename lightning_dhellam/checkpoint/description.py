@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.files import read_json, save_text
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.plan.placement import Placement
+from lightning_dhellam.remote import Folder, RemotePath
 
 TOPOLOGY = "topology.json"
 MODEL = "model"
@@ -20,6 +20,8 @@ ABOUT = "dhellam"
 """Where a file of Lightning's own has what a description has, as far as it knows."""
 FILES = "files"
 """Where it has the size and the checksum of every file."""
+INSIDE = "folder"
+"""Where it has the name of the folder inside that the files are in, if they are in one."""
 FROM = "checkpoint"
 """Where a state of an optimizer that is yet to be read has the path of its checkpoint."""
 FORMAT = 2
@@ -33,7 +35,7 @@ ALONE = (
 """What to do where the weights fit, and the optimizer's state does not."""
 
 
-def read_topology(path: Path) -> dict[str, Any]:
+def read_topology(path: Folder) -> dict[str, Any]:
     """Sizes and settings of the run that wrote a checkpoint, and what else it says of itself.
 
     Raises:
@@ -60,7 +62,17 @@ def read_topology(path: Path) -> dict[str, Any]:
     return fields
 
 
-def check_present(path: Path) -> None:
+def contents_of(path: Folder) -> Folder:
+    """The folder that the files of a checkpoint are in: where nothing can be renamed, one inside.
+
+    Raises:
+        ValueError: as `read_topology`.
+    """
+    inside = read_topology(path).get(INSIDE)
+    return path if inside is None else path / inside
+
+
+def check_present(path: Folder) -> None:
     """Refuse a checkpoint of which a file is missing or has another size than was written.
 
     Raises:
@@ -70,7 +82,7 @@ def check_present(path: Path) -> None:
         check_size(path / name, size)
 
 
-def check_size(file: Path, size: int) -> None:
+def check_size(file: Folder, size: int) -> None:
     """Refuse a file of a checkpoint that is missing, or does not have the size that was written."""
     if not file.is_file():
         raise ValueError(f"checkpoint {file.parent} has no {file.name}: {REMEDY}")
@@ -81,15 +93,19 @@ def check_size(file: Path, size: int) -> None:
         )
 
 
-def holds_state(path: Path) -> bool:
+def holds_state(path: Folder) -> bool:
     """Whether a checkpoint has the state of an optimizer, so that training can go on."""
     return "optimizer" in read_topology(path)
 
 
-def save_description(folder: Path, fields: Mapping[str, Any]) -> None:
+def save_description(folder: Folder, fields: Mapping[str, Any]) -> None:
     """Write what `read_topology` reads, with a checksum of it."""
     known = {"format": FORMAT, **fields}
-    save_text(folder / TOPOLOGY, json.dumps({**known, _CHECKSUM: _sum(known)}, indent=2) + "\n")
+    text = json.dumps({**known, _CHECKSUM: _sum(known)}, indent=2) + "\n"
+    if isinstance(folder, RemotePath):
+        (folder / TOPOLOGY).write_bytes(text.encode())
+    else:
+        save_text(folder / TOPOLOGY, text)
 
 
 def _sum(fields: Mapping[str, Any]) -> str:
@@ -112,7 +128,7 @@ def sizes_of(context: ParallelContext) -> dict[str, Any]:
     }
 
 
-def check_same(path: Path, mine: Mapping[str, Any], remedy: str = SAME) -> None:
+def check_same(path: Folder, mine: Mapping[str, Any], remedy: str = SAME) -> None:
     """Refuse a checkpoint in which one of the fields `mine` is another.
 
     Raises:
@@ -127,7 +143,7 @@ def check_same(path: Path, mine: Mapping[str, Any], remedy: str = SAME) -> None:
             )
 
 
-def is_of_sizes(path: Path, context: ParallelContext) -> bool:
+def is_of_sizes(path: Folder, context: ParallelContext) -> bool:
     """Whether a checkpoint was written by a run of the same sizes."""
     saved, mine = _with_older(read_topology(path)), sizes_of(context)
     return {name: saved.get(name) for name in mine} == mine
@@ -145,7 +161,7 @@ def _with_older(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {**older, **saved}
 
 
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(path: Folder, settings: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose optimizer a run with `settings` cannot go on with.
 
     Raises:
@@ -156,7 +172,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     check_same(path, settings, ALONE)
 
 
-def weights_only(path: Path) -> str:
+def weights_only(path: Folder) -> str:
     """What is said of a checkpoint without the state of an optimizer."""
     return (
         f"checkpoint {path} holds weights only: training cannot go on from it; start a new run"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -11,9 +9,10 @@ from torch.nn import Module
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.experts import ExpertNames
+from lightning_dhellam.remote import Folder
 
 
-def check_finite(path: Path, model: Module, context: ParallelContext) -> None:
+def check_finite(path: Folder, model: Module, context: ParallelContext) -> None:
     """Refuse to save weights of which one is not finite. Every rank must call this.
 
     Buffers may be anything: masks have infinities.

@@ -17,7 +17,6 @@ Written aside and renamed when every rank is done, so that a folder of the final
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from lightning_dhellam.checkpoint.description import (
     SAME,
     check_same,
     check_settings,
+    contents_of,
     is_of_sizes,
     read_topology,
     sizes_of,
@@ -40,6 +40,7 @@ from lightning_dhellam.checkpoint.shares import Shares
 from lightning_dhellam.parallel.collectives import of_all_ranks, together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.optimizer_state import Form
+from lightning_dhellam.remote import Folder, place_of
 
 COMMON = "common.pt"
 REST = "rest.pt"
@@ -48,7 +49,7 @@ _SHARDED = "distributed_optimizer"
 
 
 def load(
-    path: Path,
+    path: Folder,
     context: ParallelContext,
     shares: Shares,
     names: Collection[str],
@@ -100,7 +101,7 @@ def load(
     return together(read, context.world_group)
 
 
-def check_whole(path: Path, context: ParallelContext) -> None:
+def check_whole(path: Folder, context: ParallelContext) -> None:
     """Refuse a checkpoint if this rank's share of its files is not as it was written.
 
     Of a file of Lightning's own nothing is known.
@@ -120,21 +121,21 @@ def _share_of_work(files: Mapping[str, Any], context: ParallelContext) -> list[A
     return sorted(files.items())[topology.rank :: topology.world_size]
 
 
-def load_common(path: Path) -> dict[str, Any]:
+def load_common(path: Folder) -> dict[str, Any]:
     """What every rank has alike.
 
     Raises:
         ValueError: `path` is not a whole checkpoint of this format.
     """
-    read_topology(path)
-    return content.read(path / COMMON)
+    return content.read(contents_of(path) / COMMON)
 
 
 def _load_weights(
-    path: Path, context: ParallelContext, shares: Shares, elsewhere: Collection[str]
+    path: Folder, context: ParallelContext, shares: Shares, elsewhere: Collection[str]
 ) -> dict[str, Any]:
     """This rank's state of the module, and what no rank of the run has a place for."""
-    metadata, rest = read_metadata(path), content.read(path / REST)
+    inside = contents_of(path)
+    metadata, rest = read_metadata(inside), content.read(inside / REST)
     tensors = metadata.state_dict_metadata
     saved = (n.removeprefix(weights.PREFIX) for n in tensors if n.startswith(weights.PREFIX))
     wanted = [name for name in saved if name not in elsewhere]
@@ -142,7 +143,7 @@ def _load_weights(
         what = f"'{needed[0]}' is no parameter, and each of its ranks had another: "
         check_same(path, sizes_of(context), f"{what}{SAME}")
     state, pieces = weights.to_load(tensors, rest["shares"], shares, wanted, context.topology)
-    load_pieces(path, metadata, pieces)
+    load_pieces(inside, metadata, pieces)
     plain = {name: value for name, value in rest["state_dict"].items() if name not in elsewhere}
     return {**state, **plain, **_own(path, context).get("state_dict", {})}
 
@@ -157,22 +158,24 @@ def load_state(
     """
     if FROM not in state:
         return dict(state)
-    path = Path(state[FROM])
+    path = place_of(state[FROM])
     if path.is_file():
         return from_file.load_state(path, context, shares, form)
-    metadata, rest = read_metadata(path), content.read(path / REST)["optimizer"]
+    inside = contents_of(path)
+    metadata, rest = read_metadata(inside), content.read(inside / REST)["optimizer"]
     if rest["alone"]:
         check_same(path, sizes_of(context), f"{rest['alone'][0]} cannot be cut, so {ALONE}")
     tensors, pieces = stepped.to_load(metadata.state_dict_metadata, shares, form)
-    load_pieces(path, metadata, pieces)
+    load_pieces(inside, metadata, pieces)
     own = _own(path, context).get("optimizer", {})
     return stepped.of_rank(rest, tensors, own, shares, form)
 
 
-def _own(path: Path, context: ParallelContext) -> dict[str, Any]:
+def _own(path: Folder, context: ParallelContext) -> dict[str, Any]:
     """What this rank has had alone, if it is the rank of a run of the same sizes."""
-    file, files = path / own_name(context), read_topology(path)[FILES]
-    return content.read(file) if is_of_sizes(path, context) and file.name in files else {}
+    file, files = contents_of(path) / own_name(context), read_topology(path)[FILES]
+    names = {name.rpartition("/")[2] for name in files}
+    return content.read(file) if is_of_sizes(path, context) and file.name in names else {}
 
 
 def own_name(context: ParallelContext) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer_state import Form
+from lightning_dhellam.remote import Folder
 
 NAMES = "names"
 """Where a parameter group has the names of its parameters, if a file of ours was its origin."""
@@ -31,7 +31,7 @@ _NOT_SETTINGS = ("params", "param_names", NAMES)
 
 
 def load(
-    path: Path, shares: Shares, elsewhere: Collection[str], *, with_state: bool
+    path: Folder, shares: Shares, elsewhere: Collection[str], *, with_state: bool
 ) -> dict[str, Any]:
     """What a rank takes of a file: all but the parts that others have of its `state_dict`.
 
@@ -96,7 +96,9 @@ def take_part(model: CausalLM, whole: CausalLM) -> None:
     model.origin = whole.origin
 
 
-def load_state(path: Path, context: ParallelContext, shares: Shares, form: Form) -> dict[str, Any]:
+def load_state(
+    path: Folder, context: ParallelContext, shares: Shares, form: Form
+) -> dict[str, Any]:
     """What `ModelParallelOptimizer.load_state_dict` takes on this rank. Every rank must call this.
 
     Raises:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from lightning_dhellam.checkpoint import content
 from lightning_dhellam.checkpoint.checksums import check_file
-from lightning_dhellam.checkpoint.description import ABOUT, FILES, MODEL, read_topology
+from lightning_dhellam.checkpoint.description import ABOUT, FILES, MODEL, contents_of, read_topology
 from lightning_dhellam.checkpoint.folder import REST, load_common
 from lightning_dhellam.checkpoint.from_file import NAMES
 from lightning_dhellam.checkpoint.model import config_of, saved_model
@@ -29,6 +29,7 @@ from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
 from lightning_dhellam.checkpoint.stepped import MASTER, split_place
 from lightning_dhellam.checkpoint.weights import PREFIX
 from lightning_dhellam.files import put_in_place, sync_files
+from lightning_dhellam.remote import Folder
 
 _HOW = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 """How an optimizer computes, which checkpoints leave to each machine."""
@@ -48,7 +49,7 @@ class WholeCheckpoint(NamedTuple):
     lines: tuple[str, ...]
 
 
-def read_whole(folder: Path, *, with_state: bool = True) -> WholeCheckpoint:
+def read_whole(folder: Folder, *, with_state: bool = True) -> WholeCheckpoint:
     """Read a checkpoint as one process would have saved it. Takes memory for all of it.
 
     Weights are the master weights, where there are any. Every file is compared with its checksum.
@@ -69,7 +70,8 @@ def read_whole(folder: Path, *, with_state: bool = True) -> WholeCheckpoint:
         )
     for name, (size, digest) in known[FILES].items():
         check_file(folder / name, size, digest)
-    metadata, rest = read_metadata(folder), content.read(folder / REST)
+    inside = contents_of(folder)
+    metadata, rest = read_metadata(inside), content.read(inside / REST)
     if rest["alone"]:
         raise ValueError(
             f"checkpoint {folder}: '{rest['alone'][0]}' is no parameter, and each rank had another:"
@@ -77,7 +79,7 @@ def read_whole(folder: Path, *, with_state: bool = True) -> WholeCheckpoint:
         )
     resized = _resizing(folder)
     tensors = _read(
-        folder, metadata, resized, lambda name: name.startswith(PREFIX) or _is_master(name)
+        inside, metadata, resized, lambda name: name.startswith(PREFIX) or _is_master(name)
     )
     weights = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
     masters = {split_place(n)[1]: t for n, t in tensors.items() if not n.startswith(PREFIX)}
@@ -92,7 +94,7 @@ def read_whole(folder: Path, *, with_state: bool = True) -> WholeCheckpoint:
             lines = (f"{alone[0]} cannot be put together, so the optimizer's state is left out",)
         else:
             of_optimizer = _read(
-                folder, metadata, resized, lambda n: not n.startswith(PREFIX) and not _is_master(n)
+                inside, metadata, resized, lambda n: not n.startswith(PREFIX) and not _is_master(n)
             )
             several = any(
                 known.get(f"{kind}_parallel_size", 1) > 1 for kind in ("pipeline", "expert")
@@ -119,7 +121,7 @@ def _is_master(place: str) -> bool:
     return not place.startswith(PREFIX) and split_place(place)[0] == MASTER
 
 
-def _resizing(folder: Path) -> Callable[[str, Tensor], Tensor]:
+def _resizing(folder: Folder) -> Callable[[str, Tensor], Tensor]:
     """What gives tables of the vocabulary as many rows as one process has."""
     found = saved_model(folder)
     if found is None:
@@ -136,7 +138,7 @@ def _resizing(folder: Path) -> Callable[[str, Tensor], Tensor]:
 
 
 def _read(
-    folder: Path,
+    folder: Folder,
     metadata: Metadata,
     resized: Callable[[str, Tensor], Tensor],
     wanted: Callable[[str], bool],

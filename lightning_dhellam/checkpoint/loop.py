@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -23,6 +22,7 @@ from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.optimizer_state import Restored
+from lightning_dhellam.remote import Folder
 
 WEIGHTS = "model."
 """Before the names of weights: a Trainer's module has the model by this name."""
@@ -33,7 +33,7 @@ _OF_A_TRAINER = {"epoch": 0, "pytorch-lightning_version": lightning.__version__}
 
 
 def save(
-    path: Path,
+    path: Folder,
     model: CausalLM,
     optimizer: ModelParallelOptimizer | None,
     settings: Mapping[str, Any] | None,
@@ -68,7 +68,7 @@ def _shares(model: CausalLM) -> dict[str, Share]:
 
 
 def load(
-    path: Path,
+    path: Folder,
     model: CausalLM,
     optimizer: ModelParallelOptimizer | None,
     settings: Mapping[str, Any] | None,

@@ -12,6 +12,7 @@ from lightning_dhellam.checkpoint.description import ABOUT, MODEL, read_topology
 from lightning_dhellam.models.causal_lm import CausalLM
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.rotary_fields import RotaryFields
+from lightning_dhellam.remote import Folder
 
 _ORIGIN = "origin"
 _RATE = "router_bias_update_rate"
@@ -70,7 +71,7 @@ def described(config: ModelConfig) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in found}
 
 
-def saved_model(path: Path) -> dict[str, Any] | None:
+def saved_model(path: Folder) -> dict[str, Any] | None:
     """The description of a checkpoint's model; None if it is not known, as in files of Lightning's
     own and in what version 0.1 has written.
 
@@ -98,7 +99,7 @@ def saved_model(path: Path) -> dict[str, Any] | None:
 
 
 def check_model(
-    path: Path, config: ModelConfig, *, training: bool, resume_settings: str
+    path: Folder, config: ModelConfig, *, training: bool, resume_settings: str
 ) -> list[str]:
     """Refuse a checkpoint of another model; what is worth a line where it is not refused.
 
@@ -147,7 +148,7 @@ def restore_origin(model: CausalLM, saved: Mapping[str, Any]) -> None:
     model.origin = None if found is None else Path(found)
 
 
-def overrides_for(path: Path, config: ModelConfig) -> dict[str, Any]:
+def overrides_for(path: Folder, config: ModelConfig) -> dict[str, Any]:
     """Fields of `config` that make it the model of a checkpoint; none if that is not known."""
     saved, own = saved_model(path) or {}, described(config)
     return {name: value for name, value in saved.items() if value != own[name]}

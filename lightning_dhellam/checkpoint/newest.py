@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import holds_state
 from lightning_dhellam.checkpoint.folder import check_whole
 from lightning_dhellam.parallel.collectives import try_together
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.remote import Folder
 
 
 def newest_whole(
-    paths: Sequence[Path], context: ParallelContext, *, training: bool
-) -> tuple[Path, list[str]]:
+    paths: Sequence[Folder], context: ParallelContext, *, training: bool
+) -> tuple[Folder, list[str]]:
     """The first of some checkpoints that is whole, and what is wrong with those before it.
 
     Every rank must call this, with the same paths. Each file is read once, by one rank.
@@ -31,7 +31,7 @@ def newest_whole(
     refused: list[str] = []
     for path in paths:
 
-        def check(path: Path = path) -> None:
+        def check(path: Folder = path) -> None:
             check_whole(path, context)
             if training and path is not paths[0] and not holds_state(path):
                 raise ValueError(f"checkpoint {path} holds weights only")

@@ -11,9 +11,9 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
-from io import BytesIO, FileIO
+from io import BytesIO
 from math import prod
-from pathlib import Path
+from pathlib import PurePath
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.pieces import Pieces
+from lightning_dhellam.remote import Folder
 
 METADATA = ".metadata"
 _HOME = "torch.distributed.checkpoint."
@@ -50,7 +51,7 @@ _DESCRIPTIONS = (
 )
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Folder) -> Metadata:
     """What tensors a folder has, and where.
 
     Raises:
@@ -71,7 +72,7 @@ def read_metadata(folder: Path) -> Metadata:
     return found
 
 
-def load_pieces(folder: Path, metadata: Metadata, tensors: Mapping[str, Pieces]) -> None:
+def load_pieces(folder: Folder, metadata: Metadata, tensors: Mapping[str, Pieces]) -> None:
     """Fill the pieces of some tensors with what a folder has of them.
 
     Raises:
@@ -88,9 +89,8 @@ def load_pieces(folder: Path, metadata: Metadata, tensors: Mapping[str, Pieces])
                     target = tensors[item.dest_index.fqn].piece(item.dest_index).detach()
                     _fill(file, lies, item, _part(target, item.dest_offsets, item.lengths))
     except FileNotFoundError as error:
-        raise ValueError(
-            f"checkpoint {folder} has no {Path(error.filename).name}: {REMEDY}"
-        ) from error
+        missing = PurePath(error.filename or error.args[-1]).name
+        raise ValueError(f"checkpoint {folder} has no {missing}: {REMEDY}") from error
     except Exception as error:
         raise ValueError(
             f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}): if it is"
@@ -115,7 +115,7 @@ def _part(tensor: Tensor, start: Any, lengths: Any) -> Tensor:
     return tensor
 
 
-def _fill(file: FileIO, lies: Any, item: ReadItem, target: Tensor) -> None:
+def _fill(file: Any, lies: Any, item: ReadItem, target: Tensor) -> None:
     """Read what `item` wants of a tensor that lies in a file."""
     view: Any = _create_file_view(file, lies.offset, lies.length)
     laid = _laid(view)
@@ -138,13 +138,13 @@ def _fill(file: FileIO, lies: Any, item: ReadItem, target: Tensor) -> None:
     target.copy_(_part(whole, (0, *item.storage_offsets[1:]), item.lengths))
 
 
-def _read_into(file: FileIO, tensor: Tensor) -> None:
+def _read_into(file: Any, tensor: Tensor) -> None:
     values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     left = memoryview(values)
     while left:
         count = file.readinto(left)
         if not count:
-            raise EOFError(f"{file.name} ends {left.nbytes} bytes early")
+            raise EOFError(f"{getattr(file, 'name', 'it')} ends {left.nbytes} bytes early")
         left = left[count:]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.serialization import get_crc32_options, set_crc32_options
 
@@ -25,6 +24,7 @@ from lightning_dhellam.checkpoint.checksums import AT_ONCE, Checksums, crc32
 from lightning_dhellam.checkpoint.pieces import Pieces
 from lightning_dhellam.files import in_parts, write_error
 from lightning_dhellam.parallel.collectives import to_first
+from lightning_dhellam.remote import Folder, RemotePath
 
 
 class Planned:
@@ -43,7 +43,7 @@ class Planned:
     """
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, Pieces], group: dist.ProcessGroup | None
+        self, folder: Folder, tensors: Mapping[str, Pieces], group: dist.ProcessGroup | None
     ) -> None:
         self._writer = _Writer(folder)
         self._planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -130,9 +130,14 @@ class _SavePlanner(DefaultSavePlanner):
 class _Writer(dcp.FileSystemWriter):
     """Writes this rank's file, and keeps checksums of all that it has written."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=False)
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(str(folder), sync_files=False)
         self.fs = self.files = _Files()
+        self.path = folder  # torch's own are of this machine
+
+    def storage_meta(self) -> StorageMeta:
+        # It is pickled: a path of ours could not be read by others.
+        return StorageMeta(checkpoint_id=str(self.path), save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         chunks = [item.tensor_data for item in plan.items if item.tensor_data is not None]
@@ -156,29 +161,41 @@ class _Files(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with Path(path).open("wb", buffering=0) as file:
+        assert mode == "wb"
+        place = path if isinstance(path, RemotePath) else Path(path)
+        if isinstance(place, RemotePath):
+            place.parent.mkdir()
+        with place.open("wb", buffering=0) as file:
             written = _Written(file)
             try:
                 yield written
-                os.fsync(file.fileno())
+                if isinstance(place, Path):
+                    os.fsync(file.fileno())
             except Exception as error:
                 found = written.error or error
                 if not isinstance(found, OSError):
                     raise
                 about = "about " if self.needed else ""
-                raise write_error(Path(path), found, written.size, self.needed, about) from error
-        name = Path(path).name.removesuffix(".tmp")
+                raise write_error(place, found, written.size, self.needed, about) from error
+        name = place.name.removesuffix(".tmp")
         self.checksums[name] = written.size, f"{written.checksum:08x}"
+
+    # What torch does with a file besides, of whatever file system.
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        path.rename(new_path)
 
 
 class _Written:
     """What torch writes to. Attributes: size and checksum of what was, and the disk's error."""
 
-    def __init__(self, file: FileIO) -> None:
+    def __init__(self, file: Any) -> None:
         self.file = file
         self.size = 0
         self.checksum = 0

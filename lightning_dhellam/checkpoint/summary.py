@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_dhellam.checkpoint.checksums import check_file
-from lightning_dhellam.checkpoint.description import FILES, MODEL, read_topology
+from lightning_dhellam.checkpoint.description import (
+    FILES,
+    INSIDE,
+    MODEL,
+    contents_of,
+    read_topology,
+)
 from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.checkpoint.reading import read_metadata
 from lightning_dhellam.checkpoint.weights import PREFIX
+from lightning_dhellam.remote import Folder
 
 _SIZES = "_parallel_size"
 
@@ -53,7 +59,7 @@ class Summary(NamedTuple):
     origin: str | None
 
 
-def summarise(folder: Path) -> Summary:
+def summarise(folder: Folder) -> Summary:
     """Read a checkpoint's description, and every file to its end.
 
     Raises:
@@ -72,7 +78,7 @@ def summarise(folder: Path) -> Summary:
     common = load_common(folder)
     weights = values = state = 0
     types: dict[str, int] = {}
-    for name, tensor in read_metadata(folder).state_dict_metadata.items():
+    for name, tensor in read_metadata(contents_of(folder)).state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata):
             continue  # of values that are no tensors
         count = tensor.size.numel()
@@ -83,7 +89,8 @@ def summarise(folder: Path) -> Summary:
         else:
             state += count * tensor.properties.dtype.itemsize
     sizes = {n: v for n, v in known.items() if n.endswith(_SIZES) and v and v > 1}
-    others = (FILES, MODEL, "format", "checksum", "pipeline_split", "pipeline_placement")
+    left_out = (FILES, INSIDE, MODEL, "format", "checksum")
+    others = (*left_out, "pipeline_split", "pipeline_placement")
     return Summary(
         known.get("format", 1),
         len(files),

@@ -7,8 +7,10 @@ copies of these as well. Then it may be written by a thread, while training goes
 from __future__ import annotations
 
 import shutil
+import uuid
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.checkpoint import content, stepped, weights
 from lightning_dhellam.checkpoint.checksums import Checksums
-from lightning_dhellam.checkpoint.description import FILES, MODEL, save_description, sizes_of
+from lightning_dhellam.checkpoint.description import (
+    FILES,
+    INSIDE,
+    MODEL,
+    save_description,
+    sizes_of,
+)
 from lightning_dhellam.checkpoint.folder import COMMON, REST, own_name
 from lightning_dhellam.checkpoint.shares import Shares
 from lightning_dhellam.checkpoint.staging import Staging
@@ -26,6 +34,10 @@ from lightning_dhellam.files import WriteError, put_in_place, write_atomically
 from lightning_dhellam.leftovers import clear, name_digest
 from lightning_dhellam.parallel.collectives import of_all_ranks, to_first, try_together
 from lightning_dhellam.parallel.context import ParallelContext
+from lightning_dhellam.remote import Folder, RemotePath
+
+_PARTS = "parts-"
+"""What folders inside a checkpoint begin with."""
 
 
 @dataclass
@@ -38,13 +50,15 @@ class Prepared:
         plain: by name the content of the files that torch's distributed checkpoint does not write.
         tensors: what this rank writes of weights and of the optimizer's state.
         description: what the checkpoint says of itself, but for its files.
+        aside: where they are written to.
     """
 
-    path: Path
+    path: Folder
     first: bool
     plain: dict[str, bytes]
     tensors: Planned
     description: dict[str, Any]
+    aside: Folder
 
     def stage(self, staging: Staging) -> None:
         """Copy what training is about to change."""
@@ -54,7 +68,7 @@ class Prepared:
 
 
 def save(
-    path: Path,
+    path: Folder,
     context: ParallelContext,
     common: Mapping[str, Any],
     module_state: Mapping[str, Any],
@@ -72,7 +86,7 @@ def save(
 
 
 def prepare(
-    path: Path,
+    path: Folder,
     context: ParallelContext,
     common: Mapping[str, Any],
     module_state: Mapping[str, Any],
@@ -102,6 +116,7 @@ def prepare(
     rests = of_all_ranks(
         (of_module.rest, weights.described(shares), [*of_module.own], of_optimizer.rest), group
     )
+    aside = aside_of(path, of_all_ranks(uuid.uuid4().hex, group)[0])
     plain: dict[str, bytes] = {}
 
     def encode() -> None:
@@ -117,7 +132,7 @@ def prepare(
         raise _not_written(path, failures)
     tensors = {**of_module.tensors, **of_optimizer.tensors}
     description = {**sizes_of(context), **(settings or {}), MODEL: model}
-    return Prepared(path, first, plain, Planned(aside_of(path), tensors, group), description)
+    return Prepared(path, first, plain, Planned(aside, tensors, group), description, aside)
 
 
 def write(prepared: Prepared, group: ProcessGroup | None) -> None:
@@ -126,19 +141,19 @@ def write(prepared: Prepared, group: ProcessGroup | None) -> None:
     Raises:
         WriteError: a rank could not write; on every rank, and the path is as it was before.
     """
-    path, first, aside = prepared.path, prepared.first, aside_of(prepared.path)
+    path, first, aside = prepared.path, prepared.first, prepared.aside
     checksums: Checksums = {}
     written: list[Any] = []
 
     def make_room() -> None:
-        if first:
+        if first and isinstance(path, Path) and isinstance(aside, Path):
             clear(path.parent)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
 
     def write_own() -> None:
         for name, data in prepared.plain.items():
-            write_atomically(aside / name, data)
+            _put(aside / name, data)
             checksums[name] = len(data), f"{zlib.crc32(data):08x}"
         written.append(prepared.tensors.write())
         checksums.update(prepared.tensors.checksums)
@@ -148,19 +163,47 @@ def write(prepared: Prepared, group: ProcessGroup | None) -> None:
         if of_ranks is not None:
             prepared.tensors.finish([files for files, _ in of_ranks])
             files = _union([prepared.tensors.checksums, *(sums for _, sums in of_ranks)])
-            save_description(aside, {**prepared.description, FILES: files})
-            put_in_place(aside, path)
+            _publish(prepared, files)
 
     for step in (make_room, write_own, publish):
         _, failures = try_together(step, group)
         if failures:
             if first:
-                shutil.rmtree(aside, ignore_errors=True)
+                _take_away(aside)
             of_all_ranks(None, group)  # none may look before the folder is gone
             raise _not_written(path, failures)
 
 
-def _not_written(path: Path, failures: list[Any]) -> Exception:
+def _put(file: Folder, data: bytes) -> None:
+    if isinstance(file, RemotePath):
+        file.write_bytes(data)
+    else:
+        write_atomically(file, data)
+
+
+def _publish(prepared: Prepared, files: Checksums) -> None:
+    """Give what all ranks have written its name, or replace what says which files are meant."""
+    path, aside = prepared.path, prepared.aside
+    if isinstance(path, Path) and isinstance(aside, Path):
+        save_description(aside, {**prepared.description, FILES: files})
+        put_in_place(aside, path)
+    elif isinstance(path, RemotePath):
+        inside = {f"{aside.name}/{name}": found for name, found in files.items()}
+        save_description(path, {**prepared.description, INSIDE: aside.name, FILES: inside})
+        for other in path.iterdir():  # of the one before, or of a save that was killed
+            if other.name.startswith(_PARTS) and other != aside:
+                _take_away(other)
+
+
+def _take_away(place: Folder) -> None:
+    if isinstance(place, RemotePath):
+        with suppress(OSError):
+            place.remove()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _not_written(path: Folder, failures: list[Any]) -> Exception:
     reasons = "; ".join(failure.text for failure in failures)
     kind = ValueError if all(failure.mistake for failure in failures) else WriteError
     return kind(f"checkpoint {path} was not written: {reasons}")
@@ -191,10 +234,18 @@ def _union(mappings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def aside_of(path: Path) -> Path:
+def aside_of(path: Folder, token: str = "") -> Folder:
     """Where a checkpoint is written to before it is whole.
 
     Its name tells nothing of the checkpoint's: a job that goes on under SLURM takes the highest
-    number of all names with `hpc_ckpt_` in them, hidden ones as well.
+    number of all names with `hpc_ckpt_` in them, hidden ones as well. Where a folder cannot be
+    renamed in one step, as in object stores, files are in a folder inside, of another name for each
+    save; the description, written last and at once, says which.
+
+    Args:
+        path: of the checkpoint.
+        token: of this save.
     """
+    if isinstance(path, RemotePath):
+        return path / f"{_PARTS}{token}"
     return path.with_name(f".{name_digest(path)}.partial")

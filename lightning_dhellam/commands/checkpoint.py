@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from lightning_dhellam.checkpoint.summary import Summary, summarise
 from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.files import size_in_words
+from lightning_dhellam.remote import Folder, place_of
 
 
 def checkpoint_command(argv: Sequence[str]) -> int:
@@ -24,13 +24,13 @@ def checkpoint_command(argv: Sequence[str]) -> int:
         description="Print what a checkpoint is. Every file is read to its end and compared with"
         " the checksum that was written.",
     )
-    show.add_argument("folder", type=Path, nargs="+", help="folder of a checkpoint")
+    show.add_argument("folder", type=place_of, nargs="+", help="folder of a checkpoint")
     for number, folder in enumerate(parser.parse_args(argv).folder):
         print("\n" * bool(number) + "\n".join(_lines(folder, summarise(folder))))
     return 0
 
 
-def _lines(folder: Path, found: Summary) -> Iterator[str]:
+def _lines(folder: Folder, found: Summary) -> Iterator[str]:
     size = size_in_words(found.bytes)
     yield f"{folder}: whole, {found.files} files, {size}, format {found.version}"
     samples = "" if found.samples is None else f", {found.samples:,} samples"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import islice
 from typing import Any
+
+from lightning.fabric.utilities.data import sized_len
 
 Ask = Callable[[bool, int], Callable[[], bool]]
 """From whether this rank has one more batch, and how many it had, to what waits for the answer:
@@ -66,19 +69,42 @@ class AgreedLoader:
 
 
 class StatefulAgreedLoader(AgreedLoader):
-    """Is never ahead of the batches it has given, for a loader whose place is saved."""
+    """Is never ahead of the batches it has given, for a loader whose place is saved.
+
+    Of one without a length Lightning holds a batch that no step has had yet, to know which is the
+    last. Its place is that before this batch.
+    """
 
     def __init__(self, loader: Any, length: int | None, ask: Ask | None) -> None:
         super().__init__(loader, length, ask)
         self._ahead = False
+        self._before: Any = None
 
     def state_dict(self) -> Any:
         """The place of the loader."""
-        return self.loader.state_dict()
+        return self.loader.state_dict() if self._before is None else self._before
 
     def load_state_dict(self, state: Any) -> None:
         """Go on at a place."""
+        self._before = None
         self.loader.load_state_dict(state)
+
+    def _fetch(self, batches: Iterator[Any], count: int) -> tuple[Any, Callable[[], bool]]:
+        if self._length is None:
+            self._before = deepcopy(self.loader.state_dict())
+        return super()._fetch(batches, count)
+
+
+def placed(loader: Any) -> Any:
+    """The loader of a process alone; one without a length that keeps its place, so that it does."""
+    if sized_len(loader) is not None or not keeps_place(loader):
+        return loader
+    return StatefulAgreedLoader(loader, None, lambda has_one, count: lambda: has_one)
+
+
+def keeps_place(loader: Any) -> bool:
+    """Whether Lightning saves the place of a loader, and lets it go on there."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 class RepeatingLoader(AgreedLoader):

@@ -29,6 +29,7 @@ from lightning_dhellam.parallel import Cluster, Topology
 from lightning_dhellam.parallel.optimizer_state import RESUME_SETTINGS
 from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.plan.placement import Placement
+from lightning_dhellam.remote import place_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -159,16 +160,16 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 
 def _check_places(trainer: pl.Trainer) -> None:
-    """Refuse folders for checkpoints and for plans that are not on this machine."""
-    root = trainer.default_root_dir
+    """Refuse folders that cannot be used: checkpoints may be on any file system of fsspec's."""
+    root, processes = trainer.default_root_dir, trainer.world_size
     local_path(root, f"default_root_dir={root}")
     for callback in trainer.checkpoint_callbacks:
         folder = getattr(callback, "dirpath", None)
         if folder is not None:
-            local_path(folder, f"{type(callback).__name__}(dirpath={str(folder)!r})")
+            place_of(folder, f"{type(callback).__name__}(dirpath={str(folder)!r})", processes)
         elif trainer.loggers and trainer.loggers[0].save_dir:
             name, folder = type(callback).__name__, trainer.loggers[0].save_dir
-            local_path(folder, f"{name} without dirpath, beside the logs in {folder}")
+            place_of(folder, f"{name} without dirpath, beside the logs in {folder}", processes)
 
 
 def _check_callback(callback: pl.Callback) -> None:
@@ -269,7 +270,7 @@ def check_ckpt_path(
     """
     spelt = os.fspath(path) if path else ""
     if spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
-        path = local_path(spelt, f"ckpt_path={spelt}")
+        path = place_of(spelt, f"ckpt_path={spelt}")
         check_model(path, config, training=training, resume_settings=resume_settings)
 
 

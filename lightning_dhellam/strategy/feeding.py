@@ -37,6 +37,7 @@ from lightning_dhellam.strategy.agreed_loader import (
     Ask,
     RepeatingLoader,
     StatefulAgreedLoader,
+    keeps_place,
 )
 
 _READ = ("tokens", "labels", "loss_mask", *KEYS)
@@ -78,7 +79,7 @@ class Feeding:
             self._warn(f"DataLoaders of {_spell(lengths)} batches", f"after {min(lengths)}")
         length = None if None in lengths else min(lengths)
         ask: Ask | None = None if trusted else self._asker()
-        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if keeps_place(loader):
             return StatefulAgreedLoader(loader, length, ask)
         return AgreedLoader(loader, length, ask)
 

@@ -6,6 +6,7 @@ before the processes of a job know each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_dhellam.checkpoint.description import TOPOLOGY
 from lightning_dhellam.files import local_path
 from lightning_dhellam.leftovers import restore
+from lightning_dhellam.remote import Folder, RemotePath, place_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -45,6 +48,8 @@ class Finding:
             restore(folder)
         parse = getattr(type(self._connector), _PARSE)
         path = parse(self._connector, state_fn, ckpt_path, **known)
+        if path is None and ckpt_path == "last":  # Lightning looks on this machine only
+            path = next((str(one) for one in self._remote() if one.name.startswith("last")), None)
         lost = (link for folder in folders for link in folder.glob("last*.ckpt") if _is_lost(link))
         if path is None and ckpt_path == "last":
             path = next(map(str, lost), None)
@@ -52,8 +57,10 @@ class Finding:
         self.by_newest = path is not None and (unnamed or ckpt_path in ("last", "hpc"))
         return path
 
-    def others(self, path: Path) -> list[Path]:
+    def others(self, path: Folder) -> Sequence[Folder]:
         """Checkpoints of this trainer's besides `path`, the newest first."""
+        if isinstance(path, RemotePath):
+            return [one for one in self._remote() if one != path]
         found: dict[Path, float] = {}
         for folder in (path.parent, *self._folders()):
             for one in folder.glob(f"*{_ENDING}"):
@@ -62,9 +69,21 @@ class Finding:
         found.pop(path.resolve(), None)
         return sorted(found, key=lambda one: -found[one])
 
-    def took(self, path: Path) -> None:
+    def took(self, path: Folder) -> None:
         """Let the trainer know which checkpoint it really goes on from."""
         self._connector._ckpt_path = str(path)
+
+    def _remote(self) -> list[RemotePath]:
+        """Checkpoints of the trainer's callbacks on other file systems, the newest first."""
+        found: dict[RemotePath, float] = {}
+        for callback in getattr(self._trainer, "callbacks", ()):
+            folder = getattr(callback, "dirpath", None)
+            if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint) and folder:
+                with suppress(ValueError):  # which is said when the run is checked
+                    place = place_of(folder)
+                    if isinstance(place, RemotePath):
+                        found |= _described(place)
+        return sorted(found, key=lambda one: -found[one])
 
     def _folders(self) -> list[Path]:
         """Where checkpoints of the trainer's callbacks and of SLURM's requeueing are."""
@@ -80,6 +99,12 @@ class Finding:
             with suppress(ValueError):  # of another file system
                 local.append(local_path(folder))
         return local
+
+
+def _described(folder: RemotePath) -> dict[RemotePath, float]:
+    """The checkpoints of a folder that have a description, and when that was written."""
+    places = [one for one in folder.iterdir() if one.name.endswith(_ENDING)]
+    return {one: (one / TOPOLOGY).modified() for one in places if (one / TOPOLOGY).is_file()}
 
 
 def _is_lost(link: Path) -> bool:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.files import put_in_place
 from lightning_dhellam.leftovers import name_digest
+from lightning_dhellam.remote import Folder, place_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -35,7 +36,7 @@ class Keeping:
         self,
         trainer: pl.Trainer,
         then: Callable[[Callable[[], None]], None],
-        in_flight: Callable[[], Path | None],
+        in_flight: Callable[[], Folder | None],
     ) -> None:
         self._then = then
         self._in_flight = in_flight
@@ -58,7 +59,7 @@ class Keeping:
 
     def _look_with(self, keep: ModelCheckpoint) -> Callable[[Any, pl.Trainer], bool]:
         def exists(path: Any, trainer: pl.Trainer) -> bool:
-            return Path(path) == self._in_flight() or ModelCheckpoint.file_exists(
+            return place_of(path) == self._in_flight() or ModelCheckpoint.file_exists(
                 keep, path, trainer
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -30,6 +30,7 @@ from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.placement import Placement
+from lightning_dhellam.remote import Folder
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.alone import is_shared
 from lightning_dhellam.strategy.launcher import CheckingLauncher, StartedLauncher
@@ -232,10 +233,12 @@ class JobStrategy(ParallelStrategy):
         is_first = self.global_rank == 0
         return launcher.note if isinstance(launcher, RestartingLauncher) and is_first else None
 
-    def _of_earlier_lives(self, path: Path) -> list[Path] | None:
+    def _of_earlier_lives(self, path: Folder) -> Sequence[Folder] | None:
         """Older checkpoints of the job, if it goes on from `path` by itself; see `restarts`."""
         launcher = self._launcher
-        return launcher.others(path) if isinstance(launcher, RestartingLauncher) else None
+        if not isinstance(launcher, RestartingLauncher) or not isinstance(path, Path):
+            return None
+        return launcher.others(path)
 
     def _set_world_ranks(self) -> None:
         environment = self.cluster_environment

@@ -18,13 +18,14 @@ from lightning_dhellam import checkpoint as checkpoint_files
 from lightning_dhellam.checkpoint.background import Background, group_beside
 from lightning_dhellam.checkpoint.finite import check_finite
 from lightning_dhellam.checkpoint.shares import Shares
-from lightning_dhellam.files import WriteError, local_path
+from lightning_dhellam.files import WriteError
 from lightning_dhellam.leftovers import clear, remove
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
+from lightning_dhellam.remote import Folder, RemotePath, place_of
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy.finding import Finding
 from lightning_dhellam.strategy.keeping import Keeping
@@ -91,7 +92,7 @@ class SavingStrategy(JobStrategy):
         With `async_checkpoint` it is written while training goes on, one at a time.
 
         Raises:
-            ValueError: the run is emulated, weights are not finite, or `filepath` is remote.
+            ValueError: the run is emulated, weights are not finite, or `filepath` cannot be used.
             OSError: a rank could not write, or could not write the one before.
         """
         if self.cluster is not None:
@@ -111,7 +112,7 @@ class SavingStrategy(JobStrategy):
                 stacklevel=2,
             )
             return
-        path = local_path(self.broadcast(str(filepath)))
+        path = self._place(self.broadcast(str(filepath)))
         self._wait_before(path)
         common = dict(checkpoint)
         weights = self._expert_names.all_of(common.pop("state_dict"))
@@ -121,7 +122,7 @@ class SavingStrategy(JobStrategy):
             state, settings = self._optimizer.state_dict(), self._settings
         assert isinstance(self.lightning_module, DualStrandMixin)
         common |= checkpoint_files.origin_of(self.lightning_module.model)
-        if self._note is not None:
+        if self._note is not None and isinstance(path, Path):
             self._note.add(path.parent)
         check_finite(path, self.lightning_module, self.context)
         model = checkpoint_files.described(self._model_config)
@@ -132,6 +133,9 @@ class SavingStrategy(JobStrategy):
             self._background.start(prepared)
         else:
             checkpoint_files.write(prepared, checkpoint_files.host_group(self.context))
+
+    def _place(self, spelt: str) -> Folder:
+        return place_of(spelt, processes=self.context.topology.world_size)
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the checkpoint that is being written is complete. Every rank must call this.
@@ -160,7 +164,7 @@ class SavingStrategy(JobStrategy):
         state = self.lightning_module.trainer.state
         return state.fn is TrainerFn.FITTING and state.status is TrainerStatus.RUNNING
 
-    def _wait_before(self, path: Path) -> None:
+    def _wait_before(self, path: Folder) -> None:
         """Let nothing be in flight when `path` is to be saved."""
         if self._background is None or self._background.path is None:
             return
@@ -192,7 +196,7 @@ class SavingStrategy(JobStrategy):
         if self._background is not None:
             self._background.hold()
 
-    def _in_flight(self) -> Path | None:
+    def _in_flight(self) -> Folder | None:
         return self._background.path if self._background is not None else None
 
     def _close_background(self) -> None:
@@ -217,8 +221,8 @@ class SavingStrategy(JobStrategy):
         # What was to take its place was not saved.
         if self.alone or not self.is_global_zero:
             return
-        path = local_path(filepath)
-        self._after_save(lambda: remove(path))
+        path = place_of(filepath)
+        self._after_save(path.remove if isinstance(path, RemotePath) else lambda: remove(path))
 
     @override
     def load_checkpoint(
@@ -228,8 +232,9 @@ class SavingStrategy(JobStrategy):
         self.wait_for_checkpoint()
         fitting = self.lightning_module.trainer.state.fn is TrainerFn.FITTING
         names, settings = self._expert_names, self._settings if fitting else None
-        path = local_path(self.broadcast(str(checkpoint_path)))
-        finding, others = self._finding, self._of_earlier_lives(path)
+        path = self._place(self.broadcast(str(checkpoint_path)))
+        finding = self._finding
+        others = self._of_earlier_lives(path)
         if others is None and finding is not None and finding.by_newest:
             others = finding.others(path)
         if others is not None:
@@ -259,21 +264,21 @@ class SavingStrategy(JobStrategy):
         checkpoint_files.restore_origin(self.lightning_module.model, saved)
         return saved
 
-    def _say_of_loaders(self, path: Path, loops: Mapping[str, Any]) -> None:
+    def _say_of_loaders(self, path: Folder, loops: Mapping[str, Any]) -> None:
         saved = checkpoint_files.read_topology(path) if path.is_dir() else {}
         line = of_other_ranks(loops, saved.get("data_parallel_size"), self.context.topology.dp_size)
         if line:
             rank_zero_warn(line)
 
-    def _newest_whole(self, path: Path, others: Sequence[Path], *, training: bool) -> Path:
+    def _newest_whole(self, path: Folder, others: Sequence[Folder], *, training: bool) -> Folder:
         """The newest whole checkpoint of this run's: `path`, or else one of others.
 
         Raises:
             ValueError: on every rank: there is none.
         """
-        if self.is_global_zero:
+        if self.is_global_zero and isinstance(path, Path):
             clear(path.parent)
-        paths = [path, *map(Path, self.broadcast([str(other) for other in others]))]
+        paths = [path, *map(place_of, self.broadcast([str(other) for other in others]))]
         found, refused = checkpoint_files.newest_whole(paths, self.context, training=training)
         for reason in refused:
             rank_zero_warn(f"{reason}: going on from {found}, the newest that is whole")

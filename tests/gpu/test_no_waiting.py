@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dhellam.callbacks import RunSummary, ThroughputMonitor
+from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
 from tests.strategy.runs import Model, Sequences, join, make_trainer
+from tests.strategy.test_async_checkpoint import Gate
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +31,7 @@ SHAPE = {
     "num_query_groups": 8,
 }
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"alone": {}, "packed": {}, "hugging-face": {}},
+    1: {"alone": {}, "packed": {}, "hugging-face": {}, "beside": {"async_checkpoint": True}},
     2: {
         "dp2": {},
         "tp2": {"tensor_parallel_size": 2},
@@ -81,13 +84,39 @@ class Asleep(Callback):
             torch.cuda.set_sync_debug_mode("error")
 
 
+class Beside(Callback):
+    """Saves after a step, and lets the write end after a later one.
+
+    Attributes:
+        in_flight: at the end of each step between them, whether the checkpoint is.
+    """
+
+    def __init__(self, path: Path, first: int, last: int) -> None:
+        self.path, self.first, self.last = path, first, last
+        self.in_flight: list[bool] = []
+        self._gate = Gate()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, DHellamStrategy)
+        if trainer.global_step == self.first:
+            self._gate.__enter__()
+            trainer.save_checkpoint(self.path)
+        elif trainer.global_step > self.first:
+            self.in_flight.append(strategy._in_flight() == self.path)
+        if trainer.global_step == self.last:
+            self._gate.__exit__(None, None, None)
+
+
 def _asleep(
     folder: str, sizes: dict[str, Any], devices: int, data: type[Sequences] = Sequences
 ) -> list[bool]:
     watch = Asleep()
+    beside = Beside(Path(folder) / "beside.ckpt", STEADY, STEPS)
+    saves = [beside] if sizes.get("async_checkpoint") else []
     trainer = make_trainer(
         {"micro_batch_size": 3, **sizes},
-        [watch, LearningRateMonitor(), ThroughputMonitor(peak_tflops=1.0), RunSummary()],
+        [*saves, watch, LearningRateMonitor(), ThroughputMonitor(peak_tflops=1.0), RunSummary()],
         accelerator="gpu",
         devices=devices,
         precision="bf16-mixed",
@@ -98,6 +127,7 @@ def _asleep(
         enable_progress_bar=True,
     )
     trainer.fit(Model(hidden_dropout=0.1, **SHAPE), DataLoader(data(200), batch_size=8))
+    assert all(beside.in_flight) and beside.path.is_dir() is bool(saves)
     return watch.asleep
 
 

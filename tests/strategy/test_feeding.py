@@ -255,11 +255,14 @@ class Counted:
 
 
 def test_a_loader_whose_place_is_saved_is_not_read_ahead() -> None:
-    loader = StatefulAgreedLoader(Counted(), None, lambda has_one, count: lambda: has_one)
-    places = [(number, loader.state_dict()["given"]) for number in loader]
-    assert places == [(number, number + 1) for number in range(4)]
-    loader.load_state_dict({"given": 7})
-    assert loader.given == 7
+    for length in (9, None):
+        loader = StatefulAgreedLoader(Counted(), length, lambda has_one, count: lambda: has_one)
+        places = [(number, loader.state_dict()["given"]) for number in loader]
+        # Where no length is known, a batch counts once the next one is asked for.
+        assert places == [(n, n + (length is not None)) for n in range(4)]
+        assert loader.state_dict() == {"given": 4}
+        loader.load_state_dict({"given": 7})
+        assert loader.given == 7 and loader.state_dict() == {"given": 7}
 
 
 def test_other_loaders_ask_a_batch_ahead() -> None:
