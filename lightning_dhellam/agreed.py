@@ -18,7 +18,14 @@ from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_o
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
-from lightning_dhellam.pipeline.schedules import Scheme, check_placed, scheme_of
+from lightning_dhellam.pipeline.schedules import AUTO as ANY
+from lightning_dhellam.pipeline.schedules import (
+    FIRST,
+    Scheme,
+    check_placed,
+    restored,
+    scheme_of,
+)
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer, check_choices
 from lightning_dhellam.plan.file import PlanFile, conditions, named_plan
@@ -40,7 +47,8 @@ class AgreedEngine:
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
-        schedule: order of the pipeline's works: a name, or the path of a file.
+        schedule: order of the pipeline's works: a name, or the path of a file. With `auto` it is
+            what the plan file was searched with.
         module: what holds the model and the loss; its buffers are as before after a profile.
 
     Attributes:
@@ -86,7 +94,7 @@ class AgreedEngine:
         self._check_alike("context_fp32_gradients", context_fp32_gradients)
         self._check_alike("recompute", recompute)
         self._check_alike("schedule", schedule)
-        scheme = scheme_of(schedule, self._context.topology.pp_size)
+        schedule, scheme = _scheme(schedule, plan, self._context.topology.pp_size)
         check_placed(schedule, scheme, self._context.placement)
         start_alike(model, self._context)
         check_exchange(context_exchange)
@@ -310,6 +318,21 @@ class AgreedEngine:
                 f"{name}={value!r} is another one on other ranks: every rank must run the same"
                 " model with the same settings"
             )
+
+
+def _scheme(schedule: str, plan: str, stages: int) -> tuple[str, Scheme]:
+    """The name of a schedule, and what makes it; `auto` is what a plan file was searched with."""
+    if schedule != ANY:
+        return schedule, scheme_of(schedule, stages)
+    if stages == 1:
+        return FIRST, scheme_of(FIRST, stages)
+    known = PlanFile.load(plan).schedule if plan.endswith(".json") else {}
+    if not known:
+        raise ValueError(
+            f"schedule='{ANY}' searches in the first steps of a Trainer: use the name of a"
+            " schedule, or a plan file that was searched with it"
+        )
+    return restored(known, stages)
 
 
 def conditions_of(

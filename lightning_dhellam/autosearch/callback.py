@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm import tqdm
 from typing_extensions import override
 
+from lightning_dhellam.autosearch.schedules import TRIED
 from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session, use_unsearched
 from lightning_dhellam.files import check_file, local_path
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.parallel.collectives import together
+from lightning_dhellam.pipeline.schedules import restored
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.runner import Runner
@@ -37,9 +40,10 @@ class AutoSearch(Callback):
 
     After the first training step the operators are timed on its values. The following steps try
     the built-in and the searched plans in turn, and the fastest is used from then on, unless it
-    beats `sequential` by no more than noise. A plan changes neither loss nor gradients, so no
-    step is lost. The table, the pictures, the profile and the plan file are written to the
-    folder `search` of the run, and the numbers go to its logger.
+    beats `sequential` by no more than noise. With `schedule="auto"` the best schedules of the
+    pipeline are tried after that. Neither changes loss or gradients, so no step is lost. The table,
+    the pictures, the profile and the plan file are written to the folder `search` of the run, and
+    the numbers go to its logger.
 
     A checkpoint has the plan that was found: a run that goes on from it uses that plan where it
     fits. Where it does not, or where the search was not over, it searches anew.
@@ -118,10 +122,20 @@ class AutoSearch(Callback):
         return next((one for one in _callbacks(trainer) if isinstance(one, cls)), None)
 
     @classmethod
-    def attach(cls, trainer: pl.Trainer) -> None:
-        """Give `trainer` one, unless it has one; before the others, which may stop training."""
-        if cls.of(trainer) is None:
-            _callbacks(trainer).insert(0, cls())
+    def attach(cls, trainer: pl.Trainer, *, plans: bool, schedules: bool) -> None:
+        """Give `trainer` one, unless it has one; before the others, which may stop training.
+
+        Args:
+            trainer: that trains.
+            plans: whether plans are searched. One that the user has given searches them anyway.
+            schedules: whether schedules of the pipeline are.
+        """
+        search = cls.of(trainer)
+        if search is None:
+            search = cls()
+            search._options = replace(search._options, plans=plans)
+            _callbacks(trainer).insert(0, search)
+        search._options = replace(search._options, schedules=schedules)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -142,13 +156,19 @@ class AutoSearch(Callback):
             self._found, self._over = loaded, True
             return
         steps = trainer.estimated_stepping_batches
-        self._over = steps < _FEWEST and not for_its_own_sake
+        self._over = steps < self._fewest and not for_its_own_sake
         _runner(trainer).is_searched = not self._over
         if self._over:
+            what = "a plan" if self._options.plans else "a schedule"
             trainer.print(
-                f"search: {steps:.0f} steps of training are too few to choose a plan, which takes"
-                f" {_FEWEST} at least: none is searched"
+                f"search: {steps:.0f} steps of training are too few to choose {what}, which takes"
+                f" {self._fewest} at least: none is searched"
             )
+
+    @property
+    def _fewest(self) -> int:
+        plans = _FEWEST - 1 if self._options.plans else 0
+        return 1 + plans + 2 * TRIED * self._options.schedules
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -163,10 +183,16 @@ class AutoSearch(Callback):
         """Use the plan of a checkpoint, if it is for such a run. Every rank must call this."""
         runner = _runner(trainer)
         where = "the checkpoint's plan"
+        walked: dict[str, Any] = {}
 
         def plans() -> PlanFile:
             found = PlanFile.of_fields(loaded["plans"], where)
             found.check(runner.agreed.conditions, where)
+            if self._options.schedules and not found.schedule:
+                raise ValueError("the checkpoint was made without schedule='auto'")
+            walked.update(found.schedule if self._options.schedules else {})
+            if walked:
+                restored(walked, runner.context.topology.pp_size)
             build, layers = found.builder(), runner.engine.layers
             if runner.agreed.undecided and found.recompute:
                 layers = runner.agreed.lowered(found.recompute).layers
@@ -182,7 +208,11 @@ class AutoSearch(Callback):
         if runner.agreed.undecided and found.recompute:
             runner.agreed.use_recompute(found.recompute)
         runner.use_plan(loaded["name"], found.builder())
-        trainer.print(f"search: '{loaded['name']}' is used, which the checkpoint has found")
+        by = ""
+        if walked:
+            runner.use_schedule(*restored(walked, runner.context.topology.pp_size))
+            by = f" with schedule '{walked['name']}'"
+        trainer.print(f"search: '{loaded['name']}' is used{by}, which the checkpoint has found")
         return True
 
     @override

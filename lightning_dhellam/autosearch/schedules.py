@@ -1,29 +1,43 @@
-"""What a step would take under each schedule that the layers of a run can be walked by."""
+"""The schedule of a run: what a step would take under each, and which is best on real steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dhellam.parallel.collectives import of_all_ranks
-from lightning_dhellam.pipeline.schedules import Found, ScheduleError, Scheme, playable
+import torch
+
+from lightning_dhellam.parallel.collectives import largest, of_all_ranks
+from lightning_dhellam.pipeline.schedules import (
+    FIRST,
+    Found,
+    ScheduleError,
+    Scheme,
+    kept,
+    playable,
+)
 from lightning_dhellam.plan import Builder
+from lightning_dhellam.recomputing import measured_bytes
 from lightning_dhellam.runner import Runner
+from lightning_dhellam.search.measure import Trials
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import (
     Effort,
     FoldedStep,
-    Link,
+    Links,
     Ranked,
     VisitTable,
     play,
     ranked,
     searched,
 )
+from lightning_dhellam.search.report import Outcome, Walked, choose, measured
 
 SEARCHED = "searched"
 TRIED = 4
 """How many of the schedules that are predicted best are tried on real steps."""
+_SHARE = 0.97
+"""Of the memory, which a run may take."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +66,8 @@ def forecast(
     busy: float,
     tokens: int,
     micro_batches: int,
-    link: Link | None = None,
-    limit: float | None = None,
+    links: Links | None = None,
+    room: float | None = None,
     effort: Effort | None = None,
 ) -> Forecast:
     """Play every schedule that the run's layers can be walked by, and one that is searched.
@@ -67,8 +81,9 @@ def forecast(
         busy: share of its visits in which compute of this stage works.
         tokens: how many tokens a micro-batch has.
         micro_batches: how many micro-batches a step has.
-        link: between stages; transfers are free without.
-        limit: most bytes of saved activations on this stage; None if there is no limit.
+        links: that lead away from this stage; transfers are free where none is known.
+        room: bytes that saved activations of this stage may take more than they do under the
+            schedule that is in use; None if there is no limit.
         effort: how long to search; None if nothing is to be searched.
     """
     stage, layers = runner.engine.stage, runner.engine.layers
@@ -84,20 +99,25 @@ def forecast(
         for name, step in steps.items()
     }
     kinds = steps[fullest].visits(own, builder, costs, busy=busy, tokens=tokens, of_any=True)
-    known = of_all_ranks((tables, kinds, limit), runner.context.groups.pp)
-    limits: Sequence[float] = [one for _, _, one in known if one is not None]
+    known = of_all_ranks((tables, kinds, room, links or {}), runner.context.groups.pp)
+    every = {edge: link for *_, own_links in known for edge, link in own_links.items()}
     runs = {
-        name: play(step.schedule, VisitTable.joined(row[name] for row, _, _ in known), link)
+        name: play(step.schedule, VisitTable.joined(row[0][name] for row in known), every)
         for name, step in steps.items()
     }
+    limits = [
+        row[2] + use.peak
+        for row, use in zip(known, runs[runner.agreed.schedule].stages, strict=True)
+        if row[2] is not None
+    ]
     if effort is not None:
-        every = VisitTable.joined(one for _, one, _ in known)
+        table = VisitTable.joined(row[1] for row in known)
         try:
             found = searched(
                 stage.placement,
                 micro_batches,
+                table,
                 every,
-                link,
                 limits=limits,
                 known=[step.schedule for step in steps.values()],
                 effort=effort,
@@ -107,5 +127,111 @@ def forecast(
         else:
             best = min(runs, key=lambda name: runs[name].seconds)
             schemes[SEARCHED] = Found(replace(found, name=SEARCHED), schemes[best])
-            runs[SEARCHED] = play(found, every, link)
+            runs[SEARCHED] = play(found, table, every)
     return Forecast(ranked(runs, limits), schemes)
+
+
+def room_of(runner: Runner) -> float | None:
+    """Return the bytes that this stage's activations may take more than they have taken so far.
+
+    It is that of the rank that has least; negative if it takes more than it may, and None if there
+    is no limit. Every rank must call this, after a step and before a profile.
+    """
+    device, limit = runner.device, runner.memory_limit
+    if limit is None and device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).total_memory
+    if limit is None:
+        return None
+    held = measured_bytes(runner.agreed, runner.model, runner.state_shards)
+    taken = held + runner.engine.lanes.ledger.peak_bytes
+    over = torch.tensor([taken - _SHARE * limit], dtype=torch.float64)
+    return -float(largest(over, runner.context.stage_group))
+
+
+class ScheduleSearch:
+    """Tries the schedules that are predicted best on real steps, and installs the fastest.
+
+    Every rank runs the same.
+
+    Args:
+        runner: that trains.
+        rounds: steps that each is measured on.
+        room: see `forecast`.
+
+    Attributes:
+        chosen: what was chosen; None before.
+    """
+
+    def __init__(self, runner: Runner, rounds: int, room: float | None) -> None:
+        self._runner = runner
+        self._rounds = rounds
+        self._room = room
+        self._forecast: Forecast | None = None
+        self._trials: Trials | None = None
+        self.chosen: Walked | None = None
+
+    @property
+    def left(self) -> int:
+        """Steps that it still needs; at most, before `begin`."""
+        return self._trials.left if self._trials is not None else (self._rounds + 1) * TRIED
+
+    def begin(
+        self, costs: Costs, builder: Builder, links: Links, *, busy: float, tokens: int, count: int
+    ) -> None:
+        """Predict all schedules for steps of `count` micro-batches; see `forecast`."""
+        runner = self._runner
+        self._forecast = forecast(
+            runner,
+            costs,
+            builder,
+            busy=busy,
+            tokens=tokens,
+            micro_batches=count,
+            links=links,
+            room=self._room,
+            effort=Effort(),
+        )
+        first = runner.agreed.schedule
+        tried = dict.fromkeys((*self._forecast.fitting[:TRIED], first))
+        self._trials = Trials(tuple(tried), self._rounds)
+        if len(tried) == 1:  # nothing else keeps the limits
+            self._trials = Trials((), self._rounds)
+            self._install([], first)
+
+    def follow_next(self) -> None:
+        """Let the next step go by the schedule that is to be measured."""
+        assert self._trials is not None
+        self._use(self._trials.next())
+
+    def add(self, timer: Callable[[], float]) -> None:
+        """Note that step; `timer` tells its seconds when asked. After the last one, choose."""
+        assert self._trials is not None
+        self._trials.add(timer)
+        if not self._trials.left:
+            self.stop()
+
+    def stop(self) -> None:
+        """Choose from what was measured, if that is a whole round; else go on as the run began."""
+        if self._trials is None or self._forecast is None:
+            return
+        if not self._trials.counted:
+            self._use(FIRST)
+            return
+        table = torch.tensor(self._trials.table(), dtype=torch.float64)
+        table = largest(table, self._runner.context.world_group)
+        names = self._trials.candidates
+        seconds = {name: self._forecast.ranking[name].run.seconds for name in names}
+        outcomes = measured([Outcome(name, seconds[name], {}) for name in names], table.tolist())
+        winner, _ = choose(outcomes, FIRST)
+        self._install(outcomes, winner.name)
+
+    def _install(self, outcomes: Sequence[Outcome], name: str) -> None:
+        assert self._forecast is not None
+        self._use(name)
+        why = {other: one.reason for other, one in self._forecast.ranking.items()}
+        self.chosen = Walked(name, outcomes, why, kept(name, self._forecast.schemes[name]))
+
+    def _use(self, name: str) -> None:
+        if self._runner.agreed.schedule != name:
+            assert self._forecast is not None
+            self._runner.use_schedule(name, self._forecast.schemes[name])

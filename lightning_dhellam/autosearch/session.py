@@ -23,7 +23,9 @@ from lightning_dhellam.autosearch.profiling import (
     versions,
 )
 from lightning_dhellam.autosearch.reductions import Reduction
+from lightning_dhellam.autosearch.schedules import ScheduleSearch, room_of
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
+from lightning_dhellam.autosearch.transfers import take_transfers
 from lightning_dhellam.engine import Span
 from lightning_dhellam.files import FileError
 from lightning_dhellam.hosted import Ending
@@ -34,7 +36,7 @@ from lightning_dhellam.recomputing import measured_bytes, when_measured
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Fingerprint, Profile, Progress, Trials
 from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate
-from lightning_dhellam.search.pipeline import FoldedStep, VisitTable
+from lightning_dhellam.search.pipeline import FoldedStep, VisitTable, links_of
 from lightning_dhellam.search.report import Findings, Outcome, choose, measured
 from lightning_dhellam.search.solve import ModelSolution, peak_bytes, solve
 
@@ -54,12 +56,16 @@ class Options:
         memory_limit: bytes that slots take at once in a pair of layers; None for what the
             sequential plan needs and `memory_slack`.
         memory_slack: share of the memory of a step.
+        plans: whether plans are searched; or else the given one stays.
+        schedules: whether schedules of the pipeline are.
     """
 
     rounds: int = 5
     profile: Path | None = None
     memory_limit: float | None = None
     memory_slack: float = MEMORY_SLACK
+    plans: bool = True
+    schedules: bool = False
 
 
 class Session:
@@ -91,6 +97,7 @@ class Session:
         self._outcomes: list[Outcome] = []
         self._to_trace: list[str] = []
         self._spans: dict[str, list[Span]] = {}
+        self._schedules: ScheduleSearch | None = None
         self.exchange = ""
         self.left_out: dict[str, float] = {}
         self.findings: Findings | None = None
@@ -116,6 +123,8 @@ class Session:
         self._stage = FoldedStep(stage.number, stage.count, len(self._pieces), stage.scheme)
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
+        if options.schedules:
+            self._schedules = ScheduleSearch(runner, options.rounds, room_of(runner))
         if runner.agreed.undecided:
             if options.profile is not None:
                 raise ValueError(
@@ -152,13 +161,15 @@ class Session:
 
             together(solve_or_end, everyone)
             self._agree()
-        self._trials = Trials(tuple(self._builders), options.rounds)
+        self._trials = Trials(tuple(self._builders) if options.plans else (), options.rounds)
         self._began = time.perf_counter()
+        if not options.plans:
+            self._choose()
 
     @property
     def steps_left(self) -> int:
         """Training steps that the search still needs at least."""
-        return self._trials.left
+        return self._trials.left + (self._schedules.left if self._schedules is not None else 0)
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -168,11 +179,16 @@ class Session:
     @contextmanager
     def step(self, batch: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
         """Surround a training step. Gives what to call when its gradients are there."""
-        name = self._trials.next() if self._trials.left else self._to_trace[0]
-        self._runner.use_plan(name, self._builders[name])
+        walking = not self._trials.left and self._schedules is not None and self._schedules.left > 0
+        if walking:
+            assert self._schedules is not None
+            self._schedules.follow_next()
+        else:
+            name = self._trials.next() if self._trials.left else self._to_trace[0]
+            self._runner.use_plan(name, self._builders[name])
         watch = Stopwatch(self._runner.device)
         with ExitStack() as stack:
-            if not self._trials.left:
+            if not self.steps_left:
                 engine = self._runner.engine
                 tracer = stack.enter_context(engine.traced(self._runner.device))
             watch.start()
@@ -182,14 +198,17 @@ class Session:
             self.skipped += 1
             return  # of another size, or skipped, on some rank: it says nothing
         self.skipped = 0
-        if self._trials.left:
+        if walking:
+            assert self._schedules is not None
+            self._schedules.add(watch.seconds)
+        elif self._trials.left:
             self._trials.add(watch.seconds)
             if not self._trials.left:
                 self._choose()
         else:
             self._spans[name] = tracer.spans()
             self._to_trace.remove(name)
-        if not self._trials.left and not self._to_trace:
+        if not self.steps_left and not self._to_trace:
             self._finish()
 
     def stop(self) -> None:
@@ -197,6 +216,8 @@ class Session:
         if self._outcomes or self._trials.counted:
             if not self._outcomes:
                 self._choose()
+            if self._schedules is not None and self._schedules.chosen is None:
+                self._schedules.stop()
             self._finish()
         else:
             use_unsearched(self._runner)
@@ -224,7 +245,7 @@ class Session:
 
     def _measure(self, progress: Progress | None, reduction: Reduction | None = None) -> Profile:
         engine, everyone = self._runner.engine, self._runner.context.world_group
-        return take_profile(
+        profile = take_profile(
             engine,
             self._pieces[0],
             self._made_for,
@@ -233,6 +254,8 @@ class Session:
             reduction=reduction,
             others=routings_of(engine, self._pieces, everyone),
         )
+        transfers = take_transfers(engine, self._runner.context, self._tokens)
+        return replace(profile, transfers=transfers)
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -306,6 +329,8 @@ class Session:
         given = self._runner.plan
         if given not in self._builders:
             self._builders[given] = named_plan(given, self._runner.agreed.conditions)
+        if not self._options.plans:
+            self._builders = {given: self._builders[given]}
         given_limit = self._options.memory_limit
         if given_limit is not None:
             needs = {
@@ -357,12 +382,17 @@ class Session:
         long as all of them together."""
         self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
         if self._runner.context.topology.pp_size > 1:
-            known = of_all_ranks((self.left_out, self._visits), self._runner.context.groups.pp)
+            links = links_of(self._profile.transfers)
+            known = of_all_ranks(
+                (self.left_out, self._visits, links), self._runner.context.groups.pp
+            )
+            every = {edge: link for *_, own in known for edge, link in own.items()}
             for name in self._builders:
-                peaks = [left_out[name] for left_out, _ in known if name in left_out]
+                peaks = [left_out[name] for left_out, *_ in known if name in left_out]
                 if peaks:
                     self.left_out[name] = max(peaks)
-                self._step_seconds[name] = self._stage.seconds(visits[name] for _, visits in known)
+                visits = [row[1][name] for row in known]
+                self._step_seconds[name] = self._stage.seconds(visits, every)
         for name in self.left_out:
             del self._builders[name], self._predicted[name]
 
@@ -376,19 +406,38 @@ class Session:
         return float(largest(torch.tensor([mine]).double(), self._runner.context.stage_group))
 
     def _choose(self) -> None:
-        table = torch.tensor(self._trials.table(), dtype=torch.float64)
-        table = largest(table, self._runner.context.world_group)
         predicted = [
             Outcome(name, self._step_seconds[name], self._predicted[name].exposed)
             for name in self._builders
         ]
-        self._outcomes = measured(predicted, table.tolist())
-        winner, self._reason = choose(self._outcomes, REFERENCE)
+        if self._options.plans:
+            table = torch.tensor(self._trials.table(), dtype=torch.float64)
+            table = largest(table, self._runner.context.world_group)
+            self._outcomes = measured(predicted, table.tolist())
+            winner, self._reason = choose(self._outcomes, REFERENCE)
+        else:
+            self._outcomes, winner, self._reason = predicted, predicted[0], "as given"
         if self.exchange:
             self._reason += f"; keys and values come by {self.exchange}"
         self._winner = winner.name
-        self._to_trace = list(dict.fromkeys((REFERENCE, self._winner)))
+        self._to_trace = list(dict.fromkeys((self._reference, self._winner)))
         self._seconds["trials"] = time.perf_counter() - self._began
+        if self._schedules is not None:
+            self._runner.use_plan(self._winner, self._builders[self._winner])
+            with self._timed("schedules"):
+                self._schedules.begin(
+                    Costs.of(self._profile),
+                    self._builders[self._winner],
+                    links_of(self._profile.transfers),
+                    busy=self._predicted[self._winner].utilisation[Lane.COMPUTE],
+                    tokens=self._tokens,
+                    count=len(self._pieces),
+                )
+
+    @property
+    def _reference(self) -> str:
+        """What the winner is compared with: without a search it is itself."""
+        return REFERENCE if self._options.plans else self._winner
 
     def _finish(self) -> None:
         self._runner.use_plan(self._winner, self._builders[self._winner])
@@ -402,7 +451,8 @@ class Session:
             self._predicted,
             {name: intervals(spans) for name, spans in self._spans.items()},
             self._seconds,
-            REFERENCE,
+            self._reference,
+            self._schedules.chosen if self._schedules is not None else None,
         )
 
     def _plan_file(self) -> PlanFile:
@@ -431,7 +481,14 @@ class Session:
         for more, others in of_all_ranks((plans, names), self._runner.context.world_group):
             plans, names = {**more, **plans}, {**others, **names}
         chosen = self._runner.agreed.chosen
-        return replace(mine, plans=plans, graphs=names, recompute=chosen or {})
+        walked = self._schedules.chosen if self._schedules is not None else None
+        return replace(
+            mine,
+            plans=plans,
+            graphs=names,
+            recompute=chosen or {},
+            schedule=walked.kept if walked is not None else {},
+        )
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

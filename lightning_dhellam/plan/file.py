@@ -76,6 +76,8 @@ class PlanFile:
         notes: predicted and measured times and the like, for the reader only.
         recompute: what backward makes again, where that was chosen for these plans; see
             `plan.by_layer`.
+        schedule: order of the pipeline's works, where that was chosen with these plans; see
+            `pipeline.schedules.kept`.
     """
 
     plans: Mapping[Kind, Plan]
@@ -84,6 +86,7 @@ class PlanFile:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     recompute: ByLayer = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -110,6 +113,7 @@ class PlanFile:
             "versions": self.versions,
             "notes": self.notes,
             "recompute": self.recompute,
+            "schedule": self.schedule,
             "graphs": self.graphs,
             "plans": [
                 {"forward": forward, "backward": backward, "table": str(plan).splitlines()}
@@ -150,7 +154,8 @@ class PlanFile:
             }
             names = ("graphs", "conditions", "versions", "notes")
             parts = {name: fields[name] for name in names}
-            return cls(plans, **parts, recompute=fields.get("recompute", {}))
+            later = {name: fields.get(name, {}) for name in ("recompute", "schedule")}
+            return cls(plans, **parts, **later)
         except PlanError as error:
             raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
         except (KeyError, TypeError) as error:

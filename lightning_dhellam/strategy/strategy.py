@@ -22,10 +22,16 @@ from lightning_dhellam.models import crossing_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
-from lightning_dhellam.pipeline.schedules import Placement, placement_of, scheme_of
+from lightning_dhellam.pipeline.schedules import AUTO as ANY
+from lightning_dhellam.pipeline.schedules import (
+    FIRST,
+    Placement,
+    placement_of,
+    scheme_of,
+)
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.by_layer import USUAL, check_keys
-from lightning_dhellam.plan.file import conditions
+from lightning_dhellam.plan.file import PlanFile, conditions
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.planning import MemoryWatch
@@ -104,7 +110,10 @@ class DHellamStrategy(SteppingStrategy):
         schedule: order of the works of a pipeline on each stage, and where its chunks lie: `fold`,
             `zb-v`, `dualpipe-v`, `1f1b`, `interleaved-1f1b` or, with N chunks a stage,
             `interleaved-1f1b-N` (see `dhellam plan schedule`); or the path of a file that holds one
-            in the form in which schedules print. Changes neither loss nor gradients.
+            in the form in which schedules print. With `auto` those whose chunks lie as those of
+            `fold`, and one that is searched for this run, are predicted, transfers and memory
+            included, and the best are tried in the first steps (see `callbacks.AutoSearch`); a plan
+            file keeps what was chosen. Changes neither loss nor gradients.
         resume_settings: whose settings win where `ckpt_path` has other ones than this run: those of
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
@@ -268,11 +277,12 @@ class DHellamStrategy(SteppingStrategy):
         self.check(trainer)
         self._context = self._runner = self._optimizer = None
         self._ended_well = True
-        if self.plan == "auto" and trainer.state.fn is TrainerFn.FITTING:
+        plans, schedules = self.plan == "auto", self._searches_schedules
+        if (plans or schedules) and trainer.state.fn is TrainerFn.FITTING:
             # Only a search needs numba, which takes longer to load than all the rest of ours.
             from lightning_dhellam.autosearch import AutoSearch
 
-            AutoSearch.attach(trainer)
+            AutoSearch.attach(trainer, plans=plans, schedules=schedules)
         super().setup_environment()
         if self.cluster is not None:
             self._announce(self.cluster)
@@ -320,7 +330,7 @@ class DHellamStrategy(SteppingStrategy):
             recompute=self.recompute,
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
-            schedule=self.schedule,
+            schedule=FIRST if self._searches_schedules else self.schedule,
             bucket_size=self.bucket_size,
             memory_limit=self.memory_limit,
             module=module,
@@ -337,6 +347,13 @@ class DHellamStrategy(SteppingStrategy):
             self._watch = MemoryWatch(self, self.memory_limit)
         self.setup_precision_plugin()
         self.barrier()
+
+    @property
+    def _searches_schedules(self) -> bool:
+        """Whether the schedule is to be searched: there is a choice, which no file has made."""
+        if self.schedule != ANY or self.pipeline_parallel_size == 1:
+            return False
+        return not (self.plan.endswith(".json") and PlanFile.load(self.plan).schedule)
 
     @property
     def _early_conditions(self) -> dict[str, Any]:

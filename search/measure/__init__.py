@@ -12,6 +12,7 @@ from lightning_dhellam.search.measure.measuring import (
 from lightning_dhellam.search.measure.profile import Fingerprint, Profile
 from lightning_dhellam.search.measure.routings import mean_of, range_of, with_routings
 from lightning_dhellam.search.measure.rows import Key, Samples, Timing
+from lightning_dhellam.search.measure.transfers import Transfer
 from lightning_dhellam.search.measure.trials import Trials
 from lightning_dhellam.search.measure.variants import merged, perturbed, spread
 
@@ -26,6 +27,7 @@ __all__ = [
     "Samples",
     "Target",
     "Timing",
+    "Transfer",
     "Trials",
     "mean_of",
     "measure",

@@ -22,6 +22,7 @@ from lightning_dhellam.plan import Graph, Lane
 from lightning_dhellam.search.measure.clock import Clock
 from lightning_dhellam.search.measure.graphfile import fields_of, graph_from
 from lightning_dhellam.search.measure.rows import Key, Timing
+from lightning_dhellam.search.measure.transfers import Transfer
 
 FORMAT = 4
 _OLDER = 3
@@ -68,6 +69,8 @@ class Profile:
         clock: how the device slows down when it computes for long.
         routings: seconds of the operators whose time depends on what values say, by the routing
             that `timings` are of and by further ones of the run; nothing where none does.
+        transfers: of what this stage sends to its neighbours; nothing in profiles that were taken
+            before these were measured, and where there is one stage.
     """
 
     fingerprint: Fingerprint
@@ -80,6 +83,7 @@ class Profile:
     spares: Mapping[Key, Key] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     routings: tuple[Mapping[Key, float], ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
     def save(self, path: Path | str) -> None:
         """Write the profile to a file, whole or not at all."""
@@ -94,9 +98,12 @@ class Profile:
             "lanes": dict(self.lanes),
             "timings": [asdict(row) for row in self.timings],
             "routings": [dict(seconds) for seconds in self.routings],
+            "transfers": [asdict(row) for row in self.transfers],
             "graphs": [fields_of(graph) for graph in self.graphs],
         }
-        save_text(Path(path), put_in_lines(fields, flat=("timings", "routings", "graphs")))
+        save_text(
+            Path(path), put_in_lines(fields, flat=("timings", "routings", "transfers", "graphs"))
+        )
 
     @classmethod
     def load(cls, path: Path | str, expected: Fingerprint | None = None) -> Profile:
@@ -119,6 +126,7 @@ class Profile:
                 fields.get("spares", {}),
                 Clock(**fields.get("clock", {})),
                 tuple(fields.get("routings", ())),
+                tuple(Transfer(**row) for row in fields.get("transfers", ())),
             )
             profile._check()
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -144,6 +152,9 @@ class Profile:
                 raise ValueError("routings are not of the operators that were measured")
             if not all(0 < value < inf for value in seconds.values()):
                 raise ValueError(f"a routing takes {min(seconds.values())} s")
+        for row in self.transfers:
+            if not (row.bytes > 0 and 0 < row.seconds < inf and 0 < row.beside < inf):
+                raise ValueError(f"a transfer of {row.bytes} bytes takes {row.seconds} s")
         for graph in self.graphs:
             if graph.fingerprint not in self.operators:
                 raise ValueError(f"graph '{graph}' is not the one that was measured")

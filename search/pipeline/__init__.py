@@ -8,8 +8,8 @@ from lightning_dhellam.search.pipeline.comparison import (
 )
 from lightning_dhellam.search.pipeline.folded_step import FoldedStep
 from lightning_dhellam.search.pipeline.layers import cut, cut_folded, layers_of
+from lightning_dhellam.search.pipeline.links import Link, Links, links_of
 from lightning_dhellam.search.pipeline.playing import (
-    Link,
     PipelineRun,
     StageUse,
     VisitInterval,
@@ -32,6 +32,7 @@ __all__ = [
     "FoldedStep",
     "LayerCosts",
     "Link",
+    "Links",
     "PipelineRun",
     "Ranked",
     "Setting",
@@ -45,6 +46,7 @@ __all__ = [
     "cut",
     "cut_folded",
     "layers_of",
+    "links_of",
     "play",
     "rank",
     "ranked",

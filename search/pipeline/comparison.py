@@ -18,7 +18,8 @@ from lightning_dhellam.pipeline.schedules import (
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline.layers import cut, cut_folded
-from lightning_dhellam.search.pipeline.playing import Link, PipelineRun, play
+from lightning_dhellam.search.pipeline.links import Link
+from lightning_dhellam.search.pipeline.playing import PipelineRun, play
 from lightning_dhellam.search.pipeline.ranking import Ranked, ranked
 from lightning_dhellam.search.pipeline.searched import NAME, Effort, searched
 from lightning_dhellam.search.pipeline.visits import LayerCosts

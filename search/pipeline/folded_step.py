@@ -9,6 +9,7 @@ from functools import cached_property
 from lightning_dhellam.pipeline.schedules import Schedule, Scheme, fold
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline.links import Links
 from lightning_dhellam.search.pipeline.playing import play
 from lightning_dhellam.search.pipeline.visits import LayerCosts, UniformCosts, VisitTable
 
@@ -72,6 +73,9 @@ class FoldedStep:
             return VisitTable.of_kinds(known, self.schedule.placement, self.number)
         return VisitTable.of_stage(known, self.schedule, self.number)
 
-    def seconds(self, tables: Iterable[VisitTable]) -> float:
-        """Return the seconds of a step, from the tables of all stages. Transfers count as free."""
-        return play(self.schedule, VisitTable.joined(tables)).seconds
+    def seconds(self, tables: Iterable[VisitTable], links: Links | None = None) -> float:
+        """Return the seconds of a step, from the tables of all stages and the links between them.
+
+        Transfers are free where no link is known.
+        """
+        return play(self.schedule, VisitTable.joined(tables), links).seconds

@@ -3,8 +3,9 @@
 A stage carries out its visits in order. A visit starts when the stage is free and all it needs has
 arrived; it hands a result on as soon as the strand that made it has ended, which may be before the
 visit ends. Transfers go beside visits: a stage sends one message at a time and receives one at a
-time. One begins when it is made and its receive is posted, which is done a walk ahead. A stage is
-not held up by what it sends; `sends_ahead` of a schedule sees to that:
+time. One begins when it is made and its receive is posted, which is done a walk ahead. A stage
+waits for the end of what it has sent some walks later, when it wants the memory back; after how
+many `sends_ahead` of a schedule says, so that it is hardly ever held up:
 
     stage 0   |===== 0F3+3B0 =====|== 3F2 ==|
     pp             |--0F3--> |--3B0->
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import inf
 
 import numpy as np
 
@@ -30,27 +30,13 @@ from lightning_dhellam.pipeline.schedules import (
     Schedule,
     Visit,
     Work,
+    sends_ahead,
 )
 from lightning_dhellam.pipeline.schedules.verify import POSTED_AHEAD
 from lightning_dhellam.plan import Strand
 from lightning_dhellam.search.pipeline import rule
+from lightning_dhellam.search.pipeline.links import Link, Links
 from lightning_dhellam.search.pipeline.visits import VisitCost, VisitCosts
-
-
-@dataclass(frozen=True)
-class Link:
-    """The link between stages.
-
-    Attributes:
-        bandwidth: bytes per second that a stage can send, and as many that it can receive.
-        latency: seconds until the first byte arrives.
-        takes: share of a stage's compute that a transfer takes, from 0 up to less than 1: of NCCL's
-            kernels their share of the device's multiprocessors, of a copy engine 0.
-    """
-
-    bandwidth: float = inf
-    latency: float = 0.0
-    takes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +92,7 @@ class PipelineRun:
 def play(
     schedule: Schedule,
     costs: VisitCosts,
-    link: Link | None = None,
+    link: Link | Links | None = None,
     *,
     reductions: Sequence[float] = (),
 ) -> PipelineRun:
@@ -115,13 +101,13 @@ def play(
     Args:
         schedule: to play.
         costs: what its visits cost.
-        link: between stages; transfers are free without.
+        link: between all stages, or by source and target; transfers are free without.
         reductions: seconds in which the gradients of each chunk are reduced, from its last gradient
             of weights on; a stage reduces one chunk at a time. They are the end of a step, as the
             norm of gradients needs all of them.
     """
     visits = _visits(schedule, costs)
-    wires = wires_of(schedule.placement, costs, link)
+    wires = wires_of(schedule.placement, costs, link, sends_ahead(schedule))
     starts, ends, waited = rule.run(visits, wires, schedule.micro_batches)
     assert np.isfinite(ends).all(), f"{schedule.name} deadlocks"
     given = np.array(reductions or [0.0] * schedule.chunks, float)
@@ -134,15 +120,33 @@ def play(
     return PipelineRun(schedule, seconds, tuple(uses))
 
 
-def wires_of(placement: Placement, costs: VisitCosts, link: Link | None = None) -> rule.Wires:
-    """Return how results get to other stages."""
-    link = link or Link()
-    carry = [
-        [costs.bytes_sent(Work(chunk, part, 0)) / link.bandwidth for part in _SENT]
-        for chunk in range(placement.chunks)
-    ]
-    place = np.array(placement.stage_of)
-    return rule.Wires(place, np.array(carry), link.latency, link.takes, POSTED_AHEAD, 0)
+def wires_of(
+    placement: Placement, costs: VisitCosts, link: Link | Links | None = None, lead: int = 0
+) -> rule.Wires:
+    """Return how results get to other stages.
+
+    Args:
+        placement: which stage holds each chunk.
+        costs: how large results are.
+        link: between all stages, or by source and target; transfers are free without.
+        lead: walks after which a stage waits for the end of what it has sent; 0 if it never does.
+    """
+    carry, late = (np.zeros((placement.chunks, len(_SENT))) for _ in range(2))
+    place = placement.stage_of
+    used = [Link()]
+    for chunk in range(placement.chunks):
+        for column, part in enumerate(_SENT):
+            work = Work(chunk, part, 0)
+            goal = chunk + work.step
+            if link is None or not 0 <= goal < placement.chunks or place[goal] == place[chunk]:
+                continue
+            edge = place[chunk], place[goal]
+            carries = link if isinstance(link, Link) else link.get(edge, Link())
+            used.append(carries)
+            carry[chunk, column] = costs.bytes_sent(work) / carries.bandwidth
+            late[chunk, column] = carries.latency
+    takes = max(one.takes for one in used)
+    return rule.Wires(np.array(place), carry, late, takes, POSTED_AHEAD, lead)
 
 
 def _visits(schedule: Schedule, costs: VisitCosts) -> rule.Visits:

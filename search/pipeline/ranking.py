@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_dhellam.pipeline.schedules import Schedule, verify
-from lightning_dhellam.search.pipeline.playing import Link, PipelineRun, StageUse, play
+from lightning_dhellam.search.pipeline.links import Link, Links
+from lightning_dhellam.search.pipeline.playing import PipelineRun, StageUse, play
 from lightning_dhellam.search.pipeline.visits import VisitCosts
 
 _PARTS = ("bubble", "transfer", "exposed", "compute")
@@ -27,7 +28,7 @@ class Ranked:
     Attributes:
         run: the step under it.
         over: by how much its stages exceed their limits of saved activations, at most.
-        reason: why it is not the best one; empty for the best.
+        reason: why it is not the best one; empty for the best, if that keeps the limits.
     """
 
     run: PipelineRun
@@ -38,7 +39,7 @@ class Ranked:
 def rank(
     schedules: Iterable[Schedule],
     costs: VisitCosts,
-    link: Link | None = None,
+    link: Link | Links | None = None,
     *,
     limits: Sequence[float] = (),
     reductions: Sequence[float] = (),
@@ -51,7 +52,7 @@ def rank(
     Args:
         schedules: of one placement. One that cannot run is refused by `verify`.
         costs: of their visits.
-        link: between stages; transfers are free without.
+        link: between all stages, or by source and target; transfers are free without.
         limits: most saved activations of each stage, in the unit of `costs`; none if not given.
         reductions: see `play`.
     """
@@ -71,7 +72,9 @@ def ranked(runs: Mapping[str, PipelineRun], limits: Sequence[float] = ()) -> dic
         name: Ranked(
             runs[name],
             max(over[name], 0.0),
-            _reason(runs[name], runs[order[0]], limits) if name != order[0] else "",
+            ""
+            if name == order[0] and over[name] <= 0.0
+            else _reason(runs[name], runs[order[0]], limits),
         )
         for name in order
     }
@@ -86,6 +89,8 @@ def _over(run: PipelineRun, limits: Sequence[float]) -> float:
 def _reason(run: PipelineRun, best: PipelineRun, limits: Sequence[float]) -> str:
     if _over(run, limits) > 0.0:
         stage = max(range(len(limits)), key=lambda one: run.stages[one].peak - limits[one])
+        if limits[stage] <= 0.0:
+            return f"stage {stage} has no room for what it would save"
         share = run.stages[stage].peak / limits[stage] - 1
         return f"stage {stage} would save {share:.1%} more than its limit"
     share = run.seconds / best.seconds - 1

@@ -42,7 +42,7 @@ class Wires(NamedTuple):
     Attributes:
         place: stage of each chunk.
         carry: seconds for which the result of each chunk, forward and backward, is on a link.
-        latency: seconds more until it is there.
+        late: seconds more until it is there.
         takes: share of compute that a transfer takes from both of its stages.
         posted: walks between the posting of a receive and the walk that needs it.
         lead: walks after which a stage waits for the end of what it has sent; 0 if it never does.
@@ -50,7 +50,7 @@ class Wires(NamedTuple):
 
     place: Array
     carry: Array
-    latency: float
+    late: Array
     takes: float
     posted: int
     lead: int
@@ -139,7 +139,8 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
     """Play a step. Returns start and end of each visit, and the seconds that its stage waited for
     transfers before it. Times are infinite where stages wait for each other for ever.
 
-    Time goes from event to event: the start of a visit, or of a transfer.
+    Time goes from event to event: the begin of a walk, which posts receives and may then wait for
+    what it needs; the start of a visit, or of a transfer.
     """
     offsets, place, takes = visits.offsets, wires.place, wires.takes
     seconds, ready = visits.seconds, visits.ready
@@ -177,6 +178,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
     at, settled = offsets[:-1].copy(), offsets[:-1].copy()
     free, held, slow = np.zeros(stages), np.zeros(stages), np.zeros(stages)
     starts, ends, waited = np.full(count, np.inf), np.full(count, np.inf), np.zeros(count)
+    begun = np.where(first == np.arange(count), np.inf, 0.0)
     soon, changed = np.zeros(stages), np.ones(stages, np.bool_)
     while True:
         best, chosen, message = np.inf, -1, -1
@@ -197,7 +199,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
                     start = max(start, held[stage])
                 for strand in range(3):
                     result = needs[visit, strand]
-                    if result >= 0:
+                    if result >= 0 and begun[visit] < np.inf:
                         is_sent = strand < 2 and sent[result]
                         start = max(start, here[result] if is_sent else made[result])
                 soon[stage] = start
@@ -212,7 +214,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
                 source = place[(result % (total // 2)) // micro_batches]
                 moment = max(moment, egress[source])
                 if post[result] >= 0:
-                    moment = max(moment, starts[post[result]])
+                    moment = max(moment, begun[post[result]])
                 if moment < best:
                     best, chosen, message = moment, source, number
         if best == np.inf:
@@ -222,9 +224,10 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
             many -= 1
             waiting[message] = waiting[many]
             target, visit = goal[result], maker[result]
-            end = best + wires.carry[(result % (total // 2)) // micro_batches, 2 * result // total]
+            chunk, strand = (result % (total // 2)) // micro_batches, 2 * result // total
+            end = best + wires.carry[chunk, strand]
             egress[chosen] = ingress[target] = end
-            here[result] = end + wires.latency
+            here[result] = end + wires.late[chunk, strand]
             unsent[visit] -= 1
             gone[visit] = max(gone[visit], end)
             changed[chosen] = changed[target] = True
@@ -240,6 +243,21 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
                     _slow(target, slow[target], np.inf, -takes, at, offsets, makes, made, free)
             continue
         visit = at[chosen]
+        if begun[visit] == np.inf:
+            begun[visit] = best
+            changed[chosen] = True
+            for result in posts[visit]:
+                if result < 0:
+                    continue
+                if made[result] < np.inf:
+                    waiting[many] = result
+                    many += 1
+                if takes:
+                    if not spinning[chosen]:
+                        begins = max(best, slow[chosen])
+                        _slow(chosen, begins, np.inf, takes, at, offsets, makes, made, free)
+                    spinning[chosen] += 1
+            continue
         if visit > offsets[chosen]:
             ends[visit - 1] = free[chosen]
         starts[visit] = best
@@ -255,20 +273,9 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
             made[result] = stretched(best + ready[visit, strand], best, end, takes)
             if sent[result]:
                 unsent[visit] += 1
-                if post[result] < 0 or starts[post[result]] < np.inf:
+                if post[result] < 0 or begun[post[result]] < np.inf:
                     waiting[many] = result
                     many += 1
-        for result in posts[visit]:
-            if result < 0:
-                continue
-            if made[result] < np.inf:
-                waiting[many] = result
-                many += 1
-            if takes:
-                if not spinning[chosen]:
-                    begins = max(best, slow[chosen])
-                    _slow(chosen, begins, np.inf, takes, at, offsets, makes, made, free)
-                spinning[chosen] += 1
     for stage in range(stages):
         if offsets[stage] < at[stage] == offsets[stage + 1]:
             ends[at[stage] - 1] = free[stage]

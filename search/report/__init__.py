@@ -9,11 +9,13 @@ from lightning_dhellam.search.report.outcomes import (
     time_text,
 )
 from lightning_dhellam.search.report.pipeline_table import comparison_table, save_comparison
+from lightning_dhellam.search.report.schedules import Walked
 from lightning_dhellam.search.report.trace import save_trace
 
 __all__ = [
     "Findings",
     "Outcome",
+    "Walked",
     "choose",
     "comparison_table",
     "measured",

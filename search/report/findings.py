@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_dhellam.files import put_in_lines, save_text
 from lightning_dhellam.plan import Lane, Strand
@@ -12,6 +13,7 @@ from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import Profile, range_of
 from lightning_dhellam.search.model import Interval, Simulation, Timeline
 from lightning_dhellam.search.report.outcomes import Outcome, summary, time_text
+from lightning_dhellam.search.report.schedules import Walked
 from lightning_dhellam.search.report.trace import save_trace
 from lightning_dhellam.search.solve import ModelSolution
 
@@ -34,6 +36,8 @@ class Findings:
         measured: intervals of a traced real step, of some candidates.
         seconds: wall time of each part of the search.
         reference: plan to compare with in pictures.
+        schedule: the pipeline's schedule, if it was searched; with it the outcomes of plans are
+            those under the one that the run began with.
     """
 
     profile: Profile
@@ -46,6 +50,7 @@ class Findings:
     measured: Mapping[str, Sequence[Interval]]
     seconds: Mapping[str, float]
     reference: str = "sequential"
+    schedule: Walked | None = None
 
     def __str__(self) -> str:
         spent = ", ".join(f"{part} {time_text(seconds)}" for part, seconds in self.seconds.items())
@@ -54,6 +59,7 @@ class Findings:
                 f"search on {self.profile.fingerprint.device}: {spent}",
                 summary(self.outcomes, self.winner, self.reason),
                 f"  {self.solution.main}",
+                *([f"  {self.schedule}"] if self.schedule is not None else []),
                 *self._routings(),
             )
         )
@@ -79,6 +85,11 @@ class Findings:
             found[f"{name}/exposed_ms"] = sum(outcome.exposed.values()) * 1e3
             if outcome.measured is not None:
                 found[f"{name}/measured_ms"] = outcome.measured * 1e3
+        for outcome in self.schedule.outcomes if self.schedule is not None else ():
+            name = f"search/schedule/{outcome.name}"
+            found[f"{name}/predicted_ms"] = outcome.predicted * 1e3
+            if outcome.measured is not None:
+                found[f"{name}/measured_ms"] = outcome.measured * 1e3
         return found
 
     def write(self, folder: Path) -> Path:
@@ -91,7 +102,17 @@ class Findings:
         self.plans.save(plan_file)
         save_text(folder / "summary.txt", f"{self}\n")
         rows = [asdict(outcome) for outcome in self.outcomes]
-        found = {"winner": self.winner, "reason": self.reason, "seconds": dict(self.seconds)}
+        found: dict[str, Any] = {
+            "winner": self.winner,
+            "reason": self.reason,
+            "seconds": dict(self.seconds),
+        }
+        if self.schedule is not None:
+            found["schedule"] = {
+                "name": self.schedule.name,
+                "reasons": dict(self.schedule.reasons),
+                "outcomes": [asdict(outcome) for outcome in self.schedule.outcomes],
+            }
         save_text(folder / "outcomes.json", put_in_lines({**found, "outcomes": rows}))
         timelines = {f"{name}, measured": rows for name, rows in self.measured.items()}
         for name in dict.fromkeys((self.reference, self.winner)):

@@ -31,6 +31,7 @@ from lightning_dhellam.pipeline.schedules import (
     walks,
     zero_bubble_v,
 )
+from tests.pipeline.random_schedules import random_schedule
 
 Make = Callable[[int, int], Schedule]
 STAGES, MICRO_BATCHES = range(1, 9), range(1, 25)
@@ -300,6 +301,14 @@ def test_senders_wait_for_receives_no_earlier_than_they_can_be_there(name: str) 
         if name == "fold":
             assert sends_ahead(schedule) == 2
     assert _held(zero_bubble_v(4, 8), 2) and sends_ahead(zero_bubble_v(4, 8)) == 10
+
+
+def test_senders_that_begin_walks_at_the_same_moment_do_not_wait_for_each_other_for_ever() -> None:
+    """Each would wait for a receive that the other posts after its own waiting, were it 2 walks."""
+    for seed in (192, 300, 395):
+        schedule = random_schedule(seed, Placement.folded(2), 3)
+        verify(schedule)
+        assert sends_ahead(schedule) == 3
 
 
 def test_messages_that_cross_on_an_edge_are_refused() -> None:

@@ -17,10 +17,20 @@ from lightning_dhellam.pipeline.schedules import (
     interleaved_1f1b,
     one_f_one_b,
     peak_activations,
+    sends_ahead,
+    walks,
     zero_bubble_v,
 )
 from lightning_dhellam.plan import Strand
-from lightning_dhellam.search.pipeline import Link, PipelineRun, UniformCosts, VisitCost, play
+from lightning_dhellam.search.measure import Transfer
+from lightning_dhellam.search.pipeline import (
+    Link,
+    PipelineRun,
+    UniformCosts,
+    VisitCost,
+    links_of,
+    play,
+)
 
 Make = Callable[[int, int], Schedule]
 SIZES = [(1, 4), (2, 4), (3, 9), (4, 8), (4, 20), (8, 24)]
@@ -162,6 +172,47 @@ def test_a_stage_sends_one_message_at_a_time() -> None:
     played = play(one_f_one_b(3, 2), UniformCosts(message=3.0), Link(bandwidth=1.0))
     starts = [s.start for s in played.stages[1].intervals if s.works[0].part is Part.FORWARD]
     assert starts == pytest.approx([4, 7])
+
+
+def test_each_stage_has_a_link_of_its_own_to_each_neighbour() -> None:
+    """Forward 0-1, 1 s, 2-3, no way, forward and backward 3-6; 4 s, 10-12; 2 s, 14-16."""
+    links = {(0, 1): Link(4.0), (2, 1): Link(1.0), (1, 0): Link(4.0, 1.0)}
+    played = play(one_f_one_b(3, 1), UniformCosts(message=4.0), links)
+    assert starts(played) == [
+        pytest.approx([0, 14]),
+        pytest.approx([2, 10]),
+        pytest.approx([3, 4]),
+    ]
+    assert played.seconds == pytest.approx(16.0)
+
+
+def test_a_link_follows_from_two_sizes_and_none_from_nothing() -> None:
+    def row(size: float, beside: float, takes: float = 0.0) -> Transfer:
+        return Transfer(0, 1, size, beside / 2, beside, takes)
+
+    assert links_of([]) == {}
+    assert links_of([row(100.0, 2.0, 0.3), row(20.0, 1.2, 0.1)]) == {(0, 1): Link(100.0, 1.0, 0.3)}
+    assert links_of([row(100.0, 2.0)]) == {(0, 1): Link(50.0)}
+    assert links_of([row(100.0, 2.0), row(20.0, 3.0)]) == {(0, 1): Link(50.0)}, "noise"
+    assert links_of([row(100.0, 2.0), row(50.0, 0.5)]) == {(0, 1): Link(50.0)}, (
+        "no negative latency"
+    )
+    assert links_of([row(100.0, 2.0, 1.7)])[0, 1].takes < 1.0
+
+
+def test_a_sender_waits_for_what_it_has_sent_some_walks_before() -> None:
+    """In the fold of two stages that is two walks; a message takes 6 s here, and a forward 1."""
+    schedule = fold(2, 4)
+    ahead = sends_ahead(schedule)
+    costs = UniformCosts(message=6.0)
+    walks_of = walks(schedule.visits[0])
+    played = play(schedule, costs, Link(1.0))
+    begins = {visit.works: visit.start for visit in played.stages[0].intervals}
+    ends = {visit.works: visit.end for visit in played.stages[0].intervals}
+    for number, walk in enumerate(walks_of[ahead:], ahead):
+        for works in walks_of[number - ahead]:
+            if any(schedule.sent_to(work) is not None for work in works):
+                assert begins[walk[0]] >= ends[works] + 6.0 - 1e-9
 
 
 class EarlyForward:

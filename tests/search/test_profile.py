@@ -16,6 +16,7 @@ from lightning_dhellam.search.measure import (
     Samples,
     Target,
     Timing,
+    Transfer,
     measure,
     merged,
     perturbed,
@@ -175,12 +176,27 @@ def test_profiles_of_the_same_graphs_are_merged_into_their_medians() -> None:
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
-    profile, _, _ = _measured()
+    found, _, _ = _measured()
+    profile = replace(found, transfers=(Transfer(0, 1, 8192.0, 1e-3, 1.5e-3, 0.2),))
     path = tmp_path / "runs" / "profile.json"
     profile.save(path)
     assert Profile.load(path, FINGERPRINT) == profile
     assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
     assert '{"operator": "transformer/qkv.gather", "partner": null, "median":' in path.read_text()
+
+
+def test_a_profile_of_before_knows_no_transfers(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile, _, _ = _measured()
+    profile.save(path)
+    fields = json.loads(path.read_text())
+    assert fields.pop("transfers") == []
+    path.write_text(json.dumps(fields))
+    assert Profile.load(path, FINGERPRINT) == profile
+    row = {"source": 0, "target": 1, "bytes": 8.0, "seconds": 0.0, "beside": 1.0}
+    path.write_text(json.dumps({**fields, "transfers": [row]}))
+    with pytest.raises(FileError, match=r"a transfer of 8\.0 bytes takes 0\.0 s"):
+        Profile.load(path)
 
 
 def test_a_profile_holds_its_graphs(tmp_path: Path) -> None:

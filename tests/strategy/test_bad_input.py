@@ -50,7 +50,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown-schedule": (
         _arguments(schedule="dualpipe"),
         r"schedule='dualpipe' is not a known schedule: use 1f1b or interleaved-1f1b or zb-v or"
-        r" dualpipe-v or fold, or the path of a file.*did you mean 'dualpipe-v'",
+        r" dualpipe-v or fold or auto, or the path of a file.*did you mean 'dualpipe-v'",
     ),
     "schedule-of-no-chunks": (
         _arguments(schedule="interleaved-1f1b-0", pipeline_parallel_size=2),

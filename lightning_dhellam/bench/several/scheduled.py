@@ -6,6 +6,7 @@ predicted best: what `schedule='auto'` comes to in a run.
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
 from lightning_dhellam.autosearch.schedules import SEARCHED, TRIED, Forecast, forecast
+from lightning_dhellam.autosearch.transfers import take_transfers
 from lightning_dhellam.bench.several.job import AUTO, Job, memory_of
 from lightning_dhellam.bench.several.steps import Note, Side, Watch, timed
 from lightning_dhellam.pipeline.schedules import Scheme, scheme_of
@@ -22,7 +24,7 @@ from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs, simulate
-from lightning_dhellam.search.pipeline import Effort
+from lightning_dhellam.search.pipeline import Effort, links_of
 
 
 def measure(job: Job, device: torch.device, note: Note) -> None:
@@ -50,6 +52,7 @@ def measure(job: Job, device: torch.device, note: Note) -> None:
         clock = Watch()
         profile = training.profile()
         shared: dict[str, Any] = {"layers": config.num_layers, "profile s": clock.lap()}
+        shared["transfers"] = [asdict(row) for row in profile.transfers]
         for count in job.counts:
             training.take(count)
             clock.lap()
@@ -93,7 +96,10 @@ class _Training:
         piece = runner.intake.micro_batches(self._batch)[0]
         agreed = runner.agreed
         made_for = fingerprint(agreed.engine, piece, agreed.conditions, agreed.kernels.names)
-        return take_profile(runner.engine, piece, made_for, group=runner.context.stage_group)
+        profile = take_profile(runner.engine, piece, made_for, group=runner.context.stage_group)
+        tokens = self._job.micro_batch * self._job.length // self._job.context
+        transfers = take_transfers(runner.engine, runner.context, tokens)
+        return replace(profile, transfers=transfers)
 
     def forecast(self, profile: Profile) -> Forecast:
         """What schedules would take, with the plan that the run has."""
@@ -110,6 +116,7 @@ class _Training:
             busy=alone.utilisation[Lane.COMPUTE],
             tokens=tokens,
             micro_batches=self._count,
+            links=links_of(profile.transfers),
             effort=Effort() if AUTO in self._job.schedules else None,
         )
 

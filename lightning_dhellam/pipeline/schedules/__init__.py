@@ -2,13 +2,17 @@
 
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
 from lightning_dhellam.pipeline.schedules.named import (
+    AUTO,
+    FIRST,
     SCHEDULES,
     Found,
     Scheme,
     check_placed,
     counts_of,
+    kept,
     placement_of,
     playable,
+    restored,
     scheme_of,
 )
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
@@ -30,6 +34,8 @@ from lightning_dhellam.pipeline.schedules.work import (
 from lightning_dhellam.plan.placement import Edge, Placement
 
 __all__ = [
+    "AUTO",
+    "FIRST",
     "LIVE",
     "SCHEDULES",
     "Edge",
@@ -48,12 +54,14 @@ __all__ = [
     "dual_pipe_v",
     "fold",
     "interleaved_1f1b",
+    "kept",
     "live_activations",
     "one",
     "one_f_one_b",
     "peak_activations",
     "placement_of",
     "playable",
+    "restored",
     "scheme_of",
     "sends_ahead",
     "shown",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
@@ -19,6 +20,10 @@ from lightning_dhellam.plan.placement import Placement
 Scheme = Callable[[int, int], Schedule]
 """Makes a schedule of stages and micro-batches; refuses numbers with a `ScheduleError`."""
 
+AUTO = "auto"
+"""In place of a name: the best is searched in the first steps of a run."""
+FIRST = "fold"
+"""What a run begins with that is to search."""
 SCHEDULES: Mapping[str, Scheme] = {
     "1f1b": one_f_one_b,
     "interleaved-1f1b": interleaved_1f1b,
@@ -79,6 +84,33 @@ class Found:
         return self.otherwise(stages, micro_batches)
 
 
+def kept(name: str, scheme: Scheme) -> dict[str, Any]:
+    """Return a schedule that was chosen as plain values, for `restored`."""
+    if not isinstance(scheme, Found):
+        return {"name": name}
+    (otherwise,) = (known for known, make in SCHEDULES.items() if make is scheme.otherwise)
+    return {"name": name, "table": str(scheme.schedule).splitlines(), "otherwise": otherwise}
+
+
+def restored(fields: Mapping[str, Any], stages: int) -> tuple[str, Scheme]:
+    """Return the name of a schedule that was kept, and what makes it.
+
+    Raises:
+        ScheduleError: it is none for so many stages.
+    """
+    if "table" not in fields:
+        return fields["name"], scheme_of(fields["name"], stages)
+    found = Schedule.parse("\n".join(fields["table"]))
+    verify(found)
+    otherwise = scheme_of(fields["otherwise"], stages)
+    if found.placement != otherwise(stages, 1).placement:
+        raise ScheduleError(
+            f"schedule '{fields['name']}' is of chunks on stages {found.placement}, and"
+            f" pipeline_parallel_size is {stages}: search again"
+        )
+    return fields["name"], Found(found, otherwise)
+
+
 def counts_of(scheme: Scheme, stages: int) -> tuple[int, ...]:
     """Return numbers of micro-batches whose steps, together, have every kind of visit."""
     some = range(1, 2 * stages + 2)
@@ -109,10 +141,13 @@ def named(schedule: str) -> Scheme | None:
 def scheme_of(schedule: str, stages: int) -> Scheme:
     """What makes the schedules of a run: of that name, or of the file of that path.
 
+    With `auto` it is what a search begins with.
+
     Raises:
         ScheduleError: an unknown name, or a file that holds no schedule for so many stages or one
             that cannot be carried out.
     """
+    schedule = FIRST if schedule == AUTO else schedule
     scheme = named(schedule)
     if scheme is None and Path(schedule).suffix:
         scheme = _written(schedule)
@@ -121,8 +156,8 @@ def scheme_of(schedule: str, stages: int) -> Scheme:
         close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ScheduleError(
-            f"schedule='{schedule}' is not a known schedule: use {' or '.join(SCHEDULES)}, or the"
-            f" path of a file that holds one{hint}"
+            f"schedule='{schedule}' is not a known schedule: use {' or '.join(SCHEDULES)} or"
+            f" {AUTO}, or the path of a file that holds one{hint}"
         )
     return scheme
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.walks import Walk, walks
@@ -145,19 +146,24 @@ def _check_alive(schedule: Schedule) -> None:
             )
 
 
+@lru_cache(maxsize=256)
 def sends_ahead(schedule: Schedule) -> int:
     """Return after how many walks a sender may wait for its transfers, whose memory it wants back.
 
-    Where visits take equally long no stage is then held up by a receive that is not posted, and
-    so none waits for ever, whatever the times are. It is at least 2.
+    Where visits take equally long no stage is then held up by a receive that is not posted. Nor
+    does any wait for ever, whatever the times are: two that begin walks at the same moment, each
+    after a receive that the other posts in its own, would. It is at least 2.
     """
+    ahead = _ahead_in_step(schedule)
+    while not _goes_through(schedule, ahead):
+        ahead += 1
+    return ahead
+
+
+def _ahead_in_step(schedule: Schedule) -> int:
+    """After how many walks a sender may wait where all visits take equally long."""
     rows = _rows(schedule)
-    receivers = {
-        work: (row, number)
-        for row in rows
-        for number, walk in enumerate(row.walks)
-        for work in row.received(walk)
-    }
+    receivers = _receivers(rows)
     done, sent, most = set[Work](), list[tuple[_Row, int, Work]](), 2
     while not all(row.finished for row in rows):
         for row, number in [(row, row.ended) for row in rows if row.spend(done)]:
@@ -169,6 +175,52 @@ def sends_ahead(schedule: Schedule) -> int:
         sent = [message for message in sent if not _is_posted(*receivers[message[2]])]
         most = max(most, *(row.ended - number + 1 for row, number, _ in sent), 0)
     return most
+
+
+def _goes_through(schedule: Schedule, ahead: int) -> bool:
+    """Whether stages get to their ends that wait for what they have sent `ahead` walks before."""
+    rows, done = _rows(schedule), set[Work]()
+    receivers = _receivers(rows)
+    sent = {
+        (row.stage, number): [
+            receivers[done_as(work)] for work in _works(walk) if schedule.sent_to(work) is not None
+        ]
+        for row in rows
+        for number, walk in enumerate(row.walks)
+    }
+    begun = [0] * len(rows)
+
+    def may_begin(row: _Row) -> bool:
+        """Before a walk it waits for the sends of one more; those before have been waited for."""
+        waited = sent.get((row.stage, row.ended - ahead), [])
+        return all(number - POSTED_AHEAD < begun[other.stage] for other, number in waited)
+
+    moved = True
+    while moved:
+        moved = False
+        for row in rows:
+            while not row.finished:
+                if begun[row.stage] == row.ended:
+                    if not may_begin(row):
+                        break
+                    begun[row.stage] += 1
+                elif row.missing(done):
+                    break
+                else:
+                    done.update(done_as(work) for work in _works(row.walks[row.ended]))
+                    row.ended += 1
+                moved = True
+    return all(row.finished for row in rows)
+
+
+def _receivers(rows: list[_Row]) -> dict[Work, tuple[_Row, int]]:
+    """Who receives the result of a work, and for which of his walks."""
+    return {
+        work: (row, number)
+        for row in rows
+        for number, walk in enumerate(row.walks)
+        for work in row.received(walk)
+    }
 
 
 def _is_posted(row: _Row, number: int) -> bool:

@@ -168,7 +168,7 @@ def constructed(task, rules):  # type: ignore[no-untyped-def]
             if chunk + 1 < chunks:
                 dirty[place[chunk + 1]] = True
                 if place[chunk + 1] != best:
-                    made += task.wires.carry[chunk, 0] + task.wires.latency
+                    made += task.wires.carry[chunk, 0] + task.wires.late[chunk, 0]
             forward[chunk + 1, k] = made
         if b >= 0:
             c, part = b // PARTS, b % PARTS
@@ -182,5 +182,5 @@ def constructed(task, rules):  # type: ignore[no-untyped-def]
             if chunk > 0:
                 dirty[place[chunk - 1]] = True
                 if place[chunk - 1] != best:
-                    made += task.wires.carry[chunk, 1] + task.wires.latency
+                    made += task.wires.carry[chunk, 1] + task.wires.late[chunk, 1]
             backward[chunk, k] = made

@@ -15,7 +15,8 @@ from math import inf
 import numpy as np
 
 from lightning_dhellam.pipeline.schedules import Placement, Schedule, ScheduleError, verify
-from lightning_dhellam.search.pipeline.playing import Link, play, wires_of
+from lightning_dhellam.search.pipeline.links import Link, Links
+from lightning_dhellam.search.pipeline.playing import play, wires_of
 from lightning_dhellam.search.pipeline.searched.greedy import Rules, constructed
 from lightning_dhellam.search.pipeline.searched.letters import Letters, Task, excess, judged
 from lightning_dhellam.search.pipeline.searched.moves import annealed
@@ -45,7 +46,7 @@ def searched(
     placement: Placement,
     micro_batches: int,
     costs: VisitCosts,
-    link: Link | None = None,
+    link: Link | Links | None = None,
     *,
     limits: Sequence[float] = (),
     reductions: Sequence[float] = (),
@@ -61,7 +62,7 @@ def searched(
         placement: which stage holds each chunk.
         micro_batches: how many a step has.
         costs: of every kind of visit, such as those of `VisitTable.of_kinds`.
-        link: between stages; transfers are free without.
+        link: between all stages, or by source and target; transfers are free without.
         limits: most saved activations of each stage, in the unit of `costs`; none if not given.
         reductions: see `play`.
         known: schedules of the same placement to begin with.
