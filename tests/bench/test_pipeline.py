@@ -18,15 +18,25 @@ def test_all_sides_agree_and_are_written(
     printed = capsys.readouterr().out
     (file,) = tmp_path.glob("pipeline-*.json")
     rows = json.loads(file.read_text())["rows"]
+    auto = rows[3]["side"]
     assert [row["side"] for row in rows] == [
-        "folded, two strands",
-        "folded, sequential",
+        "fold",
+        "zb-v",
+        "dualpipe-v",
+        auto,
         "Megatron-core 1F1B",
     ]
+    assert auto.startswith("auto: ")
     for row in rows:
         assert row["side"] in printed
         assert len(row["seconds"]) == 2 and row["error"] <= 1e-5
         assert 8 < row["loss"] < 9 and row["grad norm"] > 0
+        assert row["over megatron-core"] == pytest.approx(rows[-1]["ms"] / row["ms"])
+
+
+def test_a_schedule_of_other_placements_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--schedules: '1f1b' is not .*use zb-v or dualpipe-v"):
+        bench_command(["pipeline", "--schedules=['1f1b']"])
 
 
 def test_layers_that_megatron_cannot_split_are_refused() -> None:

@@ -1,9 +1,9 @@
-"""`dhellam bench pipeline`: the folded pipeline against Megatron-core's 1F1B, on CPU with gloo.
+"""`dhellam bench pipeline`: our schedules against Megatron-core's 1F1B, on CPU with gloo.
 
-All sides have the same weights and micro-batches, split the same model over the same processes,
-and run forward and backward of a step without an optimizer. On one machine the processes share its
-cores, so the times say what the schedules cost there, not what a cluster would gain; losses and
-gradient norms show that all sides compute the same.
+`auto` is what `schedule='auto'` comes to. All sides have the same weights and micro-batches, split
+the same model over the same processes, and run forward and backward of a step without an optimizer.
+On one machine the processes share its cores, so the times say what the schedules cost there, not
+what a cluster would gain; losses and gradient norms show that all sides compute the same.
 """
 
 from lightning_dhellam.bench.benchmark import Benchmark
@@ -11,6 +11,6 @@ from lightning_dhellam.bench.pipeline.run import measure
 from lightning_dhellam.bench.pipeline.settings import Settings
 
 BENCHMARK = Benchmark(
-    "pipeline", "the folded pipeline against Megatron-core's 1F1B, CPU processes with gloo",
+    "pipeline", "our schedules against Megatron-core's 1F1B, CPU processes with gloo",
     Settings, measure,
 )  # fmt: skip

@@ -10,7 +10,10 @@ from lightning_dhellam.bench.pipeline.settings import Settings
 from lightning_dhellam.bench.report import Row
 
 MEGATRON = "Megatron-core 1F1B"
-COLUMNS = ("side", "stages", "micro-batches", "ms", "tokens/s", "loss", "grad norm", "error")
+COLUMNS = (
+    "side", "stages", "micro-batches", "ms", "over megatron-core", "tokens/s", "loss",
+    "grad norm", "error",
+)  # fmt: skip
 _TOLERANCE = 1e-5
 """The relative error of loss and gradient norm up to which sides compute the same, in fp32."""
 
@@ -45,6 +48,7 @@ def rows_of(settings: Settings, sides: Mapping[str, Measured]) -> list[Row]:
             "stages": settings.stages,
             "micro-batches": settings.micro_batches,
             "ms": seconds * 1000,
+            "over megatron-core": median(reference.seconds) / seconds,
             "tokens/s": settings.micro_batches * settings.sequence / seconds,
             "loss": found.loss,
             "grad norm": found.grad_norm,

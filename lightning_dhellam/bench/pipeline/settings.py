@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.models import ModelConfig, preset
+from lightning_dhellam.pipeline.schedules import AUTO, Placement, playable
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Settings:
     sequence: int = 128
     """Tokens of a sequence."""
 
+    schedules: tuple[str, ...] = ("fold", "zb-v", "dualpipe-v", "auto")
+    """Our sides: schedules by name, and `auto` for the one that is chosen on real steps."""
+
+    plan: str = "sequential"
+    """The plan of ours."""
+
     steps: int = 5
     """Steps that are timed; the median counts."""
 
@@ -39,6 +46,13 @@ class Settings:
                 f"--layers {layers} --stages {stages}: Megatron-core's 1F1B needs two stages or"
                 " more, and as many layers on each: make --layers a multiple of --stages"
             )
+        known = (*playable(Placement.folded(stages)), AUTO)
+        for schedule in self.schedules:
+            if schedule not in known:
+                raise ValueError(
+                    f"--schedules: '{schedule}' is not a schedule of folded layers: use"
+                    f" {' or '.join(known)}"
+                )
         for name in ("micro_batches", "sequence", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")

@@ -6,25 +6,20 @@ predicted best: what `schedule='auto'` comes to in a run.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_dhellam.autosearch.profiling import fingerprint, take_profile
 from lightning_dhellam.autosearch.schedules import SEARCHED, TRIED, Forecast, forecast
-from lightning_dhellam.autosearch.transfers import take_transfers
+from lightning_dhellam.bench.scheduling import Measured
 from lightning_dhellam.bench.several.job import AUTO, Job, memory_of
 from lightning_dhellam.bench.several.steps import Note, Side, Watch, timed
 from lightning_dhellam.pipeline.schedules import Scheme, scheme_of
-from lightning_dhellam.plan import Lane
-from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.runner import Runner
-from lightning_dhellam.search.measure import Profile
-from lightning_dhellam.search.model import Costs, simulate
-from lightning_dhellam.search.pipeline import Effort, links_of
+from lightning_dhellam.search.pipeline import Effort
 
 
 def measure(job: Job, device: torch.device, note: Note) -> None:
@@ -50,13 +45,13 @@ def measure(job: Job, device: torch.device, note: Note) -> None:
         training.take(job.counts[0])
         training.step()
         clock = Watch()
-        profile = training.profile()
+        found = training.measured()
         shared: dict[str, Any] = {"layers": config.num_layers, "profile s": clock.lap()}
-        shared["transfers"] = [asdict(row) for row in profile.transfers]
+        shared["transfers"] = [asdict(row) for row in found.profile.transfers]
         for count in job.counts:
             training.take(count)
             clock.lap()
-            known = training.forecast(profile)
+            known = training.forecast(found)
             training.measure(
                 known, note, {**shared, "micro-batches": count, "search s": clock.lap()}
             )
@@ -91,32 +86,20 @@ class _Training:
         self._update()
         return float(loss), float(norm)
 
-    def profile(self) -> Profile:
-        runner = self._runner
-        piece = runner.intake.micro_batches(self._batch)[0]
-        agreed = runner.agreed
-        made_for = fingerprint(agreed.engine, piece, agreed.conditions, agreed.kernels.names)
-        profile = take_profile(runner.engine, piece, made_for, group=runner.context.stage_group)
-        tokens = self._job.micro_batch * self._job.length // self._job.context
-        transfers = take_transfers(runner.engine, runner.context, tokens)
-        return replace(profile, transfers=transfers)
+    def measured(self) -> Measured:
+        """What the run has shown so far."""
+        return Measured.of(self._runner, self._batch)
 
-    def forecast(self, profile: Profile) -> Forecast:
+    def forecast(self, known: Measured) -> Forecast:
         """What schedules would take, with the plan that the run has."""
-        runner, costs = self._runner, Costs.of(profile)
-        builder = named_plan(runner.plan, runner.agreed.conditions)
-        tokens = self._job.micro_batch * self._job.length // self._job.context
-        alone = simulate(
-            runner.engine.layers, builder, costs, micro_batches=self._count, tokens=tokens
-        )
         return forecast(
-            runner,
-            costs,
-            builder,
-            busy=alone.utilisation[Lane.COMPUTE],
-            tokens=tokens,
+            self._runner,
+            known.costs,
+            known.builder,
+            busy=known.busy(self._runner, self._count),
+            tokens=known.tokens,
             micro_batches=self._count,
-            links=links_of(profile.transfers),
+            links=known.links,
             effort=Effort() if AUTO in self._job.schedules else None,
         )
 
