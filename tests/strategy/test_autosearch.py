@@ -693,8 +693,8 @@ def test_plans_that_need_more_memory_than_allowed_are_not_tried(
 def test_auto_is_attached_once_and_before_others() -> None:
     other = InUse()
     trainer = make_trainer({"plan": "auto"}, [other])
-    autosearch.AutoSearch.attach(trainer)
-    autosearch.AutoSearch.attach(trainer)
+    autosearch.AutoSearch.attach(trainer, plans=True, schedules=False)
+    autosearch.AutoSearch.attach(trainer, plans=True, schedules=False)
     kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     assert kinds.count(AutoSearch) == 1 and kinds.index(AutoSearch) < kinds.index(InUse)
 
