@@ -1,14 +1,16 @@
 """Times transfers between neighbouring stages of a pipeline, as steps have them: both ways at once.
 
-Stages 0 and 1, 2 and 3 and so on exchange a message, and then stages 1 and 2, 3 and 4, so that a
-stage sends one message at a time and receives one. Each pair does so while nothing computes, and
-then while both compute as hard as they can.
+Pairs of stages take turns, 0 and 1 beside 2 and 3 and so on, then 1 and 2 beside 3 and 4, so that a
+stage sends one message at a time and receives one. Each pair exchanges messages while nothing
+computes, and then while both compute as hard as they can.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from statistics import median
 
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import largest
-from lightning_dhellam.plan import Strand
+from lightning_dhellam.parallel.collectives import largest, receive, send
+from lightning_dhellam.parallel.work import Work
+from lightning_dhellam.plan.placement import Edge
 from lightning_dhellam.search.measure import Transfer
 
 _SHARES = (1.0, 0.25)
@@ -28,6 +31,8 @@ _EACH = 8
 """Messages in a row, of which each round tells the mean."""
 _SIDE = {"cuda": 4096, "cpu": 192}
 """Rows and columns of the matrices that are multiplied meanwhile."""
+_MOST = 0.9
+"""Share of computation that messages take at most, whatever disturbs a host."""
 _LONGER = 1.3
 """How many times as long as the messages computation is to last."""
 
@@ -44,21 +49,31 @@ def take_transfers(engine: Engine, context: ParallelContext, tokens: int) -> tup
         return ()
     own = torch.tensor([_message(engine) * tokens], dtype=torch.float64)
     size = float(largest(own, context.world_group))
-    stage, stages = context.topology.pp_rank, context.topology.pp_size
+    stage = context.topology.pp_rank
     timer = _Timer(context)
     found = []
-    for first in range(2):
-        other = stage + 1 if stage % 2 == first else stage - 1
+    for pairs in _turns(context.edges):
+        other = next((sum(pair) - stage for pair in pairs if stage in pair), None)
         for share in _SHARES:
             count = max(4, int(size * share))
             # Who has no neighbour in this turn goes along: ranks of a stage compare their times.
-            times = timer.exchanged(other if 0 <= other < stages else None, count)
-            seconds, beside, takes = largest(
-                torch.tensor(times, dtype=torch.float64), context.stage_group
-            ).tolist()
-            if 0 <= other < stages:
+            times = torch.tensor(timer.exchanged(other, count), dtype=torch.float64)
+            seconds, beside, takes = largest(times, context.stage_group).tolist()
+            if other is not None:
                 found.append(Transfer(stage, other, float(count), seconds, beside, takes))
     return tuple(found)
+
+
+def _turns(edges: Iterable[Edge]) -> list[list[tuple[int, int]]]:
+    """Pairs of stages that have an edge, in turns in which each stage is in one pair."""
+    turns: list[list[tuple[int, int]]] = []
+    for pair in sorted({(min(edge[:2]), max(edge[:2])) for edge in edges}):
+        free = [turn for turn in turns if not {*pair} & {stage for one in turn for stage in one}]
+        if free:
+            free[0].append(pair)
+        else:
+            turns.append([pair])
+    return turns
 
 
 def _message(engine: Engine) -> float:
@@ -82,6 +97,8 @@ class _Timer:
         dtype = torch.bfloat16 if self._cuda else torch.float32
         self._matrix = torch.ones(side, side, device=context.device, dtype=dtype)
         self._product = torch.empty_like(self._matrix)
+        # What is sent waits for nothing that is received, as in a step: a stream for each.
+        self._streams = [torch.cuda.Stream(self._device) for _ in range(2)] if self._cuda else []
 
     def exchanged(self, other: int | None, size: int) -> tuple[float, float, float]:
         """Exchange messages of `size` bytes with a stage, if there is one.
@@ -93,95 +110,76 @@ class _Timer:
                 self._meet()
             return 0.0, 0.0, 0.0
         out, into = (torch.zeros(size, dtype=torch.uint8, device=self._device) for _ in range(2))
-
-        def begun() -> list[dist.Work]:
-            return self._begun(other, out, into)
-
-        def exchange() -> None:
-            _end(begun())
-
+        messages = partial(self._messages, other, out, into)
         self._meet()
-        exchange()  # the first one may connect
+        self._timed(messages, 1)  # the first ones may connect, and load kernels
         alone, beside, taken = list[float](), list[float](), list[float]()
         for _ in range(_ROUNDS):
             self._meet()
-            alone.append(self._seconds(exchange) / _EACH)
-        once = max(self._seconds(self._compute), 1e-9) / _EACH
+            alone.append(self._timed(messages, 0)[1] / _EACH)
+        once = max(self._timed(None, _EACH)[0] / _EACH, 1e-9)
         products = max(1, round(_LONGER * median(alone) * _EACH / once))
-        still = median(self._seconds(self._compute, products) for _ in range(_ROUNDS))
+        still = median(self._timed(None, products)[0] for _ in range(_ROUNDS))
         for _ in range(_ROUNDS):
             self._meet()
-            computed, sent = self._both(begun, products)
+            computed, sent = self._timed(messages, products)
             if not self._cuda and sent <= 1.05 * computed:
                 sent = min(computed, _EACH * median(alone))  # nobody has seen when it was over
             beside.append(sent / _EACH)
             taken.append((computed - still) / max(min(sent, computed), 1e-9))
-        return median(alone), median(beside), max(0.0, median(taken))
+        return median(alone), median(beside), min(max(0.0, median(taken)), _MOST)
 
     def _meet(self) -> None:
         """Begin together, all stages."""
-        self._synchronize()
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
         dist.barrier(self._context.host_group)
 
-    def _begun(self, other: int, out: Tensor, into: Tensor) -> list[dist.Work]:
-        """Begin to exchange a message."""
+    def _messages(self, other: int, out: Tensor, into: Tensor) -> list[Work]:
+        """Send and receive some in a row. Returns what is to be waited for on a host."""
         here, edges = self._context.topology.pp_rank, self._context.edges
-        strand = str(Strand.FORWARD)
-        works = (
-            dist.irecv(into, group=edges[other, here, strand], group_src=other),
-            dist.isend(out, group=edges[here, other, strand], group_dst=other),
-        )
+        away = next(edges[edge] for edge in edges if edge[:2] == (here, other))
+        back = next(edges[edge] for edge in edges if edge[:2] == (other, here))
+        ways = (partial(send, out, other, away), partial(receive, into, other, back))
+        works = []
+        for _ in range(_EACH):
+            for number, way in enumerate(ways):
+                with torch.cuda.stream(self._streams[number]) if self._cuda else nullcontext():
+                    works.append(way().work)
         return [work for work in works if work is not None]
 
-    def _compute(self) -> None:
-        torch.mm(self._matrix, self._matrix, out=self._product)
-
-    def _seconds(self, run: Callable[[], None], times: int = _EACH) -> float:
-        """Seconds of so many runs in a row."""
-        if not self._cuda:
-            begin = time.perf_counter()
-            for _ in range(times):
-                run()
-            return time.perf_counter() - begin
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(times):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-
-    def _both(self, begun: Callable[[], list[dist.Work]], products: int) -> tuple[float, float]:
-        """Seconds of computation, and of the messages meanwhile.
+    def _timed(
+        self, messages: Callable[[], list[Work]] | None, products: int
+    ) -> tuple[float, float]:
+        """Seconds of so many products, and of messages meanwhile.
 
         On a host other threads have the messages in hand, and tell only whether they are done.
         """
         if not self._cuda:
             begin = time.perf_counter()
-            works = [work for _ in range(_EACH) for work in begun()]
-            computed = self._seconds(self._compute, products)
-            _end(works)
+            works = messages() if messages is not None else []
+            middle = time.perf_counter()
+            self._compute(products)
+            computed = time.perf_counter() - middle
+            for work in works:
+                work.wait()
             return computed, time.perf_counter() - begin
-        start, sent, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        side = torch.cuda.Stream(self._device)
+        start, done, *ends = (
+            torch.cuda.Event(enable_timing=True) for _ in range(2 + len(self._streams))
+        )
         start.record()
-        side.wait_event(start)
-        with torch.cuda.stream(side):
-            for _ in range(_EACH):
-                _end(begun())
-            sent.record()
-        for _ in range(products):
-            self._compute()
+        for stream in self._streams:
+            stream.wait_event(start)
+        if messages is not None:
+            messages()
+        for stream, end in zip(self._streams, ends, strict=True):
+            end.record(stream)
+        self._compute(products)
         done.record()
-        self._synchronize()
-        return float(start.elapsed_time(done)) / 1000, float(start.elapsed_time(sent)) / 1000
+        torch.cuda.synchronize(self._device)
+        sent = max(start.elapsed_time(end) for end in ends)
+        return float(start.elapsed_time(done)) / 1000, float(sent) / 1000
 
-    def _synchronize(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-
-
-def _end(works: Sequence[dist.Work]) -> None:
-    """Wait for them: on the host, or on a GPU the stream that is current."""
-    for work in works:
-        work.wait()
+    def _compute(self, products: int) -> None:
+        for _ in range(products):
+            torch.mm(self._matrix, self._matrix, out=self._product)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_dhellam.autosearch.transfers import take_transfers
 from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.layers import lower
 from lightning_dhellam.models import CausalLM, export_llama, import_llama
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.search.measure import Transfer
 from tests.engine.harness import (
     add_main_grads,
     batch_of,
@@ -290,6 +292,38 @@ def test_a_search_changes_no_loss() -> None:
     for losses in run_ranks(2, _searched, backend="nccl", timeout=240):
         assert len(losses["auto"]) == 60
         assert losses["auto"] == losses["sequential"]
+
+
+def _scheduled(rank: int) -> dict[str, list[float]]:
+    _reproducible()
+    join(rank, 2)
+    options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 40, "samples": 320}
+    strategy = {"pipeline_parallel_size": 2, "micro_batch_size": 1}
+    return {
+        name: train_under_lightning({**strategy, "schedule": name}, Model(**HEADS), **options)
+        for name in ("fold", "auto")
+    }
+
+
+def test_a_search_of_schedules_changes_no_loss() -> None:
+    needs(2)
+    for losses in run_ranks(2, _scheduled, backend="nccl", timeout=240):
+        assert len(losses["auto"]) == 40
+        assert losses["auto"] == losses["fold"]
+
+
+def _transfers(rank: int) -> list[Transfer]:
+    context = _context(rank, {"pipeline_parallel_size": 2})
+    model = prepared(CONFIG, context).to(context.device)
+    return list(take_transfers(engine_of(lower(model), context.device), context, 1 << 16))
+
+
+def test_transfers_between_two_gpus_are_timed_beside_compute() -> None:
+    needs(2)
+    for stage, rows in enumerate(run_ranks(2, _transfers, backend="nccl")):
+        assert {(row.source, row.target) for row in rows} == {(stage, 1 - stage)}
+        for row in rows:
+            assert 0 < row.seconds < 1 and 0 < row.beside < 1 and 0 <= row.takes < 1, row
 
 
 def _used_again(rank: int, sizes: dict[str, int]) -> None:
