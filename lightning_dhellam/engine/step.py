@@ -138,12 +138,16 @@ class Engine:
         `on_gradient` is called for the last micro-batch only, whose additions are the last ones.
         Returns the loss of the batch, a scalar in fp32; 0 on a stage that does not have it.
         """
-        self._rehearsals.before(("train", self._builder), micro_batches, self._train_alone)
+        self.rehearse(micro_batches)
         with torch.no_grad():
             self._beside(self._ends.prologue)
             losses = self._train(micro_batches, self.stage.step(len(micro_batches)), on_gradient)
             self._beside(self._ends.epilogue, on_gradient)
             return _total(losses, micro_batches)
+
+    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Do alone what this stage's next training step needs of it, unless it is known."""
+        self._rehearsals.before(("train", self._builder), micro_batches, self._train_alone)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """The loss of the batch, forward only: a scalar in fp32; 0 where it is not known."""

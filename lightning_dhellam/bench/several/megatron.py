@@ -34,7 +34,7 @@ from lightning_dhellam.parallel.collectives import largest, reduced
 from lightning_dhellam.parallel.zigzag import own_part
 
 _WARM_UP = 2
-"""Steps before the first that is timed, of each model; one of each number of micro-batches."""
+"""Steps before the first that is timed, of each model."""
 
 
 class Training:
@@ -95,8 +95,8 @@ class Training:
         }
         self._pieces = cut_in_pieces(own, self._job.micro_batch)
 
-    def gradients(self) -> Tensor | None:
-        """Forward and backward of a step, with the gradients reduced. Returns the loss."""
+    def gradients(self) -> float:
+        """Forward and backward of a step, with the gradients reduced. Returns the global loss."""
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -111,7 +111,12 @@ class Training:
             seq_length=self._job.length,
             micro_batch_size=self._job.micro_batch,
         )
-        return torch.stack([part["loss"] for part in parts]).mean() if parts else None
+        own = torch.zeros(1, device=self.context.device)
+        if parts:
+            own += torch.stack([part["loss"].float() for part in parts]).mean()
+        own = reduced(own, self.context.groups.dp_cp)
+        # The last stage has it.
+        return float(largest(own if parts else own.fill_(-torch.inf), dist.group.WORLD))
 
     def update(self) -> None:
         """Step the optimizer on the gradients."""
@@ -159,20 +164,14 @@ def _how(chunks: str) -> dict[str, str]:
 
 
 def _measured(training: Training, job: Job, count: int) -> dict[str, Any]:
-    context, device = training.context, training.context.device
-    for _ in range(_WARM_UP if count == job.counts[0] else 1):
-        loss = training.gradients()
-        norm = training.grad_norm()
-        training.update()
-    first = torch.zeros(1, device=device) if loss is None else loss.reshape(1).float()
-    first = reduced(first, context.groups.dp_cp)
-    if loss is None:
-        first.fill_(-torch.inf)
+    if count == job.counts[0]:
+        for _ in range(_WARM_UP):
+            training.gradients()
+            training.update()
+    side = Side(training.gradients, training.grad_norm, training.update)
     return {
         "micro-batches": count,
-        "loss": float(largest(first, dist.group.WORLD)),
-        "grad norm": norm,
-        **timed(Side(training.gradients, training.update), device, job.steps_of(count)),
+        **timed(side, training.context.device, job.steps_of(count)),
         "transformer-engine": job.transformer_engine,
         "gradient accumulation fusion": training.fuses,
         "connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),

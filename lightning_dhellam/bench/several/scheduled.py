@@ -77,14 +77,14 @@ class _Training:
             for name, values in rows.items()
         }
 
-    def gradients(self) -> Tensor:
-        return self._runner.mean(self._runner.train(self._batch))
+    def gradients(self) -> float:
+        """Forward and backward of a step. Returns the global loss."""
+        return float(self._runner.mean(self._runner.train(self._batch)))
 
-    def step(self) -> tuple[float, float]:
-        """A whole step. Returns its loss and the norm of its gradient."""
-        loss, norm = self.gradients(), self._runner.grad_norm()
+    def step(self) -> None:
+        """A whole step."""
+        self.gradients()
         self._update()
-        return float(loss), float(norm)
 
     def measured(self) -> Measured:
         """What the run has shown so far."""
@@ -126,16 +126,14 @@ class _Training:
 
     def _measured(self, name: str, scheme: Scheme, known: Forecast) -> dict[str, Any]:
         self._runner.use_schedule(name, scheme)
-        loss, norm = self.step()
+        if self._count == self._job.counts[0]:
+            self.step()
+        else:  # what a first step does besides, and not the step itself, which may take seconds
+            self._runner.engine.rehearse(self._runner.intake.micro_batches(self._batch))
         played = known.ranking.get(name)
+        side = Side(self.gradients, lambda: float(self._runner.grad_norm()), self._update)
         return {
             "schedule": name,
-            "loss": loss,
-            "grad norm": norm,
-            **timed(
-                Side(self.gradients, self._update),
-                self._runner.device,
-                self._job.steps_of(self._count),
-            ),
+            **timed(side, self._runner.device, self._job.steps_of(self._count)),
             "predicted": played.run.seconds if played is not None else None,
         }

@@ -32,19 +32,22 @@ class Side(NamedTuple):
     """What is timed.
 
     Attributes:
-        gradients: forward and backward of a step, until the gradients are reduced.
+        gradients: forward and backward of a step, until the gradients are reduced. Gives the loss
+            of the global batch.
+        norm: the 2-norm of the whole model's gradient, which takes no time that counts.
         update: the step of the optimizer.
     """
 
-    gradients: Callable[[], Any]
+    gradients: Callable[[], float]
+    norm: Callable[[], float]
     update: Callable[[], Any]
 
 
 def timed(side: Side, device: torch.device, steps: int) -> dict[str, Any]:
     """Time so many steps. Every rank must call this.
 
-    Returns the seconds of gradients and of whole steps on the slowest rank, and the memory of the
-    rank that took most.
+    Returns the seconds of gradients and of whole steps on the slowest rank, the memory of the
+    rank that took most, and loss and norm of the last step.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -53,26 +56,33 @@ def timed(side: Side, device: torch.device, steps: int) -> dict[str, Any]:
     if device.type == "cuda":
         own = torch.tensor([torch.cuda.max_memory_allocated(device) / 2**30])
         peak = float(largest(own, dist.group.WORLD))
+    loss, norm = times[-1][2:]
     return {
-        "seconds": median(gradients for gradients, _ in times),
-        "step s": median(whole for _, whole in times),
-        "steps s": [whole for _, whole in times],
+        "loss": loss,
+        "grad norm": norm,
+        "seconds": median(gradients for gradients, *_ in times),
+        "step s": median(whole for _, whole, *_ in times),
+        "steps s": [whole for _, whole, *_ in times],
         "peak GiB": peak,
     }
 
 
-def _once(side: Side, device: torch.device) -> tuple[float, float]:
+def _once(side: Side, device: torch.device) -> tuple[float, float, float, float]:
     dist.barrier()
     _synchronize(device)
     begin = time.perf_counter()
-    side.gradients()
+    loss = side.gradients()
+    _synchronize(device)
+    gradients = time.perf_counter() - begin
+    norm = side.norm()
     _synchronize(device)
     middle = time.perf_counter()
     side.update()
     _synchronize(device)
-    seconds = torch.tensor([middle - begin, time.perf_counter() - begin], dtype=torch.float64)
+    whole = gradients + time.perf_counter() - middle
+    seconds = torch.tensor([gradients, whole], dtype=torch.float64)
     gradients, whole = largest(seconds, dist.group.WORLD).tolist()
-    return gradients, whole
+    return gradients, whole, loss, norm
 
 
 def _synchronize(device: torch.device) -> None:
