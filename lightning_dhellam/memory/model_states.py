@@ -59,10 +59,12 @@ def model_states(
         optimizer: of it.
     """
     counted: set[int] = set()
-    weights = bytes_of([*model.parameters(), *model.buffers()], counted)
+    copies: list[Any] = [] if model.tied_copy is None else [model.tied_copy]
+    weights = bytes_of([*model.parameters(), *model.buffers(), *copies], counted)
     every = (*buffers.ddp.buffers, *buffers.ddp.expert_parallel_buffers)
     weights += bytes_of([b.param_data for b in every if b.param_data is not None], counted)
-    gradients = bytes_of([b.grad_data for b in every], counted)
+    of_copies = [copy.main_grad for copy in copies]
+    gradients = bytes_of([*(b.grad_data for b in every), *of_copies], counted)
     stepped = optimizer.parameters
     masters = bytes_of(stepped, counted)
     state = optimizer.inner.state

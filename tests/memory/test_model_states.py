@@ -15,6 +15,7 @@ from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.gradients import GradientBuffers
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.planned import planned_context
+from lightning_dhellam.plan.placement import Placement
 from lightning_dhellam.precision import PRECISIONS
 from tests.engine.harness import CPU
 from tests.models.llama import SMALL
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     frozen: bool = False
     tensor_parallel_size: int = 1
     bucket_size: int | None = 3000
+    placement: Placement | None = None
 
 
 def _held(case: Case, context: ParallelContext, *, step: bool) -> ModelStates:
@@ -70,7 +72,7 @@ def _held(case: Case, context: ParallelContext, *, step: bool) -> ModelStates:
 
 def _both(case: Case, context: ParallelContext) -> tuple[ModelStates, ModelStates]:
     with without_memory():
-        planned = planned_context(context.topology, CPU, context.pipeline_split)
+        planned = planned_context(context.topology, CPU, context.pipeline_split, context.placement)
         predicted = _held(case, planned, step=False)
     return predicted, _held(case, context, step=True)
 
@@ -98,14 +100,20 @@ TWO_RANKS = (
     Case(),
     Case(MIXTURES["qwen3-moe"], sharded=True, frozen=True),
     Case(tensor_parallel_size=2),
+    # The last stage has a copy of the first one's weight.
+    Case(replace(ODD, tie_embeddings=True), placement=Placement.straight(2)),
 )
 
 
 def _on_rank(rank: int) -> list[tuple[ModelStates, ModelStates]]:
     found = []
     for case in TWO_RANKS:
-        sizes = {"tensor_parallel_size": case.tensor_parallel_size}
-        context = ParallelContext.create(CPU, **sizes)
+        context = ParallelContext.create(
+            CPU,
+            tensor_parallel_size=case.tensor_parallel_size,
+            pipeline_parallel_size=case.placement.stages if case.placement else 1,
+            placement=case.placement,
+        )
         found.append(_both(case, context))
         context.destroy(keep=True)
     return found
