@@ -29,7 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "hosted",
         "runner",
         "balance recomputing training",
-        "agreed",
+        "agreed advice",
         "checkpoint memory",
         "models",
         "engine layers data search",

@@ -99,7 +99,26 @@ COMMANDS = (
         takes_name=True,
     ),
     Command(
-        ("fit", "validate", "test", "predict"),
+        ("predict",),
+        (
+            ("--config FILE --cluster NAME", "what a step of a recipe takes on a cluster"),
+            ("", "LightningCLI, as `fit`: what a model predicts"),
+        ),
+        "commands.predict:predict_command",
+        takes_name=True,
+    ),
+    Command(
+        ("advise",),
+        (("--model NAME --cluster NAME", "how a model is best spread, and the recipe of that"),),
+        "commands.advise:advise_command",
+    ),
+    Command(
+        ("compare",),
+        (("MEASURED --cluster NAME", "predicted steps beside those of `dhellam bench several`"),),
+        "commands.compare:compare_command",
+    ),
+    Command(
+        ("fit", "validate", "test"),
         (("", "LightningCLI: --config FILE or recipe name, then any override"),),
         "commands.fit:loop_command",
         takes_name=True,

@@ -13,9 +13,10 @@ from lightning_dhellam.search.cluster.prediction import (
 from lightning_dhellam.search.cluster.pricing import Known, Machine, Origin, Priced, Pricing
 from lightning_dhellam.search.cluster.steady import Middle, middle
 from lightning_dhellam.search.cluster.step import Played, played
-from lightning_dhellam.search.cluster.work import Weights, Work
+from lightning_dhellam.search.cluster.work import THIN, Weights, Work
 
 __all__ = [
+    "THIN",
     "Advice",
     "Candidate",
     "Choice",

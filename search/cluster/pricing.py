@@ -30,6 +30,9 @@ _LEAST = 4e-6
 _MATRIX, _FORWARD, _BACKWARD, _MEMORY = 0.65, 0.58, 0.49, 0.83
 """Shares of a data sheet's rates that an H200 reaches for long: of matrix products, attention
 forward and backward, and memory."""
+REAL = 1.035
+"""How much longer real steps on GPUs are than operators alone let expect: the mean of those that
+were measured on two H200 (benchmarks/multi_gpu, 2026-11-25)."""
 _MODELLED_SLOWDOWN = 1.1
 """Of a collective whose kernels share a device with computation, where it was not measured."""
 _SAME = 1e-6
@@ -210,7 +213,9 @@ class Pricing:
         return Priced(costs, prices)
 
     def _slowed(self, price: Price, lane: Lane) -> Price:
-        times = self.machine.straggler if lane is Lane.COMPUTE else 1.0
+        times = 1.0 if self.known and self.known.profile.inline else REAL
+        if lane is Lane.COMPUTE:
+            times *= self.machine.straggler
         return Price(price.seconds * times, price.low * times, price.high * times, price.origin)
 
     def _price(self, graph: Graph, operator: Operator) -> Price:

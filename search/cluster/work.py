@@ -80,6 +80,9 @@ class Work:
 
     def of_stage(self, stage: int) -> Iterator[int]:
         """Numbers of the layers of a stage."""
+        if self.stages == 1:
+            yield from range(len(self.layers))
+            return
         for chunk in self.placement.held(stage):
             yield from self.chunks[chunk]
 

@@ -142,13 +142,14 @@ def halves(pair: GraphPair) -> tuple[GraphPair, GraphPair]:
 
     The first half leads to the gradient of the layer's input; the second has the gradients of
     weights and what only they read. The second takes in what the first leaves for it. Transfers to
-    other stages, which are no operators, are in neither.
+    other stages, which are no operators, are in neither. They are played and never run, so nobody
+    asks how their slots lie.
     """
-    first, second = passes.halves(replace(pair.backward, receives=(), sends=()))
+    first, second = passes.halves(replace(pair.backward, receives=(), sends=(), layouts=None))
     known = {*first.inputs, *first.written}
     left = tuple(s for s in dict.fromkeys(second.foreign) if s in known)
     return tuple(  # type: ignore[return-value]
-        GraphPair(replace(pair.forward, name=half.name), half)
+        GraphPair(replace(pair.forward, name=half.name, layouts=None), half)
         for half in (first, replace(second, inputs=left))
     )
 

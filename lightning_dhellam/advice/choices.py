@@ -1,0 +1,152 @@
+"""All the ways in which a model can be spread over a cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lightning_dhellam.memory import Run
+from lightning_dhellam.models import ModelConfig
+from lightning_dhellam.parallel import Topology
+from lightning_dhellam.pipeline.schedules import SCHEDULES, ScheduleError, scheme_of
+
+RECOMPUTES = ("none", "gathers", "selective", "full")
+"""What layers may make again, from the least time to the least memory."""
+_LARGEST = 8
+"""Samples of a micro-batch, at most: larger ones compute no faster."""
+_SHORTEST = 1024
+"""Tokens of a sequence on each rank that shares it, at least: fewer would only wait."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What advice is asked for.
+
+    Attributes:
+        config: of the model.
+        ranks: that there are.
+        node: devices of a node, inside of which tensor-parallel ranks lie.
+        global_batch: samples of a step, of all ranks together.
+        length: tokens of a sequence.
+        precision: of the run.
+        schedules: to choose from; all that are trained if not given.
+        recomputes: to choose from.
+    """
+
+    config: ModelConfig
+    ranks: int
+    node: int
+    global_batch: int
+    length: int
+    precision: str = "bf16-mixed"
+    schedules: tuple[str, ...] = ()
+    recomputes: Sequence[str] = RECOMPUTES
+
+
+def topologies(question: Question) -> Iterator[Topology]:
+    """Give every way to cut the ranks into groups that the model can be cut into."""
+    ranks = question.ranks
+    for tp in _divisors(min(ranks, question.node)):
+        for cp in _divisors(ranks // tp) if ranks % tp == 0 else ():
+            if cp > 1 and (question.length % (2 * cp * tp) or question.length < _SHORTEST * cp):
+                continue
+            for pp in _divisors(ranks // tp // cp):
+                yield from _with_experts(question, tp, cp, pp)
+
+
+def _with_experts(question: Question, tp: int, cp: int, pp: int) -> Iterator[Topology]:
+    config = question.config
+    experts = _divisors(config.num_experts) if config.num_experts else [1]
+    for ep in experts:
+        for etp in {1, tp} if config.num_experts else {tp}:
+            try:
+                found = Topology(question.ranks, 0, tp, pp, cp, ep, etp)
+                run_of(question, found, question.global_batch, 1, "fold", "none").check()
+            except ValueError:  # the model cannot be cut like this
+                continue
+            yield found
+
+
+def runs(question: Question, refused: Counter[str]) -> Iterator[Run]:
+    """Give every run; of what is none it is counted why.
+
+    Raises:
+        ValueError: no way to cut the ranks leaves a share of the batch to each; it names the
+            nearest batches that could be shared out.
+    """
+    found = [*topologies(question)]
+    if not found:
+        raise ValueError(
+            f"{question.ranks} ranks cannot be cut so that the model's heads and"
+            f" {question.config.num_layers} layers can be: use a number with smaller divisors, such"
+            f" as {1 << (question.ranks.bit_length() - 1)}"
+        )
+    batch = question.global_batch
+    if all(batch % topology.dp_size for topology in found):
+        least = min(topology.dp_size for topology in found)
+        near = max(least, batch - batch % least)
+        raise ValueError(
+            f"--global-batch {batch} cannot be shared out: at least {least} ranks of"
+            f" {question.ranks} train on samples of their own; use {near} or {near + least}"
+        )
+    for topology in found:
+        if batch % topology.dp_size:
+            refused["have another share of the batch on some ranks"] += 1
+            continue
+        samples = batch // topology.dp_size
+        for size in (n for n in _divisors(samples) if n <= _LARGEST):
+            for schedule in _schedules(question, topology.pp_size, samples // size, refused):
+                for recompute in question.recomputes:
+                    # Alone a rank gathers nothing, and so has nothing gathered to keep.
+                    if recompute != "none" or topology.tp_size > 1:
+                        yield run_of(question, topology, samples, size, schedule, recompute)
+
+
+def run_of(
+    question: Question,
+    topology: Topology,
+    samples: int,
+    size: int,
+    schedule: str,
+    recompute: str,
+) -> Run:
+    """The run of one choice, whose plan a search finds."""
+    return Run(
+        question.config,
+        topology,
+        samples,
+        question.length,
+        micro_batch_size=size,
+        precision=question.precision,
+        plan="auto",
+        recompute=recompute,
+        schedule=schedule,
+    )
+
+
+def shape_of(run: Run) -> Run:
+    """What the operators of a run follow from: all runs with the same one share a lowering."""
+    t = run.topology
+    world = t.stage_size if run.config.num_experts else t.tp_size * t.cp_size
+    narrow = replace(t, world_size=world, pp_size=1)
+    return replace(run, topology=narrow, samples=1, micro_batch_size=1, schedule="fold", split=None)
+
+
+def _schedules(
+    question: Question, stages: int, micro_batches: int, refused: Counter[str]
+) -> Iterator[str]:
+    if stages == 1:
+        yield "fold"
+        return
+    for name in question.schedules or SCHEDULES:
+        try:
+            scheme_of(name, stages)(stages, micro_batches)
+        except ScheduleError:
+            refused["have a schedule that is not defined for their micro-batches"] += 1
+            continue
+        yield name
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

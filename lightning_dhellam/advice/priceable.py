@@ -1,0 +1,160 @@
+"""A run whose operators have prices on a cluster: what all that is predicted of it follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from lightning_dhellam.advice.lowering import Lowering, work_of
+from lightning_dhellam.memory import Run
+from lightning_dhellam.parallel import Cluster
+from lightning_dhellam.parallel.networks import Device
+from lightning_dhellam.plan import Builder, GraphPair, Lane
+from lightning_dhellam.recipes import clusters
+from lightning_dhellam.search.cluster import (
+    Groups,
+    Known,
+    Machine,
+    Played,
+    Priced,
+    Pricing,
+    Work,
+    played,
+)
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline import Link
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a prediction is made for, besides the run.
+
+    Attributes:
+        cluster: with its device and networks.
+        profile: of a rank, or None.
+        model: what the user calls it.
+        straggler: times that compute is slower on one rank.
+        slower: times that lanes are slower than their networks say.
+    """
+
+    cluster: Cluster
+    profile: Profile | None = None
+    model: str = "model"
+    straggler: float = 1.0
+    slower: Mapping[Lane, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = [name for name in clusters.names() if Cluster.load(name).device is not None]
+        if self.cluster.device is None or self.cluster.networks is None:
+            raise ValueError(
+                f"cluster '{self.cluster.name}' does not say what it is built of: give it `device`"
+                f" and `networks`, as {', '.join(known)} have them"
+            )
+
+    @property
+    def device(self) -> Device:
+        """What a rank computes on."""
+        assert self.cluster.device is not None
+        return self.cluster.device
+
+    @property
+    def machine(self) -> Machine:
+        """What ranks run on."""
+        assert self.cluster.networks is not None
+        return Machine(self.device, self.cluster.networks, self.slower)
+
+    def known(self) -> Known | None:
+        """What the profile tells."""
+        if self.profile is None:
+            return None
+        return Known(self.profile, {d.name: d for d in [*data_sheets(), self.device]})
+
+
+def data_sheets() -> list[Device]:
+    """The devices of the clusters that ship."""
+    found = (Cluster.load(name).device for name in clusters.names())
+    return [device for device in found if device is not None]
+
+
+@dataclass(frozen=True)
+class Priceable:
+    """A run whose operators have prices: what all that is predicted of it follows from.
+
+    Attributes:
+        run: of which a step is predicted.
+        work: of its step.
+        priced: its operators.
+        slow: the same of a straggler; None where there is none.
+        conditions: that it is predicted for.
+        groups: over which gradients are added up.
+        link: between stages; None without a pipeline.
+    """
+
+    run: Run
+    work: Work
+    priced: Priced
+    slow: Priced | None
+    conditions: Conditions
+    groups: Groups
+    link: Link | None
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        conditions: Conditions,
+        known: Known | None,
+        lowering: Lowering | None = None,
+    ) -> Priceable:
+        """Lower a run, unless that is done already, and price its operators.
+
+        Raises:
+            ValueError: the run has more ranks than the cluster, or cannot be cut like this.
+        """
+        topology, cluster = run.topology, conditions.cluster
+        if topology.world_size > cluster.world_size:
+            raise ValueError(
+                f"the run has {topology.world_size} ranks, but cluster '{cluster.name}' has"
+                f" {cluster.world_size}: use trainer.devices × trainer.num_nodes of at most"
+                f" {cluster.world_size}"
+            )
+        work = work_of(run, lowering)
+        graphs = [g for pair in _distinct(work.layers) for g in (pair.forward, pair.backward)]
+        machine = conditions.machine
+        pricing = Pricing(machine, topology, work.tokens, known)
+        slow = None
+        if conditions.straggler != 1.0:
+            late = replace(machine, straggler=conditions.straggler)
+            slow = replace(pricing, machine=late).price(graphs)
+        experts = machine.networks.slower(conditions.slower.get(Lane.DP, 1.0)).of(
+            topology.expert_dp_size, topology.etp_size * topology.ep_size
+        )
+        groups = Groups(machine.reach(Lane.DP, topology), experts)
+        link = None
+        if topology.pp_size > 1:
+            reach = machine.reach(Lane.PP, topology)
+            rate = known.rate(2) if known and reach.size == 2 and reach.nodes == 1 else None
+            takes = reach.network.sms / machine.device.multiprocessors
+            link = Link(rate or reach.ring, reach.network.latency, takes)
+        return cls(run, work, pricing.price(graphs), slow, conditions, groups, link)
+
+    def play(
+        self, builders: Mapping[str, Builder], costs: Costs | None = None, sketch: bool = False
+    ) -> Played:
+        """Play a step under the fastest of some orders; see `search.cluster.played`."""
+        slow = self.slow.costs if self.slow is not None else None
+        return played(
+            self.work,
+            costs or self.priced.costs,
+            builders,
+            self.conditions.machine,
+            self.groups,
+            link=self.link,
+            slow=slow,
+            sketch=sketch,
+        )
+
+
+def _distinct(layers: Sequence[GraphPair]) -> list[GraphPair]:
+    return list({id(pair): pair for pair in layers}.values())

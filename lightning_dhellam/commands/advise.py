@@ -1,0 +1,174 @@
+"""`dhellam advise`: how a model is best spread over a cluster, and the recipe of that."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_dhellam.commands.numbers import positive
+from lightning_dhellam.commands.parser import Parser
+from lightning_dhellam.files import check_file, save_text
+from lightning_dhellam.precision import PRECISIONS
+from lightning_dhellam.values import read_yaml
+
+if TYPE_CHECKING:
+    from lightning_dhellam.memory import Run
+    from lightning_dhellam.search.cluster import Prediction
+
+_RECIPE = Path("advised.yaml")
+
+
+def advise_command(argv: Sequence[str]) -> int:
+    """Search parallel sizes, micro-batch, schedule and recomputation for the shortest step.
+
+    Prints the ten best choices that fit into memory, and why each of the others is behind the
+    first, whose recipe it writes for `dhellam fit`. Operators are as long as in the profile of one
+    rank as far as it has them, and otherwise scaled from it or derived from data sheets, with wider
+    bars. Plans are taken for the fastest of the built-in ones; the recipe searches them.
+    """
+    options = _parser().parse_args(argv)
+    recipe: Path = options.output
+    if recipe.suffix != ".yaml":
+        raise ValueError(f"--output {recipe} must end in .yaml: that is how a file is told")
+    for name in ("output", "json"):
+        if getattr(options, name) is not None:
+            check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
+
+    from lightning_dhellam.advice import Adviser, Conditions, Question
+    from lightning_dhellam.models import preset
+    from lightning_dhellam.parallel import Cluster
+    from lightning_dhellam.search.measure import Profile
+    from lightning_dhellam.search.report.prediction_text import advice_text, prediction_text
+
+    cluster = Cluster.load(options.cluster)
+    profile = None if options.profile is None else Profile.load(options.profile)
+    overrides = _overrides(options.overrides)
+    config = preset(options.model, **overrides)
+    conditions = Conditions(cluster, profile, options.model)
+    assert cluster.networks is not None
+    ranks = options.devices or cluster.world_size
+    if ranks > cluster.world_size:
+        raise ValueError(
+            f"--devices {ranks}, but cluster '{cluster.name}' has {cluster.world_size}: give at"
+            f" most {cluster.world_size}"
+        )
+    question = Question(
+        config,
+        ranks,
+        cluster.networks.node,
+        options.global_batch,
+        options.sequence_length or min(config.max_sequence_length, 8192),
+        options.precision,
+    )
+    adviser = Adviser(question, conditions, progress=_progress)
+    advice = adviser.advise()
+    print(advice_text(advice))
+    print(f"\n{prediction_text(adviser.whole(advice.best))}")
+    run = adviser.run_of(advice.best)
+    save_text(recipe, recipe_of(run, options, overrides, cluster.networks.node, advice.best))
+    print(f"\nwritten to {recipe}: dhellam fit --config {recipe} --data.path FOLDER")
+    if options.json is not None:
+        save_text(options.json, json.dumps(advice.as_values(), indent=1) + "\n")
+        print(f"written to {options.json}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dhellam advise", description=advise_command.__doc__)
+    parser.add_argument("--model", required=True, metavar="PRESET", help="such as llama-3.1-70b")
+    parser.add_argument(
+        "--overrides", default="{}", metavar="YAML", help="fields of the model, as in a recipe"
+    )
+    parser.add_argument("--cluster", required=True, help="a name of `dhellam clusters`, or a file")
+    parser.add_argument(
+        "--global-batch",
+        "--global_batch",
+        dest="global_batch",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="samples of a step, of all ranks together",
+    )
+    parser.add_argument(
+        "--sequence_length", type=positive, help="of samples; by default the model's, up to 8192"
+    )
+    parser.add_argument("--devices", type=positive, metavar="N", help="of the cluster; all if left")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="of one rank, such as `dhellam search` saves"
+    )
+    parser.add_argument("--precision", choices=[*PRECISIONS], default="bf16-mixed")
+    parser.add_argument("--output", type=Path, default=_RECIPE, metavar="FILE", help="the recipe")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file of all that was found")
+    return parser
+
+
+def recipe_of(
+    run: Run, options: Any, overrides: dict[str, Any], node: int, best: Prediction
+) -> str:
+    """The recipe of a run, for `dhellam fit`."""
+    import yaml
+
+    topology = run.topology
+    devices = min(node, topology.world_size)
+    strategy = {
+        "tensor_parallel_size": topology.tp_size,
+        "pipeline_parallel_size": topology.pp_size,
+        "context_parallel_size": topology.cp_size,
+        "expert_parallel_size": topology.ep_size,
+        **({"expert_tensor_parallel_size": topology.etp_size} if topology.ep_size > 1 else {}),
+        "micro_batch_size": run.micro_batch_size,
+        "schedule": run.schedule,
+        "recompute": run.recompute,
+        "plan": run.plan,
+    }
+    tree = {
+        "seed_everything": 1234,
+        "trainer": {
+            "accelerator": "gpu",
+            "devices": devices,
+            "num_nodes": topology.world_size // devices,
+            "precision": run.precision,
+            "max_steps": 1000,
+            "gradient_clip_val": 1.0,
+            "strategy": {
+                "class_path": "lightning_dhellam.DHellamStrategy",
+                "init_args": strategy,
+            },
+            "callbacks": [{"class_path": "lightning_dhellam.callbacks.RunSummary"}],
+        },
+        "model": {
+            "class_path": "lightning_dhellam.LanguageModel",
+            "init_args": {
+                "preset": options.model,
+                **({"overrides": overrides} if overrides else {}),
+            },
+        },
+        "data": {
+            "class_path": "lightning_dhellam.data.IndexedDataModule",
+            "init_args": {
+                "path": "data/corpus",
+                "sequence_length": run.length,
+                "batch_size": run.samples,
+            },
+        },
+    }
+    head = (
+        f"# {options.model} on {topology.world_size} devices of {best.cluster}, as `dhellam advise`"
+        f" has found: {best.seconds:.3g} s a step predicted.\n"
+    )
+    return head + yaml.safe_dump(tree, sort_keys=False)
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    found = read_yaml(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"--overrides {text} must be a mapping, such as '{{num_layers: 8}}'")
+    return found
+
+
+def _progress(done: int, count: int) -> None:
+    if sys.stderr.isatty() and not done % 10:
+        print(f"\r{done} of at most {count} choices played", end="\r", file=sys.stderr)

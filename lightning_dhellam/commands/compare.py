@@ -1,0 +1,62 @@
+"""`dhellam compare`: what was measured on several GPUs beside what is predicted of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_dhellam.commands.numbers import positive
+from lightning_dhellam.commands.parser import Parser
+
+
+def compare_command(argv: Sequence[str]) -> int:
+    """Predict the steps that `dhellam bench several` has measured, and print both.
+
+    A row for each plan of ours that is built in, or `auto`, which is taken for the fastest of
+    those; then how many are as close as they should be: a step within 5%, a peak of memory within
+    3%, and steps of one model in the right order if they differ by more than 3%.
+    """
+    parser = Parser(prog="dhellam compare", description=compare_command.__doc__)
+    parser.add_argument("measured", type=Path, help="JSON file of `dhellam bench several`")
+    parser.add_argument("--cluster", required=True, help="a name of `dhellam clusters`, or a file")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="of one rank of such a run")
+    parser.add_argument(
+        "--vocabulary", type=positive, default=32000, help="as it was for the benchmark"
+    )
+    parser.add_argument("--rehearsal", action="store_true", help="it was one, with --device cpu")
+    options = parser.parse_args(argv)
+
+    from lightning_dhellam.advice import Conditions
+    from lightning_dhellam.bench.several.predicted import besides, verdict
+    from lightning_dhellam.parallel import Cluster
+    from lightning_dhellam.search.measure import Profile
+
+    try:
+        report = json.loads(options.measured.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{options.measured} is no file of `dhellam bench several`: {error}"
+        ) from error
+    if not isinstance(report, dict) or report.get("benchmark") != "several":
+        raise ValueError(
+            f"{options.measured} is no file of `dhellam bench several`: give the JSON that it wrote"
+        )
+    profile = None if options.profile is None else Profile.load(options.profile)
+    conditions = Conditions(Cluster.load(options.cluster), profile)
+    rows = [*besides(report, conditions, options.vocabulary, options.rehearsal)]
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        memory = "-"
+        if row.bytes is not None:
+            memory = (
+                f"{row.bytes / 2**30:.2f} GiB, predicted {row.predicted_bytes / 2**30:.2f}"
+                f" ({row.memory_error:+.1%})"
+            )
+        inside = "" if row.low <= row.measured <= row.high else ", outside of its bars"
+        print(
+            f"{row.name:<{width}}  {row.measured * 1e3:8.1f} ms, predicted"
+            f" {row.predicted * 1e3:8.1f} ({row.error:+.1%}{inside})  {memory}"
+        )
+    print("\n".join(verdict(rows)))
+    return 0

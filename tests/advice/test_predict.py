@@ -1,0 +1,213 @@
+"""Steps on clusters: pure functions of a run, a cluster and a profile that was stored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_dhellam.advice import Conditions, memory_of, predict
+from lightning_dhellam.bench.several.predicted import besides, verdict
+from lightning_dhellam.bench.shard import shard_profile
+from lightning_dhellam.commands.main import main
+from lightning_dhellam.memory import Run
+from lightning_dhellam.memory import predict as predict_memory
+from lightning_dhellam.models import preset
+from lightning_dhellam.parallel import Cluster, Topology
+from lightning_dhellam.plan import BUILDERS, Lane
+from lightning_dhellam.search.cluster import Prediction
+from lightning_dhellam.search.cluster.pricing import REAL
+from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.model import Costs, simulate
+from lightning_dhellam.search.pipeline import layers_of
+
+FOLDER = Path(__file__).parents[2] / "benchmarks/multi_gpu"
+PROFILE = FOLDER / "a8-tp2-nvidia-h200-2026-11-25/profile.json"
+MEASURED = FOLDER / "several-2-nvidia-h200-2026-11-25.json"
+DEEP = preset("llama-tiny", num_layers=12)
+H200 = Cluster.load("h200-64")
+DERIVED = Conditions(H200, model="llama-tiny")
+
+
+def tiny(world: int = 8, samples: int = 8, **fields: object) -> Run:
+    """Twelve narrow layers; sizes by their short names."""
+    sizes = {name: fields.pop(name) for name in ("tp_size", "pp_size", "cp_size") if name in fields}
+    topology = Topology(world_size=world, **sizes)  # type: ignore[arg-type]
+    return Run(DEEP, topology, samples, 128, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def known() -> Conditions:
+    return Conditions(H200, Profile.load(PROFILE))
+
+
+def wide(**fields: object) -> Run:
+    """The run whose profile is stored."""
+    config = preset("llama-3-70b", num_layers=8, vocab_size=32000)
+    return Run(config, Topology(world_size=2, tp_size=2), 4, 8192, **fields)  # type: ignore[arg-type]
+
+
+def whole(found: Prediction) -> list[float]:
+    """Seconds of all that each stage does."""
+    parts = ("compute", "exposed", "transfer", "bubble", "reduction", "optimizer")
+    return [sum(getattr(stage, part) for part in parts) for stage in found.stages]
+
+
+def test_what_was_profiled_is_played_as_the_search_plays_it(known: Conditions) -> None:
+    assert known.profile is not None
+    costs = Costs.of(known.profile)
+    costs = replace(costs, seconds={k: REAL * s for k, s in costs.seconds.items()}, samples=())
+    build = BUILDERS["interleaved"]
+    step = simulate(layers_of(known.profile, 8), build, costs, micro_batches=4)
+    found = predict(wide(), known)
+    assert found.seconds - found.stages[0].optimizer == pytest.approx(step.seconds, rel=2e-3)
+    assert found.origins["measured"] > 0.99 * sum(found.origins.values())
+    assert found.low < found.seconds < found.high
+    assert found.high / found.low < 1.12, "the bars of what is measured are narrow"
+
+
+def test_real_steps_on_two_gpus_are_predicted_from_the_profile_of_one_of_them(
+    known: Conditions,
+) -> None:
+    """Of another width and other micro-batches as well, which no profile has seen."""
+    report = json.loads(MEASURED.read_text())
+    real = [row for row in report["rows"] if "tp2 pp1" in row["case"]]
+    report["rows"] = [row | {"peak GiB": None} for row in real if row["plan"] == "interleaved"]
+    found = [*besides(report, known, 32000)]
+    assert len(found) == 2 and {row.name[0] for row in found} == {"a", "b"}
+    assert max(abs(row.error) for row in found) < 0.02
+    assert all(row.low < row.measured < row.high for row in found)
+    assert verdict(found)[0] == "2 of 2 steps are predicted within 5%"
+
+
+def test_a_device_without_a_profile_has_wider_bars(known: Conditions) -> None:
+    a40 = Cluster.load("a40-64")
+    found, derived = (
+        predict(wide(), replace(known, cluster=a40, profile=p)) for p in (known.profile, None)
+    )
+    for one in (found, derived):
+        assert one.high / one.low > 1.2 and one.device == "NVIDIA A40"
+        assert set(one.origins) <= {"derived", "modelled"}
+    assert found.seconds == pytest.approx(derived.seconds, rel=0.1), "an H200 is as its sheet says"
+    assert "derived for NVIDIA A40 from data sheets" in found.notes[0]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pp_size": 2}, {"tp_size": 2, "pp_size": 4}])
+def test_the_parts_of_a_step_add_up(sizes: dict[str, int]) -> None:
+    found = predict(tiny(**sizes), DERIVED)
+    assert whole(found) == pytest.approx([found.seconds] * found.choice.pp)
+    assert found.choice.ranks == sum(stage.ranks for stage in found.stages) == 8
+    assert found.tokens_per_second == pytest.approx(found.choice.global_batch * 128 / found.seconds)
+    assert {*found.lanes} == {"compute"} | {
+        n for n in ("tp", "pp", "dp") if getattr(found.choice, n) > 1
+    }
+    assert json.loads(json.dumps(found.as_values()))["bubble"] == pytest.approx(found.bubble)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp_size": 2}, {"tp_size": 2, "pp_size": 2, "recompute": "full"}]
+)
+def test_few_layers_tell_of_many_that_are_alike(sizes: dict[str, object]) -> None:
+    run = tiny(4, 4, **sizes)
+    assert predict(run, DERIVED, sketch=True).seconds == pytest.approx(
+        predict(run, DERIVED).seconds, rel=0.01
+    )
+    deep = replace(run, config=replace(run.config, num_layers=16))
+    for quick, exact in zip(memory_of(deep), predict_memory(deep), strict=True):
+        assert quick.stage == exact.stage and quick.total == pytest.approx(exact.total, rel=1e-3)
+
+
+def test_thousands_of_ranks_are_as_many_kinds_as_a_few() -> None:
+    huge = replace(DERIVED, cluster=replace(H200, world_size=4096))
+    found = predict(tiny(4096, tp_size=2, pp_size=2), huge)
+    few = predict(tiny(8, tp_size=2, pp_size=2), huge)
+    assert [stage.ranks for stage in found.stages] == [2048, 2048]
+    assert (found.lanes["dp"].level, few.lanes["dp"].level) == ("between", "inside")
+    assert found.lanes["dp"].busy > few.lanes["dp"].busy
+    assert found.stages[0].compute == pytest.approx(few.stages[0].compute)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_stragglers_and_slower_networks_cost_time(stages: int) -> None:
+    run = tiny(8, tp_size=2, pp_size=stages)
+    usual = predict(run, DERIVED)
+    late = predict(run, replace(DERIVED, straggler=2.0))
+    assert usual.seconds < late.seconds < 2 * usual.seconds
+    times = [b.compute / a.compute for a, b in zip(usual.stages, late.stages, strict=True)]
+    expected = pytest.approx([2.0, 1.0][:stages], rel=0.05)
+    assert times == expected, "all wait for it, and none other is slower"
+    assert "one rank of stage 0 computes 2 times slower" in late.notes
+    slow = predict(run, replace(DERIVED, slower={Lane.DP: 1000.0}))
+    assert slow.lanes["dp"].busy > 10 * usual.lanes["dp"].busy and slow.seconds > usual.seconds
+    assert slow.lanes["tp"].busy == usual.lanes["tp"].busy
+
+
+def test_a_shard_is_measured_on_the_device_at_hand() -> None:
+    """One rank's layer, alone; its links are modelled."""
+    run = Run(preset("llama-tiny"), Topology(world_size=8, tp_size=2), 1, 32, precision="32-true")
+    profile = shard_profile(run, H200, torch.device("cpu"), repeats=1)
+    assert (
+        profile.fingerprint.sizes["tp"] == 2 and ", emulated cluster" in profile.fingerprint.device
+    )
+    assert H200.device is not None
+    name = profile.fingerprint.device.partition(", emulated cluster")[0]
+    here = replace(H200, device=replace(H200.device, name=name))
+    found = predict(run, Conditions(here, profile))
+    computed = sum(found.origins.get(origin, 0.0) for origin in ("scaled", "derived"))
+    assert found.origins["measured"] > 9 * computed and found.origins["modelled"] > 0
+
+
+def test_more_ranks_than_the_cluster_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="128 ranks, but cluster 'h200-64' has 64: use"):
+        predict(tiny(128), DERIVED)
+
+
+def test_a_cluster_of_links_is_refused_with_those_that_say_more() -> None:
+    with pytest.raises(ValueError, match=r"'h200-node' does not say what it is built of.*a40-64"):
+        Conditions(Cluster.load("h200-node"))
+
+
+def test_the_command_prints_and_writes_a_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.json"
+    words = ["--config", "llama-tiny-pp2-2cpu", "--cluster", "h100-64", "--json", str(file)]
+    assert main(["predict", *words, "--slower", "pp=2"]) == 0
+    out = capsys.readouterr().out
+    assert "llama-tiny on h100-64: 2 × NVIDIA H100 80GB HBM3, pp 2, 8 × 1, fold" in out
+    assert "the network of lane pp is 2 times slower" in out and "fits" in out
+    assert json.loads(file.read_text())["choice"]["pp"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "llama-tiny-2cpu", "--cluster", "h20-64"], "did you mean 'h200-64'?"),
+        (["--cluster", "h200-64"], "predict needs --config FILE"),
+        (["--config", "llama-tiny-2cpu", "--cluster", "a40-node"], "does not say what it is built"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_measured_steps_are_compared_by_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads(MEASURED.read_text())
+    report["rows"] = [row for row in report["rows"] if row["case"] == "a8 tp1 pp2"][1:2]
+    file = tmp_path / "several.json"
+    file.write_text(json.dumps(report))
+    assert main(["compare", str(file), "--cluster", "h200-64", "--profile", str(PROFILE)]) == 0
+    out = capsys.readouterr().out
+    assert "a8 tp1 pp2 m4 sequential" in out and "1 of 1 peaks of memory are within 3%" in out
+    file.write_text('{"benchmark": "gemms"}')
+    assert main(["compare", str(file), "--cluster", "h200-64"]) == 2
+    assert "is no file of `dhellam bench several`" in capsys.readouterr().err
