@@ -9,6 +9,7 @@
     report     shows what was found: tables, traces, pictures, folders
 
 A room imports only from the rooms above it in this list, and what others need of a room is
-exported by its `__init__.py`. Only pictures need matplotlib, so `report` does not export them:
-import `report.pictures` and `report.pipeline_pictures` where something is drawn.
+exported by its `__init__.py`. Only pictures, and pages with them, need matplotlib, so `report` does
+not export them: import `report.pictures`, `report.pipeline_pictures` and `report.page` where
+something is drawn.
 """

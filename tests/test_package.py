@@ -23,7 +23,7 @@ INSTALLED_AS = {
 
 
 def source_files(folder: str) -> set[Path]:
-    kept = (".py", ".typed", ".yaml", ".json", ".cu", ".cuh", ".cpp")
+    kept = (".py", ".typed", ".yaml", ".json", ".cu", ".cuh", ".cpp", ".html", ".css", ".js")
     return {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in kept}
 
 

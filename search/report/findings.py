@@ -58,20 +58,23 @@ class Findings:
             (
                 f"search on {self.profile.fingerprint.device}: {spent}",
                 summary(self.outcomes, self.winner, self.reason),
-                f"  {self.solution.main}",
-                *([f"  {self.schedule}"] if self.schedule is not None else []),
-                *self._routings(),
+                *(f"  {remark}" for remark in self.remarks),
             )
         )
 
-    def _routings(self) -> list[str]:
+    @property
+    def remarks(self) -> list[str]:
+        """How good the plans are, by which schedule, and how far times depend on routings."""
+        remarks = [str(self.solution.main)]
+        if self.schedule is not None:
+            remarks.append(str(self.schedule))
         found = range_of(self.profile)
-        if found is None:
-            return []
-        return [
-            f"  by {len(self.profile.routings)} routings of this run what experts do takes"
-            f" {found[0]:.2f} to {found[1]:.2f} of its mean"
-        ]
+        if found is not None:
+            remarks.append(
+                f"by {len(self.profile.routings)} routings of this run what experts do takes"
+                f" {found[0]:.2f} to {found[1]:.2f} of its mean"
+            )
+        return remarks
 
     def metrics(self) -> dict[str, float]:
         """Return numbers for a logger: `search/auto/measured_ms` and the like."""
@@ -123,14 +126,15 @@ class Findings:
 
     def _draw(self, folder: Path) -> None:
         # Drawing needs matplotlib, which nothing else here does.
-        from lightning_dhellam.search.report import pictures
+        from lightning_dhellam.search.report import page, pictures
 
-        panels = []
+        panels, views = [], []
         mark = " · emulated cluster" if "emulated" in self.profile.fingerprint.device else ""
-        for name in dict.fromkeys((self.reference, self.winner)):
-            panels.append(pictures.Panel(f"{name}, predicted{mark}", self._middle(name, False)))
-            if name in self.measured:
-                panels.append(pictures.Panel(f"{name}, measured{mark}", self._middle(name, True)))
+        for name, is_real in self._shown():
+            title = f"{name}, {'measured' if is_real else 'predicted'}{mark}"
+            middle, timeline = self._middle(name, is_real), self._timeline(name, is_real)
+            panels.append(pictures.Panel(title, timeline.between(*middle)))
+            views.append(page.view_of(title, timeline.intervals, middle))
         pictures.save_timeline(folder / "timeline.png", [p for p in panels if p.intervals])
         if any(lane is not Lane.COMPUTE for lane in self.profile.lanes.values()):
             pictures.save_heat_map(folder / "overlap.png", self.profile)
@@ -138,10 +142,21 @@ class Findings:
         steps = {outcome.name: outcome.predicted for outcome in self.outcomes}
         real = {outcome.name: outcome.measured for outcome in self.outcomes if outcome.measured}
         pictures.save_exposed(folder / "exposed.png", exposed, steps, real)
+        page.save_page(folder / "report.html", page.search_page(self, views, mark))
 
-    def _middle(self, name: str, real: bool) -> tuple[Interval, ...]:
-        """Return some layers in the middle of a step, with time 0 at their start."""
-        rows = self.measured[name] if real else self.predicted[name].intervals
+    def _shown(self) -> list[tuple[str, bool]]:
+        """The timelines: names of plans, and whether they are of a measured step."""
+        names = dict.fromkeys((self.reference, self.winner))
+        return [
+            (n, real) for n in names for real in (False, True) if not real or n in self.measured
+        ]
+
+    def _timeline(self, name: str, real: bool) -> Timeline:
+        return Timeline(tuple(self.measured[name] if real else self.predicted[name].intervals))
+
+    def _middle(self, name: str, real: bool) -> tuple[float, float]:
+        """Return from when to when some layers in the middle of a step take."""
+        rows = self._timeline(name, real).intervals
         layers = 1 + max(row.layer for row in rows)
         busiest = 1 if any(row.micro_batch == 1 for row in rows) else 0
 
@@ -158,4 +173,4 @@ class Findings:
         first = max(0, (layers - _SHOWN) // 2)
         start = begin(first)
         stop = begin(first + _SHOWN) if first + _SHOWN < layers else max(row.end for row in rows)
-        return Timeline(tuple(rows)).between(start, stop)
+        return start, stop

@@ -79,7 +79,7 @@ def summary(outcomes: Sequence[Outcome], winner: str, reason: str = "the fastest
         lines.append(f"{mark} {'  '.join(cells)}".rstrip())
     lines.insert(1, "  " + "-" * (sum(widths) + 2 * len(widths) - 2))
     lines.append(f"* installed: '{winner}', {reason}")
-    lines.extend(_gains(outcomes, winner))
+    lines.extend(gains(outcomes, winner))
     return "\n".join(lines)
 
 
@@ -92,10 +92,11 @@ def _row(outcome: Outcome) -> tuple[str, str, str, str, str]:
     return outcome.name, time_text(outcome.predicted), measured, error, exposed or "-"
 
 
-def _gains(outcomes: Sequence[Outcome], winner: str) -> list[str]:
+def gains(outcomes: Sequence[Outcome], winner: str) -> list[str]:
+    """Say in a line, if there is anything to compare with, what the winner gains."""
     times = {outcome.name: outcome for outcome in outcomes}
     won = times[winner]
-    gains = []
+    found = []
     for name in ("sequential", "megatron"):
         other = times.get(name)
         if other is None or name == winner:
@@ -108,8 +109,8 @@ def _gains(outcomes: Sequence[Outcome], winner: str) -> list[str]:
             remark = " (measured once: its noise is not known)"
         elif both and abs(other.time - won.time) <= noise:
             remark = " (within the noise)"
-        gains.append(f"{ratio:.2f}× over {name}{remark}")
-    return [f"  speed-up: {', '.join(gains)}"] if gains else []
+        found.append(f"{ratio:.2f}× over {name}{remark}")
+    return [f"  speed-up: {', '.join(found)}"] if found else []
 
 
 def time_text(seconds: float) -> str:

@@ -25,6 +25,8 @@ COLOURS = {Strand.FORWARD: "#2f6db3", Strand.BACKWARD: "#e08a2c"}
 IDLE = "#f1f1ee"
 INK = "#2b2b2b"
 FAINT = "#8a8a86"
+LEAST = 0.02
+"""Share of the longest operator's time below which an operator is left out of a heat map."""
 _OVERLAP = LinearSegmentedColormap.from_list("overlap", ["#b6423a", "#f3e6c8", "#2f7d62"])
 _SHADES = ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a", "#5d6d8a")
 """One for every lane but compute."""
@@ -134,13 +136,14 @@ def _label(operator: str, room: float) -> tuple[str, int]:
     return "", 0
 
 
-def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
+def hidden_shares(profile: Profile, least: float = 0.0) -> tuple[list[Key], list[Key], np.ndarray]:
     """Tell how much of a communication operator hides beside each other operator.
 
     Returns the communication keys, the keys of compute and of communication that was measured
     beside other communication, and their matrix: what starting both together saves against one
     after the other, as a share of the shorter; 1 is all, 0 nothing, and not a number where they
-    were not measured together.
+    were not measured together. Keys that take less than a share of `least` of the longest are left
+    out of the second: they hide little of anything.
     """
     alone = {row.operator: row.median for row in profile.timings if row.partner is None}
     beside = {
@@ -160,20 +163,14 @@ def hidden_shares(profile: Profile) -> tuple[list[Key], list[Key], np.ndarray]:
                 both = max(beside[a, b], beside[b, a])
                 saved = alone[a] + alone[b] - both
                 shares[i, j] = np.clip(saved / min(alone[a], alone[b]), 0, 1)
-    return rows, columns, shares
-
-
-def save_heat_map(path: Path | str, profile: Profile, *, least: float = 0.02) -> None:
-    """Draw the `hidden_shares` of a profile.
-
-    Operators that take less than a share of `least` of the longest are left out as columns: they
-    hide little of anything.
-    """
-    rows, columns, shares = hidden_shares(profile)
-    alone = {row.operator: row.median for row in profile.timings if row.partner is None}
     longest = max((alone[key] for key in columns), default=0.0)
     keep = [j for j, key in enumerate(columns) if alone[key] >= least * longest]
-    columns, shares = [columns[j] for j in keep], shares[:, keep]
+    return rows, [columns[j] for j in keep], shares[:, keep]
+
+
+def save_heat_map(path: Path | str, profile: Profile, *, least: float = LEAST) -> None:
+    """Draw the `hidden_shares` of a profile."""
+    rows, columns, shares = hidden_shares(profile, least)
     figure = new_figure(max(6.0, 2.6 + 0.78 * len(columns)), 2.3 + 0.5 * max(1, len(rows)))
     axis = figure.subplots()
     image = axis.imshow(shares, cmap=_OVERLAP, vmin=0, vmax=1, aspect="auto")

@@ -44,6 +44,7 @@ FILES = {
     "outcomes.json",
     "plan.json",
     "profile.json",
+    "report.html",
     "summary.txt",
     "timeline.png",
     "trace.json",
