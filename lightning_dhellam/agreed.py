@@ -49,6 +49,7 @@ class AgreedEngine:
         context_fp32_gradients: whether gradients by them travel in fp32.
         schedule: order of the pipeline's works: a name, or the path of a file. With `auto` it is
             what the plan file was searched with.
+        fp8: how linear layers compute in 8 bits, or None.
         module: what holds the model and the loss; its buffers are as before after a profile.
 
     Attributes:
@@ -78,6 +79,7 @@ class AgreedEngine:
         context_exchange: str,
         context_fp32_gradients: bool,
         schedule: str,
+        fp8: str | None,
         module: torch.nn.Module,
     ) -> None:
         if plan == "auto":
@@ -95,6 +97,7 @@ class AgreedEngine:
         self._check_alike("recompute", recompute)
         self._check_alike("schedule", schedule)
         schedule, scheme = _scheme(schedule, plan, self._context.topology.pp_size)
+        self._check_alike("fp8", fp8)
         check_placed(schedule, scheme, self._context.placement)
         start_alike(model, self._context)
         check_exchange(context_exchange)
@@ -112,6 +115,7 @@ class AgreedEngine:
             kernels=kernels,
             context_fp32_gradients=context_fp32_gradients,
             scheme=scheme,
+            fp8=fp8,
         )
         self._exchange = self.exchanges[0]
         self.undecided = recompute == AUTO and not plan.endswith(".json")

@@ -86,6 +86,10 @@ class Runner:
         schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, `1f1b`,
             `interleaved-1f1b`, or the path of a file that holds one, in the form in which schedules
             print. The model's layers must lie where it has them. Changes no bit.
+        fp8: compute the linear layers of dense transformer layers in 8 bits: `current`, with one
+            scale for each tensor as it is (E4M3, gradients E5M2), or `blockwise`, with one for each
+            1 x 128 of activations and gradients and 128 x 128 of weights (E4M3). Embedding, output
+            layer, norms and attention keep their type. None for no 8 bits.
         bucket_size: parameters per bucket of the data-parallel reduction.
         memory_limit: bytes of the device's memory that the run may take by `recompute="auto"`; None
             for what a GPU has, and no limit on a CPU.
@@ -113,6 +117,7 @@ class Runner:
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
         schedule: str = "fold",
+        fp8: str | None = None,
         bucket_size: int | None = None,
         memory_limit: int | None = None,
         module: torch.nn.Module | None = None,
@@ -137,6 +142,7 @@ class Runner:
             context_exchange=context_exchange,
             context_fp32_gradients=context_fp32_gradients,
             schedule=schedule,
+            fp8=fp8,
             module=module or model,
         )
         config, topology = model.config, self.context.topology

@@ -21,7 +21,7 @@ from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
 from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.plan import (
-    BATCH_PREFIX,
+    SHARED,
     Graph,
     Issue,
     Operator,
@@ -145,7 +145,7 @@ def _transfer(operator: Operator, graph: Graph) -> Entry:
 
 
 def _own(reads: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(slot for slot in dict.fromkeys(reads) if not slot.startswith(BATCH_PREFIX))
+    return tuple(slot for slot in dict.fromkeys(reads) if not slot.startswith(SHARED))
 
 
 class Executor:
@@ -196,6 +196,15 @@ class Executor:
         for entry in job.program.entries:
             if entry is not None and entry.lag:
                 self._trace(entry, job.tapes, on_gradient)
+
+    def prepare(self, operator: Operator) -> dict[str, Slot]:
+        """Run what is run once a step. Returns the slots that it writes, by name."""
+        result, mark = self.lanes.launch(operator, (), crosses=False)
+        values = result if len(operator.writes) > 1 else (result,)
+        made = {n: Slot(value, mark) for n, value in zip(operator.writes, values, strict=True)}
+        for slot in made.values():
+            self.lanes.born(slot)
+        return made
 
     def post(self, entries: Sequence[Entry], tape: Tape) -> None:
         """Issue receives, so that they are there when their graph's turn comes."""

@@ -49,6 +49,18 @@ class StepState:
         self._lanes = lanes
         self._readers = readers
         self._under_way: dict[int, MicroBatchState] = {}
+        self._prepared: dict[int, dict[str, Slot]] = {}
+
+    def prepare(self, layer: int, slots: dict[str, Slot]) -> None:
+        """Keep what all micro-batches read in a layer, until the step is over."""
+        self._prepared.setdefault(layer, {}).update(slots)
+
+    def finish(self) -> None:
+        """Let go of that."""
+        for slots in self._prepared.values():
+            for slot in slots.values():
+                self._lanes.release(slot)
+        self._prepared.clear()
 
     @property
     def count(self) -> int:
@@ -69,7 +81,8 @@ class StepState:
         """The tape of a micro-batch in a layer, opened on first use."""
         state = self.of(micro_batch)
         if layer not in state.tapes:
-            state.tapes[layer] = Tape(self._readers(layer), state.batch)
+            step = self._prepared.get(layer)
+            state.tapes[layer] = Tape(self._readers(layer), state.batch, step)
         return state.tapes[layer]
 
     def enter(self, micro_batch: int, layer: int, graph: Graph) -> Tape:

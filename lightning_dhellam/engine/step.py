@@ -263,6 +263,9 @@ class Engine:
 
     def _legs(self, state: StepState, step: Step, forwards: Sequence[Graph]) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
+        for layer, graph in enumerate(forwards):
+            for operator in graph.prologue:
+                state.prepare(layer, self._executor.prepare(operator))
         self._post(state, step.legs[0], forwards)
         last = step.last
         for index, leg in enumerate(step.legs):
@@ -273,6 +276,7 @@ class Engine:
             for micro_batch in {leg.forward, leg.backward}:
                 if micro_batch is not None and last[micro_batch] == index:
                     state.end(micro_batch)
+        state.finish()
         # The caller's tensors, the micro-batches, must outlive every lane's use of them.
         self.lanes.drain()
 

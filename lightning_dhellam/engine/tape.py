@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -138,18 +139,27 @@ class Tape:
     Args:
         readers: how many readers each slot has, over both directions.
         batch: the tape of the micro-batch itself, with its tokens and labels.
+        step: slots of the layer that all micro-batches of the step read.
     """
 
-    __slots__ = ("_batch", "_left", "_slots")
+    __slots__ = ("_batch", "_left", "_slots", "_step")
 
-    def __init__(self, readers: Counter[str], batch: Tape | None = None) -> None:
+    def __init__(
+        self,
+        readers: Counter[str],
+        batch: Tape | None = None,
+        step: Mapping[str, Slot] | None = None,
+    ) -> None:
         self._left = Counter(readers)
         self._slots: dict[str, Slot] = {}
         self._batch = batch
+        self._step = step or {}
 
     def __getitem__(self, name: str) -> Slot:
         if self._batch is not None and name.startswith(BATCH_PREFIX):
             return self._batch[name]
+        if name in self._step:
+            return self._step[name]
         return self._slots[name]
 
     def slots(self, names: tuple[str, ...]) -> list[Slot]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.choose import Kernels
+from lightning_dhellam.layers.eight_bits import Recipe
 from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.ways import Way
 from lightning_dhellam.layers.writer import GraphWriter, Sizes
@@ -27,6 +28,7 @@ class Setting:
         rotary: cosines and sines of the positions; None for a model without rotary embedding.
         index: of the layer in the model, which enters its random numbers.
         way: by which keys come to the ranks that share a sequence; None where each has its own.
+        eight: how linear layers compute in 8 bits; None where they do not.
     """
 
     sizes: Sizes
@@ -34,6 +36,7 @@ class Setting:
     rotary: RotaryTable | None
     index: int
     way: Way | None = None
+    eight: Recipe | None = None
 
 
 class Block(Protocol):

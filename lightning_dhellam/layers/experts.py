@@ -59,6 +59,8 @@ class Experts:
     def of(cls, module: Any, setting: Setting) -> Experts:
         """What lowers `module`; what it would compute otherwise is refused by name."""
         config = module.config
+        if setting.eight is not None:
+            setting.eight.refuse_experts(setting.index)
         check_config(config, SUPPORTED)
         _check_experts(module.experts, setting.index)
         communicator = setting.sizes.context.communicators[Lane.EP]

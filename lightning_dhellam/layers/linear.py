@@ -10,7 +10,7 @@ A column-parallel bias is added by its GEMM; it is split as the weight is. A row
 whole on every rank and joins after the scatter, where the residual stream is added (see
 `residual`); each rank's gradient of it is the sum over its own tokens. With TP = 1 gathers and
 scatters are left out, and their neighbours share a slot. An adapter adds to what the GEMM and its
-dgrad have computed (see `adapted`).
+dgrad have computed (see `adapted`). The GEMMs may be in 8 bits (see `eight_bits`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lightning_dhellam.kernels.protocols import LinearKernel
 from lightning_dhellam.layers.adapted import AdaptedColumn, AdaptedRow
 from lightning_dhellam.layers.adapter import adapter_of
 from lightning_dhellam.layers.block import Setting, Supported, check_class, check_config
+from lightning_dhellam.layers.eight_bits import EightBits
 from lightning_dhellam.layers.rules import on_tp, products
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
 from lightning_dhellam.parallel.gradients import taken_first
@@ -49,6 +50,7 @@ class _Linear:
         bias: [O], or None.
         along: what the channels are that tensor-parallel ranks share.
         kernel: what computes the GEMMs.
+        eight: what computes them in 8 bits instead, or None.
     """
 
     name: str
@@ -56,14 +58,17 @@ class _Linear:
     bias: Parameter | None
     along: Held
     kernel: LinearKernel
+    eight: EightBits | None = None
 
     @classmethod
     def _parts(
         cls, module: Any, wanted: type, name: str, along: Held, setting: Setting, prefix: str
-    ) -> tuple[str, Parameter, Parameter | None, Held, LinearKernel]:
+    ) -> tuple[str, Parameter, Parameter | None, Held, LinearKernel, EightBits | None]:
         check_class(module, wanted, f"linear_{name}", setting.index)
         check_config(module.config, SUPPORTED)
-        return f"{prefix}{name}", module.weight, module.bias, along, setting.kernels.linear
+        name, weight = f"{prefix}{name}", module.weight
+        eight = EightBits.of(name, weight, setting.eight, setting.index)
+        return name, weight, module.bias, along, setting.kernels.linear, eight
 
     @property
     def _ends(self) -> tuple[Held, Held]:
@@ -76,6 +81,9 @@ class _Linear:
         return 2.0 * self.weight.numel()
 
     def _gemm(self, w: GraphWriter, read: str, write: str, bias: Parameter | None = None) -> None:
+        if self.eight is not None:
+            self.eight.forward(w, read, write, bias, self.flops, self._ends)
+            return
         forward, weight = self.kernel.forward, self.weight
         w.compute(
             f"{self.name}.gemm",
@@ -89,6 +97,9 @@ class _Linear:
         )
 
     def _dgrad(self, w: GraphWriter, grad: str, write: str) -> None:
+        if self.eight is not None:
+            self.eight.data_grad(w, grad, write, self.flops, self._ends)
+            return
         dgrad, weight = self.kernel.dgrad, self.weight
         w.compute(
             f"{self.name}.dgrad",
@@ -105,6 +116,9 @@ class _Linear:
         accumulate, weight = self.kernel.accumulate_wgrad, self.weight
         reads, written = self._ends
         if not weight.requires_grad:
+            return
+        if self.eight is not None:
+            self.eight.weight_grad(w, grad, read, self.flops, self._ends, self.along)
             return
 
         def run(dy: Tensor, x: Tensor) -> None:

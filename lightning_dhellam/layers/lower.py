@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from lightning_dhellam.kernels.choose import Kernels, choose
 from lightning_dhellam.layers import linear, norm
 from lightning_dhellam.layers.block import Setting, check_config
+from lightning_dhellam.layers.eight_bits import Recipe
 from lightning_dhellam.layers.embedding import lower_embedding
 from lightning_dhellam.layers.fields import check_unknown
 from lightning_dhellam.layers.generic import lower_module
@@ -70,6 +71,7 @@ def lower(
     context_exchange: str = "ring",
     context_fp32_gradients: bool = True,
     scheme: Scheme = fold,
+    fp8: str | None = None,
 ) -> Lowered:
     """Lower a `models.CausalLM`.
 
@@ -83,6 +85,8 @@ def lower(
         context_exchange: how keys come to the ranks that share sequences: `ring` or `all_gather`.
         context_fp32_gradients: whether gradients by them travel in fp32, or as activations.
         scheme: makes the schedule of a step.
+        fp8: how the linear layers compute in 8 bits, of `eight_bits.FORMATS`; None where they do
+            not. Embedding, head, norms and attention do not in any case.
 
     Raises:
         ValueError: the configuration or a layer cannot be lowered, a backend not be used, no
@@ -104,6 +108,7 @@ def lower(
         in_blocks=ranks > 1,
         in_window=any(window is not None for window in model.config.windows),
     )
+    eight = Recipe.of(fp8, chosen, sizes.context.device, sizes.dtype, kernels)
     way = None
     if ranks > 1:
         travelling = torch.float32 if context_fp32_gradients else sizes.dtype
@@ -118,7 +123,8 @@ def lower(
     def lowered(chunk: int) -> list[GraphPair]:
         return [
             recomputed(
-                _lower_layer(layer, Setting(sizes, chosen, rotary, index, way)), wanted[index]
+                _lower_layer(layer, Setting(sizes, chosen, rotary, index, way, eight)),
+                wanted[index],
             )
             for index, layer in model.own_layers(chunk)
         ]

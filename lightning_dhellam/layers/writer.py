@@ -67,6 +67,22 @@ class GraphWriter:
     sizes: Sizes
     operators: list[Operator] = field(default_factory=list)
     bytes_per_token: dict[str, float] = field(default_factory=dict)
+    prologue: list[Operator] = field(default_factory=list)
+
+    def once(
+        self, name: str, writes: tuple[str, ...], run: Callable[..., Any], *, cost: float
+    ) -> None:
+        """Add an operator that runs once a step, before the first micro-batch.
+
+        Args:
+            name: unique in the graph.
+            writes: slots of the step (`STEP_PREFIX`), in the order of `run`'s results.
+            run: launches it. Takes nothing.
+            cost: bytes that it reads and writes.
+        """
+        self.prologue.append(
+            Operator(name, Lane.COMPUTE, (), writes, run, cost / nominal.MEMORY, light=True)
+        )
 
     def compute(
         self,
@@ -261,7 +277,14 @@ class GraphWriter:
         context = self.sizes.context
         layouts = of_batch(context) | dict.fromkeys(inputs, of_stream(context))
         return Graph(
-            self.name, self.direction, operators, tuple(inputs), outputs, sizes, layouts=layouts
+            self.name,
+            self.direction,
+            operators,
+            tuple(inputs),
+            outputs,
+            sizes,
+            layouts=layouts,
+            prologue=tuple(self.prologue),
         )
 
     def _add(self, operator: Operator) -> None:

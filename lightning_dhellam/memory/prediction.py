@@ -73,6 +73,7 @@ class Run:
         context_exchange: how keys come to the ranks that share sequences.
         context_fp32_gradients: whether gradients by them travel in fp32.
         schedule: order of the pipeline's works: a name, or the path of a file.
+        fp8: how linear layers compute in 8 bits, or None.
         loss: of the user's own, or None.
         build: makes a rank's part of the model; None for that of `config`.
         optimizer: makes the optimizer of the parameters that are trained.
@@ -92,6 +93,7 @@ class Run:
     context_exchange: str = "ring"
     context_fp32_gradients: bool = True
     schedule: str = "fold"
+    fp8: str | None = None
     loss: Loss | None = None
     build: Callable[[ParallelContext, torch.dtype], CausalLM] | None = None
     optimizer: Callable[[Iterable[Parameter]], Optimizer] = AdamW
@@ -254,6 +256,9 @@ def _step(run: Run, model: CausalLM, topology: Topology) -> tuple[int, int]:
         context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
         context_fp32_gradients=run.context_fp32_gradients,
         scheme=scheme_of(run.schedule, topology.pp_size),
+        fp8=run.fp8,
+        # Nothing computes here: what is asked for is how large it is.
+        kernels={"fp8": "reference"} if run.fp8 else None,
     )
     # More change nothing: by then as many are held as ever will be.
     most = (2 * topology.pp_size + 2) * run.micro_batch_size

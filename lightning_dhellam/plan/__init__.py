@@ -5,6 +5,8 @@ from lightning_dhellam.plan.builders import BUILDERS, Builder, builder
 from lightning_dhellam.plan.graph import (
     BATCH_PREFIX,
     BEGIN,
+    SHARED,
+    STEP_PREFIX,
     Ends,
     Graph,
     GraphPair,
@@ -21,6 +23,8 @@ __all__ = [
     "BATCH_PREFIX",
     "BEGIN",
     "BUILDERS",
+    "SHARED",
+    "STEP_PREFIX",
     "Barrier",
     "Builder",
     "Collective",

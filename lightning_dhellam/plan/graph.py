@@ -17,6 +17,12 @@ from lightning_dhellam.plan.operator import Operator, Strand
 BATCH_PREFIX = "batch."
 """Slots of the micro-batch itself (tokens, labels, random key): every layer may read them."""
 
+STEP_PREFIX = "step.layer."
+"""Slots of a layer that all micro-batches of a step read (weights in 8 bits)."""
+
+SHARED = (BATCH_PREFIX, STEP_PREFIX)
+"""How the names of slots begin that are on no micro-batch's tape of a layer."""
+
 BEGIN = "step.begin"
 """A slot without a value, which is there when a prologue or an epilogue begins."""
 
@@ -64,6 +70,8 @@ class Graph:
             as those are there, and are no part of a plan.
         layouts: how its inputs and the slots of the micro-batch lie. With None, of graphs that are
             not run, nobody asks whether the operators agree.
+        prologue: operators that read nothing and write slots of the step, once before its first
+            micro-batch: of a forward graph, for both directions. They are no part of a plan.
     """
 
     name: str
@@ -75,6 +83,7 @@ class Graph:
     receives: tuple[Operator, ...] = ()
     sends: tuple[Operator, ...] = ()
     layouts: Mapping[str, Layout] | None = field(default=None, repr=False, compare=False)
+    prologue: tuple[Operator, ...] = ()
 
     def __post_init__(self) -> None:
         known = set(self.inputs)
@@ -179,9 +188,13 @@ class Graph:
         """Slots read here and neither written here nor handed over: what must have been saved."""
         own = self.written | set(self.inputs)
         reads = (slot for operator in self.operators for slot in operator.reads)
-        return tuple(
-            dict.fromkeys(s for s in reads if s not in own and not s.startswith(BATCH_PREFIX))
-        )
+        return tuple(dict.fromkeys(s for s in reads if s not in own and not s.startswith(SHARED)))
+
+    @cached_property
+    def of_step(self) -> frozenset[str]:
+        """Slots of the step that an operator reads."""
+        reads = (slot for operator in self.operators for slot in operator.reads)
+        return frozenset(slot for slot in reads if slot.startswith(STEP_PREFIX))
 
     def lies(self, saved: Mapping[str, Layout]) -> dict[str, Layout]:
         """How every slot lies, the `saved` ones of the other direction as given.
@@ -232,6 +245,9 @@ class GraphPair:
         assert self.forward.name == self.backward.name
         assert not self.forward.foreign, f"{self.forward} reads unknown {self.forward.foreign}"
         known = self.forward.written | set(self.forward.inputs)
+        made = {slot for operator in self.forward.prologue for slot in operator.writes}
+        missing = (self.forward.of_step | self.backward.of_step) - made
+        assert not missing, f"{self.forward} has no prologue that writes {sorted(missing)}"
         unknown = set(self.backward.foreign) - known
         assert not unknown, f"{self.backward} reads {sorted(unknown)}, which forward never writes"
         clash = self.backward.written & known

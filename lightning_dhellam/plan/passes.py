@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from difflib import get_close_matches
 
-from lightning_dhellam.plan.graph import BATCH_PREFIX, Graph, GraphPair
+from lightning_dhellam.plan.graph import SHARED, Graph, GraphPair
 from lightning_dhellam.plan.operator import Lane, Operator
 
 Recompute = str | Sequence[str]
@@ -179,9 +179,16 @@ def _nothing(pair: GraphPair) -> frozenset[str]:
 
 
 def _gathers(pair: GraphPair) -> frozenset[str]:
-    """What is gathered of a light slot: the inputs of column-parallel linear layers."""
-    operators = pair.forward.operators
-    return frozenset(s for o in operators if o.light and o.is_communication for s in o.writes)
+    """What is gathered of a light slot: the inputs of column-parallel linear layers.
+
+    So is what light operators make of that alone: the same in 8 bits.
+    """
+    slots: set[str] = set()
+    for operator in pair.forward.operators:
+        made = operator.computes and operator.reads and slots.issuperset(operator.reads)
+        if operator.light and (operator.is_communication or made):
+            slots.update(operator.writes)
+    return frozenset(slots)
 
 
 def _selective(pair: GraphPair) -> frozenset[str]:
@@ -195,7 +202,7 @@ def _selective(pair: GraphPair) -> frozenset[str]:
     light: set[str] = set()
     for own in forward.operators:
         for operator in (*own.remakes, own):
-            reads = {slot for slot in operator.reads if not slot.startswith(BATCH_PREFIX)}
+            reads = {slot for slot in operator.reads if not slot.startswith(SHARED)}
             if operator.light and reads <= saved | light:
                 light.update(operator.writes)
     least = sum(forward.bytes_per_token[slot] for slot in forward.inputs) / 2

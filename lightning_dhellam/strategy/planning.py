@@ -58,6 +58,7 @@ def planned_run(
         context_exchange=strategy.context_exchange,
         context_fp32_gradients=strategy.context_fp32_gradients,
         schedule=strategy.schedule,
+        fp8=strategy.fp8,
         loss=module.custom_loss,
         build=module.planned_model,
     )

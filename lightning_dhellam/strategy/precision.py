@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import (
     HalfPrecision,
     MixedPrecision,
     Precision,
+    TransformerEnginePrecision,
 )
 from typing_extensions import override
 
@@ -35,11 +36,13 @@ class DHellamPrecision(Precision):
     | `bf16-true`  | bf16                    | bf16      | the weights    |
 
     Operators take their types from the model, so nothing is cast on the way and there is no
-    autocast. In fp16 the loss is scaled, as `scaling` says. Raises ValueError for any other
-    precision.
+    autocast. In fp16 the loss is scaled, as `scaling` says. `transformer-engine` is `bf16-mixed`
+    whose linear layers compute in 8 bits, as `fp8` says. Raises ValueError for any other precision.
     """
 
-    def __init__(self, precision: str, scaling: Scaling | None = None) -> None:
+    def __init__(
+        self, precision: str, scaling: Scaling | None = None, fp8: str | None = None
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(
                 f"Trainer(precision='{precision}') does not work with DHellamStrategy: use one of"
@@ -47,6 +50,7 @@ class DHellamPrecision(Precision):
             )
         self.precision = precision  # type: ignore[assignment]
         self.scaling = scaling or Scaling()
+        self.fp8 = fp8
         self.optimizer: ModelParallelOptimizer | None = None
         self.before_update: Callable[[], None] = _nothing
 
@@ -58,6 +62,8 @@ class DHellamPrecision(Precision):
         if type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
             scaler = getattr(plugin, "scaler", None)
             return cls(str(plugin.precision), _scaling_of(scaler) if scaler is not None else None)
+        if type(plugin) is TransformerEnginePrecision:
+            return cls("bf16-mixed", fp8=_format_of(plugin))
         raise ValueError(
             f"the precision plugin {type(plugin).__name__} does not work with DHellamStrategy: use"
             f" Trainer(precision=...) with one of {', '.join(PRECISIONS)}"
@@ -96,6 +102,26 @@ class DHellamPrecision(Precision):
     def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
         assert self.optimizer is not None, "the strategy was not set up"
         self.optimizer.clip_by_value(clip_val)
+
+
+def _format_of(plugin: TransformerEnginePrecision) -> str:
+    """What Lightning's `transformer-engine` means here, where that package computes nothing.
+
+    Raises:
+        ValueError: it asks for fp16, or for a recipe of the user's own.
+    """
+    if plugin.weights_dtype is not torch.bfloat16:
+        raise ValueError(
+            "precision='transformer-engine-float16' does not work with DHellamStrategy: use"
+            " 'transformer-engine', whose activations are bf16"
+        )
+    if plugin.recipe != type(plugin.recipe)():
+        raise ValueError(
+            f"TransformerEnginePrecision(recipe={plugin.recipe!r}) does not work with"
+            " DHellamStrategy, which scales 8 bits without a history: use DHellamStrategy(fp8=...)"
+            " with 'current' or 'blockwise'"
+        )
+    return "current"
 
 
 def _scaling_of(scaler: torch.amp.GradScaler) -> Scaling:

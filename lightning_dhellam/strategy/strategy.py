@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_dhellam.displays import size_of
 from lightning_dhellam.hosted import Place
+from lightning_dhellam.layers import eight_bits
 from lightning_dhellam.models import crossing_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
@@ -121,6 +122,11 @@ class DHellamStrategy(SteppingStrategy):
         async_checkpoint: write checkpoints while training goes on: a step waits only until what is
             saved is copied to host memory, and one is written at a time. One that cannot be written
             ends the run. Whatever ends a run waits until it is written.
+        fp8: compute the linear layers of dense transformer layers in 8 bits: `current`, with one
+            scale for each tensor as it is (E4M3, gradients E5M2), or `blockwise`, with one for each
+            1 x 128 of activations and gradients and 128 x 128 of weights (E4M3). Embedding, output
+            layer, norms and attention keep their type. None for no 8 bits, but for `current` with
+            `Trainer(precision="transformer-engine")`.
 
     Raises:
         ValueError: a value or a combination that cannot work, before any process computes.
@@ -154,6 +160,7 @@ class DHellamStrategy(SteppingStrategy):
         memory_limit: float | str | None = None,
         schedule: str = "fold",
         async_checkpoint: bool = False,
+        fp8: str | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -182,6 +189,7 @@ class DHellamStrategy(SteppingStrategy):
         check_transport(Lane.PP, pipeline_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
+        eight_bits.check_name(fp8)
         scheme_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
         self.tensor_parallel_size = tensor_parallel_size
@@ -209,6 +217,7 @@ class DHellamStrategy(SteppingStrategy):
             None if memory_limit is None else memory_bytes("memory_limit", memory_limit)
         )
         self.async_checkpoint = async_checkpoint
+        self._fp8 = fp8
         checks.check_links(self.cluster, context_parallel_size, expert_parallel_size)
         self.timeout = timeout or default_pg_timeout
         self._ended_well = True
@@ -217,6 +226,11 @@ class DHellamStrategy(SteppingStrategy):
     def seed(self) -> int:
         """Seed of weights and dropout."""
         return seed_of_run() if self._seed is None else self._seed
+
+    @property
+    def fp8(self) -> str | None:
+        """How linear layers compute in 8 bits, as an argument or the precision says."""
+        return self._fp8 or self.precision_plugin.fp8
 
     @property
     def dtype(self) -> torch.dtype:
@@ -270,6 +284,10 @@ class DHellamStrategy(SteppingStrategy):
             )
         check_transport(Lane.CP, self.context_transport, self.root_device.type)
         check_transport(Lane.PP, self.pipeline_transport, self.root_device.type)
+        if self.fp8 is not None:
+            eight_bits.check_place(self.fp8, self.root_device, self.dtype, self.kernels)
+            config = self._module.model_config
+            eight_bits.check_shapes(self.fp8, config, self.tensor_parallel_size)
 
     @override
     def setup_environment(self) -> None:
@@ -331,6 +349,7 @@ class DHellamStrategy(SteppingStrategy):
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
             schedule=FIRST if self._searches_schedules else self.schedule,
+            fp8=self.fp8,
             bucket_size=self.bucket_size,
             memory_limit=self.memory_limit,
             module=module,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from lightning_dhellam.plan import BATCH_PREFIX, GraphPair, Lane, Operator
+from lightning_dhellam.plan import SHARED, GraphPair, Lane, Operator
 from lightning_dhellam.plan.passes import CHOICES, run_again
 
 MOST = 8
@@ -83,7 +83,7 @@ def _candidate(
 ) -> Candidate:
     again = run_again(pair, slots)
     made = {slot for operator in again for slot in operator.writes}
-    read = {s for o in again for s in o.reads if not s.startswith(BATCH_PREFIX)}
+    read = {s for o in again for s in o.reads if not s.startswith(SHARED)}
     sizes = pair.forward.bytes_per_token
     saved = sum(sizes.get(slot, 0.0) for slot in ({*pair.saved} | read) - made)
     return Candidate(frozenset(slots & made), sum(map(seconds, again)), saved)

@@ -36,9 +36,11 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     exchange: str = "ring"
     schedule: str = "fold"
+    fp8: str | None = None
 
 
 DROPPING = replace(SMALL, num_layers=3, hidden_dropout=0.1)
+WIDE = replace(SMALL, hidden_size=256, ffn_hidden_size=256)
 LAYERS = replace(DROPPING, num_layers=7)
 """Which two stages cannot share evenly."""
 ALONE = {
@@ -51,6 +53,7 @@ ALONE = {
     "gpt2": Case(DENSE["gpt2"], recompute="selective"),
     "window": Case(DENSE["qwen2-last-layers"]),
     "mixtral": Case(MIXTURES["mixtral"]),
+    "fp8": Case(WIDE, fp8="current", recompute="selective", dtype=torch.bfloat16),
     "dense-between": Case(MIXTURES["qwen3-moe"], recompute="full"),
 }
 
@@ -62,6 +65,7 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], list[Case]]] = {
             Case(DROPPING, samples=5, size=2, dtype=torch.bfloat16),
             Case(DROPPING, recompute="full", plan="dhellam"),
             Case(MIXTURES["qwen3-moe"], recompute="selective"),
+            Case(WIDE, fp8="blockwise", dtype=torch.bfloat16),
         ],
     ),
     "cp": (
@@ -91,6 +95,8 @@ def _lowered(case: Case, model: CausalLM) -> Lowered:
         recompute=case.recompute,
         context_exchange=case.exchange,
         scheme=SCHEDULES[case.schedule],
+        fp8=case.fp8,
+        kernels={"fp8": "reference"},
     )
 
 
