@@ -23,6 +23,7 @@ from lightning_dhellam.engine.meeting import as_many, check_as_many
 from lightning_dhellam.engine.weights import Everyone
 from lightning_dhellam.engine.words import in_our_words
 from lightning_dhellam.layers import Loss
+from lightning_dhellam.memory.model_states import ModelStates, model_states
 from lightning_dhellam.models import CausalLM, ModelConfig, crossing_bytes
 from lightning_dhellam.models import pipeline_split as split_of
 from lightning_dhellam.parallel import ParallelContext, zigzag
@@ -287,11 +288,9 @@ class Runner:
         return self._trained_with().optimizer
 
     @property
-    def state_shards(self) -> int:
-        """How many ranks share the optimizer's state of a parameter."""
-        topology = self.context.topology
-        shared = (self.settings or {}).get("distributed_optimizer", False)
-        return topology.dp_size * topology.cp_size if shared else 1
+    def model_states(self) -> ModelStates:
+        """Bytes of weights, gradients and the optimizer of this rank."""
+        return model_states(self.model, self.gradient_buffers, self.stepped)
 
     @property
     def steps(self) -> int:
@@ -395,9 +394,8 @@ class Runner:
         check_as_many(pieces, self.context, balanced=balance.spans_replicas)
         self.agreed.suit(batch["tokens"].shape[1])
         if self.agreed.undecided and not self.is_searched:
-            recomputing.by_rule(
-                self.agreed, self.model, pieces, self.memory_limit, self.state_shards
-            )
+            states = self.model_states.total
+            recomputing.by_rule(self.agreed, pieces, self.memory_limit, states)
         loss = training.run(pieces)
         if scale is not None:
             loss = loss / scale

@@ -142,7 +142,7 @@ def room_of(runner: Runner) -> float | None:
         limit = torch.cuda.get_device_properties(device).total_memory
     if limit is None:
         return None
-    held = measured_bytes(runner.agreed, runner.model, runner.state_shards)
+    held = measured_bytes(runner.agreed, runner.model_states.total)
     taken = held + runner.engine.lanes.ledger.peak_bytes
     over = torch.tensor([taken - _SHARE * limit], dtype=torch.float64)
     return -float(largest(over, runner.context.stage_group))

@@ -131,7 +131,7 @@ class Session:
                     f"profile={options.profile} is of one choice of what backward makes again, and"
                     " recompute='auto' makes one: give recompute, or leave profile out"
                 )
-            held = measured_bytes(runner.agreed, runner.model, runner.state_shards)
+            held = measured_bytes(runner.agreed, runner.model_states.total)
         everyone = runner.context.world_group
         measuring = partial(self._measuring, progress)
         limit = options.memory_limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_dhellam.commands.parser import Parser
@@ -39,12 +40,16 @@ def memory_command(argv: Sequence[str]) -> int:
     from lightning_dhellam.memory import memory_table, predict
     from lightning_dhellam.memory.limit import cheapest_change
     from lightning_dhellam.memory.table import as_values
+    from lightning_dhellam.plan.by_layer import AUTO
 
     run, strategy = run_of(configuration(words), options)
     limit = strategy.memory_limit
     if options.device_memory is not None:
         limit = memory_bytes("--device_memory", options.device_memory)
+    run = replace(run, memory_limit=limit)
     found = predict(run)
+    if run.recompute == AUTO and limit is None:
+        print("recompute=auto is shown with the least that it takes: --device_memory says how much")
     print(memory_table(found, limit))
     if limit is not None and any(rank.total > limit for rank in found):
         change = cheapest_change(run, limit)

@@ -47,6 +47,7 @@ def run_of(read: Mapping[str, Any], options: Any) -> tuple[Run, DHellamStrategy]
         read: what `fit.configuration` has read.
         options: with those of `add_planned`.
     """
+    from lightning_dhellam.commands.optimizer import configured
     from lightning_dhellam.parallel.topology import Topology
     from lightning_dhellam.pipeline.schedules import placement_of
     from lightning_dhellam.strategy.checks import check_module
@@ -77,6 +78,8 @@ def run_of(read: Mapping[str, Any], options: Any) -> tuple[Run, DHellamStrategy]
         precision=precision,
         samples=samples,
         length=length,
+        memory_limit=strategy.memory_limit,
+        optimizer=configured(read),
     )
     return run, strategy
 

@@ -7,7 +7,7 @@ padding, shards and masters are theirs.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -112,16 +112,31 @@ def _state_bytes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
 def _kept_of(
     optimizer: Optimizer, dimensions: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], int]]:
-    """Shape, and bytes of an element, of what is kept of a parameter with sizes of `_PRIMES`."""
+    """Shape, and bytes of an element, of what is kept of a parameter with sizes of `_PRIMES`.
+
+    One that cannot step a small parameter on the host is taken to keep two values of each element.
+    """
     with unset_fake_temporarily():
         probe = torch.zeros(_PRIMES[:dimensions], dtype=dtype)
         probe.grad = torch.zeros_like(probe)
-        # A second one with the same settings, and nothing of what hangs on the first.
-        other = object.__new__(type(optimizer))
-        vars(other).update(vars(optimizer))
-        vars(other).update({name: OrderedDict() for name in vars(other) if "hooks" in name})
-        vars(other)["param_groups"] = [{**optimizer.param_groups[0], "params": [probe]}]
-        vars(other)["state"] = state = defaultdict[Tensor, dict[str, Any]](dict)
-        with torch.no_grad():
-            type(other).step(other)
-        return [(tuple(t.shape), t.element_size()) for t in tensors_in(state.values())]
+        other = alike(optimizer, [probe])
+        try:
+            with torch.no_grad():
+                type(other).step(other)
+        except Exception:  # it may need a GPU, or whole layers
+            return [(tuple(probe.shape), probe.element_size())] * 2
+        kept = tensors_in(other.state.values())
+        return [(tuple(t.shape), t.element_size()) for t in kept]
+
+
+def alike(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Optimizer:
+    """Make a second one with the settings of the first group, for other parameters.
+
+    It has nothing of what hangs on the first.
+    """
+    other = object.__new__(type(optimizer))
+    vars(other).update(vars(optimizer))
+    vars(other).update({name: OrderedDict() for name in vars(other) if "hooks" in name})
+    vars(other)["param_groups"] = [{**optimizer.param_groups[0], "params": [*parameters]}]
+    vars(other)["state"] = defaultdict[Tensor, dict[str, Any]](dict)
+    return other

@@ -16,15 +16,17 @@ part of what a device has to give (`limit`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from lightning_dhellam.layers import Loss, lower
+from lightning_dhellam.engine import MicroBatch
+from lightning_dhellam.layers import Loss, Lowered, lower
 from lightning_dhellam.memory.activations import activation_peak, micro_batches, without_memory
+from lightning_dhellam.memory.fitting import SHARE, fit_by_rule
 from lightning_dhellam.memory.model_states import (
     ModelStates,
     bytes_of,
@@ -39,8 +41,9 @@ from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.wrapping import holders, shards
 from lightning_dhellam.pipeline.schedules import Placement, placement_of, scheme_of
-from lightning_dhellam.plan.by_layer import ByLayer
-from lightning_dhellam.plan.file import named_plan
+from lightning_dhellam.plan import Builder
+from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer
+from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 
@@ -50,6 +53,11 @@ streams that compute on a Hopper GPU, and as much for its scaled products."""
 _FRAGMENTS = 0.02
 """Of what comes and goes: what the allocator cannot give to a tensor of another size. It hands out
 blocks of 2 MiB, and the slots of a step have few sizes, which repeat in every layer."""
+
+
+def adamw(model: CausalLM) -> Optimizer:
+    """Make AdamW of all that is trained."""
+    return AdamW([p for p in model.parameters() if p.requires_grad])
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,8 @@ class Run:
         precision: `32-true`, `bf16-mixed` or `bf16-true`.
         plan: the name of a built-in plan, or the path of a plan file; `auto` is taken to find one
             that takes as much as `interleaved`.
-        recompute: what backward makes again; `auto` is taken to make all of a layer again, since it
-            takes as much as it needs to.
+        recompute: what backward makes again; `auto` chooses for `memory_limit`, and is taken to
+            make all of a layer again where that is not known, or where nothing fits.
         split: layers of each chunk of the pipeline; None to balance them.
         distributed_optimizer: whether its state is sharded; None to do so where that helps.
         bucket_size: parameters of a bucket; None for Megatron's default.
@@ -76,7 +84,8 @@ class Run:
         fp8: how linear layers compute in 8 bits, or None.
         loss: of the user's own, or None.
         build: makes a rank's part of the model; None for that of `config`.
-        optimizer: makes the optimizer of the parameters that are trained.
+        optimizer: makes the optimizer of a planned model.
+        memory_limit: bytes that a rank may take, by which `auto` chooses; None if not known.
     """
 
     config: ModelConfig
@@ -96,7 +105,8 @@ class Run:
     fp8: str | None = None
     loss: Loss | None = None
     build: Callable[[ParallelContext, torch.dtype], CausalLM] | None = None
-    optimizer: Callable[[Iterable[Parameter]], Optimizer] = AdamW
+    optimizer: Callable[[CausalLM], Optimizer] = adamw
+    memory_limit: int | None = None
 
     def check(self) -> None:
         """Refuse sizes that the model cannot be cut into.
@@ -187,7 +197,7 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
         build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
         model = build(context, numbers.dtype)
         found = _model_states(run, model, context)
-        peak, batch = _step(run, model, topology)
+        peak, batch = _step(run, model, topology, found.total)
     return RankMemory(
         topology.pp_rank,
         topology.stage_size,
@@ -199,13 +209,14 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
     )
 
 
-def step_bytes(run: Run, rank: int, trained: Mapping[str, bool]) -> tuple[int, int]:
+def step_bytes(run: Run, rank: int, trained: Mapping[str, bool], states: int) -> tuple[int, int]:
     """Predict the most bytes of slots in a step of one rank, and those of its batch.
 
     Args:
         run: of which the rank is one.
         rank: which.
         trained: which of its parameters require a gradient, by name.
+        states: bytes of its weights, gradients and optimizer.
     """
     topology = replace(run.topology, rank=rank)
     split = run.layers_of_chunks() if topology.pp_size > 1 else ()
@@ -219,12 +230,12 @@ def step_bytes(run: Run, rank: int, trained: Mapping[str, bool]) -> tuple[int, i
                 parameter.main_grad = torch.empty_like(  # type: ignore[attr-defined]
                     parameter, dtype=torch.float32
                 )
-        return _step(run, model, topology)
+        return _step(run, model, topology, states)
 
 
 def _model_states(run: Run, model: CausalLM, context: ParallelContext) -> ModelStates:
     numbers = PRECISIONS[run.precision]
-    optimizer = run.optimizer([p for p in model.parameters() if p.requires_grad])
+    optimizer = run.optimizer(model)
     of_model = holders(model, context.topology)
     sharded = shards(optimizer, run.distributed_optimizer, run.precision, of_model)
     buffers = GradientBuffers(
@@ -247,11 +258,11 @@ def _model_states(run: Run, model: CausalLM, context: ParallelContext) -> ModelS
     return model_states(model, buffers, wrapped)
 
 
-def _step(run: Run, model: CausalLM, topology: Topology) -> tuple[int, int]:
+def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[int, int]:
     """The most bytes of slots in a step, and those of the batch."""
-    lowered = lower(
+    lowering = partial(
+        lower,
         model,
-        recompute="full" if run.recompute == "auto" else run.recompute,
         loss=run.loss,
         context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
         context_fp32_gradients=run.context_fp32_gradients,
@@ -260,15 +271,48 @@ def _step(run: Run, model: CausalLM, topology: Topology) -> tuple[int, int]:
         # Nothing computes here: what is asked for is how large it is.
         kernels={"fp8": "reference"} if run.fp8 else None,
     )
+    builder = named_plan("interleaved" if run.plan == "auto" else run.plan)
+    pieces = micro_batches(topology, run.samples, run.micro_batch_size, run.length)
     # More change nothing: by then as many are held as ever will be.
     most = (2 * topology.pp_size + 2) * run.micro_batch_size
     peak = activation_peak(
-        lowered,
-        named_plan("interleaved" if run.plan == "auto" else run.plan),
+        lowering(recompute=_recompute(run, lowering, builder, pieces, states)),
+        builder,
         topology,
         samples=min(run.samples, most),
         micro_batch_size=run.micro_batch_size,
         length=run.length,
     )
-    pieces = micro_batches(topology, run.samples, run.micro_batch_size, run.length)
     return peak, bytes_of(tensors_in(piece.slots for piece in pieces))
+
+
+def _recompute(
+    run: Run,
+    lowering: Callable[..., Lowered],
+    builder: Builder,
+    pieces: Sequence[MicroBatch],
+    states: int,
+) -> Recompute | ByLayer:
+    """What backward makes again: what was given, or what a run with `auto` chooses."""
+    if run.recompute != AUTO:
+        return run.recompute
+    if run.plan.endswith(".json"):
+        return PlanFile.load(run.plan).recompute or USUAL
+    if run.memory_limit is None:
+        return "full"
+    whole, kept = (_suited(lowering(recompute=one), run.length) for one in ("full", "none"))
+    try:
+        return fit_by_rule(
+            whole.layers,
+            kept,
+            builder,
+            micro_batches=len(pieces),
+            tokens=max(piece.tokens for piece in pieces),
+            room=run.memory_limit * SHARE - states,
+        ).choices
+    except ValueError:  # nothing fits: the least is what can be said
+        return "full"
+
+
+def _suited(lowered: Lowered, length: int) -> Lowered:
+    return replace(lowered, layers=tuple(pair.at(length) for pair in lowered.layers))

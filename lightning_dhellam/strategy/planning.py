@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_dhellam.memory import Run
 from lightning_dhellam.memory.limit import cannot_fit, cheapest_change, refusal
-from lightning_dhellam.memory.model_states import model_states
-from lightning_dhellam.memory.prediction import step_bytes
+from lightning_dhellam.memory.model_states import alike
+from lightning_dhellam.memory.prediction import adamw, step_bytes
+from lightning_dhellam.models import CausalLM
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.topology import Topology
@@ -31,6 +33,8 @@ def planned_run(
     precision: str,
     samples: int,
     length: int,
+    memory_limit: int | None = None,
+    optimizer: Callable[[CausalLM], Optimizer] = adamw,
 ) -> Run:
     """The run of a strategy and a module, as its memory is predicted from.
 
@@ -41,6 +45,8 @@ def planned_run(
         precision: `32-true`, `bf16-mixed` or `bf16-true`.
         samples: of a data-parallel rank's batch.
         length: tokens of a sequence.
+        memory_limit: bytes that a rank may take, where they are known.
+        optimizer: makes the optimizer of a planned model.
     """
     split = strategy.pipeline_split
     return Run(
@@ -61,6 +67,8 @@ def planned_run(
         fp8=strategy.fp8,
         loss=module.custom_loss,
         build=module.planned_model,
+        optimizer=optimizer,
+        memory_limit=memory_limit,
     )
 
 
@@ -102,6 +110,10 @@ class MemoryWatch:
             precision=runner.precision,
             samples=samples,
             length=length,
+            memory_limit=self._limit if self._limit is not None else _whole(runner.device),
+            optimizer=lambda model: alike(
+                runner.stepped.inner, [p for p in model.parameters() if p.requires_grad]
+            ),
         )
         limit = self._limit if self._limit is not None else _room(runner.device)
         tensors = self._tensors(runner, run)
@@ -144,21 +156,24 @@ class MemoryWatch:
         """Bytes that this rank will take; None where it could not be told."""
         trained = {n: p.requires_grad for n, p in runner.model.named_parameters()}
         try:
-            slots, self._batch = step_bytes(run, run.topology.rank, trained)
-            return self._model_states(runner) + slots + self._batch
+            states = runner.model_states.total
+            slots, self._batch = step_bytes(run, run.topology.rank, trained, states)
+            return states + slots + self._batch
         except Exception as error:  # a user's block, which cannot do without values, say
             shown = " ".join(str(error).split())
             rank_zero_warn(f"memory could not be predicted: {type(error).__name__}: {shown}")
             return None
 
-    def _model_states(self, runner: Runner) -> int:
-        return model_states(runner.model, runner.gradient_buffers, runner.stepped).total
-
     def _measured(self, runner: Runner) -> int:
         """Torch's peak on a GPU; on a CPU what is held, and the engine's own count of slots."""
         if runner.device.type == "cuda":
             return torch.cuda.max_memory_allocated(runner.device)
-        return self._model_states(runner) + runner.engine.lanes.ledger.peak_bytes + self._batch
+        return runner.model_states.total + runner.engine.lanes.ledger.peak_bytes + self._batch
+
+
+def _whole(device: torch.device) -> int:
+    """Bytes that a GPU has, which is what `recompute='auto'` goes by."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _room(device: torch.device) -> int:

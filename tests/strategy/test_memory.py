@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_dhellam.memory import prediction
+from lightning_dhellam.memory.fitting import SHARE
 from tests.strategy.runs import Losses, Model, loader, make_trainer
 
 
@@ -41,6 +43,32 @@ def test_predicted_is_measured_and_changes_nothing(
     # Three steps have taken what one was predicted to: nothing grows.
     assert found is not None and found[1] == found[2]
     assert watched == _losses(strategy, kind(**dropping))
+
+
+class Held(Callback):
+    """What a run holds besides slots, and the most bytes of those."""
+
+    states = peak = 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.states = trainer.strategy.runner.model_states.total
+        self.peak = trainer.strategy.runner.engine.lanes.ledger.peak_bytes
+
+
+def test_auto_is_predicted_as_it_chooses(caplog: pytest.LogCaptureFixture) -> None:
+    held, peaks = Held(), []
+    limit = "1GiB"
+    for _ in range(2):
+        caplog.clear()
+        strategy = {"micro_batch_size": 3, "recompute": "auto", "memory_limit": limit}
+        with caplog.at_level(logging.INFO, "lightning.pytorch"):
+            make_trainer(strategy, [held], max_steps=1).fit(Model(), loader(strategy))
+        (line,) = (r.message for r in caplog.records if r.message.startswith("memory in GiB"))
+        found = re.fullmatch(r"memory in GiB: rank 0 (\S+) predicted, (\S+) measured", line)
+        assert found is not None and found[1] == found[2]
+        peaks.append(held.peak)
+        limit = f"{(held.states + 0.8 * held.peak) / SHARE / 2**20:.6f}MiB"
+    assert peaks[1] <= 0.85 * peaks[0]
 
 
 def test_what_cannot_fit_is_refused_with_the_cheapest_change(

@@ -12,14 +12,14 @@ from lightning_dhellam.bench.memory.report import Taken
 from lightning_dhellam.bench.rounds import Result
 from lightning_dhellam.kernels.deterministic import deterministic
 from lightning_dhellam.memory.activations import micro_batches
-from lightning_dhellam.memory.model_states import bytes_of, model_states, tensors_in
+from lightning_dhellam.memory.fitting import SHARE
+from lightning_dhellam.memory.model_states import bytes_of, tensors_in
 from lightning_dhellam.memory.prediction import predict_rank
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.plan.by_layer import AUTO, ByLayer
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
-from lightning_dhellam.recomputing import SHARE
 from lightning_dhellam.runner import Runner
 
 _SEED = 1234
@@ -121,7 +121,7 @@ class Trained:
     def _counted(self, slots: int) -> int:
         """Bytes of states, slots and the batch, as they are counted on a CPU."""
         runner, case = self._runner, self._case
-        states = model_states(runner.model, runner.gradient_buffers, runner.stepped).total
+        states = runner.model_states.total
         pieces = micro_batches(
             runner.context.topology, case.samples, case.micro_batch_size, case.length
         )
