@@ -252,12 +252,13 @@ def test_products_of_8_bits_and_no_wait_on_the_gpu(backend: str) -> None:
     for width in (384, 4096):
         assert not parity.check("fp8", kernel, parity.Draw(1027, width, torch.bfloat16, DEVICE))
     x, dy = (torch.randn(513, 256, device=DEVICE).bfloat16() for _ in range(2))
+    weight = torch.randn(512, 256, device=DEVICE).bfloat16()
     x[7, 9] = torch.nan
     grad = torch.zeros(256, 256, device=DEVICE)
 
     def step(block: fp8.Block) -> None:
         a, b = kernel.cast(dy, fp8.FORWARD, block), kernel.cast(x, fp8.FORWARD, block)
-        kernel.multiply(a[0], b[0], torch.bfloat16, fast=True)
+        kernel.multiply(a[0], kernel.cast(weight, fp8.FORWARD, block)[0], torch.bfloat16, fast=True)
         kernel.accumulate(grad, a[1], b[1], first=True)
         kernel.accumulate(grad, a[1], b[1])
 
