@@ -38,12 +38,14 @@ def _report(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_throughput_trains_both_sides_to_the_same_losses(tmp_path: Path) -> None:
-    words = ["--device=cpu", f"--cases=['{TINY}']", "--sides=[ours, eager]"]
+    words = ["--device=cpu", f"--cases=['{TINY}']", "--sides=[ours, 'ours:current', eager]"]
     words += ["--steps=2", "--warm_up=1", "--budget=1e6", "--limit=1e6", f"--output={tmp_path}"]
     assert main(["bench", "throughput", *words]) == 0
     report = _report(tmp_path, "throughput")
-    ours, eager = report["rows"]
+    ours, current, eager = report["rows"]
     assert (ours["side"], eager["side"]) == ("ours", "eager")
+    assert current["over bf16"] == pytest.approx(current["tokens/s"] / ours["tokens/s"])
+    assert 0 < abs(current["last loss"] / ours["last loss"] - 1) < 1e-2, "it computes in 8 bits"
     assert report["device"].startswith("CPU") and report["versions"]["torch"]
     assert ours["ratio"] == pytest.approx(ours["tokens/s"] / eager["tokens/s"])
     assert ours["tokens/s"] == pytest.approx(2 * 2 * 64 / ours["seconds"])

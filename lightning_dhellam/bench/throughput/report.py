@@ -8,8 +8,8 @@ from lightning_dhellam.bench.report import Report, Row
 from lightning_dhellam.bench.throughput.settings import OURS, Case, Job
 
 COLUMNS = (
-    "case", "side", "tokens/s", "MFU", "ratio", "peak GiB", "loss", "last loss", "loss apart",
-    "grad norm", "TFLOP/s",
+    "case", "side", "tokens/s", "MFU", "ratio", "over bf16", "peak GiB", "loss", "last loss",
+    "loss apart", "grad norm", "TFLOP/s",
 )  # fmt: skip
 
 
@@ -30,9 +30,16 @@ def add(report: Report, job: Job, result: Row, peak_tflops: float) -> None:
 
 
 def _compare(rows: list[Row]) -> None:
-    """Our rate over the better of the others, and how far apart the losses are at most."""
-    others = [row for row in rows if row["side"] != OURS]
-    for ours in (row for row in rows if row["side"] == OURS):
+    """Our rates over the better of the others, and how far apart the losses are at most.
+
+    Rates in 8 bits are also compared with our own without.
+    """
+    mine = [row for row in rows if row["side"].partition(":")[0] == OURS]
+    others = [row for row in rows if row not in mine]
+    whole = next((row for row in mine if row["side"] == OURS), None)
+    for ours in mine:
+        if whole is not None and ours is not whole:
+            ours["over bf16"] = ours["tokens/s"] / whole["tokens/s"]
         if not others:
             continue
         best: Any = max(others, key=lambda row: row["tokens/s"])

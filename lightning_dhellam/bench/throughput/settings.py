@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_dhellam.layers.eight_bits import FORMATS
 from lightning_dhellam.models import LoRA, ModelConfig, preset, training_flops_per_token
 from lightning_dhellam.plan.by_layer import AUTO
 from lightning_dhellam.plan.passes import CHOICES
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 SIDES = (OURS, EAGER, COMPILED)
+IN_8_BITS = tuple(f"{OURS}:{name}" for name in FORMATS)
+"""Sides of ours with `fp8=`, which are not measured unless they are asked for."""
 CASES = (
     "llama-3-8b:8:32000:8192:4",
     "llama-3-8b:8:128256:8192:4",
@@ -31,7 +34,8 @@ class Settings:
     :full or :selective for what backward makes again, on their side gradient checkpointing."""
 
     sides: tuple[str, ...] = SIDES
-    """Who trains it: ours, and Hugging Face's model eager and compiled."""
+    """Who trains it: ours, and Hugging Face's model eager and compiled. Also ours:current and
+    ours:blockwise, with linear layers in 8 bits."""
 
     steps: int = 6
     """Optimizer steps that are timed."""
@@ -58,9 +62,10 @@ class Settings:
     """Seconds for one side of one case."""
 
     def __post_init__(self) -> None:
-        unknown = [side for side in self.sides if side not in SIDES]
+        known = (*SIDES, *IN_8_BITS)
+        unknown = [side for side in self.sides if side not in known]
         if unknown:
-            raise ValueError(f"--sides: '{unknown[0]}' is not a side: use {', '.join(SIDES)}")
+            raise ValueError(f"--sides: '{unknown[0]}' is not a side: use {', '.join(known)}")
         for case in self.cases:
             Case.parse(case)
 
@@ -130,7 +135,7 @@ class Job:
 
     Attributes:
         case: What is trained, as `Case.parse` reads it.
-        side: Who trains: one of `SIDES`.
+        side: Who trains: one of `SIDES` or `IN_8_BITS`.
         device: `cuda`, or `cpu` for a rehearsal.
         plan: The plan of our side.
         warm_up: Optimizer steps before those that are timed.

@@ -102,11 +102,19 @@ def measure(job: Job) -> dict[str, Any]:
     device, case = pick_device(job.device), Case.parse(job.case)
     watch = _Watch(job, case, device)
     module: pl.LightningModule
-    if job.side == OURS:
+    who, _, fp8 = job.side.partition(":")
+    if who == OURS:
         # One batch to an optimizer step, which the strategy cuts.
         module, samples, accumulate = Ours(case, device), case.micro_batches, 1
         again = case.recompute or USUAL
-        strategy: Any = DHellamStrategy(micro_batch_size=1, plan=job.plan, recompute=again)
+        strategy: Any = DHellamStrategy(
+            micro_batch_size=1,
+            plan=job.plan,
+            recompute=again,
+            fp8=fp8 or None,
+            # A CPU has no kernels in 8 bits: it rehearses what they compute.
+            kernels={"fp8": "reference"} if fp8 and device.type == "cpu" else None,
+        )
         precision: Any = "bf16-mixed"
     else:
         module = Theirs(case, device, compiled=job.side == COMPILED)
