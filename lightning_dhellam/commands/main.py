@@ -101,7 +101,7 @@ COMMANDS = (
     Command(
         ("predict",),
         (
-            ("--config FILE --cluster NAME", "what a step of a recipe takes on a cluster"),
+            ("--cluster NAME", "what a step of a recipe takes on a cluster"),
             ("", "LightningCLI, as `fit`: what a model predicts"),
         ),
         "commands.predict:predict_command",
@@ -109,12 +109,12 @@ COMMANDS = (
     ),
     Command(
         ("advise",),
-        (("--model NAME --cluster NAME", "how a model is best spread, and the recipe of that"),),
+        (("--cluster NAME", "how a model is best spread, and the recipe of that"),),
         "commands.advise:advise_command",
     ),
     Command(
         ("compare",),
-        (("MEASURED --cluster NAME", "predicted steps beside those of `dhellam bench several`"),),
+        (("FILE", "predicted steps beside those of `dhellam bench several`"),),
         "commands.compare:compare_command",
     ),
     Command(
