@@ -60,8 +60,9 @@ def step_command(argv: Sequence[str]) -> int:
 
     options, words = step_parser().parse_known_args(list(argv))
     check_config(words, "predict")
-    if options.json is not None:
-        check_file(options.json, f"--json {options.json}")
+    for name in ("json", "report"):
+        if getattr(options, name) is not None:
+            check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
     cluster = Cluster.load(options.cluster)
     slower = dict(options.slower or ())
     Conditions(cluster)  # refuses it before a recipe is read, which takes seconds
@@ -76,6 +77,11 @@ def step_command(argv: Sequence[str]) -> int:
     if options.json is not None:
         save_text(options.json, json.dumps(found.as_values(), indent=1) + "\n")
         print(f"written to {options.json}")
+    if options.report is not None:
+        from lightning_dhellam.search.report.page import prediction_page, save_page
+
+        save_page(options.report, prediction_page(found))
+        print(f"written to {options.report}")
     return 0
 
 
@@ -108,6 +114,9 @@ def step_parser() -> Parser:
     )
     add_planned(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file of all that is predicted")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="page of it for a browser, .html"
+    )
     return parser
 
 

@@ -175,11 +175,16 @@ def test_the_command_prints_and_writes_a_prediction(
 ) -> None:
     file = tmp_path / "found.json"
     words = ["--config", "llama-tiny-pp2-2cpu", "--cluster", "h100-64", "--json", str(file)]
+    page = file.with_name("report.html")
+    words += ["--report", str(page)]
     assert main(["predict", *words, "--slower", "pp=2"]) == 0
     out = capsys.readouterr().out
     assert "llama-tiny on h100-64: 2 × NVIDIA H100 80GB HBM3, pp 2, 8 × 1, fold" in out
     assert "the network of lane pp is 2 times slower" in out and "fits" in out
     assert json.loads(file.read_text())["choice"]["pp"] == 2
+    assert (
+        "llama-tiny on h100-64" in page.read_text() and "the stages of a step" in page.read_text()
+    )
 
 
 @pytest.mark.parametrize(
