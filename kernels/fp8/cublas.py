@@ -21,8 +21,8 @@ def multiply(
     a: Cast, b: Cast, dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool = False
 ) -> Tensor:
     """Compute what `reference.multiply` does."""
-    rows = len(a.values)
-    if a.scale.dim() == 2:
+    rows, blocks = len(a.values), a.scale.dim() == 2
+    if blocks:
         a, b = _fitting(a, b)
     product: Tensor = torch._scaled_mm(
         a.values,
@@ -31,7 +31,7 @@ def multiply(
         b.scale.t() if b.scale.dim() == 2 else b.scale,
         bias=bias,
         out_dtype=dtype,
-        use_fast_accum=fast,
+        use_fast_accum=fast and not blocks,  # which cuBLAS takes for one scale alone
     )
     return product[:rows]
 

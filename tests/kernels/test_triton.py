@@ -156,6 +156,8 @@ def _grouped_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, .
 
 def _fp8_results(x: Tensor, dy: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     kernel, x, dy = triton_of("fp8"), x.flatten(1), dy[..., :16].flatten(1)
+    if x.is_cuda:  # which casts numbers of 16 bits
+        x, dy = x.bfloat16(), dy.bfloat16()
     casts = [c for block in BLOCKS for t in (x, dy) for c in kernel.cast(t, fp8.FORWARD, block)]
     grad = torch.ones(32, 80, device=DEVICE)
     kernel.accumulate(grad, casts[3], casts[1])
