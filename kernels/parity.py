@@ -228,9 +228,11 @@ def _fp8(backend: Any, draw: Draw) -> Pairs:
             backend.cast(weight, fp8.FORWARD, squares),
             backend.cast(dy, fp8.FORWARD if block else fp8.GRADIENT, block),
         )
-        for name, a, b in (("y", x_in, w_in), ("dx", dy_in, w_turned)):
-            product = backend.multiply(a, b, draw.dtype)
-            yield f"{name} by {block}", product, fp8.multiply(a, b, torch.float32)
+        bias = draw.normal(outputs)
+        product = backend.multiply(x_in, w_in, draw.dtype, bias, fast=True)
+        yield f"y by {block}", product, fp8.multiply(x_in, w_in, torch.float32, bias)
+        product = backend.multiply(dy_in, w_turned, draw.dtype)
+        yield f"dx by {block}", product, fp8.multiply(dy_in, w_turned, torch.float32)
         grad = torch.randn(outputs, inputs, device=draw.device)
         expected = grad.clone()
         backend.accumulate(grad, dy_turned, x_turned)

@@ -29,10 +29,12 @@ def multiply(
         b.values.t(),
         a.scale,
         b.scale.t() if b.scale.dim() == 2 else b.scale,
-        bias=bias,
+        bias=None if blocks else bias,
         out_dtype=dtype,
         use_fast_accum=fast and not blocks,  # which cuBLAS takes for one scale alone
     )
+    if blocks and bias is not None:
+        product += bias
     return product[:rows]
 
 

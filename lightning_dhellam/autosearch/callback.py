@@ -306,6 +306,8 @@ class AutoSearch(Callback):
 
     def _begin_again(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
         """The batch that was profiled was not like the others: take this one, or give up."""
+        assert self._session is not None
+        self._session.leave()
         if not self._again:
             self._again = True
             self._session = self._begin(trainer, batch)

@@ -125,7 +125,8 @@ def forecast(
         except ScheduleError:
             pass  # nothing keeps the limits
         else:
-            best = min(runs, key=lambda name: runs[name].seconds)
+            # Steps of another number of micro-batches must keep the limits as well.
+            best = next(name for name in ranked(runs, limits) if name != SEARCHED)
             schemes[SEARCHED] = Found(replace(found, name=SEARCHED), schemes[best])
             runs[SEARCHED] = play(found, table, every)
     return Forecast(ranked(runs, limits), schemes)
@@ -215,7 +216,7 @@ class ScheduleSearch:
         if self._trials is None or self._forecast is None:
             return
         if not self._trials.counted:
-            self._use(FIRST)
+            self.leave()
             return
         table = torch.tensor(self._trials.table(), dtype=torch.float64)
         table = largest(table, self._runner.context.world_group)
@@ -224,6 +225,11 @@ class ScheduleSearch:
         outcomes = measured([Outcome(name, seconds[name], {}) for name in names], table.tolist())
         winner, _ = choose(outcomes, FIRST)
         self._install(outcomes, winner.name)
+
+    def leave(self) -> None:
+        """Let the run go on by the usual schedule, whichever was on trial."""
+        if self._forecast is not None:
+            self._use(FIRST)
 
     def _install(self, outcomes: Sequence[Outcome], name: str) -> None:
         assert self._forecast is not None

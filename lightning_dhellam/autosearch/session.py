@@ -215,12 +215,18 @@ class Session:
         """Training ends now: choose from what has been measured, if that is a whole round."""
         if self._outcomes or self._trials.counted:
             if not self._outcomes:
+                self._schedules = None  # there are no steps left to try any on
                 self._choose()
             if self._schedules is not None and self._schedules.chosen is None:
                 self._schedules.stop()
             self._finish()
         else:
             use_unsearched(self._runner)
+
+    def leave(self) -> None:
+        """Another search begins, or none: nothing that was on trial stays in use but the plan."""
+        if self._schedules is not None:
+            self._schedules.leave()
 
     def _ending_at_once(self) -> AbstractContextManager[None]:
         return self._ending.ending_at_once() if self._ending is not None else nullcontext()

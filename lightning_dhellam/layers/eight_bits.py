@@ -74,6 +74,8 @@ def check_place(
     """
     if dtype is torch.float16:
         raise ValueError(f"fp8={fp8!r} does not work with fp16 activations: use 'bf16-mixed'")
+    if dtype is not torch.bfloat16 and device.type == "cuda":
+        raise ValueError(f"fp8={fp8!r} casts activations of 16 bits: use precision='bf16-mixed'")
     if device.type != "cuda" and (forced or {}).get("fp8") != "reference":
         raise ValueError(_refusal(fp8, device))
 

@@ -31,7 +31,14 @@ SHAPE = {
     "num_query_groups": 8,
 }
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"alone": {}, "packed": {}, "hugging-face": {}, "beside": {"async_checkpoint": True}},
+    1: {
+        "fp8": {"fp8": "current"},
+        "fp8-blockwise": {"fp8": "blockwise"},
+        "alone": {},
+        "packed": {},
+        "hugging-face": {},
+        "beside": {"async_checkpoint": True},
+    },
     2: {
         "dp2": {},
         "tp2": {"tensor_parallel_size": 2},

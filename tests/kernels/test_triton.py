@@ -59,8 +59,8 @@ def test_parity_notices_a_wrong_kernel(operator: str) -> None:
         def __getattr__(self, name: str) -> Any:
             function = getattr(triton_of(operator), name)
 
-            def wrong(*args: Any) -> Any:
-                result = function(*args)
+            def wrong(*args: Any, **options: Any) -> Any:
+                result = function(*args, **options)
                 # What computes in place returns nothing.
                 lists = (a for a in args if isinstance(a, list))
                 first = next(lists, args[0]) if result is None else result

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.autosearch import AutoSearch, session
-from lightning_dhellam.autosearch.schedules import TRIED
+from lightning_dhellam.autosearch.schedules import TRIED, Forecast, ScheduleSearch
 from lightning_dhellam.pipeline.schedules import (
     Found,
     Placement,
@@ -23,7 +26,7 @@ from lightning_dhellam.pipeline.schedules import (
     zero_bubble_v,
 )
 from lightning_dhellam.plan.file import PlanFile
-from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.measure import Profile, Trials
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
 from tests.strategy.runs import (
@@ -92,7 +95,8 @@ def _on_two_stages(rank: int, folder: Path) -> dict[str, Any]:
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STEPS)
     used, again, of_file, over, why = InUse(), InUse(), InUse(), InUse(), Why()
     plain = _train(sizes, folder, STEPS)
-    losses = _train(auto, folder, STEPS, used, keep, keep=True)
+    with redirect_stdout(io.StringIO()) as said:
+        losses = _train(auto, folder, STEPS, used, keep, keep=True)
     # A run that goes on, and one of the plan file, use what was found from their first step on.
     _train(auto, folder, STEPS + 2, again, path=str(folder / f"step={STEPS}.ckpt"))
     plan = str(folder / "search" / "plan.json")
@@ -104,20 +108,20 @@ def _on_two_stages(rank: int, folder: Path) -> dict[str, Any]:
         "losses": [plain, losses, of_plan],
         "used": [one.names for one in (used, again, of_file, over)],
         "why": why.text,
+        "said": said.getvalue() if rank == 0 else "",
     }
 
 
-def test_all_stages_use_what_was_chosen_and_a_run_that_goes_on_too(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_all_stages_use_what_was_chosen_and_a_run_that_goes_on_too(tmp_path: Path) -> None:
     one, other = run_ranks(2, _on_two_stages, tmp_path)
-    assert one == other
+    said = one.pop("said")
+    assert not other.pop("said") and one == other
     plain, losses, of_plan = one["losses"]
     assert losses == plain and of_plan == plain[:3]
     used, again, of_file, over = one["used"]
     assert {"fold", "searched"} < set(used) and used[0] == "fold"
     name = used[-1]
-    assert f"schedule '{name}' is used" in capfd.readouterr().out
+    assert f"schedule '{name}' is used" in said
     outcomes = json.loads((tmp_path / "search" / "outcomes.json").read_text())["schedule"]
     assert outcomes["name"] == name and all(row["measured"] > 0 for row in outcomes["outcomes"])
     assert {row["name"] for row in outcomes["outcomes"]} >= {"fold", "searched"}
@@ -149,6 +153,24 @@ def test_of_one_stage_there_is_nothing_to_choose() -> None:
     used = InUse()
     assert train({"schedule": "auto"}, callbacks=[used]) == train({"schedule": "fold"})
     assert used.names == ["fold"] * 4
+
+
+def test_what_was_on_trial_does_not_outlive_its_search() -> None:
+    agreed = SimpleNamespace(schedule="fold")
+    runner: Any = SimpleNamespace(
+        agreed=agreed, use_schedule=lambda name, _: setattr(agreed, "schedule", name)
+    )
+    search = ScheduleSearch(runner, 2, None)
+    search.leave()  # nothing was forecast
+    schemes: Any = {"fold": fold, "zb-v": zero_bubble_v}
+    search._forecast = Forecast({}, schemes)
+    search._trials = Trials(tuple(schemes), 2)
+    for leave in (search.leave, search.stop):
+        while agreed.schedule != "zb-v":
+            search.follow_next()
+            search._trials.add(lambda: 1.0)
+        leave()
+        assert agreed.schedule == "fold" and search.chosen is None
 
 
 def test_a_schedule_that_was_found_comes_back() -> None:
