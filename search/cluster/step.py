@@ -9,21 +9,16 @@ optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lightning_dhellam.pipeline.schedules import verify
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.search.cluster.deep import costs_of, remembered
-from lightning_dhellam.search.cluster.ending import (
-    REDUCE,
-    Groups,
-    optimizer,
-    reduction_of,
-    reductions,
-)
+from lightning_dhellam.search.cluster.ending import Groups, optimizer, reduction_of
 from lightning_dhellam.search.cluster.pricing import Machine
+from lightning_dhellam.search.cluster.tail import tail_of
 from lightning_dhellam.search.cluster.work import THIN, Work
-from lightning_dhellam.search.model import Costs, Reductions, simulate
+from lightning_dhellam.search.model import Costs, simulate
 from lightning_dhellam.search.pipeline import Link, PipelineRun, VisitTable, play
 
 _FEW = 3
@@ -107,35 +102,24 @@ def _alone(
     depth = len(work.layers) - 2
     builders = {name: remembered(build) for name, build in builders.items()}
     thinner, thin = (work.shallow(count) if work.is_deep else work for count in THIN)
-    found = {name: _steady(thin, build, costs, None)[0] for name, build in builders.items()}
+    found = {name: _steady(thin, build, costs)[0] for name, build in builders.items()}
     plan = min(found, key=lambda name: found[name])
     build = builders[plan]
-    of_step = reductions(work, groups)
     if sketch and work.is_deep:
         few, more = THIN
-        both = [_steady(one, build, costs, None) for one in (thinner, thin)]
+        both = [_steady(one, build, costs) for one in (thinner, thin)]
         times = (depth - more) / (more - few)
         bare, compute = (b + (b - a) * times for a, b in zip(*both, strict=True))
     else:
-        bare, compute = _steady(work, build, costs, None)
-    tail = 0.0
-    if of_step is not None:
-        # Of a single micro-batch: only the last one has reductions beside it.
-        one = replace(thin if sketch else work, micro_batches=min(2, work.micro_batches))
-        beside = reductions(one, groups)
-        assert beside is not None
-        known = replace(costs, seconds={**costs.seconds, REDUCE: beside[1]})
-        tail = _steady(one, build, known, beside[0])[0] - _steady(one, build, costs, None)[0]
-        tail = max(0.0, tail)
+        bare, compute = _steady(work, build, costs)
+    tail = tail_of(work, build, costs, groups, sketch=sketch)
     last, gathered = optimizer(work, range(len(work.layers)), machine, groups)
     busy = reduction_of(work, range(len(work.layers)), groups)
     stage = Stage(compute, bare - compute, 0.0, 0.0, tail, last)
     return Played(bare + tail + last, (stage,), plan, busy, gathered)
 
 
-def _steady(
-    work: Work, build: Builder, costs: Costs, reductions: Reductions | None
-) -> tuple[float, float]:
+def _steady(work: Work, build: Builder, costs: Costs) -> tuple[float, float]:
     """Seconds of a step up to its last gradient, and of compute in it."""
     found = []
     for count in sorted({min(work.micro_batches, n) for n in (_FEW - 1, _FEW)}):
@@ -145,7 +129,6 @@ def _steady(
             costs,
             micro_batches=count,
             tokens=work.tokens,
-            reductions=reductions,
         )
         found.append((step.seconds, step.busy[Lane.COMPUTE]))
     more = max(0, work.micro_batches - _FEW)

@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks/multi_gpu"
 PROFILE = FOLDER / "a8-tp2-nvidia-h200-2026-11-25/profile.json"
 MEASURED = FOLDER / "several-2-nvidia-h200-2026-11-25.json"
 DEEP = preset("llama-tiny", num_layers=12)
-H200 = Cluster.load("h200-64")
+H200, A40 = Cluster.load("h200-64"), Cluster.load("a40-64")
 DERIVED = Conditions(H200, model="llama-tiny")
 
 
@@ -84,9 +84,8 @@ def test_real_steps_on_two_gpus_are_predicted_from_the_profile_of_one_of_them(
 
 
 def test_a_device_without_a_profile_has_wider_bars(known: Conditions) -> None:
-    a40 = Cluster.load("a40-64")
     found, derived = (
-        predict(wide(), replace(known, cluster=a40, profile=p)) for p in (known.profile, None)
+        predict(wide(), replace(known, cluster=A40, profile=p)) for p in (known.profile, None)
     )
     for one in (found, derived):
         assert one.high / one.low > 1.2 and one.device == "NVIDIA A40"
@@ -118,6 +117,22 @@ def test_few_layers_tell_of_many_that_are_alike(sizes: dict[str, object]) -> Non
     deep = replace(run, config=replace(run.config, num_layers=16))
     for quick, exact in zip(memory_of(deep), predict_memory(deep), strict=True):
         assert quick.stage == exact.stage and quick.total == pytest.approx(exact.total, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "length", "sizes"),
+    [(16, 1024, {}), (8, 8192, {}), (32, 4096, {"tp_size": 4})],
+    ids=["exposed", "hidden", "exposed late, with tp"],
+)
+def test_few_layers_tell_of_the_reduction_behind_many(
+    layers: int, length: int, sizes: dict[str, int]
+) -> None:
+    """Also where the layers that are played hide what the others do not, or the other way."""
+    config = preset("llama-3.1-8b", num_layers=layers)
+    run = Run(config, Topology(world_size=64, **sizes), 1, length)
+    few, all_ = (predict(run, Conditions(A40), sketch=sketch) for sketch in (True, False))
+    assert few.seconds == pytest.approx(all_.seconds, rel=0.005)
+    assert few.stages[0].reduction == pytest.approx(all_.stages[0].reduction, rel=0.02)
 
 
 def test_thousands_of_ranks_are_as_many_kinds_as_a_few() -> None:
