@@ -55,10 +55,20 @@ def advise_command(argv: Sequence[str]) -> int:
             f"--devices {ranks}, but cluster '{cluster.name}' has {cluster.world_size}: give at"
             f" most {cluster.world_size}"
         )
+    node = cluster.networks.node
+    if ranks > node and ranks % node:
+        less = ranks - ranks % node
+        more = less + node
+        near = f"{less} or {more}" if more <= cluster.world_size else f"{less}"
+        given = bool(options.devices)
+        raise ValueError(
+            f"{f'--devices {ranks}' if given else f'cluster {cluster.name!r} of {ranks} devices'}"
+            f" is no whole number of nodes of {node}: give {'' if given else '--devices '}{near}"
+        )
     question = Question(
         config,
         ranks,
-        cluster.networks.node,
+        node,
         options.global_batch,
         options.sequence_length or min(config.max_sequence_length, 8192),
         options.precision,
@@ -68,7 +78,7 @@ def advise_command(argv: Sequence[str]) -> int:
     print(advice_text(advice))
     print(f"\n{prediction_text(adviser.whole(advice.best))}")
     run = adviser.run_of(advice.best)
-    save_text(recipe, recipe_of(run, options, overrides, cluster.networks.node, advice.best))
+    save_text(recipe, recipe_of(run, options, overrides, node, advice.best))
     print(f"\nwritten to {recipe}: dhellam fit --config {recipe} --data.path FOLDER")
     if options.json is not None:
         save_text(options.json, json.dumps(advice.as_values(), indent=1) + "\n")
@@ -118,7 +128,11 @@ def recipe_of(
         "pipeline_parallel_size": topology.pp_size,
         "context_parallel_size": topology.cp_size,
         "expert_parallel_size": topology.ep_size,
-        **({"expert_tensor_parallel_size": topology.etp_size} if topology.ep_size > 1 else {}),
+        **(
+            {"expert_tensor_parallel_size": topology.etp_size}
+            if topology.etp_size != topology.tp_size
+            else {}
+        ),
         "micro_batch_size": run.micro_batch_size,
         "schedule": run.schedule,
         "recompute": run.recompute,

@@ -50,8 +50,14 @@ class Choice:
         return self.dp * self.micro_batch_size * self.micro_batches
 
     def __str__(self) -> str:
-        sizes = ("tp", "cp", "ep", "pp", "dp")
-        shown = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) > 1]
+        sizes = ("tp", "cp", "ep", "etp", "pp", "dp")
+        # Experts are split as layers are, unless it is said.
+        usual = {"etp": self.tp}
+        shown = [
+            f"{name} {getattr(self, name)}"
+            for name in sizes
+            if getattr(self, name) != usual.get(name, 1)
+        ]
         shown.append(f"{self.micro_batches} × {self.micro_batch_size}")
         shown += [self.schedule] if self.pp > 1 else []
         return ", ".join([*shown, self.recompute, self.plan])

@@ -44,11 +44,13 @@ def prediction_text(found: Prediction) -> str:
 
 def advice_text(advice: Advice) -> str:
     """Return the candidates of an advice as a table, and why others are not among them."""
-    head = ["", "tp", "cp", "ep", "pp", "dp", "micro", "schedule", "recompute", "plan"]
+    split = any(one.prediction.choice.etp != one.prediction.choice.tp for one in advice.candidates)
+    names = ["tp", "cp", "ep", *(["etp"] if split else []), "pp", "dp"]
+    head = ["", *names, "micro", "schedule", "recompute", "plan"]
     rows = [[*head, "step", "from", "to", "MFU", "GiB", "why not"]]
     for number, one in enumerate(advice.candidates):
         found, choice = one.prediction, one.prediction.choice
-        sizes = [str(getattr(choice, name)) for name in ("tp", "cp", "ep", "pp", "dp")]
+        sizes = [str(getattr(choice, name)) for name in names]
         times = [time_text(seconds) for seconds in (found.seconds, found.low, found.high)]
         memory = f"{found.bytes / _GIB:.1f}" if found.stages[0].memory else "-"
         rows.append(

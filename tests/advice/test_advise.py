@@ -6,16 +6,19 @@ import json
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from lightning_dhellam.advice import Adviser, Conditions, Question
-from lightning_dhellam.advice.choices import runs, topologies
+from lightning_dhellam.advice.choices import run_of, runs, topologies
 from lightning_dhellam.advice.predict import choice_of
+from lightning_dhellam.commands.advise import recipe_of
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.memory import Run
 from lightning_dhellam.models import preset
-from lightning_dhellam.parallel import Cluster
+from lightning_dhellam.parallel import Cluster, Topology
 from lightning_dhellam.search.cluster import Advice
 
 H200 = Cluster.load("h200-64")
@@ -59,6 +62,22 @@ def test_experts_are_spread_in_every_way_that_there_is() -> None:
     assert all(t.dp_size * t.tp_size * t.cp_size * t.pp_size == 4 for t in every)
 
 
+def test_recipes_cut_experts_as_it_was_predicted() -> None:
+    """Also where whole experts lie on ranks that share the rest of a layer."""
+    asked = Question(preset("moe-tiny"), 4, 8, 8, 128)
+    every = [*topologies(asked)]
+    assert any(t.ep_size == t.etp_size == 1 < t.tp_size for t in every)
+    for topology in every:
+        run = run_of(asked, topology, 8 // topology.dp_size, 1, "fold", "full")
+        best = SimpleNamespace(cluster="h200-64", seconds=1.0)
+        text = recipe_of(run, SimpleNamespace(model="moe-tiny"), {}, 8, best)  # type: ignore[arg-type]
+        read = yaml.safe_load(text)["trainer"]["strategy"]["init_args"]
+        names = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+        sizes = [read.get(f"{name}_parallel_size") for name in names]
+        assert Topology(4, 0, *sizes) == replace(topology, rank=0)
+        assert ("etp" in str(choice_of(run))) == (topology.etp_size != topology.tp_size)
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_nearest() -> None:
     asked = replace(ASKED, config=preset("llama-tiny", num_layers=3), ranks=64, global_batch=3)
     with pytest.raises(ValueError, match=r"--global-batch 3 cannot be shared out: .* use \d+ or"):
@@ -73,8 +92,8 @@ def test_a_memory_that_nothing_fits_is_refused_with_the_least() -> None:
 def test_the_recipe_of_the_best_is_the_run_that_was_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from lightning_dhellam.commands import planned
     from lightning_dhellam.commands.fit import configuration
-    from lightning_dhellam.commands.planned import run_of
     from lightning_dhellam.commands.predict import plain, step_parser
 
     recipe = tmp_path / "best.yaml"
@@ -89,7 +108,7 @@ def test_the_recipe_of_the_best_is_the_run_that_was_predicted(
         ["--cluster", "h200-64", "--config", str(recipe)]
     )
     read = configuration(rest)
-    run: Run = plain(run_of(read, options)[0], read["model"])
+    run: Run = plain(planned.run_of(read, options)[0], read["model"])
     (best, *_) = json.loads(file.read_text())["candidates"]
     assert asdict(choice_of(run)) == best["choice"] and run.length == best["length"]
 
@@ -100,6 +119,7 @@ def test_the_recipe_of_the_best_is_the_run_that_was_predicted(
         (["--cluster", "h2000-64"], "did you mean 'h200-64'?"),
         (["--model", "llama-tinny"], "llama-tiny"),
         (["--devices", "128"], "cluster 'h200-64' has 64: give at most 64"),
+        (["--devices", "12"], "--devices 12 is no whole number of nodes of 8: give 8 or 16"),
         (["--output", "best.json"], "must end in .yaml"),
     ],
 )
