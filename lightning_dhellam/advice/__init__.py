@@ -9,13 +9,14 @@ from lightning_dhellam.advice.choices import Question
 from lightning_dhellam.advice.lowering import Lowering, lowering_of, work_of
 from lightning_dhellam.advice.memory import memory_of
 from lightning_dhellam.advice.predict import predict
-from lightning_dhellam.advice.priceable import Conditions
+from lightning_dhellam.advice.priceable import Conditions, check_run
 
 __all__ = [
     "Adviser",
     "Conditions",
     "Lowering",
     "Question",
+    "check_run",
     "lowering_of",
     "memory_of",
     "predict",

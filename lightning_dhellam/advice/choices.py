@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.memory import Run
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Topology
@@ -44,18 +45,24 @@ class Question:
     recomputes: Sequence[str] = RECOMPUTES
 
 
-def topologies(question: Question) -> Iterator[Topology]:
-    """Give every way to cut the ranks into groups that the model can be cut into."""
+def topologies(question: Question, refusals: list[str] | None = None) -> Iterator[Topology]:
+    """Give every way to cut the ranks into groups that the model can be cut into.
+
+    Why it cannot be cut into others is added to `refusals`.
+    """
+    refusals = [] if refusals is None else refusals
     ranks = question.ranks
     for tp in _divisors(min(ranks, question.node)):
         for cp in _divisors(ranks // tp) if ranks % tp == 0 else ():
             if cp > 1 and (question.length % (2 * cp * tp) or question.length < _SHORTEST * cp):
                 continue
             for pp in _divisors(ranks // tp // cp):
-                yield from _with_experts(question, tp, cp, pp)
+                yield from _with_experts(question, tp, cp, pp, refusals)
 
 
-def _with_experts(question: Question, tp: int, cp: int, pp: int) -> Iterator[Topology]:
+def _with_experts(
+    question: Question, tp: int, cp: int, pp: int, refusals: list[str]
+) -> Iterator[Topology]:
     config = question.config
     experts = _divisors(config.num_experts) if config.num_experts else [1]
     for ep in experts:
@@ -63,7 +70,9 @@ def _with_experts(question: Question, tp: int, cp: int, pp: int) -> Iterator[Top
             try:
                 found = Topology(question.ranks, 0, tp, pp, cp, ep, etp)
                 run_of(question, found, question.global_batch, 1, "fold", "none").check()
-            except ValueError:  # the model cannot be cut like this
+                check_length(question.length, config.max_sequence_length, tp, cp)
+            except ValueError as error:  # the model cannot be cut like this
+                refusals.append(str(error))
                 continue
             yield found
 
@@ -72,15 +81,16 @@ def runs(question: Question, refused: Counter[str]) -> Iterator[Run]:
     """Give every run; of what is none it is counted why.
 
     Raises:
-        ValueError: no way to cut the ranks leaves a share of the batch to each; it names the
-            nearest batches that could be shared out.
+        ValueError: the sequences are too long for the model; or it cannot be cut in any way, with
+            the last reason; or no way leaves a share of the batch to each rank, with the nearest
+            batches that could be shared out.
     """
-    found = [*topologies(question)]
+    check_length(question.length, question.config.max_sequence_length, 1)
+    refusals: list[str] = []
+    found = [*topologies(question, refusals)]
     if not found:
         raise ValueError(
-            f"{question.ranks} ranks cannot be cut so that the model's heads and"
-            f" {question.config.num_layers} layers can be: use a number with smaller divisors, such"
-            f" as {1 << (question.ranks.bit_length() - 1)}"
+            f"there is no way to cut {question.ranks} ranks that suits the model: {refusals[-1]}"
         )
     batch = question.global_batch
     if all(batch % topology.dp_size for topology in found):

@@ -46,7 +46,7 @@ def predict(
         sketch: whether to play few layers of many that are alike.
 
     Raises:
-        ValueError: the run has more ranks than the cluster, or no step.
+        ValueError: it is not predicted, see `check_run`, or the run has no step.
     """
     priceable = Priceable.of(run, conditions, conditions.known())
     return prediction_of(priceable, builders or builders_of(run.plan), memory=memory, sketch=sketch)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lightning_dhellam.advice.lowering import Lowering, work_of
+from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.memory import Run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.networks import Device
@@ -77,6 +78,26 @@ def data_sheets() -> list[Device]:
     return [device for device in found if device is not None]
 
 
+def check_run(run: Run, cluster: Cluster) -> None:
+    """Refuse a run of which nothing is predicted on a cluster.
+
+    Raises:
+        ValueError: it has more ranks than the cluster, computes in 8 bits, or has sequences that it
+            could not train on.
+    """
+    topology = run.topology
+    if topology.world_size > cluster.world_size:
+        raise ValueError(
+            f"the run has {topology.world_size} ranks, but cluster '{cluster.name}' has"
+            f" {cluster.world_size}: use trainer.devices × trainer.num_nodes of at most"
+            f" {cluster.world_size}"
+        )
+    if run.fp8 is not None:
+        raise ValueError(f"fp8={run.fp8!r} is not predicted: leave it out for a step in bf16")
+    longest = run.config.max_sequence_length
+    check_length(run.length, longest, topology.tp_size, topology.cp_size)
+
+
 @dataclass(frozen=True)
 class Priceable:
     """A run whose operators have prices: what all that is predicted of it follows from.
@@ -110,15 +131,10 @@ class Priceable:
         """Lower a run, unless that is done already, and price its operators.
 
         Raises:
-            ValueError: the run has more ranks than the cluster, or cannot be cut like this.
+            ValueError: as `check_run`; or the run cannot be cut like this.
         """
-        topology, cluster = run.topology, conditions.cluster
-        if topology.world_size > cluster.world_size:
-            raise ValueError(
-                f"the run has {topology.world_size} ranks, but cluster '{cluster.name}' has"
-                f" {cluster.world_size}: use trainer.devices × trainer.num_nodes of at most"
-                f" {cluster.world_size}"
-            )
+        check_run(run, conditions.cluster)
+        topology = run.topology
         work = work_of(run, lowering)
         graphs = [g for pair in _distinct(work.layers) for g in (pair.forward, pair.backward)]
         machine = conditions.machine

@@ -39,13 +39,19 @@ def compare_command(argv: Sequence[str]) -> int:
             f"{options.measured} is no file of `dhellam bench several`: {error}"
         ) from error
     if not isinstance(report, dict) or report.get("benchmark") != "several":
-        raise ValueError(
-            f"{options.measured} is no file of `dhellam bench several`: give the JSON that it wrote"
-        )
+        raise ValueError(_none(options.measured))
     profile = None if options.profile is None else Profile.load(options.profile)
     conditions = Conditions(Cluster.load(options.cluster), profile)
-    rows = [*besides(report, conditions, options.vocabulary, options.rehearsal)]
-    width = max((len(row.name) for row in rows), default=0)
+    try:
+        rows = [*besides(report, conditions, options.vocabulary, options.rehearsal)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(_none(options.measured)) from error
+    if not rows:
+        raise ValueError(
+            f"no step of ours with a built-in plan in {options.measured}: measure one, such as"
+            " `dhellam bench several` does by default"
+        )
+    width = max(len(row.name) for row in rows)
     for row in rows:
         memory = "-"
         if row.bytes is not None:
@@ -60,3 +66,7 @@ def compare_command(argv: Sequence[str]) -> int:
         )
     print("\n".join(verdict(rows)))
     return 0
+
+
+def _none(path: Path) -> str:
+    return f"{path} is no file of `dhellam bench several`: give the JSON that it wrote"

@@ -52,7 +52,7 @@ def step_command(argv: Sequence[str]) -> int:
     Operators are as long as in the profile of one rank, and derived from data sheets where there is
     none.
     """
-    from lightning_dhellam.advice import Conditions, memory_of, predict
+    from lightning_dhellam.advice import Conditions, check_run, memory_of, predict
     from lightning_dhellam.commands.fit import configuration
     from lightning_dhellam.parallel import Cluster
     from lightning_dhellam.search.measure import Profile
@@ -63,11 +63,14 @@ def step_command(argv: Sequence[str]) -> int:
     for name in ("json", "report"):
         if getattr(options, name) is not None:
             check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
+    if options.measure and options.profile is None:
+        raise ValueError("--measure needs --profile FILE, where what it measures is kept")
     cluster = Cluster.load(options.cluster)
     slower = dict(options.slower or ())
     Conditions(cluster)  # refuses it before a recipe is read, which takes seconds
     read = configuration(words)
     run = plain(run_of(read, options)[0], read["model"])
+    check_run(run, cluster)
     if options.measure:
         _measure(run, cluster, options.profile)
     profile = None if options.profile is None else Profile.load(options.profile)
@@ -120,14 +123,12 @@ def step_parser() -> Parser:
     return parser
 
 
-def _measure(run: Run, cluster: Cluster, path: Path | None) -> None:
+def _measure(run: Run, cluster: Cluster, path: Path) -> None:
     """Take the profile of a rank's shard here, and keep it in a file, unless that is there."""
     import torch
 
     from lightning_dhellam.bench.shard import shard_profile
 
-    if path is None:
-        raise ValueError("--measure needs --profile FILE, where what it measures is kept")
     if path.exists():
         return
     check_file(path, f"--profile {path}")

@@ -84,6 +84,19 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_nearest() -> None
         [*runs(asked, Counter())]
 
 
+def test_a_question_without_an_answer_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = replace(ASKED, length=2048)
+    with pytest.raises(ValueError, match=r"^sequence_length=2048 is longer than the model's max"):
+        [*runs(long, Counter())]
+
+    def refuse(run: Run) -> None:
+        raise ValueError(f"tp {run.topology.tp_size} is refused")
+
+    monkeypatch.setattr(Run, "check", refuse)
+    with pytest.raises(ValueError, match=r"no way to cut 2 ranks .*: tp 2 is refused$"):
+        [*runs(ASKED, Counter())]
+
+
 def test_a_memory_that_nothing_fits_is_refused_with_the_least() -> None:
     with pytest.raises(ValueError, match=r"nothing fits: the least .* GiB \(.*more devices"):
         advised(ASKED, smaller(1e6), True)

@@ -180,6 +180,19 @@ def test_more_ranks_than_the_cluster_has_are_refused() -> None:
         predict(tiny(128), DERIVED)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fp8": "current"}, "fp8='current' is not predicted: leave it out"),
+        ({"length": 2048}, "sequence_length=2048 is longer than"),
+        ({"length": 127}, "sequence_length=127 is not a multiple of tensor_parallel_size=2"),
+    ],
+)
+def test_a_run_that_is_not_predicted_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict(replace(tiny(tp_size=2), **fields), DERIVED)  # type: ignore[arg-type]
+
+
 def test_a_cluster_of_links_is_refused_with_those_that_say_more() -> None:
     with pytest.raises(ValueError, match=r"'h200-node' does not say what it is built of.*a40-64"):
         Conditions(Cluster.load("h200-node"))
@@ -207,6 +220,7 @@ def test_the_command_prints_and_writes_a_prediction(
     [
         (["--config", "llama-tiny-2cpu", "--cluster", "h20-64"], "did you mean 'h200-64'?"),
         (["--cluster", "h200-64"], "predict needs --config FILE"),
+        (["--config", "none.yaml", "--cluster", "h200-64", "--measure"], "needs --profile FILE"),
         (["--config", "llama-tiny-2cpu", "--cluster", "a40-node"], "does not say what it is built"),
     ],
 )
@@ -228,6 +242,26 @@ def test_measured_steps_are_compared_by_a_command(
     assert main(["compare", str(file), "--cluster", "h200-64", "--profile", str(PROFILE)]) == 0
     out = capsys.readouterr().out
     assert "a8 tp1 pp2 m4 sequential" in out and "1 of 1 peaks of memory are within 3%" in out
-    file.write_text('{"benchmark": "gemms"}')
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"benchmark": "gemms"}', "is no file of `dhellam bench several`: give"),
+        ('{"benchmark": "several"}', "is no file of `dhellam bench several`: give"),
+        ('{"benchmark": "several", "rows": [7]}', "is no file of `dhellam bench several`: give"),
+        (
+            '{"benchmark": "several", "rows": [{"side": "ours", "plan": "auto", "step ms": 1}]}',
+            "is no file of `dhellam bench several`: give",
+        ),
+        ('{"benchmark": "several", "rows": []}', "no step of ours with a built-in plan in"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_a_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "several.json"
+    file.write_text(text)
     assert main(["compare", str(file), "--cluster", "h200-64"]) == 2
-    assert "is no file of `dhellam bench several`" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
