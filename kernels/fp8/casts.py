@@ -64,7 +64,9 @@ def _most(device: torch.device) -> int:
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _largest(x: tl.tensor, found: tl.tensor, size: int, parts: int, BLOCK: tl.constexpr) -> None:
+def _largest(
+    x: tl.tensor, found: tl.tensor, size: tl.tensor, parts: int, BLOCK: tl.constexpr
+) -> None:
     program = tl.program_id(0)
     most = tl.zeros((BLOCK,), tl.float32)
     for step in range(tl.cdiv(size, parts * BLOCK)):

@@ -152,14 +152,14 @@ CALLS: dict[str, Callable[[Any], None]] = {
 def test_numbers_of_elements_may_need_more_than_32_bits() -> None:
     """To Triton a parameter that is annotated as `int` has 32, whatever it is given."""
     found = set()
-    for operator in (*CALLS, "masters"):
-        module = importlib.import_module(f"lightning_dhellam.kernels.{operator}.triton")
+    for place in (*(f"{operator}.triton" for operator in (*CALLS, "masters")), "fp8.casts"):
+        module = importlib.import_module(f"lightning_dhellam.kernels.{place}")
         for name, kernel in vars(module).items():
             for parameter in kernel.params if isinstance(kernel, JITFunction) else ():
                 if parameter.name in ("size", "limit", "key"):
-                    found.add(operator)
-                    assert not parameter.annotation_type, f"{operator}: {name}"
-    assert found == {"dropout", "gelu", "gelu_tanh", "masters"}
+                    found.add(place.partition(".")[0])
+                    assert not parameter.annotation_type, f"{place}: {name}"
+    assert found == {"dropout", "fp8", "gelu", "gelu_tanh", "masters"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own driver compiles them")
