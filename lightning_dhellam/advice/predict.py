@@ -188,20 +188,7 @@ def _stages(
                 for one in step.run.stages[number].intervals
             )
         parts = memory[number].parts if memory else {}
-        found.append(
-            StagePrediction(
-                number,
-                ranks,
-                stage.compute,
-                stage.exposed,
-                stage.transfer,
-                stage.bubble,
-                stage.reduction,
-                stage.optimizer,
-                parts,
-                visits,
-            )
-        )
+        found.append(StagePrediction(number, ranks, **vars(stage), memory=parts, visits=visits))
     return tuple(found)
 
 
