@@ -115,8 +115,12 @@ def rank_of(
     context_ranks: int = 1,
     expert_ranks: int = 1,
     stages: int = 1,
+    expert_tensor_ranks: int | None = None,
 ) -> Iterator[ParallelContext]:
-    """Play a rank of `cluster`, of so many that share layers, sequences, experts and stages."""
+    """Play a rank of `cluster`, of so many that share layers, sequences, experts and stages.
+
+    Each expert is shared by as many ranks as a layer is, unless `expert_tensor_ranks` are given.
+    """
     cluster.join()
     try:
         context = ParallelContext.create(
@@ -125,6 +129,7 @@ def rank_of(
             pipeline_parallel_size=stages,
             context_parallel_size=context_ranks,
             expert_parallel_size=expert_ranks,
+            expert_tensor_parallel_size=expert_tensor_ranks,
             cluster=cluster,
         )
         try:

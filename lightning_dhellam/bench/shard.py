@@ -7,13 +7,13 @@ they would have there. Links are played, and what they take is predicted another
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from lightning_dhellam.advice.lowering import are_alike, shortened
+from lightning_dhellam.bench.shapes import rank_of
 from lightning_dhellam.bench.workload import whole
 from lightning_dhellam.memory import Run
 from lightning_dhellam.models import CausalLM
-from lightning_dhellam.parallel import Cluster, ParallelContext
+from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.search.measure import Profile
 
@@ -40,25 +40,18 @@ def shard_profile(run: Run, cluster: Cluster, device: torch.device, repeats: int
         )
     topology = run.topology.stage
     played = Cluster(topology.world_size, cluster.links_of(topology), name=cluster.name)
-    played.join()
-    try:
-        context = ParallelContext.create(
-            device,
-            tensor_parallel_size=topology.tp_size,
-            context_parallel_size=topology.cp_size,
-            expert_parallel_size=topology.ep_size,
-            expert_tensor_parallel_size=topology.etp_size,
-            cluster=played,
-        )
-        try:
-            torch.manual_seed(_SEED)
-            dtype = PRECISIONS[run.precision].dtype
-            model = CausalLM(shortened(run.config, 1), context, dtype).to(device)
-            size = (run.micro_batch_size, run.length)
-            tokens = torch.randint(0, run.config.vocab_size, size)
-            work = whole(model, {"tokens": tokens, "labels": tokens}, run.micro_batch_size)
-            return work.profile(repeats=repeats)
-        finally:
-            context.destroy()
-    finally:
-        dist.destroy_process_group()
+    with rank_of(
+        played,
+        topology.tp_size,
+        device,
+        topology.cp_size,
+        topology.ep_size,
+        expert_tensor_ranks=topology.etp_size,
+    ) as context:
+        torch.manual_seed(_SEED)
+        dtype = PRECISIONS[run.precision].dtype
+        model = CausalLM(shortened(run.config, 1), context, dtype).to(device)
+        size = (run.micro_batch_size, run.length)
+        tokens = torch.randint(0, run.config.vocab_size, size)
+        work = whole(model, {"tokens": tokens, "labels": tokens}, run.micro_batch_size)
+        return work.profile(repeats=repeats)
