@@ -95,7 +95,7 @@ class StatefulAgreedLoader(AgreedLoader):
         return super()._fetch(batches, count)
 
 
-def placed(loader: Any) -> Any:
+def keeping_place(loader: Any) -> Any:
     """The loader of a process alone; one without a length that keeps its place, so that it does."""
     if sized_len(loader) is not None or not keeps_place(loader):
         return loader

@@ -17,7 +17,7 @@ from lightning_dhellam.engine.inputs import check_ids, pinned
 from lightning_dhellam.engine.unread import check_unread
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.runner import Runner
-from lightning_dhellam.strategy.agreed_loader import RepeatingLoader, placed
+from lightning_dhellam.strategy.agreed_loader import RepeatingLoader, keeping_place
 from lightning_dhellam.strategy.checks import check_trainer
 from lightning_dhellam.strategy.feeding import Feeding
 from lightning_dhellam.strategy.planning import MemoryWatch
@@ -96,7 +96,7 @@ class SteppingStrategy(SavingStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         if self._feeding is None:
-            return placed(dataloader)
+            return keeping_place(dataloader)
         if self._module.trainer.state.fn is not TrainerFn.PREDICTING:
             return self._feeding.loader(dataloader)
         self._predicted.append((self._feeding.repeating(dataloader), 0))
