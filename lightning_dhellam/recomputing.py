@@ -19,6 +19,7 @@ from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.layers import Lowered
 from lightning_dhellam.memory.fitting import SHARE, Fitted, fit, fit_by_rule
+from lightning_dhellam.memory.limit import limit_of
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 
 if TYPE_CHECKING:
@@ -115,9 +116,7 @@ def _kept(agreed: AgreedEngine) -> Lowered:
 
 def _room(agreed: AgreedEngine, limit: int | None, held: float, share: float) -> float:
     """Bytes that activations may take: on the rank of this stage that has least."""
-    device = agreed.context.device
-    if limit is None and device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).total_memory
+    limit = limit_of(agreed.context.device, limit)
     room = torch.inf if limit is None else limit * share - held
     least = largest(torch.tensor([-room], dtype=torch.float64), agreed.context.stage_group)
     return -float(least)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_dhellam.memory.limit import limit_of
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks
 from lightning_dhellam.pipeline.schedules import (
     FIRST,
@@ -138,9 +139,7 @@ def room_of(runner: Runner) -> float | None:
     It is that of the rank that has least; negative if it takes more than it may, and None if there
     is no limit. Every rank must call this, after a step and before a profile.
     """
-    device, limit = runner.device, runner.memory_limit
-    if limit is None and device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).total_memory
+    limit = limit_of(runner.device, runner.memory_limit)
     if limit is None:
         return None
     held = measured_bytes(runner.agreed, runner.model_states.total)

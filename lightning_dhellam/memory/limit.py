@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lightning_dhellam.memory.prediction import RankMemory, Run, predict
 from lightning_dhellam.parallel.topology import Topology
 
@@ -13,6 +15,13 @@ MARGIN = 0.05
 """How much less than predicted a run may take, of what is refused all the same. Slack counts for
 nothing there, so that no run that would fit is stopped by what is assumed."""
 Predict = Callable[[Run], Sequence[RankMemory]]
+
+
+def limit_of(device: torch.device, given: int | None) -> int | None:
+    """Bytes that a run may take of its device: as given, or all of a GPU's; None on a CPU else."""
+    if given is None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return given
 
 
 def cannot_fit(tensors: int, limit: int) -> bool:

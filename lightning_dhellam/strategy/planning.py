@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_dhellam.memory import Run
-from lightning_dhellam.memory.limit import cannot_fit, cheapest_change, refusal
+from lightning_dhellam.memory.limit import cannot_fit, cheapest_change, limit_of, refusal
 from lightning_dhellam.memory.model_states import alike
 from lightning_dhellam.memory.prediction import adamw, step_bytes
 from lightning_dhellam.models import CausalLM
@@ -110,7 +110,7 @@ class MemoryWatch:
             precision=runner.precision,
             samples=samples,
             length=length,
-            memory_limit=self._limit if self._limit is not None else _whole(runner.device),
+            memory_limit=limit_of(runner.device, self._limit),
             optimizer=lambda model: alike(
                 runner.stepped.inner, [p for p in model.parameters() if p.requires_grad]
             ),
@@ -169,11 +169,6 @@ class MemoryWatch:
         if runner.device.type == "cuda":
             return torch.cuda.max_memory_allocated(runner.device)
         return runner.model_states.total + runner.engine.lanes.ledger.peak_bytes + self._batch
-
-
-def _whole(device: torch.device) -> int:
-    """Bytes that a GPU has, which is what `recompute='auto'` goes by."""
-    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _room(device: torch.device) -> int:
