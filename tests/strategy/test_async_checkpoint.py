@@ -17,10 +17,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_dhellam import checkpoint
 from lightning_dhellam.checkpoint import background, writing
 from lightning_dhellam.checkpoint.folder import check_whole
-from lightning_dhellam.checkpoint.staging import Staging
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
 from lightning_dhellam.files import WriteError
 from lightning_dhellam.parallel import ParallelContext
@@ -225,40 +223,9 @@ def test_what_is_saved_to_be_requeued_is_whole_at_once(tmp_path: Path) -> None:
     assert found == [True]
 
 
-def test_the_copies_take_the_room_of_what_is_written(tmp_path: Path) -> None:
-    """And no more, until the file is there: as the system counts what this process has."""
-    size = 2**26
-    base = torch.arange(size // 4, dtype=torch.float32)
-    state = {f"{number}": part for number, part in enumerate(base.split(size // 64))}
-    context = ParallelContext.single(torch.device("cpu"))
-
-    def save() -> None:
-        prepared = checkpoint.prepare(tmp_path / "a.ckpt", context, {}, state, {})
-        prepared.stage(staging)
-        checkpoint.write(prepared, None)
-
-    staging = Staging(context.device)
-    with mock.patch.object(staging, "_take", staging._take):
-        checkpoint.save(tmp_path / "warm.ckpt", context, {}, {"a": torch.ones(4)}, {})
-        before = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        save()
-        assert size <= staging.size <= size + 2**10
-        assert size / 2 < _memory("VmHWM") - before <= 1.1 * size
-    file = tmp_path / "a.ckpt" / "__0_0.distcp"
-    assert file.stat().st_size >= size
-    staging.close()
-
-
 def test_copies_are_what_was_there_when_they_were_asked_for() -> None:
     for found, wanted in copies_of("cpu", 2**10):
         assert torch.equal(found, wanted)
-
-
-def _memory(field: str) -> int:
-    """Bytes that this process has (`VmRSS`) or has had at most (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 @contextmanager
