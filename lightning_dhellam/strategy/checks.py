@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -187,6 +188,12 @@ def _check_callback(callback: pl.Callback) -> None:
             f"{name} averages weights in a copy of the whole module, and one under DHellamStrategy"
             " cannot be copied, since it holds groups of processes: leave the callback out, average"
             " parameters one by one in a callback of your own, and copy them back in place"
+        )
+    if isinstance(callback, ModelPruning):
+        raise ValueError(
+            f"{name} multiplies weights by masks when modules are called, and the operators that"
+            " DHellamStrategy runs read the weights themselves: leave the callback out, and prune"
+            " the weights that `save_pretrained` writes"
         )
 
 

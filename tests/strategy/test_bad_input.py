@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -253,6 +254,10 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
     "averaging": (
         _launch(callbacks=[WeightAveraging()]),
         r"^WeightAveraging averages weights in a copy of .*leave the callback out, average",
+    ),
+    "pruning": (
+        _launch(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]),
+        r"^ModelPruning multiplies weights by masks .*leave the callback out, and prune",
     ),
     "checkpoint-plugin": (
         _launch(plugins=[AsyncCheckpointIO()]),
