@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -278,9 +279,11 @@ class EightBits:
 
     def _cast_weight(self, w: GraphWriter) -> None:
         cast, weight, squares = self.recipe.kernel.cast, self.weight, self.recipe.format.squares
+        scales = 1 if squares is None else weight.numel() // prod(squares)
+        size = weight.numel() + scales * torch.float32.itemsize
         w.once(
             f"{self.name}.weight.cast",
-            (self._own, f"{self._own}_turned"),
+            {self._own: size, f"{self._own}_turned": size},
             lambda: cast(weight.detach(), FORWARD, squares),
             cost=6 * weight.numel(),
         )

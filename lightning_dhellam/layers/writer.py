@@ -68,21 +68,24 @@ class GraphWriter:
     operators: list[Operator] = field(default_factory=list)
     bytes_per_token: dict[str, float] = field(default_factory=dict)
     prologue: list[Operator] = field(default_factory=list)
+    step_bytes: dict[str, int] = field(default_factory=dict)
 
     def once(
-        self, name: str, writes: tuple[str, ...], run: Callable[..., Any], *, cost: float
+        self, name: str, writes: Mapping[str, int], run: Callable[..., Any], *, cost: float
     ) -> None:
         """Add an operator that runs once a step, before the first micro-batch.
 
         Args:
             name: unique in the graph.
-            writes: slots of the step (`STEP_PREFIX`), in the order of `run`'s results.
+            writes: slots of the step (`STEP_PREFIX`), in the order of `run`'s results, with their
+                bytes.
             run: launches it. Takes nothing.
             cost: bytes that it reads and writes.
         """
         self.prologue.append(
-            Operator(name, Lane.COMPUTE, (), writes, run, cost / nominal.MEMORY, light=True)
+            Operator(name, Lane.COMPUTE, (), tuple(writes), run, cost / nominal.MEMORY, light=True)
         )
+        self.step_bytes.update(writes)
 
     def compute(
         self,
@@ -285,6 +288,7 @@ class GraphWriter:
             sizes,
             layouts=layouts,
             prologue=tuple(self.prologue),
+            step_bytes=self.step_bytes,
         )
 
     def _add(self, operator: Operator) -> None:

@@ -1,7 +1,7 @@
 """What backward makes again so that a stage fits into its memory: `recompute="auto"`.
 
 A search, or nominal costs without one, choose among slots that are saved. What a stage receives
-from others and sends to them is there besides, whatever is chosen.
+from others and sends to them is there besides, whatever is chosen, and so are slots of the step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Fitted:
     Attributes:
         choices: by the keys of layers that may make something again.
         chosen: slots of each layer, and what they take.
-        room: bytes that there were for slots, without those of transfers.
+        room: bytes that there were for slots, without those of transfers and of the step.
     """
 
     choices: dict[str | int, Recompute]
@@ -67,7 +67,7 @@ def fit(
     from lightning_dhellam.search.recompute import choose, moments
 
     step = kept.stage.step(micro_batches)
-    room -= tokens * transfer_bytes(kept.layers, step)
+    room -= tokens * transfer_bytes(kept.layers, step) + step_bytes(kept.layers)
     found = choose(
         whole,
         kept.layers,
@@ -109,6 +109,11 @@ def fit_by_rule(
         room=room,
         builder=builder,
     )
+
+
+def step_bytes(layers: Sequence[GraphPair]) -> int:
+    """Predict what the slots of a step take, which all its micro-batches read, in bytes."""
+    return sum(sum(pair.forward.step_bytes.values()) for pair in layers)
 
 
 def transfer_bytes(layers: Sequence[GraphPair], step: Step) -> float:

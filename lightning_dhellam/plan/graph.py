@@ -72,6 +72,7 @@ class Graph:
             not run, nobody asks whether the operators agree.
         prologue: operators that read nothing and write slots of the step, once before its first
             micro-batch: of a forward graph, for both directions. They are no part of a plan.
+        step_bytes: size of each of those slots, which live as long as the step, in bytes.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Graph:
     sends: tuple[Operator, ...] = ()
     layouts: Mapping[str, Layout] | None = field(default=None, repr=False, compare=False)
     prologue: tuple[Operator, ...] = ()
+    step_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         known = set(self.inputs)

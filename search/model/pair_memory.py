@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class PairMemory:
         lanes: that the operators of both occupy, compute first.
         tokens: how many tokens a micro-batch has.
         waits: whether memory goes back only when its lane has waited for its readers.
+        leaves: slots that `behind`, the first half of a backward, leaves for the second.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PairMemory:
         *,
         tokens: int,
         waits: bool,
+        leaves: Collection[str] = (),
     ) -> None:
         self._tokens = tokens
         self._rounds = 2 if waits else 1
@@ -39,7 +41,7 @@ class PairMemory:
         if ahead is not None:
             collector.add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
         if behind is not None:
-            collector.add(behind, behind.backward, set(behind.backward.outputs))
+            collector.add(behind, behind.backward, {*behind.backward.outputs, *leaves})
         self._slots = collector.slots(waits)
 
     def peak(self, issued: Array, lagging: Array) -> float:

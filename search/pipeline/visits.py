@@ -10,7 +10,7 @@ from typing import Protocol
 from lightning_dhellam.pipeline.schedules import LIVE, Part, Placement, Schedule, Visit, Work
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Strand, passes
 from lightning_dhellam.search.model import Costs, Order, Place, Stop, Walk, as_planned
-from lightning_dhellam.search.pipeline.layers import halves, with_halves
+from lightning_dhellam.search.model.halves import halves, with_halves
 
 
 @dataclass(frozen=True, slots=True)

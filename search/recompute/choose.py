@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_dhellam.pipeline.schedules import Part
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.model.halves import with_halves
 from lightning_dhellam.search.recompute.covering import covering
 from lightning_dhellam.search.recompute.fit import Fit, Row
 from lightning_dhellam.search.recompute.moments import Moment
@@ -92,8 +94,8 @@ def choose(
     )
 
 
-Key = tuple[int | None, int | None]
-"""Kinds of layers that meet."""
+Key = tuple[int | None, int | None, Part]
+"""Kinds of layers that meet, and the part of backward."""
 
 
 def _key(moment: Moment, of_layer: Sequence[int]) -> Key:
@@ -101,6 +103,7 @@ def _key(moment: Moment, of_layer: Sequence[int]) -> Key:
     return (
         None if ahead is None else of_layer[ahead],
         None if behind is None else of_layer[behind],
+        moment.part,
     )
 
 
@@ -113,13 +116,14 @@ def _tables(
     builder: Builder | None,
 ) -> dict[Key, Meeting]:
     costs = covering(costs, ((kind.measured, pair) for kind in kinds for pair in kind.pairs))
+    costs = with_halves(costs, [pair for kind in kinds for pair in kind.pairs])
     found: dict[Key, Meeting] = {}
     for moment in moments:
-        ahead, behind = key = _key(moment, of_layer)
+        ahead, behind, part = key = _key(moment, of_layer)
         if key not in found:
             first = None if ahead is None else kinds[ahead]
             second = None if behind is None else kinds[behind]
-            found[key] = meeting(first, second, costs, tokens, builder)
+            found[key] = meeting(first, second, part, costs, tokens, builder)
     return found
 
 
@@ -133,14 +137,17 @@ def _fit(
 ) -> Fit:
     seconds = [np.zeros(len(kinds[k].candidates)) for k in of_layer]
     sizes = [np.array([one.saved * tokens for one in kinds[k].candidates]) for k in of_layer]
+    left = [np.array(kinds[k].left) * tokens for k in of_layer]
     rows = []
-    meets: list[dict[int | None, int]] = [{} for _ in of_layer]
+    meets: list[dict[object, int]] = [{} for _ in of_layer]
     for moment, times in moments.items():
         table = tables[_key(moment, of_layer)]
-        rows.append(Row(moment.saved, moment.ahead, moment.behind, np.array(table.bytes)))
+        size = np.array(table.bytes)
+        rows.append(Row(moment.saved, moment.left, moment.ahead, moment.behind, size))
         if moment.behind is not None:
             seconds[moment.behind] = seconds[moment.behind] + np.array(table.seconds) * times
-            partner = None if moment.ahead is None else of_layer[moment.ahead]
+            ahead, _, part = _key(moment, of_layer)
+            partner = ahead, part
             met = meets[moment.behind]
             met[partner] = met.get(partner, 0) + times
     groups: dict[object, int] = {}
@@ -148,4 +155,4 @@ def _fit(
         groups.setdefault((k, frozenset(met.items())), len(groups))
         for k, met in zip(of_layer, meets, strict=True)
     ]
-    return Fit(seconds, sizes, alike, rows, limit)
+    return Fit(seconds, sizes, left, alike, rows, limit)

@@ -25,12 +25,14 @@ class Row(NamedTuple):
 
     Attributes:
         saved: micro-batches that each layer has saved.
+        left: micro-batches that each layer has between the halves of its backward.
         ahead: number of the layer that goes forward, or None.
         behind: number of the layer that goes backward, or None.
         bytes: that the two need besides, by candidate of either.
     """
 
     saved: tuple[int, ...]
+    left: tuple[int, ...]
     ahead: int | None
     behind: int | None
     bytes: np.ndarray
@@ -43,6 +45,7 @@ class Fit:
     Args:
         seconds: of each layer, by candidate, in a step.
         bytes: that each layer saves of a micro-batch, by candidate; from the most to the fewest.
+        left: that each layer leaves between the halves of its backward, by candidate.
         alike: for each layer a number that those which are alike share.
         rows: the moments.
         limit: bytes that there are.
@@ -50,6 +53,7 @@ class Fit:
 
     seconds: Sequence[np.ndarray]
     bytes: Sequence[np.ndarray]
+    left: Sequence[np.ndarray]
     alike: Sequence[int]
     rows: Sequence[Row]
     limit: float
@@ -61,17 +65,22 @@ class Fit:
     def __post_init__(self) -> None:
         self._count = len(self.seconds)
         self._saved = np.array([row.saved for row in self.rows], float)
+        self._left = np.array([row.left for row in self.rows], float)
         self._room = self.limit - np.array([row.bytes.min() for row in self.rows])
         # The moment at which most is saved bounds what is to come.
-        whole = self._saved @ np.array([sizes[0] for sizes in self.bytes]) - self._room
+        whole = self._held((0,) * self._count) - self._room
         self._tight = int(whole.argmax())
-        least = np.array([sizes[-1] for sizes in self.bytes])
-        self._rest = np.array([self._saved[:, at:] @ least[at:] for at in range(self._count + 1)])
+        least, left = (np.array([own.min() for own in of]) for of in (self.bytes, self.left))
+        self._rest = np.array(
+            [
+                self._saved[:, at:] @ least[at:] + self._left[:, at:] @ left[at:]
+                for at in range(self._count + 1)
+            ]
+        )
         self._bounds = [self._bound_from(at) for at in range(self._count + 1)]
 
     def peak(self, chosen: Sequence[int]) -> float:
         """Return the most bytes at once by these candidates."""
-        sizes = np.array([own[one] for own, one in zip(self.bytes, chosen, strict=True)])
         besides = [
             row.bytes[
                 0 if row.ahead is None else chosen[row.ahead],
@@ -79,7 +88,15 @@ class Fit:
             ]
             for row in self.rows
         ]
-        return float((self._saved @ sizes + besides).max())
+        return float((self._held(chosen) + besides).max())
+
+    def _held(self, chosen: Sequence[int]) -> np.ndarray:
+        """Return the bytes that layers have saved or left at each moment."""
+        saved, left = (
+            np.array([own[one] for own, one in zip(of, chosen, strict=True)])
+            for of in (self.bytes, self.left)
+        )
+        return np.asarray(self._saved @ saved + self._left @ left)
 
     def time(self, chosen: Sequence[int]) -> float:
         """Return the seconds of a step by these candidates."""
@@ -125,23 +142,24 @@ class Fit:
         most = len(self.seconds[at]) if before is None else self._chosen[before] + 1
         for one in sorted(range(most), key=lambda n: self.seconds[at][n]):
             self._chosen.append(one)
-            more = self._saved[:, at] * self.bytes[at][one]
+            more = self._saved[:, at] * self.bytes[at][one] + self._left[:, at] * self.left[at][one]
             self._descend(at + 1, time + float(self.seconds[at][one]), used + more)
             self._chosen.pop()
 
     def _bound_from(self, at: int) -> Callable[[float], float]:
         """Return what bounds the time of all layers from `at` on, by the bytes that are left."""
-        weights = self._saved[self._tight]
+        saved, left = self._saved[self._tight], self._left[self._tight]
         time = used = 0.0
         steps: list[tuple[float, float, float]] = []
         for layer in range(at, self._count):
-            points = _hull(self.bytes[layer] * weights[layer], self.seconds[layer])
+            sizes = self.bytes[layer] * saved[layer] + self.left[layer] * left[layer]
+            points = _hull(sizes, self.seconds[layer])
             time, used = time + points[0][1], used + points[0][0]
             steps += [((t - s) / (b - a), b - a, s - t) for (a, s), (b, t) in pairwise(points)]
         steps.sort()
-        sizes = np.cumsum([0.0, *(size for _, size, _ in steps)]) + used
+        ends = np.cumsum([0.0, *(size for _, size, _ in steps)]) + used
         times = time - np.cumsum([0.0, *(gain for _, _, gain in steps)])
-        return lambda room: float(np.interp(room, sizes, times))
+        return lambda room: float(np.interp(room, ends, times))
 
 
 def _hull(sizes: np.ndarray, seconds: np.ndarray) -> list[tuple[float, float]]:

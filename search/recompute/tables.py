@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from lightning_dhellam.pipeline.schedules import Part
 from lightning_dhellam.plan import Builder, GraphPair
-from lightning_dhellam.plan.passes import recompute
+from lightning_dhellam.plan.passes import left_bytes, recompute
 from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.model.halves import halves
 from lightning_dhellam.search.recompute.candidates import MOST, Candidate, candidates
 from lightning_dhellam.search.recompute.covering import of_forward
 from lightning_dhellam.search.solve import Budget, Problem, solve_pair
@@ -30,6 +32,11 @@ class Kind:
     candidates: tuple[Candidate, ...]
     pairs: tuple[GraphPair, ...]
     measured: GraphPair
+
+    @property
+    def left(self) -> tuple[float, ...]:
+        """What each leaves between the halves of backward, in bytes per token."""
+        return tuple(map(left_bytes, self.pairs))
 
     @classmethod
     def of(cls, measured: GraphPair, kept: GraphPair, costs: Costs, *, free: bool) -> Kind:
@@ -56,29 +63,68 @@ class Meeting:
     bytes: tuple[tuple[float, ...], ...]
 
 
+@dataclass(frozen=True)
+class _Back:
+    """A part of a layer's backward.
+
+    Attributes:
+        pair: with that part as its backward; None where there is nothing to do in it.
+        leaves: slots that it leaves for the second half.
+        held: bytes per token of what it finds saved or left.
+    """
+
+    pair: GraphPair | None = None
+    leaves: frozenset[str] = frozenset()
+    held: float = 0.0
+
+    @classmethod
+    def of(cls, pair: GraphPair, part: Part) -> _Back:
+        early, late = halves(pair)
+        own, leaves = pair, frozenset[str]()
+        if part is Part.INPUT:
+            own, leaves = early, frozenset({*late.backward.inputs, *late.backward.foreign})
+        elif part is Part.WEIGHT:
+            own = late
+        if not own.backward.operators:
+            return cls()
+        found = own.backward.foreign
+        if part is Part.WEIGHT:
+            found += own.backward.inputs
+        sizes = {**pair.forward.bytes_per_token, **pair.backward.bytes_per_token}
+        return cls(own, leaves, sum(sizes.get(slot, 0.0) for slot in found))
+
+
 def meeting(
-    ahead: Kind | None, behind: Kind | None, costs: Costs, tokens: int, builder: Builder | None
+    ahead: Kind | None,
+    behind: Kind | None,
+    part: Part,
+    costs: Costs,
+    tokens: int,
+    builder: Builder | None,
 ) -> Meeting:
     """Play a pair with each candidate by a plan of `builder`, or else by a searched one."""
     seconds: list[float] = []
     fronts = ahead.pairs if ahead else (None,)
     sizes: list[list[float]] = [[] for _ in fronts]
-    for number, back in enumerate(behind.pairs if behind else (None,)):
+    for pair in behind.pairs if behind else (None,):
+        back = _Back() if pair is None else _Back.of(pair, part)
+        if ahead is None and back.pair is None:
+            seconds.append(0.0)
+            sizes[0].append(0.0)
+            continue
         problem = _problem(fronts[0], back, costs, tokens)
         if builder is None:
-            plan = solve_pair(fronts[0], back, costs, budget=BUDGET).plan
+            plan = solve_pair(fronts[0], back.pair, costs, budget=BUDGET).plan
         else:
             plan = builder(problem.forward, problem.backward)
         seconds.append(problem.seconds_of_plan(plan))
-        freed = behind.candidates[number].saved if behind else 0.0
         for row, front in enumerate(fronts):
             peak = _problem(front, back, costs, tokens).peak_of_plan(plan)
             saved = ahead.candidates[row].saved if ahead else 0.0
-            sizes[row].append(peak - (saved + freed) * tokens)
+            sizes[row].append(peak - (saved + back.held) * tokens)
     return Meeting(tuple(seconds), tuple(map(tuple, sizes)))
 
 
-def _problem(
-    ahead: GraphPair | None, behind: GraphPair | None, costs: Costs, tokens: int
-) -> Problem:
-    return Problem(ahead, behind, costs.at_work(graphs_of(ahead, behind)), tokens=tokens)
+def _problem(ahead: GraphPair | None, back: _Back, costs: Costs, tokens: int) -> Problem:
+    costs = costs.at_work(graphs_of(ahead, back.pair))
+    return Problem(ahead, back.pair, costs, tokens=tokens, leaves=back.leaves)

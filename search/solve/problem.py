@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -67,6 +68,7 @@ class Problem(Orders):
             cost is the time of all of them together.
         sharing: whether it is chosen with the order what leaves processors to communication, of
             a pair that repeats itself, unless `costs` say it already.
+        leaves: slots that `behind`, the first half of a backward, leaves for the second.
 
     Attributes:
         seconds: seconds of each operator while nothing else runs.
@@ -84,12 +86,15 @@ class Problem(Orders):
         memory_limit: float | None = None,
         surroundings: Surroundings | None = None,
         sharing: bool = False,
+        leaves: Collection[str] = (),
     ) -> None:
         super().__init__(ahead, behind, cyclic=surroundings is None)
         self._ahead, self._behind, self._surroundings = ahead, behind, surroundings
         self.costs = self._heeded(costs)
         self.memory_limit = memory_limit
-        self._memory = PairMemory(ahead, behind, self.lanes, tokens=tokens, waits=not costs.inline)
+        self._memory = PairMemory(
+            ahead, behind, self.lanes, tokens=tokens, waits=not costs.inline, leaves=leaves
+        )
         self.sparable = self._sparable() if sharing and self.cyclic and not costs.spared else 0
         self.sparable_ones = [x for x in range(self.size) if self.sparable >> x & 1]
         self._stage(surroundings)

@@ -1,4 +1,4 @@
-"""What `recompute="auto"` makes again of a run that is only planned, and what transfers hold."""
+"""What `recompute="auto"` makes again of a run that is planned, and what it counts for that."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import torch
 
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.memory import Run, predict
-from lightning_dhellam.memory.activations import without_memory
-from lightning_dhellam.memory.fitting import SHARE, transfer_bytes
+from lightning_dhellam.memory.activations import activation_peak, without_memory
+from lightning_dhellam.memory.fitting import SHARE, Fitted, fit, step_bytes, transfer_bytes
 from lightning_dhellam.models import CausalLM
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.pipeline.schedules import SCHEDULES
-from lightning_dhellam.plan.by_layer import AUTO
+from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.plan.by_layer import AUTO, ByLayer
+from lightning_dhellam.plan.passes import Recompute
+from lightning_dhellam.search.model import Costs
 from tests.engine.harness import CPU, add_main_grads
 from tests.models.llama import SMALL
 
@@ -76,3 +79,86 @@ def test_auto_is_predicted_between_none_and_full() -> None:
     assert [rank.activations for rank in whole] == peaks["none"]
     nothing = predict(replace(run, recompute=AUTO, memory_limit=1))
     assert [rank.activations for rank in nothing] == peaks["full"], "which is then refused"
+
+
+class Chooser:
+    """Chooses for a stage of eight micro-batches, and has the engine walk what was chosen."""
+
+    LENGTH, MICRO_BATCHES = 128, 8
+
+    def __init__(self, stages: int = 1, rank: int = 0, schedule: str = "fold", **options: str):
+        self._topology = Topology(world_size=stages, rank=rank, pp_size=stages)
+        self._schedule, self._options = schedule, options
+        self._whole, self._kept = self._lowered("full"), self._lowered("none")
+
+    def _lowered(self, recompute: Recompute | ByLayer) -> Lowered:
+        config = replace(CONFIG, num_layers=4, hidden_size=256, ffn_hidden_size=512)
+        model = CausalLM(config, planned_context(self._topology, CPU), torch.bfloat16)
+        add_main_grads(model)
+        found = lower(
+            model,
+            recompute=recompute,
+            scheme=SCHEDULES[self._schedule],
+            kernels={"fp8": "reference"},
+            **self._options,
+        )
+        return replace(found, layers=tuple(pair.at(self.LENGTH) for pair in found.layers))
+
+    def fitted(self, room: float) -> Fitted:
+        graphs = [g for pair in self._whole.layers for g in (pair.forward, pair.backward)]
+        costs = replace(Costs.nominal(graphs, self.LENGTH), inline=True)
+        return fit(
+            self._whole.layers,
+            self._kept,
+            costs,
+            micro_batches=self.MICRO_BATCHES,
+            tokens=self.LENGTH,
+            room=room,
+            builder=BUILDERS["sequential"],
+        )
+
+    def walked(self, fitted: Fitted) -> int:
+        return activation_peak(
+            self._lowered(fitted.choices),
+            BUILDERS["sequential"],
+            self._topology,
+            samples=self.MICRO_BATCHES,
+            micro_batch_size=1,
+            length=self.LENGTH,
+        )
+
+    @property
+    def transfers(self) -> float:
+        step = self._kept.stage.step(self.MICRO_BATCHES)
+        return self.LENGTH * transfer_bytes(self._kept.layers, step)
+
+    @property
+    def of_step(self) -> int:
+        return step_bytes(self._kept.layers)
+
+
+@pytest.mark.parametrize("fp8", ["current", "blockwise"])
+def test_weights_in_8_bits_live_beside_what_is_chosen(fp8: str) -> None:
+    with without_memory():
+        chooser = Chooser(fp8=fp8)
+        kept = chooser.fitted(torch.inf)
+        first = chooser.walked(kept)
+        fitted = chooser.fitted(0.9 * (first - chooser.of_step) + chooser.of_step)
+        second = chooser.walked(fitted)
+    assert fitted.chosen.peak_bytes < kept.chosen.peak_bytes and second < first
+    for found, walked in ((kept, first), (fitted, second)):
+        # Of a tensor's own scale, 4 bytes, slots per token know nothing.
+        assert 0 <= walked - found.chosen.peak_bytes - chooser.of_step < 1e-4 * walked
+
+
+@pytest.mark.parametrize("schedule", ["fold", "zb-v", "dualpipe-v"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_halves_of_backward_leave_is_counted(schedule: str, rank: int) -> None:
+    with without_memory():
+        chooser = Chooser(2, rank, schedule)
+        kept = chooser.fitted(torch.inf)
+        fitted = chooser.fitted(0.9 * (kept.chosen.peak_bytes + chooser.transfers))
+        for found in (kept, fitted):
+            peak = found.chosen.peak_bytes
+            assert peak <= chooser.walked(found) <= peak + chooser.transfers
+    assert fitted.chosen.peak_bytes < kept.chosen.peak_bytes

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lightning_dhellam.plan import GraphPair
 from lightning_dhellam.search.measure import Profile, measure
+from lightning_dhellam.search.model.halves import halves, with_halves
 from lightning_dhellam.search.pipeline import cut, cut_folded, layers_of
-from lightning_dhellam.search.pipeline.layers import balanced, halves, seconds_of, with_halves
+from lightning_dhellam.search.pipeline.layers import balanced, seconds_of
 from tests.plan.graphs import graph
 from tests.plan.real_graphs import lowered
 from tests.search.graphs import (
