@@ -62,6 +62,7 @@ class AgreedEngine:
         undecided: whether that is to be decided yet.
         chosen: what `use_recompute` was given; None before.
         schedule: name of the order in which stages work, or the path of its file.
+        places: what each of the engine's layers is in the model.
 
     Raises:
         ValueError: a value that cannot work, or that differs between ranks.
@@ -131,6 +132,7 @@ class AgreedEngine:
         self.structure = Structure(model)
         self._wanted: dict[str, bool] | None = None
         self.kernels = lowered.kernels
+        self.places = [_place(key) for key in lowered.keys]
         builder = named_plan(plan, self.conditions)
         processors = self._context.processors(lowered.layers)
         lanes = make_lanes(self._context.device, processors=processors)
@@ -173,6 +175,7 @@ class AgreedEngine:
     def _make_anew(self) -> None:
         """Make the operators anew, and the engine, with the builder of before."""
         lowered, before = self.lowered(self.recompute), self.engine
+        self.places = [_place(key) for key in lowered.keys]
         before.lanes.processors = self._context.processors(lowered.layers)
         self.engine = Engine(
             lowered.layers,
@@ -337,6 +340,11 @@ def _scheme(schedule: str, plan: str, stages: int) -> tuple[str, Scheme]:
             " schedule, or a plan file that was searched with it"
         )
     return restored(known, stages)
+
+
+def _place(key: str) -> str:
+    """What a user calls a layer, by its key; see `Lowered`."""
+    return f"layer {key}" if key.isdigit() else key or "embedding"
 
 
 def conditions_of(

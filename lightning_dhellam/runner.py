@@ -327,6 +327,7 @@ class Runner:
         distributed_optimizer: bool | None = None,
         max_skipped_steps: int = 10,
         scaling: Scaling | None = None,
+        detect_anomaly: bool | str = False,
     ) -> ModelParallelOptimizer:
         """Make the gradient buffers, and what steps `optimizer` on them.
 
@@ -344,6 +345,8 @@ class Runner:
                 many in a row `step` raises FloatingPointError.
             scaling: of the loss, in `16-mixed`; None for that of `torch.amp.GradScaler`. Steps that
                 are left out while the scale is at least 1 are not counted in a row.
+            detect_anomaly: name the operator that was the first to make a step not finite, and end
+                the run by FloatingPointError in `step` (True), or warn and go on (`warn`).
 
         Raises:
             ValueError: sharding was asked for where it cannot work.
@@ -357,6 +360,7 @@ class Runner:
             distributed_optimizer=distributed_optimizer,
             max_skipped_steps=max_skipped_steps,
             scaling=scaling or Scaling(),
+            detect_anomaly=detect_anomaly,
         )
         self._balance = Balance(self.model)
         self._training.optimizer.followers.append(self._balance.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.agreed import AgreedEngine
+from lightning_dhellam.anomalies import Anomalies, check_anomalies
 from lightning_dhellam.checkpoint.loop import WEIGHTS
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.models import CausalLM
@@ -36,6 +38,8 @@ class Training:
         distributed_optimizer: whether its state is sharded; None to do so where that helps.
         max_skipped_steps: steps in a row that may be left out.
         scaling: of the loss, in a precision that scales it.
+        detect_anomaly: what to do about a step that is not finite, beside leaving it out: name the
+            operator that made it so, and end the run (True) or warn (`warn`).
 
     Attributes:
         buffers: where gradients are, and what reduces them.
@@ -56,6 +60,7 @@ class Training:
         distributed_optimizer: bool | None,
         max_skipped_steps: int,
         scaling: Scaling,
+        detect_anomaly: bool | str,
     ) -> None:
         numbers, context, experts = PRECISIONS[precision], model.context, ExpertNames(model)
         sharded = shards(
@@ -79,15 +84,24 @@ class Training:
             bucket_size=bucket_size,
         )
         self.buffers = self._make_buffers()
+        names: dict[Tensor, str] = {
+            p: WEIGHTS + experts.of_all(name) for name, p in model.named_parameters()
+        }
         self.optimizer = ModelParallelOptimizer(
             optimizer,
             self.buffers,
             context,
-            {p: WEIGHTS + experts.of_all(name) for name, p in model.named_parameters()},
+            names,
             sharded=sharded,
             master_weights=numbers.master_weights,
             max_skipped_steps=max_skipped_steps,
             loss_scale=LossScale(scaling, context.device) if numbers.scales_loss else None,
+        )
+        check_anomalies(detect_anomaly)
+        self._anomalies = (
+            Anomalies(agreed, names, self.optimizer, ends=detect_anomaly is True)
+            if detect_anomaly
+            else None
         )
 
     @property
@@ -187,7 +201,8 @@ class Training:
         """Forward and backward of the micro-batches: this rank's loss, a scalar in fp32."""
         self.optimizer.begin()
         self.buffers.zero()
-        loss = self._agreed.engine.train(pieces, self._gradient_ready)
+        with self._anomalies.watching() if self._anomalies is not None else nullcontext():
+            loss = self._agreed.engine.train(pieces, self._gradient_ready)
         self.buffers.finish()
         return loss
 

@@ -29,6 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "hosted",
         "runner",
         "balance recomputing training",
+        "anomalies",
         "agreed advice",
         "checkpoint memory",
         "models",

@@ -19,7 +19,6 @@ from torch.autograd.profiler import record_function
 
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
-from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.plan import (
     SHARED,
     Graph,
@@ -60,6 +59,9 @@ class Entry:
     label: str
     then: tuple[Entry, ...] = ()
 
+
+Wrap = Callable[[Operator], Operator]
+"""Makes of an operator what is run in its place, which does the same and something beside."""
 
 Observer = Callable[[Entry, list[Any]], None]
 """Called with each operator and the values that it is about to read: on its lane, when they are
@@ -158,7 +160,7 @@ class Executor:
     def __init__(self, lanes: Lanes) -> None:
         self.lanes = lanes
         self.observer: Observer | None = None
-        self.tracer: Tracer | None = None
+        self.wraps: tuple[Wrap, ...] = ()
         self._rehearsing = False
         self._turn = 0
 
@@ -168,14 +170,14 @@ class Executor:
 
         One that rehearses by several runs that of this `turn`, counted round.
         """
-        watching = self.observer, self.tracer
-        self._rehearsing, self.observer, self.tracer = True, observer, None
+        watching = self.observer, self.wraps
+        self._rehearsing, self.observer, self.wraps = True, observer, ()
         self._turn = turn
         try:
             yield
         finally:
             self._rehearsing = False
-            self.observer, self.tracer = watching
+            self.observer, self.wraps = watching
 
     def run(
         self, job: Job, previous: Job | None = None, on_gradient: OnGradient | None = None
@@ -199,12 +201,18 @@ class Executor:
 
     def prepare(self, operator: Operator) -> dict[str, Slot]:
         """Run what is run once a step. Returns the slots that it writes, by name."""
-        result, mark = self.lanes.launch(operator, (), crosses=False)
+        result, mark = self.lanes.launch(self.wrapped(operator), (), crosses=False)
         values = result if len(operator.writes) > 1 else (result,)
         made = {n: Slot(value, mark) for n, value in zip(operator.writes, values, strict=True)}
         for slot in made.values():
             self.lanes.born(slot)
         return made
+
+    def wrapped(self, operator: Operator) -> Operator:
+        """What is run in the place of `operator`."""
+        for wrap in self.wraps:
+            operator = wrap(operator)
+        return operator
 
     def post(self, entries: Sequence[Entry], tape: Tape) -> None:
         """Issue receives, so that they are there when their graph's turn comes."""
@@ -234,7 +242,7 @@ class Executor:
         inputs = tape.slots(operator.reads)
         if operator.computes:
             self.lanes.share(entry.spare)
-        launched = operator if self.tracer is None else self.tracer.traced(operator)
+        launched = self.wrapped(operator)
         if self._rehearsing and operator.rehearsals:
             instead = operator.rehearsals[self._turn % len(operator.rehearsals)]
             launched = replace(operator, run=instead)

@@ -22,6 +22,7 @@ from lightning_dhellam.engine.executor import (
     Observer,
     OnGradient,
     Program,
+    Wrap,
     bind,
     receives,
 )
@@ -166,11 +167,19 @@ class Engine:
     @contextmanager
     def traced(self, device: torch.device) -> Iterator[Tracer]:
         """Note when each operator of the steps inside starts and ends."""
-        tracer = self._executor.tracer = Tracer(self.layers, device)
-        try:
+        tracer = Tracer(self.layers, device)
+        with self.wrapped(tracer.traced):
             yield tracer
+
+    @contextmanager
+    def wrapped(self, wrap: Wrap) -> Iterator[None]:
+        """Run what `wrap` makes of each operator of the steps inside, in its place."""
+        before = self._executor.wraps
+        self._executor.wraps = (*before, wrap)
+        try:
+            yield
         finally:
-            self._executor.tracer = None
+            self._executor.wraps = before
 
     def untouched(self, device: torch.device) -> AbstractContextManager[None]:
         """Leaves nothing of what is run inside, but for gradients and what a user's code does."""
@@ -254,7 +263,8 @@ class Engine:
         slots = self.lanes.constants({BEGIN: None})
         for operator in operators:
             inputs = [slots[name] for name in operator.reads]
-            value, mark = self.lanes.launch(operator, inputs, crosses=True)
+            launched = self._executor.wrapped(operator)
+            value, mark = self.lanes.launch(launched, inputs, crosses=True)
             slots |= {name: Slot(value, mark) for name in operator.writes}
             if operator.accumulates and on_gradient is not None:
                 on_gradient(operator.accumulates)

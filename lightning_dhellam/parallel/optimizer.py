@@ -58,6 +58,8 @@ class ModelParallelOptimizer:
     Attributes:
         loss_scale: as it was given.
         steps: how many there were, those that were left out included.
+        watchers: are called at the beginning of every step, with a scalar that says whether it is
+            finite.
         followers: are called at the end of every step, with a scalar that says whether it was not
             left out, or None where that is not known.
     """
@@ -91,6 +93,7 @@ class ModelParallelOptimizer:
         self._hidden: list[Tensor] = []
         self._shown: list[list[Tensor]] | None = None
         self.steps = 0
+        self.watchers: list[Callable[[Tensor], None]] = []
         self.followers: list[Callable[[Tensor | None], None]] = []
         self._hold(buffers)
 
@@ -229,6 +232,15 @@ class ModelParallelOptimizer:
                 self._finite = self._norm.isfinite()
         return self._norm
 
+    def infinite_gradients(self) -> list[str]:
+        """Names of the parameters whose gradient is not finite on this rank. The host waits."""
+        self.prepare()
+        return [
+            self._parameter_names[model]
+            for own, model in self._models
+            if own.grad is not None and not bool(own.grad.isfinite().all())
+        ]
+
     def clip_by_norm(self, limit: float) -> None:
         """Scale all gradients so that `grad_norm` is at most `limit`."""
         norm = self.grad_norm()
@@ -253,7 +265,10 @@ class ModelParallelOptimizer:
         """
         if self._finite is None:
             self.grad_norm()
+        assert self._finite is not None
         self.settle()
+        for watch in self.watchers:
+            watch(self._finite)
         self._skipped.check()
         if not self._context.emulated:  # where numbers mean nothing
             self._skipping.finite = self._finite

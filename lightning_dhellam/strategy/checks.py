@@ -133,16 +133,16 @@ def check_trainer(trainer: pl.Trainer) -> None:
             " DHellamStrategy, which accumulates over the micro-batches of each batch: leave it at"
             " 1 and make the DataLoader's batch larger; micro_batch_size stays as it is"
         )
-    if trainer._detect_anomaly:
-        raise ValueError(
-            "detect_anomaly=True watches autograd, which DHellamStrategy does not use: leave it at"
-            " False"
-        )
     if trainer._accelerator_connector._layer_sync is not None:
         raise ValueError(
             "sync_batchnorm=True has no meaning for DHellamStrategy's layers: leave it at False"
         )
     emulated = getattr(trainer.strategy, "cluster", None) is not None
+    if emulated and (trainer._detect_anomaly or getattr(trainer.strategy, "detect_anomaly", False)):
+        raise ValueError(
+            "emulate=... computes numbers that mean nothing, so there are no anomalies to detect:"
+            " leave detect_anomaly at False"
+        )
     if emulated and trainer.checkpoint_callbacks and trainer.state.fn is TrainerFn.FITTING:
         raise ValueError(
             "emulate=... computes numbers that mean nothing, so it saves no checkpoint: use"

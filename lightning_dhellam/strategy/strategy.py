@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_dhellam.anomalies import check_anomalies
 from lightning_dhellam.displays import size_of
 from lightning_dhellam.hosted import Place
 from lightning_dhellam.layers import eight_bits
@@ -101,6 +102,10 @@ class DHellamStrategy(SteppingStrategy):
         bucket_size: parameters per bucket of the data-parallel reduction.
         max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
             after so many in a row the run ends with a FloatingPointError.
+        detect_anomaly: look at what every operator makes; where a step is not finite, name step,
+            rank, layer, micro-batch and the operator that made it so first, and end the run by a
+            FloatingPointError. With `warn` such a step is named, left out and the run goes on.
+            `Trainer(detect_anomaly=True)` means the same as true. Slows steps down.
         seed: of weights and dropout; None for that of `seed_everything`, or else 1234.
         emulate: a cluster, the file of one, or the name of one that ships (`dhellam clusters`), of
             which this process plays a single rank; links take time and bring nothing, so numbers
@@ -161,6 +166,7 @@ class DHellamStrategy(SteppingStrategy):
         schedule: str = "fold",
         async_checkpoint: bool = False,
         fp8: str | None = None,
+        detect_anomaly: bool | str = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -190,6 +196,7 @@ class DHellamStrategy(SteppingStrategy):
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
         eight_bits.check_name(fp8)
+        check_anomalies(detect_anomaly)
         scheme_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
         self.tensor_parallel_size = tensor_parallel_size
@@ -217,6 +224,7 @@ class DHellamStrategy(SteppingStrategy):
             None if memory_limit is None else memory_bytes("memory_limit", memory_limit)
         )
         self.async_checkpoint = async_checkpoint
+        self.detect_anomaly = detect_anomaly
         self._fp8 = fp8
         checks.check_links(self.cluster, context_parallel_size, expert_parallel_size)
         self.timeout = timeout or default_pg_timeout
@@ -399,6 +407,7 @@ class DHellamStrategy(SteppingStrategy):
             distributed_optimizer=self.distributed_optimizer,
             max_skipped_steps=self.max_skipped_steps,
             scaling=self.precision_plugin.scaling,
+            detect_anomaly=self.detect_anomaly or trainer._detect_anomaly,
         )
         self.precision_plugin.before_update = self._hold
 

@@ -263,7 +263,14 @@ LAUNCH: dict[str, tuple[Callable[[], Any], str]] = {
         _launch(plugins=[AsyncCheckpointIO()]),
         r"plugins=AsyncCheckpointIO would not be used.*leave the plugin out",
     ),
-    "anomalies": (_launch(detect_anomaly=True), r"detect_anomaly=True .*leave it at False"),
+    "anomalies-of-nothing": (
+        _launch(
+            detect_anomaly=True,
+            strategy={"emulate": Cluster(2, {"tp": Link(1e9)}), "tensor_parallel_size": 2},
+            devices=1,
+        ),
+        r"emulate=.* numbers that mean nothing, .*leave detect_anomaly at False",
+    ),
     "batch-norm": (_launch(sync_batchnorm=True), r"sync_batchnorm=True .*leave it at False"),
     "manual-optimization": (
         _launch(module=Manual()),
