@@ -88,13 +88,18 @@ def gpt_chunks(
     *,
     chunks: int = 1,
     transformer_engine: bool = False,
+    overlapped_tokens: int = 0,
 ) -> list[GPTModel]:
     """`GPTModel` of each chunk of this rank, of equal shares of the layers that go round.
 
     Call it inside of `context.megatron()`. With several chunks a stage Megatron-core interleaves
-    them, and sends beside compute, as its own training script has it.
+    them, and sends beside compute, as its own training script has it. With the
+    `overlapped_tokens` of a micro-batch transformer-engine's modules overlap tensor-parallel
+    communication.
     """
     config = shape.transformer_config(context, dtype)
+    if overlapped_tokens:
+        _overlap(config, overlapped_tokens, context)
     topology = context.topology
     config.pipeline_model_parallel_size = topology.pp_size
     config.pipeline_dtype = dtype
@@ -151,6 +156,19 @@ def gpt_chunks(
                 parameter.copy_(ours[_our_name(name, first)])
     # A router draws its weight on the host, whatever device the others are made on.
     return [model.to(context.device) for _, model in models]
+
+
+def _overlap(config: TransformerConfig, tokens: int, context: ParallelContext) -> None:
+    """Switch on what Megatron-core's `--tp-comm-overlap` does, as its training script does it."""
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    config.tp_comm_overlap = True
+    initialize_ub(
+        shape=[tokens, config.hidden_size],
+        tp_size=context.topology.tp_size,
+        dtype=config.params_dtype,
+        bootstrap_backend="nccl",
+    )
 
 
 def _fuse(config: TransformerConfig, transformer_engine: bool) -> None:

@@ -6,8 +6,9 @@
 
 For each case, one after the other and each in processes of its own: Megatron-core trains its own
 model with its own schedule, DDP and optimizer, in the environment that it asks for; ours trains the
-same model from the same weights under a Trainer, searching on the way; and one process plays a rank
-of the same group with links as fast as those that were measured, to show what emulation is worth.
+same model from the same weights by each plan and schedule, those that a search finds among them;
+and one process plays a rank of the same group with links as fast as those that were measured, to
+show what emulation is worth.
 
 `step ms` is forward, backward and the reduction of gradients, `whole ms` has the optimizer as well.
 MFU counts attention causal-halved.

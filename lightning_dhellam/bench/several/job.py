@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.bench.shapes import Shape, shapes
+from lightning_dhellam.files import save_text
 from lightning_dhellam.models import ModelConfig, parameter_count
 
-OURS, MEGATRON, EMULATED, SCHEDULED = "ours", "megatron-core", "emulated", "scheduled"
+OURS, MEGATRON, EMULATED = "ours", "megatron-core", "emulated"
 AUTO = "auto"
-JOB, RESULT = "job.json", "result.json"
-"""Files of a job's folder: what its processes are told, and what the first of them writes."""
+JOB, RESULT, LOG, PLAN = "job.json", "result.json", "log.txt", "plan.json"
+"""Files of a job's folder: what its processes are told, what the first of them writes after each
+row, what all of them print, and the fastest plan."""
+TP_OVERLAP = "tp-overlap"
+"""Megatron-core's step with its own overlap of tensor-parallel communication."""
 
 _STATE = 18
 """Bytes for each parameter: weight, fp32 gradient, master weight and two moments of AdamW."""
@@ -31,20 +35,23 @@ class Job:
     """One side of one case, for all of its processes.
 
     Attributes:
-        side: Who trains: `ours`, `megatron-core`, or `scheduled`, which is ours by schedules.
+        side: Who trains: `ours` or `megatron-core`.
         shape: The letter of width and sequences, as in `dhellam bench overlap`.
         layers: Layers of the model; as many as fit are trained, if these do not.
         vocabulary: Tokens of the model's vocabulary.
-        counts: Micro-batches of a step, one number after the other. Where plans are searched, one.
+        counts: Micro-batches of a step, one number after the other.
         tensor: The tensor-parallel size.
         pipeline: The pipeline-parallel size.
         device: `cuda`, or `cpu` for a rehearsal in miniature.
-        rounds: Steps that our search measures each plan on.
-        steps: Steps that are timed after the search, or of Megatron-core.
+        steps: Steps that are timed of each row.
+        repeats: Runs of each operator that count, in the profile.
+        search_time: Seconds that the search of a plan may take; None for as long as it takes.
         transformer_engine: Whether Megatron-core's side uses transformer-engine's modules.
+        tp_overlap: Whether these overlap tensor-parallel communication.
         context: The context-parallel size.
         experts: The expert-parallel size, of as many data-parallel ranks.
-        plan: The plan of our side: `auto`, or a plan file to try beside the built-in ones.
+        plans: Plans of our side, one after the other: names, or a plan file.
+        plan: The plan of our side by schedules, if it has no `plans`.
         schedules: Of a pipeline, one after the other: names of ours; of Megatron-core's side how
             many chunks each stage has.
         shares: Chunks of a stage that its layers can be shared out to, whoever trains them.
@@ -60,12 +67,15 @@ class Job:
     tensor: int
     pipeline: int
     device: str
-    rounds: int
     steps: int
+    repeats: int = 7
+    search_time: float | None = None
     transformer_engine: bool = False
+    tp_overlap: bool = False
     context: int = 1
     experts: int = 1
-    plan: str = "auto"
+    plans: tuple[str, ...] = ()
+    plan: str = "sequential"
     schedules: tuple[str, ...] = ()
     shares: int = 1
     emulate: Mapping[str, float] | None = None
@@ -78,21 +88,40 @@ class Job:
         return f"{self.shape}{self.layers} tp{self.tensor} pp{self.pipeline}{shared}{spread}"
 
     @property
+    def ranks(self) -> int:
+        """The ranks that share the model, and the samples of a step."""
+        return self.tensor * self.pipeline * self.context * self.experts
+
+    @property
     def processes(self) -> int:
         """The processes that run it."""
-        ranks = self.tensor * self.pipeline * self.context * self.experts
-        return 1 if self.emulate else ranks
+        return 1 if self.emulate else self.ranks
 
     @classmethod
     def load(cls, path: Path) -> Job:
         """The job that was saved at `path`."""
         fields = json.loads(path.read_text())
-        lists = {name: tuple(fields[name]) for name in ("counts", "schedules")}
+        lists = {name: tuple(fields[name]) for name in ("counts", "plans", "schedules")}
         return cls(**{**fields, **lists})
 
     def save(self, path: Path) -> None:
-        """Write the job for its processes."""
-        path.write_text(json.dumps(asdict(self)))
+        """Write the job for its processes, which may wait for it."""
+        save_text(path, json.dumps(asdict(self)))
+
+    @property
+    def rows(self) -> list[tuple[int, str]]:
+        """The rows that it is to have: micro-batches, and a name as in `sides` and `plans`."""
+        named = [side if how == "1" else f"{side}:{how}" for side, how in self._ways]
+        names = [*self.plans, *named]
+        if self.side == MEGATRON:  # which has a model for each
+            return [(count, name) for name in names for count in self.counts]
+        return [(count, name) for count in self.counts for name in names]
+
+    @property
+    def _ways(self) -> list[tuple[str, str]]:
+        """Who trains by which schedule, `auto` as the last."""
+        usual = ("1",) if self.side == MEGATRON else ()
+        return [(self.side, how) for how in sorted(self.schedules or usual, key=AUTO.__eq__)]
 
     @property
     def length(self) -> int:

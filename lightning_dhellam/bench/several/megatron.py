@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lightning_dhellam.bench.megatron_model import (
     forward_step,
     gpt_chunks,
 )
-from lightning_dhellam.bench.several.job import Job, memory_of
+from lightning_dhellam.bench.several.job import MEGATRON, Job, memory_of
 from lightning_dhellam.bench.several.steps import Note, Side, timed
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import ParallelContext
@@ -56,7 +57,12 @@ class Training:
         device = context.device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         models = gpt_chunks(
-            config, context, dtype, chunks=chunks, transformer_engine=job.transformer_engine
+            config,
+            context,
+            dtype,
+            chunks=chunks,
+            transformer_engine=job.transformer_engine,
+            overlapped_tokens=job.tp_overlap * job.length * job.micro_batch,
         )
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of what the weights were copied from
@@ -128,7 +134,7 @@ class Training:
         return float(self._optimizer.get_grad_norm())
 
 
-def measure(job: Job, device: torch.device, note: Note) -> None:
+def measure(job: Job, device: torch.device, note: Note, folder: Path) -> None:
     """Train some steps by each schedule, and note their times, loss and gradient norm."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
@@ -148,9 +154,8 @@ def measure(job: Job, device: torch.device, note: Note) -> None:
             training = Training(job, config, context, int(chunks))
             for count in job.counts:
                 training.take(count)
-                note(
-                    {**_measured(training, job, count), "layers": config.num_layers, **_how(chunks)}
-                )
+                row = {"layers": config.num_layers, **_how(chunks)}
+                note({**_measured(training, job, count), **row})
             del training
             gc.collect()
             if device.type == "cuda":
@@ -160,7 +165,9 @@ def measure(job: Job, device: torch.device, note: Note) -> None:
 
 
 def _how(chunks: str) -> dict[str, str]:
-    return {"schedule": "1f1b" if chunks == "1" else f"interleaved-1f1b, {chunks} chunks"}
+    if chunks == "1":
+        return {"row": MEGATRON, "schedule": "1f1b"}
+    return {"row": f"{MEGATRON}:{chunks}", "schedule": f"interleaved-1f1b, {chunks} chunks"}
 
 
 def _measured(training: Training, job: Job, count: int) -> dict[str, Any]:
@@ -173,6 +180,7 @@ def _measured(training: Training, job: Job, count: int) -> dict[str, Any]:
         "micro-batches": count,
         **timed(side, training.context.device, job.steps_of(count)),
         "transformer-engine": job.transformer_engine,
+        "tp-overlap": job.tp_overlap,
         "gradient accumulation fusion": training.fuses,
         "connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
     }

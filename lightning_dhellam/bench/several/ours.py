@@ -1,208 +1,256 @@
-"""Our side of `dhellam bench several`: a Trainer with the strategy, which searches while it trains.
+"""Our side of `dhellam bench several`: one model, by one plan after the other, and by schedules.
 
-The search tries every plan on real steps in turn, so its outcomes are the plans' times; some steps
-more with the plan that it installs give the time of a whole step, optimizer included.
+A profile of its operators predicts the step of each. `auto` is the plan that a search finds with
+it, and of schedules the fastest of those that were predicted best: what `plan="auto"` and
+`schedule="auto"` come to in a run. Each row is told as soon as it is measured.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from lightning_dhellam.autosearch import AutoSearch
-from lightning_dhellam.bench.several.job import Job, memory_of
-from lightning_dhellam.models import ModelConfig
-from lightning_dhellam.module import DualStrandMixin
-from lightning_dhellam.parallel import Cluster, Link
-from lightning_dhellam.parallel.collectives import reduced
-from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.autosearch.exchanges import take_fastest
+from lightning_dhellam.autosearch.profiling import of_stage, versions
+from lightning_dhellam.autosearch.schedules import SEARCHED, TRIED, Forecast, forecast
+from lightning_dhellam.autosearch.session import MEMORY_SLACK
+from lightning_dhellam.bench.plans import PLANS, Plans, budget_within
+from lightning_dhellam.bench.scheduling import Measured, profile_of
+from lightning_dhellam.bench.several.job import AUTO, OURS, PLAN, Job
+from lightning_dhellam.bench.several.steps import Note, Watch, timed
+from lightning_dhellam.bench.several.training import Training, runner_of
+from lightning_dhellam.parallel.collectives import largest
+from lightning_dhellam.pipeline.schedules import Scheme, scheme_of
+from lightning_dhellam.plan import Builder, Graph, kind_of
+from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
-from lightning_dhellam.strategy import DHellamStrategy
-
-_LEARNING_RATE = 1e-4
-_STEPS = 1000
-"""More than a search needs."""
+from lightning_dhellam.search.model import step_stops
+from lightning_dhellam.search.pipeline import Effort
 
 
-class _Module(DualStrandMixin):
-    def __init__(self, config: ModelConfig, job: Job) -> None:
-        super().__init__()
-        self.model_config = config
-        self.job = job
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The same batch again and again: every plan is timed on the same work."""
-        dealt = self.trainer.distributed_sampler_kwargs
-        assert dealt is not None and self.model_config is not None
-        batch = {
-            name: rows[dealt["rank"] :: dealt["num_replicas"]]
-            for name, rows in self.job.batch(self.model_config, self.job.counts[0]).items()
+def measure(job: Job, device: torch.device, note: Note, folder: Path) -> None:
+    """Train some steps by each plan and schedule, and note times, predictions, loss and norm."""
+    watch = Watch()
+    with runner_of(job, device) as runner:
+        training = Training(job, runner)
+        training.take(job.counts[0])
+        phases = {"model": watch.lap()}
+        training.step()
+        phases["first step"] = watch.lap()
+        slack = _peak_bytes(runner) * MEMORY_SLACK
+        known, exchange, limit = _profiled(job, training, slack)
+        profile = of_stage(folder / "profile.json", runner.context)
+        if profile is not None and runner.context.topology.rank_in_stage == 0:
+            known.profile.save(profile)
+        phases["profile"] = watch.lap()
+        builders = _builders(job, runner, known, slack, limit, folder)
+        phases["search"] = watch.lap()
+        shared: dict[str, Any] = {
+            "layers": runner.model.config.num_layers,
+            "transfers": [asdict(row) for row in known.profile.transfers],
+            "link": _measured_link(job, known.profile, runner),
+            "phases": phases,
         }
-        count = len(batch["tokens"])
-        rows = [{name: values[i] for name, values in batch.items()} for i in range(count)]
-        return DataLoader(rows * _STEPS, batch_size=count)  # type: ignore[arg-type]
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self.batch_loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        fused = self.device.type == "cuda"
-        return torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, fused=fused)
+        if exchange:
+            shared["exchange"] = exchange
+        rows = _Rows(job, training, known, note, folder)
+        for count in job.counts:
+            training.take(count)
+            rows.of_plans(builders, {**shared, "micro-batches": count})
+            if job.schedules:
+                rows.of_schedules({**shared, "micro-batches": count})
 
 
-class _Watch(pl.Callback):
-    """Notes loss and gradient norm of the first step, and times steps after the search."""
-
-    def __init__(self, search: AutoSearch, steps: int, device: torch.device) -> None:
-        self.search = search
-        self.steps = steps
-        self.device = device
-        self.first: dict[str, Tensor] = {}
-        self.seconds: list[float] = []
-        self.processors = 0
-        self._begin = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(trainer.strategy, DHellamStrategy)
-        self.processors = trainer.strategy.runner.engine.lanes.processors
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._begin = self._now()
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
-    ) -> None:
-        assert isinstance(trainer.strategy, DHellamStrategy)
-        if "grad norm" not in self.first:
-            self.first["grad norm"] = trainer.strategy.runner.grad_norm()
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if "loss" not in self.first:
-            assert isinstance(trainer.strategy, DHellamStrategy)
-            own = outputs["loss"].detach().clone()
-            self.first["loss"] = reduced(own, trainer.strategy.context.groups.dp)
-        if self.search.findings is None:
-            return
-        if not self.seconds and self.device.type == "cuda":
-            # The profile holds what no step of training does.
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.seconds.append(self._now() - self._begin)
-        # The first of them follows the search, which has written files meanwhile.
-        trainer.should_stop = len(self.seconds) > self.steps
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning would copy their state to the host, which takes longer than the search.
-        trainer.strategy.optimizers = []
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+def _peak_bytes(runner: Runner) -> float:
+    """Most memory in use so far, on the rank of this stage that used most; on a CPU of slots."""
+    if runner.device.type == "cuda":
+        mine = float(torch.cuda.max_memory_allocated(runner.device))
+    else:
+        mine = float(runner.engine.lanes.ledger.peak_bytes)
+    return float(largest(torch.tensor([mine]).double(), runner.context.stage_group))
 
 
-def measure(job: Job, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Train until the search is over and some steps more, and return what both have measured."""
-    config = job.config(memory_of(device))
-    search = AutoSearch(rounds=job.rounds, folder=str(folder))
-    watch = _Watch(search, job.steps, device)
-    strategy = DHellamStrategy(
-        tensor_parallel_size=job.tensor,
-        pipeline_parallel_size=job.pipeline,
-        context_parallel_size=job.context,
-        expert_parallel_size=job.experts,
-        micro_batch_size=job.micro_batch,
-        plan=_plan(job, folder),
-        emulate=_cluster(job),
+def _profiled(job: Job, training: Training, slack: float) -> tuple[Measured, str, float | None]:
+    """What operators take, by the faster way of keys and values; that way, and the bytes that its
+    plans may take, where there is a choice."""
+    runner, batch = training.runner, training.batch
+    if len(runner.agreed.exchanges) == 1:
+        return Measured.of(runner, batch, job.repeats), "", None
+    pieces = runner.intake.micro_batches(batch)
+    taken = take_fastest(
+        runner,
+        pieces,
+        partial(profile_of, runner, batch, job.repeats),
+        tokens=pieces[0].tokens,
+        memory_limit=None,
+        memory_slack=slack,
+        ending=nullcontext,
     )
-    trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=job.processes,
-        precision="bf16-mixed" if device.type == "cuda" else "32-true",
-        strategy=strategy,
-        max_steps=_STEPS,
-        callbacks=[search, watch],
-        logger=False,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    return Measured.by(taken.profile, runner, batch), taken.name, taken.memory_limit
+
+
+def _builders(
+    job: Job, runner: Runner, known: Measured, slack: float, limit: float | None, folder: Path
+) -> dict[str, Builder]:
+    """What makes each plan that the job asks for. Every rank finds the same."""
+    layers, costs = runner.engine.layers, known.costs
+    budget = budget_within(
+        job.search_time,
+        layers,
+        costs,
+        tokens=known.tokens,
+        memory_slack=slack,
+        group=runner.context.world_group,
     )
-    trainer.fit(_Module(config, job))
-    findings = search.findings
-    assert findings is not None
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return {
-        "layers": config.num_layers,
-        "micro-batches": job.counts[0],
-        "step s": median(watch.seconds[1:]),
-        "steps s": watch.seconds[1:],
-        "peak GiB": peak,
-        "winner": findings.winner,
-        "search": dict(findings.seconds),
-        "link": _measured_link(job, config, findings.profile, watch.processors),
-        "plans": [
-            {
-                "plan": outcome.name,
-                "seconds": outcome.measured,
-                "spread": outcome.spread,
-                "predicted": outcome.predicted,
-                "exposed": sum(outcome.exposed.values()),
-            }
-            for outcome in findings.outcomes
-        ],
-        **{name: value.item() for name, value in watch.first.items()},
-    }
+    names = [name for name in job.plans if name in PLANS]
+    plans = Plans.of(
+        layers,
+        costs,
+        names,
+        tokens=known.tokens,
+        memory_limit=limit,
+        memory_slack=slack if limit is None else None,
+        budget=budget,
+    )
+    given = [name for name in job.plans if name.endswith(".json")]
+    return {**plans.builders, **{name: _given(name, folder) for name in given}}
 
 
-def _plan(job: Job, folder: Path) -> str:
-    """The plan that the strategy is given.
-
-    A file comes from another run, whose conditions, such as links that are real, need not be met.
-    """
-    if not job.plan.endswith(".json"):
-        return job.plan
+def _given(plan: str, folder: Path) -> Builder:
+    """The plans of a file of another run, whose conditions, such as real links, need not be met."""
     copy = folder / "given.json"
-    replace(PlanFile.load(job.plan), conditions={}).save(copy)
-    return str(copy)
+    replace(PlanFile.load(plan), conditions={}).save(copy)
+    return named_plan(str(copy))
 
 
-def _cluster(job: Job) -> Cluster | None:
-    if job.emulate is None:
-        return None
-    fields = dict(job.emulate)
-    link = Link(fields["bandwidth"], fields["latency"], int(fields["sms"]))
-    return Cluster(job.tensor, {"tp": link}, name="the measured link")
+class _Rows:
+    """Measures rows, and notes each at once."""
+
+    def __init__(
+        self, job: Job, training: Training, known: Measured, note: Note, folder: Path
+    ) -> None:
+        self._job = job
+        self._training = training
+        self._runner = training.runner
+        self._known = known
+        self._note = note
+        self._folder = folder
+        self._fastest: tuple[float, str, Builder] | None = None
+
+    def of_plans(self, builders: Mapping[str, Builder], shared: Mapping[str, Any]) -> None:
+        """Measure each plan once, by the schedule that the run has begun with."""
+        runner = self._runner
+        for name, builder in builders.items():
+            runner.use_plan(name, builder)
+            self._training.settle()
+            predicted = self._predicted(builder)
+            row = self._timed() | {"row": name, "plan": name, "predicted": predicted}
+            self._note({**shared, **row})
+            if self._fastest is None or row["seconds"] < self._fastest[0]:
+                self._fastest = row["seconds"], name, builder
+                if runner.context.topology.pp_size == 1 and runner.context.topology.rank == 0:
+                    _plan_file(runner, name, builder).save(self._folder / PLAN)
+
+    def of_schedules(self, shared: Mapping[str, Any]) -> None:
+        """Measure each schedule once, `auto` with those that it chooses from as the last.
+
+        By the plan that was fastest, or the one that was given.
+        """
+        watch = Watch()
+        name, builder = self._job.plan, self._known.builder
+        if self._fastest is not None:
+            _, name, builder = self._fastest
+        self._runner.use_plan(name, builder)
+        forecast = self._forecast(builder, Effort() if AUTO in self._job.schedules else None)
+        shared = {**shared, "plan": name, "search s": watch.lap()}
+        stages, found = self._runner.engine.stage.count, dict[str, dict[str, Any]]()
+        wanted = {one: partial(scheme_of, one, stages) for one in self._job.schedules}
+        wanted.pop(AUTO, None)
+        for one, make in wanted.items():
+            found[one] = {**shared, **self._by_schedule(one, make(), forecast)}
+            self._note(found[one])
+        if AUTO in self._job.schedules:
+            self._choose(forecast, found, shared)
+
+    def _choose(
+        self, known: Forecast, found: dict[str, dict[str, Any]], shared: Mapping[str, Any]
+    ) -> None:
+        rivals = known.fitting[:TRIED] or tuple(known.ranking)[:1]
+        for one in rivals:
+            if one not in found:
+                found[one] = {**shared, **self._by_schedule(one, known.schemes[one], known)}
+        best = min(rivals, key=lambda one: float(found[one]["seconds"]))
+        reasons = {one: ranked.reason for one, ranked in known.ranking.items()}
+        detail = {"installed": best, "behind": reasons}
+        if SEARCHED in known.schemes:
+            made = known.schemes[SEARCHED](self._runner.engine.stage.count, self._training.count)
+            detail["searched"] = str(made)
+        named = {"row": f"{OURS}:{AUTO}", "schedule": f"{AUTO}: {best}"}
+        self._note({**found[best], **named, **detail})
+
+    def _by_schedule(self, name: str, scheme: Scheme, known: Forecast) -> dict[str, Any]:
+        self._runner.use_schedule(name, scheme)
+        self._training.settle()
+        played = known.ranking.get(name)
+        predicted = played.run.seconds if played is not None else None
+        row = {"row": f"{OURS}:{name}", "schedule": name, "predicted": predicted}
+        return {**self._timed(), **row}
+
+    def _timed(self) -> dict[str, Any]:
+        steps = self._job.steps_of(self._training.count)
+        return timed(self._training.side, self._runner.device, steps)
+
+    def _predicted(self, builder: Builder) -> float:
+        """Seconds of a step by a plan: of all stages together, by the schedule in use."""
+        if self._runner.context.topology.pp_size == 1:
+            return self._known.step(self._runner, self._training.count, builder).seconds
+        return self._forecast(builder).ranking[self._runner.agreed.schedule].run.seconds
+
+    def _forecast(self, builder: Builder, effort: Effort | None = None) -> Forecast:
+        known, runner, count = self._known, self._runner, self._training.count
+        return forecast(
+            runner,
+            known.costs,
+            builder,
+            busy=known.busy(runner, count, builder),
+            tokens=known.tokens,
+            micro_batches=count,
+            links=known.links,
+            effort=effort,
+        )
 
 
-def _measured_link(
-    job: Job, config: ModelConfig, profile: Profile, processors: int
-) -> dict[str, float] | None:
+def _plan_file(runner: Runner, name: str, builder: Builder) -> PlanFile:
+    graphs: dict[str, Graph] = {}
+    for pair in runner.engine.layers:
+        graphs |= {graph.fingerprint: graph for graph in (pair.forward, pair.backward)}
+    stops = (stop.graphs for stop in step_stops(runner.engine.layers, 3))
+    plans = {kind_of(*both): builder(*both) for both in stops}
+    return PlanFile.of(
+        plans,
+        graphs.values(),
+        conditions=runner.agreed.conditions,
+        versions=versions(),
+        notes={"plan": name},
+    )
+
+
+def _measured_link(job: Job, profile: Profile, runner: Runner) -> dict[str, float] | None:
     """Bytes that cross the link for a gather, the seconds that it takes alone, and on what."""
     alone = {row.operator: row.median for row in profile.timings if row.partner is None}
     for keys in profile.operators.values():
         if "qkv.gather" in keys:
             tokens = job.length * job.micro_batch
             itemsize = 2 if profile.fingerprint.dtype == "bfloat16" else 4
-            whole = itemsize * config.hidden_size * tokens
+            whole = itemsize * runner.model.config.hidden_size * tokens
             crossing = whole * (job.tensor - 1) / job.tensor
-            return {"bytes": crossing, "seconds": alone[keys["qkv.gather"]], "sms": processors}
+            sms = runner.engine.lanes.processors
+            return {"bytes": crossing, "seconds": alone[keys["qkv.gather"]], "sms": sms}
     return None

@@ -9,10 +9,11 @@ from itertools import combinations
 from typing import Any
 
 from lightning_dhellam.advice import Conditions, memory_of, predict
-from lightning_dhellam.bench.several.job import OURS
+from lightning_dhellam.bench.several.job import AUTO, OURS
 from lightning_dhellam.bench.shapes import shapes
 from lightning_dhellam.memory import RankMemory, Run
 from lightning_dhellam.parallel import Topology
+from lightning_dhellam.pipeline.schedules import Placement, playable
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.by_layer import USUAL
 
@@ -74,9 +75,12 @@ def besides(
     memories: dict[Run, tuple[RankMemory, ...]] = {}
     for row in report["rows"]:
         plan = row.get("plan")
-        if row.get("side") != OURS or "step ms" not in row or plan not in {*BUILDERS, "auto"}:
+        if row.get("side") != OURS or "step ms" not in row or plan not in {*BUILDERS, AUTO}:
             continue
-        run = _run(row, vocabulary, rehearse)
+        schedule = row.get("schedule", "").removeprefix(f"{AUTO}: ")
+        if schedule not in ("", *playable(Placement.folded(2))):
+            continue  # one that was searched, which is in no other run
+        run = _run({**row, "schedule": schedule}, vocabulary, rehearse)
         found = predict(run, conditions)
         last = found.stages[0].optimizer
         same, peak = replace(run, plan="interleaved"), row.get("peak GiB")

@@ -1,6 +1,7 @@
-"""A process of `dhellam bench several`: `python -m lightning_dhellam.bench.several.process FOLDER`.
+"""A process of `dhellam bench several`, started with the folder of its job and who trains it.
 
-Started by torchrun, or alone for an emulated rank. FOLDER holds the job, and gets its result from
+By torchrun, or alone for an emulated rank. It imports all that it needs, then waits until the
+folder holds the job, so that what trains before it meets no import. The folder gets the result from
 the first process: what is measured so far, after each row.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,27 @@ import torch
 
 from lightning_dhellam.bench.processes import end_with_parent
 from lightning_dhellam.bench.report import device_name
-from lightning_dhellam.bench.several.job import JOB, MEGATRON, OURS, RESULT, Job
+from lightning_dhellam.bench.several.job import JOB, MEGATRON, RESULT, Job
 from lightning_dhellam.files import save_text
 from lightning_dhellam.parallel.nccl import open_queues
 
+_POLL = 0.05
+"""Seconds between two looks for the job."""
 
-def main(folder: Path) -> None:
-    """Do the job in `folder`, and write its result there."""
+
+def main(folder: Path, side: str) -> None:
+    """Do the job that will be in `folder`, and write its result there."""
     warnings.simplefilter("ignore")
     end_with_parent()
+    if side == MEGATRON:
+        from lightning_dhellam.bench.several.megatron import measure
+    else:
+        open_queues()  # before anything starts CUDA
+        from lightning_dhellam.bench.several.ours import measure
+    while not (folder / JOB).exists():
+        time.sleep(_POLL)
     job = Job.load(folder / JOB)
     device = torch.device(job.device)
-    if job.side != MEGATRON:
-        open_queues()  # the strategy would be too late: the next lines start CUDA
     if job.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -46,20 +56,9 @@ def main(folder: Path) -> None:
         measured.append(row)
         save(is_whole=False)
 
-    if job.side == MEGATRON:
-        from lightning_dhellam.bench.several.megatron import measure
-
-        measure(job, device, note)
-    elif job.side == OURS:
-        from lightning_dhellam.bench.several.ours import measure as measure_plans
-
-        note(measure_plans(job, device, folder))
-    else:
-        from lightning_dhellam.bench.several.scheduled import measure as measure_schedules
-
-        measure_schedules(job, device, note)
+    measure(job, device, note, folder)
     save(is_whole=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""The table of `dhellam bench several`: of each case a row for Megatron-core, one for each plan."""
+"""The table of `dhellam bench several`: of each case rows for Megatron-core, and for each plan."""
 
 from __future__ import annotations
 
@@ -10,52 +10,43 @@ from lightning_dhellam.bench.several.job import EMULATED, MEGATRON, OURS, Job
 from lightning_dhellam.models import training_flops_per_token
 
 COLUMNS = (
-    "case", "micro-batches", "side", "schedule", "plan", "step ms", "spread ms",
-    "over megatron-core", "over interleaved", "MFU", "whole ms", "whole MFU", "predicted ms",
-    "error", "of real", "loss", "grad norm", "peak GiB", "of its peak",
+    "case", "micro-batches", "side", "schedule", "plan", "step ms",
+    "over megatron-core", "over tp-overlap", "over interleaved", "MFU", "whole ms", "whole MFU",
+    "predicted ms", "error", "of real", "loss", "grad norm", "peak GiB", "of its peak",
 )  # fmt: skip
 _SAME = {"loss": 1e-3, "grad norm": 2e-2}
 """How far apart, of its value, the two sides may be in bf16."""
 _FILE = "ours"
-"""What an emulated rank calls the plan that ours has installed."""
+"""What an emulated rank calls the plan that was ours fastest."""
 
 
-def rows_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> list[Row]:
-    """A row for each plan that was searched; for Megatron-core, and ours by a schedule, one.
+def row_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> Row:
+    """The row of what was measured by one plan and schedule.
 
     Args:
         job: What was trained.
         side: Who trained it.
-        result: What its processes have measured once, or `failed` with the reason.
+        result: What its processes have measured, or `failed` with the reason.
         peak_tflops: TFLOP/s that a device could compute at most.
     """
-    case: Row = {"case": job.case, "side": side}
+    row: Row = {"case": job.case, "side": side}
     if "failed" in result:
-        return [case | result]
-    case |= {name: result[name] for name in ("micro-batches", "schedule") if name in result}
+        return row | result
+    row |= {name: result[name] for name in ("micro-batches", "schedule") if name in result}
     config = replace(job.config(1e18), num_layers=result["layers"])
     tokens = result["micro-batches"] * job.micro_batch * job.experts * job.length
     work = training_flops_per_token(config, job.length) * tokens
-    full = peak_tflops * 1e12 * job.tensor * job.pipeline * job.context * job.experts
+    full = peak_tflops * 1e12 * job.ranks
     common = ("loss", "grad norm", "peak GiB", "layers")
-    shared = case | {name: result[name] for name in common if side != EMULATED or name == "layers"}
-    whole = {"whole ms": result["step s"] * 1e3, "whole MFU": work / result["step s"] / full}
-    details = {name: value for name, value in result.items() if name != "plans"}
-    rows = []
-    once = {name: result[name] for name in ("seconds", "predicted") if result.get(name) is not None}
-    for plan in result.get("plans", [{"plan": "-", **once}]):
-        name = _FILE if plan["plan"].endswith(".json") else plan["plan"]
-        row: Row = shared | {"plan": name, "step ms": plan["seconds"] * 1e3}
-        row["MFU"] = work / plan["seconds"] / full
-        if "spread" in plan:
-            row["spread ms"] = plan["spread"] * 1e3
-        if "predicted" in plan:
-            row["predicted ms"] = plan["predicted"] * 1e3
-            row["error"] = plan["predicted"] / plan["seconds"] - 1
-        if plan["plan"] == result.get("winner", "-"):
-            row |= whole | {"details": details | ({"winner": name} if "winner" in result else {})}
-        rows.append(row)
-    return rows
+    row |= {name: result[name] for name in common if side != EMULATED or name == "layers"}
+    plan, seconds = result.get("plan", "-"), result["seconds"]
+    row |= {"plan": _FILE if plan.endswith(".json") else plan, "step ms": seconds * 1e3}
+    row["MFU"] = work / seconds / full
+    if result.get("predicted") is not None:
+        row["predicted ms"] = result["predicted"] * 1e3
+        row["error"] = result["predicted"] / seconds - 1
+    row |= {"whole ms": result["step s"] * 1e3, "whole MFU": work / result["step s"] / full}
+    return row | {"details": result}
 
 
 def compare(rows: list[Row]) -> None:
@@ -72,25 +63,30 @@ def compare(rows: list[Row]) -> None:
 def _compare(rows: list[Row]) -> None:
     timed: dict[str, list[Row]] = {side: [] for side in (MEGATRON, OURS, EMULATED)}
     for row in rows:
-        timed[row["side"]].append(row)
+        timed[row["side"].partition(":")[0]].append(row)
     ours, same = timed[OURS], list[Row]()
     for theirs in timed[MEGATRON] if ours else ():
         if difference := _difference(theirs, ours[0]):
             theirs["failed"] = f"it trains something else, so nothing is compared: {difference}"
         else:
             same.append(theirs)
-    straight = [row for row in same if not row.get("schedule", "").startswith("interleaved")]
-    others = [row for row in same if row not in straight]
+    straight = [row for row in same if row.get("schedule", "1f1b") == "1f1b"]
+    overlapped = [row for row in straight if row["side"] != MEGATRON]
+    straight = [row for row in straight if row not in overlapped]
+    others = [row for row in same if row.get("schedule", "1f1b") != "1f1b"]
     for row in ours:
         for theirs in straight:
             row["over megatron-core"] = theirs["step ms"] / row["step ms"]
             if theirs.get("peak GiB") and row.get("peak GiB"):
                 row["of its peak"] = row["peak GiB"] / theirs["peak GiB"]
+        for theirs in overlapped:
+            row["over tp-overlap"] = theirs["step ms"] / row["step ms"]
         if others:
             best = min(theirs["step ms"] for theirs in others)
             row["over interleaved"] = best / row["step ms"]
-    real = {row["plan"]: row for row in ours}
-    real.update((_FILE, row) for row in ours if "details" in row)
+    real = {row["plan"]: row for row in ours if "schedule" not in row}
+    if real:  # whose plan is the file's
+        real[_FILE] = min(real.values(), key=lambda row: float(row["step ms"]))
     for row in timed[EMULATED]:
         if row["plan"] in real:
             row["of real"] = row["step ms"] / real[row["plan"]]["step ms"]

@@ -1,38 +1,58 @@
-"""Runs one side of one case after the other, each in processes of its own."""
+"""Runs one side of one case after the other, each in processes of its own.
+
+Those of the next one start and import while one trains, and wait for their turn. What a side has
+measured so far is in the report after each of its rows.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.bench.megatron_model import has_transformer_engine
 from lightning_dhellam.bench.processes import Budget, stop
 from lightning_dhellam.bench.report import Report, pick_device
+from lightning_dhellam.bench.several import starting
 from lightning_dhellam.bench.several.job import (
     EMULATED,
     JOB,
+    LOG,
     MEGATRON,
     OURS,
+    PLAN,
     RESULT,
-    SCHEDULED,
+    TP_OVERLAP,
     Job,
 )
-from lightning_dhellam.bench.several.report import COLUMNS, compare, rows_of
+from lightning_dhellam.bench.several.report import COLUMNS, compare, row_of
 from lightning_dhellam.bench.several.settings import Settings
 
-_PROCESS = "lightning_dhellam.bench.several.process"
-_TORCHRUN = "lightning_dhellam.bench.torchrun"
-_APEX = Path(__file__).with_name("apex")
-"""Has the GEMM that Megatron-core wants of Apex: without it, it would be slower than its users."""
 _LATENCY = 10e-6
 _SHORTEST = 15
 """Seconds below which a job is not begun, because it would get nowhere."""
+_LOOK = 0.5
+"""Seconds between two looks for what a job has measured."""
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A side of a case whose turn comes.
+
+    Attributes:
+        side: Who trains, in the table.
+        job: What its processes are told.
+        folder: Where they are told it, and write.
+    """
+
+    side: str
+    job: Job
+    folder: Path
 
 
 def measure(settings: Settings, folder: Path) -> Report:
@@ -40,119 +60,133 @@ def measure(settings: Settings, folder: Path) -> Report:
     pick_device(settings.device)
     budget = Budget(settings.budget)
     report = Report("several", settings.device, COLUMNS)
-    for job in settings.jobs():
-        for side, result in _sides(job, settings, folder, budget):
-            if "device" in result:
-                report.device = f"{job.processes} {result.pop('device')}"
-            for row in result.pop("measured", [result]):
-                report.rows += rows_of(job, side, row, settings.peak_tflops)
-            compare([row for row in report.rows if row["case"] == job.case])
-            report.save(folder)
-            print(f"{job.case} {side}: done, {budget.left:.0f} s left", flush=True)
+    turns = [turn for job in settings.jobs() for turn in _turns(job, settings, folder)]
+    with ExitStack() as stack:
+        ahead = _started(stack, turns[0])
+        for turn, following in zip(turns, [*turns[1:], None], strict=True):
+            process, done = ahead, list(report.rows)
+            if following is not None:
+                ahead = _started(stack, following)
+
+            def seen(result: Result, turn: Turn = turn, done: list[dict[str, Any]] = done) -> None:
+                _report(report, turn, result, done, settings)
+                report.save(folder)
+
+            due = turn.job if turn.side != EMULATED else _emulating(turn, report)
+            if due is None:
+                stop(process)
+                continue
+            turn = replace(turn, job=due)
+            begun, left = budget.left, min(settings.limit, budget.left)
+            result = _result(process, turn, left, seen)
+            if "failed" in result and turn.job.transformer_engine and not turn.job.tp_overlap:
+                print(f"{turn.job.case} with transformer-engine: {result['failed']}", flush=True)
+                plain = replace(turn.job, transformer_engine=False)
+                turn = replace(turn, job=plain, folder=turn.folder.parent)
+                left = min(settings.limit, budget.left)
+                result = _result(_started(stack, turn), turn, left, seen)
+            seen(result)
+            taken = f"{begun - budget.left:.0f} s, {budget.left:.0f} s left"
+            print(f"{turn.job.case} {turn.side}: done in {taken}", flush=True)
     return report
 
 
-def _sides(
-    job: Job, settings: Settings, folder: Path, budget: Budget
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The results of one side after the other; the emulated one needs what ours has found."""
+def _turns(job: Job, settings: Settings, folder: Path) -> Iterator[Turn]:
+    """The sides of a case, in their order."""
     home = folder / "several" / job.case.replace(" ", "-")
     theirs = ("1",) * (MEGATRON in settings.sides) + settings.schedules(MEGATRON)
+    # Experts are modules that need no transformer-engine: each an MLP of its own.
+    engine = job.device == "cuda" and job.experts == 1 and has_transformer_engine()
     if theirs:
-        their = replace(job, schedules=theirs)
-        yield MEGATRON, _megatron(their, home / MEGATRON, settings, budget)
+        their = replace(job, schedules=theirs, transformer_engine=engine)
+        yield Turn(MEGATRON, their, home / MEGATRON / ("transformer-engine" if engine else ""))
+    if settings.overlaps:
+        their = replace(job, transformer_engine=True, tp_overlap=True)
+        yield Turn(f"{MEGATRON}:{TP_OVERLAP}", their, home / MEGATRON / TP_OVERLAP)
     schedules = settings.schedules(OURS)
-    if schedules:
-        walked = replace(job, side=SCHEDULED, schedules=schedules, plan=settings.plan)
-        yield OURS, _done(walked, home / SCHEDULED, settings, budget)
-    for count in settings.counts if OURS in settings.sides else ():
-        one = replace(job, side=OURS, counts=(count,))
-        place = home if len(settings.counts) == 1 else home / str(count)
-        yield from _searched(one, place, settings, budget)
-
-
-def _searched(
-    job: Job, home: Path, settings: Settings, budget: Budget
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The result of our search, and of the emulated rank."""
-    found = _done(job, home / OURS, settings, budget)
-    (real,) = found.get("measured") or [found]
-    yield OURS, dict(found)
+    plans = settings.plans if OURS in settings.sides else ()
+    if schedules or plans:
+        yield Turn(OURS, replace(job, side=OURS, schedules=schedules, plans=plans), home / OURS)
     # One process cannot play a stage, which computes what another one sends, and what was measured
     # is one link.
-    alone = job.pipeline == job.context == job.experts == 1
-    if EMULATED in settings.sides and real.get("link") and alone:
-        link = real["link"]
-        bandwidth = link["bytes"] / max(link["seconds"] - _LATENCY, 1e-9)
-        rank = replace(
-            job,
-            side=OURS,
-            plan=str(home / OURS / "plan.json"),
-            emulate={"bandwidth": bandwidth, "latency": _LATENCY, "sms": link["sms"]},
-        )
-        yield EMULATED, _done(rank, home / EMULATED, settings, budget)
+    if plans and EMULATED in settings.sides and job.pipeline == job.context == job.experts == 1:
+        given = (*dict.fromkeys(plans), str(home / OURS / PLAN))
+        rank = replace(job, side=OURS, plans=given, counts=job.counts[:1], emulate={"sms": 0})
+        yield Turn(EMULATED, rank, home / EMULATED)
 
 
-def _megatron(job: Job, folder: Path, settings: Settings, budget: Budget) -> dict[str, Any]:
-    """Megatron-core with transformer-engine where that works, or else without.
-
-    Experts are its modules that need none: each an MLP of its own.
-    """
-    if job.device == "cuda" and has_transformer_engine() and job.experts == 1:
-        engine = replace(job, transformer_engine=True)
-        found = _done(engine, folder / "transformer-engine", settings, budget)
-        if "failed" not in found:
-            return found
-        print(f"{job.case} with transformer-engine: {found['failed']}", flush=True)
-    return _done(job, folder, settings, budget)
+def _emulating(turn: Turn, report: Report) -> Job | None:
+    """The job of a rank with links as fast as ours has measured; None if it has measured none."""
+    rows = (row for row in report.rows if row["case"] == turn.job.case and row["side"] == OURS)
+    links = [row["details"]["link"] for row in rows if row.get("details", {}).get("link")]
+    if not links:
+        return None
+    (link, *_) = links
+    bandwidth = link["bytes"] / max(link["seconds"] - _LATENCY, 1e-9)
+    played = {"bandwidth": bandwidth, "latency": _LATENCY, "sms": link["sms"]}
+    return replace(turn.job, emulate=played)
 
 
-def _done(job: Job, folder: Path, settings: Settings, budget: Budget) -> dict[str, Any]:
-    """The result of a job, or `failed` with the reason."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).unlink(missing_ok=True)
-    job.save(folder / JOB)
-    seconds = min(settings.limit, budget.left)
+def _report(
+    report: Report, turn: Turn, result: Result, done: list[dict[str, Any]], settings: Settings
+) -> None:
+    """Put the rows of a side, as far as there are any, behind those that were done before it."""
+    if "device" in result:
+        report.device = f"{turn.job.ranks} {result['device']}"
+    rows = result.get("measured", [result])
+    mine = [row_of(turn.job, turn.side, row, settings.peak_tflops) for row in rows]
+    report.rows = [*done, *mine]
+    compare([row for row in report.rows if row["case"] == turn.job.case])
+
+
+def _started(stack: ExitStack, turn: Turn) -> subprocess.Popen[Any]:
+    """The processes of a turn, which wait for their job."""
+    turn.folder.mkdir(parents=True, exist_ok=True)
+    for name in (JOB, RESULT):
+        (turn.folder / name).unlink(missing_ok=True)
+    process = starting.start(turn.job, turn.folder)
+    stack.callback(stop, process)
+    return process
+
+
+def _result(
+    process: subprocess.Popen[Any],
+    turn: Turn,
+    seconds: float,
+    seen: Callable[[Result], None],
+) -> Result:
+    """The result of a job, or `failed` with the reason; `seen` is called with what is there yet."""
     if seconds < _SHORTEST:
+        stop(process)
         return {"failed": f"not begun: {seconds:.0f} s are left of the budget"}
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", *_modules(job), str(folder)],
-            env=_environment(job),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(seconds)
-            reason = f"ended with code {code}: see {folder / 'log.txt'}"
-        except subprocess.TimeoutExpired:
-            reason = f"stopped after {seconds:.0f} s"
-        finally:
-            stop(process)
-    if not (folder / RESULT).exists():
+    turn.job.save(turn.folder / JOB)
+    limit, known = Budget(seconds), 0
+    while process.poll() is None and limit.left:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(_LOOK, limit.left))
+        found = _found(turn.folder)
+        if len(found["measured"]) > known:
+            known = len(found["measured"])
+            seen(found)
+    code = process.poll()
+    reason = f"ended with code {code}: see {turn.folder / LOG}"
+    if code is None:
+        reason = f"stopped after {seconds:.0f} s"
+    stop(process)
+    found = _found(turn.folder)
+    if not found["measured"]:
         return {"failed": reason}
-    found: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    if not found.pop("whole"):
-        if not found["measured"]:
-            return {"failed": reason}
-        found["measured"].append({"failed": reason})
+    if not found["whole"]:
+        there = [(row["micro-batches"], row["row"]) for row in found["measured"]]
+        missing = [row for row in turn.job.rows if row not in there]
+        names = ", ".join(f"{name} of {count} micro-batches" for count, name in missing)
+        found["measured"].append({"failed": f"{reason}; not measured: {names or 'nothing'}"})
     return found
 
 
-def _modules(job: Job) -> list[str]:
-    """What Python runs for a job: its process, or torchrun that starts several of them."""
-    if job.processes == 1:
-        return [_PROCESS]
-    return [_TORCHRUN, "--standalone", f"--nproc-per-node={job.processes}", "-m", _PROCESS]
-
-
-def _environment(job: Job) -> dict[str, str]:
-    """The environment of a job: for Megatron-core what it asks for."""
-    environment = dict(os.environ)
-    if job.side == MEGATRON:
-        # What its overlap relies on, as its documentation says.
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-        paths = [str(_APEX), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
+def _found(folder: Path) -> Result:
+    """What the processes have measured so far."""
+    if not (folder / RESULT).exists():
+        return {"whole": False, "measured": []}
+    found: Result = json.loads((folder / RESULT).read_text())
+    return found
