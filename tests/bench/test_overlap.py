@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from lightning_dhellam.bench import plans
 from lightning_dhellam.bench.command import bench_command
+from lightning_dhellam.bench.overlap import rank
 from lightning_dhellam.bench.overlap.calibrate import find_rising
 from lightning_dhellam.bench.overlap.cells import Cell, cells
 from lightning_dhellam.bench.overlap.cut import cost_of_cutting
@@ -37,7 +37,7 @@ SHORT = ("--rounds", "1", "--micro_batches", "[1,2]")
 @pytest.fixture(autouse=True)
 def little_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search for a moment only: how good the searched plans are is tested elsewhere."""
-    monkeypatch.setattr(plans, "solve", partial(plans.solve, budget=Budget(evaluations=200)))
+    monkeypatch.setattr(rank, "budget_within", lambda *_, **__: Budget(evaluations=200))
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +185,21 @@ def test_a_cell_may_make_again_what_it_says_or_what_fits(tmp_path: Path) -> None
     assert f"recompute: {none}" not in found
 
 
+@pytest.mark.parametrize(("seconds", "evaluations"), [(4.0, 4000), (1e-3, 480), (1e3, 16_000)])
+def test_a_search_is_as_long_as_asked_for(
+    seconds: float, evaluations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def takes_a_millisecond_an_order(*_: Any, budget: Budget, **__: Any) -> None:
+        clock[0] += budget.evaluations / 1e3
+
+    monkeypatch.setattr(plans, "solve", takes_a_millisecond_an_order)
+    monkeypatch.setattr(plans.time, "perf_counter", lambda: clock[0])
+    found = plans.budget_within(seconds, (), Costs({}, {}))
+    assert found is not None and found.evaluations == evaluations
+
+
 def test_the_most_important_cells_come_first() -> None:
     links = [parse_link(text) for text in LINKS]
     names = [cell.name for cell in cells(links, calibrate=True, levers=True)]
@@ -225,6 +240,7 @@ def test_links_are_written_as_they_are_read() -> None:
         (("--recompute", "[most]"), "--recompute: 'most' is not a choice: use none, gathers"),
         (("--recompute", "[auto:half]"), "--recompute: 'auto:half' is not .* auto:0.5 for half"),
         (("--recompute", "[auto:2]"), "--recompute: 'auto:2' is not a choice"),
+        (("--search_time", "0"), "--search_time 0.0 must be more than 0 seconds"),
         (("--memory_slack", "-0.1"), "--memory_slack -0.1 must be at least 0"),
         (("--cluster", "h20-node"), "did you mean 'h200-node'"),
     ],

@@ -17,7 +17,7 @@ from lightning_dhellam.bench.overlap.cut import cost_of_cutting
 from lightning_dhellam.bench.overlap.report import COMPUTE, PlanFigures, rows_of
 from lightning_dhellam.bench.overlap.settings import Settings
 from lightning_dhellam.bench.overlap.views import Views
-from lightning_dhellam.bench.plans import Plans, lane_seconds
+from lightning_dhellam.bench.plans import Plans, budget_within, lane_seconds
 from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.rounds import Step, Timer, in_turn, result_of
 from lightning_dhellam.bench.shapes import Shape
@@ -219,12 +219,17 @@ class Rank:
             if costs is None:
                 costs = Costs.of(work.profile(repeats=self._settings.repeats))
             sequential = self._steps(work, BUILDERS["sequential"])[1]
+            slack = self._peak(work, sequential) * self._settings.memory_slack
+            seconds, tokens = self._settings.search_time, work.tokens
             self._searched[key] = Plans.of(
                 work.layers,
                 costs,
                 self._settings.plans,
-                tokens=work.tokens,
-                memory_slack=self._peak(work, sequential) * self._settings.memory_slack,
+                tokens=tokens,
+                memory_slack=slack,
+                budget=budget_within(
+                    seconds, work.layers, costs, tokens=tokens, memory_slack=slack
+                ),
             )
         return self._searched[key]
 

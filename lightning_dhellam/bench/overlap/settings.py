@@ -57,6 +57,9 @@ class Settings:
     repeats: int = 7
     """Runs of each operator that count, in the profile."""
 
+    search_time: float | None = None
+    """Seconds that each search of a plan may take, about; as long as it takes if left out."""
+
     memory_slack: float = MEMORY_SLACK
     """Share of the memory of a step that searched plans may need more."""
 
@@ -88,6 +91,8 @@ class Settings:
             raise ValueError(
                 f"--micro_batches {list(counts)}: give two different numbers of at least 1"
             )
+        if self.search_time is not None and not self.search_time > 0:
+            raise ValueError(f"--search_time {self.search_time} must be more than 0 seconds")
         for name in ("rounds", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
