@@ -103,11 +103,11 @@ class RemotePath:
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
         """Open the file; `buffering` is the file system's own matter."""
-        return self._files.open(self._root, mode)
+        return self._seen.open(self._root, mode)
 
     def read_bytes(self) -> bytes:
         """All of the file."""
-        return bytes(self._files.cat_file(self._root))
+        return bytes(self._seen.cat_file(self._root))
 
     def write_bytes(self, data: bytes) -> None:
         """Write all of a file at once, which object stores show whole or not at all."""

@@ -181,7 +181,7 @@ def least_seconds(one: Priceable) -> float:
     pairs = {id(pair): pair for pair in work.layers}
     ahead = {number: _computed(one, pair.forward) for number, pair in pairs.items()}
     both = {n: ahead[n] + _computed(one, pair.backward) for n, pair in pairs.items()}
-    machine, most = one.conditions.machine, 0.0
+    machine, most = one.machine, 0.0
     for stage in range(work.stages):
         own = [*work.of_stage(stage)]
         first = min(own)

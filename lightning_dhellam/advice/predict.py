@@ -71,15 +71,14 @@ def prediction_of(
     seconds = step.seconds
     rough = step if sketch else priceable.play(builders, sketch=True)
     low, high = (
-        seconds * priceable.play(builders, costs, sketch=True).seconds / rough.seconds
-        for costs in (priced.cheap, priced.dear)
+        seconds * priceable.play(builders, wrong, sketch=True).seconds / rough.seconds
+        for wrong in (-1, 1)
     )
     topology = run.topology
     tokens = run.samples * topology.dp_size * run.length
     flops = training_flops_per_token(run.config, run.length) * tokens
     commonest = _commonest(work.layers)
-    builder = builders.get(step.plan) or next(iter(builders.values()))
-    shown = middle(commonest, builder, priced.costs)
+    shown = middle(commonest, builders[step.usual], priced.costs)
     device = conditions.device
     return Prediction(
         conditions.model,
@@ -92,7 +91,7 @@ def prediction_of(
         low * (1 - UNSURE),
         high * (1 + UNSURE),
         tokens / seconds,
-        flops / seconds / (device.flops * topology.world_size),
+        flops / seconds / (priceable.machine.flops() * topology.world_size),
         _lanes(priceable, step, shown.exposed),
         _stages(step, topology.stage_size, memory),
         int(device.memory),
@@ -142,11 +141,11 @@ def _busy(priceable: Priceable, layers: list[int]) -> dict[Lane, float]:
 
 
 def _lanes(priceable: Priceable, step: Played, shares: Mapping[Lane, float]) -> dict[str, LaneUse]:
-    work, machine, topology = priceable.work, priceable.conditions.machine, priceable.run.topology
+    work, machine, topology = priceable.work, priceable.machine, priceable.run.topology
     of_stages = [_busy(priceable, [*work.of_stage(s)]) for s in range(work.stages)]
     exposed = max(stage.exposed for stage in step.stages)
     compute = max(stage.compute for stage in step.stages)
-    lanes = {str(Lane.COMPUTE): LaneUse(compute, compute)}
+    lanes = {str(Lane.COMPUTE): LaneUse(compute, 0.0)}
     for lane in (Lane.TP, Lane.CP, Lane.EP, Lane.HOST):
         busy = max(own.get(lane, 0.0) for own in of_stages)
         if busy:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from lightning_dhellam.advice.lowering import Lowering, work_of
 from lightning_dhellam.engine.inputs import check_length
 from lightning_dhellam.memory import Run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.networks import Device
 from lightning_dhellam.plan import Builder, GraphPair, Lane
+from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.search.cluster import (
+    BARS,
     Groups,
     Known,
     Machine,
+    Origin,
     Played,
     Priced,
     Pricing,
@@ -23,7 +28,6 @@ from lightning_dhellam.search.cluster import (
     played,
 )
 from lightning_dhellam.search.measure import Profile
-from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import Link
 
 
@@ -61,7 +65,7 @@ class Conditions:
 
     @property
     def machine(self) -> Machine:
-        """What ranks run on."""
+        """What ranks run on, if they compute in numbers of two bytes."""
         assert self.cluster.networks is not None
         return Machine(self.device, self.cluster.networks, self.slower)
 
@@ -108,8 +112,8 @@ class Priceable:
         priced: its operators.
         slow: the same of a straggler; None where there is none.
         conditions: that it is predicted for.
-        groups: over which gradients are added up.
-        link: between stages; None without a pipeline.
+        machine: that its ranks run on.
+        known: what a profile tells.
     """
 
     run: Run
@@ -117,8 +121,8 @@ class Priceable:
     priced: Priced
     slow: Priced | None
     conditions: Conditions
-    groups: Groups
-    link: Link | None
+    machine: Machine
+    known: Known | None
 
     @classmethod
     def of(
@@ -137,39 +141,67 @@ class Priceable:
         topology = run.topology
         work = work_of(run, lowering)
         graphs = [g for pair in _distinct(work.layers) for g in (pair.forward, pair.backward)]
-        machine = conditions.machine
+        machine = replace(
+            conditions.machine, in_fp32=PRECISIONS[run.precision].dtype is torch.float32
+        )
         pricing = Pricing(machine, topology, work.tokens, known)
         slow = None
         if conditions.straggler != 1.0:
             late = replace(machine, straggler=conditions.straggler)
             slow = replace(pricing, machine=late).price(graphs)
-        experts = machine.networks.slower(conditions.slower.get(Lane.DP, 1.0)).of(
-            topology.expert_dp_size, topology.etp_size * topology.ep_size
-        )
-        groups = Groups(machine.reach(Lane.DP, topology), experts)
-        link = None
-        if topology.pp_size > 1:
-            reach = machine.reach(Lane.PP, topology)
-            rate = known.rate(2) if known and reach.size == 2 and reach.nodes == 1 else None
-            takes = reach.network.sms / machine.device.multiprocessors
-            link = Link(rate or reach.ring, reach.network.latency, takes)
-        return cls(run, work, pricing.price(graphs), slow, conditions, groups, link)
+        return cls(run, work, pricing.price(graphs), slow, conditions, machine, known)
 
-    def play(
-        self, builders: Mapping[str, Builder], costs: Costs | None = None, sketch: bool = False
-    ) -> Played:
-        """Play a step under the fastest of some orders; see `search.cluster.played`."""
-        slow = self.slow.costs if self.slow is not None else None
+    @property
+    def groups(self) -> Groups:
+        """Ranks over which gradients are added up."""
+        return self._groups(self.machine)
+
+    @property
+    def link(self) -> Link | None:
+        """What is between stages; None without a pipeline."""
+        return self._link(self.machine, 0)
+
+    def play(self, builders: Mapping[str, Builder], wrong: int = 0, sketch: bool = False) -> Played:
+        """Play a step under the fastest of some orders; see `search.cluster.played`.
+
+        Args:
+            builders: the orders.
+            wrong: 1 if all that is uncertain turns out badly, on stragglers as on others; -1 if it
+                turns out well.
+            sketch: whether to play few layers of many that are alike.
+        """
+        machine = self.machine.wrong(wrong) if wrong else self.machine
         return played(
             self.work,
-            costs or self.priced.costs,
+            self.priced.at(wrong),
             builders,
-            self.conditions.machine,
-            self.groups,
-            link=self.link,
-            slow=slow,
+            machine,
+            self._groups(machine),
+            link=self._link(machine, wrong),
+            slow=None if self.slow is None else self.slow.at(wrong),
             sketch=sketch,
         )
+
+    def _groups(self, machine: Machine) -> Groups:
+        topology = self.run.topology
+        networks = machine.networks.slower(machine.slower.get(Lane.DP, 1.0))
+        experts = networks.of(topology.expert_dp_size, topology.etp_size * topology.ep_size)
+        return Groups(machine.reach(Lane.DP, topology), experts)
+
+    def _link(self, machine: Machine, wrong: int) -> Link | None:
+        topology, known = self.run.topology, self.known
+        if topology.pp_size == 1:
+            return None
+        reach = machine.reach(Lane.PP, topology)
+        takes = reach.network.sms / machine.device.multiprocessors
+        rate = None
+        if known and known.is_of(machine) and reach.size == 2 and reach.nodes == 1:
+            rate = known.rate(2)
+        if rate is None:
+            return Link(reach.ring, reach.network.latency, takes)
+        # As wrong as what is told from another size of it.
+        times = machine.slower.get(Lane.PP, 1.0) * (1 + wrong * BARS[Origin.SCALED])
+        return Link(rate / times, reach.network.latency, takes)
 
 
 def _distinct(layers: Sequence[GraphPair]) -> list[GraphPair]:

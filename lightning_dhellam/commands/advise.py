@@ -43,7 +43,7 @@ def advise_command(argv: Sequence[str]) -> int:
     from lightning_dhellam.search.measure import Profile
     from lightning_dhellam.search.report.prediction_text import advice_text, prediction_text
 
-    cluster = Cluster.load(options.cluster)
+    cluster = Cluster.load(options.cluster, "--cluster ")
     profile = None if options.profile is None else Profile.load(options.profile)
     overrides = _overrides(options.overrides)
     config = preset(options.model, **overrides)

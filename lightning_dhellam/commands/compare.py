@@ -41,7 +41,7 @@ def compare_command(argv: Sequence[str]) -> int:
     if not isinstance(report, dict) or report.get("benchmark") != "several":
         raise ValueError(_none(options.measured))
     profile = None if options.profile is None else Profile.load(options.profile)
-    conditions = Conditions(Cluster.load(options.cluster), profile)
+    conditions = Conditions(Cluster.load(options.cluster, "--cluster "), profile)
     try:
         rows = [*besides(report, conditions, options.vocabulary, options.rehearsal)]
     except (KeyError, TypeError, AttributeError) as error:

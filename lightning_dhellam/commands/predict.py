@@ -65,7 +65,7 @@ def step_command(argv: Sequence[str]) -> int:
             check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
     if options.measure and options.profile is None:
         raise ValueError("--measure needs --profile FILE, where what it measures is kept")
-    cluster = Cluster.load(options.cluster)
+    cluster = Cluster.load(options.cluster, "--cluster ")
     slower = dict(options.slower or ())
     Conditions(cluster)  # refuses it before a recipe is read, which takes seconds
     read = configuration(words)

@@ -109,14 +109,18 @@ class Cluster:
         return f"{self.name}: rank {self.rank} of {self.world_size}, {links or 'no links'}"
 
     @classmethod
-    def load(cls, path: str | Path) -> Cluster:
+    def load(cls, path: str | Path, option: str = "emulate=") -> Cluster:
         """Read a cluster file, by its path or by the name of one that ships, such as `h200-node`.
+
+        Args:
+            path: or the name.
+            option: what it was given by, as the user wrote it.
 
         Raises:
             ValueError: the file is missing, or a field is missing, unknown or out of range.
         """
         name = str(path)
-        path = Path(path) if Path(path).suffix else clusters.find(name)
+        path = Path(path) if Path(path).suffix else clusters.find(name, option)
         try:
             return _cluster(load_yaml(path), name)
         except ValueError as error:
@@ -177,7 +181,11 @@ def _networks(given: Any) -> Networks | None:
     if inside is None:
         raise ValueError("networks.inside is blank: give it a bandwidth")
     between = _part(Network, levels.get("between"), "networks.between")
-    return Networks(_whole(levels["node"], "networks.node"), inside, between)
+    adapters = _whole(levels.get("adapters", 1), "networks.adapters")
+    try:
+        return Networks(_whole(levels["node"], "networks.node"), inside, between, adapters)
+    except ValueError as error:
+        raise ValueError(f"networks.{error}") from error
 
 
 def _part(kind: Any, given: Any, place: str) -> Any:

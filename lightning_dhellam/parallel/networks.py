@@ -5,15 +5,16 @@ networks a group uses, and with how many others it shares it, follows from its s
 apart its ranks are:
 
     inside    each device sends, and receives, at its bandwidth
-    between   what a node sends, all of its devices together
+    between   each adapter of a node does, and all of its devices share the adapters evenly
 
-The ring of a group enters and leaves each node once, so where a node holds `inside` ranks of a
-group, as many groups as that leaves share the node's network.
+The ring of a group enters and leaves each node once, on each adapter that it has. So where a node
+of 8 devices and 4 adapters holds 2 ranks of a group, as many groups as that leaves share what the
+node sends: each has one adapter, and a rank alone on its node half of one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from lightning_dhellam.values import check_fields
 
@@ -24,10 +25,13 @@ class Device:
 
     Attributes:
         name: as CUDA calls it, such as `NVIDIA H200`.
-        flops: dense bf16 operations per second that it could compute at most.
-        memory: bytes of its memory.
+        flops: dense bf16 or fp16 operations per second that it could compute at most.
+        memory: bytes of its memory that CUDA reports, which are not those of its name: of an H200
+            6% more, of a device with error correction less.
         bandwidth: bytes per second of its memory.
         multiprocessors: how many it has.
+        flops_fp32: the same as `flops` of fp32 without TF32; None where nothing says it.
+        flops_fp8: the same of 8 bits; None where it has none, or nothing says it.
     """
 
     name: str
@@ -35,11 +39,15 @@ class Device:
     memory: float
     bandwidth: float
     multiprocessors: int
+    flops_fp32: float | None = None
+    flops_fp8: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("flops", "memory", "bandwidth", "multiprocessors"):
-            _check_positive(name, getattr(self, name))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name" and value is not None:
+                _check_positive(field.name, value)
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,19 @@ class Network:
 
     Attributes:
         bandwidth: bytes per second that are sent, and received, at once: inside of a node by a
-            device, between nodes by all devices of a node together.
+            device, between nodes by an adapter.
         latency: seconds before the first byte.
         hop: seconds that each further step of a ring or a tree takes.
         sms: streaming multiprocessors that a transfer keeps busy; 0 for the copy engine.
+        error: share by which its times may be wrong either way: what was measured of it, or what is
+            assumed of a network that was not.
     """
 
     bandwidth: float
     latency: float = 10e-6
     hop: float = 0.0
     sms: int = 0
+    error: float = 0.2
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,6 +76,17 @@ class Network:
         for name in ("latency", "hop", "sms"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not 0 <= self.error < 1:
+            raise ValueError(f"error={self.error} must be at least 0 and less than 1, such as 0.2")
+
+    def taking(self, times: float) -> Network:
+        """The same where all takes so many times as long."""
+        return replace(
+            self,
+            bandwidth=self.bandwidth / times,
+            latency=self.latency * times,
+            hop=self.hop * times,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,15 +97,18 @@ class Networks:
         node: devices of a node.
         inside: the network inside of a node.
         between: the network between nodes; None where there is one node.
+        adapters: of a node to the network between nodes.
     """
 
     node: int
     inside: Network
     between: Network | None = None
+    adapters: int = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
         _check_positive("node", self.node)
+        _check_positive("adapters", self.adapters)
 
     def of(self, size: int, step: int) -> Reach:
         """How far a group reaches of `size` ranks, `step` apart from each other."""
@@ -93,7 +118,15 @@ class Networks:
     def slower(self, times: float) -> Networks:
         """The same with a fraction of the bandwidths."""
         inside = _slower(self.inside, times)
-        return Networks(self.node, inside, self.between and _slower(self.between, times))
+        return replace(self, inside=inside, between=self.between and _slower(self.between, times))
+
+    def wrong(self, sign: int) -> Networks:
+        """The same if all its times are wrong by their error: longer for 1, shorter for -1."""
+        inside, between = (
+            one and one.taking(1 + sign * one.error) for one in (self.inside, self.between)
+        )
+        assert inside is not None
+        return replace(self, inside=inside, between=between)
 
 
 @dataclass(frozen=True)
@@ -142,7 +175,7 @@ class Reach:
         slowest = self.network.bandwidth
         if self.nodes == 1:
             return slowest
-        shared = slowest * self.inside / self.networks.node
+        shared = slowest * self.networks.adapters * self.inside / self.networks.node
         return min(shared, self.networks.inside.bandwidth) if self.inside > 1 else shared
 
     @property
@@ -150,13 +183,14 @@ class Reach:
         """Bytes per second that a rank sends to others where each sends to each."""
         if self.nodes == 1:
             return self.network.bandwidth
-        outside = (self.size - self.inside) / (self.network.bandwidth / self.networks.node)
+        own = self.network.bandwidth * self.networks.adapters / self.networks.node
+        outside = (self.size - self.inside) / own
         within = (self.inside - 1) / self.networks.inside.bandwidth
         return (self.size - 1) / max(outside, within)
 
 
 def _slower(network: Network, times: float) -> Network:
-    return Network(network.bandwidth / times, network.latency, network.hop, network.sms)
+    return replace(network, bandwidth=network.bandwidth / times)
 
 
 def _check_positive(name: str, value: float) -> None:

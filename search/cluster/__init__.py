@@ -10,12 +10,13 @@ from lightning_dhellam.search.cluster.prediction import (
     StagePrediction,
     VisitSpan,
 )
-from lightning_dhellam.search.cluster.pricing import Known, Machine, Origin, Priced, Pricing
+from lightning_dhellam.search.cluster.pricing import BARS, Known, Machine, Origin, Priced, Pricing
 from lightning_dhellam.search.cluster.steady import Middle, middle
 from lightning_dhellam.search.cluster.step import Played, played
 from lightning_dhellam.search.cluster.work import THIN, Weights, Work
 
 __all__ = [
+    "BARS",
     "THIN",
     "Advice",
     "Candidate",

@@ -11,7 +11,7 @@ from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import LayerCosts, VisitCost
 
 
-class _Deep:
+class Deep:
     """Costs of visits through many layers that are alike, from those through few.
 
     Args:
@@ -45,11 +45,11 @@ class _Deep:
 
 def costs_of(
     work: Work, costs: Costs, builders: Mapping[str, Builder], sketch: bool
-) -> LayerCosts | _Deep:
+) -> LayerCosts | Deep:
     """Return what visits cost: of few layers a chunk, if a sketch is enough."""
     if sketch and work.is_deep:
         thinner, thin = (_layer_costs(work.shallow(n), costs, builders) for n in THIN)
-        return _Deep(thinner, thin, min(filter(None, work.split)))
+        return Deep(thinner, thin, min(filter(None, work.split)))
     return _layer_costs(work, costs, builders)
 
 

@@ -69,7 +69,7 @@ class LaneUse:
 
     Attributes:
         busy: seconds in which it works.
-        exposed: seconds of these in which compute idles.
+        exposed: seconds of these in which compute idles; none of compute's own.
         level: the network that it uses, `inside` of a node or `between` nodes; empty for compute.
         ranks: how many communicate on it.
     """

@@ -4,8 +4,11 @@ An operator's time comes from the best source that there is, and its bars from h
 
     measured   the profile has this operator on this device, at this size
     scaled     it has the operator at another size, or a link between as many ranks: by work
-    derived    it has not, or was measured on another device: by data sheets
+    derived    it has not, or was measured on another device or in other numbers: by data sheets
     modelled   communication, by bytes and the level of the network (see `collectives`)
+
+How operators disturb each other is not taken from the profile of another device, whose links are
+others; that its rates fall under load, as its limit of power has it, is.
 """
 
 from __future__ import annotations
@@ -50,9 +53,9 @@ class Origin(StrEnum):
 BARS: Mapping[Origin, float] = {
     Origin.SCALED: 0.07,
     Origin.DERIVED: 0.15,
-    Origin.MODELLED: 0.2,
 }
-"""Share by which a time may be wrong either way; of what is measured the spread says it."""
+"""Share by which a time may be wrong either way. Of what is measured the spread says it, and of
+what is modelled its network does (`Network.error`)."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Machine:
         networks: between ranks.
         slower: times that lanes are slower than their networks say.
         straggler: times that compute is slower than it should be.
+        in_fp32: whether it computes in fp32, or else in numbers of two bytes.
     """
 
     device: Device
     networks: Networks
     slower: Mapping[Lane, float] = field(default_factory=dict)
     straggler: float = 1.0
+    in_fp32: bool = False
 
     def reach(self, lane: Lane, topology: Topology) -> Reach:
         """The group of a lane. That of `dp` adds up gradients, also of ranks that share
@@ -78,6 +83,28 @@ class Machine:
         if lane is Lane.DP:
             size, step = topology.replicas, topology.tp_size
         return self.networks.slower(self.slower.get(lane, 1.0)).of(size, step)
+
+    def flops(self) -> float:
+        """Operations per second that its device could compute in its numbers at most.
+
+        Raises:
+            ValueError: nothing says it.
+        """
+        if not self.in_fp32:
+            return self.device.flops
+        if self.device.flops_fp32 is None:
+            raise ValueError(
+                f"how fast {self.device.name} computes in fp32 is not known: add `flops_fp32` under"
+                " `device` in the cluster file, or train in bf16"
+            )
+        return self.device.flops_fp32
+
+    def wrong(self, sign: int) -> Machine:
+        """The same if its networks and its memory are slower (1), or faster (-1), by as much as
+        they may be."""
+        memory = self.device.bandwidth / (1 + sign * BARS[Origin.DERIVED])
+        device = replace(self.device, bandwidth=memory)
+        return replace(self, device=device, networks=self.networks.wrong(sign))
 
 
 class Price(NamedTuple):
@@ -101,15 +128,12 @@ class Priced:
     costs: Costs
     prices: Mapping[Key, Price]
 
-    @property
-    def cheap(self) -> Costs:
-        """Costs if all that is uncertain turns out well."""
-        return replace(self.costs, seconds={k: p.low for k, p in self.prices.items()})
-
-    @property
-    def dear(self) -> Costs:
-        """Costs if it turns out badly."""
-        return replace(self.costs, seconds={k: p.high for k, p in self.prices.items()})
+    def at(self, wrong: int) -> Costs:
+        """Costs if all that is uncertain turns out badly (1), well (-1), or as expected (0)."""
+        if not wrong:
+            return self.costs
+        ends = {k: p.high if wrong > 0 else p.low for k, p in self.prices.items()}
+        return replace(self.costs, seconds=ends)
 
 
 class Known:
@@ -126,6 +150,7 @@ class Known:
         self.device, _, links = made_for.device.partition(EMULATED)
         self.is_emulated = bool(links)
         self.sheet = devices.get(self.device)
+        self.in_fp32 = made_for.dtype == "float32"
         shapes, sizes = made_for.shapes, made_for.sizes
         self.tokens = shapes["micro_batch_size"] * shapes["sequence_length"] / sizes.get("cp", 1)
         self.rows = {row.operator: row for row in profile.timings if row.partner is None}
@@ -143,6 +168,10 @@ class Known:
         for graph in profile.graphs:
             for operator in graph.operators:
                 self._by_name.setdefault(operator.name, (graph, operator))
+
+    def is_of(self, machine: Machine) -> bool:
+        """Whether it was measured on such devices."""
+        return self.device == machine.device.name
 
     def find(self, name: str) -> tuple[Graph, Operator] | None:
         """The operator of that name, or the one that it is run again of."""
@@ -201,10 +230,11 @@ class Pricing:
                     measured[key] = self.known.key(found)
         costs = Costs(keys, {key: price.seconds for key, price in prices.items()})
         base = self.known.costs if self.known else costs
+        alike = base if self.known and self.known.is_of(self.machine) else costs
         costs = replace(
             costs,
-            slowdowns=self._slowdowns(lanes, measured, base.slowdowns),
-            behind=self._known_slowdowns(lanes, measured, base.behind),
+            slowdowns=self._slowdowns(lanes, measured, alike.slowdowns),
+            behind=self._known_slowdowns(lanes, measured, alike.behind),
             launch=base.launch,
             inline=base.inline,
             clock=base.clock,
@@ -223,7 +253,7 @@ class Pricing:
             return _around(_LEAST, Origin.DERIVED)
         if operator.is_communication:
             return self._communication(graph, operator)
-        derived = self._derived(graph, operator, self.machine.device)
+        derived = self._derived(graph, operator, self.machine)
         known = self.known
         found = known.find(operator.name) if known else None
         if known is None or found is None:
@@ -231,10 +261,11 @@ class Pricing:
         row, other = known.rows[known.key(found)], found[1]
         ratio = self._ratio(operator, other)
         same = abs(ratio - 1) < _SAME and self._alike(graph, operator, found)
-        if known.device != self.machine.device.name:
+        if not known.is_of(self.machine) or known.in_fp32 is not self.machine.in_fp32:
             if known.sheet is None:
                 return _around(derived, Origin.DERIVED)
-            times = derived / self._derived(graph, operator, known.sheet)
+            theirs = replace(self.machine, device=known.sheet, in_fp32=known.in_fp32)
+            times = derived / self._derived(graph, operator, theirs)
             return _around(known.costs.seconds[row.operator] * ratio * times, Origin.DERIVED)
         seconds = known.costs.seconds[row.operator]
         if same:
@@ -250,12 +281,13 @@ class Pricing:
         usable = (
             known is not None
             and not known.is_emulated
-            and known.device == self.machine.device.name
+            and known.is_of(self.machine)
             and reach.nodes == 1
             and self.machine.slower.get(operator.lane, 1.0) == 1.0
         )
+        error = reach.network.error if reach.size > 1 else 0.0
         if not usable or known is None:
-            return _around(modelled, Origin.MODELLED)
+            return _around(modelled, Origin.MODELLED, error)
         found = known.find(operator.name)
         size = known.profile.fingerprint.sizes.get(operator.lane.value)
         if found and found[1].lane is operator.lane and size == reach.size:
@@ -268,7 +300,7 @@ class Pricing:
             return _around(seconds * ratio, Origin.SCALED)
         rate = known.rate(reach.size)
         if rate is None:
-            return _around(modelled, Origin.MODELLED)
+            return _around(modelled, Origin.MODELLED, error)
         return _around(reach.network.latency + crossing / rate, Origin.SCALED)
 
     def _ratio(self, operator: Operator, other: Operator) -> float:
@@ -285,16 +317,16 @@ class Pricing:
         theirs = sum(found[0].bytes_per_token.get(slot, 0.0) for slot in found[1].writes)
         return abs(own * self.tokens - theirs * self.known.tokens) <= _SAME * own * self.tokens
 
-    def _derived(self, graph: Graph, operator: Operator, device: Device) -> float:
+    def _derived(self, graph: Graph, operator: Operator, machine: Machine) -> float:
         """Seconds by data sheets."""
         if operator.light or not operator.cost:
             moved = operator.cost * nominal.MEMORY * self.tokens
-            return max(_LEAST, moved / (_MEMORY * device.bandwidth))
+            return max(_LEAST, moved / (_MEMORY * machine.device.bandwidth))
         share = _MATRIX
         if operator.growth or operator.name.split(".")[0] == "attention":
             share = _BACKWARD if graph.direction == "backward" else _FORWARD
         flops = operator.cost * nominal.FLOPS * self.tokens
-        return max(_LEAST, flops / (share * device.flops))
+        return max(_LEAST, flops / (share * machine.flops()))
 
     def _slowdowns(
         self, lanes: Mapping[Key, Lane], measured: Mapping[Key, Key], base: Slowdowns
@@ -324,6 +356,6 @@ class Pricing:
         }
 
 
-def _around(seconds: float, origin: Origin) -> Price:
-    bar = BARS[origin]
+def _around(seconds: float, origin: Origin, bar: float | None = None) -> Price:
+    bar = BARS[origin] if bar is None else bar
     return Price(seconds, seconds * (1 - bar), seconds * (1 + bar), origin)

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_dhellam.pipeline.schedules import verify
+from lightning_dhellam.pipeline.schedules import Schedule, verify
 from lightning_dhellam.plan import Builder, Lane
-from lightning_dhellam.search.cluster.deep import costs_of, remembered
+from lightning_dhellam.search.cluster.deep import Deep, costs_of, remembered
 from lightning_dhellam.search.cluster.ending import Groups, optimizer, reduction_of
 from lightning_dhellam.search.cluster.pricing import Machine
 from lightning_dhellam.search.cluster.tail import tail_of
 from lightning_dhellam.search.cluster.work import THIN, Work
 from lightning_dhellam.search.model import Costs, simulate
-from lightning_dhellam.search.pipeline import Link, PipelineRun, VisitTable, play
+from lightning_dhellam.search.pipeline import LayerCosts, Link, PipelineRun, VisitTable, play
 
 _FEW = 3
 """Micro-batches that are played of a step without a pipeline; further ones are like the last."""
@@ -45,7 +45,8 @@ class Played:
     Attributes:
         seconds: of all of it.
         stages: how each spends it.
-        plan: name of the plans, where all visits have the same.
+        plan: names of the plans that its visits have.
+        usual: the plan of most of the time in which most strands are in flight.
         reduced: seconds in which gradients are reduced, of the stage that does so longest.
         gathered: seconds in which new weights are gathered.
         run: the pipeline; None without one.
@@ -54,6 +55,7 @@ class Played:
     seconds: float
     stages: tuple[Stage, ...]
     plan: str
+    usual: str
     reduced: float
     gathered: float
     run: PipelineRun | None = None
@@ -116,7 +118,7 @@ def _alone(
     last, gathered = optimizer(work, range(len(work.layers)), machine, groups)
     busy = reduction_of(work, range(len(work.layers)), groups)
     stage = Stage(compute, bare - compute, 0.0, 0.0, tail, last)
-    return Played(bare + tail + last, (stage,), plan, busy, gathered)
+    return Played(bare + tail + last, (stage,), plan, plan, busy, gathered)
 
 
 def _steady(work: Work, build: Builder, costs: Costs) -> tuple[float, float]:
@@ -172,6 +174,20 @@ def _staged(
     held = [work.placement.held(s) for s in stages]
     busy = max(sum(reduced[chunk] for chunk in own) for own in held)
     gathered = max(seconds for _, seconds in ends)
-    names = {usual.order_of(works) for row in schedule.visits for works in row} - {"nothing"}
-    plan = ", ".join(sorted(names))
-    return Played(run.seconds + tail + last, found, plan, busy, gathered, run)
+    orders = _orders(schedule, usual)
+    plan = ", ".join(sorted({name for _, name in orders}))
+    most = max(strands for strands, _ in orders)
+    _, longest = max(
+        (seconds, name) for (strands, name), seconds in orders.items() if strands == most
+    )
+    return Played(run.seconds + tail + last, found, plan, longest, busy, gathered, run)
+
+
+def _orders(schedule: Schedule, costs: LayerCosts | Deep) -> dict[tuple[int, str], float]:
+    """Seconds of visits by how many strands they have, and by the name of their order."""
+    found: dict[tuple[int, str], float] = {}
+    for works in (works for row in schedule.visits for works in row):
+        key = len(works), costs.order_of(works)
+        if key[1] != "nothing":
+            found[key] = found.get(key, 0.0) + costs.of(works).seconds
+    return found

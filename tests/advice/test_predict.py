@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_dhellam.advice import Conditions, memory_of, predict
+from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.bench.several.predicted import besides, verdict
 from lightning_dhellam.bench.shard import shard_profile
 from lightning_dhellam.commands.main import main
@@ -30,6 +31,7 @@ MEASURED = FOLDER / "several-2-nvidia-h200-2026-11-25.json"
 DEEP = preset("llama-tiny", num_layers=12)
 H200, A40 = Cluster.load("h200-64"), Cluster.load("a40-64")
 DERIVED = Conditions(H200, model="llama-tiny")
+HALF = {Lane.PP: 2.0}
 
 
 def tiny(world: int = 8, samples: int = 8, **fields: object) -> Run:
@@ -100,6 +102,7 @@ def test_the_parts_of_a_step_add_up(sizes: dict[str, int]) -> None:
     assert whole(found) == pytest.approx([found.seconds] * found.choice.pp)
     assert found.choice.ranks == sum(stage.ranks for stage in found.stages) == 8
     assert found.tokens_per_second == pytest.approx(found.choice.global_batch * 128 / found.seconds)
+    assert found.lanes["compute"].exposed == 0.0 < found.lanes["compute"].busy
     assert {*found.lanes} == {"compute"} | {
         n for n in ("tp", "pp", "dp") if getattr(found.choice, n) > 1
     }
@@ -155,9 +158,76 @@ def test_stragglers_and_slower_networks_cost_time(stages: int) -> None:
     expected = pytest.approx([2.0, 1.0][:stages], rel=0.05)
     assert times == expected, "all wait for it, and none other is slower"
     assert "one rank of stage 0 computes 2 times slower" in late.notes
+    wide, wider = (found.high / found.low for found in (usual, late))
+    assert wider > 0.9 * wide > 1.1, "what a straggler takes is as uncertain"
     slow = predict(run, replace(DERIVED, slower={Lane.DP: 1000.0}))
     assert slow.lanes["dp"].busy > 10 * usual.lanes["dp"].busy and slow.seconds > usual.seconds
     assert slow.lanes["tp"].busy == usual.lanes["tp"].busy
+
+
+def test_a_slower_network_between_stages_is_slower_than_was_measured(known: Conditions) -> None:
+    """Also where a profile of two ranks has measured the link that two stages have."""
+    topology = Topology(world_size=2, pp_size=2)
+    run = replace(wide(plan="megatron"), topology=topology)
+    usual, slow = (
+        Priceable.of(run, one, one.known()).link for one in (known, replace(known, slower=HALF))
+    )
+    assert usual is not None and slow is not None and usual.bandwidth != 370e9, "as measured"
+    assert slow.bandwidth == pytest.approx(usual.bandwidth / 2)
+
+
+@pytest.mark.parametrize(("lane", "sizes"), [("dp", {}), ("pp", {"pp_size": 4, "world": 4})])
+def test_networks_are_as_uncertain_as_their_file_says(lane: str, sizes: dict[str, int]) -> None:
+    """What replicas add up and what stages send are no operators, and have bars like them."""
+    found = {}
+    for error in (0.0, 0.9):
+        assert A40.networks is not None and A40.networks.between is not None
+        inside, between = (
+            replace(network, error=error, bandwidth=network.bandwidth / 1000)
+            for network in (A40.networks.inside, A40.networks.between)
+        )
+        networks = replace(A40.networks, inside=inside, between=between)
+        cluster = replace(A40, networks=networks)
+        found[error] = predict(tiny(**sizes), Conditions(cluster), sketch=True)
+    sure, unsure = found[0.0], found[0.9]
+    assert unsure.seconds == sure.seconds < 2 * unsure.lanes[lane].exposed
+    assert unsure.high / sure.high > 1.3 and unsure.low / sure.low < 0.7
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_timeline_of_a_searched_plan_is_that_of_the_fastest_one(stages: int) -> None:
+    run = tiny(8, tp_size=4, pp_size=stages, plan="auto")
+    found = predict(run, Conditions(A40), sketch=True)
+    together = [set() for _ in range(2)]
+    for own in found.intervals:
+        together[own.lane is Lane.COMPUTE].add((own.start, own.end))
+    talks, computes = together
+    hidden = [any(a < y and x < b for x, y in computes) for a, b in talks]
+    assert any(hidden), "of the sequential order nothing would be beside something else"
+
+
+def test_numbers_of_four_bytes_take_longer(known: Conditions) -> None:
+    """By a data sheet as from a profile of bf16; fp16 takes as long as bf16."""
+    conditions = replace(known, profile=None), known
+    for one in conditions:
+        half, sixteen, full = (
+            predict(wide(precision=name), one, sketch=True)
+            for name in ("bf16-mixed", "16-mixed", "32-true")
+        )
+        assert sixteen.seconds == half.seconds
+        assert full.seconds > 8 * half.seconds, "989 TFLOP/s against 67"
+        assert 0 < full.mfu < 1 and full.origins["derived"] > 0.9 * sum(full.origins.values())
+    device = replace(H200.device, flops_fp32=None)  # type: ignore[type-var]
+    old = replace(known, cluster=replace(H200, device=device))
+    with pytest.raises(ValueError, match="add `flops_fp32` under `device` in the cluster file"):
+        predict(wide(precision="32-true"), old)
+
+
+def test_another_device_is_not_disturbed_as_the_measured_one_is(known: Conditions) -> None:
+    priced = Priceable.of(wide(), replace(known, cluster=A40), known.known()).priced
+    (own,) = set(priced.costs.slowdowns.values())
+    assert own[1] == pytest.approx(84 / 80), "4 of 84 multiprocessors are taken"
+    assert not priced.costs.behind
 
 
 def test_a_shard_is_measured_on_the_device_at_hand() -> None:
@@ -218,6 +288,7 @@ def test_the_command_prints_and_writes_a_prediction(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--config", "llama-tiny-2cpu", "--cluster", "h20-64"], "error: --cluster 'h20-64' is"),
         (["--config", "llama-tiny-2cpu", "--cluster", "h20-64"], "did you mean 'h200-64'?"),
         (["--cluster", "h200-64"], "predict needs --config FILE"),
         (["--config", "none.yaml", "--cluster", "h200-64", "--measure"], "needs --profile FILE"),

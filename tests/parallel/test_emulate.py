@@ -112,6 +112,31 @@ def test_links_follow_from_networks_by_level() -> None:
     assert spread.of(Collective.ALL_TO_ALL).bandwidth == pytest.approx(15 / 8 * 11.2e9 / 8)
 
 
+@pytest.mark.parametrize("adapters", [1, 4, 8])
+def test_devices_of_a_node_share_its_adapters(adapters: int) -> None:
+    """A group that has all devices of a node has all of its adapters, and one rank its share."""
+    a40 = Cluster.load("a40-64")
+    assert a40.networks is not None
+    networks = replace(a40.networks, adapters=adapters, inside=Network(1e12))
+    cluster = replace(a40, networks=networks)
+    links = cluster.links_of(Topology(world_size=64, tp_size=8))
+    assert links["dp"].bandwidth == pytest.approx(adapters * 11.2e9 / 8)
+    spread = cluster.links_of(Topology(world_size=64, ep_size=64))["ep"]
+    assert spread.bandwidth == pytest.approx(adapters * 11.2e9)
+    straight = spread.of(Collective.ALL_TO_ALL).bandwidth
+    assert straight == pytest.approx(63 / 56 * adapters * 11.2e9 / 8)
+
+
+def test_networks_take_as_much_longer_as_they_may_be_wrong() -> None:
+    networks = Networks(8, Network(10.0, 2.0, 1.0, error=0.25), Network(4.0, error=0.0))
+    for sign, times in ((1, 1.25), (-1, 0.75)):
+        found = networks.wrong(sign)
+        assert found.inside == replace(
+            networks.inside, bandwidth=10 / times, latency=2 * times, hop=times
+        )
+        assert found.between == networks.between
+
+
 def test_a_network_between_nodes_that_is_needed_is_named() -> None:
     cluster = replace(Cluster.load("a40-64"), networks=Networks(8, Network(1e9)))
     with pytest.raises(ValueError, match="16 ranks, of which a node of 8 holds 8, need a network"):
@@ -156,6 +181,14 @@ def test_an_unknown_cluster_is_answered_with_the_known_ones() -> None:
         (
             "world_size: 8\nlinks: {ep: {bandwidth: 1, collectives: {exchange: {sms: -1}}}}",
             "links.ep.collectives.exchange.sms=-1 must be at least 0",
+        ),
+        (
+            "world_size: 8\nnetworks: {node: 8, adapters: 0, inside: {bandwidth: 1}}",
+            "networks.adapters=0 must be more than 0",
+        ),
+        (
+            "world_size: 8\nnetworks: {node: 8, inside: {bandwidth: 1, error: 1.5}}",
+            "networks.inside.error=1.5 must be at least 0 and less than 1",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from unittest import mock
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -146,6 +146,37 @@ def test_ranks_write_where_nothing_can_be_renamed(tmp_path: Path) -> None:
     alone = Losses()
     _fit({}, alone, steps=3, path=f"shelf://{tmp_path}/run/step=2.ckpt")  # on other sizes
     assert alone.values == pytest.approx(values[2:], rel=1e-5)
+
+
+def test_what_others_have_written_is_read_though_it_was_missing_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """File systems keep listings, also of what is not there, until they are told to forget them."""
+    missing: set[str] = set()
+    exists, opened = MemoryFileSystem.exists, MemoryFileSystem.open
+
+    def look(self: MemoryFileSystem, path: str, **options: Any) -> bool:
+        if not exists(self, path, **options):
+            missing.add(path)
+        return path not in missing
+
+    def read(self: MemoryFileSystem, path: str, *mode: Any, **options: Any) -> Any:
+        if path in missing:
+            raise FileNotFoundError(path)
+        return opened(self, path, *mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", look)
+    monkeypatch.setattr(MemoryFileSystem, "open", read)
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: missing.clear())
+    file = RemotePath(f"{ROOT}/late")
+    for reading in (RemotePath.exists, RemotePath.read_bytes, lambda path: path.open().read()):
+        missing.add(file._root)
+        MemoryFileSystem.store[file._root] = MemoryFile(None, file._root, b"there")
+        assert reading(file) in (True, b"there")
+    missing.add(file._root)
+    with file.open("wb") as written:
+        written.write(b"again")
+    assert file.read_bytes() == b"again"
 
 
 def test_what_fsspec_cannot_use_is_refused_by_name() -> None:

@@ -119,7 +119,7 @@ class Settings:
             ValueError: A link is written wrongly, or there is no such cluster.
         """
         if self.cluster is not None:
-            return [Cluster.load(self.cluster).links["tp"]]
+            return [Cluster.load(self.cluster, "--cluster ").links["tp"]]
         return [parse_link(text) for text in self.links]
 
     def chosen_cells(self) -> list[Cell]:

@@ -60,7 +60,7 @@ class Settings:
         """
         shape = self.trained_shape()
         if self.cluster is not None:
-            cluster = Cluster.load(self.cluster)
+            cluster = Cluster.load(self.cluster, "--cluster ")
             unknown = cluster.networks is None and "cp" not in cluster.links
             if shape.context_ranks > 1 and unknown:
                 raise ValueError(
