@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -105,9 +106,15 @@ def annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> An
 
 def check_fields(instance: Any) -> None:
     """Refuse fields of a dataclass that are of another kind than it says; see `check_kinds`."""
-    for name, hint in get_type_hints(type(instance)).items():
+    own: Any = type(instance)
+    for name, hint in _hints(own).items():
         if name in instance.__dict__:
             check_kind(name, instance.__dict__[name], hint)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def check_kind(name: str, value: Any, hint: Any) -> None:

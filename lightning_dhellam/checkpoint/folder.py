@@ -17,12 +17,14 @@ Written aside and renamed when every rank is done, so that a folder of the final
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_dhellam.checkpoint import by_rank, content, from_file, stepped, weights
-from lightning_dhellam.checkpoint.checksums import check_file
+from lightning_dhellam.checkpoint.checksums import Part, compare, sum_share
 from lightning_dhellam.checkpoint.description import (
     ALONE,
     FILES,
@@ -44,6 +46,8 @@ from lightning_dhellam.remote import Folder, place_of
 
 COMMON = "common.pt"
 REST = "rest.pt"
+_METADATA, _REST = "metadata", "rest"
+"""Where a state of an optimizer that is yet to be read has what is known of it."""
 _SHARDED = "distributed_optimizer"
 """What decides who has what of a state, and nothing else."""
 
@@ -89,36 +93,37 @@ def load(
             if settings is not None:
                 common["optimizer_states"] = [by_rank.load_state(path, context, settings)]
             return common
+        inside = contents_of(path)
+        metadata, rest = read_metadata(inside), content.read(inside / REST)
         if settings is not None:
             check_settings(path, {k: v for k, v in settings.items() if k != _SHARDED})
-            common["optimizer_states"] = [{FROM: str(path)}]
+            known = {_METADATA: metadata, _REST: rest["optimizer"]}
+            common["optimizer_states"] = [{FROM: str(path), **known}]
         elsewhere = of_run.difference(names)
-        common["state_dict"] = _load_weights(path, context, shares, elsewhere)
+        common["state_dict"] = _load_weights(path, context, shares, elsewhere, metadata, rest)
         return common
 
     if not checked:
-        together(lambda: check_whole(path, context), context.world_group)
+        check_whole(path, context)
     return together(read, context.world_group)
 
 
 def check_whole(path: Folder, context: ParallelContext) -> None:
-    """Refuse a checkpoint if this rank's share of its files is not as it was written.
+    """Refuse a checkpoint of which a file is not as it was written. Every rank must call this.
 
-    Of a file of Lightning's own nothing is known.
+    Each byte is read by one rank. Of a file of Lightning's own nothing is known.
 
     Raises:
-        ValueError: a file is missing or damaged, or there is no checkpoint.
+        ValueError: on every rank: a file is missing or damaged, or there is no checkpoint.
     """
-    if path.is_file():
-        return
-    for file, (size, digest) in _share_of_work(read_topology(path).get(FILES, {}), context):
-        check_file(path / file, size, digest)
+    group, topology = context.world_group, context.topology
 
+    def add_up() -> tuple[Mapping[str, Any], list[Part]]:
+        files = {} if path.is_file() else read_topology(path).get(FILES, {})
+        return files, sum_share(path, files, topology.rank, topology.world_size)
 
-def _share_of_work(files: Mapping[str, Any], context: ParallelContext) -> list[Any]:
-    """The files that this rank checks, so that each is checked once."""
-    topology = context.topology
-    return sorted(files.items())[topology.rank :: topology.world_size]
+    files, own = together(add_up, group)
+    compare(path, files, chain.from_iterable(of_all_ranks(own, group)))
 
 
 def load_common(path: Folder) -> dict[str, Any]:
@@ -131,11 +136,14 @@ def load_common(path: Folder) -> dict[str, Any]:
 
 
 def _load_weights(
-    path: Folder, context: ParallelContext, shares: Shares, elsewhere: Collection[str]
+    path: Folder,
+    context: ParallelContext,
+    shares: Shares,
+    elsewhere: Collection[str],
+    metadata: Metadata,
+    rest: Mapping[str, Any],
 ) -> dict[str, Any]:
     """This rank's state of the module, and what no rank of the run has a place for."""
-    inside = contents_of(path)
-    metadata, rest = read_metadata(inside), content.read(inside / REST)
     tensors = metadata.state_dict_metadata
     saved = (n.removeprefix(weights.PREFIX) for n in tensors if n.startswith(weights.PREFIX))
     wanted = [name for name in saved if name not in elsewhere]
@@ -143,7 +151,7 @@ def _load_weights(
         what = f"'{needed[0]}' is no parameter, and each of its ranks had another: "
         check_same(path, sizes_of(context), f"{what}{SAME}")
     state, pieces = weights.to_load(tensors, rest["shares"], shares, wanted, context.topology)
-    load_pieces(inside, metadata, pieces)
+    load_pieces(contents_of(path), metadata, pieces)
     plain = {name: value for name, value in rest["state_dict"].items() if name not in elsewhere}
     return {**state, **plain, **_own(path, context).get("state_dict", {})}
 
@@ -161,12 +169,11 @@ def load_state(
     path = place_of(state[FROM])
     if path.is_file():
         return from_file.load_state(path, context, shares, form)
-    inside = contents_of(path)
-    metadata, rest = read_metadata(inside), content.read(inside / REST)["optimizer"]
+    metadata, rest = state[_METADATA], state[_REST]
     if rest["alone"]:
         check_same(path, sizes_of(context), f"{rest['alone'][0]} cannot be cut, so {ALONE}")
     tensors, pieces = stepped.to_load(metadata.state_dict_metadata, shares, form)
-    load_pieces(inside, metadata, pieces)
+    load_pieces(contents_of(path), metadata, pieces)
     own = _own(path, context).get("optimizer", {})
     return stepped.of_rank(rest, tensors, own, shares, form)
 

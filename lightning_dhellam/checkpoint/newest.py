@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import partial
 
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import holds_state
 from lightning_dhellam.checkpoint.folder import check_whole
-from lightning_dhellam.parallel.collectives import try_together
+from lightning_dhellam.parallel.collectives import together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.remote import Folder
+
+_RANK = re.compile(r"rank \d+: \w+: ")
+"""What a failure of another rank begins with."""
 
 
 def newest_whole(
@@ -29,19 +34,16 @@ def newest_whole(
         ValueError: on every rank: none of them is whole.
     """
     refused: list[str] = []
+    group = context.world_group
     for path in paths:
-
-        def check(path: Folder = path) -> None:
+        try:
             check_whole(path, context)
-            if training and path is not paths[0] and not holds_state(path):
-                raise ValueError(f"checkpoint {path} holds weights only")
-
-        _, failures = try_together(check, context.world_group)
-        if not failures:
+        except Exception as error:  # the same on all ranks, but for its text
+            refused.append(_reason(str(error)))
+            continue
+        if path is paths[0] or not training or together(partial(holds_state, path), group):
             return path, refused
-        if failures[0].end is not None:
-            raise failures[0].end
-        refused.append(_reason(failures[0].text))
+        refused.append(f"checkpoint {path} holds weights only")
     none = "" if len(paths) == 1 else f", and none of {len(paths) - 1} others there is whole"
     raise ValueError(
         f"{refused[0]}{none}: start a new run, without ckpt_path, or give the path of another"
@@ -51,4 +53,4 @@ def newest_whole(
 
 def _reason(text: str) -> str:
     """What a failure says, without its rank and kind, and without what one is to do."""
-    return text.split(": ", 2)[-1].removesuffix(f": {REMEDY}").removesuffix(f", {REMEDY}")
+    return _RANK.sub("", text).removesuffix(f": {REMEDY}").removesuffix(f", {REMEDY}")
