@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -11,37 +11,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
+from typing_extensions import override
 
 from lightning_dhellam import recomputing
-from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.balance import Balance, ExpertUse
 from lightning_dhellam.checkpoint.loop import load, save
-from lightning_dhellam.engine import Engine
-from lightning_dhellam.engine.inputs import Limits
-from lightning_dhellam.engine.intake import Intake
-from lightning_dhellam.engine.meeting import as_many, check_as_many
+from lightning_dhellam.engine.meeting import check_as_many
 from lightning_dhellam.engine.weights import Everyone
-from lightning_dhellam.engine.words import in_our_words
-from lightning_dhellam.layers import Loss
 from lightning_dhellam.memory.model_states import ModelStates, model_states
-from lightning_dhellam.models import CausalLM, ModelConfig, crossing_bytes
-from lightning_dhellam.models import pipeline_split as split_of
-from lightning_dhellam.parallel import ParallelContext, zigzag
-from lightning_dhellam.parallel.collectives import from_one, of_every_rank, reduced
 from lightning_dhellam.parallel.gradients import GradientBuffers
-from lightning_dhellam.parallel.join import join, this_device
 from lightning_dhellam.parallel.loss_scale import Scaling
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
-from lightning_dhellam.pipeline.schedules import Scheme, placement_of
-from lightning_dhellam.plan import Builder
-from lightning_dhellam.plan.by_layer import USUAL, ByLayer
-from lightning_dhellam.plan.passes import Recompute
-from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.remote import Folder, place_of
+from lightning_dhellam.runner.building import Model, build_model
+from lightning_dhellam.runner.forward import ForwardRunner
 from lightning_dhellam.training import Training
 
 
-class Runner:
+class Runner(ForwardRunner):
     """Trains a model with two strands: engine, gradient buffers and plan of one rank.
 
     `DHellamStrategy` makes one for a Trainer. A loop of one's own, such as a script for Megatron-LM
@@ -104,62 +91,13 @@ class Runner:
         ValueError: a value that cannot work, or that differs between ranks.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        *,
-        plan: str = "interleaved",
-        micro_batch_size: int = 1,
-        precision: str = "32-true",
-        seed: int = 1234,
-        loss: Loss | None = None,
-        kernels: Mapping[str, str] | None = None,
-        recompute: Recompute | ByLayer = USUAL,
-        context_exchange: str = "ring",
-        context_fp32_gradients: bool = True,
-        schedule: str = "fold",
-        fp8: str | None = None,
-        bucket_size: int | None = None,
-        memory_limit: int | None = None,
-        module: torch.nn.Module | None = None,
-    ) -> None:
-        self.model = model
-        self.context = model.context
-        self.plan = plan
-        self.precision = precision
-        self.memory_limit = memory_limit
-        self.is_searched = False
-        self._bucket_size = bucket_size
-        self._training: Training | None = None
-        self._balance: Balance | None = None
-        self._closing = ExitStack()
-        self._agreed: AgreedEngine | None = AgreedEngine(
-            model,
-            plan,
-            micro_batch_size,
-            loss=loss,
-            kernels=kernels,
-            recompute=recompute,
-            context_exchange=context_exchange,
-            context_fp32_gradients=context_fp32_gradients,
-            schedule=schedule,
-            fp8=fp8,
-            module=module or model,
-        )
-        config, topology = model.config, self.context.topology
-        limits = Limits(
-            config.vocab_size,
-            config.max_sequence_length,
-            topology.tp_size,
-            loss is not None,
-            topology.cp_size,
-        )
-        self.intake = Intake(limits, micro_batch_size, seed, self.context)
+    _training: Training | None = None
+    _balance: Balance | None = None
 
     @classmethod
     def create(
         cls,
-        model: ModelConfig | Callable[[ParallelContext, torch.dtype], CausalLM],
+        model: Model,
         device: torch.device | str | None = None,
         *,
         tensor_parallel_size: int = 1,
@@ -203,53 +141,32 @@ class Runner:
         Raises:
             ValueError: a value that cannot work, before the model is built.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision='{precision}' must be one of {', '.join(PRECISIONS)}")
-        device, dtype = this_device(device), PRECISIONS[precision].dtype
-        schedule = options.get("schedule", "fold")
-        placement, crossing = placement_of(schedule, pipeline_parallel_size), None
-        with ExitStack() as stack:
-            stack.callback(join(device, timeout))
-            if isinstance(model, ModelConfig):
-                model.validate(
-                    tensor_parallel_size,
-                    expert_parallel_size,
-                    expert_tensor_parallel_size,
-                    context_parallel_size,
-                )
-                pipeline_split = list(split_of(model, placement, pipeline_split))
-                tokens = options.get("micro_batch_size", 1) * model.max_sequence_length
-                crossing = crossing_bytes(model, dtype, tokens)
-            context = ParallelContext.create(
+        with ExitStack() as leaving:
+            built = build_model(
+                model,
                 device,
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                context_parallel_size=context_parallel_size,
-                expert_parallel_size=expert_parallel_size,
-                expert_tensor_parallel_size=expert_tensor_parallel_size,
-                pipeline_split=tuple(pipeline_split or ()),
-                timeout=timeout,
+                leaving,
+                sizes={
+                    "tensor_parallel_size": tensor_parallel_size,
+                    "pipeline_parallel_size": pipeline_parallel_size,
+                    "context_parallel_size": context_parallel_size,
+                    "expert_parallel_size": expert_parallel_size,
+                    "expert_tensor_parallel_size": expert_tensor_parallel_size,
+                },
                 context_transport=context_transport,
                 pipeline_transport=pipeline_transport,
-                crossing=crossing,
-                placement=placement,
+                pipeline_split=pipeline_split,
+                schedule=options.get("schedule", "fold"),
+                micro_batch_size=options.get("micro_batch_size", 1),
+                precision=precision,
+                seed=seed,
+                timeout=timeout,
             )
-            stack.callback(context.destroy)
-            if isinstance(model, ModelConfig):
-                built = CausalLM(model, context, dtype, seed)
-            else:
-                built = model(context, dtype)
-            built.settle()
-            runner = cls(built.to(device), precision=precision, seed=seed, **options)
-            runner._closing = stack.pop_all()
+            runner = cls(built, precision=precision, seed=seed, **options)
+            runner._closing = leaving.pop_all()
             return runner
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
+    @override
     def close(self) -> None:
         """Let go of the buffers and the engine, and leave the processes that `create` has joined.
 
@@ -257,25 +174,7 @@ class Runner:
         """
         if self._training is not None:
             self._training.buffers.close()
-        self._agreed = None
-        self._closing.close()
-
-    @property
-    def device(self) -> torch.device:
-        """What this rank computes on."""
-        return self.context.device
-
-    @property
-    def agreed(self) -> AgreedEngine:
-        """The engine, and the plans that all ranks have agreed on."""
-        if self._agreed is None:
-            raise RuntimeError("this Runner is closed: make another one")
-        return self._agreed
-
-    @property
-    def engine(self) -> Engine:
-        """What carries out the plans of this rank."""
-        return self.agreed.engine
+        super().close()
 
     @property
     def gradient_buffers(self) -> GradientBuffers:
@@ -296,29 +195,6 @@ class Runner:
     def steps(self) -> int:
         """How many steps the optimizer has done, of earlier runs as well."""
         return self._training.optimizer.steps if self._training is not None else 0
-
-    @property
-    def plan_in_use(self) -> str:
-        """The name of the plan that orders the operators now."""
-        return self.agreed.plan_in_use
-
-    def use_plan(self, name: str, builder: Builder) -> None:
-        """Order operators by `builder` from the next step on. Every rank must call this.
-
-        Raises:
-            ValueError: ranks would order them differently, and wait for each other forever.
-        """
-        self.agreed.use_plan(name, builder)
-
-    def use_schedule(self, name: str, scheme: Scheme) -> None:
-        """Let the stages of a pipeline work in another order from the next step on.
-
-        Every rank must call this, with the same.
-
-        Raises:
-            ValueError: ranks would work by different ones, and wait for each other forever.
-        """
-        self.agreed.use_schedule(name, scheme)
 
     def optimizer(
         self,
@@ -409,17 +285,6 @@ class Runner:
         training.optimizer.saw(loss)
         return loss
 
-    def in_our_words(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The batch as the intake takes it: in our words, of a length that divides over ranks."""
-        batch = in_our_words(batch, own_labels=self.intake.limits.own_labels)
-        return self.intake.lengthened(batch) if isinstance(batch, Mapping) else batch
-
-    def _of_sequences(self, loss: Tensor) -> Tensor:
-        """The loss of whole sequences, from what each rank has computed of its tokens."""
-        if self.context.has_loss:
-            loss = reduced(loss, self.context.groups.cp, "sum")
-        return from_one(loss, self.context.groups.pp, self.context.placement.last)
-
     def follow_model(self) -> None:
         """Train from the next step on what requires a gradient by now, and leave all else alone.
 
@@ -467,37 +332,6 @@ class Runner:
     def skipped_steps(self) -> int:
         """How many steps were left out because loss or gradient was not finite, as far as known."""
         return self._training.optimizer.skipped_steps if self._training is not None else 0
-
-    def evaluate(self, batch: Mapping[str, Any]) -> Tensor:
-        """The mean loss over the tokens of this rank's batch that count, without gradients.
-
-        Where ranks share experts, all of them must call this equally often.
-        """
-        everyone = Everyone.with_same_samples(self.context, self.engine.lanes)
-        pieces = self.intake.micro_batches(self.in_our_words(batch), everyone=everyone)
-        return self._of_sequences(self.engine.evaluate(as_many(pieces, self.context)))
-
-    def predict(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits [B, S, V] of this rank's batch, without gradients.
-
-        Where ranks share experts, all of them must call this equally often.
-        """
-        given, batch = batch, self.in_our_words(batch)
-        pieces = self.intake.micro_batches(batch, needs_labels=False)
-        tokens = given["input_ids"] if given.get("tokens") is None else given["tokens"]
-        logits = self.engine.predict(as_many(pieces, self.context))[: len(batch["tokens"])]
-        if not self.context.has_loss:
-            shape = (*batch["tokens"].shape, self.model.config.vocab_size)
-            dtype = self.model.transformer_config.params_dtype
-            logits = torch.empty(shape, dtype=dtype, device=self.device)
-        elif self.context.topology.cp_size > 1:
-            logits = zigzag.whole_sequence(of_every_rank(logits, self.context.groups.cp), dim=1)
-        logits = from_one(logits, self.context.groups.pp, self.context.placement.last)
-        return logits[:, : tokens.shape[1]]
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over data-parallel ranks. Nothing waits for it on the host."""
-        return reduced(value, self.context.groups.dp)
 
     def save(self, path: Path | str, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint, a folder with a file per rank. Every rank must call this.
