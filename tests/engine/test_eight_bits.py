@@ -97,13 +97,13 @@ def test_saved_bytes_are_those_predicted(name: str, recompute: str) -> None:
     # As many tokens as blocks take, so that nothing is padded.
     (piece,) = pieces(batch_of(CONFIG, 4, 32), 4, model.context)
     live: list[int] = []
-    whole = engine._pass
+    whole = engine._walker._pass
 
     def watched(leg: Leg, state: StepState, on_gradient: Any) -> None:
         whole(leg, state, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
-    engine._pass = watched  # type: ignore[method-assign]
+    engine._walker._pass = watched  # type: ignore[method-assign]
     engine.train([piece])
     saved, weights = live
     predicted = sum(pair.saved_bytes(piece.tokens) for pair in lowered.layers)

@@ -187,13 +187,13 @@ def _saved_bytes(
     engine = engine_of(lowered)
     (piece,) = pieces(batch_of(CONFIG, 3, 32), 3, context)
     live: list[int] = []
-    whole_pass = engine._pass
+    whole_pass = engine._walker._pass
 
     def watched(leg: Leg, state: StepState, on_gradient: Any) -> None:
         whole_pass(leg, state, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
-    engine._pass = watched  # type: ignore[method-assign]
+    engine._walker._pass = watched  # type: ignore[method-assign]
     engine.train([piece])
     after_forward, after_backward = live
     assert after_backward == 0

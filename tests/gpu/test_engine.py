@@ -161,13 +161,13 @@ def test_predicted_saved_bytes_are_those_measured(dtype: torch.dtype, device: to
     engine = engine_of(lowered, device)
     (piece,) = pieces(_batch(CONFIG, device), 5, model.context)
     live: list[int] = []
-    whole_pass = engine._pass
+    whole_pass = engine._walker._pass
 
     def watched(leg: Leg, state: StepState, on_gradient: Any) -> None:
         whole_pass(leg, state, on_gradient)
         live.append(engine.lanes.ledger.bytes)
 
-    engine._pass = watched  # type: ignore[method-assign]
+    engine._walker._pass = watched  # type: ignore[method-assign]
     engine.train([piece])
     assert live == [sum(pair.saved_bytes(piece.tokens) for pair in lowered.layers), 0]
 

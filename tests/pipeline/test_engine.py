@@ -263,13 +263,13 @@ def test_gradients_of_replicated_stages_are_hugging_faces() -> None:
 
 
 def _watched(engine: Engine, after: Callable[[Leg, Any], None]) -> None:
-    whole_pass = engine._pass
+    whole_pass = engine._walker._pass
 
     def watched(leg: Leg, state: Any, on_gradient: Any) -> None:
         whole_pass(leg, state, on_gradient)
         after(leg, state)
 
-    engine._pass = watched  # type: ignore[method-assign]
+    engine._walker._pass = watched  # type: ignore[method-assign]
 
 
 def _on_two_stages(rank: int) -> dict[str, Any]:

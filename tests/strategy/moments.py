@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.autosearch import session
 from lightning_dhellam.callbacks import AutoSearch
-from lightning_dhellam.engine import Engine
+from lightning_dhellam.engine.walk import Walker
 from lightning_dhellam.strategy import termination
 from tests.process_groups import is_running
 from tests.ranks import _PRELOAD
@@ -126,14 +126,14 @@ def _search_at(befalls: Befalls) -> None:
 
 def _walk_at(befalls: Befalls, walks: int = 9) -> None:
     """A moment within a step, when messages are under way between stages."""
-    whole_pass, counted = Engine._pass, count(1)
+    whole_pass, counted = Walker._pass, count(1)
 
     def walked(self: Any, *args: Any) -> None:
         whole_pass(self, *args)
         if next(counted) == walks:
             befalls.here("walk")
 
-    Engine._pass = walked  # type: ignore[method-assign]
+    Walker._pass = walked  # type: ignore[method-assign]
 
 
 def _run(job: Job, rank: int, folder: Path) -> None:
