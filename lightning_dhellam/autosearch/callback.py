@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm import tqdm
 from typing_extensions import override
 
+from lightning_dhellam.autosearch.options import MEMORY_SLACK, Options
 from lightning_dhellam.autosearch.schedules import TRIED
-from lightning_dhellam.autosearch.session import MEMORY_SLACK, Options, Session, use_unsearched
+from lightning_dhellam.autosearch.session import Session, use_unsearched
 from lightning_dhellam.files import check_file, local_path
 from lightning_dhellam.hosted import RunnerStrategy
 from lightning_dhellam.parallel.collectives import together

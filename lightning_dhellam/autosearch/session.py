@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_dhellam.autosearch.exchanges import Taken, take_fastest
-from lightning_dhellam.autosearch.profiling import (
-    fingerprint,
-    of_stage,
-    routings_of,
-    take_profile,
-    versions,
-)
-from lightning_dhellam.autosearch.reductions import Reduction
+from lightning_dhellam.autosearch.candidates import REFERENCE, Candidates
+from lightning_dhellam.autosearch.keeping import plan_file
+from lightning_dhellam.autosearch.measuring import Measuring
+from lightning_dhellam.autosearch.options import Options
 from lightning_dhellam.autosearch.schedules import ScheduleSearch, room_of
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
-from lightning_dhellam.autosearch.transfers import take_transfers
 from lightning_dhellam.engine import Span
-from lightning_dhellam.files import FileError
 from lightning_dhellam.hosted import Ending
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
-from lightning_dhellam.plan import BUILDERS, Builder, Graph, Kind, Lane
-from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.recomputing import measured_bytes, when_measured
 from lightning_dhellam.runner import Runner
-from lightning_dhellam.search.measure import Fingerprint, Profile, Progress, Trials
-from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate
-from lightning_dhellam.search.pipeline import FoldedStep, VisitTable, links_of
+from lightning_dhellam.search.measure import Progress, Trials
+from lightning_dhellam.search.model import Costs
+from lightning_dhellam.search.pipeline import links_of
 from lightning_dhellam.search.report import Findings, Outcome, choose, measured
-from lightning_dhellam.search.solve import ModelSolution, peak_bytes, solve
-
-REFERENCE = "sequential"
-MEMORY_SLACK = 0.025
-"""Share of the memory of a step that the slots of a searched plan may take more than those of the
-sequential one."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to search.
-
-    Attributes:
-        rounds: steps that each candidate is measured on.
-        profile: file that holds the profile, or will.
-        memory_limit: bytes that slots take at once in a pair of layers; None for what the
-            sequential plan needs and `memory_slack`.
-        memory_slack: share of the memory of a step.
-        plans: whether plans are searched; or else the given one stays.
-        schedules: whether schedules of the pipeline are.
-    """
-
-    rounds: int = 5
-    profile: Path | None = None
-    memory_limit: float | None = None
-    memory_slack: float = MEMORY_SLACK
-    plans: bool = True
-    schedules: bool = False
 
 
 class Session:
@@ -80,8 +40,6 @@ class Session:
         ending: tells whether the process is to end, which it then does before the search is over.
 
     Attributes:
-        left_out: plans that are not tried since they need more than the given memory limit, and
-            the bytes that they need. `sequential`, to which all are compared, is always tried.
         skipped: steps in a row that said nothing, since their batches had another size.
         exchange: the way for keys and values that it has chosen; empty if there was no choice.
         findings: what the search has found; None until it is over.
@@ -99,7 +57,6 @@ class Session:
         self._spans: dict[str, list[Span]] = {}
         self._schedules: ScheduleSearch | None = None
         self.exchange = ""
-        self.left_out: dict[str, float] = {}
         self.findings: Findings | None = None
         self.skipped = 0
 
@@ -119,8 +76,7 @@ class Session:
         runner, options = self._runner, self._options
         self._pieces = runner.intake.micro_batches(batch)
         self._shapes = _shapes(batch)
-        stage = runner.engine.stage
-        self._stage = FoldedStep(stage.number, stage.count, len(self._pieces), stage.scheme)
+        measuring = Measuring(runner, self._pieces, options, self._ending, progress)
         # Before the profile, which needs memory that no step does.
         slack = None if options.memory_limit else self._peak_bytes() * options.memory_slack
         if options.schedules:
@@ -132,8 +88,6 @@ class Session:
                     " recompute='auto' makes one: give recompute, or leave profile out"
                 )
             held = measured_bytes(runner.agreed, runner.model_states.total)
-        everyone = runner.context.world_group
-        measuring = partial(self._measuring, progress)
         limit = options.memory_limit
         if len(runner.agreed.exchanges) > 1:
             if options.profile is not None:
@@ -143,25 +97,29 @@ class Session:
                     f"{' or '.join(map(repr, runner.agreed.exchanges))}"
                 )
             with self._timed("exchange"):
-                taken = self._take_exchange(measuring, slack)
+                taken = measuring.exchange(slack)
             self.exchange, self._profile, limit = taken
         else:
             with self._timed("profile"):
-                self._profile = together(lambda: self._profiled(measuring), everyone)
+                self._profile = measuring.profile()
         if runner.agreed.undecided:
             with self._timed("recompute"):
                 self._choose_recompute(held)
             with self._timed("profile"):
-                self._profile = together(lambda: self._profiled(measuring), everyone)
+                self._profile = measuring.profile()
+        self._tokens = measuring.tokens
+        found = self._candidates = Candidates(
+            runner, options, self._profile, count=len(self._pieces), tokens=self._tokens
+        )
         with self._timed("solve"):
 
             def solve_or_end() -> None:
-                with self._ending_at_once():
-                    self._solve(limit, slack if limit is None else None)
+                with measuring.ending_at_once():
+                    found.find(limit, slack if limit is None else None)
 
-            together(solve_or_end, everyone)
-            self._agree()
-        self._trials = Trials(tuple(self._builders) if options.plans else (), options.rounds)
+            together(solve_or_end, runner.context.world_group)
+            found.agree()
+        self._trials = Trials(self.candidates if options.plans else (), options.rounds)
         self._began = time.perf_counter()
         if not options.plans:
             self._choose()
@@ -174,7 +132,15 @@ class Session:
     @property
     def candidates(self) -> tuple[str, ...]:
         """Names of the plans that are tried."""
-        return tuple(self._builders)
+        return tuple(self._candidates.builders)
+
+    @property
+    def left_out(self) -> dict[str, float]:
+        """Plans that are not tried since they need more than the given memory limit, and bytes.
+
+        `sequential`, to which all are compared, is always tried.
+        """
+        return self._candidates.left_out
 
     @contextmanager
     def step(self, batch: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
@@ -185,7 +151,7 @@ class Session:
             self._schedules.follow_next()
         else:
             name = self._trials.next() if self._trials.left else self._to_trace[0]
-            self._runner.use_plan(name, self._builders[name])
+            self._use(name)
         watch = Stopwatch(self._runner.device)
         with ExitStack() as stack:
             if not self.steps_left:
@@ -228,179 +194,11 @@ class Session:
         if self._schedules is not None:
             self._schedules.leave()
 
-    def _ending_at_once(self) -> AbstractContextManager[None]:
-        return self._ending.ending_at_once() if self._ending is not None else nullcontext()
-
-    def _take_exchange(self, progress: Progress | None, slack: float | None) -> Taken:
-        reduction = Reduction.of(self._runner.gradient_buffers)
-        return take_fastest(
-            self._runner,
-            self._pieces,
-            partial(self._measure, progress, reduction),
-            tokens=self._tokens,
-            memory_limit=self._options.memory_limit,
-            memory_slack=slack,
-            ending=self._ending_at_once,
-        )
-
     def _choose_recompute(self, held: float) -> None:
         """Let backward make again what the memory asks for, by the times that were measured."""
         runner = self._runner
         costs = Costs.of(self._profile)
         when_measured(runner.agreed, self._pieces, runner.memory_limit, held, costs)
-
-    def _measure(self, progress: Progress | None, reduction: Reduction | None = None) -> Profile:
-        engine, everyone = self._runner.engine, self._runner.context.world_group
-        profile = take_profile(
-            engine,
-            self._pieces[0],
-            self._made_for,
-            group=self._group,
-            progress=progress,
-            reduction=reduction,
-            others=routings_of(engine, self._pieces, everyone),
-        )
-        transfers = take_transfers(engine, self._runner.context, self._tokens)
-        return replace(profile, transfers=transfers)
-
-    @property
-    def _group(self) -> dist.ProcessGroup | None:
-        return self._runner.context.stage_group
-
-    @property
-    def _made_for(self) -> Fingerprint:
-        agreed = self._runner.agreed
-        return fingerprint(agreed.engine, self._pieces[0], agreed.conditions, agreed.kernels.names)
-
-    @cached_property
-    def _tokens(self) -> int:
-        """Tokens of a micro-batch: ranks may have other batches, but need the same plan."""
-        most = torch.tensor([float(self._pieces[0].tokens)])
-        return int(largest(most, self._group))
-
-    def _measuring(self, progress: Progress | None, done: int, total: int, label: str) -> None:
-        """Between two measurements, at the same ones on all ranks that measure together."""
-        if self._ending is not None:
-            told = torch.tensor([float(self._ending.is_told_to_end())])
-            if largest(told, self._group).item():
-                raise SIGTERMException
-        if progress is not None:
-            progress(done, total, label)
-
-    def _profiled(self, progress: Progress | None) -> Profile:
-        """The profile file of this stage's first rank, or else a new one, which is saved there."""
-        runner, group = self._runner, self._group
-        path = of_stage(self._options.profile, runner.context)
-        given: Profile | str | None = None
-        if path is not None and runner.context.topology.rank_in_stage == 0 and path.exists():
-            try:
-                given = Profile.load(path, self._made_for)
-            except FileError as error:
-                given = str(error)
-        given = of_all_ranks(given, group)[0]
-        refusal = given if isinstance(given, str) else ""
-        refused = [text for text in of_all_ranks(refusal, runner.context.world_group) if text]
-        if refused:
-            raise FileError(refused[0])
-        # Stages measure together, or none does: what operators read comes from another stage.
-        if all(of_all_ranks(given is not None, runner.context.world_group)):
-            assert isinstance(given, Profile)
-            return given
-        profile = self._measure(progress, Reduction.of(runner.gradient_buffers))
-        if path is not None and runner.context.topology.rank_in_stage == 0:
-            profile.save(path)
-        return profile
-
-    def _solve(self, limit: float | None, slack: float | None) -> None:
-        layers = self._runner.engine.layers
-        costs = Costs.of(self._profile)
-        tokens = self._tokens
-        # Stages try the same plans, also one that has no GEMM to spare.
-        some = torch.tensor([float(bool(costs.sparable))])
-        spares = bool(largest(some, self._runner.context.world_group))
-        self._solution: ModelSolution = solve(
-            layers, costs, tokens=tokens, memory_limit=limit, memory_slack=slack
-        )
-        published = solve(layers, costs, algorithm="pairs", tokens=tokens)
-        self._builders: dict[str, Builder] = {
-            **BUILDERS,
-            "pairs": published.builder(),
-            "auto": self._solution.builder(),
-        }
-        if spares:
-            # The other end of what `auto` chooses from, should it choose wrongly.
-            everywhere = costs.sparing(costs.sparable)
-            spare = solve(layers, everywhere, tokens=tokens, memory_limit=limit, memory_slack=slack)
-            self._builders["spare"] = spare.builder()
-        given = self._runner.plan
-        if given not in self._builders:
-            self._builders[given] = named_plan(given, self._runner.agreed.conditions)
-        if not self._options.plans:
-            self._builders = {given: self._builders[given]}
-        given_limit = self._options.memory_limit
-        if given_limit is not None:
-            needs = {
-                name: peak_bytes(layers, builder, costs, tokens=tokens)
-                for name, builder in self._builders.items()
-                if name != REFERENCE
-            }
-            self.left_out = {name: peak for name, peak in needs.items() if peak > given_limit}
-        reductions = self._reductions()
-        self._predicted: dict[str, Simulation] = {
-            name: simulate(
-                layers,
-                builder,
-                costs,
-                micro_batches=len(self._pieces),
-                tokens=tokens,
-                reductions=reductions,
-            )
-            for name, builder in self._builders.items()
-        }
-        self._visits = (
-            {name: self._costs_of(name, costs, tokens) for name in self._builders}
-            if self._runner.context.topology.pp_size > 1
-            else {}
-        )
-
-    def _reductions(self) -> Reductions | None:
-        """What data-parallel ranks reduce in a step; nothing in a pipeline, whose visits know of
-        no reduction."""
-        reduction = Reduction.of(self._runner.gradient_buffers)
-        if reduction is None or self._runner.context.topology.pp_size > 1:
-            return None
-        return reduction.of_step(self._runner.engine, self._profile)
-
-    def _costs_of(self, name: str, costs: Costs, tokens: int) -> VisitTable:
-        """What the visits of this stage cost under a plan."""
-        layers = self._runner.engine.layers
-        chunks = self._runner.engine.stage.chunks
-        return self._stage.visits(
-            {chunk: [layers[i] for i in own] for chunk, own in chunks.items()},
-            self._builders[name],
-            costs,
-            busy=self._predicted[name].utilisation[Lane.COMPUTE],
-            tokens=tokens,
-        )
-
-    def _agree(self) -> None:
-        """Stages have layers of their own: what one leaves out, none tries, and a step takes as
-        long as all of them together."""
-        self._step_seconds = {name: step.seconds for name, step in self._predicted.items()}
-        if self._runner.context.topology.pp_size > 1:
-            links = links_of(self._profile.transfers)
-            known = of_all_ranks(
-                (self.left_out, self._visits, links), self._runner.context.groups.pp
-            )
-            every = {edge: link for *_, own in known for edge, link in own.items()}
-            for name in self._builders:
-                peaks = [left_out[name] for left_out, *_ in known if name in left_out]
-                if peaks:
-                    self.left_out[name] = max(peaks)
-                visits = [row[1][name] for row in known]
-                self._step_seconds[name] = self._stage.seconds(visits, every)
-        for name in self.left_out:
-            del self._builders[name], self._predicted[name]
 
     def _peak_bytes(self) -> float:
         """Most memory in use so far, on the rank that used most; of slots alone on CPU."""
@@ -413,8 +211,10 @@ class Session:
 
     def _choose(self) -> None:
         predicted = [
-            Outcome(name, self._step_seconds[name], self._predicted[name].exposed)
-            for name in self._builders
+            Outcome(
+                name, self._candidates.step_seconds[name], self._candidates.predicted[name].exposed
+            )
+            for name in self._candidates.builders
         ]
         if self._options.plans:
             table = torch.tensor(self._trials.table(), dtype=torch.float64)
@@ -429,13 +229,13 @@ class Session:
         self._to_trace = list(dict.fromkeys((self._reference, self._winner)))
         self._seconds["trials"] = time.perf_counter() - self._began
         if self._schedules is not None:
-            self._runner.use_plan(self._winner, self._builders[self._winner])
+            self._use(self._winner)
             with self._timed("schedules"):
                 self._schedules.begin(
                     Costs.of(self._profile),
-                    self._builders[self._winner],
+                    self._candidates.builders[self._winner],
                     links_of(self._profile.transfers),
-                    busy=self._predicted[self._winner].utilisation[Lane.COMPUTE],
+                    busy=self._candidates.predicted[self._winner].utilisation[Lane.COMPUTE],
                     tokens=self._tokens,
                     count=len(self._pieces),
                 )
@@ -446,55 +246,31 @@ class Session:
         return REFERENCE if self._options.plans else self._winner
 
     def _finish(self) -> None:
-        self._runner.use_plan(self._winner, self._builders[self._winner])
+        walked = self._schedules.chosen if self._schedules is not None else None
+        self._use(self._winner)
         self.findings = Findings(
             self._profile,
-            self._solution,
-            self._plan_file(),
+            self._candidates.solution,
+            plan_file(
+                self._runner,
+                self._candidates,
+                self._winner,
+                self._reason,
+                self._outcomes,
+                walked,
+            ),
             self._outcomes,
             self._winner,
             self._reason,
-            self._predicted,
+            self._candidates.predicted,
             {name: intervals(spans) for name, spans in self._spans.items()},
             self._seconds,
             self._reference,
-            self._schedules.chosen if self._schedules is not None else None,
+            walked,
         )
 
-    def _plan_file(self) -> PlanFile:
-        graphs: dict[str, Graph] = {}
-        for pair in self._runner.engine.layers:
-            for graph in (pair.forward, pair.backward):
-                graphs[graph.fingerprint] = graph
-        builder = self._builders[self._winner]
-        kinds: Sequence[Kind] = list(self._solution.solutions)
-        mine = PlanFile.of(
-            {(f, b): builder(graphs.get(f), graphs.get(b)) for f, b in kinds},
-            graphs.values(),
-            conditions=self._runner.agreed.conditions,
-            versions=versions(),
-            notes={
-                "plan": self._winner,
-                "reason": self._reason,
-                "step_ms": {
-                    o.name: {"predicted": o.predicted * 1e3, "measured": (o.measured or 0) * 1e3}
-                    for o in self._outcomes
-                },
-            },
-        )
-        # Other stages have pairs of graphs that this one has not.
-        plans, names = dict(mine.plans), dict(mine.graphs)
-        for more, others in of_all_ranks((plans, names), self._runner.context.world_group):
-            plans, names = {**more, **plans}, {**others, **names}
-        chosen = self._runner.agreed.chosen
-        walked = self._schedules.chosen if self._schedules is not None else None
-        return replace(
-            mine,
-            plans=plans,
-            graphs=names,
-            recompute=chosen or {},
-            schedule=walked.kept if walked is not None else {},
-        )
+    def _use(self, name: str) -> None:
+        self._runner.use_plan(name, self._candidates.builders[name])
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dhellam.autosearch.options import Options
 from lightning_dhellam.autosearch.profiling import routings_of
-from lightning_dhellam.autosearch.session import Options, Session
+from lightning_dhellam.autosearch.session import Session
 from lightning_dhellam.engine.lanes import CpuLanes
 from lightning_dhellam.models import ModelConfig, export_huggingface, import_huggingface
 from lightning_dhellam.parallel.experts import ExpertNames

@@ -18,7 +18,15 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dhellam.autosearch import AutoSearch, exchanges, profiling, session
+from lightning_dhellam.autosearch import (
+    AutoSearch,
+    candidates,
+    exchanges,
+    measuring,
+    options,
+    profiling,
+    session,
+)
 from lightning_dhellam.autosearch import callback as autosearch
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.plan import BUILDERS, Collective, Lane
@@ -581,7 +589,7 @@ def test_a_profile_is_used_again_or_refused(
     def measured_again(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(session, "take_profile", measured_again)
+    monkeypatch.setattr(measuring, "take_profile", measured_again)
     searched(tmp_path, STEPS, profile=str(file))
     assert (tmp_path / "search" / "plan.json").exists()
     with pytest.raises(ValueError, match=r": micro_batch_size is 3 in the file and 2 here"):
@@ -667,16 +675,16 @@ def test_searched_plans_may_take_a_share_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float | None
 ) -> None:
     given: list[float | None] = []
-    real = session.solve
+    real = candidates.solve
 
     def solve(*args: Any, memory_slack: float | None = None, **kwargs: Any) -> Any:
         given.append(memory_slack)
         return real(*args, memory_slack=memory_slack, **kwargs)
 
-    monkeypatch.setattr(session, "solve", solve)
+    monkeypatch.setattr(candidates, "solve", solve)
     monkeypatch.setattr(session.Session, "_peak_bytes", lambda _: 1000.0)
     searched(tmp_path, **({} if share is None else {"memory_slack": share}))
-    expected = 1000.0 * (session.MEMORY_SLACK if share is None else share)
+    expected = 1000.0 * (options.MEMORY_SLACK if share is None else share)
     assert given and given[0] == expected
 
 
@@ -686,7 +694,7 @@ def test_plans_that_need_more_memory_than_allowed_are_not_tried(
     def peak(layers: Any, builder: Any, *args: Any, **kwargs: Any) -> float:
         return 3e12 if builder in (BUILDERS["interleaved"], BUILDERS["sequential"]) else 1.0
 
-    monkeypatch.setattr(session, "peak_bytes", peak)
+    monkeypatch.setattr(candidates, "peak_bytes", peak)
     _, plans = searched(tmp_path, strategy={"plan": "auto"}, memory_limit=2e12)
     assert "interleaved" not in plans and {"sequential", "dhellam", "auto"} <= set(plans)
     said = "'interleaved' is not tried: it needs 3000000000000 bytes in a pair of layers, and"
@@ -714,7 +722,7 @@ def with_a_limit(rank: int, folder: Path) -> list[str]:
         return 3e12 if rank == 1 and builder is BUILDERS["dhellam"] else 1.0
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session, "peak_bytes", needs)
+        patched.setattr(candidates, "peak_bytes", needs)
         strategy = {"pipeline_parallel_size": 2, "micro_batch_size": 3, "schedule": "1f1b"}
         return searched(folder, strategy=strategy, memory_limit=2e12)[1]
 
@@ -737,7 +745,7 @@ def with_spares(rank: int, folder: Path) -> list[str]:
             return replace(Costs.of(profile), spares=gemms)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session, "Costs", Measured)
+        patched.setattr(candidates, "Costs", Measured)
         strategy = {"pipeline_parallel_size": 2, "micro_batch_size": 3}
         return searched(folder, strategy=strategy, steps=STEPS + 6)[1]
 

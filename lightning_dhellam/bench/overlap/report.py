@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dhellam.autosearch.session import MEMORY_SLACK
+from lightning_dhellam.autosearch.options import MEMORY_SLACK
 from lightning_dhellam.bench.overlap.cells import Cell
 from lightning_dhellam.bench.overlap.settings import Settings
 from lightning_dhellam.bench.report import Row

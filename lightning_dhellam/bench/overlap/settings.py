@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lightning_dhellam.autosearch.session import MEMORY_SLACK
+from lightning_dhellam.autosearch.options import MEMORY_SLACK
 from lightning_dhellam.bench.overlap.cells import Cell, cells
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.shapes import parse_link
