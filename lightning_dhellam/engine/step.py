@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch
-from lightning_dhellam.engine.executor import (
-    Entry,
-    Executor,
-    Observer,
-    OnGradient,
-    Wrap,
-)
+from lightning_dhellam.engine.executor import Entry, Executor, Observer, OnGradient, Wrap
 from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.programs import Programs
 from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
@@ -28,14 +22,7 @@ from lightning_dhellam.engine.trace import Tracer
 from lightning_dhellam.engine.walk import Walker
 from lightning_dhellam.pipeline.schedules import Scheme
 from lightning_dhellam.pipeline.stage import Stage
-from lightning_dhellam.plan import (
-    BUILDERS,
-    Builder,
-    Ends,
-    Graph,
-    GraphPair,
-    Plan,
-)
+from lightning_dhellam.plan import BUILDERS, Builder, Ends, Graph, GraphPair, Plan
 
 _QUEUED = 100
 """Operators that a device takes into its queue without holding up the host."""

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.parallel.context import ParallelContext
-from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.gradients import GradientBuffers
+from lightning_dhellam.parallel.holding import Holding
 from lightning_dhellam.parallel.loss_scale import LossScale
-from lightning_dhellam.parallel.masters import StepsFollow
 from lightning_dhellam.parallel.optimizer_state import (
-    UNNAMED,
     Form,
-    Names,
     Restored,
     from_numbers,
     named,
     restore,
 )
-from lightning_dhellam.parallel.regroup import State, put_back, requiring_gradients, whole_state
+from lightning_dhellam.parallel.regroup import put_back, requiring_gradients
 from lightning_dhellam.parallel.replicas import counts_here
-from lightning_dhellam.parallel.skipping import SkippedSteps, SkippingOptimizer, prefer_fused
-from lightning_dhellam.parallel.wrapping import parts, stepped, weights_of, wrap
+from lightning_dhellam.parallel.skipping import SkippedSteps, prefer_fused
 
 _LOSS_SCALE = "loss_scale"
 """What the scale of the loss is called beside the state of the user's optimizer."""
@@ -77,12 +71,18 @@ class ModelParallelOptimizer:
         loss_scale: LossScale | None = None,
     ) -> None:
         prefer_fused(optimizer, context.device)
-        self._inner = optimizer
+        self._held = Holding(
+            optimizer,
+            buffers,
+            context,
+            names,
+            sharded=sharded,
+            master_weights=master_weights,
+        )
         self._context = context
         self._parameter_names = names
         self._has_masters = master_weights
         self._sharded = sharded
-        self._members: list[list[Tensor]] = [list(g["params"]) for g in optimizer.param_groups]
         tells = context.topology.rank == 0
         self._skipped = SkippedSteps(context.device, max_skipped_steps, tells=tells)
         self.loss_scale = loss_scale
@@ -91,85 +91,19 @@ class ModelParallelOptimizer:
         self._loss: Tensor | None = None
         self._prepared = False
         self._hidden: list[Tensor] = []
-        self._shown: list[list[Tensor]] | None = None
         self.steps = 0
         self.watchers: list[Callable[[Tensor], None]] = []
         self.followers: list[Callable[[Tensor | None], None]] = []
-        self._hold(buffers)
-
-    def _hold(self, buffers: GradientBuffers) -> None:
-        """Step the parameters that have a buffer. All others of the user's groups rest."""
-        optimizer, context, names = self._inner, self._context, self._parameter_names
-        held = set(map(id, buffers.ddp.params_with_grad))
-        groups = [
-            [names.get(p, f"{UNNAMED}{i} of group {g}") for i, p in enumerate(members)]
-            for g, members in enumerate(self._members)
-        ]
-        own = []
-        for group, members, of_group in zip(
-            optimizer.param_groups, self._members, groups, strict=True
-        ):
-            # Megatron's sharded optimizer asks every group. One optimizer steps experts as well.
-            group.setdefault("is_expert_parallel", False)
-            group["params"] = [p for p in members if id(p) in held]
-            both = zip(members, of_group, strict=True)
-            own.append([name for p, name in both if id(p) in held])
-        config = OptimizerConfig(
-            bf16=self._has_masters,
-            use_distributed_optimizer=self._sharded,
-            # Clipping is done here: Megatron's reads the norm on the host in every step.
-            clip_grad=0.0,
-        )
-        with context.megatron():
-            self._megatron = wrap(
-                optimizer, config, buffers, context, self._sharded, self._has_masters
-            )
-        self._buffers = buffers
-        self._parts = parts(self._megatron, names) if self._sharded else {}
-        self._names = Names(stepped(self._megatron, names) if self._sharded else own, groups)
-        self._models = weights_of(self._megatron)
-        self._own = [group["params"] for group in optimizer.param_groups]
-        for group, members in zip(optimizer.param_groups, self._members, strict=True):
-            group["params"] = list(members)
-        self._weights = StepsFollow(
-            self._megatron, buffers, sharded=self._sharded, master_weights=self._has_masters
-        )
-        self._skipping = SkippingOptimizer(optimizer, context.device)
-        self._megatron.optimizer = self._skipping
 
     @property
     def inner(self) -> Optimizer:
         """The user's own."""
-        return self._inner
+        return self._held.inner
 
     @property
     def parameters(self) -> list[Tensor]:
         """What the user's optimizer steps on this rank."""
-        return [p for group in self._own for p in group]
-
-    def _show_stepped(self) -> None:
-        """Let the user's optimizer hold what it steps, as it must for a step and in its hooks."""
-        if self._shown is None:
-            self._shown = [group["params"] for group in self._inner.param_groups]
-            for group, own in zip(self._inner.param_groups, self._own, strict=False):
-                group["params"] = own
-
-    def _show_model(self) -> None:
-        """Let the user's optimizer hold the model's parameters, which the user has given to it."""
-        if self._shown is not None:
-            for group, shown in zip(self._inner.param_groups, self._shown, strict=True):
-                group["params"] = shown
-            self._shown = None
-
-    @contextmanager
-    def _showing_stepped(self) -> Iterator[None]:
-        before = self._shown is None
-        self._show_stepped()
-        try:
-            yield
-        finally:
-            if before:
-                self._show_model()
+        return self._held.parameters
 
     @property
     def skipped_steps(self) -> int:
@@ -181,10 +115,10 @@ class ModelParallelOptimizer:
 
     def begin(self) -> None:
         """A step begins: what was known of the gradients counts no more."""
-        self._show_model()
+        self._held.show_model()
         self._norm = self._finite = self._loss = None
         self._prepared = False
-        self._hidden = [own for own, model in self._models if not model.requires_grad]
+        self._hidden = [own for own, model in self._held.models if not model.requires_grad]
 
     def saw(self, loss: Tensor) -> None:
         """Note this rank's loss of the step, a scalar: unless it is finite, `step` does nothing."""
@@ -195,11 +129,11 @@ class ModelParallelOptimizer:
         if self._prepared:
             return
         self._prepared = True
-        self._show_stepped()
+        self._held.show_stepped()
         with self._context.megatron():
-            self._megatron.prepare_grads()
+            self._held.megatron.prepare_grads()
         if self.loss_scale is not None:
-            grads = [own.grad for own, _ in self._models if own.grad is not None]
+            grads = [own.grad for own, _ in self._held.models if own.grad is not None]
             self.loss_scale.unscale_(grads)
         for parameter in self._hidden:  # frozen: no decay either, and no momentum
             parameter.grad = None
@@ -215,7 +149,7 @@ class ModelParallelOptimizer:
             topology = self._context.topology
             grads = [
                 own.grad
-                for own, model in self._models
+                for own, model in self._held.models
                 if own.grad is not None and counts_here(model, topology, in_parts=self._sharded)
             ]
             square = torch.zeros((), dtype=torch.float32, device=self._context.device)
@@ -237,7 +171,7 @@ class ModelParallelOptimizer:
         self.prepare()
         return [
             self._parameter_names[model]
-            for own, model in self._models
+            for own, model in self._held.models
             if own.grad is not None and not bool(own.grad.isfinite().all())
         ]
 
@@ -271,18 +205,18 @@ class ModelParallelOptimizer:
             watch(self._finite)
         self._skipped.check()
         if not self._context.emulated:  # where numbers mean nothing
-            self._skipping.finite = self._finite
+            self._held.skipping.finite = self._finite
         with self._context.megatron(), torch.no_grad():
-            self._weights.take_changes()
-            self._megatron.step_with_ready_grads()
+            self._held.weights.take_changes()
+            self._held.megatron.step_with_ready_grads()
             for follow in self.followers:
-                follow(self._skipping.finite)
+                follow(self._held.skipping.finite)
         for parameter in self.parameters:
             # The gradient of an fp32 parameter is Megatron's buffer itself: let go of it, or the
             # next zero_grad could clear what the next step has put there.
             parameter.grad = None
-        self._show_model()
-        finite, scale = self._skipping.finite, self.loss_scale
+        self._held.show_model()
+        finite, scale = self._held.skipping.finite, self.loss_scale
         if finite is not None:
             if scale is not None:
                 scale.update(finite)
@@ -295,13 +229,7 @@ class ModelParallelOptimizer:
         It waits for that step, so it is for the next one and for where the host waits anyway.
         """
         if self._skipped.hear():
-            self._skipping.was_skipped()
-
-    @property
-    def has_others(self) -> bool:
-        """Whether the user's optimizer was given parameters since, as by `add_param_group`."""
-        groups = self._shown or [group["params"] for group in self._inner.param_groups]
-        return [[*map(id, group)] for group in groups] != [[*map(id, m)] for m in self._members]
+            self._held.skipping.was_skipped()
 
     def follow(self, make_buffers: Callable[[], GradientBuffers]) -> None:
         """Step what requires a gradient by now, and nothing else, from the next step on.
@@ -315,13 +243,13 @@ class ModelParallelOptimizer:
         Raises:
             ValueError: the user's optimizer does not have a parameter that requires a gradient.
         """
-        self._show_model()
-        groups = [list(group["params"]) for group in self._inner.param_groups]
+        self._held.show_model()
+        groups = [list(group["params"]) for group in self._held.inner.param_groups]
         members = {id(p) for of_group in groups for p in of_group}
-        held = {id(p) for p in self._buffers.ddp.params_with_grad}
+        held = {id(p) for p in self._held.buffers.ddp.params_with_grad}
         trained = {n: id(p) for p, n in self._parameter_names.items() if p.requires_grad}
         lacking = [name for name, one in trained.items() if one not in members]
-        new = self.has_others or not held.issuperset(trained.values())
+        new = self._held.has_others or not held.issuperset(trained.values())
         # Ranks that share experts train different ones.
         of_stage = of_all_ranks((lacking[:1], new), self._context.stage_group)
         for name in chain.from_iterable(names for names, _ in of_stage):
@@ -330,83 +258,64 @@ class ModelParallelOptimizer:
                 " have it: give it to configure_optimizers, or to optimizer.add_param_group"
             )
         if not any(is_new for _, is_new in of_stage):
-            self._buffers.expect_others()
+            self._held.buffers.expect_others()
             return
         self._regroup(groups, make_buffers)
-
-    def _by_name(self) -> dict[str, Any]:
-        stepped = list(zip(chain.from_iterable(self._names.own), self.parameters, strict=True))
-        state = self._inner.state
-        return {
-            "state": {name: state[p] for name, p in stepped if p in state},
-            "master_weights": {n: p.detach() for n, p in stepped} if self._has_masters else {},
-            "parts": self._parts,
-        }
-
-    def _whole_state(self) -> State:
-        """The whole state of every parameter, from all ranks that hold it."""
-        saved, ranks = self._by_name(), self._context.groups
-        whole: State = {}
-        for of_experts, group in ((False, ranks.dp_cp), (True, ranks.expt_dp)):
-            named = self._parameter_names.items()
-            shapes = {name: p.shape for p, name in named if is_expert(p) is of_experts}
-            whole |= whole_state(saved, shapes, group if self._sharded else None)
-        return whole
 
     def _regroup(
         self, groups: list[list[Tensor]], make_buffers: Callable[[], GradientBuffers]
     ) -> None:
+        held = self._held
         self.settle()
         with torch.no_grad():
-            self._weights.take_changes()
-            state = self._whole_state()
-        self._inner.state.clear()
-        self._members = groups
-        with requiring_gradients(self._buffers.ddp.params_with_grad):
-            self._hold(make_buffers())
-        names = chain.from_iterable(self._names.own)
+            held.weights.take_changes()
+            state = held.whole_state()
+        held.inner.state.clear()
+        held.members = groups
+        with requiring_gradients(held.buffers.ddp.params_with_grad):
+            held.take(make_buffers())
+        stepped = [*zip(held.stepped_names, held.parameters, strict=True)]
         with torch.no_grad():
-            put_back(self._inner, [*zip(names, self.parameters, strict=True)], state, self._parts)
+            put_back(held.inner, stepped, state, held.parts)
 
     def reload(self) -> None:
         """Take the model's parameters as they are now, after they were loaded, and no low bits."""
-        with self._showing_stepped(), self._context.megatron(), torch.no_grad():
-            self._weights.take_changes()
-            self._megatron.reload_model_params()
+        with self._held.showing_stepped(), self._context.megatron(), torch.no_grad():
+            self._held.weights.take_changes()
+            self._held.megatron.reload_model_params()
+
+    @property
+    def has_others(self) -> bool:
+        """Whether the user's optimizer was given parameters since, as by `add_param_group`."""
+        return self._held.has_others
 
     @property
     def form(self) -> Form:
         """What of a state `load_state_dict` takes on this rank."""
-        held = self._buffers.ddp.params_with_grad
-        return Form(
-            stepped=[*chain.from_iterable(self._names.own)],
-            trained={self._parameter_names[parameter] for parameter in held},
-            parts=self._parts,
-            masters=self._has_masters,
-            groups=self._names.groups,
-        )
+        return self._held.form
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the form of `state_dict`, besides sizes and precision."""
-        return {"optimizer": type(self._inner).__name__, "distributed_optimizer": self._sharded}
+        return {
+            "optimizer": type(self._held.inner).__name__,
+            "distributed_optimizer": self._sharded,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, by the names of parameters; see `optimizer_state`."""
         self.settle()
         with torch.no_grad():
-            self._weights.take_changes()
+            self._held.weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._has_masters else []
-        with self._showing_stepped():
-            state = named(self._inner.state_dict(), self._names)
+        with self._held.showing_stepped():
+            state = named(self._held.inner.state_dict(), self._held.names)
         if self.loss_scale is not None:
             state["other"][_LOSS_SCALE] = self.loss_scale.state_dict()
         return {
             **state,
-            "master_weights": dict(
-                zip(chain.from_iterable(self._names.own), masters, strict=False)
-            ),
-            "parts": self._parts,
+            "master_weights": dict(zip(self._held.stepped_names, masters, strict=False)),
+            "parts": self._held.parts,
         }
 
     def load_state_dict(
@@ -422,31 +331,29 @@ class ModelParallelOptimizer:
             ValueError: a parameter or a group is not in both.
         """
         self.settle()
-        saved = from_numbers(state, self._names) if "optimizer" in state else state
+        saved = from_numbers(state, self._held.names) if "optimizer" in state else state
         other = {**saved["other"]}
         scale = other.pop(_LOSS_SCALE, None)
         saved = {**saved, "other": other}
-        frozen = set(saved["state"]).difference(*self._names.own)
+        frozen = set(saved["state"]).difference(*self._held.names.own)
         if frozen:
             raise ValueError(
                 f"the checkpoint has the optimizer's state of '{min(frozen)}', which has not been"
                 " trained in this run: unfreeze what was trained by then, in on_fit_start or"
                 " on_load_checkpoint, and freeze it again after that if need be"
             )
-        if saved.get("parts", self._parts) != self._parts:
+        if saved.get("parts", self._held.parts) != self._held.parts:
             raise ValueError(
                 "the checkpoint's optimizer has other parts of the parameters on this rank: use the"
                 " bucket_size and the number of ranks that it was saved with"
             )
-        with self._showing_stepped():
-            restored = restore(self._inner, saved, self._names, resume_settings)
+        with self._held.showing_stepped():
+            restored = restore(self._held.inner, saved, self._held.names, resume_settings)
         if scale is not None and self.loss_scale is not None:
             self.loss_scale.load_state_dict(scale)
         if self._has_masters:
             masters = saved["master_weights"]
-            for name, parameter in zip(
-                chain.from_iterable(self._names.own), self.parameters, strict=True
-            ):
+            for name, parameter in zip(self._held.stepped_names, self.parameters, strict=True):
                 if name in masters:  # it may have been frozen then
                     parameter.data.copy_(masters[name])
         return restored
