@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from lightning_dhellam.autosearch.exchanges import take_fastest
+from lightning_dhellam.autosearch.options import MEMORY_SLACK
 from lightning_dhellam.autosearch.profiling import of_stage, versions
 from lightning_dhellam.autosearch.schedules import SEARCHED, TRIED, Forecast, forecast
-from lightning_dhellam.autosearch.session import MEMORY_SLACK
 from lightning_dhellam.bench.plans import PLANS, Plans, budget_within
 from lightning_dhellam.bench.scheduling import Measured, profile_of
 from lightning_dhellam.bench.several.job import AUTO, OURS, PLAN, Job
