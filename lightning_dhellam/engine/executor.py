@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler import record_function
 
-from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.plan import (
     SHARED,
     Graph,

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch
-from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot, Tape
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.plan import Graph
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch
 from lightning_dhellam.engine.executor import Entry, Executor, Observer, OnGradient, Wrap
-from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.programs import Programs
 from lightning_dhellam.engine.rehearsal import Rehearsals, untouched
 from lightning_dhellam.engine.trace import Tracer
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.engine.walk import Walker
 from lightning_dhellam.pipeline.schedules import Scheme
 from lightning_dhellam.pipeline.stage import Stage

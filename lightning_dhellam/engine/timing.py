@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_dhellam.engine.lanes import CYCLES, CudaLanes, Lanes, hold
+from lightning_dhellam.engine.lanes import CYCLES, CudaLanes, hold
 from lightning_dhellam.engine.tape import tensors
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.parallel.collectives import Pending, largest
 from lightning_dhellam.parallel.link import CopyEngine
 from lightning_dhellam.plan import Lane, Operator

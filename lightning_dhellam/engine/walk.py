@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch
 from lightning_dhellam.engine.executor import Executor, Job, OnGradient, receives
-from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.programs import Programs
 from lightning_dhellam.engine.state import StepState
 from lightning_dhellam.engine.tape import Slot
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.pipeline.stage import Leg, Step
 from lightning_dhellam.plan import BEGIN, Graph, Operator, Strand
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dhellam.engine.lanes import Lanes
 from lightning_dhellam.engine.tape import Slot
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.parallel.work import Once

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -72,6 +73,19 @@ def _freed(part: Part, saved: int, left: int) -> int:
     return {Part.INPUT: saved - left, Part.WEIGHT: left}.get(part, saved)
 
 
+class Peak(NamedTuple):
+    """The most bytes that all slots of a step take at once.
+
+    Attributes:
+        slots: as they are counted: each until its last reader was issued.
+        allocated: on a GPU, where memory goes back to the lane that made it only when that has
+            waited for all who read it, and that of sends some walks later.
+    """
+
+    slots: int
+    allocated: int
+
+
 def activation_peak(
     lowered: Lowered,
     builder: Builder,
@@ -80,7 +94,7 @@ def activation_peak(
     samples: int,
     micro_batch_size: int,
     length: int,
-) -> int:
+) -> Peak:
     """Predict the most bytes that all slots of a training step take at once on one rank.
 
     The engine itself walks the step, on lanes that only count: saved slots, what is live inside of
@@ -101,7 +115,8 @@ def activation_peak(
     engine.suit(length)
     engine.train(micro_batches(topology, samples, micro_batch_size, length))
     assert not lanes.ledger.slots, "slots outlive the step"
-    return lanes.ledger.peak_bytes
+    assert not lanes.allocated.bytes, "memory is held beyond the step"
+    return Peak(lanes.ledger.peak_bytes, lanes.allocated.peak_bytes)
 
 
 def micro_batches(

@@ -7,6 +7,7 @@ are those of the run itself:
     weights, gradients, optimizer   what `model_states` counts: Megatron's padding and shards too
     activations                     the most that all slots of a step take at once: saved ones,
                                     those in use within a layer, what is gathered and received
+    held                            what a GPU holds of slots beyond their last reader
     batch                           tokens, labels and what is made of them
     slack                           an assumption: see `RankMemory.slack`
 
@@ -25,7 +26,12 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.layers import Loss, Lowered, lower
-from lightning_dhellam.memory.activations import activation_peak, micro_batches, without_memory
+from lightning_dhellam.memory.activations import (
+    Peak,
+    activation_peak,
+    micro_batches,
+    without_memory,
+)
 from lightning_dhellam.memory.fitting import SHARE, fit_by_rule
 from lightning_dhellam.memory.model_states import (
     ModelStates,
@@ -143,6 +149,8 @@ class RankMemory:
         optimizer: master weights and state.
         activations: all slots of a step.
         batch: tokens, labels, and what is made of them.
+        held: beyond that of slots whose last reader was issued, until the lane that made them has
+            waited for it: on GPUs, where lanes run behind the host.
     """
 
     stage: int
@@ -152,12 +160,18 @@ class RankMemory:
     optimizer: int
     activations: int
     batch: int
+    held: int = 0
 
     @property
     def tensors(self) -> int:
-        """All that is derived, without slack."""
-        held = self.weights + self.gradients + self.optimizer
-        return held + self.activations + self.batch
+        """All that is in use at once."""
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.batch
+
+    @property
+    def allocated(self) -> int:
+        """All that a GPU has given away at once, without slack."""
+        return self.tensors + self.held
 
     @property
     def slack(self) -> int:
@@ -167,12 +181,12 @@ class RankMemory:
     @property
     def total(self) -> int:
         """All, slack included."""
-        return self.tensors + self.slack
+        return self.allocated + self.slack
 
     @property
     def parts(self) -> Mapping[str, int]:
         """The bytes by what for, in the order of a table."""
-        names = ("weights", "gradients", "optimizer", "activations", "batch", "slack")
+        names = ("weights", "gradients", "optimizer", "activations", "batch", "held", "slack")
         return {name: getattr(self, name) for name in names}
 
 
@@ -204,12 +218,13 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
         found.weights,
         found.gradients,
         found.optimizer,
-        peak,
+        peak.slots,
         batch,
+        peak.allocated - peak.slots,
     )
 
 
-def step_bytes(run: Run, rank: int, trained: Mapping[str, bool], states: int) -> tuple[int, int]:
+def step_bytes(run: Run, rank: int, trained: Mapping[str, bool], states: int) -> tuple[Peak, int]:
     """Predict the most bytes of slots in a step of one rank, and those of its batch.
 
     Args:
@@ -258,7 +273,7 @@ def _model_states(run: Run, model: CausalLM, context: ParallelContext) -> ModelS
     return model_states(model, buffers, wrapped)
 
 
-def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[int, int]:
+def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[Peak, int]:
     """The most bytes of slots in a step, and those of the batch."""
     lowering = partial(
         lower,

@@ -7,7 +7,7 @@ once on tensors that have a shape and no memory (torch's fake tensors), and is k
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from lightning_dhellam.engine.lanes import Lanes
-from lightning_dhellam.engine.tape import Ledger, Mark, Slot, tensors
+from lightning_dhellam.engine.tape import Ledger, Slot, tensors
+from lightning_dhellam.engine.tracks import TrackLanes
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import Lane, Operator, Track
 
@@ -60,20 +60,24 @@ class SizedLedger(Ledger):
         return value.storages if isinstance(value, Sized) else ()
 
 
-class SizedLanes(Lanes):
-    """Everything is there at once, and nothing is computed."""
+class SizedLanes(TrackLanes):
+    """Nothing is computed, and lanes wait for each other as those of a device do.
+
+    Attributes:
+        allocated: what a device holds. The ledger counts a slot until its last reader was issued;
+            its memory goes back when its lane has waited for that, and that of a send some walks
+            later.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = SizedLedger()
+        self.allocated = SizedLedger()
         self._known: dict[tuple[Any, ...], _Found] = {}
         self._kinds: dict[int, tuple[Operator, Hashable]] = {}
-        self._numbers = count(1)
+        self._storage_numbers = count(1)
 
-    def launch(
-        self, operator: Operator, inputs: Sequence[Slot], crosses: bool, first: bool = False
-    ) -> tuple[Any, Mark]:
-        values = [slot.value for slot in inputs]
+    def _run(self, operator: Operator, values: Sequence[Any], first: bool) -> Any:
         likes = [value.like if isinstance(value, Sized) else value for value in values]
         given = [
             pair for value, like in zip(values, likes, strict=True) for pair in _of(value, like)
@@ -82,13 +86,21 @@ class SizedLanes(Lanes):
         if key not in self._known:
             self._known[key] = _found(operator, likes)
         found = self._known[key]
-        fresh = [(next(self._numbers), size) for size in found.made]
+        fresh = [(next(self._storage_numbers), size) for size in found.made]
         results = tuple(
             Sized(like, tuple(given[n] if n >= 0 else fresh[-1 - n] for n in numbers))
             for like, numbers in zip(found.likes, found.origins, strict=True)
         )
-        mark = Mark(operator.track, 0, None, None)
-        return results if len(operator.writes) != 1 else results[0], mark
+        return results if len(operator.writes) != 1 else results[0]
+
+    def _look(self, operator: Operator, inputs: Sequence[Slot]) -> Any:
+        return self._run(operator, [slot.value for slot in inputs], first=False)
+
+    def _record(self, track: Track) -> Any:
+        return True
+
+    def _follow(self, track: Track, done: Any) -> None:
+        """Nothing to wait for."""
 
     def _kind(self, operator: Operator) -> Hashable:
         """What operators of layers of one shape have in common: their results are as large."""
@@ -102,33 +114,24 @@ class SizedLanes(Lanes):
     def share(self, spare: bool) -> None:
         """Nothing to share."""
 
-    def barrier(self) -> None:
-        """Nothing to wait for."""
-
-    def drain(self) -> None:
-        """Nothing to wait for."""
-
-    def settle(self, ahead: int) -> None:
-        """Nothing to wait for."""
-
-    def constants(self, values: Mapping[str, Any]) -> dict[str, Slot]:
-        mark = Mark(Track(Lane.COMPUTE), 0, None, None)
-        return {
-            name: value if isinstance(value, Slot) else Slot(value, mark)
-            for name, value in values.items()
-        }
-
     @contextmanager
     def on(self, lane: Lane) -> Iterator[None]:
         yield
 
+    def born(self, slot: Slot) -> None:
+        """Note that `slot` is live, and was allocated."""
+        super().born(slot)
+        self.allocated.add(slot)
+
     def hand_out(self, slot: Slot) -> Any:
         """The value of a slot that leaves the engine, of which the shape is known."""
+        self.allocated.remove(slot)
         value = super().hand_out(slot)
         return value.like if isinstance(value, Sized) else value
 
-    def _free(self, slot: Slot) -> None:
-        slot.value = None
+    def _drop(self, slot: Slot) -> None:
+        self.allocated.remove(slot)
+        super()._drop(slot)
 
 
 def _found(operator: Operator, likes: Sequence[Any]) -> _Found:

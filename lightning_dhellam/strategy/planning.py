@@ -158,7 +158,8 @@ class MemoryWatch:
         try:
             states = runner.model_states.total
             slots, self._batch = step_bytes(run, run.topology.rank, trained, states)
-            return states + slots + self._batch
+            on_cuda = runner.device.type == "cuda"
+            return states + (slots.allocated if on_cuda else slots.slots) + self._batch
         except Exception as error:  # a user's block, which cannot do without values, say
             shown = " ".join(str(error).split())
             rank_zero_warn(f"memory could not be predicted: {type(error).__name__}: {shown}")

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from lightning_dhellam.search.report.pictures import COLOURS, FAINT, INK, bare, new_figure, save
 
 _GIB = 2**30
-_SHADES = (*COLOURS.values(), "#4f8f8b", "#8c5a9e", "#7a7a3a", "#d8d8d2")
+_SHADES = (*COLOURS.values(), "#4f8f8b", "#8c5a9e", "#7a7a3a", "#b3706b", "#d8d8d2")
 _WIDTH = 10.0
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine, MicroBatch, make_lanes
-from lightning_dhellam.engine.lanes import Lanes
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.plan import (
     BUILDERS,
     Builder,

@@ -122,7 +122,8 @@ def _predicted(case: Case, context: ParallelContext) -> int:
         micro_batches=-(-case.samples // case.size),
     )
     assert sum(saved.layers) == sum(saved.chunks)
-    return peak
+    assert peak.allocated >= peak.slots
+    return peak.slots
 
 
 def _measured(case: Case, context: ParallelContext) -> int:

@@ -125,7 +125,7 @@ class Chooser:
             samples=self.MICRO_BATCHES,
             micro_batch_size=1,
             length=self.LENGTH,
-        )
+        ).slots
 
     @property
     def transfers(self) -> float:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine, MicroBatch
-from lightning_dhellam.engine.lanes import CudaLanes, Lanes
+from lightning_dhellam.engine.lanes import CudaLanes
+from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.plan import BUILDERS, Barrier, Builder, Graph, GraphPair, Operator, Plan
 from lightning_dhellam.search.model import Walk, step_stops
 from lightning_dhellam.search.model.memory import most

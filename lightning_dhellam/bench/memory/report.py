@@ -39,13 +39,14 @@ class Taken:
 def row_of(predicted: RankMemory, taken: Taken) -> Row:
     """What was predicted of a case beside what was measured."""
     states = predicted.weights + predicted.gradients + predicted.optimizer
+    total = predicted.allocated if taken.reserved else predicted.tensors
     return {
         "states GiB": states / _GIB,
         "slots GiB": taken.slots / _GIB,
         "slots error": predicted.activations / taken.slots - 1,
-        "predicted GiB": predicted.tensors / _GIB,
+        "predicted GiB": total / _GIB,
         "measured GiB": taken.peak / _GIB,
-        "error": predicted.tensors / taken.peak - 1,
+        "error": total / taken.peak - 1,
         "with slack GiB": predicted.total / _GIB,
         "reserved GiB": taken.reserved / _GIB or None,
         "retries": taken.retries,

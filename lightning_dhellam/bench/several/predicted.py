@@ -95,7 +95,7 @@ def besides(
             found.low - last,
             found.high - last,
             None if peak is None else peak * 2**30,
-            max((rank.tensors for rank in memories.get(same, ())), default=0),
+            max((rank.allocated for rank in memories.get(same, ())), default=0),
         )
 
 
