@@ -15,6 +15,7 @@ from lightning_dhellam.bench import (
     overlap,
     pairs,
     pipeline,
+    published,
     several,
     throughput,
 )
@@ -32,6 +33,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
         overlap.BENCHMARK,
         pairs.BENCHMARK,
         pipeline.BENCHMARK,
+        published.BENCHMARK,
         several.BENCHMARK,
         throughput.BENCHMARK,
     )

@@ -60,7 +60,7 @@ def step_command(argv: Sequence[str]) -> int:
 
     options, words = step_parser().parse_known_args(list(argv))
     check_config(words, "predict")
-    for name in ("json", "report"):
+    for name in ("json", "report", "trace"):
         if getattr(options, name) is not None:
             check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
     if options.measure and options.profile is None:
@@ -85,6 +85,11 @@ def step_command(argv: Sequence[str]) -> int:
 
         save_page(options.report, prediction_page(found))
         print(f"written to {options.report}")
+    if options.trace is not None:
+        from lightning_dhellam.search.report.trace import save_predicted_trace
+
+        save_predicted_trace(options.trace, found)
+        print(f"written to {options.trace}")
     return 0
 
 
@@ -119,6 +124,9 @@ def step_parser() -> Parser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file of all that is predicted")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="page of it for a browser, .html"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="its timelines for Perfetto (ui.perfetto.dev)"
     )
     return parser
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +21,11 @@ from lightning_dhellam.memory import Run
 from lightning_dhellam.memory import predict as predict_memory
 from lightning_dhellam.models import preset
 from lightning_dhellam.parallel import Cluster, Topology
-from lightning_dhellam.plan import BUILDERS, Lane
-from lightning_dhellam.search.cluster import Prediction
+from lightning_dhellam.plan import BUILDERS, Graph, Lane
+from lightning_dhellam.search.cluster import Prediction, Priced, Pricing
 from lightning_dhellam.search.cluster.pricing import REAL
 from lightning_dhellam.search.measure import Profile
-from lightning_dhellam.search.model import Costs, simulate
+from lightning_dhellam.search.model import Costs, Walk, simulate
 from lightning_dhellam.search.pipeline import layers_of
 
 FOLDER = Path(__file__).parents[2] / "benchmarks/multi_gpu"
@@ -136,6 +139,57 @@ def test_few_layers_tell_of_the_reduction_behind_many(
     few, all_ = (predict(run, Conditions(A40), sketch=sketch) for sketch in (True, False))
     assert few.seconds == pytest.approx(all_.seconds, rel=0.005)
     assert few.stages[0].reduction == pytest.approx(all_.stages[0].reduction, rel=0.02)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pp_size": 2}], ids=["alone", "staged"])
+def test_thousands_of_ranks_are_played_as_often_as_a_few(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal ranks are one: neither lowering nor machine model knows how many there are."""
+    counted: Counter[str] = Counter()
+    play, price = Walk.play, Pricing.price
+
+    def plays(self: Walk, *given: Any) -> Any:
+        counted["walks"] += 1
+        return play(self, *given)
+
+    def prices(self: Pricing, graphs: Iterable[Graph]) -> Priced:
+        known = [*graphs]
+        counted["graphs"] += len(known)
+        return price(self, known)
+
+    monkeypatch.setattr(Walk, "play", plays)
+    monkeypatch.setattr(Pricing, "price", prices)
+    huge = replace(DERIVED, cluster=replace(H200, world_size=65536))
+    found = {}
+    for world in (16, 65536):
+        counted.clear()
+        predict(tiny(world, tp_size=2, **sizes), huge, sketch=True)
+        found[world] = dict(counted)
+    assert found[16] == found[65536], "four thousand times as many ranks"
+    assert found[16]["graphs"] == 6, "embedding, layer and head, each in both directions"
+    assert 0 < found[16]["walks"] < 1000
+
+
+def test_stages_that_are_alike_are_played_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deeper pipelines have more stages, not more kinds of visits to play."""
+    counted: Counter[int] = Counter()
+    play = Walk.play
+
+    def plays(self: Walk, *given: Any) -> Any:
+        counted[stages] += 1
+        return play(self, *given)
+
+    monkeypatch.setattr(Walk, "play", plays)
+    config = preset("llama-tiny", num_layers=64)
+    for stages in (4, 8):
+        # As many layers to a chunk, and micro-batches to a stage.
+        few = replace(config, num_layers=8 * stages)
+        topology = Topology(world_size=stages, pp_size=stages)
+        predict(
+            Run(few, topology, 2 * stages, 128, split=(4,) * (2 * stages)), DERIVED, sketch=True
+        )
+    assert counted[8] == counted[4] > 0
 
 
 def test_thousands_of_ranks_are_as_many_kinds_as_a_few() -> None:
@@ -274,12 +328,20 @@ def test_the_command_prints_and_writes_a_prediction(
     file = tmp_path / "found.json"
     words = ["--config", "llama-tiny-pp2-2cpu", "--cluster", "h100-64", "--json", str(file)]
     page = file.with_name("report.html")
-    words += ["--report", str(page)]
+    trace = file.with_name("trace.json")
+    words += ["--report", str(page), "--trace", str(trace)]
     assert main(["predict", *words, "--slower", "pp=2"]) == 0
     out = capsys.readouterr().out
     assert "llama-tiny on h100-64: 2 × NVIDIA H100 80GB HBM3, pp 2, 8 × 1, fold" in out
     assert "the network of lane pp is 2 times slower" in out and "fits" in out
-    assert json.loads(file.read_text())["choice"]["pp"] == 2
+    found = json.loads(file.read_text())
+    assert found["choice"]["pp"] == 2
+    events = json.loads(trace.read_text())["traceEvents"]
+    named = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert set(named.values()) == {"compute", "stage 0", "stage 1"}
+    visits = [e for e in events if e["pid"] == 2 and e["ph"] == "X"]
+    assert {e["name"] for e in visits} > {"0F0", "optimizer"}
+    assert max(e["ts"] + e["dur"] for e in visits) == pytest.approx(found["seconds"] * 1e6)
     assert (
         "llama-tiny on h100-64" in page.read_text() and "the stages of a step" in page.read_text()
     )

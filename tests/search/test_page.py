@@ -198,6 +198,7 @@ window.addEventListener("load", () => {
     all("svg.lanes")[0].dispatchEvent(new KeyboardEvent("keydown", { key: "-", bubbles: true }));
     seen.further = all("svg.lanes rect[data-bar]").length;
   }
+  seen.errors = all(".track s").length;
   seen.missed = missed;
   const said = document.createElement("pre");
   said.id = "seen";
@@ -245,6 +246,25 @@ def test_a_browser_shows_a_page_without_an_error(seen: dict[str, Any], name: str
     headings["advice"] = [*headings["prediction"][:2], "Candidates", "Left out"]
     headings["advice"] += headings["prediction"][2:]
     assert seen[name]["headings"] == headings[name]
+
+
+def test_a_page_of_a_prediction_has_its_error_bars(
+    files: dict[str, Path], seen: dict[str, Any]
+) -> None:
+    step, best = prediction(), advice()
+    for name, found in {
+        "prediction": [step],
+        "advice": [*(one.prediction for one in best.candidates), best.best],
+    }.items():
+        rows = [
+            row["error"]
+            for group in data_of(files[name])["groups"]
+            for bars in group["bars"]
+            for row in bars["rows"]
+            if row["error"]
+        ]
+        assert rows == [[one.low, one.high] for one in found]
+        assert seen[name]["errors"] == len(rows), "each is drawn"
 
 
 def test_a_browser_shows_names_as_text(seen: dict[str, Any]) -> None:

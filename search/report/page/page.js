@@ -204,7 +204,7 @@ const SHADES = ["#cfd8d3", "#b6423a", "#8c5a9e", "#4f8f8b", "#d9827b", "#7a7a3a"
 function bars(given) {
   const shade = (index) => SHADES[index % SHADES.length];
   const sums = given.rows.map((row) => row.parts.reduce((sum, part) => sum + part, 0));
-  const most = Math.max(given.limit || 0, ...sums, ...given.rows.map((row) => row.mark || 0)) || 1;
+  const most = Math.max(given.limit || 0, ...sums, ...given.rows.map((row) => Math.max(row.mark || 0, row.error ? row.error[1] : 0))) || 1;
   const rows = given.rows.map((row, index) => {
     let left = 0;
     const pieces = row.parts.map((part, kind) => {
@@ -213,6 +213,10 @@ function bars(given) {
       return piece;
     });
     for (const mark of [row.mark, given.limit]) if (mark) pieces.push(make("b", { style: `left: calc(${100 * mark / most}% - 1px)` }));
+    if (row.error) {
+      const [low, high] = row.error;
+      pieces.push(make("s", { title: `${time(low)} to ${time(high)}`, style: `left: ${100 * low / most}%; width: ${100 * (high - low) / most}%` }));
+    }
     return make("tr", index === given.best ? { class: "best" } : {}, make("td", {}, row.name), make("td", {}, make("div", { class: "track" }, ...pieces)), make("td", { class: "number" }, row.text));
   });
   const keys = given.parts.map((part, kind) => make("span", { class: "key" }, make("i", { style: `background: ${shade(kind)}` }), part));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_dhellam.plan import Lane, Plan
@@ -56,7 +56,9 @@ def advice_page(advice: Advice) -> Page:
         )
         for one in advice.candidates
     ]
-    groups = [Group("Candidates", [Table(head, rows, (1, 2, 3, 4, 5), 0)], wide=True)]
+    table = Table(head, rows, (1, 2, 3, 4, 5), 0)
+    steps = _steps({str(one.prediction.choice): one.prediction for one in advice.candidates})
+    groups = [Group("Candidates", [table], [replace(steps, best=0)], wide=True)]
     if advice.refused:
         refused = sorted(advice.refused.items(), key=lambda item: -item[1])
         lost = [(reason, f"{count:,}") for reason, count in refused]
@@ -131,7 +133,10 @@ def _groups(step: Prediction) -> list[Group]:
         Group(
             "Lanes and stages",
             [Table(head, rows, (1, 2, 3, 5))],
-            [Bars("Where the time of a step goes", _PARTS, spent)],
+            [
+                _steps({"the step": step}),
+                Bars("Where the time of a step goes", _PARTS, spent),
+            ],
             wide=True,
         )
     ]
@@ -149,6 +154,15 @@ def _groups(step: Prediction) -> list[Group]:
         bars = Bars("Memory of a rank", kinds, taken, limit, limit=step.memory_limit)
         groups.append(Group("Memory", bars=[bars]))
     return groups
+
+
+def _steps(steps: Mapping[str, Prediction]) -> Bars:
+    """Steps by name, with the seconds from which to which they may take."""
+    rows = [
+        BarRow(name, [step.seconds], time_text(step.seconds), error=(step.low, step.high))
+        for name, step in steps.items()
+    ]
+    return Bars("Steps, with error bars", ["step"], rows)
 
 
 def _seconds(stage: StagePrediction) -> Sequence[float]:

@@ -72,12 +72,14 @@ class Table:
 
 @dataclass(frozen=True)
 class BarRow:
-    """A bar: sizes of its parts, the size at which a mark stands, and the text behind it."""
+    """A bar: sizes of its parts, the text behind it, the size at which a mark stands, and from
+    which size to which it may end."""
 
     name: str
     parts: Sequence[float]
     text: str
     mark: float | None = None
+    error: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
