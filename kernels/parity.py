@@ -217,6 +217,8 @@ def _fp8(backend: Any, draw: Draw) -> Pairs:
             found, truth = backend.cast(x, dtype, block), fp8.cast(x.float(), dtype, block)
             for name, a, b in zip(("cast", "turned"), found, truth, strict=True):
                 yield f"{name} to {dtype} by {block}", fp8.widened(a), fp8.widened(b)
+        if block is not fp8.SQUARES:
+            yield from _turned_later(backend, x, block)
     for squares, side in ((fp8.WHOLE, 16), (fp8.SQUARES, 128)):
         block = fp8.ROWS if squares else fp8.WHOLE
         # Of few rows no wide product: Triton's interpreter takes its time.
@@ -238,6 +240,18 @@ def _fp8(backend: Any, draw: Draw) -> Pairs:
         backend.accumulate(grad, dy_turned, x_turned)
         fp8.accumulate(expected, dy_turned, x_turned)
         yield f"dweight by {block}", grad, expected
+
+
+def _turned_later(backend: Any, x: Tensor, block: fp8.Block) -> Pairs:
+    """Rows alone, with one scale by the largest number of two parts, and turned afterwards."""
+    parts = torch.cat([backend.largest(x), backend.largest(2 * x)])
+    yield f"largest by {block}", parts, torch.cat([fp8.largest(x), fp8.largest(2 * x)])
+    most = parts if block is None else None
+    dtype = fp8.GRADIENT if block is None else fp8.FORWARD
+    rows, truth = (one.cast_rows(x, dtype, block, most) for one in (backend, fp8))
+    yield f"rows by {block}", fp8.widened(rows), fp8.widened(truth)
+    turned, truth = (one.turn(rows) for one in (backend, fp8))
+    yield f"turned later by {block}", fp8.widened(turned), fp8.widened(truth)
 
 
 def _grouped(backend: Any, draw: Draw) -> Pairs:

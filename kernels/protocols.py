@@ -93,6 +93,17 @@ class Fp8Kernel(Protocol):
     def cast(self, x: Tensor, dtype: torch.dtype, block: Block = None) -> tuple[Cast, Cast]:
         """`x` [..., C] as a matrix [N, C] of `dtype`, and turned."""
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest absolute value of `x`, [1] in fp32."""
+
+    def cast_rows(
+        self, x: Tensor, dtype: torch.dtype, block: Block = None, largest: Tensor | None = None
+    ) -> Cast:
+        """`x` [..., C] as a matrix [N, C] of `dtype`; one scale is that of the `largest` [R]."""
+
+    def turn(self, matrix: Cast) -> Cast:
+        """`matrix` [N, C] turned, [C, P]."""
+
     def multiply(
         self,
         a: Cast,

@@ -47,9 +47,11 @@ class AgreedEngine:
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
+        context_fp8_keys: whether keys and values travel in 8 bits.
         schedule: order of the pipeline's works: a name, or the path of a file. With `auto` it is
             what the plan file was searched with.
         fp8: how linear layers compute in 8 bits, or None.
+        fp8_all_gather: whether what they gather travels in 8 bits.
         module: what holds the model and the loss; its buffers are as before after a profile.
 
     Attributes:
@@ -79,8 +81,10 @@ class AgreedEngine:
         recompute: Recompute | ByLayer,
         context_exchange: str,
         context_fp32_gradients: bool,
+        context_fp8_keys: bool,
         schedule: str,
         fp8: str | None,
+        fp8_all_gather: bool,
         module: torch.nn.Module,
     ) -> None:
         if plan == "auto":
@@ -95,10 +99,12 @@ class AgreedEngine:
         self._check_alike("pipeline_split", list(self._context.pipeline_split))
         self._check_alike("context_exchange", context_exchange)
         self._check_alike("context_fp32_gradients", context_fp32_gradients)
+        self._check_alike("context_fp8_keys", context_fp8_keys)
         self._check_alike("recompute", recompute)
         self._check_alike("schedule", schedule)
         schedule, scheme = _scheme(schedule, plan, self._context.topology.pp_size)
         self._check_alike("fp8", fp8)
+        self._check_alike("fp8_all_gather", fp8_all_gather)
         check_placed(schedule, scheme, self._context.placement)
         start_alike(model, self._context)
         check_exchange(context_exchange)
@@ -115,8 +121,10 @@ class AgreedEngine:
             loss=loss,
             kernels=kernels,
             context_fp32_gradients=context_fp32_gradients,
+            context_fp8_keys=context_fp8_keys,
             scheme=scheme,
             fp8=fp8,
+            fp8_all_gather=fp8_all_gather,
         )
         self._exchange = self.exchanges[0]
         self.undecided = recompute == AUTO and not plan.endswith(".json")

@@ -15,7 +15,10 @@ from lightning_dhellam.kernels.fp8.reference import (
     Cast,
     accumulate,
     cast,
+    cast_rows,
+    largest,
     multiply,
+    turn,
     widened,
 )
 
@@ -30,6 +33,9 @@ __all__ = [
     "Cast",
     "accumulate",
     "cast",
+    "cast_rows",
+    "largest",
     "multiply",
+    "turn",
     "widened",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_dhellam.kernels.fp8.casts import cast
-from lightning_dhellam.kernels.fp8.reference import SHRINKS, SIDE, Cast
+from lightning_dhellam.kernels.fp8.casts import cast, cast_rows, largest, turn
+from lightning_dhellam.kernels.fp8.reference import FORWARD, SHRINKS, SIDE, Cast
 
-__all__ = ["SHRINKS", "accumulate", "cast", "multiply"]
+__all__ = ["SHRINKS", "accumulate", "cast", "cast_rows", "largest", "multiply", "turn"]
 
 _SCALES = 4
-"""Of squares along a row: cuBLAS wants whole fours of them, and not every torch says so."""
+"""Of squares along a row: cuBLAS reads whole fours of them, which is how casts lay them out."""
 
 _ROWS = 16
 
@@ -50,12 +52,31 @@ def accumulate(grad: Tensor, a: Cast, b: Cast, *, first: bool = False) -> None:
 def _fitting(a: Cast, b: Cast) -> tuple[Cast, Cast]:
     """The same two in blocks, of sizes that cuBLAS takes: zeros are added."""
     rows, depth = -len(a.values) % _ROWS, 0
-    if len(b.scale) != len(b.values):
+    if len(b.scale) != len(b.values) and not _takes_gaps(b.values.device):
         depth = -a.values.shape[1] % (_SCALES * SIDE)
     return (
         Cast(_padded(a.values, rows, depth), _columns(a.scale, rows, depth // SIDE)),
         Cast(_padded(b.values, 0, depth), _padded(b.scale, 0, depth // SIDE) if depth else b.scale),
     )
+
+
+@cache
+def _takes_gaps(device: torch.device) -> bool:
+    """Whether torch takes rows of scales as cuBLAS reads them, with gaps behind some of them.
+
+    Torch that does not wants rows without gaps, of which only whole fours are read right: then
+    operands are padded with zeros to so many squares, in every product.
+    """
+    rows = torch.zeros(_ROWS, SIDE, dtype=FORWARD, device=device)
+    squares = torch.zeros(2 * SIDE, SIDE, dtype=FORWARD, device=device)
+    of_rows, of_squares = (torch.ones(n, m, device=device) for n, m in ((1, _ROWS), (2, _SCALES)))
+    try:
+        torch._scaled_mm(
+            rows, squares.t(), of_rows.t(), of_squares[:, :1].t(), out_dtype=torch.bfloat16
+        )
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _columns(scale: Tensor, rows: int, columns: int) -> Tensor:

@@ -59,6 +59,35 @@ def cast(x: Tensor, dtype: torch.dtype, block: Block = WHOLE) -> tuple[Cast, Cas
     return _cast(rows, dtype, block), _cast(turned, dtype, block)
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value of `x`, [1] in fp32."""
+    return x.abs().amax().float().view(1) if x.numel() else x.new_zeros(1, dtype=torch.float32)
+
+
+def cast_rows(
+    x: Tensor, dtype: torch.dtype, block: Block = WHOLE, largest: Tensor | None = None
+) -> Cast:
+    """`x` [..., C] as a matrix [N, C] in 8 bits, as `cast` has it, and not turned.
+
+    Where all has one scale it is that of the `largest` [R] of all its parts, if they are given.
+    """
+    return _cast(x.flatten(0, -2), dtype, block, largest)
+
+
+def turn(matrix: Cast) -> Cast:
+    """`matrix` [N, C] turned, [C, P], as `cast` pads it.
+
+    With one scale it has the bits of what `cast` has turned. Blocks of rows lie along the rows of
+    the turned matrix afterwards: their numbers are rounded a second time.
+    """
+    rows = len(matrix.values)
+    if matrix.scale.dim() == 1:
+        # The bits of zero are those of the integer; torch pads no floats of 8 bits.
+        turned = pad(matrix.values.view(torch.uint8).t(), (0, -rows % 16))
+        return Cast(turned.contiguous().view(matrix.values.dtype), matrix.scale)
+    return _cast(pad(widened(matrix).t(), (0, -rows % SIDE)), matrix.values.dtype, ROWS)
+
+
 def widened(matrix: Cast) -> Tensor:
     """The numbers that `matrix` stands for, in fp32."""
     scale, (rows, columns) = matrix.scale, matrix.values.shape
@@ -92,12 +121,11 @@ def accumulate(grad: Tensor, a: Cast, b: Cast, *, first: bool = False) -> None:
         grad.add_(product)
 
 
-def _cast(x: Tensor, dtype: torch.dtype, block: Block) -> Cast:
+def _cast(x: Tensor, dtype: torch.dtype, block: Block, parts: Tensor | None = None) -> Cast:
     wide, (height, width) = x.float(), x.shape
     if block is None:
-        scale, inverse = _scales(
-            wide.abs().amax().view(1) if x.numel() else wide.new_zeros(1), dtype
-        )
+        most = largest(wide) if parts is None else parts.amax().view(1)
+        scale, inverse = _scales(most, dtype)
         return Cast(_rounded(wide * inverse, dtype), scale)
     down, across = (-(-size // side) for size, side in zip(x.shape, block, strict=True))
     padded = pad(wide, (0, across * SIDE - width, 0, down * block[0] - height))
@@ -109,12 +137,12 @@ def _cast(x: Tensor, dtype: torch.dtype, block: Block) -> Cast:
     return Cast(values[:height, :width].contiguous(), scale)
 
 
-def _scales(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scales(found: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What numbers in 8 bits are multiplied by, and what they were multiplied by."""
-    most = largest.new_tensor(LARGEST[dtype])
-    known = largest > SMALLEST
-    one = torch.ones_like(largest)
-    return torch.where(known, largest / most, one), torch.where(known, most / largest, one)
+    most = found.new_tensor(LARGEST[dtype])
+    known = found > SMALLEST
+    one = torch.ones_like(found)
+    return torch.where(known, found / most, one), torch.where(known, most / found, one)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,14 +14,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightning_dhellam.kernels.fp8 import cublas, reference
-from lightning_dhellam.kernels.fp8.casts import cast
+from lightning_dhellam.kernels.fp8.casts import cast, cast_rows, largest, turn
 from lightning_dhellam.kernels.fp8.reference import SHRINKS, Cast
 from lightning_dhellam.kernels.grouped.tables import fits
 from lightning_dhellam.kernels.launch import blocks, interpreted
 from lightning_dhellam.kernels.linear.processors import used
 from lightning_dhellam.kernels.tiles import expect, put, tile_of
 
-__all__ = ["SHRINKS", "accumulate", "cast", "multiply"]
+__all__ = ["SHRINKS", "accumulate", "cast", "cast_rows", "largest", "multiply", "turn"]
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 128
 _PIECES = 2

@@ -76,6 +76,7 @@ def lowering_of(run: Run) -> Lowering:
             loss=run.loss,
             context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
             context_fp32_gradients=run.context_fp32_gradients,
+            context_fp8_keys=run.context_fp8_keys,
         )
         layers, weights = _sized(lowered, run.length)
     if few:

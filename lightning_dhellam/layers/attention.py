@@ -11,7 +11,7 @@ within each (`among`); where ranks share sequences, it is that of `shared`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -159,7 +159,8 @@ class Attention:
         if way is None:
             return None
         if self.window is not None:
-            gathered = Gathered(way.rank, way.ranks, way.dtype)
+            wide = replace(way.travelling, narrow=False)
+            gathered = Gathered(way.rank, way.ranks, way.dtype, wide)
             return SharedWindow(self.heads, self._among, self._read, self._cut, gathered, _BACKWARD)
         return SharedAttention(
             self.heads, self._among, self._read, self._cut, kernels, way, _BACKWARD

@@ -191,7 +191,10 @@ class ColumnLinear(_Linear):
 
     def gather(self, w: GraphWriter, read: str) -> str:
         """Gather the input. Returns the slot of every token's."""
-        return w.gather(f"{self.name}.gather", read, self.whole(w, read), self.weight.shape[1])
+        name, whole = f"{self.name}.gather", self.whole(w, read)
+        if self.eight is not None and self.eight.gather(w, name, read, whole):
+            return whole
+        return w.gather(name, read, whole, self.weight.shape[1])
 
     def gemm(self, w: GraphWriter, read: str, write: str) -> None:
         """Add `write` from the gathered input."""
@@ -263,7 +266,7 @@ class RowLinear(_Linear):
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add all gradients, from `grad` [s, B, O]. Returns the slot of that by `read`."""
         channels = self.weight.shape[0]
-        whole = w.gather(f"{self.name}.grad_gather", grad, f"d_{self.name}_full", channels)
+        whole = self._gather_grad(w, grad)
         base = f"d_{read}" if self.adapter is None else f"d_{read}_base"
         self._dgrad(w, whole, base)
         if self.adapter is not None:
@@ -271,3 +274,12 @@ class RowLinear(_Linear):
         self._wgrad(w, whole, read)
         self._bias_grad(w, grad, w.sizes.wide(channels) / w.sizes.tp)
         return f"d_{read}"
+
+    def _gather_grad(self, w: GraphWriter, grad: str) -> str:
+        """Gather the gradient by the output. Returns the slot of every token's."""
+        name, whole = f"{self.name}.grad_gather", f"d_{self.name}_full"
+        # An adapter reads it in 16 bits.
+        eight = self.eight if self.adapter is None else None
+        if eight is not None and eight.gather_grad(w, name, grad, whole):
+            return whole
+        return w.gather(name, grad, whole, self.weight.shape[0])

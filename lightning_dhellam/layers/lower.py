@@ -14,9 +14,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from lightning_dhellam.kernels.choose import Kernels, choose
 from lightning_dhellam.layers import linear, norm
 from lightning_dhellam.layers.block import Setting, check_config
-from lightning_dhellam.layers.eight_bits import Recipe
 from lightning_dhellam.layers.embedding import lower_embedding
 from lightning_dhellam.layers.fields import check_unknown
+from lightning_dhellam.layers.fp8_recipe import Recipe
 from lightning_dhellam.layers.generic import lower_module
 from lightning_dhellam.layers.head import HeadLowering, Loss
 from lightning_dhellam.layers.linear import ColumnLinear
@@ -25,6 +25,7 @@ from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.tied import lower_tied
 from lightning_dhellam.layers.transfer import connect
 from lightning_dhellam.layers.transformer import CHECKED, lower_transformer
+from lightning_dhellam.layers.travelling import Travelling
 from lightning_dhellam.layers.ways import WAYS
 from lightning_dhellam.layers.writer import Sizes
 from lightning_dhellam.pipeline.schedules import Scheme, fold
@@ -70,8 +71,10 @@ def lower(
     kernels: Mapping[str, str] | None = None,
     context_exchange: str = "ring",
     context_fp32_gradients: bool = True,
+    context_fp8_keys: bool = False,
     scheme: Scheme = fold,
     fp8: str | None = None,
+    fp8_all_gather: bool = False,
 ) -> Lowered:
     """Lower a `models.CausalLM`.
 
@@ -84,9 +87,11 @@ def lower(
             chosen by device, type and what is installed.
         context_exchange: how keys come to the ranks that share sequences: `ring` or `all_gather`.
         context_fp32_gradients: whether gradients by them travel in fp32, or as activations.
+        context_fp8_keys: whether keys and values travel in 8 bits, but for layers with a window.
         scheme: makes the schedule of a step.
-        fp8: how the linear layers compute in 8 bits, of `eight_bits.FORMATS`; None where they do
+        fp8: how the linear layers compute in 8 bits, of `fp8_recipe.FORMATS`; None where they do
             not. Embedding, head, norms and attention do not in any case.
+        fp8_all_gather: whether what these layers gather travels in 8 bits.
 
     Raises:
         ValueError: the configuration or a layer cannot be lowered, a backend not be used, no
@@ -108,11 +113,12 @@ def lower(
         in_blocks=ranks > 1,
         in_window=any(window is not None for window in model.config.windows),
     )
-    eight = Recipe.of(fp8, chosen, sizes.context.device, sizes.dtype, kernels)
+    eight = Recipe.of(fp8, chosen, sizes.context.device, sizes.dtype, kernels, fp8_all_gather)
     way = None
     if ranks > 1:
-        travelling = torch.float32 if context_fp32_gradients else sizes.dtype
-        way = WAYS[context_exchange](topology.cp_rank, ranks, travelling)
+        gradients = torch.float32 if context_fp32_gradients else sizes.dtype
+        keys = Travelling(sizes.dtype, context_fp8_keys)
+        way = WAYS[context_exchange](topology.cp_rank, ranks, gradients, keys)
     wanted = choices_of(recompute, model.chunks, model.chunk_count)
     slots: set[str] = set()
 

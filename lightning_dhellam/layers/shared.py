@@ -64,7 +64,7 @@ class SharedAttention:
         """Add what makes `context` [S, B, H*D] and `lse` [B, H, S]."""
         self._pack(w, "attention.keys", "keys")
         for hop in range(self.way.ranks):
-            self.way.bring(w, hop + 1, "keys", self._keys_size(w))
+            self.way.bring(w, hop + 1, "keys", self._travelling_size)
             self._block(w, hop)
             if hop:
                 self._merge(w, hop)
@@ -72,12 +72,12 @@ class SharedAttention:
     def backward(self, w: GraphWriter) -> None:
         """Add what makes `dq` [S, B, H, D], `dk` and `dv` [S, B, G, D] of `d_context`."""
         self._pack(w, "attention.grad.keys", "keys_again")
-        self.way.bring(w, 1, "keys_again", self._keys_size(w))
+        self.way.bring(w, 1, "keys_again", self._travelling_size)
         self._own_block_grad(w)
         for hop in range(1, self.way.ranks):
             if hop > 1:
                 self.way.send(w, hop - 1, self._keys_size(w))
-            self.way.bring(w, hop + 1, "keys_again", self._keys_size(w))
+            self.way.bring(w, hop + 1, "keys_again", self._travelling_size)
             self._block_grad(w, hop)
         self.way.send(w, self._last, self._keys_size(w))
         self._join(w)
@@ -95,6 +95,11 @@ class SharedAttention:
         """Bytes per token of keys and values."""
         return w.sizes.wide(2 * self.heads.groups * self.heads.size)
 
+    @property
+    def _travelling_size(self) -> float:
+        """The same as they travel."""
+        return 2 * self.heads.groups * self.way.travelling.size(self.heads.size)
+
     def _merged(self, hop: int) -> tuple[str, str]:
         """Slots of output and log-sum-exp over the keys of all hops to this one."""
         if hop == self._last:
@@ -107,13 +112,13 @@ class SharedAttention:
 
     def _pack(self, w: GraphWriter, name: str, write: str) -> None:
         """Add this rank's own keys and values, as they travel."""
-        cut, size = self.cut, self._keys_size(w)
+        cut, pack, size = self.cut, self.way.travelling.pack, self._travelling_size
         w.compute(
             name,
             (self.read,),
             {f"{write}_0": size},
-            lambda heads: torch.stack(cut(heads)[1:]),
-            moved=2 * size,
+            lambda heads: pack(*cut(heads)[1:]),
+            moved=self._keys_size(w) + size,
         )
 
     def _block(self, w: GraphWriter, hop: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_dhellam.layers.rules import gathers, scatters
+from lightning_dhellam.layers.travelling import Travelling
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.parallel import collectives, zigzag
 from lightning_dhellam.plan import Collective, Lane
@@ -33,11 +34,13 @@ class Way(ABC):
         rank: which of those that share a sequence this one is.
         ranks: C, how many there are.
         dtype: in which gradients by keys travel.
+        travelling: how keys travel.
     """
 
     rank: int
     ranks: int
     dtype: torch.dtype
+    travelling: Travelling
 
     @property
     @abstractmethod
@@ -112,8 +115,7 @@ class Ring(Way):
             self._hand_on(w, f"{name}.exchange.{hop}", f"{name}_{hop - 1}", f"{name}_{hop}", size)
 
     def keys(self, brought: Tensor, hop: int) -> tuple[Tensor, Tensor]:
-        k, v = brought[:, : self._kept(brought.shape[1], hop)]
-        return k, v
+        return self.travelling.unpack(brought[:, : self._kept(brought.shape[1], hop)])
 
     def collected(self, hop: int) -> tuple[str, ...]:
         return ()
@@ -200,8 +202,8 @@ class Gathered(Way):
 
     def keys(self, brought: Tensor, hop: int) -> tuple[Tensor, Tensor]:
         first = 2 * self._source(hop)
-        k, v = brought[first : first + 2, : self._kept(brought.shape[1], hop)]
-        return k, v
+        pair = brought[first : first + 2, : self._kept(brought.shape[1], hop)]
+        return self.travelling.unpack(pair)
 
     def collected(self, hop: int) -> tuple[str, ...]:
         return (f"d_keys_to_{hop - 1}",) if hop > 1 else ()

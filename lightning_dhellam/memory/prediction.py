@@ -86,8 +86,10 @@ class Run:
         bucket_size: parameters of a bucket; None for Megatron's default.
         context_exchange: how keys come to the ranks that share sequences.
         context_fp32_gradients: whether gradients by them travel in fp32.
+        context_fp8_keys: whether keys and values travel in 8 bits.
         schedule: order of the pipeline's works: a name, or the path of a file.
         fp8: how linear layers compute in 8 bits, or None.
+        fp8_all_gather: whether what they gather travels in 8 bits.
         loss: of the user's own, or None.
         build: makes a rank's part of the model; None for that of `config`.
         optimizer: makes the optimizer of a planned model.
@@ -107,8 +109,10 @@ class Run:
     bucket_size: int | None = None
     context_exchange: str = "ring"
     context_fp32_gradients: bool = True
+    context_fp8_keys: bool = False
     schedule: str = "fold"
     fp8: str | None = None
+    fp8_all_gather: bool = False
     loss: Loss | None = None
     build: Callable[[ParallelContext, torch.dtype], CausalLM] | None = None
     optimizer: Callable[[CausalLM], Optimizer] = adamw
@@ -281,8 +285,10 @@ def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[P
         loss=run.loss,
         context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
         context_fp32_gradients=run.context_fp32_gradients,
+        context_fp8_keys=run.context_fp8_keys,
         scheme=scheme_of(run.schedule, topology.pp_size),
         fp8=run.fp8,
+        fp8_all_gather=run.fp8_all_gather,
         # Nothing computes here: what is asked for is how large it is.
         kernels={"fp8": "reference"} if run.fp8 else None,
     )

@@ -42,8 +42,10 @@ class ForwardRunner:
         recompute: Recompute | ByLayer = USUAL,
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
+        context_fp8_keys: bool = False,
         schedule: str = "fold",
         fp8: str | None = None,
+        fp8_all_gather: bool = False,
         bucket_size: int | None = None,
         memory_limit: int | None = None,
         module: torch.nn.Module | None = None,
@@ -65,8 +67,10 @@ class ForwardRunner:
             recompute=recompute,
             context_exchange=context_exchange,
             context_fp32_gradients=context_fp32_gradients,
+            context_fp8_keys=context_fp8_keys,
             schedule=schedule,
             fp8=fp8,
+            fp8_all_gather=fp8_all_gather,
             module=module or model,
         )
         config, topology = model.config, self.context.topology

@@ -71,6 +71,9 @@ class Runner(ForwardRunner):
             one it is `ring`. Changes loss and gradients by rounding.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
+        context_fp8_keys: whether keys and values travel in 8 bits, each head of a token with a
+            scale, but for layers with a window: other ranks' are rounded by at most 1/16 of a
+            number. Attention computes as ever.
         schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, `1f1b`,
             `interleaved-1f1b`, or the path of a file that holds one, in the form in which schedules
             print. The model's layers must lie where it has them. Changes no bit.
@@ -78,6 +81,9 @@ class Runner(ForwardRunner):
             scale for each tensor as it is (E4M3, gradients E5M2), or `blockwise`, with one for each
             1 x 128 of activations and gradients and 128 x 128 of weights (E4M3). Embedding, output
             layer, norms and attention keep their type. None for no 8 bits.
+        fp8_all_gather: let what these layers gather over tensor-parallel ranks travel in 8 bits.
+            With `current` it changes no bit; with `blockwise` what weight gradients read is rounded
+            a second time.
         bucket_size: parameters per bucket of the data-parallel reduction.
         memory_limit: bytes of the device's memory that the run may take by `recompute="auto"`; None
             for what a GPU has, and no limit on a CPU.

@@ -40,6 +40,7 @@ class SettingUpStrategy(SteppingStrategy):
     pipeline_split: list[int] | None
     context_exchange: str
     context_fp32_gradients: bool
+    context_fp8_keys: bool
     micro_batch_size: int
     plan: str
     schedule: str
@@ -52,6 +53,7 @@ class SettingUpStrategy(SteppingStrategy):
     memory_limit: int | None
     _seed: int | None
     _fp8: str | None
+    fp8_all_gather: bool
 
     @property
     def seed(self) -> int:
@@ -129,8 +131,10 @@ class SettingUpStrategy(SteppingStrategy):
             recompute=self.recompute,
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
+            context_fp8_keys=self.context_fp8_keys,
             schedule=FIRST if self._searches_schedules else self.schedule,
             fp8=self.fp8,
+            fp8_all_gather=self.fp8_all_gather,
             bucket_size=self.bucket_size,
             memory_limit=self.memory_limit,
             module=module,

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dhellam.anomalies import check_anomalies
-from lightning_dhellam.layers import eight_bits
+from lightning_dhellam.layers import fp8_recipe
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
 from lightning_dhellam.pipeline.schedules import scheme_of
@@ -53,6 +53,9 @@ class DHellamStrategy(SettingUpStrategy):
             `auto` a search takes what it predicts to be faster; without one it is `ring`.
         context_fp32_gradients: whether gradients by keys and values travel in fp32; otherwise in
             the type of activations, which is half of the bytes in 16 bits.
+        context_fp8_keys: whether keys and values travel in 8 bits, each head of a token with a
+            scale, but for layers with a window: other ranks' are rounded by at most 1/16 of a
+            number. Attention computes as ever.
         context_transport: what carries the exchanges of a `ring` between GPUs: `nccl`, or
             `copy_engine`, by which a GPU pulls from the memory of another one of its host and
             leaves its processors to computation. With `auto` the faster of both is measured at the
@@ -116,6 +119,9 @@ class DHellamStrategy(SettingUpStrategy):
             1 x 128 of activations and gradients and 128 x 128 of weights (E4M3). Embedding, output
             layer, norms and attention keep their type. None for no 8 bits, but for `current` with
             `Trainer(precision="transformer-engine")`.
+        fp8_all_gather: let what these layers gather over tensor-parallel ranks travel in 8 bits,
+            half of the bytes. With `current` it changes no bit; with `blockwise` what weight
+            gradients read is rounded a second time.
 
     Raises:
         ValueError: a value or a combination that cannot work, before any process computes.
@@ -150,6 +156,8 @@ class DHellamStrategy(SettingUpStrategy):
         schedule: str = "fold",
         async_checkpoint: bool = False,
         fp8: str | None = None,
+        fp8_all_gather: bool = False,
+        context_fp8_keys: bool = False,
         detect_anomaly: bool | str = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -179,7 +187,7 @@ class DHellamStrategy(SettingUpStrategy):
         check_transport(Lane.PP, pipeline_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
-        eight_bits.check_name(fp8)
+        fp8_recipe.check_name(fp8)
         check_anomalies(detect_anomaly)
         scheme_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
@@ -189,6 +197,7 @@ class DHellamStrategy(SettingUpStrategy):
         self.context_parallel_size = context_parallel_size
         self.context_exchange = context_exchange
         self.context_fp32_gradients = context_fp32_gradients
+        self.context_fp8_keys = context_fp8_keys
         self.context_transport = context_transport
         self.pipeline_transport = pipeline_transport
         self.expert_parallel_size = expert_parallel_size
@@ -210,6 +219,7 @@ class DHellamStrategy(SettingUpStrategy):
         self.async_checkpoint = async_checkpoint
         self.detect_anomaly = detect_anomaly
         self._fp8 = fp8
+        self.fp8_all_gather = fp8_all_gather
         checks.check_links(self.cluster, context_parallel_size, expert_parallel_size)
         self.timeout = timeout or default_pg_timeout
         self._ended_well = True
@@ -243,10 +253,11 @@ class DHellamStrategy(SettingUpStrategy):
             )
         check_transport(Lane.CP, self.context_transport, self.root_device.type)
         check_transport(Lane.PP, self.pipeline_transport, self.root_device.type)
+        fp8_recipe.check_gathers(self.fp8, self.fp8_all_gather)
         if self.fp8 is not None:
-            eight_bits.check_place(self.fp8, self.root_device, self.dtype, self.kernels)
+            fp8_recipe.check_place(self.fp8, self.root_device, self.dtype, self.kernels)
             config = self._module.model_config
-            eight_bits.check_shapes(self.fp8, config, self.tensor_parallel_size)
+            fp8_recipe.check_shapes(self.fp8, config, self.tensor_parallel_size)
 
     @override
     def setup_environment(self) -> None:

@@ -160,3 +160,5 @@ def test_what_cannot_be_computed_in_8_bits_is_refused() -> None:
         with pytest.raises(ValueError) as error:
             lower(changed, fp8=name, kernels=kernels)
         assert message in str(error.value)
+    with pytest.raises(ValueError, match=r"fp8_all_gather=True .*fp8=None has none: give fp8 as"):
+        lower(_model(), fp8_all_gather=True)

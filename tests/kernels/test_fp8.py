@@ -65,6 +65,34 @@ def test_zeros_tiny_numbers_and_what_is_not_finite(block: fp8.Block) -> None:
             assert not product.isfinite().all(), bad
 
 
+def test_one_scale_is_that_of_all_parts_and_turns_without_a_rounding() -> None:
+    x = drawn((150, 300), torch.bfloat16, CPU)
+    whole, turned = fp8.cast(x, fp8.FORWARD)
+    parts = x.split(50)
+    largest = torch.cat([fp8.largest(part) for part in parts])
+    rows = [fp8.cast_rows(part, fp8.FORWARD, largest=largest) for part in parts]
+    assert all(torch.equal(part.scale, whole.scale) for part in rows)
+    gathered = fp8.Cast(torch.cat([part.values.view(torch.uint8) for part in rows]), whole.scale)
+    assert torch.equal(gathered.values, whole.values.view(torch.uint8))
+    again = fp8.turn(whole)
+    assert torch.equal(again.values.view(torch.uint8), turned.values.view(torch.uint8))
+    assert torch.equal(again.scale, turned.scale)
+
+
+def test_blocks_of_rows_are_rounded_twice_when_they_are_turned() -> None:
+    """Each time by half a spacing, the second time of what the first has left."""
+    x = drawn((150, 300), torch.float32, CPU) * torch.exp(drawn((150, 300), torch.float32, CPU, 1))
+    rows, _ = fp8.cast(x, fp8.FORWARD, fp8.ROWS)
+    first = fp8.widened(rows)
+    found = fp8.widened(fp8.turn(rows))[:, :150].t()
+    half, most = HALF_SPACING[fp8.FORWARD], torch.finfo(fp8.FORWARD).max
+    scale = _largest(first.t().contiguous(), fp8.ROWS).t() / most
+    allowed = torch.maximum(first.abs() * half, scale * SMALLEST[fp8.FORWARD] / 2)
+    assert ((found - first).abs() <= allowed * 1.0001).all()
+    once, twice = (((y - x).norm() / x.norm()).item() for y in (first, found))
+    assert 1.3 * once < twice < 1.5 * once  # errors independent of each other add up as squares
+
+
 @pytest.mark.parametrize("block", (fp8.WHOLE, fp8.ROWS), ids=str)
 def test_products_of_a_linear_layer(block: fp8.Block) -> None:
     """Errors of independent roundings: a number is off by 0.026 of it or so, a product by more."""

@@ -243,6 +243,7 @@ def test_casts_to_8_bits_are_those_of_the_reference(dtype: torch.dtype, block: f
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a.scale, b.scale)
             assert torch.equal(a.values.float(), b.values.float())
+            assert block != fp8.SQUARES or a.scale.stride(0) % 4 == 0  # as cuBLAS reads them
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_dhellam.bench.throughput.engine_layers import replace_layers
 from lightning_dhellam.bench.throughput.settings import Case
 from lightning_dhellam.layers.adapter import draw_down
 from lightning_dhellam.models import LoRA, adapter_conversions, import_llama
@@ -50,13 +51,21 @@ class Ours(DualStrandMixin):
 
 
 class Theirs(pl.LightningModule):
-    """`LlamaForCausalLM` of `case`, eager or compiled, with checkpointing where we recompute."""
+    """`LlamaForCausalLM` of `case`, eager or compiled, with checkpointing where we recompute.
 
-    def __init__(self, case: Case, device: torch.device, compiled: bool) -> None:
+    With `fp8` its layers are transformer-engine's, which cast weights in the first of the
+    micro-batches of a step.
+    """
+
+    def __init__(
+        self, case: Case, device: torch.device, compiled: bool, fp8: str | None = None
+    ) -> None:
         super().__init__()
+        self.micro_batches = case.micro_batches
         self.net = _huggingface(case, device)
         self.rotary = self.net.model.rotary_emb
         self.frequencies = (self.rotary.inv_freq.clone(),)
+        self.layers = [] if fp8 is None else replace_layers(self.net, case, fp8)
         if case.recompute not in (None, "none"):
             self.net.gradient_checkpointing_enable({"use_reentrant": False})
         if case.lora is not None:
@@ -70,6 +79,8 @@ class Theirs(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         labels = batch["labels"]
+        for layer in self.layers:
+            layer.is_first = batch_idx % self.micro_batches == 0
         loss: Tensor = self.run(
             input_ids=batch["tokens"], labels=labels, shift_labels=labels, use_cache=False
         ).loss

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_dhellam.bench.report import Report, Row
-from lightning_dhellam.bench.throughput.settings import OURS, Case, Job
+from lightning_dhellam.bench.throughput.settings import ENGINE, ENGINES, OURS, Case, Job
 
 COLUMNS = (
-    "case", "side", "tokens/s", "MFU", "ratio", "over bf16", "peak GiB", "loss", "last loss",
-    "loss apart", "grad norm", "TFLOP/s",
+    "case", "side", "tokens/s", "MFU", "ratio", "over bf16", "over engine", "peak GiB", "loss",
+    "last loss", "loss apart", "grad norm", "TFLOP/s",
 )  # fmt: skip
 
 
@@ -32,14 +32,18 @@ def add(report: Report, job: Job, result: Row, peak_tflops: float) -> None:
 def _compare(rows: list[Row]) -> None:
     """Our rates over the better of the others, and how far apart the losses are at most.
 
-    Rates in 8 bits are also compared with our own without.
+    Rates in 8 bits are also compared with our own without, and with transformer-engine's.
     """
     mine = [row for row in rows if row["side"].partition(":")[0] == OURS]
-    others = [row for row in rows if row not in mine]
+    engines = {row["side"]: row for row in rows if row["side"] in ENGINES}
+    others = [row for row in rows if row not in mine and row["side"] not in engines]
     whole = next((row for row in mine if row["side"] == OURS), None)
     for ours in mine:
         if whole is not None and ours is not whole:
             ours["over bf16"] = ours["tokens/s"] / whole["tokens/s"]
+        engine = engines.get(ours["side"].replace(OURS, ENGINE))
+        if engine is not None:
+            ours["over engine"] = ours["tokens/s"] / engine["tokens/s"]
         if not others:
             continue
         best: Any = max(others, key=lambda row: row["tokens/s"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dhellam.layers.eight_bits import FORMATS
+from lightning_dhellam.layers.fp8_recipe import FORMATS
 from lightning_dhellam.models import LoRA, ModelConfig, preset, training_flops_per_token
 from lightning_dhellam.plan.by_layer import AUTO
 from lightning_dhellam.plan.passes import CHOICES
@@ -13,6 +13,9 @@ OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 SIDES = (OURS, EAGER, COMPILED)
 IN_8_BITS = tuple(f"{OURS}:{name}" for name in FORMATS)
 """Sides of ours with `fp8=`, which are not measured unless they are asked for."""
+ENGINE = "transformer-engine"
+ENGINES = tuple(f"{ENGINE}:{name}" for name in FORMATS)
+"""Sides of Hugging Face's model with transformer-engine's layers, likewise."""
 CASES = (
     "llama-3-8b:8:32000:8192:4",
     "llama-3-8b:8:128256:8192:4",
@@ -35,7 +38,8 @@ class Settings:
 
     sides: tuple[str, ...] = SIDES
     """Who trains it: ours, and Hugging Face's model eager and compiled. Also ours:current and
-    ours:blockwise, with linear layers in 8 bits."""
+    ours:blockwise, with linear layers in 8 bits, and transformer-engine:current and
+    transformer-engine:blockwise, Hugging Face's model with layers of transformer-engine's."""
 
     steps: int = 6
     """Optimizer steps that are timed."""
@@ -62,7 +66,7 @@ class Settings:
     """Seconds for one side of one case."""
 
     def __post_init__(self) -> None:
-        known = (*SIDES, *IN_8_BITS)
+        known = (*SIDES, *IN_8_BITS, *ENGINES)
         unknown = [side for side in self.sides if side not in known]
         if unknown:
             raise ValueError(f"--sides: '{unknown[0]}' is not a side: use {', '.join(known)}")
@@ -135,7 +139,7 @@ class Job:
 
     Attributes:
         case: What is trained, as `Case.parse` reads it.
-        side: Who trains: one of `SIDES` or `IN_8_BITS`.
+        side: Who trains: one of `SIDES`, `IN_8_BITS` or `ENGINES`.
         device: `cuda`, or `cpu` for a rehearsal.
         plan: The plan of our side.
         warm_up: Optimizer steps before those that are timed.

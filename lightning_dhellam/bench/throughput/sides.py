@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,11 +20,15 @@ from lightning_dhellam.plan.by_layer import USUAL
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.strategy import DHellamStrategy
 
+Tell = Callable[[str], None]
+"""Is told how far a side is."""
+
 
 class _Watch(pl.Callback):
     """Starts the timer after the warm-up and stops it after the last step."""
 
-    def __init__(self, job: Job, case: Case, device: torch.device) -> None:
+    def __init__(self, job: Job, case: Case, device: torch.device, tell: Tell) -> None:
+        self.tell = tell
         self.job = job
         self.case = case
         self.device = device
@@ -32,6 +36,9 @@ class _Watch(pl.Callback):
         self.norm: Tensor | None = None
         self.begin = self.seconds = self.peak = 0.0
         self.operators: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.tell("in its first step, in which kernels are compiled")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
@@ -53,11 +60,14 @@ class _Watch(pl.Callback):
         batch_idx: int,
     ) -> None:
         self.losses.append(outputs["loss"].detach())
+        if not self.begin:  # what is told is written to a disk, which would be timed
+            self.tell(f"after {len(self.losses)} batches of its warm-up")
         samples = (batch_idx + 1) * len(batch["tokens"])
         if samples == self.job.warm_up * self.case.micro_batches:
             self._synchronize()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            self.tell("in the steps that are timed")
             self.begin = time.perf_counter()
         if samples == (self.job.warm_up + self.job.steps) * self.case.micro_batches:
             self._synchronize()
@@ -92,15 +102,20 @@ class _Watch(pl.Callback):
         }
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Train one side.
+def _quiet(stage: str) -> None:
+    """Nobody asks how far it is."""
+
+
+def measure(job: Job, tell: Tell = _quiet) -> dict[str, Any]:
+    """Train one side, and tell how far it is.
 
     Returns:
         `tokens` and `seconds` of the timed steps, `peak GiB`, the `losses` of all steps, the
         `grad norm` of the first, and the times of its `operators`.
     """
     device, case = pick_device(job.device), Case.parse(job.case)
-    watch = _Watch(job, case, device)
+    watch = _Watch(job, case, device, tell)
+    tell("while its model was built")
     module: pl.LightningModule
     who, _, fp8 = job.side.partition(":")
     if who == OURS:
@@ -117,7 +132,7 @@ def measure(job: Job) -> dict[str, Any]:
         )
         precision: Any = "bf16-mixed"
     else:
-        module = Theirs(case, device, compiled=job.side == COMPILED)
+        module = Theirs(case, device, compiled=job.side == COMPILED, fp8=fp8 or None)
         samples, accumulate, strategy, precision = 1, case.micro_batches, "auto", "bf16-true"
     steps = job.warm_up + job.steps
     trainer = pl.Trainer(

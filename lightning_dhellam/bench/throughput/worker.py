@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM  # noqa: F401  imported before the job
 from lightning_dhellam.bench.processes import end_with_parent
 from lightning_dhellam.bench.report import device_name, pick_device
 from lightning_dhellam.bench.throughput.settings import Job
-from lightning_dhellam.bench.throughput.sides import measure
+from lightning_dhellam.bench.throughput.sides import Tell, measure
+from lightning_dhellam.bench.throughput.workers import stage_of
 from lightning_dhellam.files import save_text
 
 
@@ -25,16 +26,16 @@ def main() -> int:
     if not line:
         return 0
     message = json.loads(line)
-    job = Job(**message["job"])
-    result = {**result_of(job), "device": device_name(pick_device(job.device))}
-    save_text(Path(message["result"]), json.dumps(result))
+    job, file = Job(**message["job"]), Path(message["result"])
+    found = result_of(job, lambda stage: save_text(stage_of(file), stage))
+    save_text(file, json.dumps({**found, "device": device_name(pick_device(job.device))}))
     return 0
 
 
-def result_of(job: Job) -> dict[str, Any]:
+def result_of(job: Job, tell: Tell = print) -> dict[str, Any]:
     """What the job has measured, or `failed` with the reason."""
     try:
-        return measure(job)
+        return measure(job, tell)
     except torch.OutOfMemoryError as error:
         print(error, flush=True)
         return {"failed": "out of memory"}

@@ -21,6 +21,11 @@ from lightning_dhellam.bench.throughput.settings import Job
 _WORKER = "lightning_dhellam.bench.throughput.worker"
 
 
+def stage_of(result: Path) -> Path:
+    """The file that says how far a job is whose `result` will be in that file."""
+    return result.with_suffix(".stage")
+
+
 class Workers:
     """Runs jobs one after the other, each in a process that does nothing else.
 
@@ -71,7 +76,9 @@ class Workers:
         except BrokenPipeError:  # it is dead already
             code = process.wait()
         except subprocess.TimeoutExpired:
-            return {"failed": f"stopped after {seconds:.0f} s"}
+            stage = stage_of(result)
+            how_far = f" {stage.read_text()}" if stage.exists() else ""
+            return {"failed": f"stopped after {seconds:.0f} s{how_far}"}
         finally:
             stop(process)
         if not result.exists():
