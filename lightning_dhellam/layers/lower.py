@@ -117,8 +117,8 @@ def lower(
     way = None
     if ranks > 1:
         gradients = torch.float32 if context_fp32_gradients else sizes.dtype
-        keys = Travelling(sizes.dtype, context_fp8_keys)
-        way = WAYS[context_exchange](topology.cp_rank, ranks, gradients, keys)
+        travelling = Travelling(sizes.dtype, context_fp8_keys)
+        way = WAYS[context_exchange](topology.cp_rank, ranks, gradients, travelling)
     wanted = choices_of(recompute, model.chunks, model.chunk_count)
     slots: set[str] = set()
 
