@@ -22,7 +22,7 @@ from lightning_dhellam.bench.checkpoint.settings import BANDWIDTH, STEPS, Settin
 from lightning_dhellam.bench.checkpoint.sides import SIDES, Parts, Side, parts_of
 from lightning_dhellam.bench.checkpoint.steps import measure_steps
 from lightning_dhellam.bench.processes import end_with_parent
-from lightning_dhellam.bench.report import Report, device_name, pick_device
+from lightning_dhellam.bench.report import Report, Row, device_name, pick_device
 from lightning_dhellam.checkpoint.checksums import crc32
 from lightning_dhellam.runner import Runner
 
@@ -42,9 +42,17 @@ def measure(settings: Settings, folder: Path) -> Report:
             size, times = _of_processes(settings, Path(place))
             report.notes["state"] = f"{size / 1e9:.3g} GB of {settings.processes} processes"
             report.rows += rows_of(times, size)
+            report.save(folder)
         if STEPS in settings.parts:
-            report.details["steps"] = measure_steps(settings, Path(place), device)
+            rows = report.details["steps"] = []
             report.device = device_name(device)
+
+            def tell(row: Row) -> None:
+                print(row, flush=True)
+                rows.append(row)
+                report.save(folder)
+
+            measure_steps(settings, Path(place), device, tell)
     return report
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,26 +20,29 @@ from torch.utils.data import DataLoader
 from lightning_dhellam.bench.checkpoint.settings import Settings
 from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.throughput.settings import Case
+from lightning_dhellam.checkpoint import Prepared, background, write
 from lightning_dhellam.models import parameter_count
 from lightning_dhellam.module import DualStrandMixin
 from lightning_dhellam.strategy import DHellamStrategy
 
-AT_ONCE, FIRST, BESIDE = "at once", "beside, the first", "beside"
-WAYS = (AT_ONCE, FIRST, BESIDE)
-"""The first one beside training takes and pins the host memory that later ones take again."""
+FIRST, BESIDE, AT_ONCE = WAYS = ("beside, the first", "beside", "at once")
+"""The first one beside training takes and pins the host memory that later ones take again; it is
+not written, which would tell no more."""
 _WARM_UP = 2
 
 
-def measure_steps(settings: Settings, place: Path, device: torch.device) -> list[Row]:
-    """Train on `device`, and save in `place` in each way. A row for each way.
+def measure_steps(
+    settings: Settings, place: Path, device: torch.device, tell: Callable[[Row], None]
+) -> None:
+    """Train on `device`, and save in `place` in each way. `tell` is called with each way's row.
 
     Of each: the median of steps that nothing disturbs (`normal ms`), the step that saves, the one
     after it, those while it is written (a median), from the call until the checkpoint has its name
     (`whole s`), and how much more memory of the host the process had than before, at most, by the
-    bytes of the checkpoint.
+    bytes that the device holds of what is saved.
     """
     case = Case.parse(settings.case)
-    watch = _Watch(device, settings.steps, place)
+    watch = _Watch(device, settings.steps, place, parameter_count(case.config), tell)
     trainer = pl.Trainer(
         accelerator=device.type,
         devices=1,
@@ -52,10 +55,12 @@ def measure_steps(settings: Settings, place: Path, device: torch.device) -> list
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(_Trained(case), DataLoader(_Batches(case), batch_size=None))
-    return watch.rows(parameter_count(case.config))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(_Trained(case), DataLoader(_Batches(case), batch_size=None))
+    finally:
+        background.write = write
 
 
 class _Trained(DualStrandMixin):
@@ -84,75 +89,98 @@ class _Batches(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 class _Watch(pl.Callback):
     """Marks where each step begins on the device, and saves when it is time.
 
-    Nothing here waits for the device while steps are timed.
+    Nothing here waits for what the device is about to do while steps are timed.
     """
 
-    def __init__(self, device: torch.device, steps: int, place: Path) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        steps: int,
+        place: Path,
+        parameters: int,
+        tell: Callable[[Row], None],
+    ) -> None:
         self.device, self.steps, self.place = device, steps, place
+        self.parameters, self.tell = parameters, tell
         self.marks: list[Any] = []
-        self.saved: list[dict[str, Any]] = []
-        self.normal = _WARM_UP
+        self.quiet_since = _WARM_UP
+        self.waiting = list(WAYS)
+        self.saved: dict[str, Any] | None = None
+        self.size = 0
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        print("the model is there: training begins", flush=True)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, DHellamStrategy)
-        if self.saved and self.saved[-1]["ended"] is None and strategy._in_flight() is None:
-            self._end(len(self.marks))
+        saved, step = self.saved, len(self.marks)
+        if saved and saved["ended"] is None and strategy._in_flight() is None:
+            self._end(saved, step)
         self.marks.append(_mark(self.device))
+        # The step after the end is over, and the device is at work on the next one.
+        if saved and saved["ended"] is not None and step == saved["ended"] + 2:
+            self.tell(self._row(saved))
+            self.saved, self.quiet_since = None, step + 1
+            trainer.should_stop = not self.waiting
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = len(self.marks) - 1
-        last = self.saved[-1] if self.saved else None
-        if last is not None and last["ended"] is None:
-            return
-        quiet_since = _WARM_UP if last is None else last["ended"] + 1
-        if step - quiet_since < self.steps:
-            return
-        if len(self.saved) == len(WAYS):
-            trainer.should_stop = True
-            return
-        self._save(trainer, WAYS[len(self.saved)], step, range(quiet_since, step))
+        if self.saved is None and self.waiting and step - self.quiet_since >= self.steps:
+            self._save(trainer, self.waiting.pop(0), step)
 
-    def _save(self, trainer: pl.Trainer, way: str, step: int, normal: range) -> None:
+    def _save(self, trainer: pl.Trainer, way: str, step: int) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, DHellamStrategy)
-        path = self.place / f"{len(self.saved)}.ckpt"
+        path = self.place / f"{len(self.waiting)}.ckpt"
         _reset_peak()
-        self.saved.append(
-            {"way": way, "step": step, "normal": normal, "ended": None, "path": path}
-            | {"begin": time.perf_counter(), "memory": _memory("VmRSS")}
-        )
+        self.saved = {
+            "way": way,
+            "step": step,
+            "normal": range(self.quiet_since, step),
+            "ended": None,
+            "path": path,
+            "begin": time.perf_counter(),
+            "memory": _memory("VmRSS"),
+        }
+        print(f"saving {way}, in step {step}", flush=True)
         if way == AT_ONCE:
             with strategy.saving_at_once():
                 trainer.save_checkpoint(path)
-            self._end(step + 1)
+            self._end(self.saved, step + 1)
         else:
+            if way == FIRST:
+                background.write = _write_nothing
             trainer.save_checkpoint(path)
+            assert strategy._background is not None
+            self.size = strategy._background._staging.size
 
-    def _end(self, step: int) -> None:
-        one = self.saved[-1]
-        one |= {"ended": step, "whole": time.perf_counter() - one["begin"]}
-        one["memory"] = _memory("VmHWM") - one["memory"]
-        one["bytes"] = sum(file.stat().st_size for file in one["path"].iterdir())
-        shutil.rmtree(one["path"])
+    def _end(self, saved: dict[str, Any], step: int) -> None:
+        saved |= {"ended": step, "whole": time.perf_counter() - saved["begin"]}
+        saved["memory"] = _memory("VmHWM") - saved["memory"]
+        background.write = write
+        if saved["path"].exists():
+            shutil.rmtree(saved["path"])
 
-    def rows(self, parameters: int) -> list[Row]:
-        taken = _between(self.marks, self.device)
-        return [
-            {
-                "way": one["way"],
-                "parameters": parameters,
-                "GB": one["bytes"] / 1e9,
-                "normal ms": (usual := median(taken[i] for i in one["normal"])),
-                "saves ms": taken[one["step"]],
-                "ratio": taken[one["step"]] / usual,
-                "next ms": taken[one["step"] + 1],
-                "meanwhile ms": median(taken[one["step"] + 1 : one["ended"] + 1]),
-                "whole s": one["whole"],
-                "host memory": one["memory"] / one["bytes"],
-            }
-            for one in self.saved
-        ]
+    def _row(self, saved: dict[str, Any]) -> Row:
+        taken = _between(self.marks, saved["ended"] + 1, self.device)
+        usual = median(taken[i] for i in saved["normal"])
+        return {
+            "way": saved["way"],
+            "parameters": self.parameters,
+            "GB": self.size / 1e9,
+            "normal ms": usual,
+            "saves ms": taken[saved["step"]],
+            "ratio": taken[saved["step"]] / usual,
+            "next ms": taken[saved["step"] + 1],
+            "meanwhile ms": median(taken[saved["step"] + 1 : saved["ended"] + 1]),
+            "whole s": saved["whole"],
+            "host memory": saved["memory"] / self.size,
+        }
+
+
+def _write_nothing(prepared: Prepared, group: Any) -> None:
+    """In place of `write`."""
 
 
 def _mark(device: torch.device) -> Any:
@@ -163,12 +191,13 @@ def _mark(device: torch.device) -> Any:
     return event
 
 
-def _between(marks: list[Any], device: torch.device) -> list[float]:
-    """Milliseconds from each mark to the next."""
+def _between(marks: list[Any], last: int, device: torch.device) -> list[float]:
+    """Milliseconds from each mark to the next, up to the one of number `last`."""
+    known = marks[: last + 1]
     if device.type != "cuda":
-        return [1e3 * (b - a) for a, b in pairwise(marks)]
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+        return [1e3 * (b - a) for a, b in pairwise(known)]
+    known[-1].synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(known)]
 
 
 def _memory(field: str) -> int:
