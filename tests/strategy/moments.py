@@ -24,7 +24,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_dhellam.autosearch import session
+from lightning_dhellam.autosearch import candidates
+from lightning_dhellam.autosearch.measuring import Measuring
 from lightning_dhellam.callbacks import AutoSearch
 from lightning_dhellam.engine.walk import Walker
 from lightning_dhellam.strategy import termination
@@ -106,12 +107,12 @@ class Befalls(Callback):
 
 def _search_at(befalls: Befalls) -> None:
     """Moments of a search. One that is told while it solves would go on for ever."""
-    measuring, solve = session.Session._measuring, session.solve
+    between, solve = Measuring._between, candidates.solve
 
-    def measured(self: Any, progress: Any, done: int, total: int, label: str) -> None:
+    def measured(self: Any, done: int, total: int, label: str) -> None:
         if done == 2:
             befalls.here("profile")
-        measuring(self, progress, done, total, label)
+        between(self, done, total, label)
 
     def solved(*args: Any, **options: Any) -> Any:
         if befalls.due and befalls.job.moment == "solve":
@@ -120,8 +121,8 @@ def _search_at(befalls: Befalls) -> None:
                 time.sleep(0.01)
         return solve(*args, **options)
 
-    session.Session._measuring = measured  # type: ignore[method-assign]
-    session.solve = solved
+    Measuring._between = measured  # type: ignore[method-assign]
+    candidates.solve = solved
 
 
 def _walk_at(befalls: Befalls, walks: int = 9) -> None:
