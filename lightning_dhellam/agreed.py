@@ -23,6 +23,7 @@ from lightning_dhellam.pipeline.schedules import (
     FIRST,
     Scheme,
     check_placed,
+    content,
     restored,
     scheme_of,
 )
@@ -103,6 +104,7 @@ class AgreedEngine:
         self._check_alike("recompute", recompute)
         self._check_alike("schedule", schedule)
         schedule, scheme = _scheme(schedule, plan, self._context.topology.pp_size)
+        self._check_works(schedule, scheme)
         self._check_alike("fp8", fp8)
         self._check_alike("fp8_all_gather", fp8_all_gather)
         check_placed(schedule, scheme, self._context.placement)
@@ -217,13 +219,13 @@ class AgreedEngine:
         """Let stages work in another order from the next step on. Every rank must call this.
 
         Args:
-            name: of the schedule, as it was searched: the same on all ranks.
+            name: of the schedule, as it was searched.
             scheme: makes schedules of the chunks as they lie.
 
         Raises:
             ValueError: ranks would work by different ones, and wait for each other forever.
         """
-        self._check_alike("schedule", name)
+        self._check_works(name, scheme)
         self.schedule = name
         self._lower = partial(self._lower, scheme=scheme)
         self.engine.follow(scheme)
@@ -321,6 +323,15 @@ class AgreedEngine:
             self._length = int(largest(torch.tensor([length]), self._world))
             self.engine.suit(self._length)
             self.use_plan(self.plan_in_use, self.engine.builder)
+
+    def _check_works(self, schedule: str, scheme: Scheme) -> None:
+        """Refuse what ranks call alike, perhaps, and each has another of, by what is printed."""
+        stages = self._context.topology.pp_size
+        if same_on_all_ranks(f"{schedule}\n{content(scheme, stages)}", self._world):
+            raise ValueError(
+                f"schedule={schedule!r} has other works on other ranks: every rank must be given"
+                " the same schedule, and the same file of one"
+            )
 
     @property
     def _world(self) -> dist.ProcessGroup | None:

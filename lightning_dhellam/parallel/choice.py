@@ -27,6 +27,7 @@ from lightning_dhellam.parallel.copy_engine import (
     Memory,
     SharedMemoryTransport,
     open_memory,
+    own_memory,
     piece_of,
 )
 from lightning_dhellam.parallel.stand_in import is_emulated
@@ -151,22 +152,36 @@ def _open(
     on: Communicator, device: torch.device, world: ProcessGroup | None, piece: int, parts: int
 ) -> tuple[Communicator | None, str]:
     """The lane by copy engine, or why no rank has it. Every rank of `world` must call this."""
+    own: Tensor | None = None
     memory: Memory | None = None
     obstacle = ""
     if len(set(of_all_ranks(_host(), on.group))) > 1:
         obstacle = f"{_LANES[on.lane].ranks} are on several hosts"
     else:
         try:
-            memory = open_memory(on.group, device, piece, parts)
-        except Exception as error:  # whatever this torch, driver or GPU makes of it
-            obstacle = f"memory cannot be shared ({(str(error) or repr(error)).splitlines()[0]})"
-    # Nobody may wait for signals of a rank that has none.
+            own = own_memory(device, piece, parts)
+        except Exception as error:
+            obstacle = _not_shared(error)
+    # Nobody may open what another rank has no room for, since all of a group open it together.
+    obstacle = _of_any(obstacle, world)
+    if obstacle or own is None:
+        return None, obstacle
+    try:
+        memory = open_memory(own, on.group)
+    except Exception as error:
+        obstacle = _not_shared(error)
+    # Nor may anybody wait for signals of a rank that has none.
     obstacle = _of_any(obstacle, world)
     if obstacle or memory is None:
         return None, obstacle
     opened = replace(on, transport=SharedMemoryTransport(memory, on.rank, on.transport, piece))
     obstacle = _of_any(_wrong(opened, device), world)
     return (None, obstacle) if obstacle else (opened, "")
+
+
+def _not_shared(error: Exception) -> str:
+    """Says so, whatever this torch, driver or GPU has made of it."""
+    return f"memory cannot be shared ({(str(error) or repr(error)).splitlines()[0]})"
 
 
 def _of_any(text: str, world: ProcessGroup | None) -> str:

@@ -57,13 +57,18 @@ class Memory(Protocol):
         """Await the signal of a rank."""
 
 
-def open_memory(
-    group: ProcessGroup, device: torch.device, piece: int = PIECE, parts: int = 1
-) -> Memory:
-    """Memory of the GPUs of `group`, in parts of two places. Every rank of it must call this."""
+def own_memory(device: torch.device, piece: int = PIECE, parts: int = 1) -> Tensor:
+    """This rank's share of such memory, in parts of two places: there may be no room for it."""
     import torch.distributed._symmetric_memory as symmetric
 
-    laid_out = symmetric.empty(parts * _PLACES * piece, dtype=torch.uint8, device=device)
+    laid_out: Tensor = symmetric.empty(parts * _PLACES * piece, dtype=torch.uint8, device=device)
+    return laid_out
+
+
+def open_memory(laid_out: Tensor, group: ProcessGroup) -> Memory:
+    """Let the GPUs of `group` see each other's memory. Every rank of it must call this."""
+    import torch.distributed._symmetric_memory as symmetric
+
     memory: Memory = symmetric.rendezvous(laid_out, group)
     return memory
 

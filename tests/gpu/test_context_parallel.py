@@ -15,7 +15,12 @@ from lightning_dhellam.kernels.deterministic import prepare
 from lightning_dhellam.layers import lower
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import exchange
-from lightning_dhellam.parallel.copy_engine import PIECE, SharedMemoryTransport, open_memory
+from lightning_dhellam.parallel.copy_engine import (
+    PIECE,
+    SharedMemoryTransport,
+    open_memory,
+    own_memory,
+)
 from lightning_dhellam.plan import BUILDERS, Lane
 from tests.engine.harness import batch_of, differing, engine_of, pieces, prepared, train
 from tests.gpu.test_several import needs
@@ -71,7 +76,7 @@ def _by_both_transports(rank: int) -> list[str]:
     device = torch.device("cuda", rank)
     context = ParallelContext.create(device, context_parallel_size=2)
     on = context.communicators[Lane.CP]
-    engine = SharedMemoryTransport(open_memory(on.group, device), on.rank, on.transport)
+    engine = SharedMemoryTransport(open_memory(own_memory(device), on.group), on.rank, on.transport)
     passed_on(replace(on, transport=engine), "cuda")
     torch.cuda.synchronize()
     model = prepared(SMALL, context, torch.bfloat16).to(device)

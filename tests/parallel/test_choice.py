@@ -21,9 +21,21 @@ def _found(rank: int) -> dict[str, Any]:
     assert isinstance(on.transport, Duplex) and context.carried == {}
     gpu = torch.device("cuda", rank)
     assert choose_transport("nccl", on, gpu, world) == (on, "nccl")
-    # Where one rank alone cannot: as if its memory could not be seen, or it stood elsewhere.
+    # Where one rank alone cannot: as if it had no room, its memory could not be seen, or it stood
+    # elsewhere. What one has no room for none opens, which all of a group would do together.
+    opened: list[None] = []
+
+    def no_room(*_: Any) -> Any:
+        if rank == 1:
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    choice.own_memory = no_room
+    choice.open_memory = lambda *_: opened.append(None)  # type: ignore[assignment]
+    found: dict[str, Any] = {"full": choose_transport("auto", on, gpu, world)[1]}
+    assert not opened
+    choice.own_memory = lambda *_: torch.zeros(1)
     choice.open_memory = lambda *_: 1 / rank  # type: ignore[assignment]
-    found: dict[str, Any] = {"unseen": choose_transport("auto", on, gpu, world)[1]}
+    found["unseen"] = choose_transport("auto", on, gpu, world)[1]
     choice._host = lambda: str(rank)
     found["apart"] = choose_transport("auto", on, gpu, world)[1]
     with pytest.raises(ValueError) as refused:
@@ -41,6 +53,7 @@ def test_ranks_agree_on_what_carries_exchanges() -> None:
     first, second = run_ranks(2, _found)
     assert first == second
     assert first["fastest"] == ("second", {"first": 5.0, "second": 4.0})
+    assert first["full"] == "nccl, since memory cannot be shared (no room)"
     assert first["unseen"] == "nccl, since memory cannot be shared (division by zero)"
     assert first["apart"] == "nccl, since the GPUs that share sequences are on several hosts"
     assert first["refused"] == (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_dhellam.pipeline.schedules import (
     Found,
     Placement,
     ScheduleError,
+    dual_pipe_v,
     fold,
     kept,
     playable,
@@ -26,6 +28,7 @@ from lightning_dhellam.pipeline.schedules import (
     zero_bubble_v,
 )
 from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile, Trials
 from lightning_dhellam.strategy import DHellamStrategy
 from tests.ranks import run_ranks
@@ -38,12 +41,14 @@ from tests.strategy.runs import (
     make_trainer,
     train,
 )
+from tests.strategy.runs import SHAPE as CONFIG
 
 MOST = 1 + 6 * (TRIED + 1)
 """Steps of a search of schedules: the one that shows the values, and six of each."""
 STEPS = MOST + 2
 FEWEST = 1 + 2 * TRIED
 SHAPE: dict[str, Any] = {"num_layers": 6, "hidden_dropout": 0.1}
+MODEL = replace(CONFIG, **SHAPE)
 
 
 class InUse(Callback):
@@ -171,6 +176,42 @@ def test_what_was_on_trial_does_not_outlive_its_search() -> None:
             search._trials.add(lambda: 1.0)
         leave()
         assert agreed.schedule == "fold" and search.chosen is None
+
+
+def _of_one_name(rank: int, folder: Path) -> list[str]:
+    """What is said of schedules that the ranks call alike, and of which each has another."""
+    said = []
+    sizes: dict[str, Any] = {"pipeline_parallel_size": 2}
+    with Runner.create(MODEL, "cpu", **sizes) as runner:
+        runner.use_schedule("searched", Found(zero_bubble_v(2, 5), fold))
+        for scheme in (
+            Found((zero_bubble_v, dual_pipe_v)[rank](2, 5), fold),
+            (fold, zero_bubble_v)[rank],
+        ):
+            with pytest.raises(ValueError) as refused:
+                runner.use_schedule("searched", scheme)
+            said.append(str(refused.value))
+        assert runner.agreed.schedule == "searched"
+    file = folder / "mine.txt"
+    own = folder / f"{rank}.txt"
+    own.write_text(str((fold, zero_bubble_v)[rank](2, 4)))
+    with pytest.MonkeyPatch.context() as patched:
+        # As on hosts whose files differ.
+        read = Path.read_text
+        patched.setattr(Path, "read_text", lambda path: read(own if path == file else path))
+        with pytest.raises(ValueError) as refused:
+            Runner.create(MODEL, "cpu", schedule=str(file), **sizes)
+        said.append(str(refused.value).replace(str(file), "mine.txt"))
+    return said
+
+
+def test_schedules_of_one_name_are_compared_by_their_works(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    other = "has other works on other ranks: every rank must be given the same schedule"
+    for said in run_ranks(2, _of_one_name, tmp_path):
+        assert [text.split(", and")[0] for text in said] == [
+            f"schedule='{name}' {other}" for name in ("searched", "searched", "mine.txt")
+        ]
 
 
 def test_a_schedule_that_was_found_comes_back() -> None:

@@ -84,6 +84,15 @@ class Found:
         return self.otherwise(stages, micro_batches)
 
 
+def content(scheme: Scheme, stages: int) -> str:
+    """What a scheme makes, printed: what ranks compare, since names and paths say too little."""
+    if isinstance(scheme, Written):
+        return str(scheme.schedule)
+    if isinstance(scheme, Found):
+        return f"{scheme.schedule}\n{content(scheme.otherwise, stages)}"
+    return str(scheme(stages, 2 * stages + 1))  # of a name: in the steady state, and beyond
+
+
 def kept(name: str, scheme: Scheme) -> dict[str, Any]:
     """Return a schedule that was chosen as plain values, for `restored`."""
     if not isinstance(scheme, Found):
