@@ -54,7 +54,8 @@ def _miniatures() -> dict[str, Shape]:
     config = ModelConfig(8, 64, 128, 8, 8, _UNUSED_VOCABULARY, max_sequence_length=128)
     grouped = replace(config, num_attention_heads=16)
     return {
-        "a": Shape(config, 64, 1, 8),
+        # As wide as 8 bits take: multiples of 16 on each rank.
+        "a": Shape(replace(config, hidden_size=128), 64, 1, 8),
         "b": Shape(config, 32, 2, 8),
         "c": Shape(config, 128, 1, 8, 4),
         "d": Shape(grouped, 128, 1, 8, 4),

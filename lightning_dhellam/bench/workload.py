@@ -129,16 +129,25 @@ def trunk(
     processors: int | None = None,
     context_exchange: str = "ring",
     recompute: Recompute | ByLayer = USUAL,
+    fp8: str | None = None,
+    fp8_all_gather: bool = False,
 ) -> Workload:
     """The first `layers` transformer layers alone: `count` micro-batches of [micro_batch, length].
 
     They start from fixed hidden states, and their loss is a linear function of what comes out, so
     that embedding and loss head, which have little to hide, do not blur the times. GEMMs can leave
     so many `processors` free; None: as many as collectives of these layers occupy. Backward makes
-    `recompute` again.
+    `recompute` again. With `fp8` linear layers compute in 8 bits, emulated on a CPU.
     """
     give_gradients(model)
-    lowered = lower(model, recompute=recompute, context_exchange=context_exchange)
+    lowered = lower(
+        model,
+        recompute=recompute,
+        context_exchange=context_exchange,
+        kernels=emulated(fp8, model.context.device),
+        fp8=fp8,
+        fp8_all_gather=fp8_all_gather,
+    )
     inner = [pair.at(length) for pair in lowered.layers[1 : layers + 1]]
     context = model.context
     if processors is None:
@@ -162,6 +171,11 @@ def trunk(
     pieces = [MicroBatch(dict(slots), piece.tokens) for _ in range(count)]
     layers_and_ends = (_source(x), *inner, _sink(dy))
     return Workload(model, layers_and_ends, pieces, lowered.kernels.names, priority, processors)
+
+
+def emulated(fp8: str | None, device: torch.device) -> dict[str, str] | None:
+    """Backends where no kernels compute in 8 bits: what emulates them."""
+    return {"fp8": "reference"} if fp8 and device.type == "cpu" else None
 
 
 def _source(x: Tensor) -> GraphPair:

@@ -185,6 +185,21 @@ def test_a_cell_may_make_again_what_it_says_or_what_fits(tmp_path: Path) -> None
     assert f"recompute: {none}" not in found
 
 
+def test_a_cell_may_compute_and_gather_in_8_bits(tmp_path: Path) -> None:
+    words = ("--links", "[copy:110]", "--cells", "[a4]", "--plans", "[sequential,megatron,auto]")
+    found = bench("overlap", tmp_path, *SHORT, *words, "--fp8", "['', 'current:gather']")
+    cells_of = {row["cell"] for row in found["rows"]}
+    plain, eight = "a4 copy:110", "a4 copy:110 current:gather"
+    assert cells_of == {plain, eight}
+    rows = {(row["cell"], row["plan"]): row for row in found["rows"]}
+    for plan in ("sequential", "megatron", "auto"):
+        assert rows[eight, plan]["parity"] == 0.0, "nor does it change a bit"
+        assert rows[eight, plan]["saved MiB"] < rows[plain, plan]["saved MiB"]
+    times = found[f"8 bits: {eight}"]
+    ratio = rows[plain, "auto"]["layer ms"] / rows[eight, "auto"]["layer ms"]
+    assert times == f"auto {ratio:.3f} times as fast as without"
+
+
 @pytest.mark.parametrize(("seconds", "evaluations"), [(4.0, 4000), (1e-3, 480), (1e3, 16_000)])
 def test_a_search_is_as_long_as_asked_for(
     seconds: float, evaluations: int, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +252,7 @@ def test_links_are_written_as_they_are_read() -> None:
         (("--plans", "[sequential,auto]"), "--plans: 'megatron' must be among them"),
         (("--micro_batches", "[2,2]"), r"--micro_batches \[2, 2\]: give two different"),
         (("--links", "[fast]"), "link 'fast'"),
+        (("--fp8", "[fp4]"), "--fp8: 'fp4' is not known: use current, blockwise, current:gather"),
         (("--recompute", "[most]"), "--recompute: 'most' is not a choice: use none, gathers"),
         (("--recompute", "[auto:half]"), "--recompute: 'auto:half' is not .* auto:0.5 for half"),
         (("--recompute", "[auto:2]"), "--recompute: 'auto:2' is not a choice"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_dhellam.bench.workload import Workload
+from lightning_dhellam.bench.overlap.cells import Cell
+from lightning_dhellam.bench.workload import Workload, emulated
 from lightning_dhellam.layers import lower
-from lightning_dhellam.models import CausalLM
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
 from lightning_dhellam.plan.by_layer import ByLayer
 from lightning_dhellam.plan.passes import Recompute
@@ -98,7 +98,14 @@ def saved_of(layers: Sequence[GraphPair], tokens: int) -> float:
     return sum(pair.saved_bytes(tokens) for pair in layers) / len(layers)
 
 
-def saved_by_none(model: CausalLM, layers: int, exchange: str, length: int, tokens: int) -> float:
-    """What the first `layers` would save in the mean, if they made nothing again."""
-    lowered = lower(model, recompute="none", context_exchange=exchange)
-    return saved_of([pair.at(length) for pair in lowered.layers[1 : layers + 1]], tokens)
+def saved_by_none(work: Workload, cell: Cell, length: int) -> float:
+    """What the layers of a cell would save in the mean, if they made nothing again."""
+    lowered = lower(
+        work.model,
+        recompute="none",
+        context_exchange=cell.exchange,
+        kernels=emulated(cell.fp8, work.model.context.device),
+        **cell.eight_bits,
+    )
+    inner = [pair.at(length) for pair in lowered.layers[1 : cell.layers + 1]]
+    return saved_of(inner, work.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_dhellam.parallel import Link
 from lightning_dhellam.plan import Lane
@@ -31,6 +32,8 @@ class Cell:
         lever: What is unusual about the cell, in words.
         recompute: What backward makes again: a choice, or `auto:` and the share of the activation
             memory that a step needs which keeps all.
+        fp8: How linear layers compute in 8 bits, with `:gather` behind it if what they gather
+            travels so; empty where they do not.
     """
 
     shape: str
@@ -43,6 +46,13 @@ class Cell:
     priority: int = -1
     lever: str = ""
     recompute: str = USUAL
+    fp8: str = ""
+
+    @property
+    def eight_bits(self) -> dict[str, Any]:
+        """The same as `lower` is told."""
+        name, _, gathers = self.fp8.partition(":")
+        return {"fp8": name or None, "fp8_all_gather": bool(gathers)}
 
     @property
     def share(self) -> float | None:
@@ -59,7 +69,8 @@ class Cell:
         if self.context_link is not None:
             context = f" {self.exchange} {_spell(self.context_link)}"
         again = "" if self.recompute == USUAL else f" {self.recompute}"
-        return f"{self.shape}{self.layers} {rate}{context}{lever}{again}"
+        fp8 = f" {self.fp8}" if self.fp8 else ""
+        return f"{self.shape}{self.layers} {rate}{context}{lever}{again}{fp8}"
 
     @property
     def processors(self) -> int:
@@ -75,7 +86,7 @@ class Cell:
     def without_lever(self) -> tuple[object, ...]:
         """What this cell and the same one with another lever have in common."""
         link = self.link.bandwidth, bool(self.link.sms)
-        return self.shape, self.layers, self.calibrated, *link, self.recompute
+        return self.shape, self.layers, self.calibrated, *link, self.recompute, self.fp8
 
 
 def _manner(link: Link) -> str:

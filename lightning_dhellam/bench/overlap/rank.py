@@ -98,7 +98,7 @@ class Rank:
         parity = self._parity(cell, again, plans)
         self._free()
         length = self._shapes[cell.shape].length
-        kept = saved_by_none(work.model, cell.layers, cell.exchange, length, work.tokens)
+        kept = saved_by_none(work, cell, length)
         figures = {
             name: PlanFigures(
                 self._predicted(works[name], plans, name),
@@ -165,6 +165,7 @@ class Rank:
             processors=cell.processors,
             context_exchange=cell.exchange,
             recompute=recompute,
+            **cell.eight_bits,
         )
 
     def _steps(self, work: Workload, builder: Builder) -> tuple[Step, Step]:

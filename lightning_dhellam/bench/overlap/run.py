@@ -11,7 +11,13 @@ from pathlib import Path
 
 from lightning_dhellam.bench.overlap.cells import Cell
 from lightning_dhellam.bench.overlap.rank import Rank
-from lightning_dhellam.bench.overlap.report import COLUMNS, lever_notes, notes_of, recompute_notes
+from lightning_dhellam.bench.overlap.report import (
+    COLUMNS,
+    fp8_notes,
+    lever_notes,
+    notes_of,
+    recompute_notes,
+)
 from lightning_dhellam.bench.overlap.settings import Settings
 from lightning_dhellam.bench.report import Report, device_name, pick_device
 from lightning_dhellam.bench.shapes import SLOWER, Shape, rank_of, shapes
@@ -38,6 +44,7 @@ def measure(settings: Settings, folder: Path) -> Report:
             rank = Rank(context, known, settings, slower)
             skipped += _measure(group, rank, report, clock, folder)
     report.notes |= lever_notes(todo, report.rows) | recompute_notes(todo, report.rows)
+    report.notes |= fp8_notes(todo, report.rows)
     if skipped:
         report.notes["not measured, for lack of time"] = ", ".join(skipped)
     report.save(folder)

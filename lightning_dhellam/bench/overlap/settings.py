@@ -8,6 +8,7 @@ from lightning_dhellam.autosearch.options import MEMORY_SLACK
 from lightning_dhellam.bench.overlap.cells import Cell, cells
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.shapes import parse_link
+from lightning_dhellam.layers.fp8_recipe import FORMATS
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.plan.by_layer import AUTO, USUAL
 from lightning_dhellam.plan.passes import CHOICES
@@ -16,6 +17,8 @@ LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""
 CONTEXT_LINKS = ("copy:50", "copy:25", "copy:110", "16sm:50", "16sm:25", "16sm:110")
 """Between ranks that share sequences, likewise."""
+IN_8_BITS = ("", *FORMATS, *(f"{name}:gather" for name in FORMATS))
+"""How linear layers may compute."""
 EXPERT_LINKS = ("copy:50", "16sm:50", "copy:110", "16sm:110", "copy:25")
 """Between ranks that share experts, likewise."""
 
@@ -73,7 +76,15 @@ class Settings:
     """What backward makes again, each in cells of its own: none, gathers, selective or full, or
     auto:0.5 for what fits into half of the activation memory that none needs."""
 
+    fp8: tuple[str, ...] = ("",)
+    """How linear layers compute, each in cells of its own: "" as they are, current or blockwise in
+    8 bits, current:gather or blockwise:gather with gathers in 8 bits as well."""
+
     def __post_init__(self) -> None:
+        for name in self.fp8:
+            if name not in IN_8_BITS:
+                known = ", ".join(filter(None, IN_8_BITS))
+                raise ValueError(f"--fp8: '{name}' is not known: use {known}, or '' for none")
         unknown = [plan for plan in self.plans if plan not in PLANS]
         if unknown:
             raise ValueError(f"--plans: '{unknown[0]}' is not a plan: use {', '.join(PLANS)}")
@@ -133,7 +144,12 @@ class Settings:
             context_links=[parse_link(text) for text in self.context_links if plain],
             expert_links=[parse_link(text) for text in self.expert_links if plain],
         )
-        found = [replace(cell, recompute=again) for cell in found for again in self.recompute]
+        found = [
+            replace(cell, recompute=again, fp8=fp8)
+            for cell in found
+            for again in self.recompute
+            for fp8 in self.fp8
+        ]
         if self.cells is None:
             return found
         return [cell for cell in found if any(map(cell.name.startswith, self.cells))]
