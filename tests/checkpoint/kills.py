@@ -194,7 +194,8 @@ def main() -> int:
             wrong = goes_on(given.processes, sizes, folder, kill, never)
             good += not wrong
             of = counts[kill.rank]
-            print(f"{name}: rank {kill.rank} at event {kill.event} of {of}: {wrong or 'goes on'}")
+            place = f"{name}: rank {kill.rank} at event {kill.event} of {of}"
+            print(f"{place}: {wrong or 'goes on'}", flush=True)
     print(f"{good} of {given.kills} go on as if nobody had been killed")
     return int(good != given.kills)
 
