@@ -8,14 +8,17 @@ from lightning_dhellam.advice.advise import Adviser
 from lightning_dhellam.advice.choices import Question
 from lightning_dhellam.advice.lowering import Lowering, lowering_of, work_of
 from lightning_dhellam.advice.memory import memory_of
+from lightning_dhellam.advice.plans import PlanSearch
 from lightning_dhellam.advice.predict import predict
-from lightning_dhellam.advice.priceable import Conditions, check_run
+from lightning_dhellam.advice.priceable import Conditions, check_device, check_run
 
 __all__ = [
     "Adviser",
     "Conditions",
     "Lowering",
+    "PlanSearch",
     "Question",
+    "check_device",
     "check_run",
     "lowering_of",
     "memory_of",

@@ -2,32 +2,45 @@
 
 A step cannot be shorter than the computation of its busiest stage, nor take less memory than the
 weights, gradients, optimizer and one micro-batch's activations of any stage. Choices are played in
-the order of the first bound until it exceeds the step of the last one that would be shown; those
-that the second bound rules out are not played. So nothing that belongs among the best is lost.
+the order of the first bound, and taken in the order of their steps: one as soon as its step is no
+longer than the bound of all that are not played yet, if it fits into memory, until there are as
+many as are shown. Those that the second bound rules out are not played. So nothing that belongs
+among the best is lost. These few get plans of their own then, for as long as there is time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
-from lightning_dhellam.advice.choices import Question, runs, shape_of
+from lightning_dhellam.advice.bounds import least_bytes, least_seconds
+from lightning_dhellam.advice.choices import Question, runs, searching, shape_of
 from lightning_dhellam.advice.lowering import Lowering, lowering_of
 from lightning_dhellam.advice.memory import memory_of
-from lightning_dhellam.advice.predict import builders_of, choice_of, prediction_of
+from lightning_dhellam.advice.plans import PlanSearch
+from lightning_dhellam.advice.predict import choice_of, prediction_of
 from lightning_dhellam.advice.priceable import Conditions, Priceable
+from lightning_dhellam.advice.schedules import settled
 from lightning_dhellam.memory import RankMemory, Run
-from lightning_dhellam.plan import Graph, Lane
-from lightning_dhellam.precision import PRECISIONS
-from lightning_dhellam.search.cluster import Advice, Candidate, Known, Prediction
-from lightning_dhellam.search.cluster.ending import optimizer
+from lightning_dhellam.plan import BUILDERS, Builder, Lane
+from lightning_dhellam.search.cluster import Advice, Candidate, Known, Prediction, Priced
+from lightning_dhellam.search.cluster.step import Visits
+from lightning_dhellam.search.pipeline import Effort
 
 SHOWN = 10
 """Candidates that are kept."""
-_STATE = 12
-"""Bytes of an optimizer's state for each parameter: two moments and a master weight in fp32."""
+SECONDS = 60.0
+"""For which plans of the candidates are searched."""
+_SURE = 0.98
+"""Of the bytes of weights, optimizer and saved activations: by as much are they less than all that
+a rank takes, whatever the order of the operators."""
+_EFFORT = Effort(starts=200, improved=1, moves=1000)
+"""With which schedules of the best are searched."""
+_TIE = 1e-4
+"""Share of a step below which two are as fast."""
 _PARTS = {
     "compute": "compute",
     "exposed": "communication that nothing hides",
@@ -37,7 +50,8 @@ _PARTS = {
     "optimizer": "optimizer",
 }
 _TOO_LARGE = "need more memory than a device has"
-_TOO_SLOW = "compute for longer than the last of these takes"
+_TOO_SLOW = "compute for longer than a step of the last of these takes"
+_SLOWER = "take longer than the last of these"
 
 
 @dataclass
@@ -47,10 +61,29 @@ class _Bounded:
     Attributes:
         priceable: with its operators' prices.
         least: seconds that its step takes at least.
+        builders: orders that it is played by.
+        visits: that were played with the same layers, prices and orders.
+        seconds: that its step takes, once it was played.
+        saved: bytes of activations that each stage of a pipeline then holds at most.
     """
 
     priceable: Priceable
     least: float
+    builders: Mapping[str, Builder]
+    visits: Visits
+    seconds: float = 0.0
+    saved: tuple[float, ...] = ()
+
+    @property
+    def run(self) -> Run:
+        return self.priceable.run
+
+    def play(self) -> float:
+        """Play a step, of few layers of many that are alike."""
+        step = self.priceable.play(self.builders, sketch=True, known=self.visits)
+        self.saved = tuple(use.peak for use in step.run.stages) if step.run else ()
+        self.seconds = step.seconds
+        return self.seconds
 
 
 class Adviser:
@@ -61,6 +94,7 @@ class Adviser:
         conditions: cluster and profile.
         shown: candidates to keep.
         progress: is told how many choices were played, of how many.
+        plans: searches the plans of the candidates.
     """
 
     def __init__(
@@ -69,15 +103,21 @@ class Adviser:
         conditions: Conditions,
         shown: int = SHOWN,
         progress: Callable[[int, int], None] | None = None,
+        plans: PlanSearch | None = None,
     ) -> None:
         self._question = question
         self._conditions = conditions
         self._known: Known | None = conditions.known()
         self._shown = shown
         self._progress = progress
+        self._plans = plans or PlanSearch(SECONDS)
         self._lowerings: dict[Run, Lowering] = {}
+        self._prices: dict[Hashable, Priced] = {}
+        self._visits: dict[Hashable, Visits] = {}
         self._memories: dict[Run, tuple[RankMemory, ...]] = {}
         self._refused: Counter[str] = Counter()
+        self._chosen: list[_Bounded] = []
+        self._played = 0
 
     def advise(self, *, prune: bool = True) -> Advice:
         """Search. Without `prune` every choice is played.
@@ -89,59 +129,114 @@ class Adviser:
         begin = time.perf_counter()
         every = [*runs(self._question, self._refused)]
         looked_at = len(every) + sum(self._refused.values())
-        bounded = self._bounded(every, prune)
-        best: list[tuple[float, Run, Prediction]] = []
-        played = 0
-        builders = builders_of("auto")
-        for number, one in enumerate(bounded):
-            if self._progress is not None:
-                self._progress(number, len(bounded))
-            if prune and len(best) == self._shown and one.least >= best[-1][0]:
-                self._refused[_TOO_SLOW] += len(bounded) - number
-                break
-            run = one.priceable.run
-            seconds = one.priceable.play(builders, sketch=True).seconds
-            played += 1
-            if len(best) == self._shown and seconds >= best[-1][0]:
-                continue
-            memory = self._memory(run)
-            if max(rank.total for rank in memory) > self._conditions.device.memory:
-                self._refused[_TOO_LARGE] += 1
-                continue
-            found = prediction_of(one.priceable, builders, memory=memory, sketch=True)
-            best = sorted([*best, (seconds, run, found)], key=lambda row: row[0])[: self._shown]
+        best = self._ranked(self._bounded(every, prune), prune)
         if not best:
             raise ValueError(self._nothing_fits(every))
-        first = best[0][2]
+        for one in best:
+            key = self._key(one.run)
+            builders = self._plans.builders(one.priceable, key)
+            if builders is not None:
+                one.builders, one.visits = builders, self._visits.setdefault(("auto", key), {})
+                one.play()
+        best += self._scheduled(best)
+        self._chosen = sorted(best, key=lambda one: one.seconds)[: self._shown]
+        self._refused[_SLOWER] += len(best) - len(self._chosen)
+        found = [self._prediction(one, sketch=True) for one in self._chosen]
         return Advice(
-            tuple(Candidate(found, reason(found, first)) for _, _, found in best),
+            tuple(Candidate(one, reason(one, found[0])) for one in found),
             looked_at,
-            played,
+            self._played,
             dict(self._refused),
             time.perf_counter() - begin,
         )
 
     def run_of(self, prediction: Prediction) -> Run:
         """The run that a candidate is of."""
-        every = runs(self._question, Counter())
-        return next(run for run in every if choice_of(run) == prediction.choice)
+        return self._of(prediction).run
 
     def whole(self, prediction: Prediction) -> Prediction:
         """The prediction of a candidate with all of its layers played."""
-        run = self.run_of(prediction)
-        one = Priceable.of(run, self._conditions, self._known, self._lowering(run))
-        return prediction_of(one, builders_of(run.plan), memory=self._memory(run))
+        return self._prediction(self._of(prediction), sketch=False)
+
+    def _of(self, prediction: Prediction) -> _Bounded:
+        return next(one for one in self._chosen if choice_of(one.run) == prediction.choice)
+
+    def _prediction(self, one: _Bounded, *, sketch: bool) -> Prediction:
+        memory = self._memory(one.run)
+        return prediction_of(one.priceable, one.builders, memory=memory, sketch=sketch)
 
     def _bounded(self, every: list[Run], prune: bool) -> list[_Bounded]:
         """Choices that may fit, those with the shortest bound first."""
         found = []
         for run in every:
-            one = Priceable.of(run, self._conditions, self._known, self._lowering(run))
+            one = self._priceable(run)
             if prune and least_bytes(one) > self._conditions.device.memory:
                 self._refused[_TOO_LARGE] += 1
                 continue
-            found.append(_Bounded(one, least_seconds(one)))
+            visits = self._visits.setdefault(self._key(run), {})
+            found.append(_Bounded(one, least_seconds(one), BUILDERS, visits))
         return sorted(found, key=lambda one: one.least)
+
+    def _ranked(self, bounded: list[_Bounded], prune: bool) -> list[_Bounded]:
+        """The choices with the shortest steps of those that fit, the shortest first."""
+        waiting: list[tuple[float, int]] = []
+        best: list[_Bounded] = []
+        number = 0
+        while len(best) < self._shown and (waiting or number < len(bounded)):
+            more = number < len(bounded)
+            if more and (not prune or not waiting or bounded[number].least < waiting[0][0]):
+                if self._progress is not None:
+                    self._progress(number, len(bounded))
+                heappush(waiting, (bounded[number].play(), number))
+                number += 1
+                continue
+            one = bounded[heappop(waiting)[1]]
+            if self._fits(one, prune):
+                best.append(one)
+            else:
+                self._refused[_TOO_LARGE] += 1
+        self._played = number
+        self._refused[_SLOWER] += len(waiting)
+        self._refused[_TOO_SLOW] += len(bounded) - number
+        self._refused = +self._refused
+        return best
+
+    def _scheduled(self, best: list[_Bounded]) -> list[_Bounded]:
+        """Those of the best whose schedule is searched, where that makes steps shorter."""
+        least: dict[Run, _Bounded] = {}
+        for one in best:
+            run = searching(self._question, one.run)
+            if run is not None and (run not in least or one.seconds < least[run].seconds):
+                least[run] = one
+        found = []
+        for run, other in least.items():
+            if self._plans.is_over:
+                break
+            one, memory = settled(self._priceable(run), other.builders, self._memory(run), _EFFORT)
+            self._memories[run] = memory
+            new = _Bounded(one, other.least, other.builders, other.visits)
+            if self._fits(new, False) and new.play() < other.seconds * (1 - _TIE):
+                found.append(new)
+        return found
+
+    def _fits(self, one: _Bounded, prune: bool) -> bool:
+        limit = self._conditions.device.memory
+        if prune and _SURE * least_bytes(one.priceable, one.saved) > limit:
+            return False
+        return max(rank.total for rank in self._memory(one.run)) <= limit
+
+    def _priceable(self, run: Run) -> Priceable:
+        key = self._key(run)
+        lowering = self._lowering(run)
+        one = Priceable.of(run, self._conditions, self._known, lowering, self._prices.get(key))
+        self._prices[key] = one.priced
+        return one
+
+    def _key(self, run: Run) -> Hashable:
+        """The same for runs whose layers have the same operators with the same prices."""
+        machine = self._conditions.machine
+        reaches = (machine.reach(lane, run.topology) for lane in (Lane.TP, Lane.CP, Lane.EP))
+        return shape_of(run), run.micro_batch_size, *reaches
 
     def _lowering(self, run: Run) -> Lowering:
         shape = shape_of(run)
@@ -155,71 +250,14 @@ class Adviser:
         return self._memories[run]
 
     def _nothing_fits(self, every: list[Run]) -> str:
-        conditions = self._conditions
-
-        def needs(run: Run) -> float:
-            lowering = self._lowering(run)
-            return least_bytes(Priceable.of(run, conditions, self._known, lowering))
-
-        run = min(every, key=needs)
+        run = min(every, key=lambda run: least_bytes(self._priceable(run)))
         bytes_ = max(rank.total for rank in self._memory(run))
-        has = conditions.device.memory
+        has = self._conditions.device.memory
         return (
             f"nothing fits: the least that a rank takes is {bytes_ / 2**30:.1f} GiB"
-            f" ({choice_of(run)}), and {conditions.device.name} has {has / 2**30:.1f} GiB: use more"
-            " devices, shorter sequences, or a smaller model"
+            f" ({choice_of(run)}), and {self._conditions.device.name} has {has / 2**30:.1f} GiB:"
+            " use more devices, shorter sequences, or a smaller model"
         )
-
-
-def least_seconds(one: Priceable) -> float:
-    """Seconds that a step takes at least: of its busiest stage, and of the optimizer.
-
-    A stage computes for all micro-batches, and not before the first of them has been forward
-    through the chunks before its own.
-    """
-    work = one.work
-    pairs = {id(pair): pair for pair in work.layers}
-    ahead = {number: _computed(one, pair.forward) for number, pair in pairs.items()}
-    both = {n: ahead[n] + _computed(one, pair.backward) for n, pair in pairs.items()}
-    machine, most = one.machine, 0.0
-    for stage in range(work.stages):
-        own = [*work.of_stage(stage)]
-        first = min(own)
-        waited = sum(ahead[id(layer)] for layer in work.layers[:first])
-        computed = work.micro_batches * sum(both[id(work.layers[n])] for n in own)
-        most = max(most, waited + computed)
-    last = max(
-        optimizer(work, [*work.of_stage(stage)], machine, one.groups)[0]
-        for stage in range(work.stages)
-    )
-    return most + last
-
-
-def _computed(one: Priceable, graph: Graph) -> float:
-    """Seconds of the operators of a graph that compute."""
-    costs = one.priced.costs
-    return sum(costs.alone(graph, o.name) for o in graph.operators if o.lane is Lane.COMPUTE)
-
-
-def least_bytes(one: Priceable) -> float:
-    """Bytes that a rank takes at least: states, and the activations of one micro-batch."""
-    work, numbers = one.work, PRECISIONS[one.run.precision]
-    most = 0.0
-    for stage in range(work.stages):
-        held = saved = 0.0
-        for n in work.of_stage(stage):
-            weights = work.weights[n]
-            for count, reach in (
-                (weights.dense, one.groups.dense),
-                (weights.experts, one.groups.experts),
-            ):
-                state = _STATE if numbers.master_weights else 8
-                shards = reach.size if work.sharded else 1
-                each = numbers.dtype.itemsize + work.gradient_bytes + state / shards
-                held += count * each
-            saved += work.layers[n].saved_bytes(work.tokens)
-        most = max(most, held + saved)
-    return most
 
 
 def reason(found: Prediction, best: Prediction) -> str:
@@ -229,7 +267,7 @@ def reason(found: Prediction, best: Prediction) -> str:
     more = {word: _mean(found, part) - _mean(best, part) for part, word in _PARTS.items()}
     word = max(more, key=lambda name: more[name])
     share = found.seconds / best.seconds - 1
-    if share < 1e-4:
+    if share < _TIE:
         return "as fast"
     return f"{share:.1%} slower: {more[word] / best.seconds:.1%} of the best step more in {word}"
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from lightning_dhellam.engine.inputs import check_length
+from lightning_dhellam.layers.eight_bits import check_shapes
 from lightning_dhellam.memory import Run
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Topology
-from lightning_dhellam.pipeline.schedules import SCHEDULES, ScheduleError, scheme_of
+from lightning_dhellam.pipeline.schedules import (
+    AUTO,
+    FIRST,
+    SCHEDULES,
+    ScheduleError,
+    placement_of,
+    scheme_of,
+)
 
 RECOMPUTES = ("none", "gathers", "selective", "full")
 """What layers may make again, from the least time to the least memory."""
@@ -31,8 +40,9 @@ class Question:
         global_batch: samples of a step, of all ranks together.
         length: tokens of a sequence.
         precision: of the run.
-        schedules: to choose from; all that are trained if not given.
+        schedules: to choose from; all that are trained, and `auto`, if not given.
         recomputes: to choose from.
+        fp8: how linear layers may compute, of `eight_bits.FORMATS`; None for not in 8 bits.
     """
 
     config: ModelConfig
@@ -43,6 +53,7 @@ class Question:
     precision: str = "bf16-mixed"
     schedules: tuple[str, ...] = ()
     recomputes: Sequence[str] = RECOMPUTES
+    fp8: Sequence[str | None] = (None,)
 
 
 def topologies(question: Question, refusals: list[str] | None = None) -> Iterator[Topology]:
@@ -105,12 +116,13 @@ def runs(question: Question, refused: Counter[str]) -> Iterator[Run]:
             refused["have another share of the batch on some ranks"] += 1
             continue
         samples = batch // topology.dp_size
+        # Alone a rank gathers nothing, and so has nothing gathered to keep.
+        remade = [one for one in question.recomputes if one != "none" or topology.tp_size > 1]
+        formats = [*_formats(question, topology, refused)]
         for size in (n for n in _divisors(samples) if n <= _LARGEST):
             for schedule in _schedules(question, topology.pp_size, samples // size, refused):
-                for recompute in question.recomputes:
-                    # Alone a rank gathers nothing, and so has nothing gathered to keep.
-                    if recompute != "none" or topology.tp_size > 1:
-                        yield run_of(question, topology, samples, size, schedule, recompute)
+                for one, fp8 in product(remade, formats):
+                    yield run_of(question, topology, samples, size, schedule, one, fp8)
 
 
 def run_of(
@@ -120,6 +132,7 @@ def run_of(
     size: int,
     schedule: str,
     recompute: str,
+    fp8: str | None = None,
 ) -> Run:
     """The run of one choice, whose plan a search finds."""
     return Run(
@@ -132,6 +145,7 @@ def run_of(
         plan="auto",
         recompute=recompute,
         schedule=schedule,
+        fp8=fp8,
     )
 
 
@@ -143,19 +157,40 @@ def shape_of(run: Run) -> Run:
     return replace(run, topology=narrow, samples=1, micro_batch_size=1, schedule="fold", split=None)
 
 
+def _formats(question: Question, topology: Topology, refused: Counter[str]) -> Iterator[str | None]:
+    for fp8 in question.fp8:
+        try:
+            if fp8 is not None:
+                check_shapes(fp8, question.config, topology.tp_size)
+        except ValueError:
+            refused[f"have layers whose share is of no size for fp8={fp8}"] += 1
+            continue
+        yield fp8
+
+
 def _schedules(
     question: Question, stages: int, micro_batches: int, refused: Counter[str]
 ) -> Iterator[str]:
     if stages == 1:
         yield "fold"
         return
-    for name in question.schedules or SCHEDULES:
+    wanted = question.schedules or SCHEDULES
+    for name in dict.fromkeys(FIRST if name == AUTO else name for name in wanted):
         try:
             scheme_of(name, stages)(stages, micro_batches)
         except ScheduleError:
             refused["have a schedule that is not defined for their micro-batches"] += 1
             continue
         yield name
+
+
+def searching(question: Question, run: Run) -> Run | None:
+    """The same run with a schedule that is searched; None where it may not, or cannot be."""
+    stages = run.topology.pp_size
+    allowed = not question.schedules or AUTO in question.schedules
+    if stages == 1 or not allowed or run.placement != placement_of(AUTO, stages):
+        return None
+    return replace(run, schedule=AUTO)
 
 
 def _divisors(number: int) -> list[int]:

@@ -77,6 +77,9 @@ def lowering_of(run: Run) -> Lowering:
             context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
             context_fp32_gradients=run.context_fp32_gradients,
             context_fp8_keys=run.context_fp8_keys,
+            fp8=run.fp8,
+            # Nothing computes here: what is asked for is what there is to do.
+            kernels={"fp8": "reference"} if run.fp8 else None,
         )
         layers, weights = _sized(lowered, run.length)
     if few:

@@ -9,6 +9,7 @@ import torch
 
 from lightning_dhellam.advice.lowering import Lowering, work_of
 from lightning_dhellam.engine.inputs import check_length
+from lightning_dhellam.layers import eight_bits
 from lightning_dhellam.memory import Run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.networks import Device
@@ -27,6 +28,7 @@ from lightning_dhellam.search.cluster import (
     Work,
     played,
 )
+from lightning_dhellam.search.cluster.step import Visits
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.pipeline import Link
 
@@ -86,8 +88,8 @@ def check_run(run: Run, cluster: Cluster) -> None:
     """Refuse a run of which nothing is predicted on a cluster.
 
     Raises:
-        ValueError: it has more ranks than the cluster, computes in 8 bits, or has sequences that it
-            could not train on.
+        ValueError: it has more ranks than the cluster, computes in 8 bits where the device or the
+            model do not, or has sequences that it could not train on.
     """
     topology = run.topology
     if topology.world_size > cluster.world_size:
@@ -97,9 +99,38 @@ def check_run(run: Run, cluster: Cluster) -> None:
             f" {cluster.world_size}"
         )
     if run.fp8 is not None:
-        raise ValueError(f"fp8={run.fp8!r} is not predicted: leave it out for a step in bf16")
+        assert cluster.device is not None
+        check_eight_bits(run.fp8, cluster.device, run)
     longest = run.config.max_sequence_length
     check_length(run.length, longest, topology.tp_size, topology.cp_size)
+
+
+def check_device(fp8: str, device: Device) -> None:
+    """Refuse 8 bits on a device that computes in none.
+
+    Raises:
+        ValueError: with a device that does.
+    """
+    eight_bits.check_name(fp8)
+    if device.flops_fp8 is None:
+        known = dict.fromkeys(one.name for one in data_sheets() if one.flops_fp8 is not None)
+        raise ValueError(
+            f"fp8={fp8!r} is not predicted on {device.name}, which by its data sheet multiplies no"
+            f" numbers of 8 bits: leave fp8 out, take a cluster of {' or '.join(known)}, or add"
+            " `flops_fp8` of the cluster's device, if it does"
+        )
+
+
+def check_eight_bits(fp8: str, device: Device, run: Run) -> None:
+    """Refuse a run in 8 bits that could not be.
+
+    Raises:
+        ValueError: of its device, its precision, or its model's sizes.
+    """
+    check_device(fp8, device)
+    dtype = PRECISIONS[run.precision].dtype
+    eight_bits.check_place(fp8, torch.device("cuda"), dtype, None)
+    eight_bits.check_shapes(fp8, run.config, run.topology.tp_size)
 
 
 @dataclass(frozen=True)
@@ -114,6 +145,7 @@ class Priceable:
         conditions: that it is predicted for.
         machine: that its ranks run on.
         known: what a profile tells.
+        schedule: name of what was found for a run that is to search its schedule; else empty.
     """
 
     run: Run
@@ -123,6 +155,7 @@ class Priceable:
     conditions: Conditions
     machine: Machine
     known: Known | None
+    schedule: str = ""
 
     @classmethod
     def of(
@@ -131,8 +164,16 @@ class Priceable:
         conditions: Conditions,
         known: Known | None,
         lowering: Lowering | None = None,
+        priced: Priced | None = None,
     ) -> Priceable:
         """Lower a run, unless that is done already, and price its operators.
+
+        Args:
+            run: of which a step is to be predicted.
+            conditions: that it is predicted for.
+            known: what their profile tells.
+            lowering: of a rank, where it is known.
+            priced: its operators, where they are known.
 
         Raises:
             ValueError: as `check_run`; or the run cannot be cut like this.
@@ -149,7 +190,7 @@ class Priceable:
         if conditions.straggler != 1.0:
             late = replace(machine, straggler=conditions.straggler)
             slow = replace(pricing, machine=late).price(graphs)
-        return cls(run, work, pricing.price(graphs), slow, conditions, machine, known)
+        return cls(run, work, priced or pricing.price(graphs), slow, conditions, machine, known)
 
     @property
     def groups(self) -> Groups:
@@ -161,7 +202,13 @@ class Priceable:
         """What is between stages; None without a pipeline."""
         return self._link(self.machine, 0)
 
-    def play(self, builders: Mapping[str, Builder], wrong: int = 0, sketch: bool = False) -> Played:
+    def play(
+        self,
+        builders: Mapping[str, Builder],
+        wrong: int = 0,
+        sketch: bool = False,
+        known: Visits | None = None,
+    ) -> Played:
         """Play a step under the fastest of some orders; see `search.cluster.played`.
 
         Args:
@@ -169,6 +216,7 @@ class Priceable:
             wrong: 1 if all that is uncertain turns out badly, on stragglers as on others; -1 if it
                 turns out well.
             sketch: whether to play few layers of many that are alike.
+            known: visits that were played already, if nothing is wrong; see `played`.
         """
         machine = self.machine.wrong(wrong) if wrong else self.machine
         return played(
@@ -180,6 +228,7 @@ class Priceable:
             link=self._link(machine, wrong),
             slow=None if self.slow is None else self.slow.at(wrong),
             sketch=sketch,
+            known=known,
         )
 
     def _groups(self, machine: Machine) -> Groups:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_dhellam.commands.numbers import positive
+from lightning_dhellam.commands.numbers import not_negative, positive
 from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.files import check_file, save_text
 from lightning_dhellam.precision import PRECISIONS
-from lightning_dhellam.values import read_yaml
+from lightning_dhellam.values import read_yaml, suggestion
 
 if TYPE_CHECKING:
     from lightning_dhellam.memory import Run
@@ -27,22 +27,25 @@ def advise_command(argv: Sequence[str]) -> int:
     Prints the ten best choices that fit into memory, and why each of the others is behind the
     first, whose recipe it writes for `dhellam fit`. Operators are as long as in the profile of one
     rank as far as it has them, and otherwise scaled from it or derived from data sheets, with wider
-    bars. Plans are taken for the fastest of the built-in ones; the recipe searches them.
+    bars. The ten are found with the fastest of the built-in plans, and then ordered by plans that
+    are searched for each, for as long as `--search_time` says; the run of the recipe searches its
+    own.
     """
     options = _parser().parse_args(argv)
     recipe: Path = options.output
     if recipe.suffix != ".yaml":
         raise ValueError(f"--output {recipe} must end in .yaml: that is how a file is told")
-    for name in ("output", "json"):
+    for name in ("output", "json", "report"):
         if getattr(options, name) is not None:
             check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
 
-    from lightning_dhellam.advice import Adviser, Conditions, Question
+    from lightning_dhellam.advice import Adviser, Conditions, PlanSearch, Question, check_device
     from lightning_dhellam.models import preset
     from lightning_dhellam.parallel import Cluster
     from lightning_dhellam.search.measure import Profile
     from lightning_dhellam.search.report.prediction_text import advice_text, prediction_text
 
+    _check_schedules(options.schedules or ())
     cluster = Cluster.load(options.cluster, "--cluster ")
     profile = None if options.profile is None else Profile.load(options.profile)
     overrides = _overrides(options.overrides)
@@ -72,17 +75,28 @@ def advise_command(argv: Sequence[str]) -> int:
         options.global_batch,
         options.sequence_length or min(config.max_sequence_length, 8192),
         options.precision,
+        tuple(options.schedules or ()),
+        fp8=(None, *(options.fp8 or ())),
     )
-    adviser = Adviser(question, conditions, progress=_progress)
+    for fp8 in options.fp8 or ():
+        check_device(fp8, conditions.device)
+    plans = PlanSearch(options.search_time)
+    adviser = Adviser(question, conditions, progress=_progress, plans=plans)
     advice = adviser.advise()
     print(advice_text(advice))
-    print(f"\n{prediction_text(adviser.whole(advice.best))}")
+    whole = adviser.whole(advice.best)
+    print(f"\n{prediction_text(whole)}")
     run = adviser.run_of(advice.best)
     save_text(recipe, recipe_of(run, options, overrides, node, advice.best))
     print(f"\nwritten to {recipe}: dhellam fit --config {recipe} --data.path FOLDER")
     if options.json is not None:
         save_text(options.json, json.dumps(advice.as_values(), indent=1) + "\n")
         print(f"written to {options.json}")
+    if options.report is not None:
+        from lightning_dhellam.search.report.page import advice_page, save_page
+
+        save_page(options.report, advice_page(advice, whole))
+        print(f"written to {options.report}")
     return 0
 
 
@@ -111,7 +125,29 @@ def _parser() -> Parser:
     )
     parser.add_argument("--precision", choices=[*PRECISIONS], default="bf16-mixed")
     parser.add_argument("--output", type=Path, default=_RECIPE, metavar="FILE", help="the recipe")
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        metavar="NAME",
+        help="of pipelines, to choose from; by default all that are trained",
+    )
+    parser.add_argument(
+        "--fp8",
+        nargs="+",
+        metavar="FORMAT",
+        help="that linear layers may compute in as well: current, blockwise",
+    )
+    parser.add_argument(
+        "--search_time",
+        type=not_negative,
+        default=60.0,
+        metavar="SECONDS",
+        help="in which plans of the ten are searched; 0 for the built-in ones alone",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file of all that was found")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="page of it for a browser, .html"
+    )
     return parser
 
 
@@ -137,6 +173,7 @@ def recipe_of(
         "schedule": run.schedule,
         "recompute": run.recompute,
         "plan": run.plan,
+        **({"fp8": run.fp8} if run.fp8 else {}),
     }
     tree = {
         "seed_everything": 1234,
@@ -174,6 +211,18 @@ def recipe_of(
         f" has found: {best.seconds:.3g} s a step predicted.\n"
     )
     return head + yaml.safe_dump(tree, sort_keys=False)
+
+
+def _check_schedules(names: Sequence[str]) -> None:
+    from lightning_dhellam.pipeline.schedules import AUTO, SCHEDULES, named
+
+    for name in names:
+        if name != AUTO and named(name) is None:
+            known = (*SCHEDULES, AUTO)
+            raise ValueError(
+                f"--schedules {name} is not a known schedule: use {' or '.join(known)}"
+                f"{suggestion(name, known)}"
+            )
 
 
 def _overrides(text: str) -> dict[str, Any]:

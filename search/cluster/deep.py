@@ -9,6 +9,7 @@ from lightning_dhellam.plan import Builder, Graph, Kind, Plan, kind_of
 from lightning_dhellam.search.cluster.work import THIN, Work
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import LayerCosts, VisitCost
+from lightning_dhellam.search.pipeline.visits import Played
 
 
 class Deep:
@@ -44,18 +45,27 @@ class Deep:
 
 
 def costs_of(
-    work: Work, costs: Costs, builders: Mapping[str, Builder], sketch: bool
+    work: Work,
+    costs: Costs,
+    builders: Mapping[str, Builder],
+    sketch: bool,
+    known: Played | None = None,
 ) -> LayerCosts | Deep:
-    """Return what visits cost: of few layers a chunk, if a sketch is enough."""
+    """Return what visits cost: of few layers a chunk, if a sketch is enough.
+
+    See `LayerCosts` for the visits that are `known`.
+    """
     if sketch and work.is_deep:
-        thinner, thin = (_layer_costs(work.shallow(n), costs, builders) for n in THIN)
+        thinner, thin = (_layer_costs(work.shallow(n), costs, builders, known) for n in THIN)
         return Deep(thinner, thin, min(filter(None, work.split)))
-    return _layer_costs(work, costs, builders)
+    return _layer_costs(work, costs, builders, known)
 
 
-def _layer_costs(work: Work, costs: Costs, builders: Mapping[str, Builder]) -> LayerCosts:
+def _layer_costs(
+    work: Work, costs: Costs, builders: Mapping[str, Builder], known: Played | None
+) -> LayerCosts:
     chunks = [[work.layers[n] for n in chunk] for chunk in work.chunks]
-    return LayerCosts(chunks, costs, tokens=work.tokens, builders=builders)
+    return LayerCosts(chunks, costs, tokens=work.tokens, builders=builders, known=known)
 
 
 def remembered(build: Builder) -> Builder:

@@ -25,6 +25,7 @@ class Choice:
         schedule: order of the pipeline's works.
         recompute: what backward makes again.
         plan: order of the operators.
+        fp8: how linear layers compute in 8 bits; empty where they do not.
     """
 
     tp: int
@@ -38,6 +39,7 @@ class Choice:
     schedule: str = "fold"
     recompute: str = "gathers"
     plan: str = "interleaved"
+    fp8: str = ""
 
     @property
     def ranks(self) -> int:
@@ -60,7 +62,8 @@ class Choice:
         ]
         shown.append(f"{self.micro_batches} × {self.micro_batch_size}")
         shown += [self.schedule] if self.pp > 1 else []
-        return ", ".join([*shown, self.recompute, self.plan])
+        eight = [f"fp8 {self.fp8}"] if self.fp8 else []
+        return ", ".join([*shown, self.recompute, *eight, self.plan])
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class Prediction:
             (from another size of the same operator), `derived` (from data sheets), `modelled`
             (communication by bytes and level).
         notes: what was assumed, a sentence each.
+        plan: names of the plans that were played, the fastest of those that there were.
     """
 
     model: str
@@ -171,6 +175,7 @@ class Prediction:
     plans: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    plan: str = ""
 
     @property
     def bubble(self) -> float:

@@ -268,6 +268,9 @@ class Pricing:
             times = derived / self._derived(graph, operator, theirs)
             return _around(known.costs.seconds[row.operator] * ratio * times, Origin.DERIVED)
         seconds = known.costs.seconds[row.operator]
+        if bool(graph.of_step) != bool(found[0].of_step) and operator.reads != other.reads:
+            # The same product in another number of bits: the ratio of their rates says it.
+            return _around(seconds * ratio, Origin.DERIVED)
         if same:
             low, high = row.p20 / row.median, row.p80 / row.median
             return Price(seconds, seconds * low, seconds * high, Origin.MEASURED)

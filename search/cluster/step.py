@@ -9,10 +9,11 @@ optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_dhellam.pipeline.schedules import Schedule, verify
 from lightning_dhellam.plan import Builder, Lane
+from lightning_dhellam.search.cluster.beginning import beginning
 from lightning_dhellam.search.cluster.deep import Deep, costs_of, remembered
 from lightning_dhellam.search.cluster.ending import Groups, optimizer, reduction_of
 from lightning_dhellam.search.cluster.pricing import Machine
@@ -20,10 +21,15 @@ from lightning_dhellam.search.cluster.tail import tail_of
 from lightning_dhellam.search.cluster.work import THIN, Work
 from lightning_dhellam.search.model import Costs, simulate
 from lightning_dhellam.search.pipeline import LayerCosts, Link, PipelineRun, VisitTable, play
+from lightning_dhellam.search.pipeline.visits import Played as PlayedVisits
 
 _FEW = 3
 """Micro-batches that are played of a step without a pipeline; further ones are like the last."""
 _CLOCK_ROUNDS = 2
+
+
+Visits = dict[float, PlayedVisits]
+"""Visits that were played, by how much slower the device's clock had become."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def played(
     link: Link | None = None,
     slow: Costs | None = None,
     sketch: bool = False,
+    known: Visits | None = None,
 ) -> Played:
     """Play a step.
 
@@ -83,13 +90,20 @@ def played(
         link: between stages.
         slow: what operators cost on the first stage, if one of its ranks is a straggler.
         sketch: whether to play few layers of many that are alike, and go on from there.
+        known: visits that were played already for steps with the same layers, costs and orders;
+            those of this step are added.
 
     Raises:
         ScheduleError: the schedule is not defined for these numbers.
     """
     if work.stages == 1:
-        return _alone(work, slow or costs, builders, machine, groups, sketch)
-    return _staged(work, costs, builders, machine, groups, link, slow, sketch)
+        found = _alone(work, slow or costs, builders, machine, groups, sketch)
+    else:
+        known = {} if known is None else known
+        found = _staged(work, costs, builders, machine, groups, link, slow, sketch, known)
+    first = beginning(work, machine)
+    stages = (replace(stage, compute=stage.compute + first) for stage in found.stages)
+    return replace(found, seconds=found.seconds + first, stages=tuple(stages))
 
 
 def _alone(
@@ -147,6 +161,7 @@ def _staged(
     link: Link | None,
     slow: Costs | None,
     sketch: bool,
+    known: Visits,
 ) -> Played:
     schedule = work.schedule
     verify(schedule)
@@ -155,13 +170,16 @@ def _staged(
     stages = range(work.stages)
     share = 1.0
     for _ in range(_CLOCK_ROUNDS):
-        usual = costs_of(work, costs.clocked(share), builders, sketch)
+        before_now = known.setdefault(costs.clock.slowdown(share), {})
+        usual = costs_of(work, costs.clocked(share), builders, sketch, before_now)
         table = VisitTable.joined(VisitTable.of_stage(usual, schedule, s) for s in stages)
         if slow is not None:
             late = costs_of(work, slow.clocked(share), builders, sketch)
             table = VisitTable.joined((table, VisitTable.of_stage(late, schedule, 0)))
         run = play(schedule, table, link)
         before, share = share, sum(run.share("compute")) / work.stages
+        if sketch:
+            share = round(share, 2)  # so that other steps meet the same visits
         if costs.clock.slowdown(before) == costs.clock.slowdown(share):
             break
     whole = play(schedule, table, link, reductions=reduced) if any(reduced) else run

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
-from lightning_dhellam.pipeline.schedules import Placement, Schedule, Scheme, fold
+from lightning_dhellam.pipeline.schedules import Part, Placement, Schedule, Scheme, fold
 from lightning_dhellam.plan import GraphPair
 
 THIN = 2, 4
@@ -60,23 +61,29 @@ class Work:
     gradient_bytes: float = 4.0
     scheme: Scheme = fold
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """The order of the pipeline's works. Raises ScheduleError for numbers that it has not."""
-        return self.scheme(self.stages, self.micro_batches)
+        return _schedule(self.scheme, self.stages, self.micro_batches)
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         """Which stage holds which chunk."""
-        return self.schedule.placement
+        return self.scheme(self.stages, 1).placement
 
-    @property
+    @cached_property
     def chunks(self) -> list[range]:
         """Numbers of the layers of each chunk, embedding and head included."""
         counts = list(self.split)
         counts[0] += 1
         counts[-1] += 1
         return [range(*ends) for ends in pairwise(accumulate(counts, initial=0))]
+
+    @property
+    def splits(self) -> bool:
+        """Whether a backward may be done in halves, of which the second can wait."""
+        rows = self.schedule.visits
+        return any(work.part is Part.WEIGHT for row in rows for works in row for work in works)
 
     def of_stage(self, stage: int) -> Iterator[int]:
         """Numbers of the layers of a stage."""
@@ -103,3 +110,9 @@ class Work:
             weights=[self.weights[n] for n in kept],
             split=split,
         )
+
+
+@lru_cache(maxsize=256)
+def _schedule(scheme: Scheme, stages: int, micro_batches: int) -> Schedule:
+    """Choices of one question have many schedules in common."""
+    return scheme(stages, micro_batches)

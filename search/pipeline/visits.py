@@ -88,6 +88,10 @@ Entry = tuple[Place | None, float]
 this adds to what is saved, or frees of it."""
 
 
+Played = dict[object, tuple[VisitCost, str]]
+"""Visits that were played: what each costs, and the name of its order."""
+
+
 class LayerCosts:
     """Costs of visits through chunks of layers, played with the machine model of the search.
 
@@ -101,6 +105,8 @@ class LayerCosts:
         costs: what their operators cost.
         tokens: how many tokens a micro-batch has.
         builders: orders to choose from, by default the built-in ones.
+        known: visits that were played already, through layers with the same graphs, costs and
+            tokens under the same orders; those that are played now are added.
 
     Attributes:
         sized: whether the graphs know the sizes of their slots. If not, memory is in layers whose
@@ -114,6 +120,7 @@ class LayerCosts:
         *,
         tokens: int,
         builders: Mapping[str, Builder] = BUILDERS,
+        known: Played | None = None,
     ) -> None:
         layers = [layer for chunk in chunks for layer in chunk]
         self.chunks = chunks
@@ -121,7 +128,7 @@ class LayerCosts:
         self._costs = with_halves(costs, layers)
         self._tokens = tokens
         self._builders = builders
-        self._known: dict[object, tuple[VisitCost, str]] = {}
+        self._known: Played = {} if known is None else known
 
     def of(self, works: Visit) -> VisitCost:
         """Return the cost of a visit."""

@@ -46,7 +46,9 @@ def advice_text(advice: Advice) -> str:
     """Return the candidates of an advice as a table, and why others are not among them."""
     split = any(one.prediction.choice.etp != one.prediction.choice.tp for one in advice.candidates)
     names = ["tp", "cp", "ep", *(["etp"] if split else []), "pp", "dp"]
-    head = ["", *names, "micro", "schedule", "recompute", "plan"]
+    eight = any(one.prediction.choice.fp8 for one in advice.candidates)
+    bits = ["fp8"] if eight else []
+    head = ["", *names, "micro", "schedule", "recompute", *bits, "plan"]
     rows = [[*head, "step", "from", "to", "MFU", "GiB", "why not"]]
     for number, one in enumerate(advice.candidates):
         found, choice = one.prediction, one.prediction.choice
@@ -60,7 +62,8 @@ def advice_text(advice: Advice) -> str:
                 f"{choice.micro_batches} × {choice.micro_batch_size}",
                 choice.schedule if choice.pp > 1 else "-",
                 choice.recompute,
-                choice.plan,
+                *([choice.fp8 or "-"] if eight else []),
+                found.plan or choice.plan,
                 *times,
                 f"{found.mfu:.1%}",
                 memory,

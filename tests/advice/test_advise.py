@@ -11,15 +11,22 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lightning_dhellam.advice import Adviser, Conditions, Question
-from lightning_dhellam.advice.choices import run_of, runs, topologies
+from lightning_dhellam.advice import Adviser, Conditions, PlanSearch, Question, memory_of
+from lightning_dhellam.advice.advise import _SURE
+from lightning_dhellam.advice.bounds import least_bytes, least_seconds
+from lightning_dhellam.advice.choices import run_of, runs, shape_of, topologies
 from lightning_dhellam.advice.predict import choice_of
+from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.commands.advise import recipe_of
 from lightning_dhellam.commands.main import main
 from lightning_dhellam.memory import Run
 from lightning_dhellam.models import preset
 from lightning_dhellam.parallel import Cluster, Topology
-from lightning_dhellam.search.cluster import Advice
+from lightning_dhellam.parallel.networks import Network, Networks
+from lightning_dhellam.plan import BUILDERS
+from lightning_dhellam.search.cluster import Advice, Prediction
+from lightning_dhellam.search.cluster.step import Visits
+from lightning_dhellam.search.solve import Budget
 
 H200 = Cluster.load("h200-64")
 ASKED = Question(
@@ -27,8 +34,11 @@ ASKED = Question(
 )
 
 
-def advised(question: Question, cluster: Cluster, prune: bool, shown: int = 3) -> Advice:
-    return Adviser(question, Conditions(cluster), shown).advise(prune=prune)
+def advised(
+    question: Question, cluster: Cluster, prune: bool, shown: int = 3, seconds: float = 0.0
+) -> Advice:
+    plans = PlanSearch(seconds, Budget(evaluations=200, rare_evaluations=20))
+    return Adviser(question, Conditions(cluster), shown, plans=plans).advise(prune=prune)
 
 
 def smaller(memory: float) -> Cluster:
@@ -47,11 +57,104 @@ def test_pruning_loses_nothing(memory: float) -> None:
     seconds = [[one.prediction.seconds for one in found.candidates] for found in (pruned, full)]
     assert seconds[0] == pytest.approx(seconds[1])
     assert pruned.candidates[0].prediction.choice == full.candidates[0].prediction.choice
-    assert pruned.played + sum(pruned.refused.values()) >= pruned.looked_at
+    for found in (pruned, full):
+        assert found.looked_at == len(found.candidates) + sum(found.refused.values())
     assert all(one.prediction.fits for one in pruned.candidates)
     first, *others = pruned.candidates
     assert not first.reason and all("slower" in o.reason or o.reason == "as fast" for o in others)
     assert seconds[0] == sorted(seconds[0])
+
+
+@pytest.mark.parametrize("cluster", ["h200-64", "a40-64"])
+def test_no_step_is_shorter_and_no_rank_smaller_than_its_bound(cluster: str) -> None:
+    """What pruning rests on, of every choice: with pipelines whose backwards are whole or halves,
+    also of stages that hold two chunks."""
+    config = preset("llama-tiny", num_layers=4)
+    schedules = ("fold", "1f1b", "zb-v")
+    asked = Question(config, 4, 2, 4, 128, schedules=schedules, recomputes=("gathers", "full"))
+    conditions = Conditions(Cluster.load(cluster))
+    every = [*runs(asked, Counter())]
+    assert {run.schedule for run in every if run.topology.pp_size == 2} == {*schedules}
+    visits: dict[object, Visits] = {}
+    for run in every:
+        one = Priceable.of(run, conditions, None)
+        known = visits.setdefault((shape_of(run), run.micro_batch_size), {})
+        step = one.play(BUILDERS, sketch=True, known=known)
+        assert least_seconds(one) <= step.seconds * (1 + 1e-9), choice_of(run)
+        saved = tuple(use.peak for use in step.run.stages) if step.run else ()
+        taken = max(rank.total for rank in memory_of(run))
+        assert _SURE * least_bytes(one, saved) <= taken, choice_of(run)
+
+
+def test_the_best_get_plans_of_their_own_for_as_long_as_there_is_time() -> None:
+    slow = Cluster.load("a40-64")
+    asked = Question(preset("llama-tiny", num_layers=2), 2, 8, 2, 128, recomputes=("gathers",))
+    asked = replace(asked, schedules=("fold",))
+    quick, searched = (advised(asked, slow, True, seconds=s) for s in (0.0, 1e9))
+
+    def by_choice(found: Advice) -> dict[str, Prediction]:
+        return {str(one.prediction.choice): one.prediction for one in found.candidates}
+
+    built_in, own = by_choice(quick), by_choice(searched)
+    assert {*built_in} == {*own}
+    assert all(own[name].seconds <= built_in[name].seconds * (1 + 1e-9) for name in own)
+    assert any(own[name].seconds < built_in[name].seconds * 0.999 for name in own)
+    assert any(one.plan == "auto" for one in own.values())
+    assert all(set(one.plan.split(", ")) <= {*BUILDERS} for one in built_in.values())
+    assert any("a searched one (auto)" in note for one in own.values() for note in one.notes)
+    times = [one.prediction.seconds for one in searched.candidates]
+    assert times == sorted(times)
+
+
+def test_a_search_of_plans_ends_when_its_time_is_up() -> None:
+    now = iter(range(0, 1000, 10))
+    plans = PlanSearch(15.0, Budget(evaluations=1, rare_evaluations=1), lambda: float(next(now)))
+    one = Priceable.of(next(runs(ASKED, Counter())), Conditions(H200), None)
+    found = [plans.builders(one, key) for key in "abacab"]
+    assert [builders is not None for builders in found] == [True, True, True, False, True, True]
+
+
+def test_a_schedule_is_searched_where_that_makes_steps_shorter() -> None:
+    """Its first choice is then the run that a recipe with `schedule: auto` predicts."""
+    config = preset("llama-tiny", num_layers=8)
+    asked = Question(config, 2, 8, 6, 128, schedules=("fold", "auto"), recomputes=("gathers",))
+    tight = replace(H200, networks=Networks(1, Network(1e6), Network(1e9)))
+    without = advised(replace(asked, node=1, schedules=("fold",)), tight, True, 1, 1e9)
+    found = advised(replace(asked, node=1), tight, True, 6, 1e9)
+    (auto,) = [
+        one.prediction
+        for one in found.candidates
+        if one.prediction.choice.schedule == "auto" and one.prediction.choice.micro_batches == 6
+    ]
+    named = [o.prediction for o in found.candidates if o.prediction.choice.schedule == "fold"]
+    (fold,) = [one for one in named if replace(one.choice, schedule="auto") == auto.choice]
+    assert auto.seconds < fold.seconds
+    assert any("schedule: the fastest of those with a name" in note for note in auto.notes)
+    assert found.candidates[0].prediction.seconds <= without.candidates[0].prediction.seconds
+
+
+def test_eight_bits_are_a_choice_that_is_asked_for() -> None:
+    config = preset("llama-3.1-8b", num_layers=2)
+    asked = Question(config, 2, 8, 2, 4096, schedules=("fold",), recomputes=("gathers",))
+    asked = replace(asked, fp8=(None, "current"))
+    found = advised(asked, H200, True, 12)
+    by_bits = {
+        bits: [one.prediction for one in found.candidates if one.prediction.choice.fp8 == bits]
+        for bits in ("", "current")
+    }
+    assert len(by_bits[""]) == len(by_bits["current"]) > 1
+    for eight in by_bits["current"]:
+        (sixteen,) = [one for one in by_bits[""] if one.choice == replace(eight.choice, fp8="")]
+        assert 1.1 < sixteen.seconds / eight.seconds < 1.8
+        assert eight.bytes != sixteen.bytes, "weights in 8 bits lie beside the others"
+        assert "fp8 current" in str(eight.choice)
+    assert found.best.choice.fp8 == "current"
+    wide = replace(config, ffn_hidden_size=14352)
+    refused: Counter[str] = Counter()
+    assert all(run.fp8 is None for run in runs(replace(asked, config=wide), refused))
+    assert sum(refused.values()) == len(
+        [*runs(replace(asked, config=wide, fp8=(None,)), Counter())]
+    )
 
 
 def test_experts_are_spread_in_every_way_that_there_is() -> None:
@@ -112,10 +215,12 @@ def test_the_recipe_of_the_best_is_the_run_that_was_predicted(
     recipe = tmp_path / "best.yaml"
     words = ["--model", "llama-tiny", "--cluster", "h200-64", "--devices", "2"]
     file = tmp_path / "found.json"
-    written = ["--json", str(file)]
+    page = tmp_path / "page.html"
+    written = ["--json", str(file), "--report", str(page), "--search_time", "0"]
     sizes = ["--global-batch", "2", "--sequence_length", "128", "--overrides", "{num_layers: 2}"]
     assert main(["advise", *words, *sizes, "--output", str(recipe), *written]) == 0
     out = capsys.readouterr().out
+    assert "the best of" in page.read_text() and f"written to {page}" in out
     assert "why not" in out and f"dhellam fit --config {recipe}" in out
     options, rest = step_parser().parse_known_args(
         ["--cluster", "h200-64", "--config", str(recipe)]
@@ -134,6 +239,12 @@ def test_the_recipe_of_the_best_is_the_run_that_was_predicted(
         (["--devices", "128"], "cluster 'h200-64' has 64: give at most 64"),
         (["--devices", "12"], "--devices 12 is no whole number of nodes of 8: give 8 or 16"),
         (["--output", "best.json"], "must end in .yaml"),
+        (["--schedules", "fold", "zbv"], "--schedules zbv is not a known schedule: use 1f1b or"),
+        (["--schedules", "zb-w"], "did you mean 'zb-v'?"),
+        (["--fp8", "curent"], "fp8='curent' must be one of current, blockwise"),
+        (["--fp8", "current", "--cluster", "a40-64"], "not predicted on NVIDIA A40, which by its"),
+        (["--search_time", "-1"], "'-1' must be a number of at least 0"),
+        (["--global-batch", "0"], "'0' must be a whole number of at least 1"),
     ],
 )
 def test_mistakes_are_said_in_a_line(

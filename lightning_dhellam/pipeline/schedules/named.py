@@ -177,7 +177,13 @@ def placement_of(schedule: str, stages: int) -> Placement:
     Raises:
         ScheduleError: see `scheme_of`.
     """
-    return scheme_of(schedule, stages)(stages, 1).placement
+    return _placement(scheme_of(schedule, stages), stages)
+
+
+@cache
+def _placement(scheme: Scheme, stages: int) -> Placement:
+    """Whoever looks at thousands of runs asks for it thousands of times."""
+    return scheme(stages, 1).placement
 
 
 def check_placed(schedule: str, scheme: Scheme, placement: Placement) -> None:

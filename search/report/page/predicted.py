@@ -40,13 +40,17 @@ def prediction_page(step: Prediction) -> Page:
     )
 
 
-def advice_page(advice: Advice) -> Page:
-    """The page of the best of many choices, and of what lost."""
-    best = advice.best
-    head = ("choice", "step", "range", "tokens/s", "MFU", "memory", "why not")
+def advice_page(advice: Advice, whole: Prediction | None = None) -> Page:
+    """The page of the best of many choices, and of what lost.
+
+    `whole` is the best one's step with all of its layers played, where that was done.
+    """
+    best = whole or advice.best
+    head = ("choice", "played by", "step", "range", "tokens/s", "MFU", "memory", "why not")
     rows = [
         (
             str(one.prediction.choice),
+            one.prediction.plan or one.prediction.choice.plan,
             time_text(one.prediction.seconds),
             _range(one.prediction),
             f"{one.prediction.tokens_per_second:,.0f}",
@@ -56,7 +60,7 @@ def advice_page(advice: Advice) -> Page:
         )
         for one in advice.candidates
     ]
-    table = Table(head, rows, (1, 2, 3, 4, 5), 0)
+    table = Table(head, rows, (2, 3, 4, 5, 6), 0)
     steps = _steps({str(one.prediction.choice): one.prediction for one in advice.candidates})
     groups = [Group("Candidates", [table], [replace(steps, best=0)], wide=True)]
     if advice.refused:

@@ -1,0 +1,82 @@
+"""The schedule that a run with `schedule="auto"` would find: played, as that search predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lightning_dhellam.advice.priceable import Priceable
+from lightning_dhellam.memory import RankMemory
+from lightning_dhellam.pipeline.schedules import FIRST, Found, ScheduleError, Scheme, playable
+from lightning_dhellam.plan import Builder
+from lightning_dhellam.search.cluster.deep import costs_of, remembered
+from lightning_dhellam.search.pipeline import Effort, VisitTable, play, ranked, searched
+
+SEARCHED = "searched"
+"""What a schedule without a name is called."""
+_SHARE = 0.97
+"""Of a device's memory, which a run may take."""
+
+
+def settled(
+    one: Priceable,
+    builders: Mapping[str, Builder],
+    memory: tuple[RankMemory, ...] = (),
+    effort: Effort | None = None,
+) -> tuple[Priceable, tuple[RankMemory, ...]]:
+    """Find the fastest schedule of a pipeline whose layers lie as a run's that is to search one.
+
+    Args:
+        one: whose step it is.
+        builders: orders to choose from.
+        memory: of each stage by the schedule that a search begins with; without it there is no
+            limit.
+        effort: how long to search.
+
+    Returns:
+        The same with that schedule, and the memory that it takes.
+    """
+    work = one.work
+    placement, count = work.placement, work.micro_batches
+    orders = {name: remembered(build) for name, build in builders.items()}
+    costs = costs_of(work, one.priced.costs.clocked(1.0), orders, sketch=True)
+    schemes: dict[str, Scheme] = {}
+    for name, scheme in playable(placement).items():
+        try:
+            scheme(work.stages, count)
+        except ScheduleError:
+            continue
+        schemes[name] = scheme
+    runs = {name: play(make(work.stages, count), costs, one.link) for name, make in schemes.items()}
+    usual, limits = runs[FIRST], []
+    if memory:
+        room = _SHARE * one.conditions.device.memory
+        limits = [
+            use.peak + room - rank.total for use, rank in zip(usual.stages, memory, strict=True)
+        ]
+    kinds = (VisitTable.of_kinds(costs, placement, stage) for stage in range(work.stages))
+    try:
+        found = searched(
+            placement,
+            count,
+            VisitTable.joined(kinds),
+            one.link,
+            limits=limits,
+            known=[run.schedule for run in runs.values()],
+            effort=effort,
+        )
+    except ScheduleError:
+        pass  # nothing keeps the limits
+    else:
+        otherwise = schemes[next(iter(ranked(runs, limits)))]
+        schemes[SEARCHED] = Found(replace(found, name=SEARCHED), otherwise)
+        runs[SEARCHED] = play(found, costs, one.link)
+    best = next(iter(ranked(runs, limits)))
+    more = [
+        round(new.peak - old.peak) for new, old in zip(runs[best].stages, usual.stages, strict=True)
+    ]
+    taken = tuple(
+        replace(rank, activations=rank.activations + extra)
+        for rank, extra in zip(memory, more, strict=False)
+    )
+    return replace(one, work=replace(work, scheme=schemes[best]), schedule=best), taken
