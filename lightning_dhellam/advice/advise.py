@@ -212,9 +212,9 @@ class Adviser:
         for run, other in least.items():
             if self._plans.is_over:
                 break
-            one, memory = settled(self._priceable(run), other.builders, self._memory(run), _EFFORT)
-            self._memories[run] = memory
-            new = _Bounded(one, other.least, other.builders, other.visits)
+            begun, known = self._priceable(run), self._memory(run)
+            priceable, self._memories[run] = settled(begun, other.builders, known, _EFFORT)
+            new = _Bounded(priceable, other.least, other.builders, other.visits)
             if self._fits(new, False) and new.play() < other.seconds * (1 - _TIE):
                 found.append(new)
         return found

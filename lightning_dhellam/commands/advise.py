@@ -151,6 +151,11 @@ def _parser() -> Parser:
     return parser
 
 
+def is_cpu(device: str) -> bool:
+    """Whether a device of this name is none that Lightning calls a GPU."""
+    return device == "CPU" or device.endswith(" threads")
+
+
 def recipe_of(
     run: Run, options: Any, overrides: dict[str, Any], node: int, best: Prediction
 ) -> str:
@@ -178,7 +183,7 @@ def recipe_of(
     tree = {
         "seed_everything": 1234,
         "trainer": {
-            "accelerator": "gpu",
+            "accelerator": "cpu" if is_cpu(best.device) else "gpu",
             "devices": devices,
             "num_nodes": topology.world_size // devices,
             "precision": run.precision,
@@ -188,7 +193,10 @@ def recipe_of(
                 "class_path": "lightning_dhellam.DHellamStrategy",
                 "init_args": strategy,
             },
-            "callbacks": [{"class_path": "lightning_dhellam.callbacks.RunSummary"}],
+            "callbacks": [
+                {"class_path": f"lightning_dhellam.callbacks.{name}"}
+                for name in ("ThroughputMonitor", "RunSummary")
+            ],
         },
         "model": {
             "class_path": "lightning_dhellam.LanguageModel",

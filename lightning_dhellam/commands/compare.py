@@ -1,24 +1,34 @@
-"""`dhellam compare`: what was measured on several GPUs beside what is predicted of it."""
+"""`dhellam compare`: what was measured beside what is predicted of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_dhellam.commands.numbers import positive
 from lightning_dhellam.commands.parser import Parser
 
+if TYPE_CHECKING:
+    from lightning_dhellam.bench.several.predicted import Beside
+
 
 def compare_command(argv: Sequence[str]) -> int:
-    """Predict the steps that `dhellam bench several` has measured, and print both.
+    """Predict the steps that `dhellam bench several` or `fit` has measured, and print both.
 
-    A row for each plan of ours that is built in, or `auto`, which is taken for the fastest of
-    those; then how many are as close as they should be: a step within 5%, a peak of memory within
-    3%, and steps of one model in the right order if they differ by more than 3%.
+    Of a folder of `fit`'s logs it is the run's step, the median of its later half. Of a file of the
+    file of the benchmark there is a row for each plan of ours that is built in, or `auto`, which is
+    taken for the fastest of those; then how many are as close as they should be: a step within 5%,
+    a peak of memory within 3%, and steps of one model in the right order if they differ by more
+    than 3%.
     """
     parser = Parser(prog="dhellam compare", description=compare_command.__doc__)
-    parser.add_argument("measured", type=Path, help="JSON file of `dhellam bench several`")
+    parser.add_argument(
+        "measured",
+        type=Path,
+        help="JSON file of `dhellam bench several`, or folder of the logs of `dhellam fit`",
+    )
     parser.add_argument("--cluster", required=True, help="a name of `dhellam clusters`, or a file")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="of one rank of such a run")
     parser.add_argument(
@@ -29,9 +39,15 @@ def compare_command(argv: Sequence[str]) -> int:
 
     from lightning_dhellam.advice import Conditions
     from lightning_dhellam.bench.several.predicted import besides, verdict
+    from lightning_dhellam.commands.fitted import fitted
     from lightning_dhellam.parallel import Cluster
     from lightning_dhellam.search.measure import Profile
 
+    profile = None if options.profile is None else Profile.load(options.profile)
+    conditions = Conditions(Cluster.load(options.cluster, "--cluster "), profile)
+    if options.measured.is_dir():
+        _show([fitted(options.measured, conditions)])
+        return 0
     try:
         report = json.loads(options.measured.read_text())
     except (OSError, ValueError) as error:
@@ -40,8 +56,6 @@ def compare_command(argv: Sequence[str]) -> int:
         ) from error
     if not isinstance(report, dict) or report.get("benchmark") != "several":
         raise ValueError(_none(options.measured))
-    profile = None if options.profile is None else Profile.load(options.profile)
-    conditions = Conditions(Cluster.load(options.cluster, "--cluster "), profile)
     try:
         rows = [*besides(report, conditions, options.vocabulary, options.rehearsal)]
     except (KeyError, TypeError, AttributeError) as error:
@@ -51,6 +65,12 @@ def compare_command(argv: Sequence[str]) -> int:
             f"no step of ours with a built-in plan in {options.measured}: measure one, such as"
             " `dhellam bench several` does by default"
         )
+    _show(rows)
+    print("\n".join(verdict(rows)))
+    return 0
+
+
+def _show(rows: Sequence[Beside]) -> None:
     width = max(len(row.name) for row in rows)
     for row in rows:
         memory = "-"
@@ -64,8 +84,6 @@ def compare_command(argv: Sequence[str]) -> int:
             f"{row.name:<{width}}  {row.measured * 1e3:8.1f} ms, predicted"
             f" {row.predicted * 1e3:8.1f} ({row.error:+.1%}{inside})  {memory}"
         )
-    print("\n".join(verdict(rows)))
-    return 0
 
 
 def _none(path: Path) -> str:

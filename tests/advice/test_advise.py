@@ -172,7 +172,7 @@ def test_recipes_cut_experts_as_it_was_predicted() -> None:
     assert any(t.ep_size == t.etp_size == 1 < t.tp_size for t in every)
     for topology in every:
         run = run_of(asked, topology, 8 // topology.dp_size, 1, "fold", "full")
-        best = SimpleNamespace(cluster="h200-64", seconds=1.0)
+        best = SimpleNamespace(cluster="h200-64", device="NVIDIA H200", seconds=1.0)
         text = recipe_of(run, SimpleNamespace(model="moe-tiny"), {}, 8, best)  # type: ignore[arg-type]
         read = yaml.safe_load(text)["trainer"]["strategy"]["init_args"]
         names = ("tensor", "pipeline", "context", "expert", "expert_tensor")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dhellam.advice import Conditions, memory_of, predict
+from lightning_dhellam.advice import Conditions, memory_of, predict, work_of
 from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.bench.several.predicted import besides, verdict
 from lightning_dhellam.bench.shard import shard_profile
@@ -23,6 +23,7 @@ from lightning_dhellam.models import preset
 from lightning_dhellam.parallel import Cluster, Topology
 from lightning_dhellam.plan import BUILDERS, Graph, Lane
 from lightning_dhellam.search.cluster import Prediction, Priced, Pricing
+from lightning_dhellam.search.cluster.beginning import beginning
 from lightning_dhellam.search.cluster.pricing import REAL
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs, Walk, simulate
@@ -307,7 +308,9 @@ def test_more_ranks_than_the_cluster_has_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"fp8": "current"}, "fp8='current' is not predicted: leave it out"),
+        ({"fp8": "curent"}, "fp8='curent' must be one of current, blockwise, or None"),
+        ({"fp8": "current", "precision": "32-true"}, "fp8='current' casts activations of 16 bits"),
+        ({"fp8": "blockwise"}, "fp8='blockwise' takes channels in multiples of 128, and .* rank"),
         ({"length": 2048}, "sequence_length=2048 is longer than"),
         ({"length": 127}, "sequence_length=127 is not a multiple of tensor_parallel_size=2"),
     ],
@@ -315,6 +318,47 @@ def test_more_ranks_than_the_cluster_has_are_refused() -> None:
 def test_a_run_that_is_not_predicted_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predict(replace(tiny(tp_size=2), **fields), DERIVED)  # type: ignore[arg-type]
+
+
+def test_eight_bits_are_refused_where_the_device_has_none() -> None:
+    with pytest.raises(ValueError, match=r"not predicted on NVIDIA A40, .* leave fp8 out, take"):
+        predict(replace(tiny(tp_size=2), fp8="current"), Conditions(A40))
+
+
+def test_products_in_8_bits_are_derived_from_those_in_16(known: Conditions) -> None:
+    """Faster by their ratio, with wider bars; what is not cast is as it was."""
+    sixteen, eight = (predict(wide(fp8=fp8), known) for fp8 in (None, "current"))
+    assert 1.15 < sixteen.seconds / eight.seconds < 1.6
+    assert eight.origins["derived"] > 0.3 * sum(eight.origins.values())
+    assert eight.origins["measured"] > 0.2 * sum(eight.origins.values()), "attention, norms, links"
+    bars = [one.high / one.low for one in (sixteen, eight)]
+    assert bars[1] > bars[0]
+    assert any("8 bits are derived" in note for note in eight.notes)
+
+
+def test_casts_of_weights_are_once_a_step(known: Conditions) -> None:
+    run = replace(wide(fp8="current"), samples=8)
+    work = work_of(run)
+    layers = sum(bool(pair.forward.prologue) for pair in work.layers)
+    assert layers == 8
+    seconds = beginning(work, known.machine)
+    weights = sum(one.dense for one in work.weights[1:-1])
+    moved = seconds * 0.83 * known.device.bandwidth
+    assert moved == pytest.approx(6 * weights, rel=0.01), "two bytes read, two times two written"
+    assert beginning(work_of(wide()), known.machine) == 0.0
+
+
+def test_a_schedule_that_is_to_be_searched_is_searched() -> None:
+    """It is never behind those with a name, whose layers lie as its own do."""
+    fields = {"tp_size": 2, "pp_size": 2}
+    named = {
+        name: predict(tiny(4, 6, **fields, schedule=name), DERIVED).seconds
+        for name in ("fold", "zb-v", "dualpipe-v")
+    }
+    found = predict(tiny(4, 6, **fields, schedule="auto"), DERIVED)
+    assert found.seconds <= min(named.values()) * 1.001 and found.choice.schedule == "auto"
+    assert any("schedule: the fastest of those with a name" in note for note in found.notes)
+    assert whole(found) == pytest.approx([found.seconds] * 2)
 
 
 def test_a_cluster_of_links_is_refused_with_those_that_say_more() -> None:
