@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -12,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from lightning_dhellam.commands.main import main
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 64
 CLUSTER = {
     "world_size": 2,
@@ -53,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_recipe_runs_as_it_stands_and_its_step_is_compared(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = yaml.safe_load((folder / "advised.yaml").read_text())
     assert recipe["trainer"]["devices"] == 2 and recipe["trainer"]["accelerator"] == "cpu"
@@ -70,14 +74,25 @@ def test_the_recipe_runs_as_it_stands_and_its_step_is_compared(
         "data.split": "1,0,0",
     }
     given = [f"--{name}={value}" for name, value in words.items()]
-    assert main(["fit", "--config", str(folder / "advised.yaml"), *given]) == 0
-    assert "in 4 steps" in capfd.readouterr().out
+    # A process of its own: the launcher starts the other rank by the words of this one.
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_dhellam", "fit", "--config"]
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [*command, str(folder / "advised.yaml"), *given],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in 4 steps" in done.stdout
     logs = folder / "lightning_logs/version_0"
     kept = yaml.safe_load((logs / "config.yaml").read_text())
     own, given_by = (tree["trainer"]["strategy"]["init_args"] for tree in (kept, recipe))
     assert {name: own[name] for name in given_by} == given_by
     assert main(["compare", str(logs), "--cluster", str(folder / "cluster.yaml")]) == 0
-    (line,) = capfd.readouterr().out.splitlines()
+    line = capsys.readouterr().out.splitlines()[-1]
     assert re.match(r"version_0: .* ms, predicted +[\d.]+ \([+-][\d.]+%", line), line
     named = {"tensor": "tp", "pipeline": "pp", "context": "cp"}
     for name, short in named.items():
