@@ -138,7 +138,9 @@ class Adviser:
             if builders is not None:
                 one.builders, one.visits = builders, self._visits.setdefault(("auto", key), {})
                 one.play()
-        best += self._scheduled(best)
+        scheduled = self._scheduled(best)
+        looked_at += len(scheduled)
+        best += scheduled
         self._chosen = sorted(best, key=lambda one: one.seconds)[: self._shown]
         self._refused[_SLOWER] += len(best) - len(self._chosen)
         found = [self._prediction(one, sketch=True) for one in self._chosen]

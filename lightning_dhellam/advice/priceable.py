@@ -9,7 +9,7 @@ import torch
 
 from lightning_dhellam.advice.lowering import Lowering, work_of
 from lightning_dhellam.engine.inputs import check_length
-from lightning_dhellam.layers import eight_bits
+from lightning_dhellam.layers import fp8_recipe
 from lightning_dhellam.memory import Run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.networks import Device
@@ -111,7 +111,7 @@ def check_device(fp8: str, device: Device) -> None:
     Raises:
         ValueError: with a device that does.
     """
-    eight_bits.check_name(fp8)
+    fp8_recipe.check_name(fp8)
     if device.flops_fp8 is None:
         known = dict.fromkeys(one.name for one in data_sheets() if one.flops_fp8 is not None)
         raise ValueError(
@@ -129,8 +129,8 @@ def check_eight_bits(fp8: str, device: Device, run: Run) -> None:
     """
     check_device(fp8, device)
     dtype = PRECISIONS[run.precision].dtype
-    eight_bits.check_place(fp8, torch.device("cuda"), dtype, None)
-    eight_bits.check_shapes(fp8, run.config, run.topology.tp_size)
+    fp8_recipe.check_place(fp8, torch.device("cuda"), dtype, None)
+    fp8_recipe.check_shapes(fp8, run.config, run.topology.tp_size)
 
 
 @dataclass(frozen=True)
