@@ -204,7 +204,7 @@ class Adviser:
         return best
 
     def _scheduled(self, best: list[_Bounded]) -> list[_Bounded]:
-        """Those of the best whose schedule is searched, where that makes steps shorter."""
+        """Search schedules for the best, and give those whose steps it makes shorter."""
         least: dict[Run, _Bounded] = {}
         for one in best:
             run = searching(self._question, one.run)
