@@ -1,6 +1,6 @@
 """Matrices in 8 bits with scales, and their products: linear layers in FP8.
 
-The recipes are those of Micikevicius et al. (arXiv 2209.05433) with a scale of the tensor as it is,
+The formats are those of Micikevicius et al. (arXiv 2209.05433) with a scale of the tensor as it is,
 and of DeepSeek-V3 (arXiv 2412.19437) with scales of blocks.
 """
 

@@ -12,7 +12,7 @@ from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs, Reductions, Simulation, simulate
-from lightning_dhellam.search.pipeline import FoldedStep, VisitTable, links_of
+from lightning_dhellam.search.pipeline import PipelineStep, VisitTable, links_of
 from lightning_dhellam.search.solve import ModelSolution, peak_bytes, solve
 
 REFERENCE = "sequential"
@@ -52,7 +52,7 @@ class Candidates:
         self._profile = profile
         self._count = count
         self._tokens = tokens
-        self._stage = FoldedStep(stage.number, stage.count, count, stage.scheme)
+        self._stage = PipelineStep(stage.number, stage.count, count, stage.scheme)
         self.left_out: dict[str, float] = {}
 
     def find(self, limit: float | None, slack: float | None) -> None:

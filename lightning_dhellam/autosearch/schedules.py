@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +24,8 @@ from lightning_dhellam.search.measure import Trials
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import (
     Effort,
-    FoldedStep,
     Links,
+    PipelineStep,
     Ranked,
     VisitTable,
     play,
@@ -91,7 +91,7 @@ def forecast(
     own = {chunk: [layers[i] for i in held] for chunk, held in stage.chunks.items()}
     schemes = playable(stage.placement) | {runner.agreed.schedule: stage.scheme}
     steps = {
-        name: FoldedStep(stage.number, stage.count, micro_batches, scheme)
+        name: PipelineStep(stage.number, stage.count, micro_batches, scheme)
         for name, scheme in schemes.items()
     }
     fullest = max(steps, key=lambda name: steps[name].fill)
@@ -168,6 +168,7 @@ class ScheduleSearch:
         self._room = room
         self._forecast: Forecast | None = None
         self._trials: Trials | None = None
+        self._others: Mapping[str, str] = {}
         self.chosen: Walked | None = None
 
     @property
@@ -176,10 +177,21 @@ class ScheduleSearch:
         return self._trials.left if self._trials is not None else (self._rounds + 1) * TRIED
 
     def begin(
-        self, costs: Costs, builder: Builder, links: Links, *, busy: float, tokens: int, count: int
+        self,
+        costs: Costs,
+        builder: Builder,
+        links: Links,
+        *,
+        busy: float,
+        tokens: int,
+        count: int,
+        others: Mapping[str, str] | None = None,
     ) -> None:
-        """Predict all schedules for steps of `count` micro-batches; see `forecast`."""
-        runner = self._runner
+        """Predict all schedules for steps of `count` micro-batches; see `forecast`.
+
+        `others` are schedules that cannot be tried, and why; see `elsewhere`.
+        """
+        runner, self._others = self._runner, others or {}
         self._forecast = forecast(
             runner,
             costs,
@@ -234,6 +246,7 @@ class ScheduleSearch:
         assert self._forecast is not None
         self._use(name)
         why = {other: one.reason for other, one in self._forecast.ranking.items()}
+        why |= self._others
         self.chosen = Walked(name, outcomes, why, kept(name, self._forecast.schemes[name]))
 
     def _use(self, name: str) -> None:

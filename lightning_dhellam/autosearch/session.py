@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_dhellam.autosearch.candidates import REFERENCE, Candidates
+from lightning_dhellam.autosearch.elsewhere import elsewhere
 from lightning_dhellam.autosearch.keeping import plan_file
 from lightning_dhellam.autosearch.measuring import Measuring
 from lightning_dhellam.autosearch.options import Options
@@ -231,13 +232,24 @@ class Session:
         if self._schedules is not None:
             self._use(self._winner)
             with self._timed("schedules"):
+                found = self._candidates
+                builder, links = found.builders[self._winner], links_of(self._profile.transfers)
+                count, tokens = len(self._pieces), self._tokens
                 self._schedules.begin(
                     Costs.of(self._profile),
-                    self._candidates.builders[self._winner],
-                    links_of(self._profile.transfers),
-                    busy=self._candidates.predicted[self._winner].utilisation[Lane.COMPUTE],
-                    tokens=self._tokens,
-                    count=len(self._pieces),
+                    builder,
+                    links,
+                    busy=found.predicted[self._winner].utilisation[Lane.COMPUTE],
+                    tokens=tokens,
+                    count=count,
+                    others=elsewhere(
+                        self._runner,
+                        self._profile,
+                        builder,
+                        links,
+                        tokens=tokens,
+                        micro_batches=count,
+                    ),
                 )
 
     @property

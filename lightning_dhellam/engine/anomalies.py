@@ -68,7 +68,7 @@ class Watch:
             for graph in (pair.forward, pair.backward):
                 for operator in (*graph.receives, *graph.operators, *graph.sends):
                     self._places[id(operator)] = f"{graph.direction}/", name
-            for operator in pair.forward.prologue:
+            for operator in pair.forward.preparation:
                 self._places[id(operator)] = "", name
         self._parameters = parameters
         self._issued: Counter[int] = Counter()

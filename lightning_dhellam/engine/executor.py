@@ -201,12 +201,27 @@ class Executor:
 
     def prepare(self, operator: Operator) -> dict[str, Slot]:
         """Run what is run once a step. Returns the slots that it writes, by name."""
-        result, mark = self.lanes.launch(self.wrapped(operator), (), crosses=False)
+        with self.named(f"step/{operator.name}"):
+            result, mark = self.lanes.launch(self.wrapped(operator), (), crosses=False)
         values = result if len(operator.writes) > 1 else (result,)
         made = {n: Slot(value, mark) for n, value in zip(operator.writes, values, strict=True)}
         for slot in made.values():
             self.lanes.born(slot)
         return made
+
+    @contextmanager
+    def named(self, label: str) -> Iterator[None]:
+        """Inside, an operator of that name is issued: so traces show it, and its errors."""
+        try:
+            if torch.autograd._profiler_enabled():
+                with record_function(label):
+                    yield
+            else:
+                yield
+        except Exception as error:
+            remark = ", while its stage rehearsed on made-up data" if self._rehearsing else ""
+            error.add_note(f"raised by operator {label}{remark}")
+            raise
 
     def wrapped(self, operator: Operator) -> Operator:
         """What is run in the place of `operator`."""
@@ -222,16 +237,8 @@ class Executor:
     def _trace(
         self, entry: Entry, tapes: Mapping[Strand, Tape], on_gradient: OnGradient | None
     ) -> None:
-        try:
-            if torch.autograd._profiler_enabled():
-                with record_function(entry.label):
-                    self._issue(entry, tapes[entry.strand])
-            else:
-                self._issue(entry, tapes[entry.strand])
-        except Exception as error:
-            remark = ", while its stage rehearsed on made-up data" if self._rehearsing else ""
-            error.add_note(f"raised by operator {entry.label}{remark}")
-            raise
+        with self.named(entry.label):
+            self._issue(entry, tapes[entry.strand])
         if on_gradient is not None and entry.operator.accumulates:
             on_gradient(entry.operator.accumulates)
         for transfer in entry.then:

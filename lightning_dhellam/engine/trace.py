@@ -53,6 +53,11 @@ class Tracer:
             for graph in (pair.forward, pair.backward)
             for operator in (*graph.receives, *graph.operators, *graph.sends)
         }
+        self._places |= {
+            id(operator): (Strand.FORWARD, index)
+            for index, pair in enumerate(layers)
+            for operator in pair.forward.preparation
+        }
         self._timer: _HostTimer | _DeviceTimer
         self._timer = _DeviceTimer() if device.type == "cuda" else _HostTimer()
         self._ran: list[tuple[Operator, Callable[[], tuple[float, float]]]] = []

@@ -72,7 +72,8 @@ class Walker:
         for operator in operators:
             inputs = [slots[name] for name in operator.reads]
             launched = self._executor.wrapped(operator)
-            value, mark = self._lanes.launch(launched, inputs, crosses=True)
+            with self._executor.named(f"step/{operator.name}"):
+                value, mark = self._lanes.launch(launched, inputs, crosses=True)
             slots |= {name: Slot(value, mark) for name in operator.writes}
             if operator.accumulates and on_gradient is not None:
                 on_gradient(operator.accumulates)
@@ -80,7 +81,7 @@ class Walker:
     def _legs(self, state: StepState, step: Step, forwards: Sequence[Graph]) -> Iterator[Leg]:
         """The walks of a step. The receives of the next are hidden under this one."""
         for layer, graph in enumerate(forwards):
-            for operator in graph.prologue:
+            for operator in graph.preparation:
                 state.prepare(layer, self._executor.prepare(operator))
         self._post(state, step.legs[0], forwards)
         last = step.last

@@ -67,7 +67,7 @@ class GraphWriter:
     sizes: Sizes
     operators: list[Operator] = field(default_factory=list)
     bytes_per_token: dict[str, float] = field(default_factory=dict)
-    prologue: list[Operator] = field(default_factory=list)
+    preparation: list[Operator] = field(default_factory=list)
     step_bytes: dict[str, int] = field(default_factory=dict)
 
     def once(
@@ -82,7 +82,7 @@ class GraphWriter:
             run: launches it. Takes nothing.
             cost: bytes that it reads and writes.
         """
-        self.prologue.append(
+        self.preparation.append(
             Operator(name, Lane.COMPUTE, (), tuple(writes), run, cost / nominal.MEMORY, light=True)
         )
         self.step_bytes.update(writes)
@@ -287,7 +287,7 @@ class GraphWriter:
             outputs,
             sizes,
             layouts=layouts,
-            prologue=tuple(self.prologue),
+            preparation=tuple(self.preparation),
             step_bytes=self.step_bytes,
         )
 

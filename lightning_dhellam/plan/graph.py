@@ -70,7 +70,7 @@ class Graph:
             as those are there, and are no part of a plan.
         layouts: how its inputs and the slots of the micro-batch lie. With None, of graphs that are
             not run, nobody asks whether the operators agree.
-        prologue: operators that read nothing and write slots of the step, once before its first
+        preparation: operators that read nothing and write slots of the step, once before its first
             micro-batch: of a forward graph, for both directions. They are no part of a plan.
         step_bytes: size of each of those slots, which live as long as the step, in bytes.
     """
@@ -84,7 +84,7 @@ class Graph:
     receives: tuple[Operator, ...] = ()
     sends: tuple[Operator, ...] = ()
     layouts: Mapping[str, Layout] | None = field(default=None, repr=False, compare=False)
-    prologue: tuple[Operator, ...] = ()
+    preparation: tuple[Operator, ...] = ()
     step_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -247,9 +247,9 @@ class GraphPair:
         assert self.forward.name == self.backward.name
         assert not self.forward.foreign, f"{self.forward} reads unknown {self.forward.foreign}"
         known = self.forward.written | set(self.forward.inputs)
-        made = {slot for operator in self.forward.prologue for slot in operator.writes}
+        made = {slot for operator in self.forward.preparation for slot in operator.writes}
         missing = (self.forward.of_step | self.backward.of_step) - made
-        assert not missing, f"{self.forward} has no prologue that writes {sorted(missing)}"
+        assert not missing, f"{self.forward} has no preparation that writes {sorted(missing)}"
         unknown = set(self.backward.foreign) - known
         assert not unknown, f"{self.backward} reads {sorted(unknown)}, which forward never writes"
         clash = self.backward.written & known

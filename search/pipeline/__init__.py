@@ -6,9 +6,9 @@ from lightning_dhellam.search.pipeline.comparison import (
     Setting,
     compare,
 )
-from lightning_dhellam.search.pipeline.folded_step import FoldedStep
 from lightning_dhellam.search.pipeline.layers import cut, cut_folded, layers_of
 from lightning_dhellam.search.pipeline.links import Link, Links, links_of
+from lightning_dhellam.search.pipeline.pipeline_step import PipelineStep
 from lightning_dhellam.search.pipeline.playing import (
     PipelineRun,
     StageUse,
@@ -29,11 +29,11 @@ __all__ = [
     "Compared",
     "Comparison",
     "Effort",
-    "FoldedStep",
     "LayerCosts",
     "Link",
     "Links",
     "PipelineRun",
+    "PipelineStep",
     "Ranked",
     "Setting",
     "StageUse",

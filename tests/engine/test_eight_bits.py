@@ -162,3 +162,19 @@ def test_what_cannot_be_computed_in_8_bits_is_refused() -> None:
         assert message in str(error.value)
     with pytest.raises(ValueError, match=r"fp8_all_gather=True .*fp8=None has none: give fp8 as"):
         lower(_model(), fp8_all_gather=True)
+
+
+def test_casts_that_run_once_a_step_are_named_in_traces() -> None:
+    model = _model(torch.bfloat16)
+    engine = engine_of(_lowered(model, "current"))
+    micro_batches = pieces(batch_of(CONFIG, 3, 16), 1, model.context)
+    with engine.traced(CPU) as tracer, torch.profiler.profile() as profiler:
+        train(engine, model, micro_batches)
+    casts = Counter(o.name for pair in engine.layers for o in pair.forward.preparation)
+    assert len(casts) == 4 and set(casts.values()) == {CONFIG.num_layers}
+    spans = [span for span in tracer.spans() if span.operator.name in casts]
+    assert Counter(span.operator.name for span in spans) == casts, "once a step in each layer"
+    places = [list(pair.forward.preparation) for pair in engine.layers]
+    assert all(span.operator.name in {o.name for o in places[span.layer]} for span in spans)
+    shown = Counter(event.name for event in profiler.events() or () if "step/" in event.name)
+    assert shown == {f"step/{name}": count for name, count in casts.items()}

@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_dhellam.autosearch import AutoSearch, session
+from lightning_dhellam.autosearch import AutoSearch, elsewhere, session
 from lightning_dhellam.autosearch.schedules import TRIED, Forecast, ScheduleSearch
 from lightning_dhellam.pipeline.schedules import (
     Found,
@@ -127,6 +127,9 @@ def test_all_stages_use_what_was_chosen_and_a_run_that_goes_on_too(tmp_path: Pat
     assert {"fold", "searched"} < set(used) and used[0] == "fold"
     name = used[-1]
     assert f"schedule '{name}' is used" in said
+    # Where layers lie is decided at the start: what another placement would bring is said.
+    for other in ("1f1b", "interleaved-1f1b"):
+        assert f"'{other}' was not tried: its chunks lie on other stages; it is predicted" in said
     outcomes = json.loads((tmp_path / "search" / "outcomes.json").read_text())["schedule"]
     assert outcomes["name"] == name and all(row["measured"] > 0 for row in outcomes["outcomes"])
     assert {row["name"] for row in outcomes["outcomes"]} >= {"fold", "searched"}
@@ -212,6 +215,16 @@ def test_schedules_of_one_name_are_compared_by_their_works(tmp_path: Path) -> No
         assert [text.split(", and")[0] for text in said] == [
             f"schedule='{name}' {other}" for name in ("searched", "searched", "mine.txt")
         ]
+
+
+def test_a_faster_schedule_elsewhere_is_told_with_the_remedy() -> None:
+    seconds = {"fold": 3.0, "zb-v": 2.0, "1f1b": 1.6, "interleaved-1f1b": 4.0}
+    lies = "its chunks lie on other stages; it is predicted to be"
+    assert elsewhere._told(seconds, frozenset({"fold", "zb-v", "dualpipe-v"})) == {
+        "1f1b": f"{lies} 1.25× as fast as 'zb-v', if there is memory for it: give schedule='1f1b'"
+        " from the start",
+        "interleaved-1f1b": f"{lies} 0.50× as fast as 'zb-v', if there is memory for it",
+    }
 
 
 def test_a_schedule_that_was_found_comes_back() -> None:

@@ -1,6 +1,6 @@
 """`dhellam bench gemms`: the GEMMs of a layer through each BLAS library that torch can call.
 
-Those of linear layers in 8 bits are computed by each backend and recipe, of operands that are cast
+Those of linear layers in 8 bits are computed by each backend and format, of operands that are cast
 already; those of experts, of a model that has them, by each backend for all experts at once.
 """
 

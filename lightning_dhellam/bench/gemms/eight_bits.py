@@ -12,39 +12,34 @@ from lightning_dhellam.bench.report import Row
 from lightning_dhellam.bench.timing import seconds
 from lightning_dhellam.kernels import choose
 from lightning_dhellam.kernels.candidates import CANDIDATES
-from lightning_dhellam.kernels.fp8 import FORWARD, GRADIENT, ROWS, SQUARES, WHOLE
+from lightning_dhellam.kernels.fp8 import FORWARD
 from lightning_dhellam.kernels.protocols import Fp8Kernel
-
-_RECIPES = {
-    "current": (WHOLE, WHOLE, GRADIENT),
-    "blockwise": (ROWS, SQUARES, FORWARD),
-}
-"""Blocks of activations and of weights, and the type of gradients."""
+from lightning_dhellam.layers.fp8_recipe import FORMATS, Format
 
 
 def rows_in_8_bits(
     shapes: Mapping[str, tuple[int, int]], tokens: int, device: torch.device
 ) -> Iterator[Row]:
-    """Each linear layer of a layer, by recipe."""
+    """Each linear layer of a layer, by format."""
     for name, why in choose.available("fp8", device, torch.bfloat16):
         if why is not None or (name == "reference" and device.type == "cuda"):
             continue  # which is there to be right
         backend = CANDIDATES["fp8"][name].load()
-        for recipe in _RECIPES:
+        for form in FORMATS:
             for gemm in ("qkv", "proj", "fc1", "fc2"):
-                rates = _rates(backend, recipe, tokens, *shapes[gemm], device)
-                yield row_of(f"fp8 {name}, {recipe}", gemm, tokens, shapes[gemm], rates)
+                rates = _rates(backend, FORMATS[form], tokens, *shapes[gemm], device)
+                yield row_of(f"fp8 {name}, {form}", gemm, tokens, shapes[gemm], rates)
 
 
 def _rates(
-    backend: Fp8Kernel, recipe: str, tokens: int, outputs: int, inputs: int, device: torch.device
+    backend: Fp8Kernel, form: Format, tokens: int, outputs: int, inputs: int, device: torch.device
 ) -> dict[str, float]:
     """FLOP/s of the three GEMMs by kind; the weight gradients are added to fp32."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
-    block, squares, kind = _RECIPES[recipe]
+    block, squares, kind = form.block, form.squares, form.gradient
     x, x_turned = backend.cast(draw(tokens, inputs), FORWARD, block)
     weight, weight_turned = backend.cast(draw(outputs, inputs), FORWARD, squares)
     dy, dy_turned = backend.cast(draw(tokens, outputs), kind, block)

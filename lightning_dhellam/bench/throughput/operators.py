@@ -32,7 +32,8 @@ def operator_times(
         row = total.setdefault(label, {"operator": label, "calls": 0, "ms": 0.0, "nominal ms": 0.0})
         row["calls"] += 1
         row["ms"] += (span.end - span.start) * 1e3
-        row["nominal ms"] += span.operator.cost * tokens * 1e3
+        # What reads nothing runs once a step, and its cost is that of all tokens.
+        row["nominal ms"] += span.operator.cost * (tokens if span.operator.reads else 1) * 1e3
     step = 1e3 * (max(span.end for span in spans) - min(span.start for span in spans))
     rows = sorted(total.values(), key=lambda row: -row["ms"])
     busy = sum(row["ms"] for row in rows)

@@ -15,8 +15,8 @@ from lightning_dhellam.search.pipeline.visits import LayerCosts, UniformCosts, V
 
 
 @dataclass(frozen=True)
-class FoldedStep:
-    """A step of the folded pipeline, as one of its stages predicts it.
+class PipelineStep:
+    """A step of a pipeline by any schedule, as one of its stages predicts it.
 
     Attributes:
         number: number of this stage, from 0.
