@@ -138,7 +138,8 @@ def train_and_kill(world: int, sizes: dict[str, Any], folder: Path, kill: Kill) 
         left = {process.sentinel for process, _ in processes}
         while left:
             ended = wait(list(left), timeout=_PATIENCE)
-            assert ended, f"{len(left)} ranks do not end after {kill}"
+            if not ended:
+                raise TimeoutError(f"{len(left)} other ranks do not end in {_PATIENCE:.0f} s")
             left -= {*ended}  # type: ignore[arg-type]
         return processes[kill.rank][0].exitcode == -signal.SIGKILL
     finally:
@@ -152,8 +153,11 @@ def goes_on(
     world: int, sizes: dict[str, Any], folder: Path, kill: Kill, never: list[Outcome]
 ) -> str:
     """Kill, go on, and say what differs from the run that was never killed; nothing if it is it."""
-    if not train_and_kill(world, sizes, folder, kill):
-        return "the rank was not killed"
+    try:
+        if not train_and_kill(world, sizes, folder, kill):
+            return "the rank was not killed"
+    except TimeoutError as error:
+        return str(error)
     outcomes, _ = train(world, sizes, folder)
     for rank, ((losses, weights), (all_losses, last)) in enumerate(
         zip(outcomes, never, strict=True)
