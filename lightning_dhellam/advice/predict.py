@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from lightning_dhellam.advice.plans import SEARCHED
+from lightning_dhellam.advice.plans import SEARCHED, solution_of
 from lightning_dhellam.advice.priceable import Conditions, Priceable
 from lightning_dhellam.advice.schedules import settled
 from lightning_dhellam.memory import RankMemory, Run
@@ -24,6 +24,7 @@ from lightning_dhellam.search.cluster import (
     VisitSpan,
     middle,
 )
+from lightning_dhellam.search.solve import Budget
 
 UNSURE = 0.035
 """How far real steps on two H200 were from predicted ones, either way, of which the operators were
@@ -37,6 +38,7 @@ def predict(
     memory: tuple[RankMemory, ...] = (),
     builders: Mapping[str, Builder] | None = None,
     sketch: bool = False,
+    search: Budget | None = None,
 ) -> Prediction:
     """Predict a step.
 
@@ -48,12 +50,15 @@ def predict(
             of the built-in plans, which a search is never behind. A schedule that is to be searched
             is: among those with a name, and one without.
         sketch: whether to play few layers of many that are alike.
+        search: how long a plan is searched where the run's is `auto`; None to search none.
 
     Raises:
         ValueError: it is not predicted, see `check_run`, or the run has no step.
     """
     priceable = Priceable.of(run, conditions, conditions.known())
     orders = builders or builders_of(run.plan)
+    if search is not None and run.plan == SEARCHED:
+        orders = {**orders, SEARCHED: solution_of(priceable, search).builder()}
     if run.schedule == SEARCHES and run.topology.pp_size > 1:
         priceable, memory = settled(priceable, orders, memory)
     return prediction_of(priceable, orders, memory=memory, sketch=sketch)

@@ -57,6 +57,7 @@ def step_command(argv: Sequence[str]) -> int:
     from lightning_dhellam.parallel import Cluster
     from lightning_dhellam.search.measure import Profile
     from lightning_dhellam.search.report.prediction_text import prediction_text
+    from lightning_dhellam.search.solve import Budget
 
     options, words = step_parser().parse_known_args(list(argv))
     check_config(words, "predict")
@@ -75,7 +76,8 @@ def step_command(argv: Sequence[str]) -> int:
         _measure(run, cluster, options.profile)
     profile = None if options.profile is None else Profile.load(options.profile)
     conditions = Conditions(cluster, profile, named(read["model"]), options.straggler, slower)
-    found = predict(run, conditions, memory=memory_of(run))
+    budget = Budget() if options.search else None
+    found = predict(run, conditions, memory=memory_of(run), search=budget)
     print(prediction_text(found))
     if options.json is not None:
         save_text(options.json, json.dumps(found.as_values(), indent=1) + "\n")
@@ -119,6 +121,12 @@ def step_parser() -> Parser:
         nargs="+",
         metavar="LANE=TIMES",
         help="lanes whose network is slower, such as dp=2",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="a plan for a recipe of `plan: auto`, which takes up to a minute, in place of the"
+        " fastest built-in one",
     )
     add_planned(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file of all that is predicted")

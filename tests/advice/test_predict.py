@@ -28,6 +28,7 @@ from lightning_dhellam.search.cluster.pricing import REAL
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs, Walk, simulate
 from lightning_dhellam.search.pipeline import layers_of
+from lightning_dhellam.search.solve import Budget
 
 FOLDER = Path(__file__).parents[2] / "benchmarks/multi_gpu"
 PROFILE = FOLDER / "a8-tp2-nvidia-h200-2026-11-25/profile.json"
@@ -259,6 +260,27 @@ def test_the_timeline_of_a_searched_plan_is_that_of_the_fastest_one(stages: int)
     talks, computes = together
     hidden = [any(a < y and x < b for x, y in computes) for a, b in talks]
     assert any(hidden), "of the sequential order nothing would be beside something else"
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_plan_is_searched_for_a_prediction(stages: int) -> None:
+    """It is among the built-in ones, and its timeline is the one that is shown if it is faster."""
+    run = Run(
+        preset("llama-3.2-1b", num_layers=12),
+        Topology(world_size=4 * stages, tp_size=4, pp_size=stages),
+        4,
+        1024,
+        plan="auto",
+    )
+    usual, found = (
+        predict(run, Conditions(A40), sketch=True, search=budget) for budget in (None, Budget(200))
+    )
+    assert found.seconds < usual.seconds and "auto" in found.plan.split(", ")
+    assert any("a searched one (" in note for note in found.notes)
+    assert list(found.plans.values()) != list(usual.plans.values())
+    assert predict(replace(run, plan="megatron"), Conditions(A40), search=Budget(1)).plan == (
+        "megatron"
+    )
 
 
 def test_numbers_of_four_bytes_take_longer(known: Conditions) -> None:

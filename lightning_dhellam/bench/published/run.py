@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_dhellam.advice import Conditions, lowering_of, memory_of
 from lightning_dhellam.advice.choices import shape_of
+from lightning_dhellam.advice.plans import SEARCHED, solution_of
 from lightning_dhellam.advice.predict import builders_of, prediction_of
 from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.bench.published.cases import Case
@@ -17,7 +18,7 @@ from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.plan import BUILDERS, Builder
 from lightning_dhellam.search.cluster import Prediction
 from lightning_dhellam.search.measure import Profile
-from lightning_dhellam.search.solve import Algorithm, Budget, solve
+from lightning_dhellam.search.solve import Budget, solve
 
 SIDES = {
     "sequential": "1f1b",
@@ -61,12 +62,9 @@ def _orders(one: Priceable, plan: str, evaluations: int) -> Mapping[str, Builder
     """The orders of a plan; `pairs` and `auto` are searched, `auto` beside the built-in ones."""
     if plan in BUILDERS:
         return builders_of(plan)
-    algorithm: Algorithm = "auto" if plan == "auto" else "pairs"
-    solution = solve(
-        one.work.layers,
-        one.priced.costs,
-        algorithm=algorithm,
-        tokens=one.work.tokens,
-        budget=Budget(evaluations),
-    )
-    return {**(BUILDERS if plan == "auto" else {}), plan: solution.builder()}
+    if plan == SEARCHED:
+        return {**BUILDERS, plan: solution_of(one, Budget(evaluations)).builder()}
+    work = one.work
+    return {
+        plan: solve(work.layers, one.priced.costs, algorithm="pairs", tokens=work.tokens).builder()
+    }
