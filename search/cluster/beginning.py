@@ -17,5 +17,5 @@ def beginning(work: Work, machine: Machine) -> float:
     Others do theirs while they wait for it.
     """
     graphs = (work.layers[n].forward for n in work.of_stage(work.placement.first))
-    moved = sum(o.cost * nominal.MEMORY for graph in graphs for o in graph.prologue)
+    moved = sum(o.cost * nominal.MEMORY for graph in graphs for o in graph.preparation)
     return machine.straggler * moved / (_MEMORY * machine.device.bandwidth)

@@ -360,7 +360,7 @@ def test_products_in_8_bits_are_derived_from_those_in_16(known: Conditions) -> N
 def test_casts_of_weights_are_once_a_step(known: Conditions) -> None:
     run = replace(wide(fp8="current"), samples=8)
     work = work_of(run)
-    layers = sum(bool(pair.forward.prologue) for pair in work.layers)
+    layers = sum(bool(pair.forward.preparation) for pair in work.layers)
     assert layers == 8
     seconds = beginning(work, known.machine)
     weights = sum(one.dense for one in work.weights[1:-1])
