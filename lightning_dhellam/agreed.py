@@ -30,6 +30,7 @@ from lightning_dhellam.pipeline.schedules import (
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer, check_choices
 from lightning_dhellam.plan.file import PlanFile, conditions, named_plan
+from lightning_dhellam.plan.offloading import Offload, check_choice, check_offload
 from lightning_dhellam.plan.passes import Recompute
 
 
@@ -45,6 +46,7 @@ class AgreedEngine:
         recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, a
             list of choices and slots, or either by layer. With `auto` it is all that can be, until
             `use_recompute` is called; or what a plan file was searched with.
+        offload: what of that which is saved waits for backward in host memory.
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
@@ -80,6 +82,7 @@ class AgreedEngine:
         loss: Loss | None,
         kernels: Mapping[str, str] | None,
         recompute: Recompute | ByLayer,
+        offload: Offload,
         context_exchange: str,
         context_fp32_gradients: bool,
         context_fp8_keys: bool,
@@ -102,6 +105,8 @@ class AgreedEngine:
         self._check_alike("context_fp32_gradients", context_fp32_gradients)
         self._check_alike("context_fp8_keys", context_fp8_keys)
         self._check_alike("recompute", recompute)
+        self._check_alike("offload", offload)
+        check_choice(offload, recompute)
         self._check_alike("schedule", schedule)
         schedule, scheme = _scheme(schedule, plan, self._context.topology.pp_size)
         self._check_works(schedule, scheme)
@@ -122,6 +127,7 @@ class AgreedEngine:
             model,
             loss=loss,
             kernels=kernels,
+            offload=offload,
             context_fp32_gradients=context_fp32_gradients,
             context_fp8_keys=context_fp8_keys,
             scheme=scheme,
@@ -137,8 +143,10 @@ class AgreedEngine:
         self.schedule = schedule
         lowered = self.lowered(recompute)
         # A slot may be of another stage's layers alone.
-        every = of_all_ranks(lowered.slots, self._world)
-        check_choices(recompute, frozenset().union(*every))
+        every = of_all_ranks((lowered.slots, lowered.inputs), self._world)
+        slots, inputs = (frozenset().union(*sets) for sets in zip(*every, strict=True))
+        check_choices(recompute, slots)
+        check_offload(offload, slots | inputs)
         self.structure = Structure(model)
         self._wanted: dict[str, bool] | None = None
         self.kernels = lowered.kernels

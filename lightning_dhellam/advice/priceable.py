@@ -101,6 +101,10 @@ def check_run(run: Run, cluster: Cluster) -> None:
     if run.fp8 is not None:
         assert cluster.device is not None
         check_eight_bits(run.fp8, cluster.device, run)
+    if run.offload is not None:
+        raise ValueError(
+            f"offload={run.offload!r} is not predicted: leave it out, for a step without copies"
+        )
     longest = run.config.max_sequence_length
     check_length(run.length, longest, topology.tp_size, topology.cp_size)
 

@@ -15,6 +15,10 @@ from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import Lane, Operator, Track
 
 COMPUTE = Track(Lane.COMPUTE)
+_UNDER_WAY = 4
+"""Copies to and from the host that compute may be ahead of. It waits for older ones, and they for
+what it had to do then: or else what copies to the host have read would be held until backward, and
+what others have brought until the next forward, since nothing else waits for them."""
 
 
 class Lanes(ABC):
@@ -134,6 +138,7 @@ class TrackLanes(Lanes):
         self._seen: dict[Track, dict[Track, int]] = {}
         self._waiting: dict[Track, list[Slot]] = {}
         self._begun: deque[dict[Track, Mark]] = deque()
+        self._under_way: deque[tuple[Mark, Mark]] = deque()
         self._open(COMPUTE)
 
     @abstractmethod
@@ -178,7 +183,14 @@ class TrackLanes(Lanes):
             for memory in slot.memories:
                 if memory.owner != track:
                     memory.uses[track] = number
-        mark = self._mark(track) if crosses else Mark(track, number, None, None)
+        copies = track.lane is Lane.OFFLOAD
+        mark = self._mark(track) if crosses or copies else Mark(track, number, None, None)
+        if copies:
+            self._under_way.append((mark, self._mark(COMPUTE)))
+            if len(self._under_way) > _UNDER_WAY:
+                copied, computed = self._under_way.popleft()
+                self._wait(COMPUTE, copied)
+                self._wait(track, computed)
         return (result.value if isinstance(result, Pending) else result), mark
 
     def barrier(self) -> None:
@@ -187,6 +199,7 @@ class TrackLanes(Lanes):
     def drain(self) -> None:
         self._join(list(self._numbers))
         self._begun.clear()
+        self._under_way.clear()
 
     def _join(self, tracks: Sequence[Track]) -> None:
         marks = [self._mark(track) for track in tracks]

@@ -19,6 +19,7 @@ from lightning_dhellam.layers.fields import check_unknown
 from lightning_dhellam.layers.fp8_recipe import Recipe
 from lightning_dhellam.layers.generic import lower_module
 from lightning_dhellam.layers.head import HeadLowering, Loss
+from lightning_dhellam.layers.host_memory import HostMemory
 from lightning_dhellam.layers.linear import ColumnLinear
 from lightning_dhellam.layers.norm import Norm
 from lightning_dhellam.layers.rotary import RotaryTable
@@ -33,6 +34,8 @@ from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Ends, Graph, GraphPair, check_chain
 from lightning_dhellam.plan.by_layer import HEAD, USUAL, ByLayer, choices_of, remade
 from lightning_dhellam.plan.layout import Held
+from lightning_dhellam.plan.offloading import Offload
+from lightning_dhellam.plan.offloading import offload as offloaded
 from lightning_dhellam.plan.passes import Recompute
 
 LAYERS: dict[type, Callable[[Any, Setting], GraphPair]] = {TransformerLayer: lower_transformer}
@@ -52,6 +55,7 @@ class Lowered:
         slots: that its layers and head have in forward: those that backward can make again.
         keys: by which `recompute` names each of `layers`; nothing where it cannot.
         ends: what a step has beside its layers.
+        host: memory in which offloaded slots wait; None where there are none.
     """
 
     layers: tuple[GraphPair, ...]
@@ -61,12 +65,19 @@ class Lowered:
     slots: frozenset[str]
     keys: tuple[str, ...]
     ends: Ends
+    host: HostMemory | None = None
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Slots that its layers are handed in forward."""
+        return frozenset(slot for pair in self.layers for slot in pair.forward.inputs)
 
 
 def lower(
     model: Any,
     *,
     recompute: Recompute | ByLayer = USUAL,
+    offload: Offload = None,
     loss: Loss | None = None,
     kernels: Mapping[str, str] | None = None,
     context_exchange: str = "ring",
@@ -82,6 +93,8 @@ def lower(
         model: the container; its modules' weights are read and their `main_grad` accumulated.
         recompute: what backward makes again in place of keeping it (see `plan.passes`), for all
             layers or by layer (see `plan.by_layer`).
+        offload: what of that which is saved waits for backward in host memory (see
+            `plan.offloading`).
         loss: a custom loss, or None for the vocabulary-parallel cross-entropy.
         kernels: backends to use by operator, such as `{attention: flash_attn}`; the others are
             chosen by device, type and what is installed.
@@ -121,10 +134,12 @@ def lower(
         way = WAYS[context_exchange](topology.cp_rank, ranks, gradients, travelling)
     wanted = choices_of(recompute, model.chunks, model.chunk_count)
     slots: set[str] = set()
+    host = None if offload is None else HostMemory(sizes.context.device)
 
     def recomputed(pair: GraphPair, what: Recompute) -> GraphPair:
         slots.update(pair.forward.written)
-        return remade(pair, what)
+        made = remade(pair, what)
+        return made if host is None else offloaded(made, offload, host.away, host.back)
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
@@ -169,6 +184,7 @@ def lower(
         frozenset(slots),
         tuple(keys),
         lower_tied(model),
+        host,
     )
 
 

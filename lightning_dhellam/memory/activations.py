@@ -80,10 +80,12 @@ class Peak(NamedTuple):
         slots: as they are counted: each until its last reader was issued.
         allocated: on a GPU, where memory goes back to the lane that made it only when that has
             waited for all who read it, and that of sends some walks later.
+        host: host memory, in which offloaded slots wait.
     """
 
     slots: int
     allocated: int
+    host: int = 0
 
 
 def activation_peak(
@@ -116,7 +118,7 @@ def activation_peak(
     engine.train(micro_batches(topology, samples, micro_batch_size, length))
     assert not lanes.ledger.slots, "slots outlive the step"
     assert not lanes.allocated.bytes, "memory is held beyond the step"
-    return Peak(lanes.ledger.peak_bytes, lanes.allocated.peak_bytes)
+    return Peak(lanes.ledger.peak_bytes, lanes.allocated.peak_bytes, lanes.host_bytes)
 
 
 def micro_batches(

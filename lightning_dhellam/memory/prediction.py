@@ -50,6 +50,7 @@ from lightning_dhellam.pipeline.schedules import Placement, placement_of, scheme
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer
 from lightning_dhellam.plan.file import PlanFile, named_plan
+from lightning_dhellam.plan.offloading import Offload
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 
@@ -88,6 +89,7 @@ class Run:
         context_fp32_gradients: whether gradients by them travel in fp32.
         context_fp8_keys: whether keys and values travel in 8 bits.
         schedule: order of the pipeline's works: a name, or the path of a file.
+        offload: what of that which is saved waits for backward in host memory.
         fp8: how linear layers compute in 8 bits, or None.
         fp8_all_gather: whether what they gather travels in 8 bits.
         loss: of the user's own, or None.
@@ -111,6 +113,7 @@ class Run:
     context_fp32_gradients: bool = True
     context_fp8_keys: bool = False
     schedule: str = "fold"
+    offload: Offload = None
     fp8: str | None = None
     fp8_all_gather: bool = False
     loss: Loss | None = None
@@ -155,6 +158,7 @@ class RankMemory:
         batch: tokens, labels, and what is made of them.
         held: beyond that of slots whose last reader was issued, until the lane that made them has
             waited for it: on GPUs, where lanes run behind the host.
+        host: host memory in which offloaded slots wait, no part of what the device holds.
     """
 
     stage: int
@@ -165,6 +169,7 @@ class RankMemory:
     activations: int
     batch: int
     held: int = 0
+    host: int = 0
 
     @property
     def tensors(self) -> int:
@@ -225,6 +230,7 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
         peak.slots,
         batch,
         peak.allocated - peak.slots,
+        peak.host,
     )
 
 
@@ -287,6 +293,7 @@ def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[P
         context_fp32_gradients=run.context_fp32_gradients,
         context_fp8_keys=run.context_fp8_keys,
         scheme=scheme_of(run.schedule, topology.pp_size),
+        offload=run.offload,
         fp8=run.fp8,
         fp8_all_gather=run.fp8_all_gather,
         # Nothing computes here: what is asked for is how large it is.

@@ -7,6 +7,7 @@ once on tensors that have a shape and no memory (torch's fake tensors), and is k
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from lightning_dhellam.engine.tape import Ledger, Slot, tensors
 from lightning_dhellam.engine.tracks import TrackLanes
+from lightning_dhellam.layers.host_memory import Form, OnHost, bytes_of
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import Lane, Operator, Track
 
@@ -67,12 +69,16 @@ class SizedLanes(TrackLanes):
         allocated: what a device holds. The ledger counts a slot until its last reader was issued;
             its memory goes back when its lane has waited for that, and that of a send some walks
             later.
+        buffers: of host memory in use, by what is in them.
+        most_buffers: of each kind at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = SizedLedger()
         self.allocated = SizedLedger()
+        self.buffers: Counter[Form] = Counter()
+        self.most_buffers: Counter[Form] = Counter()
         self._known: dict[tuple[Any, ...], _Found] = {}
         self._kinds: dict[int, tuple[Operator, Hashable]] = {}
         self._storage_numbers = count(1)
@@ -122,6 +128,13 @@ class SizedLanes(TrackLanes):
         """Note that `slot` is live, and was allocated."""
         super().born(slot)
         self.allocated.add(slot)
+        self.buffers.update(_buffers(slot.value))
+        self.most_buffers |= self.buffers
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that a step takes for slots."""
+        return sum(bytes_of(form) * count for form, count in self.most_buffers.items())
 
     def hand_out(self, slot: Slot) -> Any:
         """The value of a slot that leaves the engine, of which the shape is known."""
@@ -131,7 +144,13 @@ class SizedLanes(TrackLanes):
 
     def _drop(self, slot: Slot) -> None:
         self.allocated.remove(slot)
+        self.buffers.subtract(_buffers(slot.value))
         super()._drop(slot)
+
+
+def _buffers(value: Any) -> tuple[Form, ...]:
+    like = value.like if isinstance(value, Sized) else None
+    return like.form if isinstance(like, OnHost) else ()
 
 
 def _found(operator: Operator, likes: Sequence[Any]) -> _Found:
@@ -194,4 +213,6 @@ def _form(like: Any) -> Any:
         return tuple(like.shape), like.dtype
     if isinstance(like, tuple):
         return tuple(map(_form, like))
+    if isinstance(like, OnHost):
+        return like.form
     return type(like)

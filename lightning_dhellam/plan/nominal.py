@@ -12,3 +12,6 @@ MEMORY = 4.0e12
 
 LINK = 300e9
 """Bytes per second over a link."""
+
+HOST_LINK = 50e9
+"""Bytes per second between a device and its host, one way."""

@@ -14,8 +14,9 @@ class Lane(StrEnum):
     """What an operator occupies while it runs.
 
     On CUDA a lane is a stream. On CPU `compute` and `host` run inline and every other lane is
-    asynchronous work of a process group. On `host` values come to the host that it must know to go
-    on, such as how many rows an exchange moves.
+    asynchronous work of a process group. On `offload` saved slots go to host memory, and come back
+    (on CPU inline as well). On `host` values come to the host that it must know to go on, such as
+    how many rows an exchange moves.
     """
 
     COMPUTE = "compute"
@@ -24,6 +25,7 @@ class Lane(StrEnum):
     EP = "ep"
     PP = "pp"
     DP = "dp"
+    OFFLOAD = "offload"
     HOST = "host"
 
 
@@ -135,7 +137,7 @@ class Operator:
     @property
     def is_communication(self) -> bool:
         """Whether it occupies a lane on which ranks communicate."""
-        return self.lane not in (Lane.COMPUTE, Lane.HOST)
+        return self.lane not in (Lane.COMPUTE, Lane.OFFLOAD, Lane.HOST)
 
     def __str__(self) -> str:
         return self.name

@@ -45,10 +45,10 @@ def recompute(pair: GraphPair, slots: Collection[str]) -> GraphPair:
         return pair
     remade = {slot: f"{slot}_again" for o in again for slot in o.writes}
     clones = [
-        replace(_renamed(operator, remade), name=f"{operator.name}{AGAIN}", remakes=())
+        replace(renamed(operator, remade), name=f"{operator.name}{AGAIN}", remakes=())
         for operator in again
     ]
-    readers = [_renamed(operator, remade) for operator in backward.operators]
+    readers = [renamed(operator, remade) for operator in backward.operators]
     sizes = {remade[slot]: forward.bytes_per_token[slot] for slot in remade}
     return GraphPair(
         forward,
@@ -146,7 +146,9 @@ class _Remaking:
         return own
 
 
-def _renamed(operator: Operator, names: Mapping[str, str]) -> Operator:
+def renamed(operator: Operator, names: Mapping[str, str]) -> Operator:
+    """The same operator with other names for slots."""
+
     def of(slots: Iterable[str]) -> tuple[str, ...]:
         return tuple(names.get(slot, slot) for slot in slots)
 

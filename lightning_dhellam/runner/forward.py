@@ -23,6 +23,7 @@ from lightning_dhellam.parallel.collectives import from_one, of_every_rank, redu
 from lightning_dhellam.pipeline.schedules import Scheme
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import USUAL, ByLayer
+from lightning_dhellam.plan.offloading import Offload
 from lightning_dhellam.plan.passes import Recompute
 
 
@@ -40,6 +41,7 @@ class ForwardRunner:
         loss: Loss | None = None,
         kernels: Mapping[str, str] | None = None,
         recompute: Recompute | ByLayer = USUAL,
+        offload: Offload = None,
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
         context_fp8_keys: bool = False,
@@ -65,6 +67,7 @@ class ForwardRunner:
             loss=loss,
             kernels=kernels,
             recompute=recompute,
+            offload=offload,
             context_exchange=context_exchange,
             context_fp32_gradients=context_fp32_gradients,
             context_fp8_keys=context_fp8_keys,

@@ -65,6 +65,7 @@ def planned_run(
         context_fp32_gradients=strategy.context_fp32_gradients,
         context_fp8_keys=strategy.context_fp8_keys,
         schedule=strategy.schedule,
+        offload=strategy.offload,
         fp8=strategy.fp8,
         fp8_all_gather=strategy.fp8_all_gather,
         loss=module.custom_loss,

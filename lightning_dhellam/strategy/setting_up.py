@@ -47,6 +47,7 @@ class SettingUpStrategy(SteppingStrategy):
     distributed_optimizer: bool | None
     kernels: dict[str, str] | None
     recompute: str | list[str] | dict[str | int, str | list[str]]
+    offload: str | list[str] | None
     bucket_size: int | None
     max_skipped_steps: int
     detect_anomaly: bool | str
@@ -129,6 +130,7 @@ class SettingUpStrategy(SteppingStrategy):
             loss=module.custom_loss,
             kernels=self.kernels,
             recompute=self.recompute,
+            offload=self.offload,
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
             context_fp8_keys=self.context_fp8_keys,

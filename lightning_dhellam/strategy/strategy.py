@@ -21,6 +21,7 @@ from lightning_dhellam.pipeline.schedules import scheme_of
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
+from lightning_dhellam.plan.offloading import check_choice
 from lightning_dhellam.strategy import checks
 from lightning_dhellam.strategy.setting_up import SettingUpStrategy
 from lightning_dhellam.values import check_kinds, memory_bytes
@@ -86,6 +87,9 @@ class DHellamStrategy(SettingUpStrategy):
             `{"0-3": "full", "4-": "selective"}`, with `chunk 0`, `head` and `others` as further
             keys. With `auto` what fits into memory at the least time is chosen, layer by layer: by
             measured times where plans are searched, else by FLOPs and bytes. Changes no bit.
+        offload: what of that which is kept for backward waits in pinned host memory: `all`, or a
+            list of slots, such as `[x]` beside `recompute="full"`. None for nothing. Changes no
+            bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
             after so many in a row the run ends with a FloatingPointError.
@@ -159,6 +163,7 @@ class DHellamStrategy(SettingUpStrategy):
         fp8_all_gather: bool = False,
         context_fp8_keys: bool = False,
         detect_anomaly: bool | str = False,
+        offload: str | list[str] | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -191,6 +196,7 @@ class DHellamStrategy(SettingUpStrategy):
         check_anomalies(detect_anomaly)
         scheme_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
+        check_choice(offload, recompute)
         self.tensor_parallel_size = tensor_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
         self.pipeline_split = pipeline_split
@@ -208,6 +214,7 @@ class DHellamStrategy(SettingUpStrategy):
         self.distributed_optimizer = distributed_optimizer
         self.kernels = kernels
         self.recompute = recompute
+        self.offload = offload
         self.bucket_size = bucket_size
         self.max_skipped_steps = max_skipped_steps
         self._seed = seed

@@ -35,6 +35,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "fp8": {"fp8": "current"},
         "fp8-blockwise": {"fp8": "blockwise"},
         "alone": {},
+        "offload": {"offload": "all", "recompute": "none"},
         "packed": {},
         "hugging-face": {},
         "beside": {"async_checkpoint": True},

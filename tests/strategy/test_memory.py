@@ -89,3 +89,19 @@ def test_what_cannot_fit_is_refused_with_the_cheapest_change(
 def test_what_nothing_can_make_fit() -> None:
     with pytest.raises(ValueError, match=r"use more ranks, or a smaller model; a larger memory_li"):
         _losses({"memory_limit": "0.01MiB"}, Model())
+
+
+def test_what_is_offloaded_is_predicted_and_changes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    strategy = {"micro_batch_size": 3, "recompute": "full"}
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        moved = _losses({**strategy, "offload": ["x"], "memory_limit": "1GiB"}, Model())
+    (line,) = (r.message for r in caplog.records if r.message.startswith("memory in GiB"))
+    found = re.fullmatch(r"memory in GiB: rank 0 (\S+) predicted, (\S+) measured", line)
+    assert found is not None and found[1] == found[2]
+    assert moved == _losses(strategy, Model())
+    with pytest.raises(ValueError, match=r"offload names 'gate_upp', which no layer has.*gate_up"):
+        _losses({**strategy, "offload": ["gate_upp"]}, Model())
+    with pytest.raises(ValueError, match="offload='x' must be 'all' or a list"):
+        _losses({**strategy, "offload": "x"}, Model())

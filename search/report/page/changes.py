@@ -21,6 +21,7 @@ _REMEDIES = {
     Lane.EP: "lower expert_parallel_size, or make micro_batch_size larger",
     Lane.PP: "have more micro-batches in a step, or let schedule='auto' choose",
     Lane.DP: "have more micro-batches in a step, or another bucket_size",
+    Lane.OFFLOAD: "name fewer slots in offload, or have some made again by recompute",
     Lane.HOST: "make micro_batch_size larger, so that the host waits less often",
 }
 _NOTHING = "Nothing that was measured here stands out: compute is what the step takes."

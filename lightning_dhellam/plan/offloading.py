@@ -1,0 +1,114 @@
+"""A pure function from graphs to graphs: saved slots wait for backward in host memory.
+
+    forward   gemm -> gate_up    swiglu: gate_up    gate_up.offload: gate_up -> gate_up_on_host
+    backward  gate_up.fetch: gate_up_on_host -> gate_up_back    swiglu.grad: gate_up_back ...
+
+Both copies are operators on a lane of their own, which a plan orders as all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from lightning_dhellam.plan import nominal
+from lightning_dhellam.plan.graph import GraphPair, called
+from lightning_dhellam.plan.operator import Lane, Operator
+from lightning_dhellam.plan.passes import renamed
+
+ALL = "all"
+"""In place of slots: all that is saved."""
+
+Offload = str | Collection[str] | None
+"""What waits in host memory: `ALL`, or names of slots; nothing with None."""
+
+
+def offload(
+    pair: GraphPair, what: Offload, away: Callable[[Any], Any], back: Callable[[Any], Any]
+) -> GraphPair:
+    """The same layer, of which such slots as are saved are on the host until backward reads them.
+
+    What the host has asked for is there already, and stays as it is.
+
+    Args:
+        pair: with what its backward makes again.
+        what: to offload; what is not saved is not moved.
+        away: takes the value of a slot, and returns what stands for it on the host.
+        back: takes that, and returns the value.
+    """
+    makers, sizes = pair.forward.producers, pair.forward.bytes_per_token
+    moved = [
+        slot
+        for slot in pair.saved
+        if what is not None
+        and (what == ALL or slot in what)
+        and not (slot in makers and makers[slot].lane is Lane.HOST)
+    ]
+    if not moved:
+        return pair
+    ahead = list(pair.forward.operators)
+    behind = [renamed(o, {s: f"{s}_back" for s in moved}) for o in pair.backward.operators]
+    for slot in moved:
+        cost = sizes.get(slot, 0.0) / nominal.HOST_LINK
+        host = f"{slot}_on_host"
+        last = max((n for n, o in enumerate(ahead) if slot in (*o.reads, *o.writes)), default=-1)
+        ahead.insert(
+            last + 1, Operator(f"{slot}.offload", Lane.OFFLOAD, (slot,), (host,), away, cost)
+        )
+        first = next(n for n, o in enumerate(behind) if f"{slot}_back" in o.reads)
+        # An operator ahead of the one that reads it, so that it comes under that.
+        behind.insert(
+            max(first - 1, 0),
+            Operator(f"{slot}.fetch", Lane.OFFLOAD, (host,), (f"{slot}_back",), back, cost),
+        )
+    name = called(pair.name, "offload")
+    return GraphPair(
+        replace(
+            pair.forward,
+            name=name,
+            operators=tuple(ahead),
+            bytes_per_token={**sizes, **{f"{slot}_on_host": 0.0 for slot in moved}},
+        ),
+        replace(
+            pair.backward,
+            name=name,
+            operators=tuple(behind),
+            bytes_per_token={
+                **pair.backward.bytes_per_token,
+                **{f"{slot}_back": sizes.get(slot, 0.0) for slot in moved},
+            },
+        ),
+    )
+
+
+def check_offload(what: Offload, slots: Collection[str]) -> None:
+    """Refuse what is none of the slots that layers have.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    for name in () if what is None or what == ALL else what:
+        if name not in slots:
+            close = get_close_matches(name, slots, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ValueError(
+                f"offload names {name!r}, which no layer has: use '{ALL}', or a list with some of"
+                f" {', '.join(sorted(slots))}{hint}"
+            )
+
+
+def check_choice(what: Offload, recompute: object) -> None:
+    """Refuse what is no choice, or goes with no other.
+
+    Raises:
+        ValueError: with the value, the rule and the remedy.
+    """
+    if isinstance(what, str) and what != ALL:
+        raise ValueError(f"offload={what!r} must be '{ALL}' or a list of slots, such as [{what}]")
+    if what is not None and recompute == "auto":
+        raise ValueError(
+            "recompute='auto' chooses among what stays on the device: leave offload out, or say"
+            " what is made again, such as recompute='selective'"
+        )
