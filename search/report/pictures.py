@@ -28,7 +28,7 @@ FAINT = "#8a8a86"
 LEAST = 0.02
 """Share of the longest operator's time below which an operator is left out of a heat map."""
 _OVERLAP = LinearSegmentedColormap.from_list("overlap", ["#b6423a", "#f3e6c8", "#2f7d62"])
-_SHADES = ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a", "#5d6d8a")
+_SHADES = ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a", "#5d6d8a", "#b3706b")
 """One for every lane but compute."""
 _LETTER = 0.6 / 72
 """Width of a letter in inches per point of font size."""

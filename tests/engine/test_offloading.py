@@ -33,7 +33,9 @@ RECOMPUTE = ("none", "gathers", "selective", "full")
 
 
 def model_of(context: ParallelContext, config: Any = CONFIG) -> CausalLM:
-    model = CausalLM(config, context).to(context.device)
+    model = CausalLM(config, context)
+    if context.device.type != "cpu":  # where tensors without memory could not be moved
+        model.to(context.device)
     add_main_grads(model)
     return model
 
