@@ -187,7 +187,7 @@ def test_an_overlap_that_cannot_be_had_is_refused_with_what_it_needs(
 
 
 @pytest.mark.parametrize(
-    "case", ["a:8:2", "a:8:2:1:1:1:1", "c:8:2:1", "z:8:2:1", "a:8:0:1", "a:x:2:1"]
+    "case", ["a:8:2", "a:8:2:1:1:1:1:1", "c:8:2:1", "z:8:2:1", "a:8:0:1", "a:x:2:1"]
 )
 def test_a_case_that_is_none_is_refused(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""A job of two ranks of which one is killed in the middle of a step."""
+"""A job of ranks of which one is killed in the middle of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from pathlib import Path
 from tests.process_groups import is_running
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+
+
+def torchrun(world: int) -> tuple[str, ...]:
+    """What starts a job of so many ranks."""
+    return ("-m", "torch.distributed.run", f"--nproc-per-node={world}")
+
+
+TORCHRUN = torchrun(2)
 TIMEOUTS = {"cpu": 240, "gpu": 20}
 """Seconds after which a collective that a rank does not join fails, and the start of the job as
 well. Without GPUs a lost connection is noticed at once, and the processes of a busy host may start
@@ -25,7 +32,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from tests.strategy.runs import Model, Sequences, make_trainer
 
-victim, accelerator, timeout = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+victim, accelerator, timeout, world = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 
 class Killed(Callback):
     def on_before_optimizer_step(self, trainer, *_):
@@ -34,8 +41,10 @@ class Killed(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    strategy = {"tensor_parallel_size": 2, "timeout": timedelta(seconds=timeout)}
-    trainer = make_trainer(strategy, [Killed()], accelerator=accelerator, devices=2, max_steps=100)
+    strategy = {"tensor_parallel_size": 2, "pipeline_parallel_size": world // 2}
+    strategy["timeout"] = timedelta(seconds=timeout)
+    options = {"accelerator": accelerator, "devices": world, "max_steps": 100}
+    trainer = make_trainer(strategy, [Killed()], **options)
     trainer.fit(Model(), DataLoader(Sequences(800), batch_size=8))
 """
 
@@ -48,13 +57,23 @@ def environment() -> dict[str, str]:
     return {**clean, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
-def lose(victim: int, folder: Path, accelerator: str, *launcher: str) -> tuple[str, int]:
+def lose(
+    victim: int, folder: Path, accelerator: str, *launcher: str, world: int = 2
+) -> tuple[str, int]:
     """Output and exit code of the job; the processes that it started have ended by themselves."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     timeout = TIMEOUTS[accelerator]
     job = subprocess.Popen(
-        [sys.executable, *launcher, str(script), str(victim), accelerator, str(timeout)],
+        [
+            sys.executable,
+            *launcher,
+            str(script),
+            str(victim),
+            accelerator,
+            str(timeout),
+            str(world),
+        ],
         env=environment(),
         stdout=(folder / "output").open("w"),
         stderr=subprocess.STDOUT,

@@ -50,6 +50,7 @@ class Job:
         tp_overlap: Whether these overlap tensor-parallel communication.
         context: The context-parallel size.
         experts: The expert-parallel size, of as many data-parallel ranks.
+        replicas: How many times so many ranks train samples of their own.
         plans: Plans of our side, one after the other: names, or a plan file.
         plan: The plan of our side by schedules, if it has no `plans`.
         schedules: Of a pipeline, one after the other: names of ours; of Megatron-core's side how
@@ -74,6 +75,7 @@ class Job:
     tp_overlap: bool = False
     context: int = 1
     experts: int = 1
+    replicas: int = 1
     plans: tuple[str, ...] = ()
     plan: str = "sequential"
     schedules: tuple[str, ...] = ()
@@ -85,12 +87,19 @@ class Job:
         """What is trained, and how it is laid out."""
         shared = f" cp{self.context}" if self.context > 1 else ""
         spread = f" ep{self.experts}" if self.experts > 1 else ""
-        return f"{self.shape}{self.layers} tp{self.tensor} pp{self.pipeline}{shared}{spread}"
+        again = f" dp{self.replicas}" if self.replicas > 1 else ""
+        sizes = f"tp{self.tensor} pp{self.pipeline}{shared}{spread}{again}"
+        return f"{self.shape}{self.layers} {sizes}"
 
     @property
     def ranks(self) -> int:
         """The ranks that share the model, and the samples of a step."""
-        return self.tensor * self.pipeline * self.context * self.experts
+        return self.tensor * self.pipeline * self.context * self.samples
+
+    @property
+    def samples(self) -> int:
+        """How many ranks have samples of their own."""
+        return self.experts * self.replicas
 
     @property
     def processes(self) -> int:
@@ -176,7 +185,7 @@ class Job:
         Of data-parallel ranks each takes every n-th row.
         """
         generator = torch.Generator().manual_seed(5)
-        size = (count * self.micro_batch * self.experts, self.length + 1)
+        size = (count * self.micro_batch * self.samples, self.length + 1)
         tokens = torch.randint(0, config.vocab_size, size, generator=generator)
         return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 

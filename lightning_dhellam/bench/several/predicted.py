@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from lightning_dhellam.advice import Conditions, memory_of, predict
@@ -20,7 +21,7 @@ from lightning_dhellam.plan.by_layer import USUAL
 CLOSE, CLOSE_BYTES, APART = 0.05, 0.03, 0.03
 """How far a step and a peak of memory may be predicted wrongly, and how far apart two steps must be
 for their order to count."""
-_CASE = re.compile(r"(?P<shape>[a-z])\d+ tp(\d+) pp(\d+)(?: cp(\d+))?(?: ep(\d+))?")
+_CASE = re.compile(r"(?P<shape>[a-z])\d+ tp(\d+) pp(\d+)(?: cp(\d+))?(?: ep(\d+))?(?: dp(\d+))?")
 _USUAL_COUNT = 4
 """Micro-batches of a step where a file does not say it, as older ones do not."""
 
@@ -58,14 +59,24 @@ class Beside:
         return None if self.bytes is None else self.predicted_bytes / self.bytes - 1
 
 
+def kept_profile(report: Path, case: str) -> Path | None:
+    """The profile of a case's first rank, which the benchmark keeps beside its report."""
+    home = report.parent / "several" / case.replace(" ", "-") / OURS
+    paths = (home / name for name in ("profile.json", "profile-stage0.json"))
+    return next((path for path in paths if path.exists()), None)
+
+
 def besides(
-    report: Mapping[str, Any], conditions: Conditions, vocabulary: int, rehearse: bool = False
+    report: Mapping[str, Any],
+    conditions: Conditions | Callable[[str], Conditions],
+    vocabulary: int,
+    rehearse: bool = False,
 ) -> Iterator[Beside]:
     """Predict each step of ours in a report whose plan is built in, or was searched.
 
     Args:
         report: what a file of `dhellam bench several` holds.
-        conditions: cluster and profile.
+        conditions: cluster and profile, or those of each case.
         vocabulary: tokens of the model's vocabulary.
         rehearse: whether it was a rehearsal in miniature.
 
@@ -81,7 +92,8 @@ def besides(
         if schedule not in ("", *playable(Placement.folded(2))):
             continue  # one that was searched, which is in no other run
         run = _run({**row, "schedule": schedule}, vocabulary, rehearse)
-        found = predict(run, conditions)
+        known = conditions if isinstance(conditions, Conditions) else conditions(row["case"])
+        found = predict(run, known)
         last = found.stages[0].optimizer
         same, peak = replace(run, plan="interleaved"), row.get("peak GiB")
         if peak is not None and same not in memories:
@@ -136,13 +148,13 @@ def _run(row: Mapping[str, Any], vocabulary: int, rehearse: bool) -> Run:
             f"case '{row['case']}' is none of `dhellam bench several`, such as 'a8 tp2 pp1': give a"
             " file that it has written"
         )
-    tp, pp, cp, ep = (int(size or 1) for size in match.groups()[1:])
+    tp, pp, cp, ep, dp = (int(size or 1) for size in match.groups()[1:])
     shape = known[match["shape"]]
     config = replace(shape.config, vocab_size=vocabulary, num_layers=row["layers"])
     count = row.get("micro-batches", _USUAL_COUNT)
     return Run(
         config,
-        Topology(world_size=tp * pp * cp * ep, tp_size=tp, pp_size=pp, cp_size=cp, ep_size=ep),
+        Topology(world_size=tp * pp * cp * ep * dp, tp_size=tp, pp_size=pp, cp_size=cp, ep_size=ep),
         count * shape.micro_batch,
         shape.length,
         micro_batch_size=shape.micro_batch,
@@ -150,4 +162,5 @@ def _run(row: Mapping[str, Any], vocabulary: int, rehearse: bool) -> Run:
         plan=row["plan"],
         recompute=USUAL,
         schedule=row.get("schedule") or "fold",
+        context_exchange=row.get("details", {}).get("exchange") or "ring",
     )

@@ -34,7 +34,7 @@ def row_of(job: Job, side: str, result: dict[str, Any], peak_tflops: float) -> R
         return row | result
     row |= {name: result[name] for name in ("micro-batches", "schedule") if name in result}
     config = replace(job.config(1e18), num_layers=result["layers"])
-    tokens = result["micro-batches"] * job.micro_batch * job.experts * job.length
+    tokens = result["micro-batches"] * job.micro_batch * job.samples * job.length
     work = training_flops_per_token(config, job.length) * tokens
     full = peak_tflops * 1e12 * job.ranks
     common = ("loss", "grad norm", "peak GiB", "layers")

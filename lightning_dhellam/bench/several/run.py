@@ -109,7 +109,7 @@ def _turns(job: Job, settings: Settings, folder: Path) -> Iterator[Turn]:
         yield Turn(OURS, replace(job, side=OURS, schedules=schedules, plans=plans), home / OURS)
     # One process cannot play a stage, which computes what another one sends, and what was measured
     # is one link.
-    if plans and EMULATED in settings.sides and job.pipeline == job.context == job.experts == 1:
+    if plans and EMULATED in settings.sides and job.ranks == job.tensor:
         given = (*dict.fromkeys(plans), str(home / OURS / PLAN))
         rank = replace(job, side=OURS, plans=given, counts=job.counts[:1], emulate={"sms": 0})
         yield Turn(EMULATED, rank, home / EMULATED)

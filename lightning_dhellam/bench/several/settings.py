@@ -20,8 +20,8 @@ class Settings:
     """The options of `dhellam bench several`."""
 
     cases: tuple[str, ...] = ("a:8:2:1", "b:40:2:1", "a:8:1:2")
-    """What to train: shape:layers:tensor:pipeline, or with :context behind, or :context:experts,
-    such as m:8:1:1:1:2. Layers that do not fit are left out."""
+    """What to train: shape:layers:tensor:pipeline, and behind it :context, :context:experts or
+    :context:experts:replicas, such as m:8:1:1:1:2. Layers that do not fit are left out."""
 
     sides: tuple[str, ...] = SIDES
     """Who trains it: megatron-core, ours, and emulated, one process that plays a rank of ours;
@@ -103,7 +103,7 @@ class Settings:
 
     def _check_overlap(self, job: Job) -> None:
         side = f"--sides: '{MEGATRON}:{TP_OVERLAP}'"
-        if job.tensor == 1 or job.pipeline > 1 or job.context > 1 or job.experts > 1:
+        if job.tensor == 1 or job.ranks > job.tensor:
             raise ValueError(
                 f"{side} is measured where there is tensor parallelism alone, which case"
                 f" '{job.case}' is not: give one such as a:8:2:1, or leave the side out"
@@ -151,13 +151,13 @@ class Settings:
             if found.context_ranks == 1
         }
         whole = all(number.isdigit() and int(number) for number in numbers)
-        if shape not in known or len(numbers) not in (3, 4, 5) or not whole:
+        if shape not in known or len(numbers) not in (3, 4, 5, 6) or not whole:
             raise ValueError(
-                f"--cases: '{case}' is not shape:layers:tensor:pipeline, or with :context or"
-                f" :context:experts behind, with a shape of {', '.join(known)}, such as a:8:2:1,"
-                " e:8:1:1:2 or m:8:1:1:1:2"
+                f"--cases: '{case}' is not shape:layers:tensor:pipeline, or with :context,"
+                " :context:experts or :context:experts:replicas behind, with a shape of"
+                f" {', '.join(known)}, such as a:8:2:1, e:8:1:1:2 or m:8:1:1:1:2"
             )
-        layers, tensor, pipeline, context, experts = [*map(int, numbers), 1, 1][:5]
+        layers, tensor, pipeline, context, experts, replicas = [*map(int, numbers), 1, 1, 1][:6]
         there = known[shape].config.num_experts
         if experts > 1 and (there or 1) % experts:
             raise ValueError(
@@ -167,6 +167,6 @@ class Settings:
         return Job(
             MEGATRON, shape, layers, self.vocabulary, self.counts, tensor, pipeline,
             self.device, self.steps, self.repeats, self.search_time,
-            context=context, experts=experts, plan=self.plan,
+            context=context, experts=experts, replicas=replicas, plan=self.plan,
             shares=max(map(int, self.schedules(MEGATRON)), default=1),
         )  # fmt: skip
