@@ -101,7 +101,7 @@ compared() {
 
 # The sides of a case with tensor parallelism: the rival's own overlap is one where it can be had.
 rivals() {
-  if "$PYTHON" -c 'import transformer_engine' 2>/dev/null && [ "$DEVICE" = cuda ]; then
+  if [ "$DEVICE" = cuda ] && timeout 60 "$PYTHON" -c 'import transformer_engine' 2>/dev/null; then
     echo '["megatron-core","megatron-core:tp-overlap","ours"]'
   else
     echo '["megatron-core","ours"]'

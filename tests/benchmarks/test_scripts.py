@@ -119,7 +119,7 @@ def test_more_than_twelve_runs_are_predicted() -> None:
 
 def test_a_part_that_hangs_is_ended_and_told(tmp_path: Path) -> None:
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\necho "$@"\nexec sleep 1000\n')
+    stub.write_text('#!/bin/sh\n[ $1 = -c ] && exit 1\necho "$@"\nexec sleep 1000\n')
     stub.chmod(0o755)
     variables = {"FOLDER": str(tmp_path), "PYTHON": str(stub), "LIMIT": "2", "LEAST": "1"}
     found = run("four.sh", **variables)
