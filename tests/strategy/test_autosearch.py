@@ -198,7 +198,7 @@ def exchanged(
     slow: Collective, folder: Path, way: str = "auto", memory_limit: float | None = None
 ) -> str | None:
     """The way of keys and values that is in use after a search where one is slow."""
-    link = Link(1e9, collectives=((slow, Link(1e6, latency=5e-3)),))
+    link = Link(1e9, collectives=((slow, Link(1e6, latency=15e-3)),))
     exchange = InUseExchange()
     strategy = {
         "plan": "auto",
