@@ -12,7 +12,7 @@ import pytest
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.layers import Lowered, lower
 from lightning_dhellam.memory.activations import activation_peak, without_memory
-from lightning_dhellam.models import CausalLM
+from lightning_dhellam.models import CausalLM, LoRA, add_lora
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
@@ -129,6 +129,16 @@ def test_copies_stand_where_they_can_be_hidden() -> None:
     readers = [o.name for o in pair.backward.operators if "x_back" in o.reads]
     assert names.index("x.fetch") < min(map(names.index, readers))
     assert pair.name == "transformer+full+offload"
+
+
+def test_what_ranks_have_partial_sums_of_is_copied_as_it_is() -> None:
+    with without_memory():
+        model = CausalLM(CONFIG, planned_context(Topology(world_size=2, tp_size=2), CPU))  # type: ignore[arg-type]
+        add_lora(model, LoRA(rank=4, alpha=8), 1)
+        pair = lower(model, recompute="none", offload=ALL).layers[1]
+    for slot in ("proj_low", "gate_up"):
+        copies = {str(pair.lies[name]) for name in (slot, f"{slot}_on_host", f"{slot}_back")}
+        assert copies == {"tp partial" if slot == "proj_low" else "tp sharded(ffn)"}
 
 
 def test_a_search_orders_copies_as_all_other_operators() -> None:
