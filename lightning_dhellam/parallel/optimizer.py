@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -88,6 +88,7 @@ class ModelParallelOptimizer:
         self.loss_scale = loss_scale
         self._norm: Tensor | None = None
         self._finite: Tensor | None = None
+        self._norms: dict[str, Tensor] = {}
         self._loss: Tensor | None = None
         self._prepared = False
         self._hidden: list[Tensor] = []
@@ -117,6 +118,7 @@ class ModelParallelOptimizer:
         """A step begins: what was known of the gradients counts no more."""
         self._held.show_model()
         self._norm = self._finite = self._loss = None
+        self._norms = {}
         self._prepared = False
         self._hidden = [own for own, model in self._held.models if not model.requires_grad]
 
@@ -147,14 +149,16 @@ class ModelParallelOptimizer:
         self.prepare()
         if self._norm is None:
             topology = self._context.topology
-            grads = [
-                own.grad
+            counting = [
+                (self._parameter_names[model], own.grad)
                 for own, model in self._held.models
                 if own.grad is not None and counts_here(model, topology, in_parts=self._sharded)
             ]
+            norms: Sequence[Tensor] = ()
             square = torch.zeros((), dtype=torch.float32, device=self._context.device)
-            if grads:
+            if counting:
                 # In the type of the gradients torch would round it, and of bf16 keep two digits.
+                grads = [grad for _, grad in counting]
                 norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
                 square = torch.linalg.vector_norm(torch.stack(norms)).square()
             if self._loss is not None:
@@ -164,16 +168,16 @@ class ModelParallelOptimizer:
             self._norm = square.sqrt()
             if self._finite is None:
                 self._finite = self._norm.isfinite()
+                self._norms = {name: n for (name, _), n in zip(counting, norms, strict=True)}
         return self._norm
 
     def infinite_gradients(self) -> list[str]:
-        """Names of the parameters whose gradient is not finite on this rank. The host waits."""
-        self.prepare()
-        return [
-            self._parameter_names[model]
-            for own, model in self._held.models
-            if own.grad is not None and not bool(own.grad.isfinite().all())
-        ]
+        """Names of the parameters whose gradient has made `grad_norm` so, of those on this rank.
+
+        They are those that it found before anything was clipped, which makes all gradients NaN or
+        none infinite. The host waits.
+        """
+        return [name for name, norm in self._norms.items() if not bool(norm.isfinite())]
 
     def clip_by_norm(self, limit: float) -> None:
         """Scale all gradients so that `grad_norm` is at most `limit`."""

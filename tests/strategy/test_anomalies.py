@@ -47,17 +47,21 @@ class Rising(Model):
 
 
 class Hooked(Model):
-    """Spoils a gradient between the operators and the optimizer."""
+    """Spoils the last gradient between the operators and the optimizer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.trainer.global_step == SPOILT:
-            optimizer.param_groups[0]["params"][0].grad[0, 0] = torch.inf
+            optimizer.param_groups[0]["params"][-1].grad.view(-1)[0] = self.value
         super().on_before_optimizer_step(optimizer)
 
 
-def _fit(module: Model, detect_anomaly: bool | str) -> None:
+def _fit(module: Model, detect_anomaly: bool | str, **options: Any) -> None:
     sizes = {"micro_batch_size": 2, "detect_anomaly": detect_anomaly}
-    make_trainer(sizes, max_steps=4).fit(module, loader(sizes))
+    make_trainer(sizes, max_steps=4, **options).fit(module, loader(sizes))
 
 
 WEIGHT = (
@@ -72,11 +76,6 @@ CASES: dict[str, tuple[Callable[[], Model], str]] = {
         rf"step {SPOILT} is not finite: operator backward/[\w.]+ of head, micro-batch 1 on rank 0"
         " made it first, in 'd_",
     ),
-    "gradient": (
-        Hooked,
-        rf"step {SPOILT} is not finite: its operators have made nothing such; the gradient of"
-        r" 'model.[\w.]+' became so on rank 0 between them and the optimizer",
-    ),
 }
 
 
@@ -85,6 +84,29 @@ def test_what_made_a_step_not_finite_ends_the_run_by_name(case: str) -> None:
     make, text = CASES[case]
     with pytest.raises(FloatingPointError, match=text):
         _fit(make(), detect_anomaly=True)
+
+
+SPOILING: dict[str, tuple[float, dict[str, Any]]] = {
+    "unclipped": (torch.inf, {}),
+    "clipped by norm": (torch.nan, {"gradient_clip_val": 1.0}),  # all are NaN afterwards
+    "clipped by value": (  # none is infinite afterwards
+        torch.inf,
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILING)
+def test_a_gradient_that_was_spoilt_has_its_name_however_it_is_clipped(case: str) -> None:
+    value, clipping = SPOILING[case]
+    module = Hooked(value)
+    with pytest.raises(FloatingPointError) as caught:
+        _fit(module, True, **clipping)
+    *_, (last, _) = module.named_parameters()
+    assert (
+        f"step {SPOILT} is not finite: its operators have made nothing such; the gradient of"
+        f" '{last}' became so on rank 0 between them and the optimizer"
+    ) in str(caught.value)
 
 
 def test_lightnings_own_flag_means_the_same() -> None:
