@@ -7,22 +7,34 @@
 # Megatron-core's own steps; alone is measured on one GPU each, side by side; predictions are those
 # of more than twelve runs, from profiles that were taken before them. See parts.sh for what else
 # it reads from the environment.
+case ${1:-} in
+tests | rows | alone | predictions) ;;
+*)
+  echo "usage: FOLDER=results $0 tests|rows|alone|predictions" >&2
+  exit 2
+  ;;
+esac
+gpus=2
 source "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
 plans='["sequential","megatron","auto"]' both='["megatron-core","ours"]'
 
-case ${1:-} in
+case $1 in
 tests)
-  tests kernels 270 0 tests/kernels/test_triton.py -k "fp8 or 8_bits" &
+  (
+    tests kernels 195 0 tests/kernels/test_triton.py -k "fp8 or 8_bits"
+    tests lanes 80 0 tests/gpu/test_offloading.py tests/gpu/test_lanes.py
+  ) &
   (
     tests eight-bits 150 1 tests/gpu/test_eight_bits.py tests/gpu/test_fsdp.py
-    bench memory 120 1 memory --cases '["auto","full","experts"]'
+    few=40 # what has begun is measured to its end
+    timed memory 120 1 memory --cases '["auto","full","experts"]'
   ) &
-  wait
-  tests trains 280 tests/gpu/test_lora.py tests/gpu/test_loss_scale.py tests/gpu/test_no_waiting.py \
+  together
+  tests trains 275 tests/gpu/test_lora.py tests/gpu/test_loss_scale.py tests/gpu/test_no_waiting.py \
     tests/gpu/test_unequal.py tests/gpu/test_transfers.py &
-  tests shares 280 tests/gpu/test_experts.py tests/gpu/test_several.py \
+  tests shares 275 tests/gpu/test_experts.py tests/gpu/test_several.py \
     tests/gpu/test_context_parallel.py -k "not killed" &
-  wait
+  together
   ;;
 rows)
   several pp2 280 '["a:8:1:2"]' \
@@ -38,34 +50,31 @@ alone)
     case=llama-tiny:2:512:64:2 long=llama-tiny:2:512:128:2:auto saved=llama-tiny:2:512:64:2
   fi
   (
-    bench fp8 230 0 throughput --cases "[\"$case\"]" --budget $((220 * slower)) --limit $((90 * slower)) \
+    timed fp8 230 0 throughput --cases "[\"$case\"]" --limit $((90 * slower)) \
       --sides '["ours","ours:current","ours:blockwise","eager"]'
-    bench long 140 0 throughput --cases "[\"$long\"]" --budget $((130 * slower)) --limit $((70 * slower)) \
+    timed long 140 0 throughput --cases "[\"$long\"]" --limit $((70 * slower)) \
       --sides '["ours","eager"]'
     bench checkpoint 150 0 checkpoint --parts '["steps"]' --case "$saved"
   ) &
   (
-    bench experts 180 1 overlap "${short[@]}" --budget $((120 * slower)) \
+    few=60 # as above, and for longer
+    timed experts 180 1 overlap "${short[@]}" \
       --cells '["m4 copy:25","m4 copy:110","m4 16sm:110"]'
-    bench gathered 200 1 overlap "${short[@]}" --budget $((140 * slower)) \
+    timed gathered 200 1 overlap "${short[@]}" \
       --cells '["c4 copy:110 all_gather copy:50","d4 copy:110 all_gather copy:50","c4 copy:110 ring copy:25","c4 copy:110 ring copy:110"]'
-    bench again 150 1 overlap "${short[@]}" --budget $((90 * slower)) --cells '["a4 copy:110"]' \
+    timed again 150 1 overlap "${short[@]}" --cells '["a4 copy:110"]' \
       --recompute '["selective","full","auto:0.5"]'
   ) &
-  wait
+  together
   ;;
 predictions)
   every='["sequential","megatron","dhellam","interleaved"]'
-  several tp2 150 '["a:8:2:1","b:6:2:1"]' '["ours"]' --plans "$every"
-  several staged 110 '["a:8:1:2"]' '["ours:fold","ours:zb-v","ours:dualpipe-v"]' --micro_batches '[4,8]'
-  several shared 200 '["e:8:1:1:2","a:4:1:1:1:1:2","m:4:1:1:1:2"]' '["ours"]' \
+  several tp2 140 '["a:8:2:1","b:6:2:1"]' '["ours"]' --plans "$every"
+  several staged 95 '["a:8:1:2"]' '["ours:fold","ours:zb-v","ours:dualpipe-v"]' --micro_batches '[4,8]'
+  several shared 175 '["e:8:1:1:2","a:4:1:1:1:1:2","m:4:1:1:1:2"]' '["ours"]' \
     --plans '["sequential","interleaved"]'
-  compared tp2 staged shared
-  several rival 90 '["a:8:2:1"]' "$(rivals)" --plans '["interleaved"]'
-  ;;
-*)
-  echo "usage: FOLDER=results $0 tests|rows|alone|predictions" >&2
-  exit 2
+  compared 60 tp2 staged shared
+  several rival 80 '["a:8:2:1"]' rivals --plans '["interleaved"]'
   ;;
 esac
 done_well
