@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_dhellam.bench.learning import run, side, text
 from lightning_dhellam.bench.learning.report import apart, row_of
 from lightning_dhellam.bench.learning.settings import Settings
 from lightning_dhellam.bench.learning.side import Curve
 from lightning_dhellam.commands.main import main
+from lightning_dhellam.data.prepare import prepare
 
 TINY = (
     "--device=cpu", "--steps=12", "--layers=1", "--hidden_size=128", "--ffn_hidden_size=128",
@@ -112,6 +115,27 @@ def test_curves_of_another_lesson_are_not_gone_on_with(tmp_path: Path) -> None:
     assert Curve.load(tmp_path / "bf16.json", curve.lesson).losses == curve.losses
     assert Curve.load(tmp_path / "bf16.json", {**curve.lesson, "steps": 8}).losses == []
     assert Settings().lesson != Settings(seed=1).lesson
+
+
+def test_a_state_of_another_lesson_is_not_gone_on_with(tmp_path: Path, prose: Path) -> None:
+    from lightning_dhellam.bench.learning import BENCHMARK
+
+    first, _ = BENCHMARK.parse("dhellam bench learning", ["--precisions=[bf16]", *TINY])
+    second = replace(first, seed=7)
+    data = prepare([str(prose)], tmp_path / "data", vocab_size=270)
+
+    def stopped(settings: Settings) -> Curve:
+        return side.learn(settings, "bf16", data.path, tmp_path, torch.device("cpu"), _Stopped(1))
+
+    begun = stopped(first)
+    # Ended by something else after its first validation, which leaves a curve and no state.
+    Curve(second.lesson, [9.0] * 4, [(4, 9.0)]).save(tmp_path / "bf16.json")
+    other = stopped(second)
+    assert other.lesson == second.lesson and len(other.losses) == len(begun.losses)
+    assert other.losses[0] != begun.losses[0]
+    longer = stopped(second)
+    assert len(longer.losses) > len(other.losses) == len(begun.losses)
+    assert longer.losses[: len(other.losses)] == other.losses
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_dhellam.bench.learning.settings import PRECISIONS, Settings
 from lightning_dhellam.bench.processes import Budget
+from lightning_dhellam.checkpoint.folder import load_common
 from lightning_dhellam.data import IndexedDataModule
 from lightning_dhellam.files import save_text
 from lightning_dhellam.optimizing import Schedule, decay_groups
@@ -97,10 +99,7 @@ def learn(
         groups = decay_groups(runner.model, 0.1)
         adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
         optimizer = runner.optimizer(adamw)
-        if curve.losses and state.exists():
-            curve = Curve(**{**runner.load(state)["curve"], "lesson": settings.lesson})
-        else:
-            curve = Curve(settings.lesson)
+        curve = _taken_up(runner, state, settings.lesson)
         pupil = _Pupil(settings, name, runner, text, curve)
         for ended in pupil.learn():
             late = budget.left == 0
@@ -114,6 +113,16 @@ def learn(
                 break
         assert optimizer.steps == len(curve.losses)
     return curve
+
+
+def _taken_up(runner: Runner, state: Path, lesson: dict[str, Any]) -> Curve:
+    """Bring the runner to where `state` is, if that is of this lesson; otherwise remove it."""
+    if state.exists():
+        known = load_common(state)["extra"]["curve"]  # before any weight is read
+        if known["lesson"] == lesson:
+            return Curve(**runner.load(state)["curve"])
+        shutil.rmtree(state)
+    return Curve(lesson)
 
 
 class _Pupil:
