@@ -119,6 +119,9 @@ def test_steps_that_save_are_timed_beside_others(tmp_path: Path) -> None:
     for row in (at_once, first, beside):
         assert row["ratio"] == pytest.approx(row["saves ms"] / row["normal ms"])
         assert row["GB"] >= 3 * 4 * row["parameters"] / 1e9 and row["next ms"] > 0
+    # Which writes nothing, so that it is never whole.
+    assert first["whole s"] is None and first["meanwhile ms"] is None
+    assert beside["whole s"] > 0 and beside["meanwhile ms"] > 0
     assert at_once["saves ms"] >= 1e3 * at_once["whole s"]  # training has waited for all of it
     (left,) = {path.name.rpartition(".")[0] for path in tmp_path.iterdir()}
     assert left.startswith("checkpoint-")

@@ -27,7 +27,7 @@ from lightning_dhellam.strategy import DHellamStrategy
 
 FIRST, BESIDE, AT_ONCE = WAYS = ("beside, the first", "beside", "at once")
 """The first one beside training takes and pins the host memory that later ones take again; it is
-not written, which would tell no more."""
+not written, which would tell no more: it has no time until it is whole, and none meanwhile."""
 _WARM_UP = 2
 
 
@@ -165,6 +165,8 @@ class _Watch(pl.Callback):
     def _row(self, saved: dict[str, Any]) -> Row:
         taken = _between(self.marks, saved["ended"] + 1, self.device)
         usual = median(taken[i] for i in saved["normal"])
+        written = saved["way"] != FIRST
+        meanwhile = median(taken[saved["step"] + 1 : saved["ended"] + 1])
         return {
             "way": saved["way"],
             "parameters": self.parameters,
@@ -173,8 +175,8 @@ class _Watch(pl.Callback):
             "saves ms": taken[saved["step"]],
             "ratio": taken[saved["step"]] / usual,
             "next ms": taken[saved["step"] + 1],
-            "meanwhile ms": median(taken[saved["step"] + 1 : saved["ended"] + 1]),
-            "whole s": saved["whole"],
+            "meanwhile ms": meanwhile if written else None,
+            "whole s": saved["whole"] if written else None,
             "host memory": saved["memory"] / self.size,
         }
 
