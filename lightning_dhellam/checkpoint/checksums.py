@@ -12,6 +12,8 @@ from importlib import import_module
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import check_size
 from lightning_dhellam.remote import Folder
@@ -26,10 +28,14 @@ _ONE = 1 << 31
 
 
 def _find_crc32() -> Callable[[Any, int], int]:
-    """CRC-32 by zlib-ng: fourteen times as fast as zlib 1.2, where it is there."""
+    """CRC-32 by zlib-ng: fourteen times as fast as zlib 1.2, which stands in where it is not."""
     try:
         found: Callable[[Any, int], int] = import_module("zlib_ng.zlib_ng").crc32
-    except ImportError:
+    except ImportError as error:
+        rank_zero_warn(
+            f"zlib-ng cannot be imported ({error}): checkpoints are summed by zlib, which may take"
+            " longer than to read them: pip install zlib-ng"
+        )
         found = zlib.crc32
     return found
 

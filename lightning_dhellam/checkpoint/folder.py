@@ -16,6 +16,7 @@ Written aside and renamed when every rank is done, so that a folder of the final
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
@@ -25,11 +26,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from lightning_dhellam.checkpoint import by_rank, content, from_file, stepped, weights
 from lightning_dhellam.checkpoint.checksums import Part, compare, sum_share
+from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import (
     ALONE,
     FILES,
     FROM,
     SAME,
+    TOPOLOGY,
     check_same,
     check_settings,
     contents_of,
@@ -39,7 +42,7 @@ from lightning_dhellam.checkpoint.description import (
 )
 from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
 from lightning_dhellam.checkpoint.shares import Shares
-from lightning_dhellam.parallel.collectives import of_all_ranks, together
+from lightning_dhellam.parallel.collectives import error_of_any, of_all_ranks, together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.optimizer_state import Form
 from lightning_dhellam.remote import Folder, place_of
@@ -116,14 +119,45 @@ def check_whole(path: Folder, context: ParallelContext) -> None:
     Raises:
         ValueError: on every rank: a file is missing or damaged, or there is no checkpoint.
     """
-    group, topology = context.world_group, context.topology
+    fault = fault_of(path, context)
+    if fault is not None:
+        raise fault
 
-    def add_up() -> tuple[Mapping[str, Any], list[Part]]:
-        files = {} if path.is_file() else read_topology(path).get(FILES, {})
-        return files, sum_share(path, files, topology.rank, topology.world_size)
 
-    files, own = together(add_up, group)
-    compare(path, files, chain.from_iterable(of_all_ranks(own, group)))
+def fault_of(path: Folder, context: ParallelContext) -> Exception | None:
+    """What `check_whole` refuses a checkpoint for: on every rank, or on none.
+
+    Every rank must call this. What it raises is no fault of the checkpoint: ranks have lost each
+    other, or were told to end.
+    """
+    group = context.world_group
+    # Those that read: of an emulated cluster there is one, whatever its topology says.
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    files: dict[str, Any] = {}
+    own: list[Part] = []
+
+    def add_up() -> None:
+        files.update({} if path.is_file() else read_topology(path).get(FILES, {}))
+        own.extend(sum_share(path, files, rank, ranks))
+
+    error = error_of_any(add_up, group)
+    if isinstance(error, SystemExit):
+        raise error
+    if error is not None:
+        return error
+    known = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    descriptions, parts = zip(*of_all_ranks((known, own), group), strict=True)
+    for other, description in enumerate(descriptions):
+        if description != descriptions[0]:  # it was replaced, or a file system shows an older one
+            return ValueError(
+                f"checkpoint {path} is not the same for all ranks: rank {other} has read another"
+                f" {TOPOLOGY} than rank 0: {REMEDY}"
+            )
+    try:
+        compare(path, files, chain.from_iterable(parts))
+    except ValueError as damage:
+        return damage
+    return None
 
 
 def load_common(path: Folder) -> dict[str, Any]:

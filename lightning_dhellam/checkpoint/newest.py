@@ -8,8 +8,8 @@ from functools import partial
 
 from lightning_dhellam.checkpoint.content import REMEDY
 from lightning_dhellam.checkpoint.description import holds_state
-from lightning_dhellam.checkpoint.folder import check_whole
-from lightning_dhellam.parallel.collectives import together
+from lightning_dhellam.checkpoint.folder import fault_of
+from lightning_dhellam.parallel.collectives import of_all_ranks, together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.remote import Folder
 
@@ -36,12 +36,14 @@ def newest_whole(
     refused: list[str] = []
     group = context.world_group
     for path in paths:
-        try:
-            check_whole(path, context)
-        except Exception as error:  # the same on all ranks, but for its text
-            refused.append(_reason(str(error)))
+        fault = fault_of(path, context)
+        if fault is not None:
+            refused.append(_reason(str(fault)))
             continue
-        if path is paths[0] or not training or together(partial(holds_state, path), group):
+        if path is paths[0] or not training:
+            return path, refused
+        holds = together(partial(holds_state, path), group)
+        if all(of_all_ranks(holds, group)):  # it may have been replaced since
             return path, refused
         refused.append(f"checkpoint {path} holds weights only")
     none = "" if len(paths) == 1 else f", and none of {len(paths) - 1} others there is whole"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from lightning_dhellam.checkpoint import content, stepped, weights
-from lightning_dhellam.checkpoint.checksums import Checksums
+from lightning_dhellam.checkpoint.checksums import Checksums, crc32
 from lightning_dhellam.checkpoint.description import (
     FILES,
     INSIDE,
@@ -154,7 +153,7 @@ def write(prepared: Prepared, group: ProcessGroup | None) -> None:
     def write_own() -> None:
         for name, data in prepared.plain.items():
             _put(aside / name, data)
-            checksums[name] = len(data), f"{zlib.crc32(data):08x}"
+            checksums[name] = len(data), f"{crc32(data, 0):08x}"
         written.append(prepared.tensors.write())
         checksums.update(prepared.tensors.checksums)
 

@@ -261,12 +261,23 @@ def together(part: Callable[[], Found], group: dist.ProcessGroup | None) -> Foun
         SystemExit: another rank was told to end.
     """
     found: list[Found] = []
-    mine, failures = try_together(lambda: found.append(part()), group)
-    if mine is not None:
-        raise mine
-    if failures:
-        if failures[0].end is not None:
-            raise failures[0].end
-        kind = ValueError if failures[0].mistake else RuntimeError
-        raise kind(failures[0].text)
+    error = error_of_any(lambda: found.append(part()), group)
+    if error is not None:
+        raise error
     return found[0]
+
+
+def error_of_any(
+    part: Callable[[], None], group: dist.ProcessGroup | None
+) -> Exception | SystemExit | None:
+    """What `together` raises of `part`: on all ranks, or on none.
+
+    What is raised is of the collective itself: the ranks have lost each other.
+    """
+    mine, failures = try_together(part, group)
+    if mine is not None or not failures:
+        return mine
+    if failures[0].end is not None:
+        return failures[0].end
+    kind = ValueError if failures[0].mistake else RuntimeError
+    return kind(failures[0].text)

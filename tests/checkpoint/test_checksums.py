@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from lightning_dhellam.checkpoint import checksums
+from lightning_dhellam.checkpoint import checksums, folder, newest
 from lightning_dhellam.checkpoint.checksums import checksum, combined, crc32, share_of
-from lightning_dhellam.checkpoint.description import FILES, save_description
+from lightning_dhellam.checkpoint.description import FILES, read_topology, save_description
 from lightning_dhellam.checkpoint.folder import check_whole
-from lightning_dhellam.parallel import Topology
+from lightning_dhellam.parallel import Topology, collectives
 from tests.ranks import run_ranks
 
 RANKS = 3
@@ -41,6 +43,14 @@ def test_the_fast_library_sums_as_zlib_does() -> None:
         for size in (0, 1, 15, 64, 4097, 99_000):
             part = memoryview(data)[start : start + size]
             assert fast(part, start) == zlib.crc32(part, start)
+
+
+def test_without_the_fast_library_sums_are_slow_and_one_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "zlib_ng.zlib_ng", None)
+    with pytest.warns(UserWarning, match="zlib-ng cannot be imported .*: pip install zlib-ng"):
+        assert checksums._find_crc32() is zlib.crc32
 
 
 @pytest.mark.parametrize("ranks", [1, 2, RANKS, 7, 20_000])
@@ -83,24 +93,54 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each rank says of each damage, and of none."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two that are whole, and one of each damage."""
     folder = tmp_path_factory.mktemp("damaged")
     whole = folder / "whole"
     whole.mkdir()
     for name, size in SIZES.items():
         (whole / name).write_bytes(Random(size).randbytes(size))
-    save_description(whole, {FILES: {name: checksum(whole / name) for name in SIZES}})
+    known = {FILES: {name: checksum(whole / name) for name in SIZES}, "optimizer": "AdamW"}
+    save_description(whole, known)
     for place, (name, damage, _) in DAMAGE.items():
         damage(shutil.copytree(whole, folder / place) / name)
-    return run_ranks(RANKS, _refusals, folder)
+    for name in ("second", "third"):
+        shutil.copytree(whole, folder / name)
+    return folder
 
 
-def _refusals(rank: int, folder: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def of_ranks(checkpoints: Path) -> list[Any]:
+    return run_ranks(RANKS, _of_rank, checkpoints)
+
+
+@pytest.fixture(scope="module")
+def refusals(of_ranks: list[Any]) -> list[dict[str, str]]:
+    """What each rank says of each damage, and of none."""
+    return [refused for refused, _ in of_ranks]
+
+
+def _of_rank(rank: int, checkpoints: Path) -> Any:
     context: Any = SimpleNamespace(
         world_group=dist.group.WORLD, topology=Topology(world_size=RANKS, rank=rank)
     )
-    return {path.name: _refusal(path, context) for path in sorted(folder.iterdir())}
+    refused = {path.name: _refusal(path, context) for path in sorted(checkpoints.iterdir())}
+    # The first was replaced between two reads, and the second of those that are whole after one.
+    paths = [checkpoints / name for name in ("whole", "missing", "second", "third")]
+    with (
+        mock.patch.object(folder, "read_topology", _another if rank == 1 else read_topology),
+        mock.patch.object(newest, "holds_state", lambda path: path != paths[2] or rank != 2),
+    ):
+        refused["replaced"] = _refusal(paths[0], context)
+        return refused, newest.newest_whole(paths, context, training=True)
+
+
+def _another(path: Path) -> dict[str, Any]:
+    """What a rank reads of a checkpoint: of the first what another one says."""
+    known = read_topology(path)
+    if path.name == "whole":
+        known[FILES]["e"] = [SIZES["e"], "0" * 8]
+    return known
 
 
 def _refusal(path: Path, context: Any) -> str:
@@ -120,3 +160,37 @@ def test_all_ranks_refuse_what_is_damaged_by_name(place: str, refusals: Any) -> 
 
 def test_what_is_whole_is_taken(refusals: list[dict[str, str]]) -> None:
     assert [of_rank["whole"] for of_rank in refusals] == [""] * RANKS
+
+
+def test_what_ranks_know_different_things_of_is_refused_by_all(
+    of_ranks: list[Any], checkpoints: Path
+) -> None:
+    said = {refused["replaced"] for refused, _ in of_ranks}
+    assert len(said) == 1 and "rank 1 has read another topology.json than rank 0" in str(said)
+    assert [found for _, (found, _) in of_ranks] == [checkpoints / "third"] * RANKS
+    (first, second, third), *others = (refused for _, (_, refused) in of_ranks)
+    assert all(other == [first, second, third] for other in others)
+    assert first.startswith(f"checkpoint {checkpoints}/whole is not the same for all ranks")
+    assert second.endswith("missing has no a")
+    assert third == f"checkpoint {checkpoints}/second holds weights only"
+
+
+def test_one_process_reads_all_of_a_checkpoint_on_an_emulated_cluster(checkpoints: Path) -> None:
+    context: Any = SimpleNamespace(
+        world_group=None, topology=Topology(world_size=4, rank=3, tp_size=4)
+    )
+    assert _refusal(checkpoints / "whole", context) == ""
+    assert "d is damaged: its checksum" in _refusal(checkpoints / "d at 0", context)
+
+
+@pytest.mark.parametrize("place", [folder, collectives])
+def test_a_lost_rank_is_no_fault_of_a_checkpoint(checkpoints: Path, place: Any) -> None:
+    context: Any = SimpleNamespace(world_group=None, topology=Topology(world_size=1))
+    lost = mock.Mock(side_effect=RuntimeError("Connection closed by peer"))
+    paths = [checkpoints / "whole", checkpoints / "second"]
+    with (
+        mock.patch.object(place, "of_all_ranks", lost),
+        pytest.raises(RuntimeError, match="Connection closed by peer"),
+    ):
+        newest.newest_whole(paths, context, training=True)
+    assert lost.call_count == 1  # nothing goes on with ranks of which one is gone
