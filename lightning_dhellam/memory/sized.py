@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from lightning_dhellam.engine.tape import Ledger, Slot, tensors
 from lightning_dhellam.engine.tracks import TrackLanes
-from lightning_dhellam.layers.host_memory import Form, OnHost, bytes_of
+from lightning_dhellam.layers.host_memory import OnHost
 from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import Lane, Operator, Track
 
@@ -69,16 +69,16 @@ class SizedLanes(TrackLanes):
         allocated: what a device holds. The ledger counts a slot until its last reader was issued;
             its memory goes back when its lane has waited for that, and that of a send some walks
             later.
-        buffers: of host memory in use, by what is in them.
-        most_buffers: of each kind at once.
+        buffers: of host memory in use, by their bytes.
+        most_buffers: of each size at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = SizedLedger()
         self.allocated = SizedLedger()
-        self.buffers: Counter[Form] = Counter()
-        self.most_buffers: Counter[Form] = Counter()
+        self.buffers: Counter[int] = Counter()
+        self.most_buffers: Counter[int] = Counter()
         self._known: dict[tuple[Any, ...], _Found] = {}
         self._kinds: dict[int, tuple[Operator, Hashable]] = {}
         self._storage_numbers = count(1)
@@ -134,7 +134,7 @@ class SizedLanes(TrackLanes):
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that a step takes for slots."""
-        return sum(bytes_of(form) * count for form, count in self.most_buffers.items())
+        return sum(size * count for size, count in self.most_buffers.items())
 
     def hand_out(self, slot: Slot) -> Any:
         """The value of a slot that leaves the engine, of which the shape is known."""
@@ -148,9 +148,9 @@ class SizedLanes(TrackLanes):
         super()._drop(slot)
 
 
-def _buffers(value: Any) -> tuple[Form, ...]:
+def _buffers(value: Any) -> tuple[int, ...]:
     like = value.like if isinstance(value, Sized) else None
-    return like.form if isinstance(like, OnHost) else ()
+    return like.sizes if isinstance(like, OnHost) else ()
 
 
 def _found(operator: Operator, likes: Sequence[Any]) -> _Found:

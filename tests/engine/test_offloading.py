@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.layers import Lowered, lower
+from lightning_dhellam.layers.host_memory import HostMemory
 from lightning_dhellam.memory.activations import activation_peak, without_memory
 from lightning_dhellam.models import CausalLM, LoRA, add_lora
 from lightning_dhellam.parallel import ParallelContext
@@ -129,6 +131,25 @@ def test_copies_stand_where_they_can_be_hidden() -> None:
     readers = [o.name for o in pair.backward.operators if "x_back" in o.reads]
     assert names.index("x.fetch") < min(map(names.index, readers))
     assert pair.name == "transformer+full+offload"
+
+
+def test_sizes_that_no_step_has_seen_before_take_the_same_buffers() -> None:
+    """As experts have them, which other tokens choose in each step."""
+    memory, draw, taken = HostMemory(CPU), random.Random(0), []
+    for _ in range(60):
+        rows = [draw.randint(0, 400) for _ in range(8)]
+        wide = [torch.randn(2 * n, 24).to(draw.choice([torch.bfloat16, torch.half])) for n in rows]
+        # Also what has gaps, and what lies the other way round.
+        values = [(t[:, :12].contiguous(), t[::2], t.t()) for t in wide]
+        held = [memory.away(value) for value in values]
+        for value, one in zip(values, held, strict=True):
+            for tensor, back in zip(value, memory.back(one), strict=True):
+                assert torch.equal(back, tensor) and back.dtype == tensor.dtype
+                assert back.stride() == torch.empty_like(tensor).stride()
+        del held, one
+        taken.append(memory.bytes)
+    assert taken[-1] < 1.25 * taken[19], "it grows with each new size"
+    assert taken[-1] < 4 * 24 * (800 * 24 * 2)
 
 
 def test_what_ranks_have_partial_sums_of_is_copied_as_it_is() -> None:
