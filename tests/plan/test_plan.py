@@ -65,7 +65,7 @@ NOT_PLANS = {
     "expected 'NUMBER STRAND LANE OPERATOR' or '- barrier'": (2, "  1  forward  gather"),
     "row number 7, expected 1": (2, "  7  forward   tp       gather"),
     "strand 'sideways', expected 'forward' or 'backward'": (2, "  1  sideways  tp       gather"),
-    "lane 'nvlink', expected 'compute' or 'tp' or 'cp' or 'ep' or 'pp' or 'dp' or 'offload' or 'host'": (
+    f"lane 'nvlink', expected {' or '.join(repr(str(lane)) for lane in Lane)}": (
         2,
         "  1  forward   nvlink   gather",
     ),
