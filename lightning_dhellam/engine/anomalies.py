@@ -74,19 +74,19 @@ class Watch:
         self._issued: Counter[int] = Counter()
         self._looks: list[_Look] = []
 
-    def watched(self, operator: Operator) -> Operator:
-        """The same operator, whose results are looked at."""
-        return (
-            operator if operator.lane is Lane.HOST else replace(operator, run=self._run(operator))
-        )
+    def watched(self, operator: Operator, made: Operator) -> Operator:
+        """What was `made` of an operator, whose results are looked at."""
+        if operator.lane is Lane.HOST:
+            return made
+        return replace(made, run=self._run(operator, made.run))
 
-    def _run(self, operator: Operator) -> Callable[..., Any]:
+    def _run(self, operator: Operator, inner: Callable[..., Any]) -> Callable[..., Any]:
         look = _Look(operator, self._issued[id(operator)], {})
         self._issued[id(operator)] += 1
         self._looks.append(look)
 
         def run(*values: Any) -> Any:
-            result = operator.run(*values)
+            result = inner(*values)
             pending = isinstance(result, Pending)
             value = result.value if pending else result
 

@@ -60,8 +60,9 @@ class Entry:
     then: tuple[Entry, ...] = ()
 
 
-Wrap = Callable[[Operator], Operator]
-"""Makes of an operator what is run in its place, which does the same and something beside."""
+Wrap = Callable[[Operator, Operator], Operator]
+"""Makes what is run in the place of an operator, which does the same and something beside: of that
+operator, by which the wrap knows it, and of what other wraps have made of it, which is to run."""
 
 Observer = Callable[[Entry, list[Any]], None]
 """Called with each operator and the values that it is about to read: on its lane, when they are
@@ -225,9 +226,10 @@ class Executor:
 
     def wrapped(self, operator: Operator) -> Operator:
         """What is run in the place of `operator`."""
+        made = operator
         for wrap in self.wraps:
-            operator = wrap(operator)
-        return operator
+            made = wrap(operator, made)
+        return made
 
     def post(self, entries: Sequence[Entry], tape: Tape) -> None:
         """Issue receives, so that they are there when their graph's turn comes."""

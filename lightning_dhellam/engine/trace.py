@@ -62,15 +62,15 @@ class Tracer:
         self._timer = _DeviceTimer() if device.type == "cuda" else _HostTimer()
         self._ran: list[tuple[Operator, Callable[[], tuple[float, float]]]] = []
 
-    def traced(self, operator: Operator) -> Operator:
-        """The same operator, which notes when it runs."""
+    def traced(self, operator: Operator, made: Operator) -> Operator:
+        """What was `made` of an operator, which notes when it runs."""
 
         def run(*values: Any) -> Any:
-            result, times = self._timer.run(operator, values)
+            result, times = self._timer.run(made, values)
             self._ran.append((operator, times))
             return result
 
-        return replace(operator, run=run)
+        return replace(made, run=run)
 
     def spans(self) -> list[Span]:
         """What ran so far, in issue order. Waits for its end."""
