@@ -3,7 +3,8 @@
 An operator's time comes from the best source that there is, and its bars from how good that is:
 
     measured   the profile has this operator on this device, at this size
-    scaled     it has the operator at another size, or a link between as many ranks: by work
+    scaled     it has the operator at another size, or a link between as many ranks: by work, less
+               sure where it is for collectives of another kind
     derived    it has not, or was measured on another device or in other numbers: by data sheets
     modelled   communication, by bytes and the level of the network (see `collectives`)
 
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 from lightning_dhellam.parallel.networks import Device, Networks, Reach
 from lightning_dhellam.parallel.topology import Topology
-from lightning_dhellam.plan import Graph, Lane, Operator, nominal
+from lightning_dhellam.plan import Collective, Graph, Lane, Operator, nominal
 from lightning_dhellam.search.cluster.collectives import seconds_of
 from lightning_dhellam.search.measure import Key, Profile, mean_of
 from lightning_dhellam.search.model import Costs, Sample
@@ -39,6 +40,8 @@ were measured on two H200 (benchmarks/multi_gpu, 2026-11-25)."""
 _MODELLED_SLOWDOWN = 1.1
 """Of a collective whose kernels share a device with computation, where it was not measured."""
 _SAME = 1e-6
+_RINGS = {None, Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE}
+"""Collectives that pass parts around a ring, so that the rate of one tells of all."""
 
 
 class Origin(StrEnum):
@@ -304,7 +307,9 @@ class Pricing:
         rate = known.rate(reach.size)
         if rate is None:
             return _around(modelled, Origin.MODELLED, error)
-        return _around(reach.network.latency + crossing / rate, Origin.SCALED)
+        # By the rate of a gather an all-to-all was 10% off.
+        bar = BARS[Origin.SCALED if operator.collective in _RINGS else Origin.DERIVED]
+        return _around(reach.network.latency + crossing / rate, Origin.SCALED, bar)
 
     def _ratio(self, operator: Operator, other: Operator) -> float:
         """How much more work an operator has than the one that was measured."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from lightning_dhellam.advice import Conditions, memory_of, predict, work_of
 from lightning_dhellam.advice.priceable import Priceable
+from lightning_dhellam.bench.several import predicted
 from lightning_dhellam.bench.several.predicted import besides, verdict
 from lightning_dhellam.bench.shard import shard_profile
 from lightning_dhellam.commands.main import main
@@ -88,6 +90,34 @@ def test_real_steps_on_two_gpus_are_predicted_from_the_profile_of_one_of_them(
     assert max(abs(row.error) for row in found) < 0.02
     assert all(row.low < row.measured < row.high for row in found)
     assert verdict(found)[0] == "2 of 2 steps are predicted within 5%"
+
+
+def test_collectives_of_another_kind_have_wider_bars_than_those_a_link_was_measured_with(
+    known: Conditions,
+) -> None:
+    """The profile has gathers and scatters between two ranks: an all-to-all goes other ways."""
+    experts = preset("phi-3.5-moe", num_layers=2)
+    run = Run(experts, Topology(world_size=4, tp_size=2, ep_size=2), 1, 4096)
+    prices = Priceable.of(run, known, known.known()).priced.prices
+    scatter, dispatch = (
+        prices[f"mixture forward/experts.{name}"] for name in ("scatter", "dispatch")
+    )
+    assert scatter.origin == dispatch.origin == "scaled"
+    assert scatter.high / scatter.seconds == pytest.approx(1.07)
+    assert dispatch.high / dispatch.seconds == pytest.approx(1.15)
+
+
+def test_the_bars_of_a_step_up_to_its_last_gradient_are_as_wide_as_its_own(
+    monkeypatch: pytest.MonkeyPatch, known: Conditions
+) -> None:
+    """What a measured step leaves out, the optimizer, is as uncertain as the rest."""
+    choice = SimpleNamespace(micro_batches=4)
+    stages = (SimpleNamespace(optimizer=2.0),)
+    step = SimpleNamespace(seconds=10.0, low=5.0, high=20.0, stages=stages, choice=choice)
+    monkeypatch.setattr(predicted, "predict", lambda run, conditions: step)
+    row = {"side": "ours", "case": "a8 tp2 pp1", "plan": "dhellam", "layers": 8, "step ms": 7.0}
+    (found,) = besides({"rows": [row]}, known, 32000)
+    assert (found.low, found.predicted, found.high) == pytest.approx((4.0, 8.0, 16.0))
 
 
 def test_a_device_without_a_profile_has_wider_bars(known: Conditions) -> None:

@@ -94,7 +94,8 @@ def besides(
         run = _run({**row, "schedule": schedule}, vocabulary, rehearse)
         known = conditions if isinstance(conditions, Conditions) else conditions(row["case"])
         found = predict(run, known)
-        last = found.stages[0].optimizer
+        # What is uncertain of a step is of its optimizer too.
+        share = 1 - found.stages[0].optimizer / found.seconds
         same, peak = replace(run, plan="interleaved"), row.get("peak GiB")
         if peak is not None and same not in memories:
             memories[same] = memory_of(same)
@@ -103,9 +104,9 @@ def besides(
                 [row["case"], f"m{found.choice.micro_batches}", row.get("schedule", ""), plan]
             ).replace("  ", " "),
             row["step ms"] / 1e3,
-            found.seconds - last,
-            found.low - last,
-            found.high - last,
+            share * found.seconds,
+            share * found.low,
+            share * found.high,
             None if peak is None else peak * 2**30,
             max((rank.allocated for rank in memories.get(same, ())), default=0),
         )
