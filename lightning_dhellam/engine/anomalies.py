@@ -51,8 +51,9 @@ class _Look(NamedTuple):
 class Watch:
     """Looks at every result of a step on the lane that made it. The host waits for nothing.
 
-    In fp32 minus infinity alone counts as finite: it is the log-sum-exp of a token without keys.
-    Of numbers of 8 bits the scale is looked at.
+    Minus infinity counts as finite where it has a meaning: as the log-sum-exp of a token without
+    keys, and as the maximum of a rank whose part of the vocabulary is padding. Of numbers
+    of 8 bits the scale is looked at.
 
     Args:
         layers: whose operators will run.
@@ -93,7 +94,8 @@ class Watch:
             def see() -> None:
                 written = value if len(operator.writes) > 1 else (value,)
                 for slot, one in zip(operator.writes, written, strict=False):
-                    look.finite[slot] = [_finite(t) for t in _tensors(one)]
+                    finite = _below_infinity if slot.startswith(_LOGARITHMS) else _finite
+                    look.finite[slot] = [finite(t) for t in _tensors(one)]
                 for parameter in operator.accumulates:
                     found = parameter.main_grad.isfinite().all()
                     look.finite[self._parameters[parameter]] = [found]
@@ -140,6 +142,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> Tensor:
-    if tensor.dtype is torch.float32:
-        return (tensor < torch.inf).all()  # and no NaN
     return tensor.isfinite().all()
+
+
+def _below_infinity(tensor: Tensor) -> Tensor:
+    return (tensor < torch.inf).all()  # and no NaN
+
+
+_LOGARITHMS = ("lse", "attention_state", "statistics")
+"""How slots begin whose numbers may be the logarithm of 0."""

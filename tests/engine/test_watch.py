@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from lightning_dhellam.engine.anomalies import Watch
 from lightning_dhellam.layers import lower
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.plan import Lane, Operator
 from tests.engine.harness import CPU, batch_of, engine_of, pieces, prepared, train
 from tests.engine.test_trace import CONFIG, MICRO_BATCHES
 
@@ -37,3 +39,28 @@ def test_a_step_is_watched_and_traced_at_once(traced_first: bool) -> None:
     assert found.layer == "place 2", "after the embedding and the first layer"
     graphs = [graph for pair in engine.layers for graph in (pair.forward, pair.backward)]
     assert len(tracer.spans()) == MICRO_BATCHES * sum(len(graph.operators) for graph in graphs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("slot", "has_meaning"),
+    [
+        *((slot, True) for slot in ("lse", "lse_of_1", "lse_to_2", "attention_state_1")),
+        *((slot, True) for slot in ("statistics", "statistics_all", "lse_again", "lse_back")),
+        *((slot, False) for slot in ("d_logits", "context_to_1", "norm_rstd", "loss", "dq_1")),
+    ],
+)
+def test_minus_infinity_is_finite_where_it_has_a_meaning(
+    slot: str, has_meaning: bool, dtype: torch.dtype
+) -> None:
+    def first(value: float) -> Any:
+        watch = Watch([], [], {})
+        made = torch.tensor([0.0, value], dtype=dtype)
+        operator = Operator("make", Lane.COMPUTE, (), (slot,), lambda: made, 1.0)
+        watch.watched(operator, operator).run()
+        return watch.first()
+
+    assert (first(-torch.inf) is None) is has_meaning
+    for value in (torch.inf, torch.nan):
+        assert first(value).result == slot
+    assert first(1.0) is None
