@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_STARTER = "DHELLAM_STARTER"
 
 
 class Budget:
@@ -35,7 +36,19 @@ def stop(process: subprocess.Popen[Any]) -> None:
         process.stdin.close()
 
 
+def of_this() -> dict[str, str]:
+    """By which what this process starts knows it, in its environment."""
+    return {_STARTER: str(os.getpid())}
+
+
 def end_with_parent() -> None:
-    """Let Linux kill this process when the one that has started it ends, however it ends."""
+    """Let Linux kill this process when the one that has started it ends, however it ends.
+
+    It ends at once if that one, named by `of_this` in its environment, ended while this one was
+    still importing.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    starter = os.environ.pop(_STARTER, None)
+    if starter is not None and os.getppid() != int(starter):
+        os._exit(1)

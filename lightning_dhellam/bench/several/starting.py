@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_dhellam.bench.processes import of_this
 from lightning_dhellam.bench.several.job import LOG, MEGATRON, Job
 
 _PROCESS = "lightning_dhellam.bench.several.process"
@@ -37,7 +38,7 @@ def modules(job: Job) -> list[str]:
 
 def _environment(job: Job) -> dict[str, str]:
     """The environment of a job: for Megatron-core what it asks for."""
-    environment = dict(os.environ)
+    environment = os.environ | of_this()
     if job.side == MEGATRON:
         # What its overlap relies on, as its documentation says.
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"

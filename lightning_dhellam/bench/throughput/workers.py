@@ -7,6 +7,7 @@ process imports its libraries while a job runs, and touches the device only when
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lightning_dhellam.bench.processes import Budget, stop
+from lightning_dhellam.bench.processes import Budget, of_this, stop
 from lightning_dhellam.bench.throughput.settings import Job
 
 _WORKER = "lightning_dhellam.bench.throughput.worker"
@@ -89,6 +90,7 @@ class Workers:
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-u", "-W", "ignore", "-m", _WORKER],
+            env=os.environ | of_this(),
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,
