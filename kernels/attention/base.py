@@ -28,10 +28,12 @@ class Backend(ABC):
         name: by which it is asked for.
         gives_lse: whether `forward` gives the log-sum-exp; some libraries keep it to themselves.
             Without it a backend takes no blocks: it is causal always.
+        records: whether what else backward needs is a graph of autograd.
     """
 
     name: str
     gives_lse: bool = True
+    records: bool = False
 
     @abstractmethod
     def forward(
@@ -113,6 +115,7 @@ class AutogradBackend(Backend):
     """
 
     gives_lse = False
+    records = True
     serves_once = False
 
     @abstractmethod

@@ -49,9 +49,11 @@ class PackedBackend(ABC):
 
     Attributes:
         name: by which it is asked for.
+        records: whether what else backward needs is a graph of autograd.
     """
 
     name: str
+    records: bool = False
 
     @abstractmethod
     def forward(
@@ -98,6 +100,7 @@ class PackedBackend(ABC):
 class AutogradPackedBackend(PackedBackend):
     """A library whose public interface is a differentiable function; see `AutogradBackend`."""
 
+    records = True
     serves_once = False
 
     @abstractmethod

@@ -33,6 +33,7 @@ class OneByOne(PackedBackend):
 
     def __init__(self, alone: Backend | None = None) -> None:
         self._alone = alone or CpuFlash()
+        self.records = self._alone.records
 
     def forward(
         self,

@@ -85,6 +85,12 @@ class Among:
         """The slots of a micro-batch that every operator of attention reads first."""
         return ("batch.documents",) + ("batch.whole_key",) * (self.dropping is not None)
 
+    @property
+    def records(self) -> bool:
+        """Whether what backward needs besides may be a graph of autograd."""
+        kernels = self.kernels.attention, self.kernels.packed_attention
+        return self.dropping is None and any(kernel.records for kernel in kernels)
+
     def apart(self, values: Sequence[Any]) -> tuple[Told, Sequence[Any]]:
         """What an operator reads: the values of `told`, and those behind them."""
         count = len(self.told)

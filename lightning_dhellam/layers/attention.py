@@ -231,6 +231,7 @@ class Attention:
             },
             run,
             **self._cost(w),
+            records=("attention_state",) if among.records else (),
             rule=of_documents(Held.HEADS, 1, among.told),
         )
 

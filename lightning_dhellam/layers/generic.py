@@ -93,6 +93,7 @@ class _Block:
             {"y": sizes.shard, "autograd": 0.0},
             run,
             moved=8 * self._size,
+            records=("autograd",),
             rule=replace(self._rule((Held.SEQUENCE, self._held)), draws=key),
         )
         return w.graph({"x": sizes.shard}, ("y",))

@@ -272,6 +272,7 @@ class HeadLowering:
             {"loss": 0.0, "loss_graph": self.sizes.wide(self.vocab_size)},
             run,
             moved=4 * self.sizes.wide(self.vocab_size),
+            records=("loss_graph",),
             # Where ranks share sequences, each takes the loss of its own part.
             rule=Rule(
                 {"cp": Move(Held.SEQUENCE, (Held.PARTIAL, Held.SEQUENCE))},

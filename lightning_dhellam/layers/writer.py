@@ -102,6 +102,7 @@ class GraphWriter:
         varies: bool = False,
         rehearsals: tuple[Callable[..., Any], ...] = (),
         takes: tuple[tuple[str, str], ...] = (),
+        records: tuple[str, ...] = (),
         rule: Rule = ALIKE,
         remakes: tuple[Operator, ...] = (),
     ) -> None:
@@ -121,6 +122,7 @@ class GraphWriter:
             varies: whether its time depends on what values say.
             rehearsals: what is run in its place when a stage rehearses.
             takes: slots written in place, and those read whose memory they take over.
+            records: slots written that hold a graph of autograd.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
             remakes: operators that make some of `writes` again from others of them.
         """
@@ -146,6 +148,7 @@ class GraphWriter:
                 light=not (flops or growing),
                 remakes=remakes,
                 takes=takes,
+                records=records,
             )
         )
         self.bytes_per_token.update(writes)

@@ -30,7 +30,8 @@ def offload(
 ) -> GraphPair:
     """The same layer, of which such slots as are saved are on the host until backward reads them.
 
-    What the host has asked for is there already, and stays as it is.
+    What the host has asked for is there already, and stays as it is. So does a graph of autograd,
+    which cannot be moved, and what it holds memory of.
 
     Args:
         pair: with what its backward makes again.
@@ -38,12 +39,14 @@ def offload(
         away: takes the value of a slot, and returns what stands for it on the host.
         back: takes that, and returns the value.
     """
+    recorded = _recorded(pair)
     makers, sizes = pair.forward.producers, pair.forward.bytes_per_token
     moved = [
         slot
         for slot in pair.saved
         if what is not None
         and (what == ALL or slot in what)
+        and slot not in recorded
         and not (slot in makers and makers[slot].lane is Lane.HOST)
     ]
     if not moved:
@@ -81,6 +84,16 @@ def offload(
             },
         ),
     )
+
+
+def _recorded(pair: GraphPair) -> set[str]:
+    """The slots whose memory is held by graphs of autograd that are saved."""
+    return {
+        slot
+        for operator in pair.forward.operators
+        if not set(operator.records).isdisjoint(pair.saved)
+        for slot in (*operator.reads, *operator.writes)
+    }
 
 
 def check_offload(what: Offload, slots: Collection[str]) -> None:

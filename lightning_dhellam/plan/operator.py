@@ -98,6 +98,8 @@ class Operator:
             expert, and not on the size of a micro-batch alone.
         takes: of what it writes in place, the slot that it writes and the one that it reads, whose
             memory that takes over. Nothing else reads that one afterwards.
+        records: of what it writes, the slots that hold a graph of autograd, and with it memory of
+            what it reads and writes besides: as long as one is saved, none of them can be moved.
         track: where it is issued.
     """
 
@@ -119,6 +121,7 @@ class Operator:
     light: bool = field(default=False, compare=False)
     remakes: tuple[Operator, ...] = field(default=(), repr=False, compare=False)
     takes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    records: tuple[str, ...] = field(default=(), compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

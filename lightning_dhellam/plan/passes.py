@@ -155,7 +155,13 @@ def renamed(operator: Operator, names: Mapping[str, str]) -> Operator:
     takes = tuple(
         (names.get(write, write), names.get(read, read)) for write, read in operator.takes
     )
-    return replace(operator, reads=of(operator.reads), writes=of(operator.writes), takes=takes)
+    return replace(
+        operator,
+        reads=of(operator.reads),
+        writes=of(operator.writes),
+        takes=takes,
+        records=of(operator.records),
+    )
 
 
 def _just_in_time(clones: Iterable[Operator], readers: Iterable[Operator]) -> Iterator[Operator]:

@@ -19,8 +19,8 @@ from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.pipeline.schedules import SCHEDULES
-from lightning_dhellam.plan import BUILDERS, Lane, validate
-from lightning_dhellam.plan.offloading import ALL, check_choice, check_offload
+from lightning_dhellam.plan import BUILDERS, GraphPair, Lane, validate
+from lightning_dhellam.plan.offloading import ALL, check_choice, check_offload, offload
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.solve import Budget, solve_pair
 from tests.engine.harness import CPU, add_main_grads, batch_of, differing, engine_of, pieces, train
@@ -131,6 +131,50 @@ def test_copies_stand_where_they_can_be_hidden() -> None:
     readers = [o.name for o in pair.backward.operators if "x_back" in o.reads]
     assert names.index("x.fetch") < min(map(names.index, readers))
     assert pair.name == "transformer+full+offload"
+
+
+class Block(torch.nn.Module):
+    """A user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(CONFIG.hidden_size, CONFIG.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x).tanh()
+
+
+def _loss(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def test_graphs_of_autograd_stay_with_what_they_hold() -> None:
+    model = CausalLM(CONFIG, ParallelContext.single(CPU))
+    model.layers[1] = Block()
+    add_main_grads(model)
+    batch = pieces(batch_of(CONFIG, 3, 16), 1, model.context)
+    expected = train(engine_of(lower(model, recompute="none", loss=_loss)), model, batch)
+    lowered = lower(model, recompute="none", offload=ALL, loss=_loss)
+    engine = engine_of(lowered, poison=True)
+    for _ in range(2):
+        assert differing(train(engine, model, batch), expected) == []
+    kept = {slot for pair in lowered.layers for slot in pair.saved} & {"autograd", "loss_graph"}
+    assert kept == {"autograd", "loss_graph"} and lowered.layers[-1].saved_bytes(16) > 0
+
+
+def test_attention_that_records_keeps_what_it_reads() -> None:
+    model = model_of(ParallelContext.single(CPU))
+    pair = lower(model, recompute="none").layers[1]
+    operators = [
+        replace(o, records=("attention_state",)) if o.name == "attention" else o
+        for o in pair.forward.operators
+    ]
+    recording = GraphPair(replace(pair.forward, operators=tuple(operators)), pair.backward)
+    (attention,) = (o for o in operators if o.records)
+    held = {*attention.reads, *attention.writes}
+    for what, stays in ((pair, set()), (recording, held & {*pair.saved})):
+        moved = offload(what, ALL, lambda value: value, lambda value: value)
+        assert {slot for slot in moved.saved if not slot.endswith("_on_host")} == stays
 
 
 def test_sizes_that_no_step_has_seen_before_take_the_same_buffers() -> None:
