@@ -37,7 +37,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def of_this() -> dict[str, str]:
-    """By which what this process starts knows it, in its environment."""
+    """What is added to the environment of what this process starts, to know it by."""
     return {_STARTER: str(os.getpid())}
 
 
