@@ -263,10 +263,10 @@ class OperatorTimer:
             stream.wait_event(go)
             start = go
             with torch.cuda.stream(stream):
-                if operator.is_communication and lead:
+                if operator.moves and lead:
                     self._delay(lead)
                     start = _recorded()
-                elif operator.is_communication:
+                elif operator.moves:
                     hold(compute, stream)
                 operator.run(*values)
                 times.append((start, _recorded()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,9 +16,9 @@ from lightning_dhellam.plan import Lane, Operator, Track
 
 COMPUTE = Track(Lane.COMPUTE)
 _UNDER_WAY = 4
-"""Copies to and from the host that compute may be ahead of. It waits for older ones, and they for
-what it had to do then: or else what copies to the host have read would be held until backward, and
-what others have brought until the next forward, since nothing else waits for them."""
+"""Copies each way, to and from the host, that compute may be ahead of. It waits for older ones, and
+they for what it had to do then: or else what copies to the host have read would be held until
+backward, and what others have brought until the next forward, since nothing else waits for them."""
 
 
 class Lanes(ABC):
@@ -138,7 +138,7 @@ class TrackLanes(Lanes):
         self._seen: dict[Track, dict[Track, int]] = {}
         self._waiting: dict[Track, list[Slot]] = {}
         self._begun: deque[dict[Track, Mark]] = deque()
-        self._under_way: deque[tuple[Mark, Mark]] = deque()
+        self._under_way: dict[Lane, deque[tuple[Mark, Mark]]] = defaultdict(deque)
         self._open(COMPUTE)
 
     @abstractmethod
@@ -183,12 +183,13 @@ class TrackLanes(Lanes):
             for memory in slot.memories:
                 if memory.owner != track:
                     memory.uses[track] = number
-        copies = track.lane is Lane.OFFLOAD
+        copies = track.lane.copies
         mark = self._mark(track) if crosses or copies else Mark(track, number, None, None)
         if copies:
-            self._under_way.append((mark, self._mark(COMPUTE)))
-            if len(self._under_way) > _UNDER_WAY:
-                copied, computed = self._under_way.popleft()
+            under_way = self._under_way[track.lane]
+            under_way.append((mark, self._mark(COMPUTE)))
+            if len(under_way) > _UNDER_WAY:
+                copied, computed = under_way.popleft()
                 self._wait(COMPUTE, copied)
                 self._wait(track, computed)
         return (result.value if isinstance(result, Pending) else result), mark

@@ -1,7 +1,8 @@
 """Host memory in which saved slots wait for backward: buffers that later ones take again.
 
-On CUDA they are pinned. Copies both ways are issued on one stream, in whose order a buffer is read
-before it is written again, so that the host waits for nothing.
+On CUDA they are pinned. A slot on the host is let go of when the lane that has copied it there has
+waited for the copy back (`engine.tracks`), so that its buffer is read before it is written again,
+and the host waits for nothing.
 
 A buffer has a power of two of bytes, as torch's own allocator of pinned memory rounds up to, and at
 least a page. It serves what fits into no smaller one: how many tokens an expert gets, or a padded

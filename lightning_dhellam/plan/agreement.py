@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lightning_dhellam.plan.layout import COMMUNICATORS, TOKENS, Held, Kept, Layout, Move, Rule
-from lightning_dhellam.plan.operator import Lane, Operator
+from lightning_dhellam.plan.operator import Operator
 
 
 class LayoutError(ValueError):
@@ -50,7 +50,7 @@ class _Step:
 
     def writes(self) -> tuple[Held, ...]:
         """How lies what the operator writes, once all that it needs is there."""
-        if self._operator.lane is Lane.OFFLOAD:
+        if self._operator.lane.copies:
             return tuple(held for _, _, held in self._reads)  # a copy of each, partial sums as well
         move = self._rule.moves.get(self._communicator)
         if move is None:

@@ -33,7 +33,7 @@ def sequential(forward: Graph | None, backward: Graph | None) -> Plan:
     for graph in (forward, backward):
         for operator in graph.operators if graph else ():
             rows.append(issue(graph, operator))
-            if operator.is_communication:
+            if operator.moves:
                 rows.append(Barrier())
     return _plan("sequential", forward, backward, rows)
 
@@ -186,11 +186,11 @@ def interleaved(forward: Graph | None, backward: Graph | None) -> Plan:
     """A fixed order from nominal costs: the default until a search has run.
 
     No barriers: an operator waits only for its slots, and a layer's first gather may run under
-    the previous layer's last GEMM. Where nothing communicates, nothing is to be hidden: then
+    the previous layer's last GEMM. Where no bytes move, nothing is to be hidden: then
     backward follows forward, so that in a pipeline one of them goes to the next stage early.
     """
     graphs = [graph for graph in (forward, backward) if graph]
-    if any(graph.communicates for graph in graphs):
+    if any(graph.moves for graph in graphs):
         order = interleave(graphs)
     else:
         order = [(graph, operator) for graph in graphs for operator in graph.operators]

@@ -124,9 +124,9 @@ class Graph:
         return frozenset(slot for operator in self.operators for slot in operator.writes)
 
     @cached_property
-    def communicates(self) -> bool:
-        """Whether an operator occupies a lane of communication; transfers do not count."""
-        return any(operator.is_communication for operator in self.operators)
+    def moves(self) -> bool:
+        """Whether an operator moves bytes beside compute; transfers do not count."""
+        return any(operator.moves for operator in self.operators)
 
     @cached_property
     def by_name(self) -> dict[str, Operator]:

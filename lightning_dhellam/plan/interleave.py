@@ -45,7 +45,7 @@ def interleave(graphs: Sequence[Graph]) -> list[tuple[Graph, Operator]]:
             key=lambda c: (
                 start(c),
                 c[1].waits,
-                not c[1].is_communication,
+                not c[1].moves,
                 -ahead[c[0]][c[1].name],
                 c[0],
             ),

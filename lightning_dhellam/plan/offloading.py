@@ -3,7 +3,7 @@
     forward   gemm -> gate_up    swiglu: gate_up    gate_up.offload: gate_up -> gate_up_on_host
     backward  gate_up.fetch: gate_up_on_host -> gate_up_back    swiglu.grad: gate_up_back ...
 
-Both copies are operators on a lane of their own, which a plan orders as all others.
+Both copies are operators, each on a lane of its own, which a plan orders as all others.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def offload(
         # An operator ahead of the one that reads it, so that it comes under that.
         behind.insert(
             max(first - 1, 0),
-            Operator(f"{slot}.fetch", Lane.OFFLOAD, (host,), (f"{slot}_back",), back, cost),
+            Operator(f"{slot}.fetch", Lane.FETCH, (host,), (f"{slot}_back",), back, cost),
         )
     name = called(pair.name, "offload")
     return GraphPair(

@@ -14,9 +14,9 @@ class Lane(StrEnum):
     """What an operator occupies while it runs.
 
     On CUDA a lane is a stream. On CPU `compute` and `host` run inline and every other lane is
-    asynchronous work of a process group. On `offload` saved slots go to host memory, and come back
-    (on CPU inline as well). On `host` values come to the host that it must know to go on, such as
-    how many rows an exchange moves.
+    asynchronous work of a process group. On `offload` saved slots go to host memory, and on `fetch`
+    they come back (on CPU inline as well): a link to the host carries both ways at once. On `host`
+    values come to the host that it must know to go on, such as how many rows an exchange moves.
     """
 
     COMPUTE = "compute"
@@ -26,7 +26,18 @@ class Lane(StrEnum):
     PP = "pp"
     DP = "dp"
     OFFLOAD = "offload"
+    FETCH = "fetch"
     HOST = "host"
+
+    @property
+    def moves(self) -> bool:
+        """Whether bytes move on it beside compute: between ranks, or to the host and back."""
+        return self not in (Lane.COMPUTE, Lane.HOST)
+
+    @property
+    def copies(self) -> bool:
+        """Whether they move between this rank's device and its host, and no rank communicates."""
+        return self in (Lane.OFFLOAD, Lane.FETCH)
 
 
 class Collective(StrEnum):
@@ -138,9 +149,14 @@ class Operator:
         return self.lane is Lane.COMPUTE
 
     @property
+    def moves(self) -> bool:
+        """Whether it moves bytes beside compute, which a plan can so hide."""
+        return self.lane.moves
+
+    @property
     def is_communication(self) -> bool:
         """Whether it occupies a lane on which ranks communicate."""
-        return self.lane not in (Lane.COMPUTE, Lane.OFFLOAD, Lane.HOST)
+        return self.lane.moves and not self.lane.copies
 
     def __str__(self) -> str:
         return self.name

@@ -342,7 +342,7 @@ class Pricing:
         """How operators disturb each other: as measured, or by the processors of a transfer."""
         found = {}
         for one, lane in lanes.items():
-            if lane in (Lane.COMPUTE, Lane.HOST):
+            if not lane.moves:
                 continue
             sms = self.machine.reach(lane, self.topology).network.sms
             left = 1 - sms / self.machine.device.multiprocessors
@@ -355,7 +355,7 @@ class Pricing:
     def _known_slowdowns(
         self, lanes: Mapping[Key, Lane], measured: Mapping[Key, Key], base: Slowdowns
     ) -> Slowdowns:
-        talking = [key for key in measured if lanes[key] not in (Lane.COMPUTE, Lane.HOST)]
+        talking = [key for key in measured if lanes[key].moves]
         pairs: Sequence[tuple[Key, Key]] = [(a, b) for a in talking for b in measured if a != b]
         return {
             (a, b): base[measured[a], measured[b]]

@@ -46,9 +46,9 @@ class Target:
         return self.operator.lane is Lane.COMPUTE
 
     @property
-    def communicates(self) -> bool:
-        """Whether it occupies the lane of a communicator."""
-        return self.operator.lane not in (Lane.COMPUTE, Lane.HOST)
+    def moves(self) -> bool:
+        """Whether it moves bytes beside compute."""
+        return self.operator.lane.moves
 
 
 class Bench(Protocol):
@@ -233,12 +233,12 @@ def _measurements(
         (communication, compute)
         for communication in chosen
         for compute in chosen
-        if communication.communicates and compute.computes and beside(communication, compute)
+        if communication.moves and compute.computes and beside(communication, compute)
     ]
     with_others = [
         (one, other)
         for one, other in combinations(chosen, 2)
-        if one.communicates and other.communicates and one.operator.lane is not other.operator.lane
+        if one.moves and other.moves and one.operator.lane is not other.operator.lane
         if beside(one, other)
     ]
     return [

@@ -28,7 +28,7 @@ FAINT = "#8a8a86"
 LEAST = 0.02
 """Share of the longest operator's time below which an operator is left out of a heat map."""
 _OVERLAP = LinearSegmentedColormap.from_list("overlap", ["#b6423a", "#f3e6c8", "#2f7d62"])
-_SHADES = ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a", "#5d6d8a", "#b3706b")
+_SHADES = ("#b6423a", "#d9827b", "#8c5a9e", "#4f8f8b", "#7a7a3a", "#5d6d8a", "#b3706b", "#c29a4b")
 """One for every lane but compute."""
 _LETTER = 0.6 / 72
 """Width of a letter in inches per point of font size."""
@@ -153,7 +153,7 @@ def hidden_shares(profile: Profile, least: float = 0.0) -> tuple[list[Key], list
     }
     spare = set(profile.spares.values())
     # What the host waits for disturbs nobody.
-    rows = [key for key in alone if profile.lanes[key] not in (Lane.COMPUTE, Lane.HOST)]
+    rows = [key for key in alone if profile.lanes[key].moves]
     columns = [key for key in alone if profile.lanes[key] is Lane.COMPUTE and key not in spare]
     columns += [key for key in rows if any((key, other) in beside for other in rows)]
     shares = np.full((len(rows), len(columns)), np.nan)

@@ -144,7 +144,7 @@ def solve_pair(
 
 def _best(problem: Problem, bound: float, budget: Budget) -> tuple[Plan, bool]:
     """Return the best of a search and the built-in plans, and whether it is proven to be it."""
-    if not any(graph.communicates for graph in (problem.forward, problem.backward) if graph):
+    if not any(graph.moves for graph in (problem.forward, problem.backward) if graph):
         # All orders take as long; the built-in one hands over early.
         early = BUILDERS["interleaved"](problem.forward, problem.backward)
         return Plan("auto", early.forward, early.backward, early.rows), True

@@ -9,6 +9,7 @@ GPU, and whatever the times would be.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +42,7 @@ from lightning_dhellam.plan import (
     Operator,
     Strand,
 )
+from lightning_dhellam.plan.offloading import ALL, offload
 from tests.pipeline.random_schedules import random_schedule
 from tests.plan.graphs import random_builder
 from tests.streams import Moment, Streams
@@ -204,12 +206,17 @@ def _step(
     monkeypatch: pytest.MonkeyPatch,
     scheme: Scheme = fold,
     placement: Placement = FOLDED,
+    offloads: bool = False,
 ) -> tuple[Books, CheckedLanes]:
     books = Books()
     books.install(monkeypatch)
     lanes = CheckedLanes(books)
+    layers = _layers(books, placement)
+    if offloads:
+        away, back = (partial(books.run, name) for name in ("away", "back"))
+        layers = [offload(pair, ALL, away, back) for pair in layers]
     engine = Engine(
-        _layers(books, placement),
+        layers,
         lanes,
         builder,
         stage=Stage(STAGE, placement, (2, 2), scheme),
@@ -271,6 +278,19 @@ def test_chunks_that_go_round_read_nothing_too_early(
         assert books.early == [] and books.received
         assert books.order.count("w.begin") == 2 and books.order[-1] != "dw.give"
         assert books.order.count("dw.give") == 1
+
+
+@pytest.mark.parametrize("name", ["fold", "zb-v"])
+def test_copies_both_ways_run_at_once_and_no_buffer_is_taken_before_it_was_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands for a slot on the host is freed on the stream that will write its buffer."""
+    for plan in ("interleaved", "sequential", *(f"random-{seed}" for seed in range(4))):
+        books, lanes = _step(PLANS[plan], 5, monkeypatch, SCHEDULES[name], offloads=True)
+        copies = {value.name: value.written[0] for value in books.values.values()}
+        streams = {lanes.stream(lane).number for lane in (Lane.OFFLOAD, Lane.FETCH)}  # type: ignore[attr-defined]
+        assert {copies["away"], copies["back"]} == streams and len(streams) == 2
+        assert books.early == []
 
 
 def test_compute_gives_a_lead_to_what_goes_first_and_to_nothing_else(

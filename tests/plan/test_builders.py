@@ -77,7 +77,7 @@ def test_interleaved_hands_over_forward_early_where_nothing_communicates(
     models: dict[int, Lowered],
 ) -> None:
     pair = models[1].layers[1]
-    assert not pair.forward.communicates and models[2].layers[1].forward.communicates
+    assert not pair.forward.moves and models[2].layers[1].forward.moves
     issued = BUILDERS["interleaved"](pair.forward, pair.backward).issues
     assert [row.operator for row in issued] == [
         operator.name for graph in (pair.forward, pair.backward) for operator in graph.operators

@@ -134,7 +134,9 @@ def test_an_operator_prints_its_name_and_knows_its_kind() -> None:
     operator = Operator("fc1.dgrad", Lane.COMPUTE, (), (), no_launch)
     assert str(operator) == "fc1.dgrad" and not operator.is_communication
     communicates = {lane for lane in Lane if replace(operator, lane=lane).is_communication}
-    assert communicates == {*Lane} - {Lane.COMPUTE, Lane.OFFLOAD, Lane.HOST}
+    assert communicates == {*Lane} - {Lane.COMPUTE, Lane.OFFLOAD, Lane.FETCH, Lane.HOST}
+    moves = {lane for lane in Lane if replace(operator, lane=lane).moves}
+    assert moves == communicates | {Lane.OFFLOAD, Lane.FETCH}
 
 
 def test_the_package_imports_no_torch() -> None:

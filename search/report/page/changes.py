@@ -15,13 +15,16 @@ _LEAST = 0.02
 _OFF = 0.05
 _IDLE = 0.1
 
+_LESS = "name fewer slots in offload, or have some made again by recompute"
+
 _REMEDIES = {
     Lane.TP: "lower tensor_parallel_size, or make micro_batch_size larger",
     Lane.CP: "lower context_parallel_size, or let context_exchange='auto' choose",
     Lane.EP: "lower expert_parallel_size, or make micro_batch_size larger",
     Lane.PP: "have more micro-batches in a step, or let schedule='auto' choose",
     Lane.DP: "have more micro-batches in a step, or another bucket_size",
-    Lane.OFFLOAD: "name fewer slots in offload, or have some made again by recompute",
+    Lane.OFFLOAD: _LESS,
+    Lane.FETCH: _LESS,
     Lane.HOST: "make micro_batch_size larger, so that the host waits less often",
 }
 _NOTHING = "Nothing that was measured here stands out: compute is what the step takes."
