@@ -11,6 +11,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam.anomalies import check_anomalies
@@ -23,6 +24,7 @@ from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
 from lightning_dhellam.plan.offloading import check_choice
 from lightning_dhellam.strategy import checks
+from lightning_dhellam.strategy.idle import idle
 from lightning_dhellam.strategy.setting_up import SettingUpStrategy
 from lightning_dhellam.values import check_kinds, memory_bytes
 
@@ -279,6 +281,8 @@ class DHellamStrategy(SettingUpStrategy):
 
             AutoSearch.attach(trainer, plans=plans, schedules=schedules)
         super().setup_environment()
+        for line in idle(self, self.topology, self._module.model_config):
+            rank_zero_warn(line)
         if self.cluster is not None:
             self._announce(self.cluster)
 
