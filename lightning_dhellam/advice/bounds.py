@@ -22,9 +22,8 @@ def least_seconds(one: Priceable) -> float:
     backward, which others go on with through the chunks before its own.
     """
     work, machine = one.work, one.machine
-    pairs = {id(pair): pair for pair in work.layers}
-    ahead = {number: _computed(one, pair.forward) for number, pair in pairs.items()}
-    both = {n: ahead[n] + _computed(one, pair.backward) for n, pair in pairs.items()}
+    ahead = {number: _computed(one, pair.forward) for number, pair in work.distinct.items()}
+    both = {n: ahead[n] + _computed(one, pair.backward) for n, pair in work.distinct.items()}
     kinds = [id(layer) for layer in work.layers]
     one_way = ahead if work.stages == 1 or work.splits else both
     before = [0.0, *accumulate(one_way[kind] for kind in kinds)]
@@ -54,8 +53,7 @@ def least_bytes(one: Priceable, saved: Sequence[float] = ()) -> float:
         numbers.dtype.itemsize + work.gradient_bytes + state / (reach.size if work.sharded else 1)
         for reach in (one.groups.dense, one.groups.experts)
     ]
-    pairs = {id(pair): pair for pair in work.layers}
-    sizes = {number: pair.saved_bytes(work.tokens) for number, pair in pairs.items()}
+    sizes = {number: pair.saved_bytes(work.tokens) for number, pair in work.distinct.items()}
     most = 0.0
     for stage in range(work.stages):
         held = kept = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from lightning_dhellam.layers import fp8_recipe
 from lightning_dhellam.memory import Run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.networks import Device
-from lightning_dhellam.plan import Builder, GraphPair, Lane
+from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.recipes import clusters
 from lightning_dhellam.search.cluster import (
@@ -185,7 +185,7 @@ class Priceable:
         check_run(run, conditions.cluster)
         topology = run.topology
         work = work_of(run, lowering)
-        graphs = [g for pair in _distinct(work.layers) for g in (pair.forward, pair.backward)]
+        graphs = [g for pair in work.distinct.values() for g in (pair.forward, pair.backward)]
         machine = replace(
             conditions.machine, in_fp32=PRECISIONS[run.precision].dtype is torch.float32
         )
@@ -255,7 +255,3 @@ class Priceable:
         # As wrong as what is told from another size of it.
         times = machine.slower.get(Lane.PP, 1.0) * (1 + wrong * BARS[Origin.SCALED])
         return Link(rate / times, reach.network.latency, takes)
-
-
-def _distinct(layers: Sequence[GraphPair]) -> list[GraphPair]:
-    return list({id(pair): pair for pair in layers}.values())

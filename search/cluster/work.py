@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -78,6 +78,11 @@ class Work:
         counts[0] += 1
         counts[-1] += 1
         return [range(*ends) for ends in pairwise(accumulate(counts, initial=0))]
+
+    @cached_property
+    def distinct(self) -> Mapping[int, GraphPair]:
+        """Its layers by their `id`: those of one kind share their graphs, and are one here."""
+        return {id(pair): pair for pair in self.layers}
 
     @property
     def splits(self) -> bool:
