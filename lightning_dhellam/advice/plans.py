@@ -14,7 +14,7 @@ from lightning_dhellam.plan import BUILDERS, Builder
 from lightning_dhellam.search.cluster import THIN
 from lightning_dhellam.search.solve import Budget, ModelSolution, solve
 
-SEARCHED = "auto"
+SEARCHED_PLAN = "auto"
 """What a searched plan is called."""
 
 
@@ -58,7 +58,7 @@ class PlanSearch:
             if self.is_over:
                 return None
             self._known[key] = solution_of(one, self._budget)
-        return {**BUILDERS, SEARCHED: self._known[key].builder()}
+        return {**BUILDERS, SEARCHED_PLAN: self._known[key].builder()}
 
 
 def solution_of(one: Priceable, budget: Budget | None = None) -> ModelSolution:

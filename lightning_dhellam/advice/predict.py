@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from lightning_dhellam.advice.plans import SEARCHED, solution_of
+from lightning_dhellam.advice.plans import SEARCHED_PLAN, solution_of
 from lightning_dhellam.advice.priceable import Conditions, Priceable
 from lightning_dhellam.advice.schedules import settled
 from lightning_dhellam.memory import RankMemory, Run
@@ -57,8 +57,8 @@ def predict(
     """
     priceable = Priceable.of(run, conditions, conditions.known())
     orders = builders or builders_of(run.plan)
-    if search is not None and run.plan == SEARCHED:
-        orders = {**orders, SEARCHED: solution_of(priceable, search).builder()}
+    if search is not None and run.plan == SEARCHED_PLAN:
+        orders = {**orders, SEARCHED_PLAN: solution_of(priceable, search).builder()}
     if run.schedule == SEARCHES and run.topology.pp_size > 1:
         priceable, memory = settled(priceable, orders, memory)
     return prediction_of(priceable, orders, memory=memory, sketch=sketch)
@@ -228,7 +228,7 @@ def _notes(priceable: Priceable, step: Played, builders: Mapping[str, Builder]) 
             f"operators were measured on {profile.fingerprint.device}, and are derived for"
             f" {device.name} from data sheets"
         )
-    if SEARCHED in builders:
+    if SEARCHED_PLAN in builders:
         notes.append(f"plan: the fastest of the built-in ones and a searched one ({step.plan})")
     elif len(builders) > 1:
         notes.append(

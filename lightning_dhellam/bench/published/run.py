@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_dhellam.advice import Conditions, lowering_of, memory_of
 from lightning_dhellam.advice.choices import shape_of
-from lightning_dhellam.advice.plans import SEARCHED, solution_of
+from lightning_dhellam.advice.plans import SEARCHED_PLAN, solution_of
 from lightning_dhellam.advice.predict import builders_of, prediction_of
 from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.bench.published.cases import Case
@@ -62,7 +62,7 @@ def _orders(one: Priceable, plan: str, evaluations: int) -> Mapping[str, Builder
     """The orders of a plan; `pairs` and `auto` are searched, `auto` beside the built-in ones."""
     if plan in BUILDERS:
         return builders_of(plan)
-    if plan == SEARCHED:
+    if plan == SEARCHED_PLAN:
         return {**BUILDERS, plan: solution_of(one, Budget(evaluations)).builder()}
     work = one.work
     return {
