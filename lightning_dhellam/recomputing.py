@@ -18,15 +18,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_dhellam.agreed import AgreedEngine
 from lightning_dhellam.engine import MicroBatch
 from lightning_dhellam.layers import Lowered
-from lightning_dhellam.memory.fitting import SHARE, Fitted, fit, fit_by_rule
+from lightning_dhellam.memory.fitting import KNOWN_SHARE, SHARE, Fitted, fit, fit_by_rule
 from lightning_dhellam.memory.limit import limit_of
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, together
 
 if TYPE_CHECKING:
     from lightning_dhellam.search.model import Costs
-
-_MEASURED_SHARE = 0.97
-"""Of the memory, when it is measured what the run takes."""
 
 
 def by_rule(
@@ -82,7 +79,7 @@ def when_measured(
             costs,
             micro_batches=len(pieces),
             tokens=tokens_of(agreed, pieces),
-            room=_room(agreed, limit, held, _MEASURED_SHARE),
+            room=_room(agreed, limit, held, KNOWN_SHARE),
             builder=None,
         ),
     )

@@ -7,15 +7,11 @@ from dataclasses import replace
 
 from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.memory import RankMemory
+from lightning_dhellam.memory.fitting import KNOWN_SHARE
 from lightning_dhellam.pipeline.schedules import FIRST, Found, ScheduleError, Scheme, playable
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.search.cluster.deep import costs_of, remembered
-from lightning_dhellam.search.pipeline import Effort, VisitTable, play, ranked, searched
-
-SEARCHED = "searched"
-"""What a schedule without a name is called."""
-_SHARE = 0.97
-"""Of a device's memory, which a run may take."""
+from lightning_dhellam.search.pipeline import SEARCHED, Effort, VisitTable, play, ranked, searched
 
 
 def settled(
@@ -50,7 +46,7 @@ def settled(
     runs = {name: play(make(work.stages, count), costs, one.link) for name, make in schemes.items()}
     usual, limits = runs[FIRST], []
     if memory:
-        room = _SHARE * one.conditions.device.memory
+        room = KNOWN_SHARE * one.conditions.device.memory
         limits = [
             use.peak + room - rank.total for use, rank in zip(usual.stages, memory, strict=True)
         ]
@@ -69,7 +65,7 @@ def settled(
         pass  # nothing keeps the limits
     else:
         otherwise = schemes[next(iter(ranked(runs, limits)))]
-        schemes[SEARCHED] = Found(replace(found, name=SEARCHED), otherwise)
+        schemes[SEARCHED] = Found(found, otherwise)
         runs[SEARCHED] = play(found, costs, one.link)
     best = next(iter(ranked(runs, limits)))
     more = [

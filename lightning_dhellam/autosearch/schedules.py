@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from lightning_dhellam.memory.fitting import KNOWN_SHARE
 from lightning_dhellam.memory.limit import limit_of
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks
 from lightning_dhellam.pipeline.schedules import (
@@ -23,6 +24,7 @@ from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Trials
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import (
+    SEARCHED,
     Effort,
     Links,
     PipelineStep,
@@ -34,11 +36,8 @@ from lightning_dhellam.search.pipeline import (
 )
 from lightning_dhellam.search.report import Outcome, Walked, choose, measured
 
-SEARCHED = "searched"
 TRIED = 4
 """How many of the schedules that are predicted best are tried on real steps."""
-_SHARE = 0.97
-"""Of the memory, which a run may take."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def forecast(
         else:
             # Steps of another number of micro-batches must keep the limits as well.
             best = next(name for name in ranked(runs, limits) if name != SEARCHED)
-            schemes[SEARCHED] = Found(replace(found, name=SEARCHED), schemes[best])
+            schemes[SEARCHED] = Found(found, schemes[best])
             runs[SEARCHED] = play(found, table, every)
     return Forecast(ranked(runs, limits), schemes)
 
@@ -144,7 +143,7 @@ def room_of(runner: Runner) -> float | None:
         return None
     held = measured_bytes(runner.agreed, runner.model_states.total)
     taken = held + runner.engine.lanes.ledger.peak_bytes
-    over = torch.tensor([taken - _SHARE * limit], dtype=torch.float64)
+    over = torch.tensor([taken - KNOWN_SHARE * limit], dtype=torch.float64)
     return -float(largest(over, runner.context.stage_group))
 
 

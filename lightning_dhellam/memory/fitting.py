@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SHARE = 0.9
 """Of the memory, where it is not measured what else a run takes."""
+KNOWN_SHARE = 0.97
+"""Of the memory, where it is measured, or predicted as a whole, what a run takes."""
 
 
 @dataclass(frozen=True)

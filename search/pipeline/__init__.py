@@ -16,7 +16,7 @@ from lightning_dhellam.search.pipeline.playing import (
     play,
 )
 from lightning_dhellam.search.pipeline.ranking import Ranked, rank, ranked
-from lightning_dhellam.search.pipeline.searched import Effort, searched
+from lightning_dhellam.search.pipeline.searched import SEARCHED, Effort, searched
 from lightning_dhellam.search.pipeline.visits import (
     LayerCosts,
     UniformCosts,
@@ -26,6 +26,7 @@ from lightning_dhellam.search.pipeline.visits import (
 )
 
 __all__ = [
+    "SEARCHED",
     "Compared",
     "Comparison",
     "Effort",

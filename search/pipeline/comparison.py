@@ -21,7 +21,7 @@ from lightning_dhellam.search.pipeline.layers import cut, cut_folded
 from lightning_dhellam.search.pipeline.links import Link
 from lightning_dhellam.search.pipeline.playing import PipelineRun, play
 from lightning_dhellam.search.pipeline.ranking import Ranked, ranked
-from lightning_dhellam.search.pipeline.searched import NAME, Effort, searched
+from lightning_dhellam.search.pipeline.searched import SEARCHED, Effort, searched
 from lightning_dhellam.search.pipeline.visits import LayerCosts
 
 
@@ -121,7 +121,7 @@ def compare(setting: Setting) -> Comparison:
             )
             compared[found.name] = _compared(setting, found, known[folded])
         except ScheduleError as error:
-            refused[NAME] = str(error)
+            refused[SEARCHED] = str(error)
     runs = {name: one.run for name, one in compared.items()}
     return Comparison(compared, refused, ranked(runs, limits))
 

@@ -19,7 +19,7 @@ import torch
 from lightning_dhellam.autosearch.exchanges import take_fastest
 from lightning_dhellam.autosearch.options import MEMORY_SLACK
 from lightning_dhellam.autosearch.profiling import of_stage, versions
-from lightning_dhellam.autosearch.schedules import SEARCHED, TRIED, Forecast, forecast
+from lightning_dhellam.autosearch.schedules import TRIED, Forecast, forecast
 from lightning_dhellam.bench.plans import PLANS, Plans, budget_within
 from lightning_dhellam.bench.scheduling import Measured, profile_of
 from lightning_dhellam.bench.several.job import AUTO, OURS, PLAN, Job
@@ -32,7 +32,7 @@ from lightning_dhellam.plan.file import PlanFile, named_plan
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import step_stops
-from lightning_dhellam.search.pipeline import Effort
+from lightning_dhellam.search.pipeline import SEARCHED, Effort
 
 
 def measure(job: Job, device: torch.device, note: Note, folder: Path) -> None:

@@ -22,7 +22,8 @@ from lightning_dhellam.search.pipeline.searched.letters import Letters, Task, ex
 from lightning_dhellam.search.pipeline.searched.moves import annealed
 from lightning_dhellam.search.pipeline.visits import VisitCosts
 
-NAME = "searched"
+SEARCHED = "searched"
+"""What a schedule that was found is called."""
 _HEAT = 1e-4
 """First temperature, as a share of a step. With ten times as much it forgets what it began with."""
 
@@ -80,11 +81,11 @@ def searched(
     starts = [letters for schedule in known if (letters := task.read(schedule)) is not None]
     starts += _made(task, random.Random(seed), effort.starts)
     starts = _best(task, starts, effort.improved)
-    found = [task.schedule(letters, NAME) for letters in starts if excess(letters, task) == 0.0]
+    found = [task.schedule(letters, SEARCHED) for letters in starts if excess(letters, task) == 0.0]
     for number, letters in enumerate(starts):
         better, seconds = annealed(letters, task, effort.moves, _HEAT, 1 + number + seed * 1000)
         if seconds < inf:
-            found.append(task.schedule(better, NAME))
+            found.append(task.schedule(better, SEARCHED))
     found += [schedule for schedule in known if _fits(schedule, costs, limits)]
     if not found:
         raise ScheduleError(
@@ -93,7 +94,7 @@ def searched(
         )
     best = min(found, key=lambda one: play(one, costs, link, reductions=reductions).seconds)
     verify(best)
-    return replace(best, name=NAME)
+    return replace(best, name=SEARCHED)
 
 
 def _fits(schedule: Schedule, costs: VisitCosts, limits: Sequence[float]) -> bool:
