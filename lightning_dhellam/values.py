@@ -7,13 +7,14 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from lightning_dhellam.nearest import suggestion
 
 _WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -191,12 +192,6 @@ def plainly(message: str, options: Sequence[str]) -> str:
     line = " ".join(message.split())
     unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", line)
     return line + (suggestion(unknown[1], options) if unknown else "")
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for a name that is nearly a known one, or nothing."""
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 _UNITS = {"": 2.0**30, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}

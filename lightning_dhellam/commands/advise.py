@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_dhellam.commands.numbers import not_negative, positive
 from lightning_dhellam.commands.parser import Parser
 from lightning_dhellam.files import check_file, save_text
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.precision import PRECISIONS
-from lightning_dhellam.values import read_yaml, suggestion
+from lightning_dhellam.values import read_yaml
 
 if TYPE_CHECKING:
     from lightning_dhellam.memory import Run

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lightning_dhellam import recipes
-from lightning_dhellam.values import annotation, conforms, kind, load_yaml, read_yaml, suggestion
+from lightning_dhellam.nearest import suggestion
+from lightning_dhellam.values import annotation, conforms, kind, load_yaml, read_yaml
 
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 _GPUS = ("gpu", "cuda")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_dhellam.commands.configuration import constructor
-from lightning_dhellam.values import suggestion
+from lightning_dhellam.nearest import suggestion
 
 _WORDS = {
     "int": "a whole number",

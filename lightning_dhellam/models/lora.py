@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_dhellam.models.config import ModelConfig
 from lightning_dhellam.models.conversion import Conversion
 from lightning_dhellam.models.families import family_of
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.parallel.topology import Topology
-from lightning_dhellam.values import check_fields, suggestion
+from lightning_dhellam.values import check_fields
 
 LINEARS = (
     "self_attention.linear_qkv",

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lightning_dhellam.models.config import ModelConfig
-from lightning_dhellam.values import suggestion
+from lightning_dhellam.nearest import suggestion
 
 _LLAMA_3_8B = ModelConfig(
     num_layers=32,

@@ -15,10 +15,10 @@ Time runs to the right; `F` and `B` are compute of the two strands, `f` and `b` 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.plan.graph import Graph
 from lightning_dhellam.plan.interleave import interleave
 from lightning_dhellam.plan.operator import Collective, Operator, Strand
@@ -208,11 +208,9 @@ BUILDERS: dict[str, Builder] = {
 def builder(name: str) -> Builder:
     """The built-in plan of that name. An unknown name is answered with the known ones."""
     if name not in BUILDERS:
-        close = difflib.get_close_matches(name, BUILDERS, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(
             f"plan='{name}' is not a known plan: use one of {list(BUILDERS)}, 'auto' to search the"
-            f" best, or the path of a plan file that ends in .json{hint}"
+            f" best, or the path of a plan file that ends in .json" + suggestion(name, BUILDERS)
         )
     return BUILDERS[name]
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.plan.graph import GraphPair, called
 from lightning_dhellam.plan.passes import Recompute, check_recompute, chosen, of_head, recompute
 
@@ -98,11 +98,10 @@ def check_keys(what: Recompute | ByLayer) -> None:
     for key in map(str, what) if isinstance(what, Mapping) else ():
         if key in (HEAD, _OTHERS) or _RANGE.fullmatch(key):
             continue
-        close = get_close_matches(key, (HEAD, _OTHERS, f"{_CHUNK}0"), n=1, cutoff=0.5)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ValueError(
             f"recompute has a choice for '{key}', which is no layer: use numbers of layers such as"
-            f" '7', '0-3' or '4-', of chunks such as '{_CHUNK}0', '{HEAD}' or '{_OTHERS}'{hint}"
+            f" '7', '0-3' or '4-', of chunks such as '{_CHUNK}0', '{HEAD}' or '{_OTHERS}'"
+            + suggestion(key, (HEAD, _OTHERS, f"{_CHUNK}0"))
         )
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.plan import nominal
 from lightning_dhellam.plan.graph import GraphPair, called
 from lightning_dhellam.plan.operator import Lane, Operator
@@ -104,11 +104,9 @@ def check_offload(what: Offload, slots: Collection[str]) -> None:
     """
     for name in () if what is None or what == ALL else what:
         if name not in slots:
-            close = get_close_matches(name, slots, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(
                 f"offload names {name!r}, which no layer has: use '{ALL}', or a list with some of"
-                f" {', '.join(sorted(slots))}{hint}"
+                f" {', '.join(sorted(slots))}" + suggestion(name, slots)
             )
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.plan.graph import SHARED, Graph, GraphPair
 from lightning_dhellam.plan.operator import Lane, Operator
 
@@ -253,9 +253,7 @@ def check_recompute(what: Recompute, slots: Collection[str]) -> None:
     known = (*CHOICES, *sorted(slots))
     for name in (what,) if isinstance(what, str) else what:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(
                 f"recompute names {name!r}, which no layer has: use {' or '.join(CHOICES)}, or a"
-                f" list with some of {', '.join(known[len(CHOICES) :])}{hint}"
+                f" list with some of {', '.join(known[len(CHOICES) :])}" + suggestion(name, known)
             )

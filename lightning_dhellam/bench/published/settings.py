@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_dhellam.bench.published.cases import CASES, Case
-from lightning_dhellam.values import suggestion
+from lightning_dhellam.nearest import suggestion
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from lightning_dhellam.nearest import suggestion
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
 from lightning_dhellam.pipeline.schedules.schedule import Schedule
 from lightning_dhellam.pipeline.schedules.straight import interleaved_1f1b, one_f_one_b
@@ -162,11 +162,9 @@ def scheme_of(schedule: str, stages: int) -> Scheme:
         scheme = _written(schedule)
         verify(scheme(stages, 1))
     if scheme is None:
-        close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
         raise ScheduleError(
             f"schedule='{schedule}' is not a known schedule: use {' or '.join(SCHEDULES)} or"
-            f" {AUTO}, or the path of a file that holds one{hint}"
+            f" {AUTO}, or the path of a file that holds one" + suggestion(schedule, SCHEDULES)
         )
     return scheme
 
