@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def take_changes_(master: Tensor, weight: Tensor) -> None:
-    """Replace the elements of `master`, in fp32, that do not round to those of `weight`, in bf16.
+    """Replace the elements of `master`, in fp32, that do not round to those of `weight`, in bf16
+    or fp16.
 
     Bits are compared, so that NaN and signed zeros are values like others.
     """

@@ -276,13 +276,14 @@ def test_products_of_8_bits_and_no_wait_on_the_gpu(backend: str) -> None:
             torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 4096, 10001])
-def test_masters_follow_their_weights(size: int) -> None:
+def test_masters_follow_their_weights(size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (size,), dtype=torch.int32, generator=generator)
     # NaN are rounded to one of them.
     master = bits.view(torch.float32).nan_to_num().to(DEVICE)
-    weight = master.bfloat16()
+    weight = master.to(dtype)
     weight[::7] = torch.randn(len(weight[::7]), generator=generator).to(weight)
     expected, found = master.clone(), master.clone()
     masters.reference.take_changes_(expected, weight)
