@@ -127,7 +127,7 @@ def _outcome(case: Case, device: torch.device) -> Outcome:
         batch = _own(runner, _batch(case.config))
         loss = runner.mean(runner.train(batch))
         gradients = export_huggingface(runner.model, gradients_of(runner), in_memory=True)
-        return loss, gradients, runner.evaluate(batch), runner.predict(batch)
+        return loss.cpu(), gradients, runner.evaluate(batch).cpu(), runner.predict(batch).cpu()
 
 
 def outcomes_of_rank(rank: int, world: int, kind: str = "cpu") -> dict[str, Outcome]:
