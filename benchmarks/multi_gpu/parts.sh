@@ -59,6 +59,7 @@ else
   ln -sfn "$PWD"/lightning_dhellam/* "$PWD"/{kernels,search,recipes} \
     "$FOLDER/package/lightning_dhellam" || exit 2
   PYTHONPATH=$FOLDER/package:$PYTHONPATH
+  export PYTHONSAFEPATH=1 # or the folder they stand in would come first, where they are apart
   before=$(wc -l <"$FOLDER/parts.txt") # lines of other calls
 fi
 
@@ -124,7 +125,8 @@ tests() {
     ;;
   esac
   part "$name" "$limit" ${only[@]+"${only[@]}"} "$PYTHON" -m pytest -q -rs --no-header \
-    -p no:cacheprovider -o addopts=--import-mode=importlib "$@"
+    -p no:cacheprovider -o addopts=--import-mode=importlib -o pythonpath= --tb=short \
+    -p benchmarks.multi_gpu.at_once "$@"
 }
 
 # bench NAME SECONDS GPUS|all BENCHMARK WORDS...

@@ -212,6 +212,28 @@ def test_a_call_is_judged_by_its_own_parts(tmp_path: Path) -> None:
     ]
 
 
+def test_the_links_come_first_where_nothing_is_installed(tmp_path: Path) -> None:
+    """They are the package, and the folder beside `kernels` and `search` is not."""
+    variables = stub(tmp_path, 4, 'echo "$PYTHONSAFEPATH $PYTHONPATH $*"')
+    run("four.sh", **variables, ONLY="tests")
+    first, words = (tmp_path / "found" / "tests.log").read_text().split(":", 1)
+    assert first == f"1 {tmp_path / 'found' / 'package'}" and "-o pythonpath= " in words
+    assert (tmp_path / "found" / "package" / "lightning_dhellam" / "kernels" / "norm.py").is_file()
+
+
+def test_a_failure_is_told_before_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "test_ended.py"
+    file.write_text(
+        "import os\n\ndef test_fails():\n    assert 1 + 1 == 3\n\ndef test_ends():\n    os._exit(9)\n"
+    )
+    words = ["-q", "-p", "benchmarks.multi_gpu.at_once", "-c", os.devnull, str(file)]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert found.returncode == 9 and "assert (1 + 1) == 3" in found.stdout
+
+
 def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
     variables = stub(tmp_path, 2, "exit 0")
     found = run("four.sh", **variables)
