@@ -224,7 +224,8 @@ def test_the_links_come_first_where_nothing_is_installed(tmp_path: Path) -> None
 def test_a_failure_is_told_before_the_end(tmp_path: Path) -> None:
     file = tmp_path / "test_ended.py"
     file.write_text(
-        "import os\n\ndef test_fails():\n    assert 1 + 1 == 3\n\ndef test_ends():\n    os._exit(9)\n"
+        "import os\n\ndef test_fails():\n    assert 1 + 1 == 3\n\n"
+        "def test_ends():\n    os._exit(9)\n"
     )
     words = ["-q", "-p", "benchmarks.multi_gpu.at_once", "-c", os.devnull, str(file)]
     found = subprocess.run(
