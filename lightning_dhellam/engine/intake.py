@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dhellam.engine.batch import MicroBatch, cut
@@ -99,6 +100,20 @@ class Intake:
             scale=scale,
             documents=documents,
             own_labels=self.limits.own_labels,
+        )
+
+    def made_up(self, samples: int, length: int) -> list[MicroBatch]:
+        """The micro-batches of a batch of so many sequences, for a rehearsal: each has all tokens
+        in turn, and all count."""
+        tokens = torch.arange(samples * length).remainder(self.limits.vocab_size)
+        rows = tokens.view(samples, length)
+        return cut(
+            {"tokens": rows, "labels": rows},
+            self.micro_batch_size,
+            device=self.context.device,
+            seed=self.seed,
+            step=0,
+            topology=self.context.topology,
         )
 
     def _look_at_labels(self, batch: Mapping[str, Any]) -> None:

@@ -13,6 +13,9 @@ On an H200 (2026-11-25) first launches of GEMMs, Triton's and torch's kernels wa
 another stream, with CUDA_MODULE_LOADING=EAGER too; `cudaMalloc` and pinned allocations did not.
 `cudaFree` does, which torch calls when memory runs out. See Lazy Loading, Concurrent Execution, in
 the CUDA C++ Programming Guide. The ranks of one stage launch in one order, so they need no more.
+
+Without a pipeline nothing has to be rehearsed. It may be: kernels that Triton or torch compile are
+compiled when they are launched first, which takes seconds that a run's first step then does not.
 """
 
 from __future__ import annotations
@@ -58,14 +61,22 @@ class Rehearsals:
         self._parameters = [p for o in operators for p in o.accumulates]
         self._turns = max((len(o.rehearsals) for o in operators), default=1) or 1
         self._stage = stage
-        self._needed = stage.count > 1 and executor.lanes.loads
+        self._loads = executor.lanes.loads
+        self._needed = stage.count > 1 and self._loads
         self._done: set[tuple[Any, ...]] = set()
 
     def follow(self, stage: Stage) -> None:
         """Rehearse the walks of another schedule from the next step on."""
         self._stage = stage
 
-    def before(self, step: tuple[Any, ...], pieces: Sequence[MicroBatch], run: Run) -> None:
+    def before(
+        self,
+        step: tuple[Any, ...],
+        pieces: Sequence[MicroBatch],
+        run: Run,
+        *,
+        wanted: bool = False,
+    ) -> None:
         """Rehearse a step on `pieces` that is not known yet.
 
         Args:
@@ -74,16 +85,20 @@ class Rehearsals:
                 there is for it, by as few as walk in every way of the step, and two if there are
                 two: the first adds to gradients in another way than the second.
             run: carries it out.
+            wanted: whether to rehearse where no other stage has to wait as well.
         """
-        if not self._needed:
+        if not self._is_due(wanted):
             return
         count = self._stage.fewest(len(pieces))
         for piece in pieces:
             key = (*step, self._stage.scheme, count, *_shapes(piece))
             if key not in self._done:
                 for turn in range(self._turns):
-                    self.once([piece] * count, run, turn=turn)
+                    self.once([piece] * count, run, turn=turn, wanted=wanted)
                 self._done.add(key)
+
+    def _is_due(self, wanted: bool) -> bool:
+        return self._needed or (wanted and self._loads)
 
     def once(
         self,
@@ -91,9 +106,11 @@ class Rehearsals:
         run: Run,
         observer: Observer | None = None,
         turn: int = 0,
+        *,
+        wanted: bool = False,
     ) -> None:
         """Rehearse, whatever is known, while `observer` watches. Nothing is left of it."""
-        if not self._needed:
+        if not self._is_due(wanted):
             return
         device = pieces[0].slots["batch.tokens"].device
         with (

@@ -124,9 +124,14 @@ class Engine:
                 self.lanes.drain()  # what was received goes when every lane has read it
             return _total(losses, micro_batches)
 
-    def rehearse(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Do alone what this stage's next training step needs of it, unless it is known."""
-        self._rehearsals.before(("train", self.builder), micro_batches, self._train_alone)
+    def rehearse(self, micro_batches: Sequence[MicroBatch], *, wanted: bool = False) -> None:
+        """Do alone what this stage's next training step needs of it, unless it is known.
+
+        With `wanted` also where there is no other stage, so that no kernel is compiled in a step.
+        """
+        self._rehearsals.before(
+            ("train", self.builder), micro_batches, self._train_alone, wanted=wanted
+        )
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """The loss of the batch, forward only: a scalar in fp32; 0 where it is not known."""

@@ -293,6 +293,19 @@ class Runner(ForwardRunner):
         training.optimizer.saw(loss)
         return loss
 
+    def rehearse(self, samples: int, length: int) -> None:
+        """Launch once what a step of such batches launches, on made-up tokens.
+
+        On a GPU kernels are compiled and loaded then, so that no step has to; on a CPU nothing is
+        done. Nothing is left of it. Every rank must call this.
+
+        Args:
+            samples: of this data-parallel rank's batch.
+            length: tokens of each sequence.
+        """
+        self.agreed.suit(length)
+        self.engine.rehearse(self.intake.made_up(samples, length), wanted=True)
+
     def follow_model(self) -> None:
         """Train from the next step on what requires a gradient by now, and leave all else alone.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +83,9 @@ class MemoryWatch:
     Args:
         strategy: a `DHellamStrategy`, whose run it is.
         limit: bytes that a rank may take, as the user gave it; None for what the device has.
+
+    Attributes:
+        has_begun: whether it was told the first batch's shape.
     """
 
     def __init__(self, strategy: Any, limit: int | None) -> None:
@@ -90,21 +93,26 @@ class MemoryWatch:
         self._limit = limit
         self._predicted: int | None = None
         self._batch = 0
-        self._begun = False
+        self.has_begun = False
 
-    def begin(self, runner: Runner, module: DualStrandMixin, batch: Mapping[str, Any]) -> None:
+    def begin(self, runner: Runner, module: DualStrandMixin, samples: int, length: int) -> None:
         """Refuse, before the first step, a run that cannot fit. Every rank must call this.
+
+        Args:
+            runner: that trains.
+            module: its model and loss.
+            samples: of a data-parallel rank's batch.
+            length: tokens of a sequence.
 
         Raises:
             ValueError: on all ranks in the same words, with the cheapest change that would fit.
         """
-        if self._begun:
+        if self.has_begun:
             return
-        self._begun = True
+        self.has_begun = True
         on_cuda = runner.device.type == "cuda"
         if not on_cuda and self._limit is None:
             return
-        samples, length = runner.in_our_words(batch)["tokens"].shape
         context = runner.context
         run = planned_run(
             self._strategy,
@@ -141,7 +149,7 @@ class MemoryWatch:
 
     def end(self, runner: Runner) -> None:
         """Say what was predicted and what was measured, per rank. Every rank must call this."""
-        if not self._begun:
+        if not self.has_begun:
             return
         own = None
         if self._predicted is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins import Precision
@@ -151,8 +151,22 @@ class SettingUpStrategy(SteppingStrategy):
             rank_zero_info(size)
             self.setup_optimizers(trainer)
             self._watch = MemoryWatch(self, self.memory_limit)
+            self._rehearse(self._watch, getattr(trainer, "datamodule", None))
         self.setup_precision_plugin()
         self.barrier()
+
+    def _rehearse(self, watch: MemoryWatch, data: Any) -> None:
+        """Have the kernels of 8 bits compiled before the first step, where its shape is known.
+
+        They are compiled when they are first launched, which takes seconds. What makes a loss of
+        its own may read of a batch what nobody can make up.
+        """
+        samples, length = getattr(data, "batch_size", None), getattr(data, "sequence_length", None)
+        if self.fp8 is None or self._module.custom_loss is not None:
+            return
+        if isinstance(samples, int) and isinstance(length, int):
+            watch.begin(self.runner, self._module, samples, length)  # which refuses what cannot fit
+            self.runner.rehearse(samples, length)
 
     @property
     def _searches_schedules(self) -> bool:

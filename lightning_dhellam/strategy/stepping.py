@@ -158,8 +158,9 @@ class SteppingStrategy(SavingStrategy):
             )
         if self._skipping is not None and self._losses_left:
             self._skipping.trains()
-        if self._watch is not None:
-            self._watch.begin(self.runner, self._module, batch)
+        if self._watch is not None and not self._watch.has_begun:
+            samples, length = self.runner.in_our_words(batch)["tokens"].shape
+            self._watch.begin(self.runner, self._module, samples, length)
         loss = self.runner.train(batch, step=self._module.trainer.global_step)
         self._losses_left = 0 if self._losses_left else None
         return loss

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TransformerEnginePrecision
 
+from lightning_dhellam.engine.lanes import CpuLanes
 from lightning_dhellam.strategy import DHellamStrategy
 from lightning_dhellam.strategy.precision import DHellamPrecision
+from tests.pipeline.test_rehearsal import Launches
 from tests.ranks import run_ranks
-from tests.strategy.runs import Losses, Model, join, loader, make_trainer
+from tests.strategy.runs import GLOBAL_BATCH, LENGTH, Losses, Model, join, loader, make_trainer
 
 WIDE = {"hidden_size": 128, "ffn_hidden_size": 128, "init_std": 0.03}
 EMULATED: dict[str, Any] = {"kernels": {"fp8": "reference"}, "micro_batch_size": 3}
@@ -99,3 +102,67 @@ def test_lightnings_spelling_means_current() -> None:
         DHellamPrecision.of(_transformer_engine(weights_dtype=torch.float16))
     with pytest.raises(ValueError, match="which scales 8 bits without a history"):
         DHellamPrecision.of(_transformer_engine(recipe=SimpleNamespace(margin=1)))
+
+
+class Data(LightningDataModule):
+    """What says of itself how large its batches are."""
+
+    batch_size, sequence_length = GLOBAL_BATCH, LENGTH
+
+    def train_dataloader(self) -> Any:
+        return loader(EMULATED, samples=24)
+
+
+class Launched(Callback):
+    """How many launches were new in a step, and whether there was a rehearsal before the first."""
+
+    def __init__(self, launches: Launches) -> None:
+        self.launches = launches
+        self.before = False
+
+    def on_train_start(self, *_: Any) -> None:
+        self.before = bool(self.launches.rehearsed)
+
+
+class OwnLoss(Model):
+    """A model with a loss of its own, which may read what only real batches have."""
+
+    def compute_loss(self, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        return logits.float().square().mean() + batch["index"].sum() * 0.0
+
+
+def _first_steps(rank: int) -> dict[str, Any]:
+    join(rank, 1)
+    found: dict[str, Any] = {}
+
+    def fit(module: Model, fp8: str | None, data: Any) -> tuple[Any, ...]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            launches = Launches(monkeypatch)
+            losses, launched = Losses(), Launched(launches)
+            given = EMULATED | {"fp8": fp8}
+            trainer = make_trainer(given, [losses, launched], max_steps=3, precision="bf16-mixed")
+            trainer.fit(module, data)
+            return losses.values, launched.before, launches.new
+
+    for loads in (False, True):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(CpuLanes, "loads", loads)
+            for fp8 in ("current", "blockwise"):
+                found[f"{fp8} {loads}"] = fit(Model(**WIDE), fp8, Data())
+            found[f"plain {loads}"] = fit(Model(**WIDE), None, Data())
+            found[f"unknown {loads}"] = fit(Model(**WIDE), "current", loader(EMULATED, samples=24))
+            found[f"own loss {loads}"] = fit(OwnLoss(**WIDE), "current", Data())
+    return found
+
+
+def test_kernels_of_8_bits_are_launched_before_the_first_step_and_change_nothing() -> None:
+    (found,) = run_ranks(1, _first_steps)
+    for name in ("current", "blockwise"):
+        losses, before, new = found[f"{name} True"]
+        assert before and new == [], "a step launches what was not rehearsed"
+        assert losses == found[f"{name} False"][0], "a rehearsal has left something"
+    for name, (_, before, new) in found.items():
+        if name not in ("current True", "blockwise True"):
+            assert not before and new, name
+    for name in ("plain", "unknown", "own loss"):
+        assert found[f"{name} True"][0] == found[f"{name} False"][0]
