@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel.schedules import (
     get_forward_backward_func,
 )
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -120,13 +121,13 @@ def gpt_chunks(
         place = topology.pp_rank + number * topology.pp_size
         first = each * place
         specs = [layer_spec(shape, index, config) for index in range(first, first + each)]
+        if topology.cp_size > 1:
+            specs = [_sharing_sequences(spec) for spec in specs]
         if context.device.type == "cuda":
             specs = [_with_norm(spec, norm) for spec in specs]
             if transformer_engine:
-                spec, norm = _of_transformer_engine()
+                spec, norm = _of_transformer_engine(config)
                 specs = [spec] * each
-        if topology.cp_size > 1:
-            specs = [_sharing_sequences(spec) for spec in specs]
         model = GPTModel(
             config,
             TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
@@ -181,7 +182,7 @@ def _fuse(config: TransformerConfig, transformer_engine: bool) -> None:
     config.gradient_accumulation_fusion = fused is not None
 
 
-def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
+def _of_transformer_engine(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     """The modules of a dense layer, and the last norm."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -189,9 +190,11 @@ def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
     )
 
     theirs = get_gpt_layer_with_transformer_engine_spec()
-    # Which of its own attentions work depends on what else is installed, and with flash-attn 4
-    # its version 2.20 computes something else. Torch has cuDNN's, its fastest on Hopper.
-    theirs.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    # Which of its own attentions it takes depends on what else is installed, and with flash-attn 4
+    # its version 2.20 computes something else. Fused is cuDNN's, its fastest on Hopper.
+    config.attention_backend = AttnBackend.fused
+    if config.context_parallel_size == 1:  # which torch has as well, but for shared sequences
+        theirs.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
     return theirs, TENorm
 
 

@@ -180,10 +180,21 @@ def test_an_overlap_that_cannot_be_had_is_refused_with_what_it_needs(
     monkeypatch.setattr(settings, "has_transformer_engine", lambda: True)
     with pytest.raises(ValueError, match="'a8 tp1 pp2' is not: give one such as a:8:2:1"):
         Settings(cases=("a:8:1:2",), sides=sides)
+    with pytest.raises(ValueError, match="is measured of dense layers, but shape m has experts"):
+        Settings(cases=("m:4:2:1",), sides=sides)
     job = Settings(cases=("a:8:2:1",), sides=sides).jobs()[0]
     (turn,) = run._turns(job, Settings(cases=("a:8:2:1",), sides=sides), Path())
     assert turn.side == sides[0] and turn.job.tp_overlap and turn.job.transformer_engine
     assert starting._environment(turn.job)["UB_SKIPMC"] == "1"
+
+
+def test_their_layers_with_experts_need_no_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "has_transformer_engine", lambda: True)
+    given = Settings(cases=("m:4:1:2", "e:4:1:1:2"), sides=("megatron-core",))
+    turns = [turn for job in given.jobs() for turn in run._turns(job, given, Path())]
+    assert [turn.job.transformer_engine for turn in turns] == [False, True]
 
 
 @pytest.mark.parametrize(

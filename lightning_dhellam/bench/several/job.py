@@ -143,6 +143,11 @@ class Job:
         return self._shape.micro_batch
 
     @property
+    def sparse(self) -> bool:
+        """Whether its layers have experts."""
+        return self._shape.config.num_experts is not None
+
+    @property
     def _shape(self) -> Shape:
         return shapes(rehearse=self.device == "cpu")[self.shape]
 

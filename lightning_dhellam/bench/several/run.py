@@ -96,7 +96,7 @@ def _turns(job: Job, settings: Settings, folder: Path) -> Iterator[Turn]:
     home = folder / "several" / job.case.replace(" ", "-")
     theirs = ("1",) * (MEGATRON in settings.sides) + settings.schedules(MEGATRON)
     # Experts are modules that need no transformer-engine: each an MLP of its own.
-    engine = job.device == "cuda" and job.experts == 1 and has_transformer_engine()
+    engine = job.device == "cuda" and not job.sparse and has_transformer_engine()
     if theirs:
         their = replace(job, schedules=theirs, transformer_engine=engine)
         yield Turn(MEGATRON, their, home / MEGATRON / ("transformer-engine" if engine else ""))

@@ -108,6 +108,11 @@ class Settings:
                 f"{side} is measured where there is tensor parallelism alone, which case"
                 f" '{job.case}' is not: give one such as a:8:2:1, or leave the side out"
             )
+        if job.sparse:
+            raise ValueError(
+                f"{side} is measured of dense layers, but shape {job.shape} has experts: give one"
+                " such as a:8:2:1, or leave the side out"
+            )
         if self.device != "cuda":
             raise ValueError(
                 f"{side} is transformer-engine's, which computes on GPUs alone: leave it out of"
