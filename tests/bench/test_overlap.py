@@ -187,10 +187,11 @@ def test_a_cell_may_make_again_what_it_says_or_what_fits(tmp_path: Path) -> None
 
 def test_a_cell_may_compute_and_gather_in_8_bits(tmp_path: Path) -> None:
     words = ("--links", "[copy:110]", "--cells", "[a4]", "--plans", "[sequential,megatron,auto]")
-    found = bench("overlap", tmp_path, *SHORT, *words, "--fp8", "['', 'current:gather']")
+    words = (*words, "--fp8", "[null, current]", "--fp8_all_gather", "[false, true]")
+    found = bench("overlap", tmp_path, *SHORT, *words)
     cells_of = {row["cell"] for row in found["rows"]}
-    plain, eight = "a4 copy:110", "a4 copy:110 current:gather"
-    assert cells_of == {plain, eight}
+    plain, eight = "a4 copy:110", "a4 copy:110 current fp8_all_gather"
+    assert cells_of == {plain, "a4 copy:110 current", eight}
     rows = {(row["cell"], row["plan"]): row for row in found["rows"]}
     for plan in ("sequential", "megatron", "auto"):
         assert rows[eight, plan]["parity"] == 0.0, "nor does it change a bit"
@@ -252,7 +253,8 @@ def test_links_are_written_as_they_are_read() -> None:
         (("--plans", "[sequential,auto]"), "--plans: 'megatron' must be among them"),
         (("--micro_batches", "[2,2]"), r"--micro_batches \[2, 2\]: give two different"),
         (("--links", "[fast]"), "link 'fast'"),
-        (("--fp8", "[fp4]"), "--fp8: 'fp4' is not known: use current, blockwise, current:gather"),
+        (("--fp8", "[fp4]"), "--fp8: 'fp4' is not known: use current or blockwise, or null"),
+        (("--fp8_all_gather", "[true]"), "--fp8_all_gather .True. is of layers in 8 bits: give"),
         (("--recompute", "[most]"), "--recompute: 'most' is not a choice: use none, gathers"),
         (("--recompute", "[auto:half]"), "--recompute: 'auto:half' is not .* auto:0.5 for half"),
         (("--recompute", "[auto:2]"), "--recompute: 'auto:2' is not a choice"),

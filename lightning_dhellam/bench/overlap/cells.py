@@ -32,8 +32,8 @@ class Cell:
         lever: What is unusual about the cell, in words.
         recompute: What backward makes again: a choice, or `auto:` and the share of the activation
             memory that a step needs which keeps all.
-        fp8: How linear layers compute in 8 bits, with `:gather` behind it if what they gather
-            travels so; empty where they do not.
+        fp8: How linear layers compute in 8 bits; None where they do not.
+        fp8_all_gather: Whether what they gather travels so.
     """
 
     shape: str
@@ -46,13 +46,13 @@ class Cell:
     priority: int = -1
     lever: str = ""
     recompute: str = USUAL
-    fp8: str = ""
+    fp8: str | None = None
+    fp8_all_gather: bool = False
 
     @property
     def eight_bits(self) -> dict[str, Any]:
         """The same as `lower` is told."""
-        name, _, gathers = self.fp8.partition(":")
-        return {"fp8": name or None, "fp8_all_gather": bool(gathers)}
+        return {"fp8": self.fp8, "fp8_all_gather": self.fp8_all_gather}
 
     @property
     def share(self) -> float | None:
@@ -70,7 +70,8 @@ class Cell:
             context = f" {self.exchange} {_spell(self.context_link)}"
         again = "" if self.recompute == USUAL else f" {self.recompute}"
         fp8 = f" {self.fp8}" if self.fp8 else ""
-        return f"{self.shape}{self.layers} {rate}{context}{lever}{again}{fp8}"
+        gathers = " fp8_all_gather" if self.fp8_all_gather else ""
+        return f"{self.shape}{self.layers} {rate}{context}{lever}{again}{fp8}{gathers}"
 
     @property
     def processors(self) -> int:
@@ -86,7 +87,8 @@ class Cell:
     def without_lever(self) -> tuple[object, ...]:
         """What this cell and the same one with another lever have in common."""
         link = self.link.bandwidth, bool(self.link.sms)
-        return self.shape, self.layers, self.calibrated, *link, self.recompute, self.fp8
+        bits = self.eight_bits.values()
+        return self.shape, self.layers, self.calibrated, *link, self.recompute, *bits
 
 
 def _manner(link: Link) -> str:

@@ -136,7 +136,7 @@ def fp8_notes(cells: Sequence[Cell], rows: Sequence[Row]) -> Row:
     found = {row["cell"]: row["layer ms"] for row in rows if row["plan"] == "auto"}
     notes: Row = {}
     for cell in cells:
-        plain = replace(cell, fp8="").name
+        plain = replace(cell, fp8=None, fp8_all_gather=False).name
         if cell.fp8 and {cell.name, plain} <= found.keys():
             notes[f"8 bits: {cell.name}"] = (
                 f"auto {found[plain] / found[cell.name]:.3f} times as fast as without"

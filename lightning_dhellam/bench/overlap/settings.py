@@ -17,8 +17,6 @@ LINKS = ("copy:110", "16sm:200", "copy:370", "16sm:370", "16sm:100")
 """In the order of their importance."""
 CONTEXT_LINKS = ("copy:50", "copy:25", "copy:110", "16sm:50", "16sm:25", "16sm:110")
 """Between ranks that share sequences, likewise."""
-IN_8_BITS = ("", *FORMATS, *(f"{name}:gather" for name in FORMATS))
-"""How linear layers may compute."""
 EXPERT_LINKS = ("copy:50", "16sm:50", "copy:110", "16sm:110", "copy:25")
 """Between ranks that share experts, likewise."""
 
@@ -76,15 +74,23 @@ class Settings:
     """What backward makes again, each in cells of its own: none, gathers, selective or full, or
     auto:0.5 for what fits into half of the activation memory that none needs."""
 
-    fp8: tuple[str, ...] = ("",)
-    """How linear layers compute, each in cells of its own: "" as they are, current or blockwise in
-    8 bits, current:gather or blockwise:gather with gathers in 8 bits as well."""
+    fp8: tuple[str | None, ...] = (None,)
+    """How linear layers compute, each in cells of its own: null as they are, current or blockwise
+    in 8 bits."""
+
+    fp8_all_gather: tuple[bool, ...] = (False,)
+    """Whether what these layers gather travels in 8 bits, each in cells of its own."""
 
     def __post_init__(self) -> None:
         for name in self.fp8:
-            if name not in IN_8_BITS:
-                known = ", ".join(filter(None, IN_8_BITS))
-                raise ValueError(f"--fp8: '{name}' is not known: use {known}, or '' for none")
+            if name is not None and name not in FORMATS:
+                known = " or ".join(FORMATS)
+                raise ValueError(f"--fp8: '{name}' is not known: use {known}, or null for none")
+        if any(self.fp8_all_gather) and not any(self.fp8):
+            raise ValueError(
+                f"--fp8_all_gather {list(self.fp8_all_gather)} is of layers in 8 bits: give --fp8"
+                f" as well, {' or '.join(FORMATS)}"
+            )
         unknown = [plan for plan in self.plans if plan not in PLANS]
         if unknown:
             raise ValueError(f"--plans: '{unknown[0]}' is not a plan: use {', '.join(PLANS)}")
@@ -145,10 +151,12 @@ class Settings:
             expert_links=[parse_link(text) for text in self.expert_links if plain],
         )
         found = [
-            replace(cell, recompute=again, fp8=fp8)
+            replace(cell, recompute=again, fp8=fp8, fp8_all_gather=gathers)
             for cell in found
             for again in self.recompute
             for fp8 in self.fp8
+            for gathers in self.fp8_all_gather
+            if fp8 or not gathers
         ]
         if self.cells is None:
             return found
