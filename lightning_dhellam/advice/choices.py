@@ -163,7 +163,7 @@ def _formats(question: Question, topology: Topology, refused: Counter[str]) -> I
             if fp8 is not None:
                 check_shapes(fp8, question.config, topology.tp_size)
         except ValueError:
-            refused[f"have layers whose share is of no size for fp8={fp8}"] += 1
+            refused[f"have layers whose share is of no size for fp8={fp8!r}"] += 1
             continue
         yield fp8
 

@@ -21,7 +21,8 @@ from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.pipeline.schedules import scheme_of
 from lightning_dhellam.pipeline.split import chunks
 from lightning_dhellam.plan import GraphPair
-from lightning_dhellam.plan.by_layer import AUTO, HEAD, ByLayer, choices_of
+from lightning_dhellam.plan.by_layer import AUTO, HEAD, ByLayer, check_choices, choices_of
+from lightning_dhellam.plan.offloading import check_offload
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 from lightning_dhellam.search.cluster import Weights, Work
@@ -66,21 +67,26 @@ def lowering_of(run: Run) -> Lowering:
     few = run.build is None and are_alike(config) and not isinstance(run.recompute, Mapping)
     if few:
         config = shortened(config, 1)
+    made_again = _by_layer(run)
     with without_memory():
         context = planned_context(replace(run.topology, rank=0).stage, torch.device("cpu"))
         dtype = PRECISIONS[run.precision].dtype
         model = run.build(context, dtype) if run.build else CausalLM(config, context, dtype)
         lowered = lower(
             model,
-            recompute=_by_layer(run),
+            recompute=made_again,
             loss=run.loss,
             context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
             context_fp32_gradients=run.context_fp32_gradients,
             context_fp8_keys=run.context_fp8_keys,
             fp8=run.fp8,
+            fp8_all_gather=run.fp8_all_gather,
+            offload=run.offload,
             # Nothing computes here: what is asked for is what there is to do.
             kernels={"fp8": "reference"} if run.fp8 else None,
         )
+        check_choices(made_again, lowered.slots)
+        check_offload(run.offload, lowered.slots | lowered.inputs)
         layers, weights = _sized(lowered, run.length)
     if few:
         layers = (layers[0], *layers[1:2] * count, layers[2])

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from lightning_dhellam.advice.memory import memory_of
 from lightning_dhellam.advice.plans import SEARCHED_PLAN, solution_of
 from lightning_dhellam.advice.priceable import Conditions, Priceable
 from lightning_dhellam.advice.schedules import settled
+from lightning_dhellam.layers import fp8_recipe
 from lightning_dhellam.memory import RankMemory, Run
 from lightning_dhellam.models import training_flops_per_token
+from lightning_dhellam.parallel.topology import LANES
 from lightning_dhellam.pipeline.schedules import AUTO as SEARCHES
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair, Lane
 from lightning_dhellam.plan.by_layer import AUTO
 from lightning_dhellam.plan.file import named_plan
+from lightning_dhellam.plan.offloading import Offload
 from lightning_dhellam.search.cluster import (
     Choice,
     LaneUse,
@@ -45,7 +49,8 @@ def predict(
     Args:
         run: whose step it is.
         conditions: cluster and profile.
-        memory: of each stage, where it was predicted.
+        memory: of each stage, where it was predicted; it is for a schedule that is to be searched
+            within what a device has.
         builders: orders to choose from; by default the run's plan. `auto` is taken for the fastest
             of the built-in plans, which a search is never behind. A schedule that is to be searched
             is: among those with a name, and one without.
@@ -60,7 +65,7 @@ def predict(
     if search is not None and run.plan == SEARCHED_PLAN:
         orders = {**orders, SEARCHED_PLAN: solution_of(priceable, search).builder()}
     if run.schedule == SEARCHES and run.topology.pp_size > 1:
-        priceable, memory = settled(priceable, orders, memory)
+        priceable, memory = settled(priceable, orders, memory or memory_of(run))
     return prediction_of(priceable, orders, memory=memory, sketch=sketch)
 
 
@@ -132,7 +137,14 @@ def choice_of(run: Run) -> Choice:
         recompute,
         run.plan,
         run.fp8 or "",
+        _named(run.offload),
     )
+
+
+def _named(offload: Offload) -> str:
+    if offload is None or isinstance(offload, str):
+        return offload or ""
+    return " and ".join(offload)
 
 
 def _commonest(layers: Sequence[GraphPair]) -> GraphPair:
@@ -160,11 +172,11 @@ def _lanes(priceable: Priceable, step: Played, shares: Mapping[Lane, float]) -> 
     exposed = max(stage.exposed for stage in step.stages)
     compute = max(stage.compute for stage in step.stages)
     lanes = {str(Lane.COMPUTE): LaneUse(compute, 0.0)}
-    for lane in (Lane.TP, Lane.CP, Lane.EP, Lane.HOST):
+    for lane in (Lane.TP, Lane.CP, Lane.EP, Lane.OFFLOAD, Lane.FETCH, Lane.HOST):
         busy = max(own.get(lane, 0.0) for own in of_stages)
         if busy:
             level, ranks = "", 1
-            if lane is not Lane.HOST:
+            if lane in LANES:
                 reach = machine.reach(lane, topology)
                 level, ranks = reach.name, reach.size
             lanes[str(lane)] = LaneUse(busy, exposed * shares.get(lane, 0.0), level, ranks)
@@ -217,6 +229,20 @@ def _origins(priceable: Priceable) -> dict[str, float]:
     return {origin: seconds for origin, seconds in found.items() if seconds}
 
 
+def _note_of_eight_bits(priceable: Priceable, fp8: str) -> str:
+    """Where the times of products come from."""
+    profile = priceable.conditions.profile
+    graphs = () if profile is None else profile.graphs
+    if any(operator.fp8 == fp8 for graph in graphs for operator in graph.operators):
+        return f"fp8={fp8!r}: products are as measured; MFU is of the rate in bf16"
+    form, scale = fp8_recipe.FORMATS[fp8], priceable.machine.eight_bits(fp8)
+    return (
+        f"fp8={fp8!r}: products are derived, {form.faster * scale:.3g} times as fast as in bf16"
+        f" ({form.faster_weight * scale:.3g} times those of gradients of weights); MFU is of the"
+        " rate in bf16"
+    )
+
+
 def _notes(priceable: Priceable, step: Played, builders: Mapping[str, Builder]) -> tuple[str, ...]:
     conditions, device = priceable.conditions, priceable.conditions.device
     notes = []
@@ -242,10 +268,7 @@ def _notes(priceable: Priceable, step: Played, builders: Mapping[str, Builder]) 
             f" '{priceable.schedule}'"
         )
     if priceable.run.fp8 is not None:
-        notes.append(
-            "products in 8 bits are derived, 1.8 times as fast as in bf16; MFU is of the rate in"
-            " bf16"
-        )
+        notes.append(_note_of_eight_bits(priceable, priceable.run.fp8))
     if priceable.run.config.num_experts:
         notes.append("experts are taken to be used evenly")
     if conditions.straggler != 1.0:

@@ -25,6 +25,7 @@ from lightning_dhellam.search.cluster import (
     Played,
     Priced,
     Pricing,
+    Straggler,
     Work,
     played,
 )
@@ -101,27 +102,29 @@ def check_run(run: Run, cluster: Cluster) -> None:
     if run.fp8 is not None:
         assert cluster.device is not None
         check_eight_bits(run.fp8, cluster.device, run)
-    if run.offload is not None:
-        raise ValueError(
-            f"offload={run.offload!r} is not predicted: leave it out, for a step without copies"
-        )
     longest = run.config.max_sequence_length
     check_length(run.length, longest, topology.tp_size, topology.cp_size)
 
 
-def check_device(fp8: str, device: Device) -> None:
+def check_device(fp8: str, device: Device, spelt: str = "") -> None:
     """Refuse 8 bits on a device that computes in none.
+
+    Args:
+        fp8: the format.
+        device: that would compute in it.
+        spelt: the format as the user has written it, if not as an argument.
 
     Raises:
         ValueError: with a device that does.
     """
-    fp8_recipe.check_name(fp8)
+    fp8_recipe.check_name(fp8, spelt)
     if device.flops_fp8 is None:
         known = dict.fromkeys(one.name for one in data_sheets() if one.flops_fp8 is not None)
+        option = spelt.partition(" ")[0] or "fp8"
         raise ValueError(
-            f"fp8={fp8!r} is not predicted on {device.name}, which by its data sheet multiplies no"
-            f" numbers of 8 bits: leave fp8 out, take a cluster of {' or '.join(known)}, or add"
-            " `flops_fp8` of the cluster's device, if it does"
+            f"{spelt or f'fp8={fp8!r}'} is not predicted on {device.name}, which by its data sheet"
+            f" multiplies no numbers of 8 bits: leave {option} out, take a cluster of"
+            f" {' or '.join(known)}, or add `flops_fp8` of the cluster's device, if it does"
         )
 
 
@@ -230,10 +233,16 @@ class Priceable:
             machine,
             self._groups(machine),
             link=self._link(machine, wrong),
-            slow=None if self.slow is None else self.slow.at(wrong),
+            slow=self._straggler(machine, wrong),
             sketch=sketch,
             known=known,
         )
+
+    def _straggler(self, machine: Machine, wrong: int) -> Straggler | None:
+        if self.slow is None:
+            return None
+        late = replace(machine, straggler=self.conditions.straggler)
+        return Straggler(self.slow.at(wrong), late)
 
     def _groups(self, machine: Machine) -> Groups:
         topology = self.run.topology

@@ -8,6 +8,7 @@ from dataclasses import replace
 from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.memory import RankMemory
 from lightning_dhellam.memory.fitting import KNOWN_SHARE
+from lightning_dhellam.memory.prediction import FRAGMENTS
 from lightning_dhellam.pipeline.schedules import FIRST, Found, ScheduleError, Scheme, playable
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.search.cluster.deep import costs_of, remembered
@@ -17,7 +18,7 @@ from lightning_dhellam.search.pipeline import SEARCHED, Effort, VisitTable, play
 def settled(
     one: Priceable,
     builders: Mapping[str, Builder],
-    memory: tuple[RankMemory, ...] = (),
+    memory: tuple[RankMemory, ...],
     effort: Effort | None = None,
 ) -> tuple[Priceable, tuple[RankMemory, ...]]:
     """Find the fastest schedule of a pipeline whose layers lie as a run's that is to search one.
@@ -25,8 +26,7 @@ def settled(
     Args:
         one: whose step it is.
         builders: orders to choose from.
-        memory: of each stage by the schedule that a search begins with; without it there is no
-            limit.
+        memory: of each stage by the schedule that a search begins with.
         effort: how long to search.
 
     Returns:
@@ -44,12 +44,13 @@ def settled(
             continue
         schemes[name] = scheme
     runs = {name: play(make(work.stages, count), costs, one.link) for name, make in schemes.items()}
-    usual, limits = runs[FIRST], []
-    if memory:
-        room = KNOWN_SHARE * one.conditions.device.memory
-        limits = [
-            use.peak + room - rank.total for use, rank in zip(usual.stages, memory, strict=True)
-        ]
+    usual = runs[FIRST]
+    room = KNOWN_SHARE * (one.run.memory_limit or one.conditions.device.memory)
+    # With activations the slack grows that is assumed beside them.
+    limits = [
+        use.peak + (room - rank.total) / (1 + FRAGMENTS)
+        for use, rank in zip(usual.stages, memory, strict=True)
+    ]
     kinds = (VisitTable.of_kinds(costs, placement, stage) for stage in range(work.stages))
     try:
         found = searched(
@@ -73,6 +74,6 @@ def settled(
     ]
     taken = tuple(
         replace(rank, activations=rank.activations + extra)
-        for rank, extra in zip(memory, more, strict=False)
+        for rank, extra in zip(memory, more, strict=True)
     )
     return replace(one, work=replace(work, scheme=schemes[best]), schedule=best), taken

@@ -80,7 +80,7 @@ def advise_command(argv: Sequence[str]) -> int:
         fp8=(None, *(options.fp8 or ())),
     )
     for fp8 in options.fp8 or ():
-        check_device(fp8, conditions.device)
+        check_device(fp8, conditions.device, f"--fp8 {fp8}")
     plans = PlanSearch(options.search_time)
     adviser = Adviser(question, conditions, progress=_progress, plans=plans)
     advice = adviser.advise()

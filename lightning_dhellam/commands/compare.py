@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_dhellam.commands.numbers import positive
 from lightning_dhellam.commands.parser import Parser
+from lightning_dhellam.commands.planned import UNSAID, add_planned
 
 if TYPE_CHECKING:
     from lightning_dhellam.bench.several.predicted import Beside
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 def compare_command(argv: Sequence[str]) -> int:
     """Predict the steps that `dhellam bench several` or `fit` has measured, and print both.
 
-    Of a folder of `fit`'s logs it is the run's step, the median of its later half. Of files of
+    Of a folder of `fit`'s logs it is the run's step, the median of its later half; --ranks,
+    --batch_size and --sequence_length say what its configuration leaves open. Of files of
     the benchmark there is a row for each plan of ours that is built in, or `auto`, which is
     taken for the fastest of those; then how many are as close as they should be: a step within 5%,
     a peak of memory within 3%, and steps of one model in the right order if they differ by more
@@ -38,6 +40,7 @@ def compare_command(argv: Sequence[str]) -> int:
         "--vocabulary", type=positive, default=32000, help="as it was for the benchmark"
     )
     parser.add_argument("--rehearsal", action="store_true", help="it was one, with --device cpu")
+    add_planned(parser)
     options = parser.parse_args(argv)
 
     from lightning_dhellam.advice import Conditions
@@ -49,8 +52,14 @@ def compare_command(argv: Sequence[str]) -> int:
     cluster = Cluster.load(options.cluster, "--cluster ")
     given = None if options.profile is None else Profile.load(options.profile)
     if len(options.measured) == 1 and options.measured[0].is_dir():
-        _show([fitted(options.measured[0], Conditions(cluster, given))])
+        _show([fitted(options.measured[0], Conditions(cluster, given), options)])
         return 0
+    for name in UNSAID:
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} {getattr(options, name)} is for the folder of a run, and"
+                f" {options.measured[0]} is a file, which says it: leave --{name} out"
+            )
 
     def conditions(path: Path, case: str) -> Conditions:
         kept = None if given is not None else kept_profile(path, case)

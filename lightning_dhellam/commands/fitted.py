@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _CONFIG, _METRICS, _RATE = "config.yaml", "metrics.csv", "tokens_per_second"
 
 
-def fitted(folder: Path, conditions: Conditions) -> Beside:
+def fitted(folder: Path, conditions: Conditions, options: Namespace) -> Beside:
     """Predict the steps of a run, and tell how long they took: the median of its later half.
 
     The earlier half, in which plans are searched and buffers made, does not count.
@@ -23,6 +23,7 @@ def fitted(folder: Path, conditions: Conditions) -> Beside:
     Args:
         folder: of its logs, with what it was configured by and what it has logged.
         conditions: cluster and profile.
+        options: with those of `add_planned`, which say what the run's configuration does not.
 
     Raises:
         ValueError: the folder lacks one of them, or the run cannot be predicted.
@@ -38,8 +39,7 @@ def fitted(folder: Path, conditions: Conditions) -> Beside:
     if not config.is_file():
         raise ValueError(f"{folder} has no {_CONFIG}, which `dhellam fit` writes: give its logs")
     read = configuration(["--config", str(config)])
-    unsaid = Namespace(ranks=None, batch_size=None, sequence_length=None)
-    run = plain(run_of(read, unsaid)[0], read["model"])
+    run = plain(run_of(read, options)[0], read["model"])
     check_run(run, conditions.cluster)
     found = predict(run, conditions)
     tokens = run.samples * run.length * run.topology.dp_size

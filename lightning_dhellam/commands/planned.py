@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_dhellam.memory import Run
     from lightning_dhellam.strategy import DHellamStrategy
 
+UNSAID = ("ranks", "batch_size", "sequence_length")
+"""Options that say what a recipe may not."""
 _FREE = ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io")
 """Arguments of the strategy that say nothing of what is planned."""
 _SHORT = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}

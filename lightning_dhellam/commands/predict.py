@@ -155,7 +155,7 @@ def _measure(run: Run, cluster: Cluster, path: Path) -> None:
 
 def _slower(text: str) -> tuple[Lane, float]:
     lane, _, times = text.partition("=")
-    known = [str(one) for one in LANES]
+    known = [str(one) for one in (*LANES, Lane.OFFLOAD, Lane.FETCH)]
     if lane not in known:
         raise ArgumentTypeError(f"'{text}' must be LANE=TIMES with a lane of {', '.join(known)}")
     return Lane(lane), amount(times)

@@ -75,7 +75,8 @@ class EightBits:
             lambda x, weight: multiply(_rows(x), weight, dtype, bias, fast=True).view(
                 *x.values.shape[:-1], outputs
             ),
-            flops=flops / _TIMES,
+            flops=flops / self.recipe.format.faster,
+            fp8=self.recipe.name,
             shrinks=self.recipe.kernel.SHRINKS,
             rule=products(*ends),
         )
@@ -95,7 +96,8 @@ class EightBits:
             lambda dy, weight: multiply(_rows(dy), weight, dtype).view(
                 *dy.values.shape[:-1], inputs
             ),
-            flops=flops / _TIMES,
+            flops=flops / self.recipe.format.faster,
+            fp8=self.recipe.name,
             shrinks=self.recipe.kernel.SHRINKS,
             rule=products(*reversed(ends)),
         )
@@ -122,7 +124,8 @@ class EightBits:
             (_turned(grad), _turned(read)),
             {},
             run,
-            flops=flops / _TIMES,
+            flops=flops / self.recipe.format.faster_weight,
+            fp8=self.recipe.name,
             accumulates=(weight,),
             shrinks=self.recipe.kernel.SHRINKS,
             rule=on_tp((written, reads), gradient=along),
@@ -149,7 +152,8 @@ class EightBits:
         recipe = self.recipe
         if not recipe.gathers or w.sizes.tp == 1:
             return False
-        bits = GatheredBits(*names, recipe.kernel, dtype, recipe.format.block, channels)
+        block = recipe.format.block
+        bits = GatheredBits(*names, recipe.name, recipe.kernel, dtype, block, channels)
         turned = _turned(whole) if self._trained else None
         bits.write(w, read, _as_it_is(read), _as_it_is(whole), turned)
         return True
@@ -168,6 +172,7 @@ class EightBits:
             {self._own: size, f"{self._own}_turned": size},
             lambda: cast(weight.detach(), FORWARD, squares),
             cost=6 * weight.numel(),
+            fp8=self.recipe.name,
         )
 
     def _cast(
@@ -184,15 +189,12 @@ class EightBits:
             return (rows, turned) if trained else rows
 
         passes = 2 if block is None else 1
-        w.compute(name, (read,), writes, run, moved=passes * w.sizes.wide(channels) + 2 * size)
+        moved = passes * w.sizes.wide(channels) + 2 * size
+        w.compute(name, (read,), writes, run, moved=moved, fp8=self.recipe.name)
 
     @property
     def _trained(self) -> bool:
         return self.weight.requires_grad
-
-
-_TIMES = 1.8
-"""How much faster GEMMs in 8 bits are: 1.91 on an H200 without the additions to fp32."""
 
 
 def _as_it_is(slot: str) -> str:

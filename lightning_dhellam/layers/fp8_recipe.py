@@ -23,29 +23,39 @@ class Format:
         squares: of weights.
         gradient: type of gradients; all else is E4M3.
         multiple: what channels must be a multiple of.
+        faster: times that products are faster than in bf16, on an H200 whose sheet says 2.
+        faster_weight: the same of gradients of weights.
     """
 
     block: Block
     squares: Block
     gradient: torch.dtype
     multiple: int
+    faster: float
+    faster_weight: float
 
 
 FORMATS: Mapping[str, Format] = {
-    "current": Format(WHOLE, WHOLE, GRADIENT, 16),
-    "blockwise": Format(ROWS, SQUARES, FORWARD, 128),
+    "current": Format(WHOLE, WHOLE, GRADIENT, 16, 1.8, 1.8),
+    # 1,074 TFLOP/s of rows by squares and 877 of rows by rows, where bf16 has 640.
+    "blockwise": Format(ROWS, SQUARES, FORWARD, 128, 1.68, 1.37),
 }
 """By the names that users know."""
 
 
-def check_name(fp8: str | None) -> None:
+def check_name(fp8: str | None, spelt: str = "") -> None:
     """Refuse what is the name of no format.
+
+    Args:
+        fp8: the name.
+        spelt: as the user has written it, if not as an argument.
 
     Raises:
         ValueError: with the names that there are.
     """
     if fp8 is not None and fp8 not in FORMATS:
-        raise ValueError(f"fp8={fp8!r} must be one of {', '.join(FORMATS)}, or None")
+        rest = "" if spelt else ", or None"
+        raise ValueError(f"{spelt or f'fp8={fp8!r}'} must be one of {', '.join(FORMATS)}{rest}")
 
 
 def check_gathers(fp8: str | None, fp8_all_gather: bool) -> None:

@@ -35,6 +35,7 @@ class GatheredBits:
     Attributes:
         name: of the linear layer and the direction, which the operators' names begin with.
         gather: name of the gather itself.
+        fp8: of the format.
         kernel: what casts and turns.
         dtype: of 8 bits.
         block: of numbers that share a scale.
@@ -43,6 +44,7 @@ class GatheredBits:
 
     name: str
     gather: str
+    fp8: str
     kernel: Fp8Kernel
     dtype: torch.dtype
     block: Block
@@ -67,6 +69,7 @@ class GatheredBits:
             {cast: size / w.sizes.tp},
             run,
             moved=own + size / w.sizes.tp,
+            fp8=self.fp8,
             rule=_CASTS if largest is None else _CASTS_BY_ALL,
         )
         w.collective(
@@ -81,7 +84,14 @@ class GatheredBits:
             light=True,
         )
         if turned is not None:
-            w.compute(f"{self.name}.turn", (whole,), {turned: size}, self._turn(), moved=2 * size)
+            w.compute(
+                f"{self.name}.turn",
+                (whole,),
+                {turned: size},
+                self._turn(),
+                moved=2 * size,
+                fp8=self.fp8,
+            )
 
     def _agree(self, w: GraphWriter, read: str, own: float) -> str:
         """Add the largest numbers of all ranks. Returns their slot."""
@@ -92,6 +102,7 @@ class GatheredBits:
             {slot: 0.0},
             self.kernel.largest,
             moved=own,
+            fp8=self.fp8,
             rule=_CASTS,
         )
         w.collective(

@@ -71,7 +71,13 @@ class GraphWriter:
     step_bytes: dict[str, int] = field(default_factory=dict)
 
     def once(
-        self, name: str, writes: Mapping[str, int], run: Callable[..., Any], *, cost: float
+        self,
+        name: str,
+        writes: Mapping[str, int],
+        run: Callable[..., Any],
+        *,
+        cost: float,
+        fp8: str = "",
     ) -> None:
         """Add an operator that runs once a step, before the first micro-batch.
 
@@ -81,9 +87,11 @@ class GraphWriter:
                 bytes.
             run: launches it. Takes nothing.
             cost: bytes that it reads and writes.
+            fp8: the format of 8 bits that it casts to.
         """
+        moves = cost / nominal.MEMORY
         self.preparation.append(
-            Operator(name, Lane.COMPUTE, (), tuple(writes), run, cost / nominal.MEMORY, light=True)
+            Operator(name, Lane.COMPUTE, (), tuple(writes), run, moves, light=True, fp8=fp8)
         )
         self.step_bytes.update(writes)
 
@@ -105,6 +113,7 @@ class GraphWriter:
         records: tuple[str, ...] = (),
         rule: Rule = ALIKE,
         remakes: tuple[Operator, ...] = (),
+        fp8: str = "",
     ) -> None:
         """Add a compute operator. One of no floating-point operations is light.
 
@@ -125,6 +134,7 @@ class GraphWriter:
             records: slots written that hold a graph of autograd.
             rule: how slots lie that it reads and writes, on communicators of several ranks.
             remakes: operators that make some of `writes` again from others of them.
+            fp8: the format of 8 bits that it multiplies in or casts to.
         """
         assert not (growing and (flops or moved)), f"{name} has two nominal costs"
         growth = growing / nominal.FLOPS
@@ -149,6 +159,7 @@ class GraphWriter:
                 remakes=remakes,
                 takes=takes,
                 records=records,
+                fp8=fp8,
             )
         )
         self.bytes_per_token.update(writes)

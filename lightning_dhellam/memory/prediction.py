@@ -57,7 +57,7 @@ from lightning_dhellam.precision import PRECISIONS
 WORKSPACE = 128 << 20
 """Bytes that GEMMs and attention ask for while they run: cuBLAS alone takes 32 MiB for each of the
 streams that compute on a Hopper GPU, and as much for its scaled products."""
-_FRAGMENTS = 0.02
+FRAGMENTS = 0.02
 """Of what comes and goes: what the allocator cannot give to a tensor of another size. It hands out
 blocks of 2 MiB, and the slots of a step have few sizes, which repeat in every layer."""
 
@@ -185,7 +185,7 @@ class RankMemory:
     @property
     def slack(self) -> int:
         """What is assumed beside it."""
-        return WORKSPACE + round(_FRAGMENTS * (self.activations + self.batch))
+        return WORKSPACE + round(FRAGMENTS * (self.activations + self.batch))
 
     @property
     def total(self) -> int:

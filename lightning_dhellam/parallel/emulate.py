@@ -180,10 +180,12 @@ def _networks(given: Any) -> Networks | None:
     inside = _part(Network, levels["inside"], "networks.inside")
     if inside is None:
         raise ValueError("networks.inside is blank: give it a bandwidth")
-    between = _part(Network, levels.get("between"), "networks.between")
+    between, host = (
+        _part(Network, levels.get(name), f"networks.{name}") for name in ("between", "host")
+    )
     adapters = _whole(levels.get("adapters", 1), "networks.adapters")
     try:
-        return Networks(_whole(levels["node"], "networks.node"), inside, between, adapters)
+        return Networks(_whole(levels["node"], "networks.node"), inside, between, adapters, host)
     except ValueError as error:
         raise ValueError(f"networks.{error}") from error
 

@@ -6,6 +6,7 @@ apart its ranks are:
 
     inside    each device sends, and receives, at its bandwidth
     between   each adapter of a node does, and all of its devices share the adapters evenly
+    host      each device does to the memory of its host, and back
 
 The ring of a group enters and leaves each node once, on each adapter that it has. So where a node
 of 8 devices and 4 adapters holds 2 ranks of a group, as many groups as that leaves share what the
@@ -98,12 +99,14 @@ class Networks:
         inside: the network inside of a node.
         between: the network between nodes; None where there is one node.
         adapters: of a node to the network between nodes.
+        host: between a device and the memory of its host; None where nothing says it.
     """
 
     node: int
     inside: Network
     between: Network | None = None
     adapters: int = 1
+    host: Network | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -124,11 +127,12 @@ class Networks:
 
     def wrong(self, sign: int) -> Networks:
         """The same if all its times are wrong by their error: longer for 1, shorter for -1."""
-        inside, between = (
-            one and one.taking(1 + sign * one.error) for one in (self.inside, self.between)
+        inside, between, host = (
+            one and one.taking(1 + sign * one.error)
+            for one in (self.inside, self.between, self.host)
         )
         assert inside is not None
-        return replace(self, inside=inside, between=between)
+        return replace(self, inside=inside, between=between, host=host)
 
 
 @dataclass(frozen=True)

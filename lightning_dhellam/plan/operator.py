@@ -109,6 +109,7 @@ class Operator:
             expert, and not on the size of a micro-batch alone.
         takes: of what it writes in place, the slot that it writes and the one that it reads, whose
             memory that takes over. Nothing else reads that one afterwards.
+        fp8: the format of 8 bits that it multiplies in or casts to; empty for none.
         records: of what it writes, the slots that hold a graph of autograd, and with it memory of
             what it reads and writes besides: as long as one is saved, none of them can be moved.
         track: where it is issued.
@@ -133,6 +134,7 @@ class Operator:
     remakes: tuple[Operator, ...] = field(default=(), repr=False, compare=False)
     takes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     records: tuple[str, ...] = field(default=(), compare=False)
+    fp8: str = field(default="", compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from lightning_dhellam.search.cluster.prediction import (
 )
 from lightning_dhellam.search.cluster.pricing import BARS, Known, Machine, Origin, Priced, Pricing
 from lightning_dhellam.search.cluster.steady import Middle, middle
-from lightning_dhellam.search.cluster.step import Played, played
+from lightning_dhellam.search.cluster.step import Played, Straggler, played
 from lightning_dhellam.search.cluster.work import THIN, Weights, Work
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Priced",
     "Pricing",
     "StagePrediction",
+    "Straggler",
     "VisitSpan",
     "Weights",
     "Work",

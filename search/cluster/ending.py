@@ -77,4 +77,5 @@ def optimizer(
         if shards > 1 and count:
             crossing = 2.0 * count * (shards - 1) / shards
             gathered += seconds_of(Collective.ALL_GATHER, crossing, reach)
-    return _MOVED * own / (_MEMORY * machine.device.bandwidth) + gathered, gathered
+    moves = machine.straggler * _MOVED * own / (_MEMORY * machine.device.bandwidth)
+    return moves + gathered, gathered

@@ -26,6 +26,7 @@ class Choice:
         recompute: what backward makes again.
         plan: order of the operators.
         fp8: how linear layers compute in 8 bits; empty where they do not.
+        offload: what waits in host memory for backward; empty where nothing does.
     """
 
     tp: int
@@ -40,6 +41,7 @@ class Choice:
     recompute: str = "gathers"
     plan: str = "interleaved"
     fp8: str = ""
+    offload: str = ""
 
     @property
     def ranks(self) -> int:
@@ -63,7 +65,8 @@ class Choice:
         shown.append(f"{self.micro_batches} × {self.micro_batch_size}")
         shown += [self.schedule] if self.pp > 1 else []
         eight = [f"fp8 {self.fp8}"] if self.fp8 else []
-        return ", ".join([*shown, self.recompute, *eight, self.plan])
+        away = [f"offload {self.offload}"] if self.offload else []
+        return ", ".join([*shown, self.recompute, *away, *eight, self.plan])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ An operator's time comes from the best source that there is, and its bars from h
     measured   the profile has this operator on this device, at this size
     scaled     it has the operator at another size, or a link between as many ranks: by work, less
                sure where it is for collectives of another kind
-    derived    it has not, or was measured on another device or in other numbers: by data sheets
+    derived    it has not, or was measured on another device or in other numbers, also of 8 bits: by
+               data sheets
     modelled   communication, by bytes and the level of the network (see `collectives`)
 
 How operators disturb each other is not taken from the profile of another device, whose links are
@@ -14,12 +15,12 @@ others; that its rates fall under load, as its limit of power has it, is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from lightning_dhellam.parallel.networks import Device, Networks, Reach
+from lightning_dhellam.parallel.networks import Device, Network, Networks, Reach
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.plan import Collective, Graph, Lane, Operator, nominal
 from lightning_dhellam.search.cluster.collectives import seconds_of
@@ -87,6 +88,20 @@ class Machine:
             size, step = topology.replicas, topology.tp_size
         return self.networks.slower(self.slower.get(lane, 1.0)).of(size, step)
 
+    def host(self, lane: Lane) -> Network:
+        """What is between a device and the memory of its host, one way.
+
+        Raises:
+            ValueError: nothing says it.
+        """
+        if self.networks.host is None:
+            raise ValueError(
+                f"how fast {self.device.name} copies to the memory of its host is not known: add"
+                " `host` with its bandwidth under `networks` in the cluster file, or leave offload"
+                " out"
+            )
+        return self.networks.host.taking(self.slower.get(lane, 1.0))
+
     def flops(self) -> float:
         """Operations per second that its device could compute in its numbers at most.
 
@@ -101,6 +116,23 @@ class Machine:
                 " `device` in the cluster file, or train in bf16"
             )
         return self.device.flops_fp32
+
+    def eight_bits(self, fp8: str) -> float:
+        """How much faster its products are in a format of 8 bits, beside those of an H200.
+
+        Nominal costs have what an H200 gains, whose sheet has twice the rate of 16 bits.
+
+        Raises:
+            ValueError: nothing says it.
+        """
+        if not fp8:
+            return 1.0
+        if self.device.flops_fp8 is None:
+            raise ValueError(
+                f"how fast {self.device.name} computes in 8 bits is not known: add `flops_fp8`"
+                " under `device` in the cluster file, or leave fp8 out"
+            )
+        return self.device.flops_fp8 / (2 * self.device.flops)
 
     def wrong(self, sign: int) -> Machine:
         """The same if its networks and its memory are slower (1), or faster (-1), by as much as
@@ -188,11 +220,22 @@ class Known:
         """Bytes per second over real links between so many ranks, of the largest gather."""
         if self.is_emulated:
             return None
+        return self._rate(
+            nominal.LINK,
+            lambda lane: (
+                lane in (Lane.TP, Lane.CP) and self.profile.fingerprint.sizes.get(lane) == ranks
+            ),
+        )
+
+    def host_rate(self, lane: Lane) -> float | None:
+        """Bytes per second to the memory of the host, or back, of the largest copy."""
+        return self._rate(nominal.HOST_LINK, lambda other: other is lane)
+
+    def _rate(self, link: float, counts: Callable[[Lane], bool]) -> float | None:
         rates = [
-            (operator.cost, operator.cost * self.tokens * nominal.LINK / self._seconds(graph, name))
+            (operator.cost, operator.cost * self.tokens * link / self._seconds(graph, name))
             for name, (graph, operator) in self._by_name.items()
-            if operator.lane in (Lane.TP, Lane.CP)
-            and self.profile.fingerprint.sizes.get(operator.lane.value) == ranks
+            if counts(operator.lane)
         ]
         return max(rates)[1] if rates else None
 
@@ -256,7 +299,9 @@ class Pricing:
             return _around(_LEAST, Origin.DERIVED)
         if operator.is_communication:
             return self._communication(graph, operator)
-        derived = self._derived(graph, operator, self.machine)
+        if operator.lane.copies:
+            return self._copy(operator)
+        derived = self._derived(graph, operator, self.machine, operator.fp8)
         known = self.known
         found = known.find(operator.name) if known else None
         if known is None or found is None:
@@ -264,16 +309,15 @@ class Pricing:
         row, other = known.rows[known.key(found)], found[1]
         ratio = self._ratio(operator, other)
         same = abs(ratio - 1) < _SAME and self._alike(graph, operator, found)
-        if not known.is_of(self.machine) or known.in_fp32 is not self.machine.in_fp32:
-            if known.sheet is None:
-                return _around(derived, Origin.DERIVED)
-            theirs = replace(self.machine, device=known.sheet, in_fp32=known.in_fp32)
-            times = derived / self._derived(graph, operator, theirs)
-            return _around(known.costs.seconds[row.operator] * ratio * times, Origin.DERIVED)
         seconds = known.costs.seconds[row.operator]
-        if bool(graph.of_step) != bool(found[0].of_step) and operator.reads != other.reads:
-            # The same product in another number of bits: the ratio of their rates says it.
-            return _around(seconds * ratio, Origin.DERIVED)
+        alike = known.is_of(self.machine) and known.in_fp32 is self.machine.in_fp32
+        if not alike or operator.fp8 != other.fp8:
+            sheet = self.machine.device if alike else known.sheet
+            if sheet is None:
+                return _around(derived, Origin.DERIVED)
+            theirs = replace(self.machine, device=sheet, in_fp32=known.in_fp32)
+            times = derived / self._derived(graph, operator, theirs, other.fp8)
+            return _around(seconds * ratio * times, Origin.DERIVED)
         if same:
             low, high = row.p20 / row.median, row.p80 / row.median
             return Price(seconds, seconds * low, seconds * high, Origin.MEASURED)
@@ -297,19 +341,37 @@ class Pricing:
         found = known.find(operator.name)
         size = known.profile.fingerprint.sizes.get(operator.lane.value)
         if found and found[1].lane is operator.lane and size == reach.size:
-            ratio = self._ratio(operator, found[1])
-            row = known.rows[known.key(found)]
-            seconds = known.costs.seconds[row.operator]
-            if abs(ratio - 1) < _SAME:
-                low, high = row.p20 / row.median, row.p80 / row.median
-                return Price(seconds, seconds * low, seconds * high, Origin.MEASURED)
-            return _around(seconds * ratio, Origin.SCALED)
+            return self._measured(operator, found)
         rate = known.rate(reach.size)
         if rate is None:
             return _around(modelled, Origin.MODELLED, error)
         # By the rate of a gather an all-to-all was 10% off.
         bar = BARS[Origin.SCALED if operator.collective in _RINGS else Origin.DERIVED]
         return _around(reach.network.latency + crossing / rate, Origin.SCALED, bar)
+
+    def _copy(self, operator: Operator) -> Price:
+        """To the memory of the host, or back: as measured, or by the bytes and the link."""
+        known, crossing = self.known, operator.cost * nominal.HOST_LINK * self.tokens
+        usual = self.machine.slower.get(operator.lane, 1.0) == 1.0
+        if known is not None and known.is_of(self.machine) and usual:
+            found = known.find(operator.name)
+            if found and found[1].lane is operator.lane:
+                return self._measured(operator, found)
+            rate = known.host_rate(operator.lane)
+            if rate is not None:
+                return _around(crossing / rate, Origin.SCALED)
+        host = self.machine.host(operator.lane)
+        return _around(host.latency + crossing / host.bandwidth, Origin.MODELLED, host.error)
+
+    def _measured(self, operator: Operator, found: tuple[Graph, Operator]) -> Price:
+        """What a profile has of the same on the same link, at this size or another."""
+        assert self.known is not None
+        ratio, row = self._ratio(operator, found[1]), self.known.rows[self.known.key(found)]
+        seconds = self.known.costs.seconds[row.operator]
+        if abs(ratio - 1) < _SAME:
+            low, high = row.p20 / row.median, row.p80 / row.median
+            return Price(seconds, seconds * low, seconds * high, Origin.MEASURED)
+        return _around(seconds * ratio, Origin.SCALED)
 
     def _ratio(self, operator: Operator, other: Operator) -> float:
         """How much more work an operator has than the one that was measured."""
@@ -325,8 +387,8 @@ class Pricing:
         theirs = sum(found[0].bytes_per_token.get(slot, 0.0) for slot in found[1].writes)
         return abs(own * self.tokens - theirs * self.known.tokens) <= _SAME * own * self.tokens
 
-    def _derived(self, graph: Graph, operator: Operator, machine: Machine) -> float:
-        """Seconds by data sheets."""
+    def _derived(self, graph: Graph, operator: Operator, machine: Machine, fp8: str) -> float:
+        """Seconds by data sheets, on a machine that computes it in such 8 bits, or in none."""
         if operator.light or not operator.cost:
             moved = operator.cost * nominal.MEMORY * self.tokens
             return max(_LEAST, moved / (_MEMORY * machine.device.bandwidth))
@@ -334,7 +396,7 @@ class Pricing:
         if operator.growth or operator.name.split(".")[0] == "attention":
             share = _BACKWARD if graph.direction == "backward" else _FORWARD
         flops = operator.cost * nominal.FLOPS * self.tokens
-        return max(_LEAST, flops / (share * machine.flops()))
+        return max(_LEAST, flops / (share * machine.flops() * machine.eight_bits(fp8)))
 
     def _slowdowns(
         self, lanes: Mapping[Key, Lane], measured: Mapping[Key, Key], base: Slowdowns
@@ -344,7 +406,8 @@ class Pricing:
         for one, lane in lanes.items():
             if not lane.moves:
                 continue
-            sms = self.machine.reach(lane, self.topology).network.sms
+            # What goes to the host and back is carried by copy engines.
+            sms = 0 if lane.copies else self.machine.reach(lane, self.topology).network.sms
             left = 1 - sms / self.machine.device.multiprocessors
             usual = (_MODELLED_SLOWDOWN if sms else 1.0), 1 / max(left, 0.1)
             for other, its in lanes.items():

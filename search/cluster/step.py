@@ -8,7 +8,7 @@ optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_dhellam.pipeline.schedules import Schedule, verify
@@ -30,6 +30,19 @@ _CLOCK_ROUNDS = 2
 
 Visits = dict[float, PlayedVisits]
 """Visits that were played, by how much slower the device's clock had become."""
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """One rank of the first stage that is slower than the others, for which all others wait.
+
+    Attributes:
+        costs: what operators cost on it.
+        machine: that it runs on.
+    """
+
+    costs: Costs
+    machine: Machine
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def played(
     groups: Groups,
     *,
     link: Link | None = None,
-    slow: Costs | None = None,
+    slow: Straggler | None = None,
     sketch: bool = False,
     known: Visits | None = None,
 ) -> Played:
@@ -88,7 +101,7 @@ def played(
         machine: that ranks run on.
         groups: over which gradients are added up.
         link: between stages.
-        slow: what operators cost on the first stage, if one of its ranks is a straggler.
+        slow: a rank of the first stage, if there is a straggler.
         sketch: whether to play few layers of many that are alike, and go on from there.
         known: visits that were played already for steps with the same layers, costs and orders;
             those of this step are added.
@@ -96,12 +109,17 @@ def played(
     Raises:
         ScheduleError: the schedule is not defined for these numbers.
     """
+    machines = [machine] * work.stages
+    if slow is not None:
+        machines[0] = slow.machine
     if work.stages == 1:
-        found = _alone(work, slow or costs, builders, machine, groups, sketch)
+        costs = costs if slow is None else slow.costs
+        found = _alone(work, costs, builders, machines[0], groups, sketch)
     else:
         known = {} if known is None else known
-        found = _staged(work, costs, builders, machine, groups, link, slow, sketch, known)
-    first = beginning(work, machine)
+        late = None if slow is None else slow.costs
+        found = _staged(work, costs, builders, machines, groups, link, late, sketch, known)
+    first = beginning(work, machines[work.placement.first])
     stages = (replace(stage, compute=stage.compute + first) for stage in found.stages)
     return replace(found, seconds=found.seconds + first, stages=tuple(stages))
 
@@ -156,7 +174,7 @@ def _staged(
     work: Work,
     costs: Costs,
     builders: Mapping[str, Builder],
-    machine: Machine,
+    machines: Sequence[Machine],
     groups: Groups,
     link: Link | None,
     slow: Costs | None,
@@ -184,7 +202,7 @@ def _staged(
             break
     whole = play(schedule, table, link, reductions=reduced) if any(reduced) else run
     tail = max(0.0, whole.seconds - run.seconds)
-    ends = [optimizer(work, [*work.of_stage(s)], machine, groups) for s in stages]
+    ends = [optimizer(work, [*work.of_stage(s)], machines[s], groups) for s in stages]
     last = max(end for end, _ in ends)
     found = tuple(
         Stage(use.compute, use.exposed, use.transfer, use.bubble, tail, last) for use in run.stages

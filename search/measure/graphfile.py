@@ -27,6 +27,7 @@ def fields_of(graph: Graph) -> dict[str, Any]:
                 "varies": o.varies,
                 "takes": [list(slots) for slots in o.takes],
                 "collective": o.collective,
+                "fp8": o.fp8,
             }
             for o in graph.operators
         ],
@@ -53,6 +54,7 @@ def graph_from(fields: Mapping[str, Any]) -> Graph:
             varies=bool(row.get("varies", False)),
             takes=tuple((write, read) for write, read in row.get("takes", ())),
             collective=Collective(row["collective"]) if row.get("collective") else None,
+            fp8=row.get("fp8", ""),
         )
         for row in fields["operators"]
     )

@@ -24,9 +24,10 @@ from lightning_dhellam.search.measure.graphfile import fields_of, graph_from
 from lightning_dhellam.search.measure.rows import Key, Timing
 from lightning_dhellam.search.measure.transfers import Transfer
 
-FORMAT = 4
-_OLDER = 3
-"""Has no rows of two communications: nothing is known of how they disturb each other."""
+FORMAT = 5
+_OLDER = 3, 4
+"""3 has no rows of two communications: nothing is known of how they disturb each other. Neither
+says in which 8 bits an operator computes."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Profile:
             FileError: the file is not a whole profile, or was measured under other conditions;
                 every differing field is named with both values.
         """
-        fields = load_json(Path(path), "profile", FORMAT, _OLDER)
+        fields = load_json(Path(path), "profile", FORMAT, *_OLDER)
         try:
             profile = cls(
                 Fingerprint(**fields["fingerprint"]),
@@ -131,6 +132,11 @@ class Profile:
             profile._check()
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise FileError(f"{path} is not a whole profile ({error}): measure again") from error
+        if fields["format"] != FORMAT and any(graph.of_step for graph in profile.graphs):
+            raise FileError(
+                f"{path} was measured in 8 bits by an older version, which did not note in which"
+                " format: measure again"
+            )
         if expected is not None:
             found = differences(asdict(profile.fingerprint), asdict(expected))
             if found:

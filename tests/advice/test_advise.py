@@ -146,7 +146,7 @@ def test_eight_bits_are_a_choice_that_is_asked_for() -> None:
     wide = replace(config, ffn_hidden_size=14344)
     refused: Counter[str] = Counter()
     assert all(run.fp8 is None for run in runs(replace(asked, config=wide), refused))
-    assert [*refused] == ["have layers whose share is of no size for fp8=current"]
+    assert [*refused] == ["have layers whose share is of no size for fp8='current'"]
 
 
 def test_experts_are_spread_in_every_way_that_there_is() -> None:
@@ -233,8 +233,9 @@ def test_the_recipe_of_the_best_is_the_run_that_was_predicted(
         (["--output", "best.json"], "must end in .yaml"),
         (["--schedules", "fold", "zbv"], "--schedules zbv is not a known schedule: use 1f1b or"),
         (["--schedules", "zb-w"], "did you mean 'zb-v'?"),
-        (["--fp8", "curent"], "fp8='curent' must be one of current, blockwise"),
-        (["--fp8", "current", "--cluster", "a40-64"], "not predicted on NVIDIA A40, which by its"),
+        (["--fp8", "curent"], "error: --fp8 curent must be one of current, blockwise\n"),
+        (["--fp8", "current", "--cluster", "a40-64"], "--fp8 current is not predicted on NVIDIA"),
+        (["--fp8", "current", "--cluster", "a40-64"], "leave --fp8 out, take a cluster of NVIDIA"),
     ],
 )
 def test_mistakes_are_said_in_a_line(

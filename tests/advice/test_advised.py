@@ -100,6 +100,32 @@ def test_the_recipe_runs_as_it_stands_and_its_step_is_compared(
         assert size == 1 or f"{short} {size}" in line
 
 
+def test_what_a_configuration_leaves_open_is_given_by_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is asked for by the option that says it, and is no option of files of a benchmark."""
+    recipe = yaml.safe_load((ROOT / "recipes/llama-tiny-pp2-2cpu.yaml").read_text())
+    recipe["trainer"]["devices"] = "auto"
+    for name in ("sequence_length", "batch_size"):
+        del recipe["data"]["init_args"][name]
+    recipe["data"]["class_path"] = "lightning.pytorch.LightningDataModule"
+    recipe["data"]["init_args"] = {}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "metrics.csv").write_text("step,tokens_per_second\n1,2e3\n2,4e3\n3,6e3\n4,8e3\n")
+    words = ["compare", str(tmp_path), "--cluster", "h200-64"]
+    for option, value in (("ranks", "2"), ("batch_size", "8"), ("sequence_length", "128")):
+        assert main(words) == 2
+        assert f"give --{option}" in capsys.readouterr().err
+        words += [f"--{option}", value]
+    assert main(words) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "pp 2, 8 × 1" in line and "  " + f"{8 * 128 / 7e3 * 1e3:8.1f} ms" in line
+    file = tmp_path / "several.json"
+    file.write_text("{}")
+    assert main(["compare", str(file), "--cluster", "h200-64", "--ranks", "2"]) == 2
+    assert "--ranks 2 is for the folder of a run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +23,11 @@ from lightning_dhellam.memory import Run
 from lightning_dhellam.memory import predict as predict_memory
 from lightning_dhellam.models import preset
 from lightning_dhellam.parallel import Cluster, Topology
-from lightning_dhellam.plan import BUILDERS, Graph, Lane
-from lightning_dhellam.search.cluster import Prediction, Priced, Pricing
+from lightning_dhellam.plan import BUILDERS, Graph, Lane, Operator
+from lightning_dhellam.search.cluster import Prediction, Priced, Pricing, step
 from lightning_dhellam.search.cluster.beginning import beginning
-from lightning_dhellam.search.cluster.pricing import REAL
-from lightning_dhellam.search.measure import Profile
+from lightning_dhellam.search.cluster.pricing import REAL, Price
+from lightning_dhellam.search.measure import Profile, Timing
 from lightning_dhellam.search.model import Costs, Walk, simulate
 from lightning_dhellam.search.pipeline import layers_of
 from lightning_dhellam.search.solve import Budget
@@ -384,7 +384,138 @@ def test_products_in_8_bits_are_derived_from_those_in_16(known: Conditions) -> N
     assert eight.origins["measured"] > 0.2 * sum(eight.origins.values()), "attention, norms, links"
     bars = [one.high / one.low for one in (sixteen, eight)]
     assert bars[1] > bars[0]
-    assert any("8 bits are derived" in note for note in eight.notes)
+    assert any("products are derived, 1.8 times as fast" in note for note in eight.notes)
+
+
+def prices_of(run: Run, conditions: Conditions) -> Mapping[str, Price]:
+    return Priceable.of(run, conditions, conditions.known()).priced.prices
+
+
+GEMM, WGRAD, CAST = (
+    f"transformer {name}" for name in ("forward/fc1.gemm", "backward/fc1.wgrad", "forward/fc1.cast")
+)
+
+
+def test_a_device_is_as_much_faster_in_8_bits_as_its_sheet_says(known: Conditions) -> None:
+    """Formats differ, and so do gradients of weights, as they do on an H200, whose sheet says 2."""
+    assert H200.device is not None and H200.device.flops_fp8 is not None
+    half = replace(H200.device, flops_fp8=H200.device.flops_fp8 / 2)
+    slow = replace(H200, device=half)
+    for one in (known, replace(known, profile=None)):
+        bits = {fp8: prices_of(wide(fp8=fp8), one) for fp8 in (None, "current", "blockwise")}
+        gains = {
+            (fp8, name): bits[None][name].seconds / bits[fp8][name].seconds
+            for fp8 in ("current", "blockwise")
+            for name in (GEMM, WGRAD)
+        }
+        assert gains == pytest.approx(
+            {
+                ("current", GEMM): 1.8,
+                ("current", WGRAD): 1.8,
+                ("blockwise", GEMM): 1.68,
+                ("blockwise", WGRAD): 1.37,
+            },
+            rel=1e-2,
+        )
+        slower = prices_of(wide(fp8="current"), replace(one, cluster=slow))
+        for name in (GEMM, WGRAD):
+            assert slower[name].seconds == pytest.approx(2 * bits["current"][name].seconds)
+        assert slower[CAST] == bits["current"][CAST], "bytes are moved as fast"
+
+
+def test_a_profile_in_one_format_of_8_bits_has_not_measured_the_other(known: Conditions) -> None:
+    assert known.profile is not None
+    graphs = tuple(
+        replace(graph, operators=tuple(map(_in_current, graph.operators)))
+        for graph in known.profile.graphs
+    )
+    eight = replace(known, profile=replace(known.profile, graphs=graphs))
+    same, other, none = (prices_of(wide(fp8=fp8), eight) for fp8 in ("current", "blockwise", None))
+    assert same[GEMM].origin == same[WGRAD].origin == "measured"
+    assert same[GEMM].high < same[GEMM].seconds * 1.1
+    for prices, gain in ((other, 1.68), (none, 1.0)):
+        assert prices[GEMM].origin == "derived"
+        assert prices[GEMM].seconds == pytest.approx(same[GEMM].seconds * 1.8 / gain, rel=1e-3)
+        assert prices[GEMM].high == pytest.approx(prices[GEMM].seconds * 1.15)
+
+
+def _in_current(operator: Operator) -> Operator:
+    """The same, as if it had been measured in 8 bits; its time is left as it is."""
+    if operator.name.rpartition(".")[2] not in ("gemm", "dgrad", "wgrad"):
+        return operator
+    return replace(operator, fp8="current", cost=operator.cost / 1.8)
+
+
+def test_saved_slots_are_copied_over_the_link_to_the_host(known: Conditions) -> None:
+    """By the cluster's file, or as the profile has measured it; and there is less to hold."""
+    run = wide(offload=["x"], recompute="full")
+    bare = predict(replace(run, offload=None), known, sketch=True)
+    found = predict(run, known, sketch=True)
+    assert H200.networks is not None and H200.networks.host is not None
+    # Layers and head, micro-batches, tokens, a rank's share of their states.
+    size = 9 * 4 * 8192 * (8192 * 2 / 2)
+    for lane in ("offload", "fetch"):
+        assert found.lanes[lane].busy == pytest.approx(REAL * size / 50e9, rel=0.01)
+    assert found.seconds > bare.seconds and found.lanes["offload"].level == ""
+    assert "offload x" in str(found.choice) and "offload" not in str(bare.choice)
+    name = "transformer+full+offload forward/x.offload"
+    usual, slow, measured = (
+        prices_of(run, one)[name]
+        for one in (known, replace(known, slower={Lane.OFFLOAD: 2.0}), _copied(known, run))
+    )
+    assert usual.origin == "modelled" and usual.high == pytest.approx(1.2 * usual.seconds)
+    assert slow.seconds == pytest.approx(2 * usual.seconds)
+    assert measured.origin == "measured" and measured.seconds == pytest.approx(REAL * 0.25)
+    more = prices_of(replace(run, micro_batch_size=2), _copied(known, run))[name]
+    assert more.origin == "scaled" and more.seconds == pytest.approx(2 * measured.seconds)
+    every = replace(run, offload="all", recompute="none")
+    other = prices_of(every, _copied(known, run))
+    copies = {key: price for key, price in other.items() if key.endswith("lse.offload")}
+    assert copies and {price.origin for price in copies.values()} == {"scaled"}
+    alone = replace(H200, networks=replace(H200.networks, host=None))
+    with pytest.raises(ValueError, match="add `host` with its bandwidth under `networks`"):
+        predict(run, replace(known, cluster=alone))
+    with pytest.raises(ValueError, match="offload names 'z', which no layer has"):
+        predict(replace(run, offload=["z"]), known)
+
+
+def _copied(known: Conditions, run: Run) -> Conditions:
+    """The same with a profile in which copies of a run have been measured: a quarter of a
+    second each."""
+    assert known.profile is not None
+    graphs = [work_of(run).layers[1].forward]
+    keys = {g.fingerprint: {o.name: f"{g}/{o.name}" for o in g.operators} for g in graphs}
+    rows = [Timing(key, None, 0.25, 0.24, 0.27) for own in keys.values() for key in own.values()]
+    lanes = {keys[g.fingerprint][o.name]: o.lane for g in graphs for o in g.operators}
+    old = known.profile
+    profile = replace(
+        old,
+        operators={**old.operators, **keys},
+        lanes={**old.lanes, **lanes},
+        timings=(*old.timings, *rows),
+        graphs=(*old.graphs, *graphs),
+    )
+    return replace(known, profile=profile)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_straggler_casts_and_optimizes_slower_as_well(
+    stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a rank does, and not its operators alone."""
+    run = wide(fp8="current")
+    run = replace(run, topology=replace(run.topology, pp_size=stages, world_size=2 * stages))
+    with_casts, without = {}, {}
+    for times in (1.0, 2.0):
+        conditions = replace(DERIVED, straggler=times)
+        with_casts[times] = predict(run, conditions, sketch=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(step, "beginning", lambda work, machine: 0.0)
+            without[times] = predict(run, conditions, sketch=True).seconds
+    usual, late = (with_casts[times].seconds - without[times] for times in (1.0, 2.0))
+    assert late == pytest.approx(2 * usual) and usual > 0
+    ends = [with_casts[times].stages[0].optimizer for times in (1.0, 2.0)]
+    assert ends[1] == pytest.approx(2 * ends[0]) and ends[0] > 0
 
 
 def test_casts_of_weights_are_once_a_step(known: Conditions) -> None:
@@ -410,6 +541,21 @@ def test_a_schedule_that_is_to_be_searched_is_searched() -> None:
     assert found.seconds <= min(named.values()) * 1.001 and found.choice.schedule == "auto"
     assert any("schedule: the fastest of those with a name" in note for note in found.notes)
     assert whole(found) == pytest.approx([found.seconds] * 2)
+
+
+@pytest.mark.parametrize("by", ["the run's limit", "the device's memory"])
+def test_a_schedule_is_searched_within_the_memory_that_there_is(by: str) -> None:
+    """Also if nobody has said what the stages take."""
+    run = tiny(2, 8, pp_size=2, schedule="auto")
+    free = predict(run, DERIVED)
+    limit = (free.bytes - 10e6) / 0.97
+    assert H200.device is not None
+    small = replace(H200, device=replace(H200.device, memory=limit))
+    if by == "the run's limit":
+        found = predict(replace(run, memory_limit=int(limit)), DERIVED)
+    else:
+        found = predict(run, replace(DERIVED, cluster=small))
+    assert found.bytes <= 0.97 * limit < free.bytes
 
 
 def test_a_cluster_of_links_is_refused_with_those_that_say_more() -> None:

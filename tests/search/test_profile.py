@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dhellam.files import FileError
-from lightning_dhellam.plan import Lane
+from lightning_dhellam.plan import STEP_PREFIX, Graph, Lane, Operator, Strand
 from lightning_dhellam.search.measure import (
     BenchError,
     Profile,
@@ -24,6 +24,7 @@ from lightning_dhellam.search.measure import (
     targets,
 )
 from lightning_dhellam.search.model import Costs
+from tests.plan.graphs import no_launch
 from tests.search.graphs import FINGERPRINT, FakeBench, costs, graphs_of, transformer
 
 
@@ -267,6 +268,27 @@ def test_half_a_profile_is_not_trusted(tmp_path: Path) -> None:
         Profile.load(path)
     with pytest.raises(FileError, match="cannot be read"):
         Profile.load(tmp_path / "absent.json")
+
+
+def test_a_profile_says_in_which_8_bits_an_operator_computes(tmp_path: Path) -> None:
+    """One of an older version did not: it is refused, unless it is of none."""
+    path = tmp_path / "profile.json"
+    profile, _, _ = _measured()
+    weights = f"{STEP_PREFIX}fc1.weight"
+    cast = Operator("fc1.gemm", Lane.COMPUTE, ("x", weights), ("y",), no_launch, fp8="blockwise")
+    graph = Graph("cast", Strand.FORWARD, (cast,), ("x",), ("y",))
+    keys = {**profile.operators, graph.fingerprint: {cast.name: next(iter(profile.lanes))}}
+    for graphs in (profile.graphs, (*profile.graphs, graph)):
+        replace(profile, graphs=graphs, operators=keys).save(path)
+        found = {o.name: o.fp8 for o in Profile.load(path).graphs[-1].operators}
+        old = json.loads(path.read_text()) | {"format": 4}
+        path.write_text(json.dumps(old))
+        if graph in graphs:
+            assert found == {"fc1.gemm": "blockwise"}
+            with pytest.raises(FileError, match="measured in 8 bits by an older version"):
+                Profile.load(path)
+        else:
+            assert not any(found.values()) and Profile.load(path).graphs == profile.graphs
 
 
 def test_a_save_that_fails_leaves_the_old_file(
