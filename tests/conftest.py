@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 
 from megatron.core import parallel_state  # noqa: E402  loads the compiler, or does not
 
+import tests.gloo  # noqa: E402, F401  one thread listens for all groups
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import tests.gloo  # noqa: F401  one thread listens for all groups
+
 # Importing these takes seconds; the fork server pays once and every rank starts from its image,
 # which the last one keeps from being looked through, and so copied, by each rank's collector.
 _PRELOAD = [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,20 @@ def _fail_on_the_last(rank: int) -> None:
 
 def _hang(rank: int) -> None:
     time.sleep(600 if rank == 1 else 0)
+
+
+def _listening(rank: int) -> list[float]:
+    """Threads that listen for groups, while there are four; and what came over the last."""
+    groups = [dist.new_group() for _ in range(3)]
+    value = torch.tensor([rank + 1.0])
+    dist.all_reduce(value, group=groups[-1])
+    tasks = Path("/proc/self/task").glob("*/comm")
+    return [sum("gloo_tcp" in task.read_text() for task in tasks), value.item()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_one_thread_listens_for_all_groups() -> None:
+    assert run_ranks(2, _listening) == [[1, 3.0]] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
