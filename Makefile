@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types
 PYTEST_ARGS ?=
-# Tests at a time. Most start processes of their own, which keep two cores busy.
-JOBS ?= 1
+# Tests at a time. The processes that many start wait for each other half of the time.
+JOBS ?= 2
 
 # On a machine without a GPU the default torch wheel brings gigabytes of CUDA libraries along;
 # TORCH_INDEX=<address of PyTorch's CPU wheels> avoids that.
@@ -32,7 +32,7 @@ demo: $(STAMP)
 
 # One thread per process: tests start several ranks, and their thread pools would fight for the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal) -m 'not gpu' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup --no-loadscope-reorder) -m 'not gpu' $(PYTEST_ARGS)
 
 # mypy cannot follow `package-dir`, so it is shown the tree as it is installed, made of links.
 checks: $(STAMP)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+ROOT = Path(__file__).parent
 # The machine's cores are shared by several ranks; more threads per rank only fight each other.
 torch.set_num_threads(1)
 # Megatron marks functions for torch's compiler, which takes a second to load in each of the many
@@ -20,14 +22,29 @@ from megatron.core import parallel_state  # noqa: E402  loads the compiler, or d
 
 import tests.gloo  # noqa: E402, F401  one thread listens for all groups
 
+_LONGEST = ("strategy", "bench", "checkpoint", "docs", "runner", "engine")
+"""Folders that begin, so that no worker is left alone with them in the end."""
+_TOGETHER = ("docs",)
+"""Folders whose files share what is made once."""
 
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(f) if (f := _folder(item)) in _LONGEST else 99)
+    for item in items:
+        folder = _folder(item)
+        file = folder if folder in _TOGETHER else item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group(file))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT).parts[0]
 
 
 def _leave_nothing() -> Iterator[None]:
