@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import TracebackType
@@ -136,7 +136,13 @@ def _ended(rank: int, process: int, code: int) -> str:
     return f"{who} was killed by {name}, and so all others end{why}"
 
 
-def judge(error: BaseException, rank: int, board: Board | None, parent: int | None) -> None:
+def judge(
+    error: BaseException,
+    rank: int,
+    board: Board | None,
+    parent: int | None,
+    lost: Callable[[], str | None] = lambda: None,
+) -> None:
     """Say why this rank of several fails if no other has, and let Python say nothing more.
 
     Args:
@@ -144,6 +150,7 @@ def judge(error: BaseException, rank: int, board: Board | None, parent: int | No
         rank: of this process.
         board: of the ranks of this node; None where something else has started them.
         parent: process that has started this one as a rank, if one has.
+        lost: which other rank is gone, in words, as far as that is known by now.
     """
     if getattr(error, _JUDGED, None) is not None:
         return
@@ -151,8 +158,8 @@ def judge(error: BaseException, rank: int, board: Board | None, parent: int | No
         if board is not None:
             board.write(f"the end of rank {rank}")  # nothing is wrong with it
         return
-    if _is_lost(error):
-        text = _lost(error, rank, board, parent)
+    if is_lost(error):
+        text = _lost(error, rank, board, parent, lost)
     elif board is None or board.write(f"rank {rank}"):
         text = f"rank {rank} failed{' first' if board is not None else ''}:\n{describe(error)}"
     else:
@@ -179,16 +186,23 @@ def was_said(error: BaseException) -> bool:
     return getattr(error, _JUDGED, None) is True
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Whether an error only says that another rank is no longer there."""
-    if type(error).__module__.startswith("torch.distributed"):
+    module = type(error).__module__
+    if module.startswith("torch.distributed") and "checkpoint" not in module:  # that is of files
         return True
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     return type(error) is RuntimeError and any(sign in str(error) for sign in _LOST)
 
 
-def _lost(error: BaseException, rank: int, board: Board | None, parent: int | None) -> str | None:
+def _lost(
+    error: BaseException,
+    rank: int,
+    board: Board | None,
+    parent: int | None,
+    lost: Callable[[], str | None],
+) -> str | None:
     """What is left to say when another rank is lost: its own message comes first."""
     reason = str(error).partition("\n")[0]
     end = time.monotonic() + _GRACE
@@ -205,6 +219,9 @@ def _lost(error: BaseException, rank: int, board: Board | None, parent: int | No
         time.sleep(0.1)
     if board is not None and (rank or not board.write(f"rank {rank}")):
         return None
+    who = lost()
+    if who is not None:
+        return f"rank {rank} lost {who}: what that one said is the cause ({reason})"
     return (
         f"rank {rank} lost its connection to another rank, which has failed, was killed or did not"
         f" come within the timeout; what that one said is the cause ({reason})"

@@ -8,7 +8,8 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -63,6 +64,39 @@ def run_ranks(
     caused by a `RankTraceback`. ``timeout`` is in seconds; on failure or time-out every process is
     ended before the error is raised.
     """
+    with _started(world_size, function, args, timeout, backend) as (processes, connections):
+        results = _collect(connections, time.monotonic() + timeout, function, timeout)
+        for process in processes:
+            process.join(timeout=10)
+        return results
+
+
+def run_until_ended(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600
+) -> list[int]:
+    """Run ``function(rank, *args)`` where ranks may be killed: how the process of each has ended.
+
+    Raises:
+        TimeoutError: of those that are left none ends within ``timeout`` seconds.
+    """
+    with _started(world_size, function, args, timeout, "gloo") as (processes, _):
+        left = {process.sentinel: rank for rank, process in enumerate(processes)}
+        while left:
+            ended = wait(list(left), timeout=timeout)
+            if not ended:
+                raise TimeoutError(f"ranks {[*left.values()]} do not end in {timeout:.0f} s")
+            for sentinel in ended:
+                del left[sentinel]  # type: ignore[arg-type]
+        for process in processes:
+            process.join()
+        return [process.exitcode or 0 for process in processes]
+
+
+@contextmanager
+def _started(
+    world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float, by: str
+) -> Iterator[tuple[list[ForkServerProcess], list[Connection]]]:
+    """The processes and what they send; none of them is left afterwards."""
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -73,17 +107,14 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world_size, store.port, timeout, backend, sender, function, args),
+                args=(rank, world_size, store.port, timeout, by, sender, function, args),
                 daemon=True,
             )
             process.start()
             sender.close()
             processes.append(process)
             connections.append(receiver)
-        results = _collect(connections, time.monotonic() + timeout, function, timeout)
-        for process in processes:
-            process.join(timeout=10)
-        return results
+        yield processes, connections
     finally:
         for process in processes:
             if process.is_alive():

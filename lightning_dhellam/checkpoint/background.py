@@ -19,10 +19,16 @@ from torch.distributed import ProcessGroup
 
 from lightning_dhellam.checkpoint.staging import Staging
 from lightning_dhellam.checkpoint.writing import Prepared, write
+from lightning_dhellam.files import WriteError
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.groups import group_of_hosts
 from lightning_dhellam.parallel.hosts import Question, ReduceOp
+from lightning_dhellam.parallel.presence import Presence
 from lightning_dhellam.remote import Folder
+
+_LOOK, _PATIENCE = 0.5, 3.0
+"""Seconds after which a rank looks whether all are there, and in which one that is lost may still
+have ended well."""
 
 
 class Background:
@@ -32,12 +38,18 @@ class Background:
         device: that trains.
         group: of all ranks, for values in host memory; None where there are no others.
         own_group: the same ranks, which nothing else uses.
+        presence: of the same ranks.
     """
 
     def __init__(
-        self, device: torch.device, group: ProcessGroup | None, own_group: ProcessGroup | None
+        self,
+        device: torch.device,
+        group: ProcessGroup | None,
+        own_group: ProcessGroup | None,
+        presence: Presence | None = None,
     ) -> None:
         self._group = group
+        self._presence = presence
         self._own_group = own_group
         self._staging = Staging(device)
         self._job: _Job | None = None
@@ -52,7 +64,7 @@ class Background:
         """Copy what is to be written, and begin to write it. Nothing else may be in flight."""
         assert self._job is None
         prepared.stage(self._staging)
-        self._job = _Job(prepared, self._staging, self._own_group)
+        self._job = _Job(prepared, self._staging, self._own_group, self._presence)
 
     def hold(self) -> None:
         """For the end of a step: let the device change nothing that is still being copied."""
@@ -134,8 +146,15 @@ def group_beside(context: ParallelContext, timeout: timedelta) -> ProcessGroup |
 class _Job:
     """A checkpoint in flight. Attributes: its path, and whether it is done, well or not."""
 
-    def __init__(self, prepared: Prepared, staging: Staging, group: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        staging: Staging,
+        group: ProcessGroup | None,
+        presence: Presence | None,
+    ) -> None:
         self.path = prepared.path
+        self._presence = presence
         self._prepared: Prepared | None = prepared
         self._staging = staging
         self._group = group
@@ -174,6 +193,14 @@ class _Job:
             action()
 
     def finish(self) -> None:
-        self._thread.join()
+        # Another rank's thread may have lost the same one and ended, when that rank waits for this
+        # one in a step: so nobody would end.
+        while self._thread.is_alive():
+            self._thread.join(_LOOK)
+            if self._thread.is_alive() and self._presence and self._presence.has_lost(_PATIENCE):
+                raise WriteError(
+                    f"checkpoint {self.path} was not written: this rank has lost"
+                    f" {self._presence.lost}"
+                )
         if self._error is not None:
             raise self._error

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dhellam.failures import is_lost
 from lightning_dhellam.parallel.communicator import Communicator
 from lightning_dhellam.parallel.transport import Transport
 from lightning_dhellam.parallel.work import Once, Work
@@ -237,13 +238,19 @@ def try_together(
 ) -> tuple[Exception | SystemExit | None, list[Failure]]:
     """Do `part` on every rank, and wait for all of them: what went wrong here, and on any rank.
 
-    A rank that raised at once would leave the others waiting for it.
+    A rank that raised at once would leave the others waiting for it. What `part` itself asks other
+    ranks may have lost one: then this rank must not wait for those that wait for it.
+
+    Raises:
+        Exception: a rank is lost.
     """
     mine: Exception | SystemExit | None = None
     failure: Failure | None = None
     try:
         part()
     except (Exception, SystemExit) as error:
+        if is_lost(error):
+            raise
         rank = 0 if group is None else group.rank()
         mine = error
         text = f"rank {rank}: {type(error).__name__}: {error}"

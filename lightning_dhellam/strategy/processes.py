@@ -28,6 +28,7 @@ from lightning_dhellam.failures import Board, fold, judge
 from lightning_dhellam.parallel import Cluster, ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import reduced
 from lightning_dhellam.parallel.nccl import open_queues
+from lightning_dhellam.parallel.presence import Presence, presence_of_world
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.placement import Placement
 from lightning_dhellam.remote import Folder
@@ -84,6 +85,8 @@ class JobStrategy(ParallelStrategy):
     _is_alone: bool | None = None
     _parent_watch: Event | None = None
     _board: Board | None = None
+    _presence: Presence | None = None
+    _failed_by: str | None = None
 
     def check(self, trainer: pl.Trainer, data: Any = None, ckpt_path: Any = None) -> None:
         """Refuse what cannot work, before any process computes."""
@@ -264,9 +267,13 @@ class JobStrategy(ParallelStrategy):
             device_id=device_id,
             **store_of_life(self.timeout),
         )
+        self._presence, self._failed_by = presence_of_world(self.timeout), None
+        if self._presence is not None:
+            self._presence.enter(JobStrategy._runs)
 
     def _say_why(self, error: BaseException) -> None:
         """Let one rank of the job say why it fails."""
+        self._failed_by = type(error).__name__
         launcher = self._launcher
         alone = self._processes == 1 or self.cluster is not None
         if isinstance(launcher, CheckingLauncher):
@@ -277,12 +284,18 @@ class JobStrategy(ParallelStrategy):
         if alone:
             fold(error)
         else:
-            judge(error, self.global_rank, board, parent_of_rank())
+            judge(error, self.global_rank, board, parent_of_rank(), self.lost_rank)
+
+    def lost_rank(self) -> str | None:
+        """Which rank is gone that this run cannot do without, in words; None while none is."""
+        return self._presence.lost if self._presence is not None else None
 
     def _leave(self, *, ended_well: bool) -> None:
         """The run is over: other runs may use the groups if it has left nothing in them."""
         if ended_well and self._parent_watch is not None:
             self._parent_watch.set()
+        if self._presence is not None:
+            self._presence.leave(None if ended_well else self._failed_by or "an error")
         if ended_well and self._note is not None:
             self._note.end()
         if not ended_well and self.cluster is None and self.topology.world_size > 1:

@@ -183,7 +183,9 @@ class SavingStrategy(JobStrategy):
         if self.async_checkpoint:
             context = self.context
             beside = group_beside(context, self.timeout)
-            self._background = Background(context.device, context.host_group, beside)
+            self._background = Background(
+                context.device, context.host_group, beside, self._presence
+            )
         self._keeping = Keeping(trainer, self._after_save, self._in_flight)
 
     def _after_save(self, action: Callable[[], None]) -> None:

@@ -10,23 +10,20 @@ removing. So no moment depends on how fast the machine is, and the same seed dra
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import tempfile
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.checkpoint.staging import Staging
-from tests.ranks import _HOST, _PRELOAD, _rank_main, run_ranks
+from tests.ranks import run_ranks, run_until_ended
 from tests.strategy.runs import Losses, Model, join, loader, make_trainer
 
 STEPS = 5
@@ -119,34 +116,8 @@ def train(world: int, sizes: dict[str, Any], folder: Path) -> tuple[list[Outcome
 
 def train_and_kill(world: int, sizes: dict[str, Any], folder: Path, kill: Kill) -> bool:
     """Train until a rank is killed; whether it was. The others end as they do without it."""
-    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    processes = []
-    for rank in range(world):
-        receiver, sender = context.Pipe(duplex=False)
-        given = (world, sizes, folder, kill)
-        process = context.Process(
-            target=_rank_main,
-            args=(rank, world, store.port, _PATIENCE, "gloo", sender, _train, given),
-            daemon=True,
-        )
-        process.start()
-        sender.close()
-        processes.append((process, receiver))
-    try:
-        left = {process.sentinel for process, _ in processes}
-        while left:
-            ended = wait(list(left), timeout=_PATIENCE)
-            if not ended:
-                raise TimeoutError(f"{len(left)} other ranks do not end in {_PATIENCE:.0f} s")
-            left -= {*ended}  # type: ignore[arg-type]
-        return processes[kill.rank][0].exitcode == -signal.SIGKILL
-    finally:
-        for process, receiver in processes:
-            process.kill()
-            process.join()
-            receiver.close()
+    ends = run_until_ended(world, _train, world, sizes, folder, kill, timeout=_PATIENCE)
+    return ends[kill.rank] == -signal.SIGKILL
 
 
 def goes_on(
