@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -84,7 +85,7 @@ def join(rank: int, world: int) -> None:
 
 
 def make_trainer(
-    strategy: dict[str, Any] | str, callbacks: Sequence[Callback] = (), **options: Any
+    strategy: dict[str, Any] | str | Strategy, callbacks: Sequence[Callback] = (), **options: Any
 ) -> Trainer:
     """A quiet Trainer on all ranks; a dict means DHellamStrategy with these arguments."""
     given: dict[str, Any] = {
@@ -96,7 +97,7 @@ def make_trainer(
         "enable_model_summary": False,
         **options,
     }
-    chosen = strategy if isinstance(strategy, str) else DHellamStrategy(**strategy)
+    chosen = DHellamStrategy(**strategy) if isinstance(strategy, dict) else strategy
     return Trainer(strategy=chosen, callbacks=list(callbacks), **given)
 
 
