@@ -327,9 +327,9 @@ _of_world: tuple[dist.ProcessGroup, Presence] | None = None
 
 
 def presence_of_world(timeout: timedelta) -> Presence | None:
-    """That of all processes of torch.distributed, which is made once; None for a process alone.
+    """The presence of all processes of torch.distributed, made once; None for a process alone.
 
-    Every rank must call this. `timeout` and errors are those of `Presence`.
+    Every rank must call this. `timeout` and errors are as `Presence` has them.
     """
     global _of_world
     world = dist.group.WORLD
