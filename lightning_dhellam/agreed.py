@@ -67,6 +67,8 @@ class AgreedEngine:
         undecided: whether that is to be decided yet.
         chosen: what `use_recompute` was given; None before.
         schedule: name of the order in which stages work, or the path of its file.
+        fp8: how linear layers compute in 8 bits, or None.
+        narrower: options by which more could travel in 8 bits than the run was asked for.
         places: what each of the engine's layers is in the model.
 
     Raises:
@@ -134,6 +136,12 @@ class AgreedEngine:
             fp8=fp8,
             fp8_all_gather=fp8_all_gather,
         )
+        self.fp8 = fp8
+        topology = self._context.topology
+        gathers = fp8 is not None and topology.tp_size > 1 and not fp8_all_gather
+        keys = topology.cp_size > 1 and None in model.config.windows and not context_fp8_keys
+        could = {"fp8_all_gather": gathers, "context_fp8_keys": keys}
+        self.narrower = tuple(name for name, could_be in could.items() if could_be)
         self._exchange = self.exchanges[0]
         self.undecided = recompute == AUTO and not plan.endswith(".json")
         if recompute == AUTO:
@@ -164,6 +172,16 @@ class AgreedEngine:
         The plans are those of the same builder.
         """
         self._exchange = name
+        self._make_anew()
+        self._agree(self._world)
+
+    def travel(self, option: str, *, narrow: bool) -> None:
+        """Let what an option of `narrower` names travel in 8 bits from the next step on, or not.
+
+        Every rank must call this. The plans are those of the same builder.
+        """
+        assert option in self.narrower
+        self._lower = partial(self._lower, **{option: narrow})
         self._make_anew()
         self._agree(self._world)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -59,16 +59,35 @@ class Measuring:
         """
         return together(self._profiled, self._runner.context.world_group)
 
+    def anew(self) -> Profile:
+        """Measure the operators that there are now, whatever file is given. Every rank must.
+
+        Raises:
+            BenchError: an operator could not be timed; it is named.
+            SIGTERMException: a rank was told to end.
+        """
+        engine, everyone = self._runner.engine, self._runner.context.world_group
+        profile = take_profile(
+            engine,
+            self._pieces[0],
+            self._made_for,
+            group=self._group,
+            progress=self._between,
+            reduction=Reduction.of(self._runner.gradient_buffers),
+            others=routings_of(engine, self._pieces, everyone),
+        )
+        transfers = take_transfers(engine, self._runner.context, self.tokens)
+        return replace(profile, transfers=transfers)
+
     def exchange(self, slack: float | None) -> Taken:
         """Take the fastest way for keys and values. Every rank must call this.
 
         `slack` is in bytes, where no limit of memory is given. Raises as `take_fastest` does.
         """
-        reduction = Reduction.of(self._runner.gradient_buffers)
         return take_fastest(
             self._runner,
             self._pieces,
-            partial(self._measure, reduction),
+            self.anew,
             tokens=self.tokens,
             memory_limit=self._options.memory_limit,
             memory_slack=slack,
@@ -84,20 +103,6 @@ class Measuring:
         """Tokens of a micro-batch: ranks may have other batches, but need the same plan."""
         most = torch.tensor([float(self._pieces[0].tokens)])
         return int(largest(most, self._group))
-
-    def _measure(self, reduction: Reduction | None) -> Profile:
-        engine, everyone = self._runner.engine, self._runner.context.world_group
-        profile = take_profile(
-            engine,
-            self._pieces[0],
-            self._made_for,
-            group=self._group,
-            progress=self._between,
-            reduction=reduction,
-            others=routings_of(engine, self._pieces, everyone),
-        )
-        transfers = take_transfers(engine, self._runner.context, self.tokens)
-        return replace(profile, transfers=transfers)
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
@@ -136,7 +141,7 @@ class Measuring:
         if all(of_all_ranks(given is not None, runner.context.world_group)):
             assert isinstance(given, Profile)
             return given
-        profile = self._measure(Reduction.of(runner.gradient_buffers))
+        profile = self.anew()
         if path is not None and runner.context.topology.rank_in_stage == 0:
             profile.save(path)
         return profile

@@ -13,6 +13,7 @@ from lightning_dhellam.autosearch.candidates import REFERENCE, Candidates
 from lightning_dhellam.autosearch.elsewhere import elsewhere
 from lightning_dhellam.autosearch.keeping import plan_file
 from lightning_dhellam.autosearch.measuring import Measuring
+from lightning_dhellam.autosearch.narrower import Memory, offers
 from lightning_dhellam.autosearch.options import Options
 from lightning_dhellam.autosearch.schedules import ScheduleSearch, room_of
 from lightning_dhellam.autosearch.timing import Stopwatch, intervals
@@ -26,7 +27,7 @@ from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Progress, Trials
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.pipeline import links_of
-from lightning_dhellam.search.report import Findings, Outcome, choose, measured
+from lightning_dhellam.search.report import Findings, Offer, Outcome, choose, measured
 
 
 class Session:
@@ -57,6 +58,7 @@ class Session:
         self._to_trace: list[str] = []
         self._spans: dict[str, list[Span]] = {}
         self._schedules: ScheduleSearch | None = None
+        self._offers: list[Offer] = []
         self.exchange = ""
         self.findings: Findings | None = None
         self.skipped = 0
@@ -120,6 +122,18 @@ class Session:
 
             together(solve_or_end, runner.context.world_group)
             found.agree()
+        # A file's profile was given to measure nothing.
+        if options.plans and options.profile is None and runner.agreed.narrower:
+            with self._timed("offers"):
+                self._offers = offers(
+                    runner,
+                    self._pieces,
+                    found,
+                    (self._profile, measuring.anew),
+                    tokens=self._tokens,
+                    memory=Memory(limit, slack if limit is None else None),
+                    ending=measuring.ending_at_once,
+                )
         self._trials = Trials(self.candidates if options.plans else (), options.rounds)
         self._began = time.perf_counter()
         if not options.plans:
@@ -279,6 +293,7 @@ class Session:
             self._seconds,
             self._reference,
             walked,
+            self._offers,
         )
 
     def _use(self, name: str) -> None:

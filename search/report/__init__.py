@@ -1,6 +1,7 @@
 """What a search shows: tables, traces, and folders with all of it; pictures on demand."""
 
 from lightning_dhellam.search.report.findings import Findings
+from lightning_dhellam.search.report.offers import Offer
 from lightning_dhellam.search.report.outcomes import (
     Outcome,
     choose,
@@ -14,6 +15,7 @@ from lightning_dhellam.search.report.trace import save_trace
 
 __all__ = [
     "Findings",
+    "Offer",
     "Outcome",
     "Walked",
     "choose",

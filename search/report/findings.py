@@ -12,6 +12,7 @@ from lightning_dhellam.plan import Lane, Strand
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.search.measure import Profile, range_of
 from lightning_dhellam.search.model import Interval, Simulation, Timeline
+from lightning_dhellam.search.report.offers import Offer
 from lightning_dhellam.search.report.outcomes import Outcome, summary, time_text
 from lightning_dhellam.search.report.schedules import Walked
 from lightning_dhellam.search.report.trace import save_trace
@@ -38,6 +39,7 @@ class Findings:
         reference: plan to compare with in pictures.
         schedule: the pipeline's schedule, if it was searched; with it the outcomes of plans are
             those under the one that the run began with.
+        offers: options that were measured and not taken, since they change what is computed.
     """
 
     profile: Profile
@@ -51,6 +53,7 @@ class Findings:
     seconds: Mapping[str, float]
     reference: str = "sequential"
     schedule: Walked | None = None
+    offers: Sequence[Offer] = ()
 
     def __str__(self) -> str:
         spent = ", ".join(f"{part} {time_text(seconds)}" for part, seconds in self.seconds.items())
@@ -64,7 +67,8 @@ class Findings:
 
     @property
     def remarks(self) -> list[str]:
-        """How good the plans are, by which schedule, and how far times depend on routings."""
+        """How good the plans are, by which schedule, how far times depend on routings, and what
+        options would bring."""
         remarks = [str(self.solution.main)]
         if self.schedule is not None:
             remarks.append(str(self.schedule))
@@ -74,7 +78,7 @@ class Findings:
                 f"by {len(self.profile.routings)} routings of this run what experts do takes"
                 f" {found[0]:.2f} to {found[1]:.2f} of its mean"
             )
-        return remarks
+        return [*remarks, *map(str, self.offers)]
 
     def metrics(self) -> dict[str, float]:
         """Return numbers for a logger: `search/auto/measured_ms` and the like."""
@@ -88,6 +92,10 @@ class Findings:
             found[f"{name}/exposed_ms"] = sum(outcome.exposed.values()) * 1e3
             if outcome.measured is not None:
                 found[f"{name}/measured_ms"] = outcome.measured * 1e3
+        for offer in self.offers:
+            name = f"search/{offer.option.partition('=')[0]}"
+            found[f"{name}/predicted_ms"] = offer.seconds * 1e3
+            found[f"{name}/gain"] = offer.gain
         for outcome in self.schedule.outcomes if self.schedule is not None else ():
             name = f"search/schedule/{outcome.name}"
             found[f"{name}/predicted_ms"] = outcome.predicted * 1e3
@@ -116,6 +124,8 @@ class Findings:
                 "reasons": dict(self.schedule.reasons),
                 "outcomes": [asdict(outcome) for outcome in self.schedule.outcomes],
             }
+        if self.offers:
+            found["offers"] = [asdict(offer) for offer in self.offers]
         save_text(folder / "outcomes.json", put_in_lines({**found, "outcomes": rows}))
         timelines = {f"{name}, measured": rows for name, rows in self.measured.items()}
         for name in dict.fromkeys((self.reference, self.winner)):
