@@ -18,12 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dhellam.engine import Engine
+from lightning_dhellam.engine.lanes import CYCLES
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, receive, send
 from lightning_dhellam.parallel.work import Work
+from lightning_dhellam.plan import Collective
 from lightning_dhellam.plan.placement import Edge
 from lightning_dhellam.search.measure import Transfer
 
+_LEAD = 0.02
+"""Seconds for which a device sleeps while its host issues what is timed: messages take a host so
+long that they would seem to take it from compute."""
 _SHARES = (1.0, 0.25)
 """Of the bytes of a message: from two sizes a bandwidth and a latency follow."""
 _ROUNDS = 5
@@ -60,8 +65,15 @@ def take_transfers(engine: Engine, context: ParallelContext, tokens: int) -> tup
             times = torch.tensor(timer.exchanged(other, count), dtype=torch.float64)
             seconds, beside, takes = largest(times, context.stage_group).tolist()
             if other is not None:
-                found.append(Transfer(stage, other, float(count), seconds, beside, takes))
+                spins = _spins(context, stage, other)
+                found.append(Transfer(stage, other, float(count), seconds, beside, takes, spins))
     return tuple(found)
+
+
+def _spins(context: ParallelContext, stage: int, other: int) -> bool:
+    """Whether a receive from another stage keeps more than a thread of a device that waits."""
+    edge = next(context.edges[edge] for edge in context.edges if edge[:2] == (other, stage))
+    return edge.processors(Collective.EXCHANGE) > 1
 
 
 def _turns(edges: Iterable[Edge]) -> list[list[tuple[int, int]]]:
@@ -167,6 +179,7 @@ class _Timer:
         start, done, *ends = (
             torch.cuda.Event(enable_timing=True) for _ in range(2 + len(self._streams))
         )
+        torch.cuda._sleep(round(_LEAD * CYCLES))
         start.record()
         for stream in self._streams:
             stream.wait_event(start)

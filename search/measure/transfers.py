@@ -16,6 +16,8 @@ class Transfer:
         seconds: seconds from its start until it is there, while neither stage computes.
         beside: seconds of the same while both compute.
         takes: share of compute that it takes meanwhile.
+        spins: whether a receive takes that share from its posting on, as kernels of NCCL do, and
+            not only while bytes come.
     """
 
     source: int
@@ -24,3 +26,4 @@ class Transfer:
     seconds: float
     beside: float
     takes: float = 0.0
+    spins: bool = True

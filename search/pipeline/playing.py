@@ -146,7 +146,8 @@ def wires_of(
             carry[chunk, column] = costs.bytes_sent(work) / carries.bandwidth
             late[chunk, column] = carries.latency
     takes = max(one.takes for one in used)
-    return rule.Wires(np.array(place), carry, late, takes, POSTED_AHEAD, lead)
+    spins = any(one.spins for one in used if one.takes)
+    return rule.Wires(np.array(place), carry, late, takes, spins, POSTED_AHEAD, lead)
 
 
 def _visits(schedule: Schedule, costs: VisitCosts) -> rule.Visits:

@@ -44,6 +44,7 @@ class Wires(NamedTuple):
         carry: seconds for which the result of each chunk, forward and backward, is on a link.
         late: seconds more until it is there.
         takes: share of compute that a transfer takes from both of its stages.
+        spins: whether a receive takes it from its posting on.
         posted: walks between the posting of a receive and the walk that needs it.
         lead: walks after which a stage waits for the end of what it has sent; 0 if it never does.
     """
@@ -52,6 +53,7 @@ class Wires(NamedTuple):
     carry: Array
     late: Array
     takes: float
+    spins: bool
     posted: int
     lead: int
 
@@ -143,6 +145,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
     what it needs; the start of a visit, or of a transfer.
     """
     offsets, place, takes = visits.offsets, wires.place, wires.takes
+    spins = takes > 0.0 and wires.spins
     seconds, ready = visits.seconds, visits.ready
     stages, count = len(offsets) - 1, len(seconds)
     needs, makes, sent = results(visits, wires, micro_batches)
@@ -170,7 +173,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
                 post[result] = _before(first, visit, wires.posted, offsets[stage])
                 if post[result] >= 0:
                     posts[post[result], strand] = result
-                else:
+                elif spins:
                     spinning[stage] += 1
     unsent, gone = np.zeros(count, np.int64), np.zeros(count)
     waiting, many = np.empty(total, np.int64), 0  # transfers that could begin
@@ -232,12 +235,13 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
             gone[visit] = max(gone[visit], end)
             changed[chosen] = changed[target] = True
             if takes:
-                if not spinning[chosen]:
-                    _slow(
-                        chosen, max(best, slow[chosen]), end, takes, at, offsets, makes, made, free
-                    )
+                for stage in (chosen, target):
+                    if not spinning[stage]:
+                        begins = max(best, slow[stage])
+                        _slow(stage, begins, end, takes, at, offsets, makes, made, free)
                 slow[chosen] = max(slow[chosen], end)
-                slow[target] = max(slow[target], here[result])
+                slow[target] = max(slow[target], here[result] if spins else end)
+            if spins:
                 spinning[target] -= 1
                 if not spinning[target]:
                     _slow(target, slow[target], np.inf, -takes, at, offsets, makes, made, free)
@@ -252,7 +256,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
                 if made[result] < np.inf:
                     waiting[many] = result
                     many += 1
-                if takes:
+                if spins:
                     if not spinning[chosen]:
                         begins = max(best, slow[chosen])
                         _slow(chosen, begins, np.inf, takes, at, offsets, makes, made, free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -192,6 +193,10 @@ def test_a_link_follows_from_two_sizes_and_none_from_nothing() -> None:
 
     assert links_of([]) == {}
     assert links_of([row(100.0, 2.0, 0.3), row(20.0, 1.2, 0.1)]) == {(0, 1): Link(100.0, 1.0, 0.3)}
+    of_large = links_of([row(100.0, 2.0, 0.1), row(20.0, 1.2, 0.8)])[0, 1]
+    assert of_large.takes == 0.1, "what a short one takes is small beside what a host disturbs"
+    by_engine = [replace(row(100.0, 2.0, 0.3), spins=False), row(20.0, 1.2)]
+    assert links_of(by_engine) == {(0, 1): Link(100.0, 1.0, 0.3, spins=False)}
     assert links_of([row(100.0, 2.0)]) == {(0, 1): Link(50.0)}
     assert links_of([row(100.0, 2.0), row(20.0, 3.0)]) == {(0, 1): Link(50.0)}, "noise"
     assert links_of([row(100.0, 2.0), row(50.0, 0.5)]) == {(0, 1): Link(50.0)}, (
@@ -271,10 +276,24 @@ def test_transfers_slow_what_runs_beside_them_and_no_more() -> None:
     assert beside.seconds == pytest.approx(11.0)
 
 
+def test_a_receive_that_does_not_spin_takes_compute_while_bytes_come() -> None:
+    """Stage 0: 0F0 0-1, 0F1 1-2.5, beside the sending of 0F0 from 1 to 2. Stage 1: 1F0 2-3, 1B0
+    3-5.5, beside the receive of 0F1 from 2.5 to 3.5; 1F1 5.5-7, beside the sending of 1B0 to 6.5;
+    1B1 7-9. Stage 0 again: 0B0 6.5-8.5, 0B1 10-12."""
+    costs = UniformCosts(message=1.0)
+    played = play(one_f_one_b(2, 2), costs, Link(1.0, takes=0.5, spins=False))
+    assert starts(played) == [pytest.approx([0, 1, 6.5, 10]), pytest.approx([2, 3, 5.5, 7])]
+    assert played.seconds == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize("spins", [True, False])
 @pytest.mark.parametrize("make", EVERY)
-def test_what_transfers_take_of_compute_never_helps(make: Make) -> None:
+def test_what_transfers_take_of_compute_never_helps(make: Make, spins: bool) -> None:
     costs = UniformCosts(1.0, 1.1, 0.7, both=2.5, message=0.3)
-    steps = [play(make(3, 9), costs, Link(2.0, 0.1, takes)) for takes in (0.0, 0.1, 0.3)]
+    steps = [play(make(3, 9), costs, Link(2.0, 0.1, takes, spins)) for takes in (0.0, 0.1, 0.3)]
+    if not spins:
+        spinning = play(make(3, 9), costs, Link(2.0, 0.1, 0.3))
+        assert steps[-1].seconds <= spinning.seconds + 1e-9
     assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
     assert [sum(step.share("transfer")) for step in steps] == sorted(
         sum(step.share("transfer")) for step in steps
