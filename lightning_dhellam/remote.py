@@ -66,6 +66,17 @@ class RemotePath:
         return self._files
 
     @property
+    def is_of_one_process(self) -> bool:
+        """Whether each process has files of its own there, also under a cache or a prefix."""
+        files = self._files
+        while files is not None:
+            names = files.protocol
+            if _PROCESS in ([names] if isinstance(names, str) else names):
+                return True
+            files = getattr(files, "fs", None)
+        return False
+
+    @property
     def name(self) -> str:
         """The last part of the path."""
         return self._path.name
@@ -150,16 +161,17 @@ def place_of(path: str | os.PathLike[str], given: str = "", processes: int = 1) 
         return local_path(spelt, given)
     except ValueError:
         scheme = spelt.partition("://")[0]
-    if scheme == _PROCESS and processes > 1:
-        raise ValueError(
-            f"{given or spelt}: {scheme}:// is the memory of one process, and {processes} write"
-            " their parts there: give a folder that all of them see"
-        )
     try:
-        return RemotePath(spelt)
+        place = RemotePath(spelt)
     except (ImportError, ValueError) as error:
         reason = f"{error}".strip().rstrip(".")
         raise ValueError(
             f"{given or spelt}: {scheme}:// cannot be used ({reason}): install the package of that"
             " file system, or give a folder that all nodes see"
         ) from error
+    if place.is_of_one_process and processes > 1:
+        raise ValueError(
+            f"{given or spelt}: {scheme}:// is the memory of one process, and {processes} have"
+            " their parts there: give a folder that all of them see"
+        )
+    return place

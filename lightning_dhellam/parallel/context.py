@@ -241,6 +241,11 @@ class ParallelContext:
         )
 
     @property
+    def processes(self) -> int:
+        """How many processes there really are: of an emulated cluster one."""
+        return 1 if self.emulated or self.planned else self.topology.world_size
+
+    @property
     def world_group(self) -> ProcessGroup | None:
         """All ranks; None where the others do not exist."""
         return None if self.emulated else dist.group.WORLD

@@ -152,7 +152,16 @@ class EmulatedGroup(dist.ProcessGroup):
 
 
 def join(rank: int, world_size: int) -> None:
-    """Initialise torch.distributed as a rank of a world without other processes."""
+    """Initialise torch.distributed as a rank of a world without other processes.
+
+    Raises:
+        ValueError: it is initialised already.
+    """
+    if dist.is_initialized():
+        raise ValueError(
+            "emulate=... makes another world of this process than the one it is in, of an earlier"
+            " run: call torch.distributed.destroy_process_group() before, or use another process"
+        )
     if BACKEND.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(BACKEND, _make, devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=world_size)

@@ -385,7 +385,7 @@ class Runner(ForwardRunner):
         return load(self._place(path), self.model, self._stepped, self.settings, resume_settings)
 
     def _place(self, path: Path | str) -> Folder:
-        return place_of(path, processes=self.context.topology.world_size)
+        return place_of(path, processes=self.context.processes)
 
     @property
     def _stepped(self) -> ModelParallelOptimizer | None:

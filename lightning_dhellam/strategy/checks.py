@@ -156,13 +156,13 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )
     for callback in getattr(trainer, "callbacks", ()):
         _check_callback(callback)
-    if trainer.state.fn is TrainerFn.FITTING:
-        _check_places(trainer)
 
 
-def _check_places(trainer: pl.Trainer) -> None:
-    """Refuse folders that cannot be used: checkpoints may be on any file system of fsspec's."""
-    root, processes = trainer.default_root_dir, trainer.world_size
+def check_places(trainer: pl.Trainer, processes: int) -> None:
+    """Refuse folders that a run cannot save in: they may be on any file system of fsspec's."""
+    if trainer.state.fn is not TrainerFn.FITTING:
+        return
+    root = trainer.default_root_dir
     local_path(root, f"default_root_dir={root}")
     for callback in trainer.checkpoint_callbacks:
         folder = getattr(callback, "dirpath", None)
@@ -269,7 +269,7 @@ def check_plan_file(plan: str, conditions: Mapping[str, Any]) -> None:
 
 
 def check_ckpt_path(
-    path: Any, config: ModelConfig, *, training: bool, resume_settings: str
+    path: Any, config: ModelConfig, processes: int, *, training: bool, resume_settings: str
 ) -> None:
     """Refuse the path of a checkpoint that is none, or is of another model than `config`.
 
@@ -277,7 +277,7 @@ def check_ckpt_path(
     """
     spelt = os.fspath(path) if path else ""
     if spelt and spelt.split(":")[0] not in _RESOLVED_BY_LIGHTNING:
-        path = place_of(spelt, f"ckpt_path={spelt}")
+        path = place_of(spelt, f"ckpt_path={spelt}", processes)
         check_model(path, config, training=training, resume_settings=resume_settings)
 
 

@@ -131,8 +131,8 @@ class JobStrategy(ParallelStrategy):
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
-    def _processes(self) -> int:
-        """Processes of the job."""
+    def processes(self) -> int:
+        """Processes of the job, before they have started as well; one that emulates is alone."""
         if is_placed(self.cluster_environment):
             assert self.cluster_environment is not None
             return self.cluster_environment.world_size()
@@ -146,7 +146,7 @@ class JobStrategy(ParallelStrategy):
             ValueError: the sizes do not fit the number of processes.
         """
         return Topology(
-            world_size=self.cluster.world_size if self.cluster is not None else self._processes,
+            world_size=self.cluster.world_size if self.cluster is not None else self.processes,
             tp_size=self.tensor_parallel_size,
             pp_size=self.pipeline_parallel_size,
             cp_size=self.context_parallel_size,
@@ -194,7 +194,7 @@ class JobStrategy(ParallelStrategy):
         accept(type(self), self.cluster_environment)
         _ = self.topology  # refuses sizes that do not fit
         if self.cluster is not None:
-            checks.check_emulation(self._processes)
+            checks.check_emulation(self.processes)
 
     @override
     def setup_environment(self) -> None:
@@ -248,7 +248,7 @@ class JobStrategy(ParallelStrategy):
         assert environment is not None
         if not is_placed(environment):
             environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            environment.set_world_size(self._processes)
+            environment.set_world_size(self.processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _join_processes(self) -> None:
@@ -275,7 +275,7 @@ class JobStrategy(ParallelStrategy):
         """Let one rank of the job say why it fails."""
         self._failed_by = type(error).__name__
         launcher = self._launcher
-        alone = self._processes == 1 or self.cluster is not None
+        alone = self.processes == 1 or self.cluster is not None
         if isinstance(launcher, CheckingLauncher):
             alone = alone or launcher.board is None  # nobody else has been started
             board = launcher.board

@@ -135,7 +135,7 @@ class SavingStrategy(JobStrategy):
             checkpoint_files.write(prepared, checkpoint_files.host_group(self.context))
 
     def _place(self, spelt: str) -> Folder:
-        return place_of(spelt, processes=self.context.topology.world_size)
+        return place_of(spelt, processes=self.context.processes)
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the checkpoint that is being written is complete. Every rank must call this.

@@ -242,6 +242,7 @@ class DHellamStrategy(SettingUpStrategy):
             ValueError: with the value, the rule and the remedy.
         """
         checks.check_trainer(trainer)
+        checks.check_places(trainer, self.processes)
         checks.check_module(
             trainer.lightning_module, self.topology, self.placement(), self.pipeline_split
         )
@@ -252,6 +253,7 @@ class DHellamStrategy(SettingUpStrategy):
         checks.check_ckpt_path(
             ckpt_path,
             self._module.model_config,
+            self.processes,
             training=trainer.state.fn is TrainerFn.FITTING,
             resume_settings=self.resume_settings,
         )

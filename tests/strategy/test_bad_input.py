@@ -389,7 +389,7 @@ def test_a_plan_file_of_another_model_is_refused_at_launch(
 
 @pytest.mark.parametrize("path", [None, "", "last", "hpc", "registry:model:1"])
 def test_a_checkpoint_that_lightning_looks_for_is_not_checked_at_launch(path: str | None) -> None:
-    check_ckpt_path(path, SHAPE, training=True, resume_settings="checkpoint")
+    check_ckpt_path(path, SHAPE, 1, training=True, resume_settings="checkpoint")
 
 
 @pytest.mark.parametrize(

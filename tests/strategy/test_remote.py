@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import fsspec
 import pytest
+import torch
+import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from lightning.pytorch import Callback, Trainer
@@ -16,6 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dhellam.checkpoint.description import TOPOLOGY, read_topology
 from lightning_dhellam.commands.main import main
+from lightning_dhellam.parallel import Cluster
+from lightning_dhellam.parallel.emulate import Link
 from lightning_dhellam.remote import RemotePath, place_of
 from lightning_dhellam.runner import Runner
 from tests.ranks import run_ranks
@@ -23,6 +28,7 @@ from tests.strategy.runs import SHAPE, Losses, Model, join, loader, make_trainer
 
 STEPS = 4
 ROOT = "memory://runs/here"
+SHAPE_OF_ONE = replace(SHAPE, num_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +118,57 @@ def test_a_flipped_byte_is_named_and_the_newest_whole_one_goes_on() -> None:
     assert len(seen.values) == 1
 
 
+@pytest.mark.parametrize(
+    ("folder", "path", "said"),
+    [
+        ("memory://x", None, r"ModelCheckpoint\(dirpath='memory://x'\)"),
+        ("simplecache::memory://x", None, r"ModelCheckpoint\(dirpath='simplecache::memory://x'\)"),
+        (None, "memory://x/a.ckpt", r"ckpt_path=memory://x/a\.ckpt"),
+    ],
+)
+def test_several_processes_are_refused_the_memory_of_one_before_they_start(
+    folder: str | None, path: str | None, said: str
+) -> None:
+    keeps = [] if folder is None else [_keep(folder)]
+    started = mock.patch("subprocess.Popen", side_effect=AssertionError("a process starts"))
+    with started, pytest.raises(ValueError, match=f"{said}: .*is the memory of one process, and 2"):
+        trainer = make_trainer({}, keeps, devices=2, enable_checkpointing=bool(keeps))
+        trainer.fit(Model(num_layers=1), loader({}), ckpt_path=path)
+    if path is not None:
+        with started, pytest.raises(ValueError, match=said):
+            trainer = make_trainer({}, devices=2)
+            trainer.validate(Model(num_layers=1), loader({}), ckpt_path=path)
+
+
+def test_a_rank_of_an_emulated_cluster_goes_on_from_memory() -> None:
+    path = f"{ROOT}/a.ckpt"
+    _fit({}, steps=2).save_checkpoint(path)
+    begun = Begun()
+    cluster = Cluster(4, {lane: Link(1e9) for lane in ("tp", "dp")}, rank=3)
+    trainer = make_trainer({"emulate": cluster, "tensor_parallel_size": 2}, [begun], max_steps=3)
+    with pytest.raises(ValueError, match=r"emulate=.* of an earlier run: call torch"):
+        trainer.fit(Model(num_layers=1), loader({}), ckpt_path=path)
+    dist.destroy_process_group()
+    trainer.fit(Model(num_layers=1), loader({}), ckpt_path=path)
+    assert begun.step == 2
+    with Runner.create(SHAPE_OF_ONE, "cpu", micro_batch_size=1) as runner:
+        runner.load(path)
+        name = "embedding.word_embeddings.weight"
+        whole = dict(runner.model.named_parameters())[name]
+        assert torch.equal(begun.weights[name], whole[len(whole) // 2 :])
+
+
+class Begun(Callback):
+    """Notes the step that a run goes on from, and its weights then."""
+
+    step = -1
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        self.step = trainer.global_step
+        named = module.model.named_parameters()
+        self.weights = {name: parameter.detach().clone() for name, parameter in named}
+
+
 class _Shelf(LocalFileSystem):
     """Files of this machine in which nothing can be renamed, as in an object store."""
 
@@ -185,7 +242,7 @@ def test_what_fsspec_cannot_use_is_refused_by_name() -> None:
     missing = mock.patch("fsspec.core.url_to_fs", side_effect=ImportError("Install s3fs"))
     with missing, pytest.raises(ValueError, match=r"--to: s3:// cannot be used \(Install s3fs\)"):
         place_of("s3://a", "--to")
-    with pytest.raises(ValueError, match="memory of one process, and 2 write"):
+    with pytest.raises(ValueError, match="memory of one process, and 2 have"):
         place_of("memory://a", processes=2)
     assert place_of("memory://a/b") == RemotePath("memory://a/b") != RemotePath("memory://a/c")
     assert place_of("a/b") == Path("a/b") and str(RemotePath("memory://a") / "b") == "memory://a/b"
