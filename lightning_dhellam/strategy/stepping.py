@@ -159,8 +159,11 @@ class SteppingStrategy(SavingStrategy):
         if self._skipping is not None and self._losses_left:
             self._skipping.trains()
         if self._watch is not None and not self._watch.has_begun:
-            samples, length = self.runner.in_our_words(batch)["tokens"].shape
-            self._watch.begin(self.runner, self._module, samples, length)
+            words = self.runner.in_our_words(batch)
+            tokens = words.get("tokens") if isinstance(words, Mapping) else None
+            shape = tokens.shape if isinstance(tokens, Tensor) else ()
+            if len(shape) == 2:  # what is none is refused by the runner, by name
+                self._watch.begin(self.runner, self._module, *shape)
         loss = self.runner.train(batch, step=self._module.trainer.global_step)
         self._losses_left = 0 if self._losses_left else None
         return loss
