@@ -8,6 +8,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_dhellam.importing import uncollected
+
 if TYPE_CHECKING:
     from lightning_dhellam.module import DualStrandMixin, LanguageModel
     from lightning_dhellam.strategy import DHellamStrategy
@@ -29,7 +31,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    with uncollected():
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -38,7 +38,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "parallel",
         "plan remote",
         "failures files kernels late leftovers optimizing precision recipes values versions",
-        "nearest",
+        "importing nearest",
     )
 )
 """Rooms from the top floor down; those of one floor do not know each other."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from lightning_dhellam.importing import uncollected
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
@@ -57,22 +59,23 @@ def configuration(words: list[str]) -> dict[str, Any]:
 
 def _lightning(words: list[str], *, keep: bool, run: bool) -> Any:
     """LightningCLI, when it has run the subcommand, or only read what it is configured by."""
-    import lightning
-    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelSummary
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-    from lightning.pytorch.loggers import Logger
-    from lightning.pytorch.strategies import Strategy
+    with uncollected():
+        import lightning
+        from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+        from lightning.pytorch.callbacks import ModelSummary
+        from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+        from lightning.pytorch.loggers import Logger
+        from lightning.pytorch.strategies import Strategy
 
-    import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
-    from lightning_dhellam.callbacks import PredictionWriter, SaveEnd
-    from lightning_dhellam.commands.configuration import (
-        check_devices,
-        prepared,
-        refuse_blanks,
-    )
-    from lightning_dhellam.commands.mistakes import one_line
-    from lightning_dhellam.displays import displays
+        import lightning_dhellam.strategy  # noqa: F401  registers the strategy by name
+        from lightning_dhellam.callbacks import PredictionWriter, SaveEnd
+        from lightning_dhellam.commands.configuration import (
+            check_devices,
+            prepared,
+            refuse_blanks,
+        )
+        from lightning_dhellam.commands.mistakes import one_line
+        from lightning_dhellam.displays import displays
 
     # A user's own module lies where he is; an installed one of that name goes before it.
     if os.getcwd() not in sys.path:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lightning_dhellam import __version__
 from lightning_dhellam.failures import fold, is_ours, was_said
 from lightning_dhellam.files import WriteError
+from lightning_dhellam.importing import uncollected
 
 
 class Command(NamedTuple):
@@ -32,7 +33,8 @@ class Command(NamedTuple):
     def run(self, name: str, words: list[str]) -> int:
         """Carry it out. Returns the exit code."""
         module, _, function = self.function.partition(":")
-        loaded = getattr(import_module(f"lightning_dhellam.{module}"), function)
+        with uncollected():
+            loaded = getattr(import_module(f"lightning_dhellam.{module}"), function)
         return loaded([name, *words] if self.takes_name else words)
 
 

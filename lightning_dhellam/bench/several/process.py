@@ -21,6 +21,7 @@ from lightning_dhellam.bench.processes import end_with_parent
 from lightning_dhellam.bench.report import device_name
 from lightning_dhellam.bench.several.job import JOB, MEGATRON, RESULT, Job
 from lightning_dhellam.files import save_text
+from lightning_dhellam.importing import uncollected
 from lightning_dhellam.parallel.nccl import open_queues
 
 _POLL = 0.05
@@ -32,10 +33,12 @@ def main(folder: Path, side: str) -> None:
     warnings.simplefilter("ignore")
     end_with_parent()
     if side == MEGATRON:
-        from lightning_dhellam.bench.several.megatron import measure
+        with uncollected():
+            from lightning_dhellam.bench.several.megatron import measure
     else:
         open_queues()  # before anything starts CUDA
-        from lightning_dhellam.bench.several.ours import measure
+        with uncollected():
+            from lightning_dhellam.bench.several.ours import measure
     while not (folder / JOB).exists():
         time.sleep(_POLL)
     job = Job.load(folder / JOB)

@@ -1,0 +1,1 @@
+"""Scripts and results of hosts with several GPUs."""
