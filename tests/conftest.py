@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+# What is imported and collected is no garbage, and is not looked through for any, now or later.
+gc.disable()
 
 ROOT = Path(__file__).parent
 # The machine's cores are shared by several ranks; more threads per rank only fight each other.
@@ -41,6 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _folder(item: pytest.Item) -> str:
