@@ -37,6 +37,10 @@ class Holding:
 
     Attributes:
         inner: the user's optimizer.
+        context: groups of this rank.
+        parameter_names: of the model's parameters.
+        sharded: whether Megatron's distributed optimizer wraps it.
+        has_masters: whether it steps fp32 copies of 16-bit parameters.
         megatron: what wraps it.
         skipping: what leaves a step out.
         buffers: of what is stepped.
@@ -59,16 +63,16 @@ class Holding:
     ) -> None:
         self.inner = optimizer
         self.members: list[list[Tensor]] = [list(g["params"]) for g in optimizer.param_groups]
-        self._context = context
-        self._parameter_names = names
-        self._sharded = sharded
-        self._has_masters = master_weights
+        self.context = context
+        self.parameter_names = names
+        self.sharded = sharded
+        self.has_masters = master_weights
         self._shown: list[list[Tensor]] | None = None
         self.take(buffers)
 
     def take(self, buffers: GradientBuffers) -> None:
         """Let it step the parameters that have a buffer. All others of the user's groups rest."""
-        optimizer, context, names = self.inner, self._context, self._parameter_names
+        optimizer, context, names = self.inner, self.context, self.parameter_names
         held = set(map(id, buffers.ddp.params_with_grad))
         groups = [
             [names.get(p, f"{UNNAMED}{i} of group {g}") for i, p in enumerate(members)]
@@ -84,24 +88,24 @@ class Holding:
             both = zip(members, of_group, strict=True)
             own.append([name for p, name in both if id(p) in held])
         config = OptimizerConfig(
-            bf16=self._has_masters,
-            use_distributed_optimizer=self._sharded,
+            bf16=self.has_masters,
+            use_distributed_optimizer=self.sharded,
             # Clipping is done here: Megatron's reads the norm on the host in every step.
             clip_grad=0.0,
         )
         with context.megatron():
             self.megatron = wrap(
-                optimizer, config, buffers, context, self._sharded, self._has_masters
+                optimizer, config, buffers, context, self.sharded, self.has_masters
             )
         self.buffers = buffers
-        self.parts = parts(self.megatron, names) if self._sharded else {}
-        self.names = Names(stepped(self.megatron, names) if self._sharded else own, groups)
+        self.parts = parts(self.megatron, names) if self.sharded else {}
+        self.names = Names(stepped(self.megatron, names) if self.sharded else own, groups)
         self.models = weights_of(self.megatron)
         self._own = [group["params"] for group in optimizer.param_groups]
         for group, members in zip(optimizer.param_groups, self.members, strict=True):
             group["params"] = list(members)
         self.weights = StepsFollow(
-            self.megatron, buffers, sharded=self._sharded, master_weights=self._has_masters
+            self.megatron, buffers, sharded=self.sharded, master_weights=self.has_masters
         )
         self.skipping = SkippingOptimizer(optimizer, context.device)
         self.megatron.optimizer = self.skipping
@@ -153,9 +157,9 @@ class Holding:
         held = self.buffers.ddp.params_with_grad
         return Form(
             stepped=self.stepped_names,
-            trained={self._parameter_names[parameter] for parameter in held},
+            trained={self.parameter_names[parameter] for parameter in held},
             parts=self.parts,
-            masters=self._has_masters,
+            masters=self.has_masters,
             groups=self.names.groups,
         )
 
@@ -164,16 +168,16 @@ class Holding:
         state = self.inner.state
         return {
             "state": {name: state[p] for name, p in stepped if p in state},
-            "master_weights": {n: p.detach() for n, p in stepped} if self._has_masters else {},
+            "master_weights": {n: p.detach() for n, p in stepped} if self.has_masters else {},
             "parts": self.parts,
         }
 
     def whole_state(self) -> State:
         """The whole state of every parameter, from all ranks that hold it."""
-        saved, ranks = self._by_name(), self._context.groups
+        saved, ranks = self._by_name(), self.context.groups
         whole: State = {}
         for of_experts, group in ((False, ranks.dp_cp), (True, ranks.expt_dp)):
-            named = self._parameter_names.items()
+            named = self.parameter_names.items()
             shapes = {name: p.shape for p, name in named if is_expert(p) is of_experts}
-            whole |= whole_state(saved, shapes, group if self._sharded else None)
+            whole |= whole_state(saved, shapes, group if self.sharded else None)
         return whole

@@ -79,10 +79,6 @@ class ModelParallelOptimizer:
             sharded=sharded,
             master_weights=master_weights,
         )
-        self._context = context
-        self._parameter_names = names
-        self._has_masters = master_weights
-        self._sharded = sharded
         tells = context.topology.rank == 0
         self._skipped = SkippedSteps(context.device, max_skipped_steps, tells=tells)
         self.loss_scale = loss_scale
@@ -132,7 +128,7 @@ class ModelParallelOptimizer:
             return
         self._prepared = True
         self._held.show_stepped()
-        with self._context.megatron():
+        with self._held.context.megatron():
             self._held.megatron.prepare_grads()
         if self.loss_scale is not None:
             grads = [own.grad for own, _ in self._held.models if own.grad is not None]
@@ -148,14 +144,15 @@ class ModelParallelOptimizer:
         """
         self.prepare()
         if self._norm is None:
-            topology = self._context.topology
+            topology = self._held.context.topology
             counting = [
-                (self._parameter_names[model], own.grad)
+                (self._held.parameter_names[model], own.grad)
                 for own, model in self._held.models
-                if own.grad is not None and counts_here(model, topology, in_parts=self._sharded)
+                if own.grad is not None
+                and counts_here(model, topology, in_parts=self._held.sharded)
             ]
             norms: Sequence[Tensor] = ()
-            square = torch.zeros((), dtype=torch.float32, device=self._context.device)
+            square = torch.zeros((), dtype=torch.float32, device=self._held.context.device)
             if counting:
                 # In the type of the gradients torch would round it, and of bf16 keep two digits.
                 grads = [grad for _, grad in counting]
@@ -164,7 +161,7 @@ class ModelParallelOptimizer:
             if self._loss is not None:
                 square = square + self._loss.float() * 0  # NaN unless it is finite
             if dist.is_initialized():
-                dist.all_reduce(square, group=self._context.groups.intra_dist_opt)
+                dist.all_reduce(square, group=self._held.context.groups.intra_dist_opt)
             self._norm = square.sqrt()
             if self._finite is None:
                 self._finite = self._norm.isfinite()
@@ -208,9 +205,9 @@ class ModelParallelOptimizer:
         for watch in self.watchers:
             watch(self._finite)
         self._skipped.check()
-        if not self._context.emulated:  # where numbers mean nothing
+        if not self._held.context.emulated:  # where numbers mean nothing
             self._held.skipping.finite = self._finite
-        with self._context.megatron(), torch.no_grad():
+        with self._held.context.megatron(), torch.no_grad():
             self._held.weights.take_changes()
             self._held.megatron.step_with_ready_grads()
             for follow in self.followers:
@@ -251,11 +248,11 @@ class ModelParallelOptimizer:
         groups = [list(group["params"]) for group in self._held.inner.param_groups]
         members = {id(p) for of_group in groups for p in of_group}
         held = {id(p) for p in self._held.buffers.ddp.params_with_grad}
-        trained = {n: id(p) for p, n in self._parameter_names.items() if p.requires_grad}
+        trained = {n: id(p) for p, n in self._held.parameter_names.items() if p.requires_grad}
         lacking = [name for name, one in trained.items() if one not in members]
         new = self._held.has_others or not held.issuperset(trained.values())
         # Ranks that share experts train different ones.
-        of_stage = of_all_ranks((lacking[:1], new), self._context.stage_group)
+        of_stage = of_all_ranks((lacking[:1], new), self._held.context.stage_group)
         for name in chain.from_iterable(names for names, _ in of_stage):
             raise ValueError(
                 f"'{name}' requires a gradient since the last step, but the optimizer does not"
@@ -284,7 +281,7 @@ class ModelParallelOptimizer:
 
     def reload(self) -> None:
         """Take the model's parameters as they are now, after they were loaded, and no low bits."""
-        with self._held.showing_stepped(), self._context.megatron(), torch.no_grad():
+        with self._held.showing_stepped(), self._held.context.megatron(), torch.no_grad():
             self._held.weights.take_changes()
             self._held.megatron.reload_model_params()
 
@@ -303,7 +300,7 @@ class ModelParallelOptimizer:
         """What decides the form of `state_dict`, besides sizes and precision."""
         return {
             "optimizer": type(self._held.inner).__name__,
-            "distributed_optimizer": self._sharded,
+            "distributed_optimizer": self._held.sharded,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,7 +308,7 @@ class ModelParallelOptimizer:
         self.settle()
         with torch.no_grad():
             self._held.weights.take_changes()
-        masters = [p.detach() for p in self.parameters] if self._has_masters else []
+        masters = [p.detach() for p in self.parameters] if self._held.has_masters else []
         with self._held.showing_stepped():
             state = named(self._held.inner.state_dict(), self._held.names)
         if self.loss_scale is not None:
@@ -355,7 +352,7 @@ class ModelParallelOptimizer:
             restored = restore(self._held.inner, saved, self._held.names, resume_settings)
         if scale is not None and self.loss_scale is not None:
             self.loss_scale.load_state_dict(scale)
-        if self._has_masters:
+        if self._held.has_masters:
             masters = saved["master_weights"]
             for name, parameter in zip(self._held.stepped_names, self.parameters, strict=True):
                 if name in masters:  # it may have been frozen then
