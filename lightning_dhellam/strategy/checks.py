@@ -322,3 +322,22 @@ def check_optimizer(module: DualStrandMixin, optimizer: torch.optim.Optimizer) -
             f"configure_optimizers leaves out '{missing[0]}': give the optimizer every"
             " parameter that requires a gradient, or freeze it with requires_grad_(False)"
         )
+
+
+def stuck_average(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> str:
+    """Why an optimizer's average of squares cannot fall where it is kept in `dtype`; empty if it
+    can.
+
+    A number that is multiplied by `beta2` rounds to itself if it loses less than half of its last
+    bit. See findings/torch-adamw-in-bf16-never-forgets-a-spike.sh (torch 2.13.0).
+    """
+    least = torch.finfo(dtype).eps / 2
+    for group in optimizer.param_groups:
+        betas = group.get("betas")
+        if isinstance(betas, tuple | list) and len(betas) == 2 and 0 < 1 - betas[1] < least:
+            return (
+                f"betas={tuple(betas)} with averages in {str(dtype).removeprefix('torch.')}: that"
+                " of squared gradients may stay where a spike has put it, for it rounds to itself;"
+                f" use a second beta of at most {1 - 1.25 * least:.3f}, or precision='bf16-mixed'"
+            )
+    return ""

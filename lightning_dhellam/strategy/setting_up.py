@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam.displays import size_of
@@ -189,6 +189,10 @@ class SettingUpStrategy(SteppingStrategy):
             ) from None
         (optimizer,) = self.optimizers
         checks.check_optimizer(self._module, optimizer)
+        if self.precision_plugin.precision == "bf16-true":
+            stuck = checks.stuck_average(optimizer, self.dtype)
+            if stuck:
+                rank_zero_warn(stuck)
         self._optimizer = self.precision_plugin.optimizer = self.runner.optimizer(
             optimizer,
             distributed_optimizer=self.distributed_optimizer,

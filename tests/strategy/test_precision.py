@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lightning_dhellam.parallel.loss_scale import Scaling
+from lightning_dhellam.strategy.checks import stuck_average
 from lightning_dhellam.strategy.precision import DHellamPrecision
 from tests.ranks import run_ranks
-from tests.strategy.runs import join, train
+from tests.strategy.runs import Model, join, train
 
 # Weights, main_grad, what the optimizer steps.
 TYPES = {
@@ -100,3 +102,52 @@ def test_a_scaler_of_the_users_is_followed_or_refused() -> None:
     with pytest.raises(ValueError, match="ShardedGradScaler does not work with DHellamStrategy"):
         sharded = ShardedGradScaler("cpu")
         DHellamPrecision.of(MixedPrecision("16-mixed", "cpu", sharded))
+
+
+def _steady(beta: float, dtype: torch.dtype) -> bool:
+    """Whether AdamW's average of squares stays somewhere on its way down from a spike."""
+    weight = torch.nn.Parameter(torch.ones(1, dtype=dtype))
+    optimizer = torch.optim.AdamW([weight], lr=0.0, betas=(0.9, beta))
+    seen: list[float] = []
+    for step in range(1500):
+        weight.grad = torch.full_like(weight, 0.0 if step else 10.0)
+        optimizer.step()
+        seen.append(optimizer.state[weight]["exp_avg_sq"].item())
+    return seen[-1] == seen[-2] > seen[0] / 100
+
+
+@pytest.mark.parametrize("beta", [0.95, 0.99, 0.995, 0.997, 0.999])
+def test_averages_that_cannot_fall_are_named(beta: float) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], betas=(0.9, beta))
+    said = stuck_average(optimizer, torch.bfloat16)
+    assert bool(said) == _steady(beta, torch.bfloat16) == (beta > 0.996)
+    assert not said or (f"betas=(0.9, {beta})" in said and "at most 0.995, or precision=" in said)
+    assert not stuck_average(optimizer, torch.float32) and not _steady(beta, torch.float32)
+    assert not stuck_average(torch.optim.SGD([torch.ones(1)], lr=0.1), torch.bfloat16)
+
+
+class Calm(Model):
+    """AdamW with a second beta that bf16 can follow."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01, betas=(0.9, 0.95))
+
+
+def _warned(rank: int) -> dict[str, bool]:
+    join(rank, 1)
+    found = {}
+    for name, precision, module in (
+        ("usual", "bf16-true", Model()),
+        ("calm", "bf16-true", Calm()),
+        ("master weights", "bf16-mixed", Model()),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train({"micro_batch_size": 2}, module, precision=precision, max_steps=1)
+        found[name] = any("may stay where a spike" in str(one.message) for one in caught)
+    return found
+
+
+def test_a_run_in_bf16_alone_is_warned_of_them() -> None:
+    (found,) = run_ranks(1, _warned)
+    assert found == {"usual": True, "calm": False, "master weights": False}
