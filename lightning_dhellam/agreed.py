@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning_dhellam.engine import Engine, make_lanes
 from lightning_dhellam.engine.structure import Structure
 from lightning_dhellam.layers import Loss, Lowered, check_exchange, exchanges, lower
+from lightning_dhellam.layers.narrower import narrower
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel import ParallelContext
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_on_all_ranks
@@ -137,11 +138,13 @@ class AgreedEngine:
             fp8_all_gather=fp8_all_gather,
         )
         self.fp8 = fp8
-        topology = self._context.topology
-        gathers = fp8 is not None and topology.tp_size > 1 and not fp8_all_gather
-        keys = topology.cp_size > 1 and None in model.config.windows and not context_fp8_keys
-        could = {"fp8_all_gather": gathers, "context_fp8_keys": keys}
-        self.narrower = tuple(name for name, could_be in could.items() if could_be)
+        self.narrower = narrower(
+            self._context.topology,
+            model.config.windows,
+            fp8=fp8,
+            fp8_all_gather=fp8_all_gather,
+            context_fp8_keys=context_fp8_keys,
+        )
         self._exchange = self.exchanges[0]
         self.undecided = recompute == AUTO and not plan.endswith(".json")
         if recompute == AUTO:

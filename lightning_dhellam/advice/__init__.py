@@ -8,6 +8,7 @@ from lightning_dhellam.advice.advise import Adviser
 from lightning_dhellam.advice.choices import Question
 from lightning_dhellam.advice.lowering import Lowering, lowering_of, work_of
 from lightning_dhellam.advice.memory import memory_of
+from lightning_dhellam.advice.narrower import offers
 from lightning_dhellam.advice.plans import PlanSearch
 from lightning_dhellam.advice.predict import predict
 from lightning_dhellam.advice.priceable import Conditions, check_device, check_run
@@ -22,6 +23,7 @@ __all__ = [
     "check_run",
     "lowering_of",
     "memory_of",
+    "offers",
     "predict",
     "work_of",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_dhellam.advice.memory import memory_of
+from lightning_dhellam.advice.narrower import offers
 from lightning_dhellam.advice.plans import SEARCHED_PLAN, solution_of
 from lightning_dhellam.advice.priceable import Conditions, Priceable
 from lightning_dhellam.advice.schedules import settled
@@ -66,7 +68,10 @@ def predict(
         orders = {**orders, SEARCHED_PLAN: solution_of(priceable, search).builder()}
     if run.schedule == SEARCHES and run.topology.pp_size > 1:
         priceable, memory = settled(priceable, orders, memory or memory_of(run))
-    return prediction_of(priceable, orders, memory=memory, sketch=sketch)
+    found = prediction_of(priceable, orders, memory=memory, sketch=sketch)
+    if sketch:
+        return found
+    return replace(found, notes=(*found.notes, *map(str, offers(run, conditions, found))))
 
 
 def builders_of(plan: str) -> Mapping[str, Builder]:

@@ -14,38 +14,17 @@ import torch
 
 from lightning_dhellam.autosearch.candidates import Candidates
 from lightning_dhellam.engine import MicroBatch
+from lightning_dhellam.layers.narrower import NARROWER
 from lightning_dhellam.parallel.collectives import largest, together
-from lightning_dhellam.plan import Builder, Lane
+from lightning_dhellam.plan import Builder
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.measure import Profile
 from lightning_dhellam.search.model import Costs, simulate
 from lightning_dhellam.search.report import Offer
 from lightning_dhellam.search.solve import solve
 
-_EXPOSED = 0.02
-"""Share of a step that must be exposed on a lane: less than it there is not to be gained."""
 _SEARCHED = "auto"
-
-
-class _Narrower(NamedTuple):
-    """An option: the lane that it makes shorter, and what it changes by the format of 8 bits."""
-
-    lane: Lane
-    changes: Callable[[str | None], str]
-
-
-def _of_gathers(fp8: str | None) -> str:
-    if fp8 == "current":
-        return "it changes no bit"
-    return "what weight gradients read is then rounded a second time"
-
-
-_OPTIONS = {
-    "fp8_all_gather": _Narrower(Lane.TP, _of_gathers),
-    "context_fp8_keys": _Narrower(
-        Lane.CP, lambda fp8: "keys and values of other ranks are then rounded, by at most 1/16"
-    ),
-}
+_MEASURED = "from operators measured here"
 
 
 class Memory(NamedTuple):
@@ -116,12 +95,12 @@ def offers(
     made: list[Offer] = []
     own = found.predicted[_SEARCHED]
     for name in runner.agreed.narrower:
-        option = _OPTIONS[name]
-        if slowest(own.exposed.get(option.lane, 0.0) / own.seconds) < _EXPOSED:
+        option = NARROWER[name]
+        if not option.is_worth_asking(slowest(own.exposed.get(option.lane, 0.0) / own.seconds)):
             continue
         seconds = option_taken(name)
         if seconds is not None:
             before = slowest(together(lambda: step(profile, found.solution.builder()), world))
             changes = option.changes(runner.agreed.fp8)
-            made.append(Offer(f"{name}=True", seconds, before, changes))
+            made.append(Offer(f"{name}=True", seconds, before, changes, _MEASURED))
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,14 @@ def advise_command(argv: Sequence[str]) -> int:
         if getattr(options, name) is not None:
             check_file(getattr(options, name), f"--{name} {getattr(options, name)}")
 
-    from lightning_dhellam.advice import Adviser, Conditions, PlanSearch, Question, check_device
+    from lightning_dhellam.advice import (
+        Adviser,
+        Conditions,
+        PlanSearch,
+        Question,
+        check_device,
+        offers,
+    )
     from lightning_dhellam.models import preset
     from lightning_dhellam.parallel import Cluster
     from lightning_dhellam.search.measure import Profile
@@ -86,8 +94,10 @@ def advise_command(argv: Sequence[str]) -> int:
     advice = adviser.advise()
     print(advice_text(advice))
     whole = adviser.whole(advice.best)
-    print(f"\n{prediction_text(whole)}")
     run = adviser.run_of(advice.best)
+    offered = map(str, offers(run, conditions, whole))
+    whole = replace(whole, notes=(*whole.notes, *offered))
+    print(f"\n{prediction_text(whole)}")
     save_text(recipe, recipe_of(run, options, overrides, node, advice.best))
     print(f"\nwritten to {recipe}: dhellam fit --config {recipe} --data.path FOLDER")
     if options.json is not None:

@@ -1,4 +1,4 @@
-"""Options that a search has measured and may not take: they change what a run computes."""
+"""Options that change what a run computes, so that they are offered and not taken."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ LEAST = 0.01
 
 @dataclass(frozen=True)
 class Offer:
-    """What an option of the user's would bring, by operators that were measured with it.
+    """What an option of the user's would bring.
 
     Attributes:
         option: as users spell it, such as `fp8_all_gather=True`.
-        seconds: predicted of a step with it, under the plan that is searched for it.
+        seconds: predicted of a step with it, under a plan that is chosen for it.
         before: predicted of a step without it.
         changes: what it changes.
+        source: where times come from, if not from where all others beside it do.
     """
 
     option: str
     seconds: float
     before: float
     changes: str
+    source: str = ""
 
     @property
     def gain(self) -> float:
@@ -32,7 +34,8 @@ class Offer:
     def __str__(self) -> str:
         if self.gain < LEAST:
             return f"with {self.option} steps would be no shorter ({-self.gain:+.1%}): leave it out"
+        source = f", {self.source}" if self.source else ""
         return (
-            f"with {self.option} a step is predicted to take {self.gain:.1%} less, from operators"
-            f" measured here: give it, if you will; {self.changes}"
+            f"with {self.option} a step is predicted to take {self.gain:.1%} less{source}: give it,"
+            f" if you will; {self.changes}"
         )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dhellam.autosearch import AutoSearch, measuring, narrower
 from lightning_dhellam.engine import Engine, MicroBatch
+from lightning_dhellam.layers import narrower as options
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.search.measure import BenchError, Profile, Samples, Target, measure
@@ -62,7 +63,9 @@ def nominal_profile(
 
 
 def test_an_offer_says_what_it_brings_and_what_it_changes() -> None:
-    offer = Offer("fp8_all_gather=True", 0.9, 1.0, "it changes no bit")
+    offer = Offer(
+        "fp8_all_gather=True", 0.9, 1.0, "it changes no bit", "from operators measured here"
+    )
     assert str(offer) == (
         "with fp8_all_gather=True a step is predicted to take 10.0% less, from operators measured"
         " here: give it, if you will; it changes no bit"
@@ -135,6 +138,7 @@ def test_only_what_is_exposed_is_measured(offered: Any) -> None:
             0.8,
             1.0,
             "what weight gradients read is then rounded a second time",
+            "from operators measured here",
         )
     ]
     found, profiled, _ = offered({Lane.TP: 0.5, Lane.CP: 0.5})
@@ -197,19 +201,19 @@ def test_exposed_gathers_are_offered_in_8_bits(
 
 def _losses(rank: int, root: Path) -> dict[str, tuple[list[float], list[float], list[str]]]:
     join(rank, 2)
-    narrower._EXPOSED = -1.0  # measured in any case
+    options._EXPOSED = -1.0  # measured in any case
     measuring.take_profile = nominal_profile
     found = {}
     for name, sizes in KINDS.items():
-        options: dict[str, Any] = {
+        given: dict[str, Any] = {
             "max_steps": STEPS,
             "samples": GLOBAL_BATCH * (STEPS + 1),
             "precision": "bf16-mixed",
             "default_root_dir": root / name,
         }
-        plain = train(sizes, Model(**WIDE), **options)
+        plain = train(sizes, Model(**WIDE), **given)
         search = AutoSearch(rounds=1)
-        searched = train({**sizes, "plan": "auto"}, Model(**WIDE), **options, callbacks=[search])
+        searched = train({**sizes, "plan": "auto"}, Model(**WIDE), **given, callbacks=[search])
         assert search.findings is not None
         found[name] = plain, searched, [one.option for one in search.findings.offers]
     return found
@@ -217,6 +221,6 @@ def _losses(rank: int, root: Path) -> dict[str, tuple[list[float], list[float], 
 
 def test_a_search_that_offers_changes_no_bit(tmp_path: Path) -> None:
     for found in run_ranks(2, _losses, tmp_path):
-        for name, (plain, searched, options) in found.items():
-            assert options == [f"{name}=True"]
+        for name, (plain, searched, offered) in found.items():
+            assert offered == [f"{name}=True"]
             assert searched == plain, name
