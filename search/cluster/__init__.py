@@ -1,6 +1,8 @@
 """A whole step on a cluster, predicted from the profile of one device."""
 
 from lightning_dhellam.search.cluster.ending import Groups
+from lightning_dhellam.search.cluster.known import Known
+from lightning_dhellam.search.cluster.machine import BARS, Machine, Origin
 from lightning_dhellam.search.cluster.prediction import (
     Advice,
     Candidate,
@@ -10,7 +12,7 @@ from lightning_dhellam.search.cluster.prediction import (
     StagePrediction,
     VisitSpan,
 )
-from lightning_dhellam.search.cluster.pricing import BARS, Known, Machine, Origin, Priced, Pricing
+from lightning_dhellam.search.cluster.pricing import Priced, Pricing
 from lightning_dhellam.search.cluster.steady import Middle, middle
 from lightning_dhellam.search.cluster.step import Played, Straggler, played
 from lightning_dhellam.search.cluster.work import THIN, Weights, Work

@@ -4,7 +4,7 @@ weights."""
 from __future__ import annotations
 
 from lightning_dhellam.plan import nominal
-from lightning_dhellam.search.cluster.pricing import Machine
+from lightning_dhellam.search.cluster.machine import Machine
 from lightning_dhellam.search.cluster.work import Work
 
 _MEMORY = 0.83

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_dhellam.parallel.networks import Reach
 from lightning_dhellam.plan import Collective
 from lightning_dhellam.search.cluster.collectives import reduction_seconds, seconds_of
-from lightning_dhellam.search.cluster.pricing import Machine
+from lightning_dhellam.search.cluster.machine import Machine
 from lightning_dhellam.search.cluster.work import Weights, Work
 from lightning_dhellam.search.model import Reductions
 

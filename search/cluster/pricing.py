@@ -15,21 +15,19 @@ others; that its rates fall under load, as its limit of power has it, is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lightning_dhellam.parallel.networks import Device, Network, Networks, Reach
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.plan import Collective, Graph, Lane, Operator, nominal
 from lightning_dhellam.search.cluster.collectives import seconds_of
-from lightning_dhellam.search.measure import Key, Profile, mean_of
-from lightning_dhellam.search.model import Costs, Sample
+from lightning_dhellam.search.cluster.known import Known
+from lightning_dhellam.search.cluster.machine import BARS, Machine, Origin
+from lightning_dhellam.search.measure import Key
+from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.model.slowdowns import Slowdowns
 
-EMULATED = ", emulated cluster"
-"""What the name of a device goes on with in a profile whose links are emulated."""
 _LEAST = 4e-6
 """Seconds that a kernel takes at least."""
 _MATRIX, _FORWARD, _BACKWARD, _MEMORY = 0.65, 0.58, 0.49, 0.83
@@ -43,103 +41,6 @@ _MODELLED_SLOWDOWN = 1.1
 _SAME = 1e-6
 _RINGS = {None, Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE}
 """Collectives that pass parts around a ring, so that the rate of one tells of all."""
-
-
-class Origin(StrEnum):
-    """Where a time comes from."""
-
-    MEASURED = "measured"
-    SCALED = "scaled"
-    DERIVED = "derived"
-    MODELLED = "modelled"
-
-
-BARS: Mapping[Origin, float] = {
-    Origin.SCALED: 0.07,
-    Origin.DERIVED: 0.15,
-}
-"""Share by which a time may be wrong either way. Of what is measured the spread says it, and of
-what is modelled its network does (`Network.error`)."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a rank runs on.
-
-    Attributes:
-        device: by its data sheet.
-        networks: between ranks.
-        slower: times that lanes are slower than their networks say.
-        straggler: times that compute is slower than it should be.
-        in_fp32: whether it computes in fp32, or else in numbers of two bytes.
-    """
-
-    device: Device
-    networks: Networks
-    slower: Mapping[Lane, float] = field(default_factory=dict)
-    straggler: float = 1.0
-    in_fp32: bool = False
-
-    def reach(self, lane: Lane, topology: Topology) -> Reach:
-        """The group of a lane. That of `dp` adds up gradients, also of ranks that share
-        sequences."""
-        size, step = topology.size(lane), topology.step(lane)
-        if lane is Lane.DP:
-            size, step = topology.replicas, topology.tp_size
-        return self.networks.slower(self.slower.get(lane, 1.0)).of(size, step)
-
-    def host(self, lane: Lane) -> Network:
-        """What is between a device and the memory of its host, one way.
-
-        Raises:
-            ValueError: nothing says it.
-        """
-        if self.networks.host is None:
-            raise ValueError(
-                f"how fast {self.device.name} copies to the memory of its host is not known: add"
-                " `host` with its bandwidth under `networks` in the cluster file, or leave offload"
-                " out"
-            )
-        return self.networks.host.taking(self.slower.get(lane, 1.0))
-
-    def flops(self) -> float:
-        """Operations per second that its device could compute in its numbers at most.
-
-        Raises:
-            ValueError: nothing says it.
-        """
-        if not self.in_fp32:
-            return self.device.flops
-        if self.device.flops_fp32 is None:
-            raise ValueError(
-                f"how fast {self.device.name} computes in fp32 is not known: add `flops_fp32` under"
-                " `device` in the cluster file, or train in bf16"
-            )
-        return self.device.flops_fp32
-
-    def eight_bits(self, fp8: str) -> float:
-        """How much faster its products are in a format of 8 bits, beside those of an H200.
-
-        Nominal costs have what an H200 gains, whose sheet has twice the rate of 16 bits.
-
-        Raises:
-            ValueError: nothing says it.
-        """
-        if not fp8:
-            return 1.0
-        if self.device.flops_fp8 is None:
-            raise ValueError(
-                f"how fast {self.device.name} computes in 8 bits is not known: add `flops_fp8`"
-                " under `device` in the cluster file, or leave fp8 out"
-            )
-        return self.device.flops_fp8 / (2 * self.device.flops)
-
-    def wrong(self, sign: int) -> Machine:
-        """The same if its networks and its memory are slower (1), or faster (-1), by as much as
-        they may be."""
-        memory = self.device.bandwidth / (1 + sign * BARS[Origin.DERIVED])
-        device = replace(self.device, bandwidth=memory)
-        return replace(self, device=device, networks=self.networks.wrong(sign))
 
 
 class Price(NamedTuple):
@@ -169,78 +70,6 @@ class Priced:
             return self.costs
         ends = {k: p.high if wrong > 0 else p.low for k, p in self.prices.items()}
         return replace(self.costs, seconds=ends)
-
-
-class Known:
-    """What a profile tells of operators by their names.
-
-    Args:
-        profile: of one rank.
-        devices: data sheets of devices by their names, to tell one from another by.
-    """
-
-    def __init__(self, profile: Profile, devices: Mapping[str, Device]) -> None:
-        made_for = profile.fingerprint
-        self.profile = profile
-        self.device, _, links = made_for.device.partition(EMULATED)
-        self.is_emulated = bool(links)
-        self.sheet = devices.get(self.device)
-        self.in_fp32 = made_for.dtype == "float32"
-        shapes, sizes = made_for.shapes, made_for.sizes
-        self.tokens = shapes["micro_batch_size"] * shapes["sequence_length"] / sizes.get("cp", 1)
-        self.rows = {row.operator: row for row in profile.timings if row.partner is None}
-        measured = Sample.of(profile)
-        self.costs = Costs(
-            profile.operators,
-            {**measured.seconds, **mean_of(profile)},
-            measured.slowdowns,
-            profile.launch,
-            profile.inline,
-            measured.behind,
-            clock=profile.clock,
-        )
-        self._by_name: dict[str, tuple[Graph, Operator]] = {}
-        for graph in profile.graphs:
-            for operator in graph.operators:
-                self._by_name.setdefault(operator.name, (graph, operator))
-
-    def is_of(self, machine: Machine) -> bool:
-        """Whether it was measured on such devices."""
-        return self.device == machine.device.name
-
-    def find(self, name: str) -> tuple[Graph, Operator] | None:
-        """The operator of that name, or the one that it is run again of."""
-        return self._by_name.get(name) or self._by_name.get(name.removesuffix(".again"))
-
-    def key(self, found: tuple[Graph, Operator]) -> Key:
-        """Key of an operator that was found."""
-        return self.profile.operators[found[0].fingerprint][found[1].name]
-
-    def rate(self, ranks: int) -> float | None:
-        """Bytes per second over real links between so many ranks, of the largest gather."""
-        if self.is_emulated:
-            return None
-        return self._rate(
-            nominal.LINK,
-            lambda lane: (
-                lane in (Lane.TP, Lane.CP) and self.profile.fingerprint.sizes.get(lane) == ranks
-            ),
-        )
-
-    def host_rate(self, lane: Lane) -> float | None:
-        """Bytes per second to the memory of the host, or back, of the largest copy."""
-        return self._rate(nominal.HOST_LINK, lambda other: other is lane)
-
-    def _rate(self, link: float, counts: Callable[[Lane], bool]) -> float | None:
-        rates = [
-            (operator.cost, operator.cost * self.tokens * link / self._seconds(graph, name))
-            for name, (graph, operator) in self._by_name.items()
-            if counts(operator.lane)
-        ]
-        return max(rates)[1] if rates else None
-
-    def _seconds(self, graph: Graph, name: str) -> float:
-        return self.costs.seconds[self.profile.operators[graph.fingerprint][name]]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.search.cluster.beginning import beginning
 from lightning_dhellam.search.cluster.deep import Deep, costs_of, remembered
 from lightning_dhellam.search.cluster.ending import Groups, optimizer, reduction_of
-from lightning_dhellam.search.cluster.pricing import Machine
+from lightning_dhellam.search.cluster.machine import Machine
 from lightning_dhellam.search.cluster.tail import tail_of
 from lightning_dhellam.search.cluster.work import THIN, Work
 from lightning_dhellam.search.model import Costs, simulate
