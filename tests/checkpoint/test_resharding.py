@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.runner import Runner
 from tests.checkpoint.first_format import whole_tensors
 from tests.ranks import run_ranks
-from tests.strategy.runs import GLOBAL_BATCH, LENGTH, SHAPE
+from tests.strategy.runs import LENGTH, SHAPE
 
 STOP, MORE = 2, 5
+BATCH = 4
+"""Samples of a step: two micro-batches, or one for each of two ranks with samples of their own."""
 FROZEN = "layers.1.self_attention.linear_proj.weight"
 EXPERTS = replace(
     SHAPE,
@@ -51,7 +54,7 @@ HALF = {"precision": "bf16-mixed"}
 def _batch(step: int, runner: Runner) -> dict[str, Tensor]:
     """This rank's share of a step's global batch."""
     generator = torch.Generator().manual_seed(step)
-    size = GLOBAL_BATCH, LENGTH + 1
+    size = BATCH, LENGTH + 1
     tokens = torch.randint(21, size, generator=generator).sort().values
     topology = runner.context.topology
     own = tokens.chunk(topology.dp_size)[topology.dp_rank]
@@ -151,6 +154,7 @@ def losses(root: Path) -> dict[str, list[float]]:
     return {"alone": straight, **of_ranks[0], **dict(alone), "half-alone": of_half}
 
 
+@cache
 def _whole(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, without padding."""
     return {
