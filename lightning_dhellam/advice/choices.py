@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from lightning_dhellam.engine.inputs import check_length
-from lightning_dhellam.layers.fp8_recipe import check_shapes
+from lightning_dhellam.layers.fp8_formats import check_shapes
 from lightning_dhellam.memory import Run
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Topology
@@ -42,7 +42,7 @@ class Question:
         precision: of the run.
         schedules: to choose from; all that are trained, and `auto`, if not given.
         recomputes: to choose from.
-        fp8: how linear layers may compute, of `fp8_recipe.FORMATS`; None for not in 8 bits.
+        fp8: how linear layers may compute, of `fp8_formats.FORMATS`; None for not in 8 bits.
     """
 
     config: ModelConfig

@@ -11,7 +11,7 @@ from lightning_dhellam.advice.narrower import offers
 from lightning_dhellam.advice.plans import SEARCHED_PLAN, solution_of
 from lightning_dhellam.advice.priceable import Conditions, Priceable
 from lightning_dhellam.advice.schedules import settled
-from lightning_dhellam.layers import fp8_recipe
+from lightning_dhellam.layers import fp8_formats
 from lightning_dhellam.memory import RankMemory, Run
 from lightning_dhellam.models import training_flops_per_token
 from lightning_dhellam.parallel.topology import LANES
@@ -240,7 +240,7 @@ def _note_of_eight_bits(priceable: Priceable, fp8: str) -> str:
     graphs = () if profile is None else profile.graphs
     if any(operator.fp8 == fp8 for graph in graphs for operator in graph.operators):
         return f"fp8={fp8!r}: products are as measured; MFU is of the rate in bf16"
-    form, scale = fp8_recipe.FORMATS[fp8], priceable.machine.eight_bits(fp8)
+    form, scale = fp8_formats.FORMATS[fp8], priceable.machine.eight_bits(fp8)
     return (
         f"fp8={fp8!r}: products are derived, {form.faster * scale:.3g} times as fast as in bf16"
         f" ({form.faster_weight * scale:.3g} times those of gradients of weights); MFU is of the"

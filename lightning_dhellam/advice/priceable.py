@@ -9,7 +9,7 @@ import torch
 
 from lightning_dhellam.advice.lowering import Lowering, work_of
 from lightning_dhellam.engine.inputs import check_length
-from lightning_dhellam.layers import fp8_recipe
+from lightning_dhellam.layers import fp8_formats
 from lightning_dhellam.memory import Run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.networks import Device
@@ -117,7 +117,7 @@ def check_device(fp8: str, device: Device, spelt: str = "") -> None:
     Raises:
         ValueError: with a device that does.
     """
-    fp8_recipe.check_name(fp8, spelt)
+    fp8_formats.check_name(fp8, spelt)
     if device.flops_fp8 is None:
         known = dict.fromkeys(one.name for one in data_sheets() if one.flops_fp8 is not None)
         option = spelt.partition(" ")[0] or "fp8"
@@ -136,8 +136,8 @@ def check_eight_bits(fp8: str, device: Device, run: Run) -> None:
     """
     check_device(fp8, device)
     dtype = PRECISIONS[run.precision].dtype
-    fp8_recipe.check_place(fp8, torch.device("cuda"), dtype, None)
-    fp8_recipe.check_shapes(fp8, run.config, run.topology.tp_size)
+    fp8_formats.check_place(fp8, torch.device("cuda"), dtype, None)
+    fp8_formats.check_shapes(fp8, run.config, run.topology.tp_size)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.choose import Kernels
-from lightning_dhellam.layers.fp8_recipe import Recipe
+from lightning_dhellam.layers.fp8_formats import Fp8
 from lightning_dhellam.layers.rotary import RotaryTable
 from lightning_dhellam.layers.ways import Way
 from lightning_dhellam.layers.writer import GraphWriter, Sizes
@@ -36,7 +36,7 @@ class Setting:
     rotary: RotaryTable | None
     index: int
     way: Way | None = None
-    eight: Recipe | None = None
+    eight: Fp8 | None = None
 
 
 class Block(Protocol):

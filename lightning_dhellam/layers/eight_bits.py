@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_dhellam.kernels.fp8 import FORWARD, Cast
-from lightning_dhellam.layers.fp8_recipe import Recipe, check_width
+from lightning_dhellam.layers.fp8_formats import Fp8, check_width
 from lightning_dhellam.layers.gathered_bits import GatheredBits
 from lightning_dhellam.layers.rules import on_tp, products
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
@@ -36,23 +36,21 @@ class EightBits:
     Attributes:
         name: of the layer.
         weight: this rank's part [O, I].
-        recipe: how they are computed.
+        fp8: how they are computed.
     """
 
     name: str
     weight: Parameter
-    recipe: Recipe
+    fp8: Fp8
 
     @classmethod
-    def of(
-        cls, name: str, weight: Parameter, recipe: Recipe | None, index: int
-    ) -> EightBits | None:
-        """The GEMMs of a layer of this name in model layer `index`; None without a recipe."""
-        if recipe is None:
+    def of(cls, name: str, weight: Parameter, fp8: Fp8 | None, index: int) -> EightBits | None:
+        """The GEMMs of a layer of this name in model layer `index`; None where `fp8` is."""
+        if fp8 is None:
             return None
         for width in weight.shape:
-            check_width(recipe.name, f"{name} of layer {index}", width)
-        return cls(name, weight, recipe)
+            check_width(fp8.name, f"{name} of layer {index}", width)
+        return cls(name, weight, fp8)
 
     def forward(
         self,
@@ -67,7 +65,7 @@ class EightBits:
         self._cast_weight(w)
         if _as_it_is(read) not in w.bytes_per_token:
             self._cast(w, f"{self.name}.cast", read, FORWARD, self.weight.shape[1])
-        multiply, outputs, dtype = self.recipe.kernel.multiply, self.weight.shape[0], w.sizes.dtype
+        multiply, outputs, dtype = self.fp8.kernel.multiply, self.weight.shape[0], w.sizes.dtype
         w.compute(
             f"{self.name}.gemm",
             (_as_it_is(read), self._own),
@@ -75,9 +73,9 @@ class EightBits:
             lambda x, weight: multiply(_rows(x), weight, dtype, bias, fast=True).view(
                 *x.values.shape[:-1], outputs
             ),
-            flops=flops / self.recipe.format.faster,
-            fp8=self.recipe.name,
-            shrinks=self.recipe.kernel.SHRINKS,
+            flops=flops / self.fp8.format.faster,
+            fp8=self.fp8.name,
+            shrinks=self.fp8.kernel.SHRINKS,
             rule=products(*ends),
         )
 
@@ -87,8 +85,8 @@ class EightBits:
         """Add `write` [..., I] from the gradient in `grad` [..., O], likewise."""
         outputs, inputs = self.weight.shape
         if _as_it_is(grad) not in w.bytes_per_token:
-            self._cast(w, f"{self.name}.grad.cast", grad, self.recipe.format.gradient, outputs)
-        multiply, dtype = self.recipe.kernel.multiply, w.sizes.dtype
+            self._cast(w, f"{self.name}.grad.cast", grad, self.fp8.format.gradient, outputs)
+        multiply, dtype = self.fp8.kernel.multiply, w.sizes.dtype
         w.compute(
             f"{self.name}.dgrad",
             (_as_it_is(grad), f"{self._own}_turned"),
@@ -96,9 +94,9 @@ class EightBits:
             lambda dy, weight: multiply(_rows(dy), weight, dtype).view(
                 *dy.values.shape[:-1], inputs
             ),
-            flops=flops / self.recipe.format.faster,
-            fp8=self.recipe.name,
-            shrinks=self.recipe.kernel.SHRINKS,
+            flops=flops / self.fp8.format.faster,
+            fp8=self.fp8.name,
+            shrinks=self.fp8.kernel.SHRINKS,
             rule=products(*reversed(ends)),
         )
 
@@ -112,7 +110,7 @@ class EightBits:
         along: Held,
     ) -> None:
         """Add the weight's gradient to where it lies."""
-        accumulate, weight = self.recipe.kernel.accumulate, self.weight
+        accumulate, weight = self.fp8.kernel.accumulate, self.weight
         reads, written = ends
 
         def run(dy: Cast, x: Cast) -> None:
@@ -124,10 +122,10 @@ class EightBits:
             (_turned(grad), _turned(read)),
             {},
             run,
-            flops=flops / self.recipe.format.faster_weight,
-            fp8=self.recipe.name,
+            flops=flops / self.fp8.format.faster_weight,
+            fp8=self.fp8.name,
             accumulates=(weight,),
-            shrinks=self.recipe.kernel.SHRINKS,
+            shrinks=self.fp8.kernel.SHRINKS,
             rule=on_tp((written, reads), gradient=along),
         )
 
@@ -137,7 +135,7 @@ class EightBits:
 
     def gather_grad(self, w: GraphWriter, name: str, read: str, whole: str) -> bool:
         """Add the gradient's gather likewise."""
-        names, dtype = (f"{self.name}.grad", name), self.recipe.format.gradient
+        names, dtype = (f"{self.name}.grad", name), self.fp8.format.gradient
         return self._gather(w, names, read, whole, dtype, self.weight.shape[0])
 
     def _gather(
@@ -149,11 +147,11 @@ class EightBits:
         dtype: torch.dtype,
         channels: int,
     ) -> bool:
-        recipe = self.recipe
-        if not recipe.gathers or w.sizes.tp == 1:
+        fp8 = self.fp8
+        if not fp8.gathers or w.sizes.tp == 1:
             return False
-        block = recipe.format.block
-        bits = GatheredBits(*names, recipe.name, recipe.kernel, dtype, block, channels)
+        block = fp8.format.block
+        bits = GatheredBits(*names, fp8.name, fp8.kernel, dtype, block, channels)
         turned = _turned(whole) if self._trained else None
         bits.write(w, read, _as_it_is(read), _as_it_is(whole), turned)
         return True
@@ -164,7 +162,7 @@ class EightBits:
         return f"{STEP_PREFIX}{self.name}.weight"
 
     def _cast_weight(self, w: GraphWriter) -> None:
-        cast, weight, squares = self.recipe.kernel.cast, self.weight, self.recipe.format.squares
+        cast, weight, squares = self.fp8.kernel.cast, self.weight, self.fp8.format.squares
         scales = 1 if squares is None else weight.numel() // prod(squares)
         size = weight.numel() + scales * torch.float32.itemsize
         w.once(
@@ -172,14 +170,14 @@ class EightBits:
             {self._own: size, f"{self._own}_turned": size},
             lambda: cast(weight.detach(), FORWARD, squares),
             cost=6 * weight.numel(),
-            fp8=self.recipe.name,
+            fp8=self.fp8.name,
         )
 
     def _cast(
         self, w: GraphWriter, name: str, read: str, dtype: torch.dtype, channels: int
     ) -> None:
         """Add the casts of a slot that all GEMMs read; turned only where a gradient needs it."""
-        cast, block, trained = self.recipe.kernel.cast, self.recipe.format.block, self._trained
+        cast, block, trained = self.fp8.kernel.cast, self.fp8.format.block, self._trained
         size = channels * (1 + (0 if block is None else 4 / block[1]))
         writes = {_as_it_is(read): size} | ({_turned(read): size} if trained else {})
 
@@ -190,7 +188,7 @@ class EightBits:
 
         passes = 2 if block is None else 1
         moved = passes * w.sizes.wide(channels) + 2 * size
-        w.compute(name, (read,), writes, run, moved=moved, fp8=self.recipe.name)
+        w.compute(name, (read,), writes, run, moved=moved, fp8=self.fp8.name)
 
     @property
     def _trained(self) -> bool:

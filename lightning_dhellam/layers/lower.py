@@ -16,7 +16,7 @@ from lightning_dhellam.layers import linear, norm
 from lightning_dhellam.layers.block import Setting, check_config
 from lightning_dhellam.layers.embedding import lower_embedding
 from lightning_dhellam.layers.fields import check_unknown
-from lightning_dhellam.layers.fp8_recipe import Recipe
+from lightning_dhellam.layers.fp8_formats import Fp8
 from lightning_dhellam.layers.generic import lower_module
 from lightning_dhellam.layers.head import HeadLowering, Loss
 from lightning_dhellam.layers.host_memory import HostMemory
@@ -102,7 +102,7 @@ def lower(
         context_fp32_gradients: whether gradients by them travel in fp32, or as activations.
         context_fp8_keys: whether keys and values travel in 8 bits, but for layers with a window.
         scheme: makes the schedule of a step.
-        fp8: how the linear layers compute in 8 bits, of `fp8_recipe.FORMATS`; None where they do
+        fp8: how the linear layers compute in 8 bits, of `fp8_formats.FORMATS`; None where they do
             not. Embedding, head, norms and attention do not in any case.
         fp8_all_gather: whether what these layers gather travels in 8 bits.
 
@@ -126,7 +126,7 @@ def lower(
         in_blocks=ranks > 1,
         in_window=any(window is not None for window in model.config.windows),
     )
-    eight = Recipe.of(fp8, chosen, sizes.context.device, sizes.dtype, kernels, fp8_all_gather)
+    eight = Fp8.of(fp8, chosen, sizes.context.device, sizes.dtype, kernels, fp8_all_gather)
     way = None
     if ranks > 1:
         gradients = torch.float32 if context_fp32_gradients else sizes.dtype

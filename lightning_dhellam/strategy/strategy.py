@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dhellam.anomalies import check_anomalies
-from lightning_dhellam.layers import fp8_recipe
+from lightning_dhellam.layers import fp8_formats
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
 from lightning_dhellam.pipeline.schedules import scheme_of
@@ -194,7 +194,7 @@ class DHellamStrategy(SettingUpStrategy):
         check_transport(Lane.PP, pipeline_transport, emulated=emulate is not None)
         checks.check_experts(expert_parallel_size, expert_tensor_parallel_size)
         check_kinds(DHellamStrategy.__init__, locals())
-        fp8_recipe.check_name(fp8)
+        fp8_formats.check_name(fp8)
         check_anomalies(detect_anomaly)
         scheme_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
@@ -264,11 +264,11 @@ class DHellamStrategy(SettingUpStrategy):
             )
         check_transport(Lane.CP, self.context_transport, self.root_device.type)
         check_transport(Lane.PP, self.pipeline_transport, self.root_device.type)
-        fp8_recipe.check_gathers(self.fp8, self.fp8_all_gather)
+        fp8_formats.check_gathers(self.fp8, self.fp8_all_gather)
         if self.fp8 is not None:
-            fp8_recipe.check_place(self.fp8, self.root_device, self.dtype, self.kernels)
+            fp8_formats.check_place(self.fp8, self.root_device, self.dtype, self.kernels)
             config = self._module.model_config
-            fp8_recipe.check_shapes(self.fp8, config, self.tensor_parallel_size)
+            fp8_formats.check_shapes(self.fp8, config, self.tensor_parallel_size)
 
     @override
     def setup_environment(self) -> None:

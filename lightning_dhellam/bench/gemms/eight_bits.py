@@ -14,7 +14,7 @@ from lightning_dhellam.kernels import choose
 from lightning_dhellam.kernels.candidates import CANDIDATES
 from lightning_dhellam.kernels.fp8 import FORWARD
 from lightning_dhellam.kernels.protocols import Fp8Kernel
-from lightning_dhellam.layers.fp8_recipe import FORMATS, Format
+from lightning_dhellam.layers.fp8_formats import FORMATS, Format
 
 
 def rows_in_8_bits(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_dhellam.layers.fp8_recipe import FORMATS
+from lightning_dhellam.layers.fp8_formats import FORMATS
 from lightning_dhellam.models import ModelConfig, preset
 
 BF16 = "bf16"

@@ -8,7 +8,7 @@ from lightning_dhellam.autosearch.options import MEMORY_SLACK
 from lightning_dhellam.bench.overlap.cells import Cell, cells
 from lightning_dhellam.bench.plans import PLANS
 from lightning_dhellam.bench.shapes import parse_link
-from lightning_dhellam.layers.fp8_recipe import FORMATS
+from lightning_dhellam.layers.fp8_formats import FORMATS
 from lightning_dhellam.parallel import Cluster, Link
 from lightning_dhellam.plan.by_layer import AUTO, USUAL
 from lightning_dhellam.plan.passes import CHOICES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dhellam.layers.fp8_recipe import FORMATS
+from lightning_dhellam.layers.fp8_formats import FORMATS
 from lightning_dhellam.models import LoRA, ModelConfig, preset, training_flops_per_token
 from lightning_dhellam.plan.by_layer import AUTO
 from lightning_dhellam.plan.passes import CHOICES

@@ -137,7 +137,7 @@ _NO_EXPERTS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Fp8:
     """How the linear layers of a model compute in 8 bits.
 
     Attributes:
@@ -159,7 +159,7 @@ class Recipe:
         dtype: torch.dtype,
         forced: Mapping[str, str] | None,
         all_gather: bool = False,
-    ) -> Recipe | None:
+    ) -> Fp8 | None:
         """What `fp8` names, of these kernels; None for None.
 
         Raises:
