@@ -17,7 +17,7 @@ script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 FOLDER=${FOLDER:-runs/multi_gpu} LIMIT=${LIMIT:-560} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 export DEVICE PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-few=12 # seconds that a benchmark keeps for its start and its table
+few=25 # seconds that a benchmark keeps for its start and its table
 least=${LEAST:-30}
 cluster=h200-64 slower=1
 quick=(--repeats 3 --search_time 5 --steps 2)

@@ -37,11 +37,11 @@ tests)
   together
   ;;
 rows)
-  several pp2 280 '["a:8:1:2"]' \
+  several ep2 125 '["m:8:1:1:1:2"]' "$both" --plans "$plans"
+  several cp2 195 '["e:8:1:1:2"]' "$both" --plans "$plans"
+  several pp2 240 '["a:8:1:2"]' \
     '["megatron-core","megatron-core:2","ours:fold","ours:zb-v","ours:dualpipe-v","ours:auto"]' \
     --micro_batches '[4,8,16]'
-  several cp2 120 '["e:8:1:1:2"]' "$both" --plans "$plans"
-  several ep2 120 '["m:8:1:1:1:2"]' "$both" --plans "$plans"
   ;;
 alone)
   case=llama-3-8b:8:32000:8192:4 long=llama-3-8b:8:32000:32768:2:auto

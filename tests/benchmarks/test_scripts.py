@@ -241,7 +241,7 @@ def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
     assert found.returncode == 2 and "needs 4 GPUs, and 2 are visible" in found.stderr
     found = run("two.sh rows", **variables, ONLY="typo")
     assert (
-        found.returncode == 2 and "ONLY=typo is not a part: use one of pp2 cp2 ep2" in found.stderr
+        found.returncode == 2 and "ONLY=typo is not a part: use one of ep2 cp2 pp2" in found.stderr
     )
     # There is nothing to compare, and transformer-engine cannot be imported.
     comparing = {**variables, "ONLY": "compare-tp2-staged-shared"}

@@ -56,6 +56,7 @@ def measure(job: Job, device: torch.device, note: Note, folder: Path) -> None:
             "layers": runner.model.config.num_layers,
             "transfers": [asdict(row) for row in known.profile.transfers],
             "link": _measured_link(job, known.profile, runner),
+            "carried": {lane.value: why for lane, why in runner.context.carried.items()},
             "phases": phases,
         }
         if exchange:
