@@ -1,23 +1,24 @@
 """How a model is best spread over a cluster: every choice bounded, the best ones played.
 
-A step cannot be shorter than the computation of its busiest stage, nor take less memory than the
-weights, gradients, optimizer and one micro-batch's activations of any stage. Choices are played in
-the order of the first bound, and taken in the order of their steps: one as soon as its step is no
-longer than the bound of all that are not played yet, if it fits into memory, until there are as
-many as are shown. Those that the second bound rules out are not played. So nothing that belongs
-among the best is lost. These few get plans of their own then, for as long as there is time.
+A step cannot be shorter than its schedule with visits as short as any order lets them be, nor take
+less memory than weights, gradients, optimizer and the activations that its schedule holds. Choices
+are played in the order of the first bound, and taken in the order of their steps: one as soon as
+its step is no longer than the bound of all that are not played yet, if it fits into memory, until
+there are as many as are shown. Those that the second bound rules out are not played. So nothing
+that belongs among the best is lost. These few get plans of their own then, for as long as there is
+time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from lightning_dhellam.advice.bounds import least_bytes, least_seconds
-from lightning_dhellam.advice.choices import Question, runs, searching, shape_of
+from lightning_dhellam.advice.bounds import least_bytes, least_time
+from lightning_dhellam.advice.choices import Question, runs, searching, shape_of, stands_in
 from lightning_dhellam.advice.lowering import Lowering, lowering_of
 from lightning_dhellam.advice.memory import memory_of
 from lightning_dhellam.advice.plans import PlanSearch
@@ -50,7 +51,7 @@ _PARTS = {
     "optimizer": "optimizer",
 }
 _TOO_LARGE = "need more memory than a device has"
-_TOO_SLOW = "compute for longer than a step of the last of these takes"
+_TOO_SLOW = "cannot take less than the last of these, whatever their plan"
 _SLOWER = "take longer than the last of these"
 
 
@@ -81,7 +82,6 @@ class _Bounded:
     def play(self) -> float:
         """Play a step, of few layers of many that are alike."""
         step = self.priceable.play(self.builders, sketch=True, known=self.visits)
-        self.saved = tuple(use.peak for use in step.run.stages) if step.run else ()
         self.seconds = step.seconds
         return self.seconds
 
@@ -139,8 +139,11 @@ class Adviser:
                 one.builders, one.visits = builders, self._visits.setdefault(("auto", key), {})
                 one.play()
         scheduled = self._scheduled(best)
-        looked_at += len(scheduled)
-        best += scheduled
+        asked = [one for one in best if not stands_in(self._question, one.run)]
+        looked_at += len(scheduled) - (len(best) - len(asked))
+        best = asked + scheduled
+        if not best:
+            raise ValueError(self._nothing_fits(every))
         self._chosen = sorted(best, key=lambda one: one.seconds)[: self._shown]
         self._refused[_SLOWER] += len(best) - len(self._chosen)
         found = [self._prediction(one, sketch=True) for one in self._chosen]
@@ -176,7 +179,11 @@ class Adviser:
                 self._refused[_TOO_LARGE] += 1
                 continue
             visits = self._visits.setdefault(self._key(run), {})
-            found.append(_Bounded(one, least_seconds(one), BUILDERS, visits))
+            least = least_time(one, visits)
+            if prune and self._is_larger(one, least.saved):
+                self._refused[_TOO_LARGE] += 1
+                continue
+            found.append(_Bounded(one, least.seconds, BUILDERS, visits, saved=least.saved))
         return sorted(found, key=lambda one: one.least)
 
     def _ranked(self, bounded: list[_Bounded], prune: bool) -> list[_Bounded]:
@@ -204,7 +211,10 @@ class Adviser:
         return best
 
     def _scheduled(self, best: list[_Bounded]) -> list[_Bounded]:
-        """Search schedules for the best, and give those whose steps it makes shorter."""
+        """Search schedules for the best, and give those whose steps it makes shorter.
+
+        Where another schedule was played in its place, a searched one is given whatever it takes.
+        """
         least: dict[Run, _Bounded] = {}
         for one in best:
             run = searching(self._question, one.run)
@@ -212,20 +222,27 @@ class Adviser:
                 least[run] = one
         found = []
         for run, other in least.items():
-            if self._plans.is_over:
-                break
+            needed = stands_in(self._question, other.run)
+            if self._plans.is_over and not needed:
+                continue
             begun, known = self._priceable(run), self._memory(run)
             priceable, self._memories[run] = settled(begun, other.builders, known, _EFFORT)
             new = _Bounded(priceable, other.least, other.builders, other.visits)
-            if self._fits(new, False) and new.play() < other.seconds * (1 - _TIE):
+            if not self._fits(new, False):
+                continue
+            if new.play() < other.seconds * (1 - _TIE) or needed:
                 found.append(new)
         return found
 
     def _fits(self, one: _Bounded, prune: bool) -> bool:
-        limit = self._conditions.device.memory
-        if prune and _SURE * least_bytes(one.priceable, one.saved) > limit:
+        if prune and self._is_larger(one.priceable, one.saved):
             return False
+        limit = self._conditions.device.memory
         return max(rank.total for rank in self._memory(one.run)) <= limit
+
+    def _is_larger(self, one: Priceable, saved: Sequence[float]) -> bool:
+        """Whether a rank takes more than there is, if stages save so much."""
+        return _SURE * least_bytes(one, saved) > self._conditions.device.memory
 
     def _priceable(self, run: Run) -> Priceable:
         key = self._key(run)

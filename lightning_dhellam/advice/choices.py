@@ -193,5 +193,11 @@ def searching(question: Question, run: Run) -> Run | None:
     return replace(run, schedule=AUTO)
 
 
+def stands_in(question: Question, run: Run) -> bool:
+    """Whether a run is played for that with a searched schedule, and was itself not asked for."""
+    asked = question.schedules
+    return run.topology.pp_size > 1 and bool(asked) and run.schedule not in (*asked, AUTO)
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]

@@ -186,7 +186,7 @@ def recipe_of(
             else {}
         ),
         "micro_batch_size": run.micro_batch_size,
-        "schedule": run.schedule,
+        **({"schedule": run.schedule} if topology.pp_size > 1 else {}),
         "recompute": run.recompute,
         "plan": run.plan,
         **({"fp8": run.fp8} if run.fp8 else {}),

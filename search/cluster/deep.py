@@ -8,22 +8,28 @@ from lightning_dhellam.pipeline.schedules import Visit
 from lightning_dhellam.plan import Builder, Graph, Kind, Plan, kind_of
 from lightning_dhellam.search.cluster.work import THIN, Work
 from lightning_dhellam.search.model import Costs
-from lightning_dhellam.search.pipeline import LayerCosts, VisitCost
+from lightning_dhellam.search.pipeline import LayerCosts, LeastCosts, VisitCost
 from lightning_dhellam.search.pipeline.visits import Played
 
 
 class Deep:
     """Costs of visits through many layers that are alike, from those through few.
 
+    None is shorter than all of its layers let it be.
+
     Args:
         thinner: costs with the least of `THIN` in the smallest chunk.
         thin: costs with the most.
         depth: layers of the smallest chunk.
+        least: of all layers.
     """
 
-    def __init__(self, thinner: LayerCosts, thin: LayerCosts, depth: int) -> None:
+    def __init__(
+        self, thinner: LayerCosts, thin: LayerCosts, depth: int, least: LeastCosts
+    ) -> None:
         few, more = THIN
         self._both = thinner, thin
+        self._least = least
         self._times = (depth - more) / (more - few)
         self.bytes_sent = thin.bytes_sent
         self.order_of = thin.order_of
@@ -31,14 +37,18 @@ class Deep:
     def of(self, works: Visit) -> VisitCost:
         """Return the cost of a visit."""
         less, more = (costs.of(works) for costs in self._both)
+        least = self._least.of(works)
 
         def at(a: float, b: float) -> float:
             return b + (b - a) * self._times
 
         return VisitCost(
-            at(less.seconds, more.seconds),
+            max(at(less.seconds, more.seconds), least.seconds),
             at(less.compute, more.compute),
-            {strand: at(less.ready[strand], more.ready[strand]) for strand in more.ready},
+            {
+                strand: max(at(less.ready[strand], more.ready[strand]), least.ready[strand])
+                for strand in more.ready
+            },
             at(less.rise, more.rise),
             at(less.change, more.change),
         )
@@ -57,7 +67,8 @@ def costs_of(
     """
     if sketch and work.is_deep:
         thinner, thin = (_layer_costs(work.shallow(n), costs, builders, known) for n in THIN)
-        return Deep(thinner, thin, min(filter(None, work.split)))
+        least = LeastCosts(_layer_costs(work, costs, builders, None), known)
+        return Deep(thinner, thin, min(filter(None, work.split)), least)
     return _layer_costs(work, costs, builders, known)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ def _layer_reduction(work: Work, weights: Weights, groups: Groups) -> float:
 
 def reduction_of(work: Work, layers: Sequence[int], groups: Groups) -> float:
     """Return the seconds in which the gradients of some layers are reduced."""
-    return sum(_layer_reduction(work, work.weights[n], groups) for n in layers)
+    alike = Counter(work.weights[n] for n in layers)
+    return sum(count * _layer_reduction(work, one, groups) for one, count in alike.items())
 
 
 def optimizer(

@@ -11,17 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dhellam.pipeline.schedules import Schedule, verify
+import numpy as np
+
+from lightning_dhellam.pipeline.schedules import Schedule
 from lightning_dhellam.plan import Builder, Lane
 from lightning_dhellam.search.cluster.beginning import beginning
 from lightning_dhellam.search.cluster.deep import Deep, costs_of, remembered
 from lightning_dhellam.search.cluster.ending import Groups, optimizer, reduction_of
+from lightning_dhellam.search.cluster.least import least_alone
 from lightning_dhellam.search.cluster.machine import Machine
 from lightning_dhellam.search.cluster.tail import tail_of
 from lightning_dhellam.search.cluster.work import THIN, Work
 from lightning_dhellam.search.model import Costs, simulate
 from lightning_dhellam.search.pipeline import LayerCosts, Link, PipelineRun, VisitTable, play
 from lightning_dhellam.search.pipeline.visits import Played as PlayedVisits
+from lightning_dhellam.search.pipeline.visits import VisitCosts
 
 _FEW = 3
 """Micro-batches that are played of a step without a pipeline; further ones are like the last."""
@@ -146,6 +150,7 @@ def _alone(
         bare, compute = (b + (b - a) * times for a, b in zip(*both, strict=True))
     else:
         bare, compute = _steady(work, build, costs)
+    bare = max(bare, least_alone(work, costs))
     tail = tail_of(work, build, costs, groups, sketch=sketch)
     last, gathered = optimizer(work, range(len(work.layers)), machine, groups)
     busy = reduction_of(work, range(len(work.layers)), groups)
@@ -182,7 +187,7 @@ def _staged(
     known: Visits,
 ) -> Played:
     schedule = work.schedule
-    verify(schedule)
+    work.verify()
     builders = {name: remembered(build) for name, build in builders.items()}
     reduced = [reduction_of(work, chunk, groups) for chunk in work.chunks]
     stages = range(work.stages)
@@ -190,10 +195,11 @@ def _staged(
     for _ in range(_CLOCK_ROUNDS):
         before_now = known.setdefault(costs.clock.slowdown(share), {})
         usual = costs_of(work, costs.clocked(share), builders, sketch, before_now)
-        table = VisitTable.joined(VisitTable.of_stage(usual, schedule, s) for s in stages)
+        table: VisitCosts = usual
         if slow is not None:
             late = costs_of(work, slow.clocked(share), builders, sketch)
-            table = VisitTable.joined((table, VisitTable.of_stage(late, schedule, 0)))
+            tables = [VisitTable.of_stage(usual, schedule, s) for s in stages]
+            table = VisitTable.joined((*tables, VisitTable.of_stage(late, schedule, 0)))
         run = play(schedule, table, link)
         before, share = share, sum(run.share("compute")) / work.stages
         if sketch:
@@ -222,8 +228,9 @@ def _staged(
 def _orders(schedule: Schedule, costs: LayerCosts | Deep) -> dict[tuple[int, str], float]:
     """Seconds of visits by how many strands they have, and by the name of their order."""
     found: dict[tuple[int, str], float] = {}
-    for works in (works for row in schedule.visits for works in row):
+    kinds, numbers = schedule.kinds
+    for works, count in zip(kinds, np.bincount(numbers).tolist(), strict=True):
         key = len(works), costs.order_of(works)
         if key[1] != "nothing":
-            found[key] = found.get(key, 0.0) + costs.of(works).seconds
+            found[key] = found.get(key, 0.0) + count * costs.of(works).seconds
     return found

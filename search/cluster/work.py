@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
-from lightning_dhellam.pipeline.schedules import Part, Placement, Schedule, Scheme, fold
+from lightning_dhellam.pipeline.schedules import Placement, Schedule, Scheme, fold, placed, verify
 from lightning_dhellam.plan import GraphPair
 
 THIN = 2, 4
@@ -66,10 +66,14 @@ class Work:
         """The order of the pipeline's works. Raises ScheduleError for numbers that it has not."""
         return _schedule(self.scheme, self.stages, self.micro_batches)
 
+    def verify(self) -> None:
+        """Prove that the schedule can be carried out; see `pipeline.schedules.verify`."""
+        _verify(self.scheme, self.stages, self.micro_batches)
+
     @cached_property
     def placement(self) -> Placement:
         """Which stage holds which chunk."""
-        return self.scheme(self.stages, 1).placement
+        return placed(self.scheme, self.stages)
 
     @cached_property
     def chunks(self) -> list[range]:
@@ -83,12 +87,6 @@ class Work:
     def distinct(self) -> Mapping[int, GraphPair]:
         """Its layers by their `id`: those of one kind share their graphs, and are one here."""
         return {id(pair): pair for pair in self.layers}
-
-    @property
-    def splits(self) -> bool:
-        """Whether a backward may be done in halves, of which the second can wait."""
-        rows = self.schedule.visits
-        return any(work.part is Part.WEIGHT for row in rows for works in row for work in works)
 
     def of_stage(self, stage: int) -> Iterator[int]:
         """Numbers of the layers of a stage."""
@@ -117,7 +115,12 @@ class Work:
         )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _schedule(scheme: Scheme, stages: int, micro_batches: int) -> Schedule:
     """Choices of one question have many schedules in common."""
     return scheme(stages, micro_batches)
+
+
+@lru_cache(maxsize=1024)
+def _verify(scheme: Scheme, stages: int, micro_batches: int) -> None:
+    verify(_schedule(scheme, stages, micro_batches))

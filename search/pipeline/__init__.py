@@ -7,6 +7,7 @@ from lightning_dhellam.search.pipeline.comparison import (
     compare,
 )
 from lightning_dhellam.search.pipeline.layers import cut, cut_folded, layers_of
+from lightning_dhellam.search.pipeline.least import Chain, LeastCosts
 from lightning_dhellam.search.pipeline.links import Link, Links, links_of
 from lightning_dhellam.search.pipeline.pipeline_step import PipelineStep
 from lightning_dhellam.search.pipeline.playing import (
@@ -27,10 +28,12 @@ from lightning_dhellam.search.pipeline.visits import (
 
 __all__ = [
     "SEARCHED",
+    "Chain",
     "Compared",
     "Comparison",
     "Effort",
     "LayerCosts",
+    "LeastCosts",
     "Link",
     "Links",
     "PipelineRun",

@@ -34,6 +34,7 @@ from lightning_dhellam.pipeline.schedules import (
 )
 from lightning_dhellam.pipeline.schedules.verify import POSTED_AHEAD
 from lightning_dhellam.plan import Strand
+from lightning_dhellam.search.model.arrays import Array
 from lightning_dhellam.search.pipeline import rule
 from lightning_dhellam.search.pipeline.links import Link, Links
 from lightning_dhellam.search.pipeline.visits import VisitCost, VisitCosts
@@ -59,7 +60,9 @@ class StageUse:
             stage, and those by which transfers lengthen visits.
         bubble: the other seconds between visits, before the first, and after the last.
         peak: most saved activations at a time.
-        intervals: the visits, in order.
+        works: of each visit, in order.
+        starts: of each visit, in seconds.
+        ends: of each visit, in seconds.
     """
 
     compute: float
@@ -67,7 +70,15 @@ class StageUse:
     transfer: float
     bubble: float
     peak: float
-    intervals: tuple[VisitInterval, ...]
+    works: Sequence[Visit]
+    starts: Sequence[float]
+    ends: Sequence[float]
+
+    @property
+    def intervals(self) -> tuple[VisitInterval, ...]:
+        """The visits, in order."""
+        times = zip(self.works, self.starts, self.ends, strict=True)
+        return tuple(VisitInterval(*one) for one in times)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ def play(
     link: Link | Links | None = None,
     *,
     reductions: Sequence[float] = (),
+    unhindered: bool = False,
 ) -> PipelineRun:
     """Play a step of a schedule that `verify` accepts.
 
@@ -105,18 +117,27 @@ def play(
         reductions: seconds in which the gradients of each chunk are reduced, from its last gradient
             of weights on; a stage reduces one chunk at a time. They are the end of a step, as the
             norm of gradients needs all of them.
+        unhindered: whether transfers wait for no others, and take nothing from compute: no visit
+            then ends later if others are shorter, or their results there earlier.
     """
-    visits = _visits(schedule, costs)
-    wires = wires_of(schedule.placement, costs, link, sends_ahead(schedule))
+    kinds, numbers = schedule.kinds
+    known = [costs.of(works) for works in kinds]
+    visits = _visits(schedule, known)
+    lead = 0 if unhindered else sends_ahead(schedule)
+    wires = wires_of(schedule.placement, costs, link, lead)
+    if unhindered:
+        wires = wires._replace(
+            carry=np.zeros_like(wires.carry), late=wires.late + wires.carry, takes=0.0
+        )
     starts, ends, waited = rule.run(visits, wires, schedule.micro_batches)
     assert np.isfinite(ends).all(), f"{schedule.name} deadlocks"
     given = np.array(reductions or [0.0] * schedule.chunks, float)
     seconds = float(rule.drained(visits, ends, wires.place, given).max())
+    each = np.array([(one.seconds, one.compute, one.rise, one.change) for one in known])[numbers]
     uses = []
     for row, (first, last) in zip(schedule.visits, pairwise(visits.offsets), strict=True):
-        times = list(zip(starts[first:last].tolist(), ends[first:last].tolist(), strict=True))
-        known = [costs.of(works) for works in row]
-        uses.append(_use(row, times, known, float(waited[first:last].sum()), seconds))
+        own = slice(first, last)
+        uses.append(_use(row, starts[own], ends[own], each[own], waited[own].sum(), seconds))
     return PipelineRun(schedule, seconds, tuple(uses))
 
 
@@ -150,14 +171,14 @@ def wires_of(
     return rule.Wires(np.array(place), carry, late, takes, spins, POSTED_AHEAD, lead)
 
 
-def _visits(schedule: Schedule, costs: VisitCosts) -> rule.Visits:
-    works = [_numbers(works) for row in schedule.visits for works in row]
-    known = [costs.of(works) for row in schedule.visits for works in row]
+def _visits(schedule: Schedule, known: Sequence[VisitCost]) -> rule.Visits:
+    _, numbers = schedule.kinds
+    ready = [[cost.ready.get(strand, 0.0) for strand in Strand] for cost in known]
     return rule.Visits(
         np.array([0, *accumulate(map(len, schedule.visits))]),
-        np.array(works),
-        np.array([cost.seconds for cost in known], float),
-        np.array([[cost.ready.get(strand, 0.0) for strand in Strand] for cost in known], float),
+        _numbers(schedule),
+        np.array([cost.seconds for cost in known], float)[numbers],
+        np.array(ready, float)[numbers],
     )
 
 
@@ -165,35 +186,42 @@ _SENT = (Part.FORWARD, Part.BACKWARD)
 _PARTS = {Part.BACKWARD: rule.WHOLE, Part.INPUT: rule.INPUT, Part.WEIGHT: rule.WEIGHT}
 
 
-def _numbers(works: Visit) -> list[int]:
-    row = [-1, -1, -1, -1, rule.WHOLE]
-    for work in works:
-        if work.part is Part.FORWARD:
-            row[:2] = work.chunk, work.micro_batch
-        else:
-            row[2:] = work.chunk, work.micro_batch, _PARTS[work.part]
-    return row
+def _numbers(schedule: Schedule) -> Array:
+    """The works of every visit, as `rule.Visits` has them."""
+    kinds, numbers = schedule.kinds
+    each = np.full((len(kinds), 5), -1)
+    each[:, 4] = rule.WHOLE
+    column = np.full((len(kinds), 2), -1)  # where the micro-batch of each work goes
+    for kind, works in enumerate(kinds):
+        for place, work in enumerate(works):
+            if work.part is Part.FORWARD:
+                each[kind, 0], column[kind, place] = work.chunk, 1
+            else:
+                each[kind, [2, 4]] = work.chunk, _PARTS[work.part]
+                column[kind, place] = 3
+    rows, every = each[numbers], np.arange(len(numbers))
+    for place in range(2):
+        there = column[numbers, place] >= 0
+        own = every[there]
+        rows[own, column[numbers, place][there]] = schedule.micro_batches_of[there, place]
+    return rows
 
 
 def _use(
-    row: Sequence[Visit],
-    times: Sequence[tuple[float, float]],
-    costs: Sequence[VisitCost],
-    waited: float,
-    seconds: float,
+    row: Sequence[Visit], starts: Array, ends: Array, each: Array, waited: float, seconds: float
 ) -> StageUse:
-    compute = sum(cost.compute for cost in costs)
-    visits = sum(cost.seconds for cost in costs)
-    lasted = sum(end - start for start, end in times)
-    saved = peak = 0.0
-    for cost in costs:
-        peak = max(peak, saved + cost.rise)
-        saved += cost.change
+    """How a stage spends a step; of `each` visit seconds, compute, rise and change."""
+    visits, compute = (float(column.sum()) for column in each.T[:2])
+    lasted = float((ends - starts).sum())
+    saved = np.cumsum(each[:, 3])
+    peak = float((saved - each[:, 3] + each[:, 2]).max(initial=0.0))
     return StageUse(
         compute,
         visits - compute,
-        waited + lasted - visits,
-        seconds - lasted - waited,
+        float(waited) + lasted - visits,
+        seconds - lasted - float(waited),
         peak,
-        tuple(VisitInterval(works, *time) for works, time in zip(row, times, strict=True)),
+        row,
+        tuple(starts.tolist()),
+        tuple(ends.tolist()),
     )

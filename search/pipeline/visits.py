@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
@@ -88,6 +88,10 @@ Entry = tuple[Place | None, float]
 this adds to what is saved, or frees of it."""
 
 
+Step = tuple[Stop, float, float]
+"""What a visit meets, and the bytes per token that it saves there and frees."""
+
+
 Played = dict[object, tuple[VisitCost, str]]
 """Visits that were played: what each costs, and the name of its order."""
 
@@ -111,6 +115,7 @@ class LayerCosts:
     Attributes:
         sized: whether the graphs know the sizes of their slots. If not, memory is in layers whose
             activations of a micro-batch are saved, and messages are empty.
+        costs: what the operators cost, halves of backwards included.
     """
 
     def __init__(
@@ -122,10 +127,13 @@ class LayerCosts:
         builders: Mapping[str, Builder] = BUILDERS,
         known: Played | None = None,
     ) -> None:
-        layers = [layer for chunk in chunks for layer in chunk]
+        layers = {id(layer): layer for chunk in chunks for layer in chunk}.values()
         self.chunks = chunks
-        self.sized = any(_bytes(layer)[0] for layer in layers)
-        self._costs = with_halves(costs, layers)
+        self._sizes = {id(layer): _bytes(layer) for layer in layers}
+        self.sized = any(saved for saved, _ in self._sizes.values())
+        self.costs = with_halves(costs, [*layers])
+        self._kinds = [tuple(layer.backward.fingerprint for layer in chunk) for chunk in chunks]
+        self._halves: dict[str, tuple[GraphPair, GraphPair]] = {}
         self._tokens = tokens
         self._builders = builders
         self._known: Played = {} if known is None else known
@@ -146,39 +154,41 @@ class LayerCosts:
         graph = layers[-1].forward if work.part is Part.FORWARD else layers[0].backward
         return sum(graph.bytes_per_token.get(slot, 0.0) for slot in graph.outputs) * self._tokens
 
-    def _cost(self, works: Visit) -> tuple[VisitCost, str]:
-        kind = (
-            _ascends(works),
-            *(
-                (work.part, tuple(layer.backward.fingerprint for layer in self.chunks[work.chunk]))
-                for work in works
-            ),
-        )
-        if kind not in self._known:
-            self._known[kind] = self._played(works)
-        return self._known[kind]
+    def kind_of(self, works: Visit) -> Hashable:
+        """Return what the cost of a visit depends on: which layers meet, and how."""
+        return (_ascends(works), *((work.part, self._kinds[work.chunk]) for work in works))
 
-    def _played(self, works: Visit) -> tuple[VisitCost, str]:
-        steps = list(self._steps(works))
+    def saved(self, steps: Iterable[Step]) -> tuple[float, float]:
+        """Return how far saved activations rise, and by how much they change, in bytes."""
         rise = change = 0.0
         for _, saved, freed in steps:
             rise = max(rise, change + saved)
             change += saved - freed
         unit = self._tokens if self.sized else 1
-        memory = rise * unit, change * unit
+        return rise * unit, change * unit
+
+    def _cost(self, works: Visit) -> tuple[VisitCost, str]:
+        kind = self.kind_of(works)
+        if kind not in self._known:
+            self._known[kind] = self._played(works)
+        return self._known[kind]
+
+    def _played(self, works: Visit) -> tuple[VisitCost, str]:
+        steps = list(self.steps(works))
+        memory = self.saved(steps)
         stops = [stop for stop, _, _ in steps if stop.forward or stop.backward]
         if not stops:
             return VisitCost(0.0, 0.0, {work.strand: 0.0 for work in works}, *memory), "nothing"
         found = []
         for name, build in self._builders.items():
             plans = [build(*stop.graphs) for stop in stops]
-            walk = Walk(stops, as_planned(self._costs, stops, plans))
+            walk = Walk(stops, as_planned(self.costs, stops, plans))
             order = walk.order(plans)
             first = walk.first_of(plans)
             found.append((_timed(walk, order, first, works, memory), name))
         return min(found, key=lambda cost: cost[0].seconds)
 
-    def _steps(self, works: Visit) -> Iterator[tuple[Stop, float, float]]:
+    def steps(self, works: Visit) -> Iterator[Step]:
         """Give the pairs of layers that a visit meets, and the bytes each saves and frees."""
         ahead: list[Entry] = []
         behind: list[Entry] = []
@@ -198,12 +208,16 @@ class LayerCosts:
 
     def _entry(self, work: Work, index: int, layer: GraphPair) -> Entry:
         """Return what a work meets in a layer. The two strands of a visit differ in micro-batch."""
-        whole, kept = _bytes(layer) if self.sized else (float(bool(layer.saved)),) * 2
+        unsized = (float(bool(layer.saved)),) * 2
+        whole, kept = self._sizes[id(layer)] if self.sized else unsized
         if work.part is Part.FORWARD:
             return Place(1, index, layer), whole
         if work.part is Part.BACKWARD:
             return Place(0, index, layer), whole
-        early, late = halves(layer)
+        key = layer.backward.fingerprint
+        if key not in self._halves:
+            self._halves[key] = halves(layer)
+        early, late = self._halves[key]
         half, freed = (early, whole - kept) if work.part is Part.INPUT else (late, kept)
         return (Place(0, index, half) if half.backward.operators else None), freed
 

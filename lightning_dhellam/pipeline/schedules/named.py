@@ -175,12 +175,15 @@ def placement_of(schedule: str, stages: int) -> Placement:
     Raises:
         ScheduleError: see `scheme_of`.
     """
-    return _placement(scheme_of(schedule, stages), stages)
+    return placed(scheme_of(schedule, stages), stages)
 
 
 @cache
-def _placement(scheme: Scheme, stages: int) -> Placement:
-    """Whoever looks at thousands of runs asks for it thousands of times."""
+def placed(scheme: Scheme, stages: int) -> Placement:
+    """Where the chunks of a scheme's schedules lie.
+
+    Whoever looks at thousands of runs asks for it thousands of times.
+    """
     return scheme(stages, 1).placement
 
 

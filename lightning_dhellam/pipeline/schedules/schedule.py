@@ -13,6 +13,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_dhellam.pipeline.schedules.work import (
     Part,
@@ -54,6 +58,31 @@ class Schedule:
     def chunks(self) -> int:
         """How many chunks the layers are cut into."""
         return self.placement.chunks
+
+    @cached_property
+    def micro_batches_of(self) -> NDArray[np.int64]:
+        """The micro-batches of the works of every visit, stage by stage; -1 of no second work."""
+        rows = [
+            (works[0].micro_batch, works[1].micro_batch if len(works) > 1 else -1)
+            for row in self.visits
+            for works in row
+        ]
+        return np.array(rows, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Visit, ...], NDArray[np.int64]]:
+        """One visit of each kind, by chunks and parts, and of every visit, stage by stage, the
+        number of its kind."""
+        found: dict[tuple[tuple[int, Part], ...], int] = {}
+        ones: list[Visit] = []
+        numbers = []
+        for works in (works for row in self.visits for works in row):
+            key = tuple([(work.chunk, work.part) for work in works])
+            if key not in found:
+                found[key] = len(ones)
+                ones.append(works)
+            numbers.append(found[key])
+        return tuple(ones), np.array(numbers, np.int64)
 
     @property
     def works(self) -> Iterator[Work]:

@@ -280,7 +280,7 @@ class _Row:
         missing, own = [], set[Work]()
         for works in self.walks[self.ended]:
             needed = (before for work in works for before in self.schedule.before(work))
-            missing += [before for before in needed if before not in done | own]
+            missing += [before for before in needed if before not in done and before not in own]
             own |= {done_as(work) for work in works}
         return missing
 
