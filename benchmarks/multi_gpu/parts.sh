@@ -155,7 +155,7 @@ several() {
     limit=$((limit - (SECONDS - begin) / slower))
   fi
   timed "$name" "$limit" all several --cases "$cases" --sides "$sides" "${quick[@]}" \
-    --limit "$(($(within "$limit") * 2 / 3))" "$@"
+    --limit "$((($(within "$limit") - few * slower) * 2 / 3))" "$@"
 }
 
 # compared SECONDS NAME...: predictions of parts' steps, by the profiles that were taken before them

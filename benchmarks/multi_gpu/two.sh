@@ -39,7 +39,7 @@ tests)
 rows)
   several ep2 125 '["m:8:1:1:1:2"]' "$both" --plans "$plans"
   several cp2 195 '["e:8:1:1:2"]' "$both" --plans "$plans"
-  several pp2 240 '["a:8:1:2"]' \
+  several pp2 230 '["a:8:1:2"]' \
     '["megatron-core","megatron-core:2","ours:fold","ours:zb-v","ours:dualpipe-v","ours:auto"]' \
     --micro_batches '[4,8,16]'
   ;;
