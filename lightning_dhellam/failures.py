@@ -158,8 +158,10 @@ def judge(
         if board is not None:
             board.write(f"the end of rank {rank}")  # nothing is wrong with it
         return
-    if is_lost(error):
-        text = _lost(error, rank, board, parent, lost)
+    # Whoever has lost a rank may fail once more while it ends: by loaders that are told to, say.
+    loss = next((one for one, _ in _chain(error) if is_lost(one)), None)
+    if loss is not None:
+        text = _lost(loss, rank, board, parent, lost)
     elif board is None or board.write(f"rank {rank}"):
         text = f"rank {rank} failed{' first' if board is not None else ''}:\n{describe(error)}"
     else:

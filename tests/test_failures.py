@@ -180,6 +180,17 @@ def test_a_lost_connection_is_no_reason_where_another_rank_has_given_one(
     assert "was killed, and so all others end" in capfd.readouterr().err
 
 
+def test_what_fails_after_a_loss_is_no_reason_and_who_is_lost_is_named(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    error.__context__ = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed")
+    judge(error, 0, Board.make(), None, lambda: "rank 3 (process 7 on a), which was killed")
+    said = capfd.readouterr().err
+    assert said.startswith("rank 0 lost rank 3 (process 7 on a), which was killed: what")
+    assert said.count("\n") == 1
+
+
 def test_nothing_is_said_of_a_run_that_was_told_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     board = Board.make()
     judge(KeyboardInterrupt(), 0, board, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_dhellam.checkpoint.description import TOPOLOGY
@@ -50,12 +51,25 @@ class Finding:
         path = parse(self._connector, state_fn, ckpt_path, **known)
         if path is None and ckpt_path == "last":  # Lightning looks on this machine only
             path = next((str(one) for one in self._remote() if one.name.startswith("last")), None)
+        if ckpt_path == "last" and state_fn is TrainerFn.FITTING:
+            path = self._requeued(path)
         lost = (link for folder in folders for link in folder.glob("last*.ckpt") if _is_lost(link))
         if path is None and ckpt_path == "last":
             path = next(map(str, lost), None)
         unnamed = ckpt_path is None and state_fn is TrainerFn.FITTING
         self.by_newest = path is not None and (unnamed or ckpt_path in ("last", "hpc"))
         return path
+
+    def _requeued(self, path: Any) -> Any:
+        """What a job has saved to be requeued, if it is newer than its last checkpoint.
+
+        Lightning takes it where no path is given alone, so that a job which asks for the last, as
+        it must in case a node is lost, would do the steps since once more.
+        """
+        requeued = self._connector._hpc_resume_path if SLURMEnvironment.detect() else None
+        if requeued is None or path is None:
+            return path or requeued
+        return max((str(path), requeued), key=_moment)
 
     def others(self, path: Folder) -> Sequence[Folder]:
         """Checkpoints of this trainer's besides `path`, the newest first."""
@@ -105,6 +119,15 @@ def _described(folder: RemotePath) -> dict[RemotePath, float]:
     """The checkpoints of a folder that have a description, and when that was written."""
     places = [one for one in folder.iterdir() if one.name.endswith(_ENDING)]
     return {one: (one / TOPOLOGY).modified() for one in places if (one / TOPOLOGY).is_file()}
+
+
+def _moment(path: str) -> float:
+    """When a checkpoint was written."""
+    place = place_of(path)
+    if isinstance(place, RemotePath):
+        described = place / TOPOLOGY
+        return described.modified() if described.is_file() else 0.0
+    return place.stat().st_mtime if place.exists() else 0.0
 
 
 def _is_lost(link: Path) -> bool:

@@ -8,16 +8,20 @@ import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dhellam.checkpoint.writing import aside_of
+from lightning_dhellam.strategy.finding import Finding
 from tests.ranks import run_ranks
 from tests.strategy.runs import Model, loader, make_trainer
 
@@ -165,3 +169,21 @@ def test_a_job_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
     aside_of(tmp_path / "hpc_ckpt_2.ckpt").mkdir()  # its job was killed while it saved
     trainer = make_trainer({}, default_root_dir=tmp_path)
     assert trainer._checkpoint_connector._hpc_resume_path == str(whole)
+
+
+@pytest.mark.parametrize("newer", ["last", "hpc_ckpt_1"])
+def test_a_job_that_asks_for_the_last_gets_the_newest_of_both(tmp_path: Path, newer: str) -> None:
+    for name in ("last", "hpc_ckpt_1"):
+        (tmp_path / f"{name}.ckpt").mkdir()
+        moment = 2000 if name == newer else 1000
+        os.utime(tmp_path / f"{name}.ckpt", (moment, moment))
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = make_trainer({}, [keep], default_root_dir=tmp_path, enable_checkpointing=True)
+    Finding(trainer)
+    found = []
+    for of_slurm in (True, False):
+        with mock.patch.object(SLURMEnvironment, "detect", return_value=of_slurm):
+            parse = trainer._checkpoint_connector._parse_ckpt_path
+            known = {"model_provided": True, "model_connected": True}
+            found.append(parse(TrainerFn.FITTING, "last", **known))
+    assert found == [str(tmp_path / f"{newer}.ckpt"), str(tmp_path / "last.ckpt")]
