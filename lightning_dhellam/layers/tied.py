@@ -21,11 +21,20 @@ from lightning_dhellam.plan import BEGIN, Collective, Ends, Lane, Operator
 
 
 def lower_tied(model: Any) -> Ends:
-    """The operators by which stages share a tied weight; none where one stage has both."""
+    """The operators by which stages share a tied weight; none where one stage has both.
+
+    Raises:
+        ValueError: the stages were connected for a model that ties nothing.
+    """
     context = model.context
     loop = context.placement.loop
     if not loop or not model.config.tie_embeddings:
         return Ends()
+    if not context.edges.keys() >= {*loop}:
+        raise ValueError(
+            "build_model has made a model with tie_embeddings=True, but stages were connected for"
+            " tie_embeddings=False: say so in the configuration that the module is given"
+        )
     if model.embedding is not None:
         return _of_first(model.embedding.word_embeddings.weight, context)
     return _of_last(model.tied_copy, context) if model.tied_copy is not None else Ends()

@@ -47,6 +47,7 @@ class _Asked(NamedTuple):
     transports: Mapping[Lane, str]
     crossing: Mapping[Lane, int]
     placement: Placement
+    tied: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class ParallelContext:
         pipeline_transport: str = AUTO,
         crossing: Mapping[Lane, int] | None = None,
         placement: Placement | None = None,
+        tied: bool = True,
     ) -> ParallelContext:
         """Cut the initialised world into groups, in the order that `Topology` states.
 
@@ -124,6 +126,8 @@ class ParallelContext:
             crossing: bytes of what the ranks of a lane hand on parts of: of `cp` a layer's keys and
                 values, of `pp` the hidden states between layers. With such a part `auto` measures.
             placement: which stage holds which chunk of the layers; folded if not given.
+            tied: whether embedding and output layer may have one weight. Without, the stages that
+                have them are not connected for its sake.
 
         Raises:
             ValueError: the sizes do not fit the world, or the transport not the device.
@@ -154,6 +158,7 @@ class ParallelContext:
             transports,
             crossing or {},
             placement or Placement.folded(pipeline_parallel_size),
+            tied,
         )
         context = replace(_take_over(asked) or cls._new(asked), pipeline_split=pipeline_split)
         if cluster is None:
@@ -177,7 +182,7 @@ class ParallelContext:
                 device,
                 asked.world,
                 CROSSING if whole is None else whole // (topology.tp_size * topology.cp_size),
-                parts_of(asked.placement) if lane is Lane.PP else 1,
+                parts_of(asked.placement, tied=asked.tied) if lane is Lane.PP else 1,
             )
         between = communicators[Lane.PP].transport
         return cls(
@@ -186,7 +191,7 @@ class ParallelContext:
             megatron_groups=opened,
             communicators=communicators,
             carried={lane: why for lane, why in carried.items() if why},
-            edges=open_edges(topology, asked.placement, between, device, timeout),
+            edges=open_edges(topology, asked.placement, between, device, timeout, tied=asked.tied),
             placement=asked.placement,
             alone=group_of_this_rank() if topology.pp_size > 1 else None,
             host_group=group_of_hosts(topology, timeout),

@@ -33,6 +33,8 @@ def open_edges(
     between: Transport,
     device: torch.device,
     timeout: timedelta,
+    *,
+    tied: bool,
 ) -> Edges:
     """The edges of this rank's pipeline, connected. Every rank must call this.
 
@@ -43,23 +45,25 @@ def open_edges(
             memory, of which there must be `parts_of(placement)`.
         device: that computes.
         timeout: after which a transfer fails that a rank does not join.
+        tied: whether the head may have the weight of the embedding.
     """
+    edges = placement.edges(tied=tied)
     if topology.pp_size == 1:
         return {}
     if isinstance(between, SharedMemoryTransport):
-        return {edge: between.part(part) for edge, part in _parts(placement.edges).items()}
+        return {edge: between.part(part) for edge, part in _parts(edges).items()}
     mine: dict[Edge, ProcessGroup] = {}
     for ranks in topology.groups(Lane.PP):
-        opened = _open(ranks, placement.edges, timeout)
+        opened = _open(ranks, edges, timeout)
         if topology.rank in ranks:
             mine = opened
     _connect(mine, topology.pp_rank, device)
     return {edge: GroupTransport(group, Lane.PP, one_way=True) for edge, group in mine.items()}
 
 
-def parts_of(placement: Placement) -> int:
+def parts_of(placement: Placement, *, tied: bool) -> int:
     """Parts of shared memory for the edges of a placement, and one for exchanges of all stages."""
-    return 1 + max(_parts(placement.edges).values(), default=0)
+    return 1 + max(_parts(placement.edges(tied=tied)).values(), default=0)
 
 
 def _parts(edges: Sequence[Edge]) -> dict[Edge, int]:

@@ -73,7 +73,7 @@ def planned_context(
         topology,
         OpenGroups(_collection(topology)),
         _communicators(topology),
-        edges=dict.fromkeys(placement.edges, Nowhere()),
+        edges=dict.fromkeys(placement.edges(tied=True), Nowhere()),
         placement=placement,
         pipeline_split=pipeline_split,
         alone=_group(0, 1) if topology.pp_size > 1 else None,

@@ -79,13 +79,16 @@ class Placement:
         ahead = Edge(self.first, self.last, Strand.FORWARD)
         return (ahead, Edge(self.last, self.first, Strand.BACKWARD))
 
-    @property
-    def edges(self) -> tuple[Edge, ...]:
-        """The edges between stages, in one order for all of them."""
+    def edges(self, *, tied: bool) -> tuple[Edge, ...]:
+        """Return the edges between stages, in one order for all of them.
+
+        Args:
+            tied: whether the head has the weight of the embedding, and so the edges of `loop`.
+        """
         ahead = {ends for ends in pairwise(self.stage_of) if ends[0] != ends[1]}
         forward = {Edge(source, target, Strand.FORWARD) for source, target in ahead}
         backward = {Edge(target, source, Strand.BACKWARD) for source, target in ahead}
-        return tuple(sorted({*forward, *backward, *self.loop}))
+        return tuple(sorted({*forward, *backward, *(self.loop if tied else ())}))
 
     def held(self, stage: int) -> tuple[int, ...]:
         """Return the chunks that a stage holds, in the order of the model."""

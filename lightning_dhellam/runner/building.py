@@ -56,6 +56,7 @@ def build_model(
         raise ValueError(f"precision='{precision}' must be one of {', '.join(PRECISIONS)}")
     device, dtype = this_device(device), PRECISIONS[precision].dtype
     placement, crossing = placement_of(schedule, sizes["pipeline_parallel_size"]), None
+    tied = model.tie_embeddings if isinstance(model, ModelConfig) else True
     leaving.callback(join(device, timeout))
     if isinstance(model, ModelConfig):
         model.validate(
@@ -72,6 +73,7 @@ def build_model(
         timeout=timeout,
         crossing=crossing,
         placement=placement,
+        tied=tied,
         context_transport=context_transport,
         pipeline_transport=pipeline_transport,
         **sizes,

@@ -99,6 +99,10 @@ class JobStrategy(ParallelStrategy):
         """Which stage holds which chunk of the layers."""
         raise NotImplementedError
 
+    def ties(self) -> bool:
+        """Whether embedding and output layer have one weight."""
+        raise NotImplementedError
+
     def layers_of_chunks(self) -> tuple[int, ...]:
         """Layers of each chunk of the pipeline."""
         raise NotImplementedError
@@ -225,6 +229,7 @@ class JobStrategy(ParallelStrategy):
             pipeline_transport=self.pipeline_transport,
             crossing=self.crossing(),
             placement=self.placement(),
+            tied=self.ties(),
         )
         if isinstance(self._launcher, RestartingLauncher):
             self._launcher.check_agreed(self._context.world_group)

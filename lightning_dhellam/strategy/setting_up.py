@@ -99,6 +99,10 @@ class SettingUpStrategy(SteppingStrategy):
         return placement_of(self.schedule, self.pipeline_parallel_size)
 
     @override
+    def ties(self) -> bool:
+        return self._module.model_config.tie_embeddings
+
+    @override
     def crossing(self) -> Mapping[Lane, int]:
         config = self._module.model_config
         length = getattr(getattr(self._module.trainer, "datamodule", None), "sequence_length", None)

@@ -84,6 +84,7 @@ def _context(
         pipeline_parallel_size=stages,
         pipeline_split=_split(case, placement.chunks) if placement else case.split,
         placement=placement,
+        tied=case.config.tie_embeddings,
         **sizes,
     )
 

@@ -143,16 +143,30 @@ def test_chunks_lie_where_a_model_was_built() -> None:
 
 
 def test_edges_follow_from_where_chunks_lie() -> None:
-    def shown(placement: Placement) -> str:
-        return ", ".join(map(str, placement.edges))
+    def shown(placement: Placement, *, tied: bool = False) -> str:
+        return ", ".join(map(str, placement.edges(tied=tied)))
 
     assert shown(Placement.straight(1, 3)) == ""
     both = "backward 0→1, forward 0→1, backward 1→0, forward 1→0"
     assert shown(Placement.folded(2)) == shown(Placement.straight(2, 2)) == both
+    straight = Placement.straight(3)
+    assert shown(straight) == "forward 0→1, backward 1→0, forward 1→2, backward 2→1"
     # The last one has the head, and 0 the embedding.
-    assert shown(Placement.straight(3)) == (
+    assert shown(straight, tied=True) == (
         "forward 0→1, forward 0→2, backward 1→0, forward 1→2, backward 2→0, backward 2→1"
     )
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("name", [*SCHEDULES, "interleaved-1f1b-4"])
+def test_edges_are_those_that_works_use(name: str, stages: int) -> None:
+    scheme = scheme_of(name, stages)
+    placement = scheme(stages, 1).placement
+    for micro_batches in (1, stages - 1, stages, 3 * stages):
+        sent, received = scheme(stages, micro_batches).messages()
+        assert sent.keys() == received.keys() == {*placement.edges(tied=False)}
+    assert {*placement.edges(tied=True)} == {*sent, *placement.loop}
+    assert bool(placement.loop) is (name != "fold" and not name.endswith("-v"))
 
 
 def test_only_two_strands_share_a_visit() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from tests.ranks import run_ranks
 PIECE = 512
 """Bytes, so that a message goes in several turns."""
 CHANNELS = 64
+TIMEOUT = timedelta(minutes=5)
 COUNT = 7
 CONFIG = replace(SMALL, num_layers=6, hidden_dropout=0.1, tie_embeddings=True)
 
@@ -102,10 +104,10 @@ class Started:
 def _by_files(context: ParallelContext, folder: str) -> Iterator[ParallelContext]:
     """The same context, whose stages see each other's memory."""
     topology, placement = context.topology, context.placement
-    size = parts_of(placement) * 2 * PIECE
+    size = parts_of(placement, tied=True) * 2 * PIECE
     memory = OfFile(Path(folder), topology.pp_rank, topology.pp_size, size)
     between = SharedMemoryTransport(memory, topology.pp_rank, Alone(), PIECE)
-    edges = open_edges(topology, placement, between, context.device, context.asked.timeout)
+    edges = open_edges(topology, placement, between, context.device, TIMEOUT, tied=True)
     threads = {edge: ThreadPoolExecutor(1) for edge in edges}
     streamed = {edge: Streamed(one, threads[edge]) for edge, one in edges.items()}
     try:
