@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ AT_ONCE = 2**20
 _POLYNOMIAL = 0xEDB88320
 """Of CRC-32: the bit of the highest power comes last."""
 _ONE = 1 << 31
+_SIZE_BITS = 63
+"""Of a file's size, at most."""
 
 
 def _find_crc32() -> Callable[[Any, int], int]:
@@ -140,13 +143,20 @@ def combined(first: int, second: int, size: int) -> int:
 
     The first is moved by so many bytes of zero: multiplied by a power of x, as polynomials are.
     """
-    power, square = _ONE, _ONE >> 8
-    while first and size:
-        if size & 1:
+    power = _ONE
+    for place, square in enumerate(_squares() if first else ()):
+        if size >> place & 1:
             power = _times(power, square)
-        square = _times(square, square)
-        size >>= 1
     return _times(first, power) ^ second
+
+
+@cache
+def _squares() -> list[int]:
+    """What 1, 2, 4, … bytes of zero move a checksum by, up to any size of a file."""
+    found = [_ONE >> 8]
+    while len(found) < _SIZE_BITS:
+        found.append(_times(found[-1], found[-1]))
+    return found
 
 
 def _times(a: int, b: int) -> int:

@@ -205,18 +205,21 @@ def read(file: Folder, *, mapped: bool = False) -> dict[str, Any]:
                 f"{file} is damaged, or cut off at {file.stat().st_size} bytes: {REMEDY}"
             )
         with _allowed():
-            unknown = set(get_unsafe_globals_in_checkpoint(_begun(source)))
-            if unknown:
+            try:
+                content = torch.load(
+                    _begun(source),
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=mapped and source is file,
+                )
+            except Exception as error:
+                # Torch names the first type only. Most files have none: they are walked once.
+                if not (unknown := _unknown_in(source)):
+                    raise
                 raise ValueError(
                     f"{file} holds {', '.join(sorted(unknown))}, which could run code when it is"
                     f" loaded: use another checkpoint, or if you trust this one, {_allow(unknown)}"
-                )
-            content = torch.load(
-                _begun(source),
-                map_location="cpu",
-                weights_only=True,
-                mmap=mapped and source is file,
-            )
+                ) from error
     except ValueError:
         raise
     except Exception as error:
@@ -227,6 +230,13 @@ def read(file: Folder, *, mapped: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a mapping: {REMEDY}")
     return content
+
+
+def _unknown_in(source: Any) -> set[str]:
+    """Names of the types in a file that are not allowed; none if that cannot be told either."""
+    with suppress(Exception):
+        return set(get_unsafe_globals_in_checkpoint(_begun(source)))
+    return set()
 
 
 def _begun(source: Any) -> Any:

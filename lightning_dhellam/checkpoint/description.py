@@ -68,7 +68,12 @@ def contents_of(path: Folder) -> Folder:
     Raises:
         ValueError: as `read_topology`.
     """
-    inside = read_topology(path).get(INSIDE)
+    return inside_of(path, read_topology(path))
+
+
+def inside_of(path: Folder, known: Mapping[str, Any]) -> Folder:
+    """The folder that the files are in, of what `read_topology` has read of a checkpoint."""
+    inside = known.get(INSIDE)
     return path if inside is None else path / inside
 
 
@@ -143,9 +148,9 @@ def check_same(path: Folder, mine: Mapping[str, Any], remedy: str = SAME) -> Non
             )
 
 
-def is_of_sizes(path: Folder, context: ParallelContext) -> bool:
-    """Whether a checkpoint was written by a run of the same sizes."""
-    saved, mine = _with_older(read_topology(path)), sizes_of(context)
+def is_of_sizes(known: Mapping[str, Any], context: ParallelContext) -> bool:
+    """Whether a checkpoint that says this of itself was written by a run of the same sizes."""
+    saved, mine = _with_older(known), sizes_of(context)
     return {name: saved.get(name) for name in mine} == mine
 
 

@@ -17,7 +17,7 @@ Written aside and renamed when every rank is done, so that a folder of the final
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from typing import Any
 
@@ -36,20 +36,21 @@ from lightning_dhellam.checkpoint.description import (
     check_same,
     check_settings,
     contents_of,
+    inside_of,
     is_of_sizes,
     read_topology,
     sizes_of,
 )
 from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
 from lightning_dhellam.checkpoint.shares import Shares
-from lightning_dhellam.parallel.collectives import error_of_any, of_all_ranks, together
+from lightning_dhellam.parallel.collectives import of_all_ranks, together, values_or_error
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.optimizer_state import Form
 from lightning_dhellam.remote import Folder, place_of
 
 COMMON = "common.pt"
 REST = "rest.pt"
-_METADATA, _REST = "metadata", "rest"
+_METADATA, _REST, _OWN = "metadata", "rest", "own"
 """Where a state of an optimizer that is yet to be read has what is known of it."""
 _SHARDED = "distributed_optimizer"
 """What decides who has what of a state, and nothing else."""
@@ -64,6 +65,7 @@ def load(
     experts: Collection[str] = (),
     *,
     checked: bool = False,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """What was saved of this rank: `common`, with `state_dict`. Every rank must call this.
 
@@ -77,38 +79,48 @@ def load(
         settings: what the optimizer was made with.
         experts: those of `names` that are an expert's.
         checked: whether all ranks know that it is whole, by `check_whole`.
+        check: raises what this rank has against what it has read, for all ranks.
 
     Raises:
         ValueError: on every rank, when one of them cannot read its files, or they do not fit.
     """
-    of_run = {name for theirs in of_all_ranks([*names], context.world_group) for name in theirs}
-    if path.is_file():
-        elsewhere = of_run.difference(names)
-        return together(
-            lambda: from_file.load(path, shares, elsewhere, with_state=settings is not None),
-            context.world_group,
-        )
+    own = [*names]
+    if checked or path.is_file():
+        of_ranks, fault = of_all_ranks(own, context.world_group), None
+    else:
+        of_ranks, fault = _examined(path, context, own)
+    if fault is not None:
+        raise fault
+    elsewhere = {name for theirs in of_ranks for name in theirs}.difference(own)
 
     def read() -> dict[str, Any]:
-        common = load_common(path)
-        if read_topology(path).get("format", 1) == 1:
+        if path.is_file():
+            return from_file.load(path, shares, elsewhere, with_state=settings is not None)
+        known = read_topology(path)
+        inside = inside_of(path, known)
+        common = content.read(inside / COMMON)
+        if known.get("format", 1) == 1:
             common["state_dict"] = by_rank.load_weights(path, context, experts)
             if settings is not None:
                 common["optimizer_states"] = [by_rank.load_state(path, context, settings)]
             return common
-        inside = contents_of(path)
         metadata, rest = read_metadata(inside), content.read(inside / REST)
+        own = _own(path, known, context)
         if settings is not None:
             check_settings(path, {k: v for k, v in settings.items() if k != _SHARDED})
-            known = {_METADATA: metadata, _REST: rest["optimizer"]}
-            common["optimizer_states"] = [{FROM: str(path), **known}]
-        elsewhere = of_run.difference(names)
-        common["state_dict"] = _load_weights(path, context, shares, elsewhere, metadata, rest)
+            kept = {_METADATA: metadata, _REST: rest["optimizer"], _OWN: own.get("optimizer", {})}
+            common["optimizer_states"] = [{FROM: str(path), **kept}]
+        state = _load_weights(path, context, shares, elsewhere, metadata, rest)
+        common["state_dict"] = {**state, **own.get("state_dict", {})}
         return common
 
-    if not checked:
-        check_whole(path, context)
-    return together(read, context.world_group)
+    def read_checked() -> dict[str, Any]:
+        found = read()
+        if check is not None:
+            check(found)
+        return found
+
+    return together(read_checked, context.world_group)
 
 
 def check_whole(path: Folder, context: ParallelContext) -> None:
@@ -130,34 +142,40 @@ def fault_of(path: Folder, context: ParallelContext) -> Exception | None:
     Every rank must call this. What it raises is no fault of the checkpoint: ranks have lost each
     other, or were told to end.
     """
+    return _examined(path, context, None)[1]
+
+
+def _examined(
+    path: Folder, context: ParallelContext, told: Any
+) -> tuple[list[Any], Exception | None]:
+    """What all ranks have `told`, and what `fault_of` a checkpoint is."""
     group = context.world_group
     # Those that read: of an emulated cluster there is one, whatever its topology says.
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     files: dict[str, Any] = {}
-    own: list[Part] = []
 
-    def add_up() -> None:
+    def add_up() -> tuple[Any, str, list[Part]]:
         files.update({} if path.is_file() else read_topology(path).get(FILES, {}))
-        own.extend(sum_share(path, files, rank, ranks))
+        known = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+        return told, known, sum_share(path, files, rank, ranks)
 
-    error = error_of_any(add_up, group)
+    found, error = values_or_error(add_up, group)
     if isinstance(error, SystemExit):
         raise error
     if error is not None:
-        return error
-    known = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    descriptions, parts = zip(*of_all_ranks((known, own), group), strict=True)
+        return [], error
+    of_ranks, descriptions, parts = zip(*found, strict=True)
     for other, description in enumerate(descriptions):
         if description != descriptions[0]:  # it was replaced, or a file system shows an older one
-            return ValueError(
+            return [], ValueError(
                 f"checkpoint {path} is not the same for all ranks: rank {other} has read another"
                 f" {TOPOLOGY} than rank 0: {REMEDY}"
             )
     try:
         compare(path, files, chain.from_iterable(parts))
     except ValueError as damage:
-        return damage
-    return None
+        return [], damage
+    return [*of_ranks], None
 
 
 def load_common(path: Folder) -> dict[str, Any]:
@@ -187,7 +205,7 @@ def _load_weights(
     state, pieces = weights.to_load(tensors, rest["shares"], shares, wanted, context.topology)
     load_pieces(contents_of(path), metadata, pieces)
     plain = {name: value for name, value in rest["state_dict"].items() if name not in elsewhere}
-    return {**state, **plain, **_own(path, context).get("state_dict", {})}
+    return {**state, **plain}
 
 
 def load_state(
@@ -208,15 +226,15 @@ def load_state(
         check_same(path, sizes_of(context), f"{rest['alone'][0]} cannot be cut, so {ALONE}")
     tensors, pieces = stepped.to_load(metadata.state_dict_metadata, shares, form)
     load_pieces(contents_of(path), metadata, pieces)
-    own = _own(path, context).get("optimizer", {})
-    return stepped.of_rank(rest, tensors, own, shares, form)
+    return stepped.of_rank(rest, tensors, state[_OWN], shares, form)
 
 
-def _own(path: Folder, context: ParallelContext) -> dict[str, Any]:
+def _own(path: Folder, known: Mapping[str, Any], context: ParallelContext) -> dict[str, Any]:
     """What this rank has had alone, if it is the rank of a run of the same sizes."""
-    file, files = contents_of(path) / own_name(context), read_topology(path)[FILES]
-    names = {name.rpartition("/")[2] for name in files}
-    return content.read(file) if is_of_sizes(path, context) and file.name in names else {}
+    file = inside_of(path, known) / own_name(context)
+    names = {name.rpartition("/")[2] for name in known[FILES]}
+    same = file.name in names and is_of_sizes(known, context)
+    return content.read(file) if same else {}
 
 
 def own_name(context: ParallelContext) -> str:

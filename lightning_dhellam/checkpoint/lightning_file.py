@@ -26,7 +26,7 @@ from lightning_dhellam.checkpoint.model import config_of, saved_model
 from lightning_dhellam.checkpoint.order import in_order
 from lightning_dhellam.checkpoint.pieces import Pieces, empty_place
 from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
-from lightning_dhellam.checkpoint.stepped import MASTER, split_place
+from lightning_dhellam.checkpoint.stepped import MASTER, split_place, values_of
 from lightning_dhellam.checkpoint.weights import PREFIX
 from lightning_dhellam.files import put_in_place, sync_files
 from lightning_dhellam.remote import Folder
@@ -162,7 +162,7 @@ def _numbered(
     saved: Mapping[str, Any], tensors: Mapping[str, Tensor], several: bool
 ) -> dict[str, Any]:
     """The state of an optimizer in torch's form, by numbers of parameters."""
-    by_name: dict[str, dict[str, Any]] = {n: dict(v) for n, v in saved["values"].items() if v}
+    by_name = {name: own for name, own in values_of(saved).items() if own}
     for place, tensor in tensors.items():
         key, name = split_place(place)
         by_name.setdefault(name, {})[key] = tensor

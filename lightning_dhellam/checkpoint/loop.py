@@ -89,19 +89,15 @@ def load(
     )
     names, shares = ExpertNames(model), _shares(model)
     own, experts = ([WEIGHTS + n for n in part] for part in names.split(model.state_dict()))
-    saved = folder.load(path, model.context, shares, [*own, *experts], settings, experts)
-    weights = {
-        name.removeprefix(WEIGHTS): value
-        for name, value in saved["state_dict"].items()
-        if name.startswith(WEIGHTS)
-    }
 
-    def check_weights() -> None:
-        found = folder.misfit(weights, names.all_of(model.state_dict()))
+    def check_weights(saved: Mapping[str, Any]) -> None:
+        found = folder.misfit(_weights(saved), names.all_of(model.state_dict()))
         if found is not None:
             raise ValueError(found)
 
-    together(check_weights, group)
+    every, context = [*own, *experts], model.context
+    saved = folder.load(path, context, shares, every, settings, experts, check=check_weights)
+    weights = _weights(saved)
     model.load_state_dict(names.rank_of(weights))
     restore_origin(model, saved)
     if optimizer is not None:
@@ -119,3 +115,12 @@ def load(
         for line in lines:
             warnings.warn(line, stacklevel=3)
     return dict(saved.get("extra", {}))
+
+
+def _weights(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has of the weights of the model, by its own names."""
+    return {
+        name.removeprefix(WEIGHTS): value
+        for name, value in saved["state_dict"].items()
+        if name.startswith(WEIGHTS)
+    }

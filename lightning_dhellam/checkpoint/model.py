@@ -59,16 +59,16 @@ def described(config: ModelConfig) -> dict[str, Any]:
     """A configuration as checkpoints hold it: equal models have equal descriptions."""
     same = config.dropout_of_embedding == config.hidden_dropout
     dropout = None if same else config.embedding_dropout
-    usual = replace(config, rope_magnitude=None).magnitude == config.magnitude
-    alike = replace(
-        config,
-        head_dim=config.kv_channels,
-        embedding_dropout=dropout,
-        rope_magnitude=None if usual else config.rope_magnitude,
-    )
-    found = asdict(alike).items()
+    given = config.rope_magnitude
+    if given is not None and replace(config, rope_magnitude=None).magnitude == given:
+        given = None
+    found = asdict(config) | {
+        "head_dim": config.kv_channels,
+        "embedding_dropout": dropout,
+        "rope_magnitude": given,
+    }
     # The file knows lists only.
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
 
 
 def saved_model(path: Folder) -> dict[str, Any] | None:

@@ -7,9 +7,11 @@ waits.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +22,10 @@ from lightning_dhellam.parallel.work import Once, Work
 from lightning_dhellam.versions import all_gather_single
 
 Found = TypeVar("Found")
+_AT_ONCE = 1024
+"""Bytes of a value that ranks tell each other together with its size: most have no more."""
+_HEAD = 8
+"""Bytes of that size."""
 
 
 class Pending(NamedTuple):
@@ -205,9 +211,34 @@ def of_all_ranks(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """Every rank's `value`, which is any that can be pickled."""
     if group is None or group.size() == 1:
         return [value]
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    data = pickle.dumps(value)
+    sizes, heads = _exchanged(data, _AT_ONCE, group)
+    longest = max(sizes)
+    whole = _exchanged(data, longest, group)[1] if longest > _AT_ONCE else heads
+    return [pickle.loads(part[:size]) for part, size in zip(whole, sizes, strict=True)]
+
+
+def _exchanged(
+    data: bytes, room: int, group: dist.ProcessGroup
+) -> tuple[list[int], list[memoryview]]:
+    """How many bytes every rank has, and of each as many as there is `room` for."""
+    begun = data[:room]
+    message = bytearray(len(data).to_bytes(_HEAD, "little") + begun + bytes(room - len(begun)))
+    mine = torch.frombuffer(message, dtype=torch.uint8)
+    parts = [memoryview(row) for row in _bytes_of_all(mine, group).numpy()]
+    return [int.from_bytes(p[:_HEAD], "little") for p in parts], [p[_HEAD:] for p in parts]
+
+
+def _bytes_of_all(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What every rank has, as many bytes of each, on the host.
+
+    By gloo through the first rank: its gather of all ranks goes round them, one after the other.
+    """
+    if dist.get_backend(group) == "nccl":
+        return of_every_rank(mine.cuda(), group).cpu()
+    found = mine.new_empty(group.size(), len(mine))
+    dist.gather(mine, [*found] if group.rank() == 0 else None, group=group, group_dst=0)
+    return from_one(found, group)
 
 
 def to_first(value: Any, group: dist.ProcessGroup | None) -> list[Any] | None:
@@ -234,7 +265,7 @@ class Failure(NamedTuple):
 
 
 def try_together(
-    part: Callable[[], None], group: dist.ProcessGroup | None
+    part: Callable[[], Any], group: dist.ProcessGroup | None
 ) -> tuple[Exception | SystemExit | None, list[Failure]]:
     """Do `part` on every rank, and wait for all of them: what went wrong here, and on any rank.
 
@@ -244,19 +275,32 @@ def try_together(
     Raises:
         Exception: a rank is lost.
     """
-    mine: Exception | SystemExit | None = None
-    failure: Failure | None = None
+    mine, (_, failure) = _tried(part, group)
+    return mine, _failures(failure, group)
+
+
+def _failures(mine: Failure | None, group: dist.ProcessGroup | None) -> list[Failure]:
+    """What went wrong on all ranks; as a rule they tell each other only that nothing has."""
+    if group is not None and group.size() > 1:
+        failed = torch.tensor([mine is not None], dtype=torch.int32, device="cpu")
+        if not largest(failed, group).item():
+            return []
+    return [found for found in of_all_ranks(mine, group) if found is not None]
+
+
+def _tried(
+    part: Callable[[], Found], group: dist.ProcessGroup | None
+) -> tuple[Exception | SystemExit | None, tuple[Found | None, Failure | None]]:
+    """What went wrong here, if anything, and what the others hear of it."""
     try:
-        part()
+        return None, (part(), None)
     except (Exception, SystemExit) as error:
         if is_lost(error):
             raise
         rank = 0 if group is None else group.rank()
-        mine = error
         text = f"rank {rank}: {type(error).__name__}: {error}"
         end = error if isinstance(error, SystemExit) else None
-        failure = Failure(text, isinstance(error, ValueError), end)
-    return mine, [found for found in of_all_ranks(failure, group) if found is not None]
+        return error, (None, Failure(text, isinstance(error, ValueError), end))
 
 
 def together(part: Callable[[], Found], group: dist.ProcessGroup | None) -> Found:
@@ -267,21 +311,29 @@ def together(part: Callable[[], Found], group: dist.ProcessGroup | None) -> Foun
         RuntimeError: the same, of any other error.
         SystemExit: another rank was told to end.
     """
-    found: list[Found] = []
-    error = error_of_any(lambda: found.append(part()), group)
+    mine, (value, failure) = _tried(part, group)
+    error = _of_any(mine, _failures(failure, group))
     if error is not None:
         raise error
-    return found[0]
+    return cast(Found, value)
 
 
-def error_of_any(
-    part: Callable[[], None], group: dist.ProcessGroup | None
-) -> Exception | SystemExit | None:
-    """What `together` raises of `part`: on all ranks, or on none.
+def values_or_error(
+    part: Callable[[], Found], group: dist.ProcessGroup | None
+) -> tuple[list[Found], Exception | SystemExit | None]:
+    """What `part` gives on every rank, or what `together` raises of it, by one exchange.
 
     What is raised is of the collective itself: the ranks have lost each other.
     """
-    mine, failures = try_together(part, group)
+    mine, told = _tried(part, group)
+    values, failures = zip(*of_all_ranks(told, group), strict=True)
+    return cast(list[Found], [*values]), _of_any(mine, [f for f in failures if f is not None])
+
+
+def _of_any(
+    mine: Exception | SystemExit | None, failures: Sequence[Failure]
+) -> Exception | SystemExit | None:
+    """What is raised here of what went wrong on any rank: on all ranks, or on none."""
     if mine is not None or not failures:
         return mine
     if failures[0].end is not None:

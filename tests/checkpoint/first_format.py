@@ -14,6 +14,7 @@ from lightning_dhellam.checkpoint import content
 from lightning_dhellam.checkpoint.description import FILES, read_topology, sizes_of
 from lightning_dhellam.checkpoint.pieces import Pieces
 from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
+from lightning_dhellam.checkpoint.stepped import values_of
 from lightning_dhellam.parallel import ParallelContext
 
 
@@ -33,7 +34,7 @@ def make_old(path: Path) -> None:
     """Make a checkpoint that one process has written today one of the first format."""
     rest, weights = content.read(path / "rest.pt"), {}
     saved = rest["optimizer"]
-    state = {"state": dict(saved["values"]), "master_weights": {}, "parts": {}, "other": {}}
+    state = {"state": values_of(saved), "master_weights": {}, "parts": {}, "other": {}}
     for place, tensor in whole_tensors(path).items():
         kind, _, name = place.partition("/")
         if kind == "weights":

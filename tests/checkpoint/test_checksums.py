@@ -183,13 +183,12 @@ def test_one_process_reads_all_of_a_checkpoint_on_an_emulated_cluster(checkpoint
     assert "d is damaged: its checksum" in _refusal(checkpoints / "d at 0", context)
 
 
-@pytest.mark.parametrize("place", [folder, collectives])
-def test_a_lost_rank_is_no_fault_of_a_checkpoint(checkpoints: Path, place: Any) -> None:
+def test_a_lost_rank_is_no_fault_of_a_checkpoint(checkpoints: Path) -> None:
     context: Any = SimpleNamespace(world_group=None, topology=Topology(world_size=1))
     lost = mock.Mock(side_effect=RuntimeError("Connection closed by peer"))
     paths = [checkpoints / "whole", checkpoints / "second"]
     with (
-        mock.patch.object(place, "of_all_ranks", lost),
+        mock.patch.object(collectives, "of_all_ranks", lost),
         pytest.raises(RuntimeError, match="Connection closed by peer"),
     ):
         newest.newest_whole(paths, context, training=True)
