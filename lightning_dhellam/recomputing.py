@@ -56,7 +56,12 @@ def by_rule(
 
 
 def when_measured(
-    agreed: AgreedEngine, pieces: Sequence[MicroBatch], limit: int | None, held: float, costs: Costs
+    agreed: AgreedEngine,
+    pieces: Sequence[MicroBatch],
+    limit: int | None,
+    held: float,
+    costs: Costs,
+    slack: float,
 ) -> None:
     """Choose by what a profile has measured. Every rank must call this, between two steps.
 
@@ -66,6 +71,7 @@ def when_measured(
         limit: of the memory of this rank, in bytes; None for that of its device.
         held: bytes besides slots; see `measured_bytes`.
         costs: of the operators that there are.
+        slack: bytes that a searched plan of a pair of layers may take above the sequential one.
 
     Raises:
         ValueError: nothing fits; on all ranks.
@@ -81,6 +87,7 @@ def when_measured(
             tokens=tokens_of(agreed, pieces),
             room=_room(agreed, limit, held, KNOWN_SHARE),
             builder=None,
+            slack=slack,
         ),
     )
 

@@ -107,7 +107,7 @@ class Session:
                 self._profile = measuring.profile()
         if runner.agreed.undecided:
             with self._timed("recompute"):
-                self._choose_recompute(held)
+                self._choose_recompute(held, slack or 0.0)
             with self._timed("profile"):
                 self._profile = measuring.profile()
         self._tokens = measuring.tokens
@@ -209,11 +209,11 @@ class Session:
         if self._schedules is not None:
             self._schedules.leave()
 
-    def _choose_recompute(self, held: float) -> None:
+    def _choose_recompute(self, held: float, slack: float) -> None:
         """Let backward make again what the memory asks for, by the times that were measured."""
         runner = self._runner
         costs = Costs.of(self._profile)
-        when_measured(runner.agreed, self._pieces, runner.memory_limit, held, costs)
+        when_measured(runner.agreed, self._pieces, runner.memory_limit, held, costs, slack)
 
     def _peak_bytes(self) -> float:
         """Most memory in use so far, on the rank that used most; of slots alone on CPU."""

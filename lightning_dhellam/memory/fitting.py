@@ -50,6 +50,7 @@ def fit(
     tokens: int,
     room: float,
     builder: Builder | None,
+    slack: float = 0.0,
 ) -> Fitted:
     """Choose for `room` bytes, at the least time.
 
@@ -61,6 +62,7 @@ def fit(
         tokens: of a micro-batch.
         room: bytes that slots may take at once, all of them.
         builder: makes the plans; None to search them.
+        slack: bytes that a searched plan of a pair of layers may take above the sequential one.
 
     Raises:
         ValueError: nothing fits.
@@ -79,6 +81,7 @@ def fit(
         tokens=tokens,
         free=[bool(key) for key in kept.keys],
         builder=builder,
+        slack=slack,
     )
     choices: dict[str | int, Recompute] = {
         key: sorted(slots) or "none"

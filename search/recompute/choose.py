@@ -46,6 +46,7 @@ def choose(
     tokens: int,
     free: Sequence[bool] | None = None,
     builder: Builder | None = None,
+    slack: float = 0.0,
 ) -> Chosen:
     """Choose what backward makes again in each layer, at the least time of which all fits.
 
@@ -61,6 +62,7 @@ def choose(
         tokens: how many tokens a micro-batch has.
         free: for each layer whether it may make something again; all may if not given.
         builder: makes the plans; None to search them.
+        slack: bytes that a searched plan of a pair of layers may take above the sequential one.
 
     Raises:
         ValueError: nothing fits; it says how many bytes the least needs.
@@ -74,7 +76,7 @@ def choose(
             numbers[key] = len(kinds)
             kinds.append(Kind.of(own, pair, costs, free=may))
         of_layer.append(numbers[key])
-    tables = _tables(kinds, of_layer, moments, costs, tokens, builder)
+    tables = _tables(kinds, of_layer, moments, costs, tokens, builder, slack)
     fit = _fit(kinds, of_layer, moments, tables, limit, tokens)
     chosen = fit.run()
     if not chosen:
@@ -114,6 +116,7 @@ def _tables(
     costs: Costs,
     tokens: int,
     builder: Builder | None,
+    slack: float,
 ) -> dict[Key, Meeting]:
     costs = covering(costs, ((kind.measured, pair) for kind in kinds for pair in kind.pairs))
     costs = with_halves(costs, [pair for kind in kinds for pair in kind.pairs])
@@ -123,7 +126,7 @@ def _tables(
         if key not in found:
             first = None if ahead is None else kinds[ahead]
             second = None if behind is None else kinds[behind]
-            found[key] = meeting(first, second, part, costs, tokens, builder)
+            found[key] = meeting(first, second, part, costs, tokens, builder, slack)
     return found
 
 

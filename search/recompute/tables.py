@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lightning_dhellam.pipeline.schedules import Part
-from lightning_dhellam.plan import Builder, GraphPair
+from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
 from lightning_dhellam.plan.passes import left_bytes, recompute
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.model.halves import halves
@@ -101,8 +101,14 @@ def meeting(
     costs: Costs,
     tokens: int,
     builder: Builder | None,
+    slack: float,
 ) -> Meeting:
-    """Play a pair with each candidate by a plan of `builder`, or else by a searched one."""
+    """Play a pair with each candidate by a plan of `builder`, or else by a searched one.
+
+    A searched one takes at most `slack` bytes above the sequential plan, since what hides best
+    holds most. So will the one that is used in the end, which is searched for the two candidates
+    themselves; and the sequential plan, which that one is tried against, has to fit as well.
+    """
     seconds: list[float] = []
     fronts = ahead.pairs if ahead else (None,)
     sizes: list[list[float]] = [[] for _ in fronts]
@@ -114,12 +120,19 @@ def meeting(
             continue
         problem = _problem(fronts[0], back, costs, tokens)
         if builder is None:
-            plan = solve_pair(fronts[0], back.pair, costs, budget=BUDGET).plan
+            plan = solve_pair(
+                fronts[0], back.pair, costs, tokens=tokens, memory_slack=slack, budget=BUDGET
+            ).plan
         else:
             plan = builder(problem.forward, problem.backward)
         seconds.append(problem.seconds_of_plan(plan))
         for row, front in enumerate(fronts):
-            peak = _problem(front, back, costs, tokens).peak_of_plan(plan)
+            problem = _problem(front, back, costs, tokens)
+            peak = problem.peak_of_plan(plan)
+            if builder is None:
+                sequential = BUILDERS["sequential"](problem.forward, problem.backward)
+                least = problem.peak_of_plan(sequential)
+                peak = min(max(peak, least), least + slack)
             saved = ahead.candidates[row].saved if ahead else 0.0
             sizes[row].append(peak - (saved + back.held) * tokens)
     return Meeting(tuple(seconds), tuple(map(tuple, sizes)))

@@ -185,6 +185,29 @@ def test_a_cell_may_make_again_what_it_says_or_what_fits(tmp_path: Path) -> None
     assert f"recompute: {none}" not in found
 
 
+def test_what_fits_into_half_and_a_quarter_stands_beside_megatrons_choice_that_fits(
+    tmp_path: Path,
+) -> None:
+    words = ("--links", "[copy:110]", "--cells", "[a8]", "--plans", "[sequential,megatron,auto]")
+    found = bench("overlap", tmp_path, *SHORT, *words, "--recompute", "[none,auto:0.5,auto:0.25]")
+    rows = {(row["cell"], row["plan"]): row for row in found["rows"]}
+    none, *cells = ("a8 copy:110 none", "a8 copy:110 auto:0.5", "a8 copy:110 auto:0.25")
+    needed = rows[none, "sequential"]["slots MiB"]
+    assert rows[none, "auto"]["recompute"] == "none" and "of limit" not in rows[none, "auto"]
+    for cell, share, theirs in zip(cells, (0.5, 0.25), ("selective", "full"), strict=True):
+        own, other = rows[cell, "auto"], rows[cell, "megatron"]
+        for plan in ("sequential", "megatron", "auto"):
+            row = rows[cell, plan]
+            assert row["of limit"] <= 1 and row["parity"] == 0.0
+            assert row["slots MiB"] == pytest.approx(row["of limit"] * share * needed)
+        assert (own["recompute"], other["recompute"]) == ("auto", theirs)
+        assert own["step over megatron"] == pytest.approx(other["step ms"] / own["step ms"])
+        said = found[f"limit: {cell}"]
+        assert said.startswith(f"auto's step is {own['step over megatron']:.3f} × as fast")
+        assert f"with '{theirs}', the least of its own that fits" in said
+        assert f"activations take {1 - own['slots MiB'] / needed:.0%} less than with none" in said
+
+
 def test_a_cell_may_compute_and_gather_in_8_bits(tmp_path: Path) -> None:
     words = ("--links", "[copy:110]", "--cells", "[a4]", "--plans", "[sequential,megatron,auto]")
     words = (*words, "--fp8", "[null, current]", "--fp8_all_gather", "[false, true]")

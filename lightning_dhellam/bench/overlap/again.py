@@ -1,7 +1,8 @@
 """What backward makes again in a cell: what was asked for, or what fits into a share of memory.
 
 Where it is to fit, what layers make again is chosen as `recompute="auto"` does with a search, by
-measured times; Megatron's order is given the first of `selective` and `full` that fits as well.
+measured times; Megatron's order is given the first of `selective` and `full` that fits as well,
+which is the faster where both do, since `full` makes again all that `selective` does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lightning_dhellam.bench.overlap.cells import Cell
 from lightning_dhellam.bench.workload import Workload, emulated
 from lightning_dhellam.layers import lower
 from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
-from lightning_dhellam.plan.by_layer import ByLayer
+from lightning_dhellam.plan.by_layer import AUTO, ByLayer
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.search.model import Costs
 from lightning_dhellam.search.recompute import choose, moments
@@ -31,12 +32,16 @@ class Again:
         own: under all plans but Megatron's.
         megatron: under Megatron's.
         costs: of the operators of both, if they were measured to choose.
+        needed: most bytes of slots in a step that keeps all; None where the choice was given.
+        limit: what of that slots may take; None likewise.
         note: what was chosen, and why; nothing where it was given.
     """
 
     own: Recompute | ByLayer
     megatron: Recompute | ByLayer
     costs: Costs | None = None
+    needed: float | None = None
+    limit: float | None = None
     note: str = ""
 
     def works(self, make: Making, plans: Sequence[str]) -> dict[str, Workload]:
@@ -45,9 +50,20 @@ class Again:
         other = own if self.megatron == self.own else make(self.megatron)
         return {name: other if name == "megatron" else own for name in plans}
 
+    def said(self, plan: str) -> str:
+        """What backward makes again under a plan, in a word."""
+        what = self.megatron if plan == "megatron" else self.own
+        return what if isinstance(what, str) else AUTO
 
-def fitted(make: Making, share: float, repeats: int) -> Again:
+
+def fitted(make: Making, share: float, repeats: int, slack: float) -> Again:
     """Choose what fits into a share of the activation memory that a step needs which keeps all.
+
+    Args:
+        make: makes the workload.
+        share: of the activation memory.
+        repeats: runs of each operator that count, in the profile.
+        slack: share of the limit that a searched plan may take above the sequential one.
 
     Raises:
         ValueError: nothing fits.
@@ -66,6 +82,7 @@ def fitted(make: Making, share: float, repeats: int) -> Again:
         limit=limit,
         tokens=kept.tokens,
         free=[0 < number < count - 1 for number in range(count)],
+        slack=slack * limit,
     )
     own: dict[str | int, Recompute] = {
         str(i): sorted(slots) or "none" for i, slots in enumerate(found.slots[1:-1])
@@ -82,7 +99,7 @@ def fitted(make: Making, share: float, repeats: int) -> Again:
         f" {again} of {len(own)} layers make some again, and Megatron's order has '{megatron}'"
         f" ({peaks[str(megatron)] / 2**20:,.1f} MiB)"
     )
-    return Again(own, megatron, covering(costs, every), note)
+    return Again(own, megatron, covering(costs, every), needed, limit, note)
 
 
 def slot_peak(work: Workload, builder: Builder) -> int:

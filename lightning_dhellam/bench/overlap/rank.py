@@ -93,7 +93,7 @@ class Rank:
         again = self._again(cell)
         works = again.works(partial(self._workload, cell), self._settings.plans)
         work = works["sequential"]
-        plans = self._plans(work, replace(cell, link=link), again.costs)
+        plans = self._plans(work, replace(cell, link=link), again)
         steps = {name: self._steps(works[name], one) for name, one in plans.builders.items()}
         parity = self._parity(cell, again, plans)
         self._free()
@@ -102,11 +102,13 @@ class Rank:
         figures = {
             name: PlanFigures(
                 self._predicted(works[name], plans, name),
-                self._peak(works[name], many),
+                *self._peaks(works[name], many),
                 *parity[name],
                 plans.search_seconds.get(name),
                 saved_of(works[name].layers[1:-1], work.tokens),
                 kept,
+                again.said(name),
+                again.limit,
             )
             for name, (_, many) in steps.items()
         }
@@ -143,7 +145,7 @@ class Rank:
         if cell.share is None:
             return Again(cell.recompute, cell.recompute)
         make = partial(self._workload, cell)
-        return fitted(make, cell.share, self._settings.repeats)
+        return fitted(make, cell.share, self._settings.repeats, self._settings.memory_slack)
 
     def _workload(self, cell: Cell, recompute: Recompute | ByLayer) -> Workload:
         shape = self._shapes[cell.shape]
@@ -210,17 +212,22 @@ class Rank:
         )
         return replace(cell.link, bandwidth=1 / slowness)
 
-    def _plans(self, work: Workload, cell: Cell, costs: Costs | None) -> Plans:
+    def _plans(self, work: Workload, cell: Cell, again: Again) -> Plans:
         """The plans for this shape and link, and for as many layers: a step's memory asks for it.
 
-        They are searched once and kept. Where no `costs` are known they are measured.
+        They are searched once and kept. Where no costs are known they are measured. Where slots
+        have a limit, so has what these plans may take above the sequential one.
         """
         key = replace(cell, lever="")
         if key not in self._searched:
+            costs = again.costs
             if costs is None:
                 costs = Costs.of(work.profile(repeats=self._settings.repeats))
             sequential = self._steps(work, BUILDERS["sequential"])[1]
-            slack = self._peak(work, sequential) * self._settings.memory_slack
+            peak, slots = self._peaks(work, sequential)
+            slack = peak * self._settings.memory_slack
+            if again.limit is not None:
+                slack = max(0.0, min(slack, again.limit - slots))
             seconds, tokens = self._settings.search_time, work.tokens
             self._searched[key] = Plans.of(
                 work.layers,
@@ -276,17 +283,19 @@ class Rank:
         )
         return round(brought * (1 - 1 / self._context.topology.size(lane)) * work.tokens)
 
-    def _peak(self, work: Workload, step: Step) -> float:
-        """The most bytes in use during a step: of the device, on a CPU of slots."""
-        if self._context.device.type == "cuda":
+    def _peaks(self, work: Workload, step: Step) -> tuple[float, float]:
+        """The most bytes during a step: of the device, on a CPU of slots; and of slots."""
+        ledger, on_gpu = work.lanes.ledger, self._context.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            step()
-            torch.cuda.synchronize()
-            return float(torch.cuda.max_memory_allocated())
-        work.lanes.ledger.peak_bytes = work.lanes.ledger.bytes
+        ledger.peak_bytes = ledger.bytes
         step()
-        return float(work.lanes.ledger.peak_bytes)
+        slots = float(ledger.peak_bytes)
+        if not on_gpu:
+            return slots, slots
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated()), slots
 
 
 def _rows(work: Workload) -> str:

@@ -13,9 +13,10 @@ from lightning_dhellam.bench.rounds import Times
 from lightning_dhellam.bench.shapes import SLOWER
 
 COLUMNS = (
-    "cell", "plan", "layer ms", "over megatron", "of bound", "exposed ms", "step ms", "spread ms",
-    "predicted ms", "error", "step error", "peak GiB", "of sequential", "saved MiB",
-    "of none", "parity", "farthest",
+    "cell", "plan", "layer ms", "over megatron", "of bound", "exposed ms", "step ms",
+    "step over megatron", "spread ms", "predicted ms", "error", "step error", "peak GiB",
+    "of sequential", "slots MiB", "of limit", "recompute", "saved MiB", "of none", "parity",
+    "farthest",
 )  # fmt: skip
 COMPUTE, BOUND = "compute", "bound"
 """Rows that are no plans: collectives that take no time, and what no order can beat."""
@@ -31,20 +32,26 @@ class PlanFigures:
     Attributes:
         predicted: Seconds that the simulator says of the shorter and the longer step.
         peak: The most bytes in use during the longer step.
+        slots: The same, of slots alone.
         parity: How far its results are from the sequential plan's; 0 when bitwise equal.
         farthest: The result that is farthest away, or `-`.
         search_seconds: What its search took, if it was searched.
         saved: Bytes of activations that a layer saves of a micro-batch.
         saved_by_none: The same, if nothing were made again.
+        recompute: What backward makes again, in a word.
+        limit: Bytes that slots may take; None where nothing is to fit.
     """
 
     predicted: tuple[float, float]
     peak: float
+    slots: float
     parity: float
     farthest: str
     search_seconds: float | None
     saved: float
     saved_by_none: float
+    recompute: str
+    limit: float | None
 
 
 def rows_of(
@@ -77,6 +84,7 @@ def rows_of(
         if name != BOUND:
             step = timed[name][1]
             row |= {"step ms": step.median * 1e3, "spread ms": step.spread * 1e3}
+            row["step over megatron"] = timed["megatron"][1].median / step.median
         if name in figures:
             found = figures[name]
             predicted = layer(*found.predicted)
@@ -87,12 +95,16 @@ def rows_of(
                 "step error": found.predicted[1] / timed[name][1].median - 1,
                 "peak GiB": found.peak / 2**30,
                 "of sequential": found.peak / figures["sequential"].peak,
+                "slots MiB": found.slots / 2**20,
+                "recompute": found.recompute,
                 "saved MiB": found.saved / 2**20,
                 "of none": found.saved / found.saved_by_none,
                 "parity": found.parity,
                 "farthest": found.farthest,
                 "search s": found.search_seconds,
             }
+            if found.limit is not None:
+                row["of limit"] = found.slots / found.limit
         rows.append(row)
     return rows
 
@@ -156,5 +168,23 @@ def recompute_notes(cells: Sequence[Cell], rows: Sequence[Row]) -> Row:
         notes[f"recompute: {cell.name}"] = (
             f"auto {own['layer ms'] / kept['layer ms'] - 1:+.1%} time against none, and"
             f" {1 - own['of none']:.0%} of activation bytes are not saved"
+        )
+    return notes
+
+
+def limit_notes(cells: Sequence[Cell], rows: Sequence[Row]) -> Row:
+    """How the searched plan of a cell that is to fit does against Megatron's choice that fits."""
+    found = {(row["cell"], row["plan"]): row for row in rows}
+    notes: Row = {}
+    for cell in cells:
+        own, other = (found.get((cell.name, plan)) for plan in ("auto", "megatron"))
+        if cell.share is None or own is None or other is None:
+            continue
+        fits = "the least of its own that fits" if other["of limit"] <= 1 else "which does not fit"
+        notes[f"limit: {cell.name}"] = (
+            f"auto's step is {own['step over megatron']:.3f} × as fast as that of Megatron's order"
+            f" with '{other['recompute']}', {fits}; activations take"
+            f" {1 - own['of limit'] * cell.share:.0%} less than with none,"
+            f" {1 - other['of limit'] * cell.share:.0%} with that"
         )
     return notes

@@ -15,6 +15,7 @@ from lightning_dhellam.bench.overlap.report import (
     COLUMNS,
     fp8_notes,
     lever_notes,
+    limit_notes,
     notes_of,
     recompute_notes,
 )
@@ -44,7 +45,7 @@ def measure(settings: Settings, folder: Path) -> Report:
             rank = Rank(context, known, settings, slower)
             skipped += _measure(group, rank, report, clock, folder)
     report.notes |= lever_notes(todo, report.rows) | recompute_notes(todo, report.rows)
-    report.notes |= fp8_notes(todo, report.rows)
+    report.notes |= limit_notes(todo, report.rows) | fp8_notes(todo, report.rows)
     if skipped:
         report.notes["not measured, for lack of time"] = ", ".join(skipped)
     report.save(folder)
