@@ -16,6 +16,10 @@ _ELEMENTS = 2048
 """Of a program whose elements have nothing to do with each other."""
 
 
+PARTS = 1024
+"""Most programs that leave the largest number of what each has seen."""
+
+
 @cache
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`."""
@@ -35,6 +39,11 @@ def row_programs(rows: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(rows, 4)  # Triton's interpreter
     return min(rows, 2 * processors(device))
+
+
+def part_programs(device: torch.device, each: int = 4) -> int:
+    """Programs that share a tensor in parts: `each` multiprocessor has as many."""
+    return min(PARTS, each * processors(device)) if device.type == "cuda" else 4
 
 
 def interpreted() -> bool:

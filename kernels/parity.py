@@ -134,6 +134,7 @@ def _gelu(truth: Any, backend: Any, draw: Draw) -> Pairs:
     yield "y", backend.forward(x), truth.forward(x.float())
     yield "grad", backend.backward(dy, x), truth.backward(dy.float(), x.float())
     yield from _weighted(backend, truth, dy, x)
+    yield from _measured(backend, dy, x)
 
 
 def _swiglu(backend: Any, draw: Draw) -> Pairs:
@@ -142,6 +143,7 @@ def _swiglu(backend: Any, draw: Draw) -> Pairs:
     grad = backend.backward(dy, gate_up)
     yield "grad", grad, swiglu.backward(dy.float(), gate_up.float())
     yield from _weighted(backend, swiglu, dy, gate_up)
+    yield from _measured(backend, dy, gate_up)
 
 
 def _weighted(backend: Any, truth: Any, dy: Tensor, x: Tensor) -> Pairs:
@@ -152,6 +154,14 @@ def _weighted(backend: Any, truth: Any, dy: Tensor, x: Tensor) -> Pairs:
     found = backend.weighted_backward(dy, x, weights)
     expected = truth.weighted_backward(dy.float(), x.float(), weights)
     yield from zip(("weighted grad", "grad of weights"), found, expected, strict=True)
+
+
+def _measured(backend: Any, dy: Tensor, x: Tensor) -> Pairs:
+    """An activation that says how large what it makes is."""
+    for name, read in (("forward", (x,)), ("backward", (dy, x))):
+        made, largest = getattr(backend, f"{name}_measured")(*read)
+        yield f"measured {name}", made, getattr(backend, name)(*read).float()
+        yield f"largest of {name}", largest.amax().view(1), fp8.largest(made)
 
 
 def _rope(backend: Any, draw: Draw) -> Pairs:
@@ -219,6 +229,10 @@ def _fp8(backend: Any, draw: Draw) -> Pairs:
                 yield f"{name} to {dtype} by {block}", fp8.widened(a), fp8.widened(b)
         if block is not fp8.SQUARES:
             yield from _turned_later(backend, x, block)
+    parts = torch.stack([part.abs().amax().float() for part in x.split(5)])
+    found, truth = backend.cast(x, fp8.FORWARD, largest=parts), fp8.cast(x.float(), fp8.FORWARD)
+    for name, a, b in zip(("cast", "turned"), found, truth, strict=True):
+        yield f"{name} by the largest of parts", fp8.widened(a), fp8.widened(b)
     for squares, side in ((fp8.WHOLE, 16), (fp8.SQUARES, 128)):
         block = fp8.ROWS if squares else fp8.WHOLE
         # Of few rows no wide product: Triton's interpreter takes its time.

@@ -90,8 +90,10 @@ class Fp8Kernel(Protocol):
 
     SHRINKS: bool
 
-    def cast(self, x: Tensor, dtype: torch.dtype, block: Block = None) -> tuple[Cast, Cast]:
-        """`x` [..., C] as a matrix [N, C] of `dtype`, and turned."""
+    def cast(
+        self, x: Tensor, dtype: torch.dtype, block: Block = None, largest: Tensor | None = None
+    ) -> tuple[Cast, Cast]:
+        """`x` [..., C] as a matrix [N, C] of `dtype`, and turned, as `cast_rows` scales it."""
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest absolute value of `x`, [1] in fp32."""
@@ -204,6 +206,12 @@ class ActivationKernel(Protocol):
 
     def backward(self, dy: Tensor, x: Tensor, /) -> Tensor:
         """The gradient by `x`, from `dy`, that of the function's value."""
+
+    def forward_measured(self, x: Tensor, /) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the largest absolute values [R] of its parts in fp32."""
+
+    def backward_measured(self, dy: Tensor, x: Tensor, /) -> tuple[Tensor, Tensor]:
+        """What `backward` gives, and the same of it."""
 
     def weighted_forward(self, x: Tensor, weights: Tensor, /) -> Tensor:
         """The function of `x` [N, I], each row times its weight [N]."""

@@ -47,16 +47,19 @@ class Cast(NamedTuple):
     scale: Tensor
 
 
-def cast(x: Tensor, dtype: torch.dtype, block: Block = WHOLE) -> tuple[Cast, Cast]:
+def cast(
+    x: Tensor, dtype: torch.dtype, block: Block = WHOLE, largest: Tensor | None = None
+) -> tuple[Cast, Cast]:
     """`x` [..., C] as a matrix [N, C] in 8 bits, and the same turned [C, P].
 
     Each block is divided by a scale, so that its largest number becomes the largest of `dtype`. P
     is N padded with zeros to a multiple of 16, or of 128 where there are blocks; blocks of the
-    turned matrix lie along its own rows.
+    turned matrix lie along its own rows. Where all has one scale it is that of the `largest` [R] of
+    all its parts, if they are given.
     """
     rows = x.flatten(0, -2)
     turned = pad(rows.t(), (0, -len(rows) % (16 if block is None else SIDE)))
-    return _cast(rows, dtype, block), _cast(turned, dtype, block)
+    return _cast(rows, dtype, block, largest), _cast(turned, dtype, block, largest)
 
 
 def largest(x: Tensor) -> Tensor:
@@ -67,10 +70,7 @@ def largest(x: Tensor) -> Tensor:
 def cast_rows(
     x: Tensor, dtype: torch.dtype, block: Block = WHOLE, largest: Tensor | None = None
 ) -> Cast:
-    """`x` [..., C] as a matrix [N, C] in 8 bits, as `cast` has it, and not turned.
-
-    Where all has one scale it is that of the `largest` [R] of all its parts, if they are given.
-    """
+    """`x` [..., C] as a matrix [N, C] in 8 bits, as `cast` has it, and not turned."""
     return _cast(x.flatten(0, -2), dtype, block, largest)
 
 

@@ -11,10 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_dhellam.kernels.fp8.casts import largest_of_parts
 from lightning_dhellam.kernels.gelu.reference import weighted_backward, weighted_forward
 from lightning_dhellam.kernels.launch import each_element
+from lightning_dhellam.kernels.measured import measured
 
-__all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]
+__all__ = [
+    "backward",
+    "backward_measured",
+    "forward",
+    "forward_measured",
+    "weighted_backward",
+    "weighted_forward",
+]
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _P = tl.constexpr(0.3275911 * 0.7071067811865476)
@@ -30,6 +39,9 @@ def forward(x: Tensor) -> Tensor:
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """Compute what `reference.backward` does."""
     return each_element(_backward, dy, x)
+
+
+forward_measured, backward_measured = measured(forward, backward, largest_of_parts)
 
 
 @triton.jit

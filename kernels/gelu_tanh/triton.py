@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_dhellam.kernels.fp8.casts import largest_of_parts
 from lightning_dhellam.kernels.gelu_tanh.reference import (
     CUBE,
     ROOT,
@@ -16,8 +17,16 @@ from lightning_dhellam.kernels.gelu_tanh.reference import (
     weighted_forward,
 )
 from lightning_dhellam.kernels.launch import each_element
+from lightning_dhellam.kernels.measured import measured
 
-__all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]
+__all__ = [
+    "backward",
+    "backward_measured",
+    "forward",
+    "forward_measured",
+    "weighted_backward",
+    "weighted_forward",
+]
 
 _TWICE = tl.constexpr(2 * ROOT)
 _CUBE = tl.constexpr(CUBE)
@@ -31,6 +40,9 @@ def forward(x: Tensor) -> Tensor:
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """Compute what `reference.backward` does."""
     return each_element(_backward, dy, x)
+
+
+forward_measured, backward_measured = measured(forward, backward, largest_of_parts)
 
 
 @triton.jit

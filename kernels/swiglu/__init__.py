@@ -2,9 +2,18 @@
 
 from lightning_dhellam.kernels.swiglu.reference import (
     backward,
+    backward_measured,
     forward,
+    forward_measured,
     weighted_backward,
     weighted_forward,
 )
 
-__all__ = ["backward", "forward", "weighted_backward", "weighted_forward"]
+__all__ = [
+    "backward",
+    "backward_measured",
+    "forward",
+    "forward_measured",
+    "weighted_backward",
+    "weighted_forward",
+]

@@ -180,19 +180,31 @@ class EightBits:
         cast, block, trained = self.fp8.kernel.cast, self.fp8.format.block, self._trained
         size = channels * (1 + (0 if block is None else 4 / block[1]))
         writes = {_as_it_is(read): size} | ({_turned(read): size} if trained else {})
+        measured = self.measures and largest_of(read) in w.bytes_per_token
 
-        def run(x: Tensor) -> Any:
-            rows, turned = cast(x, dtype, block)
+        def run(x: Tensor, largest: Tensor | None = None) -> Any:
+            rows, turned = cast(x, dtype, block, largest)
             rows = Cast(rows.values.view(x.shape), rows.scale)
             return (rows, turned) if trained else rows
 
-        passes = 2 if block is None else 1
+        passes = 2 if self.measures and not measured else 1
         moved = passes * w.sizes.wide(channels) + 2 * size
-        w.compute(name, (read,), writes, run, moved=moved, fp8=self.fp8.name)
+        reads = (read, largest_of(read)) if measured else (read,)
+        w.compute(name, reads, writes, run, moved=moved, fp8=self.fp8.name)
+
+    @property
+    def measures(self) -> bool:
+        """Whether casts ask for the largest number of all that they read, before they cast."""
+        return self.fp8.format.block is None
 
     @property
     def _trained(self) -> bool:
         return self.weight.requires_grad
+
+
+def largest_of(slot: str) -> str:
+    """Where what made a slot leaves the largest numbers of its parts, if casts ask for them."""
+    return f"{slot}_largest"
 
 
 def _as_it_is(slot: str) -> str:

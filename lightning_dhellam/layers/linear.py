@@ -80,6 +80,11 @@ class _Linear:
         """FLOPs per token of each of the three GEMMs."""
         return 2.0 * self.weight.numel()
 
+    @property
+    def measures(self) -> bool:
+        """Whether its casts to 8 bits ask for the largest number of what it reads."""
+        return self.eight is not None and self.eight.measures
+
     def _gemm(self, w: GraphWriter, read: str, write: str, bias: Parameter | None = None) -> None:
         if self.eight is not None:
             self.eight.forward(w, read, write, bias, self.flops, self._ends)

@@ -17,6 +17,7 @@ from torch.nn.functional import gelu, silu
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.kernels.protocols import ActivationKernel
 from lightning_dhellam.layers.block import Setting, Supported, check_config
+from lightning_dhellam.layers.eight_bits import largest_of
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held
@@ -77,11 +78,12 @@ class Mlp:
     def forward(self, w: GraphWriter, read: str) -> str:
         """Add the operators of forward. Returns the slot of the result [s, B, hidden]."""
         self.fc1.forward(w, read, self._inner)
+        measures = self.fc2.measures
         w.compute(
             self._activation,
             (self._inner,),
-            {self._act: w.sizes.wide(self._narrow)},
-            self.kernel.forward,
+            _made(self._act, w.sizes.wide(self._narrow), measures),
+            self.kernel.forward_measured if measures else self.kernel.forward,
             moved=w.sizes.wide(self._broad + self._narrow),
         )
         return self.fc2.forward(w, self._act)
@@ -93,11 +95,12 @@ class Mlp:
     def backward(self, w: GraphWriter, grad: str, read: str) -> str:
         """Add the operators of backward. Returns the slot of the gradient by `read`."""
         self.fc2.backward(w, grad, self._act)
+        measures = self.fc1.measures
         w.compute(
             f"{self._activation}.grad",
             (f"d_{self._act}", self._inner),
-            {f"d_{self._inner}": w.sizes.wide(self._broad)},
-            self.kernel.backward,
+            _made(f"d_{self._inner}", w.sizes.wide(self._broad), measures),
+            self.kernel.backward_measured if measures else self.kernel.backward,
             moved=w.sizes.wide(2 * self._broad + self._narrow),
         )
         return self.fc1.backward(w, f"d_{self._inner}", read)
@@ -126,6 +129,11 @@ class Mlp:
     def _narrow(self) -> int:
         """Channels that the activation writes."""
         return self.fc2.weight.shape[1]
+
+
+def _made(slot: str, size: float, measures: bool) -> dict[str, float]:
+    """What an activation writes, with bytes per token: also how large it is, if it `measures`."""
+    return {slot: size} | ({largest_of(slot): 0.0} if measures else {})
 
 
 def activation_of(config: Any, kernels: Kernels) -> ActivationKernel:

@@ -53,7 +53,7 @@ def test_throughput_trains_both_sides_to_the_same_losses(tmp_path: Path) -> None
     assert len(ours["losses"]) == len(eager["losses"]) == 3
     assert ours["loss apart"] < 1e-3 and abs(ours["loss"] - 6.3) < 0.2
     assert ours["grad norm"] == pytest.approx(eager["grad norm"], rel=5e-3)
-    operators = {row["operator"]: row for row in report[f"operators of {TINY}"]}
+    operators = {row["operator"]: row for row in report[f"operators of {TINY} ours"]}
     assert operators["forward/qkv.gemm"]["calls"] == 2 * 2
     assert operators["backward/output.wgrad"]["ms"] > 0
 

@@ -231,7 +231,7 @@ def test_the_gpu_takes_the_fastest_that_is_there() -> None:
     assert kernels.names["attention"] == usable[0]
     others = {"attention": usable[0], "embedding": "reference", "linear": "cublas"}
     others |= {"packed_attention": "torch_flash", "dropped_attention": "reference"}
-    others |= {"fp8": "cublas"}
+    others |= {"fp8": "cublaslt" if importlib.util.find_spec("nvmath") else "cublas"}
     assert kernels.names == {o: others.get(o, "triton") for o in CANDIDATES}
     of_fp32 = choose.choose(device, torch.float32).names
     assert of_fp32["attention"] == of_fp32["packed_attention"] == "efficient"
@@ -251,8 +251,7 @@ PROTOCOLS = {
     [(o, name) for o in PROTOCOLS for name in CANDIDATES[o]],
 )
 def test_a_backend_has_what_its_operator_promises(operator: str, backend: str) -> None:
-    if backend == "triton":
-        pytest.importorskip("triton")
+    pytest.importorskip(CANDIDATES[operator][backend].package or "torch")
     module = CANDIDATES[operator][backend].load()
     protocol = PROTOCOLS[operator]
     promised = [*protocol.__annotations__, *(n for n in vars(protocol) if not n.startswith("_"))]

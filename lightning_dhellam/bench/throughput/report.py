@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_dhellam.bench.report import Report, Row
-from lightning_dhellam.bench.throughput.settings import ENGINE, ENGINES, OURS, Case, Job
+from lightning_dhellam.bench.throughput.settings import ENGINE, ENGINES, OURS, Case, Job, is_ours
 
 COLUMNS = (
     "case", "side", "tokens/s", "MFU", "ratio", "over bf16", "over engine", "peak GiB", "loss",
@@ -19,7 +19,7 @@ def add(report: Report, job: Job, result: Row, peak_tflops: float) -> None:
     report.device = row.pop("device", report.device)
     operators = row.pop("operators", None)
     if operators:
-        report.details[f"operators of {job.case}"] = operators
+        report.details[f"operators of {job.case} {job.side}"] = operators
     if "tokens" in row:
         rate = row["tokens"] / row["seconds"]
         flops = rate * Case.parse(job.case).flops_per_token
@@ -34,7 +34,7 @@ def _compare(rows: list[Row]) -> None:
 
     Rates in 8 bits are also compared with our own without, and with transformer-engine's.
     """
-    mine = [row for row in rows if row["side"].partition(":")[0] == OURS]
+    mine = [row for row in rows if is_ours(row["side"])]
     engines = {row["side"]: row for row in rows if row["side"] in ENGINES}
     others = [row for row in rows if row not in mine and row["side"] not in engines]
     whole = next((row for row in mine if row["side"] == OURS), None)

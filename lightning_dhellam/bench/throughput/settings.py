@@ -27,6 +27,11 @@ CASES = (
 _FORM = "preset:layers:vocabulary:sequence:micro-batches[:loraRANK][:RECOMPUTE]"
 
 
+def is_ours(side: str) -> bool:
+    """Whether a side is ours, in whatever format."""
+    return side.partition(":")[0] == OURS
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of `dhellam bench throughput`."""
@@ -51,7 +56,7 @@ class Settings:
     """The plan of our side: a name or a plan file."""
 
     operators: bool = True
-    """Whether our side's operators are timed as well, in the first case."""
+    """Whether the operators of our sides are timed as well, in the first case."""
 
     peak_tflops: float = 989.0
     """What the device could compute at most, for the MFU: TFLOP/s."""
@@ -83,7 +88,7 @@ class Settings:
         return [
             Job(
                 case, side, self.device, self.plan, self.warm_up, self.steps,
-                operators=self.operators and side == OURS and case == self.cases[0],
+                operators=self.operators and is_ours(side) and case == self.cases[0],
             )
             for case, side in pairs
         ]  # fmt: skip
