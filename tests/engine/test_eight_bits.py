@@ -73,9 +73,9 @@ def test_weights_are_cast_once_a_step_and_all_else_once_for_its_readers(
     weights = {p.data_ptr() for p in model.parameters()}
     cast = fp8.reference.cast
 
-    def counted(x: Any, dtype: torch.dtype, block: fp8.Block = None) -> Any:
+    def counted(x: Any, dtype: torch.dtype, block: fp8.Block = None, largest: Any = None) -> Any:
         counts[x.data_ptr() in weights, dtype] += 1
-        return cast(x, dtype, block)
+        return cast(x, dtype, block, largest)
 
     monkeypatch.setattr(fp8.reference, "cast", counted)
     engine = engine_of(_lowered(model, "current"))
