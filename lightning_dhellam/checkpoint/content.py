@@ -114,18 +114,19 @@ def _checked(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def check_readable(content: Mapping[str, Any], place: str) -> None:
+def check_readable(content: Mapping[str, Any], place: str = "", file: str = "") -> None:
     """Refuse what `write` would refuse, before there is anything to lose.
 
     Args:
         content: what is to be in a checkpoint.
         place: what it is called there.
+        file: that it is to be in, if that is known.
 
     Raises:
         ValueError: something in it can not be saved, or never be read.
     """
     for inner, value in _odd_parts(dict(content), place):
-        _unknown_types(inner, value)
+        _unknown_types(f"{file}: {inner}" if file else inner, value)
 
 
 class _Stream:

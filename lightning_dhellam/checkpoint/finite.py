@@ -6,34 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_dhellam.parallel.collectives import together
-from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.remote import Folder
 
 
-def check_finite(path: Folder, model: Module, context: ParallelContext) -> None:
-    """Refuse to save weights of which one is not finite. Every rank must call this.
+class Finiteness:
+    """Which weights of a model are finite: asked of the device, and not waited for.
 
     Buffers may be anything: masks have infinities.
 
-    Raises:
-        ValueError: on every rank, when one of them has such a weight.
+    Attributes:
+        flags: of each weight, on the device; they may be replaced by a copy.
     """
-    names, weights = zip(*model.named_parameters(), strict=True)
 
-    def check() -> None:
+    def __init__(self, model: Module) -> None:
+        self._names, weights = zip(*model.named_parameters(), strict=True)
+        self._of_all = ExpertNames(model).of_all
         # After a run only what was trained may be on the host.
-        flags = [_is_finite(weight).to(weights[0].device) for weight in weights]
-        finite = torch.stack(flags).tolist()
+        self.flags = torch.stack([_is_finite(w).to(weights[0].device) for w in weights])
+
+    def check(self, path: Folder) -> None:
+        """Refuse to save weights of which one is not finite.
+
+        Raises:
+            ValueError: this rank has such a weight.
+        """
+        finite = self.flags.tolist()
         if not all(finite):
-            name = ExpertNames(model).of_all(names[finite.index(False)])
+            name = self._of_all(self._names[finite.index(False)])
             raise ValueError(
                 f"checkpoint {path} is not written: '{name}' is not finite,"
                 " so nothing could go on from it; go on from the checkpoint before"
             )
-
-    together(check, context.world_group)
 
 
 def _is_finite(weight: Tensor) -> Tensor:

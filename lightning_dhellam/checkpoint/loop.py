@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 
 from lightning_dhellam.checkpoint import folder, writing
-from lightning_dhellam.checkpoint.finite import check_finite
+from lightning_dhellam.checkpoint.finite import Finiteness
 from lightning_dhellam.checkpoint.model import (
     check_model,
     described,
@@ -52,14 +52,20 @@ def save(
         OSError: a rank could not write; on every rank, and `path` is as it was before.
         ValueError: weights are not finite, on every rank.
     """
-    check_finite(path, model, model.context)
     steps, state = (0, None) if optimizer is None else (optimizer.steps, optimizer.state_dict())
     names = ExpertNames(model)
     weights = {WEIGHTS + name: value for name, value in names.all_of(model.state_dict()).items()}
     common = {_STEPS: steps, "extra": extra, **_OF_A_TRAINER, **origin_of(model)}
-    described_model = described(model.config)
     writing.save(
-        path, model.context, common, weights, _shares(model), state, settings, described_model
+        path,
+        model.context,
+        common,
+        weights,
+        _shares(model),
+        state,
+        settings,
+        described(model.config),
+        Finiteness(model),
     )
 
 

@@ -1,7 +1,13 @@
 """Copies of tensors in host memory, from which a checkpoint is written while training goes on.
 
 On CUDA the copies are made beside the next step's computation: what the optimizer holds changes at
-the end of that step only, so its stream waits there. The host waits for none of it.
+the end of that step only, so its stream waits there. All else may change at once, as by a callback.
+It is copied on the device first, where that has room, and from there beside the computation:
+
+    compute   copies on the device | next step ...............................| wait | update
+    copies                         | weights -> host | optimizer's state -> host |
+
+The host waits for none of it.
 """
 
 from __future__ import annotations
@@ -39,12 +45,13 @@ class Staging:
         """Bytes that are held."""
         return self._memory.nbytes
 
-    def copy(self, tensors: Mapping[str, Tensor], late: set[str]) -> dict[str, Tensor]:
+    def copy(self, tensors: Mapping[str, Tensor], changed_late: set[str]) -> dict[str, Tensor]:
         """Copies of some tensors, which are right once `wait` is over.
 
         Args:
             tensors: by name.
-            late: names of those that nobody changes before `hold`; the others may change at once.
+            changed_late: names of those that nobody changes before `hold`; the others may change
+                at once.
         """
         ends, end = {}, 0
         for name, tensor in tensors.items():
@@ -53,13 +60,29 @@ class Staging:
             ends[name] = start, end
         self._take(end)
         copies = {name: self._view(t, *ends[name]) for name, t in tensors.items()}
-        on_device = self._device.type == "cuda"
-        for name, tensor in tensors.items():
-            if name not in late or not on_device:
-                copies[name].copy_(tensor.detach(), non_blocking=on_device)
-        if on_device:
-            self._copy_beside({name: tensors[name] for name in tensors if name in late}, copies)
+        at_once = {n: t for n, t in tensors.items() if t.device.type != "cuda"}
+        late = {n: t for n, t in tensors.items() if n in changed_late and n not in at_once}
+        early = {n: t.detach() for n, t in tensors.items() if n not in late and n not in at_once}
+        kept = self._kept(early) if early else {}
+        late, early = kept | late, {} if kept else early
+        for name, tensor in (at_once | early).items():
+            copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if self._device.type == "cuda":
+            self._copy_beside(late, copies)
         return copies
+
+    def _kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the device, if they fit into half of the memory that nobody has taken so far.
+
+        What torch has taken is what the next step needs.
+        """
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if 2 * sum(tensor.nbytes for tensor in tensors.values()) > free:
+            return {}
+        try:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+        except torch.OutOfMemoryError:  # the process may take a part of the memory only
+            return {}
 
     def _copy_beside(self, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
         self._stream = self._stream or torch.cuda.Stream(self._device)
@@ -67,7 +90,7 @@ class Staging:
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
                 copies[name].copy_(tensor.detach(), non_blocking=True)
-                tensor.record_stream(self._stream)
+                tensor.record_stream(self._stream)  # it may be given back before it is copied
             self._copied = torch.cuda.Event()
             self._copied.record()
 

@@ -69,7 +69,9 @@ def _alike(
 
     What is the same is saved by the first rank that has it, and is left out on all others.
     """
-    mine = {name: _sum(tensor) for name, tensor in whole.items()}
+    # A rank without others to compare with waits for no device.
+    several = topology.tp_size > 1
+    mine = {name: _sum(tensor) if several else "" for name, tensor in whole.items()}
     firsts: dict[str, int] = {}
     of_tp: dict[str, dict[int, str]] = {}
     for rank, (tp_rank, theirs) in enumerate(of_all_ranks((topology.tp_rank, mine), group)):

@@ -1,18 +1,19 @@
 """Writes checkpoints as `folder` describes them: prepared by all ranks, then written, then renamed.
 
-What is prepared has its own copy of whatever is no tensor, and tensors as they are; with `stage`
-copies of these as well. Then it may be written by a thread, while training goes on.
+When it is prepared, what all ranks have alike is encoded, and all else is as it is: `stage` copies
+that. Then a thread may write it, while training goes on.
 """
 
 from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed import ProcessGroup
 
@@ -25,13 +26,15 @@ from lightning_dhellam.checkpoint.description import (
     save_description,
     sizes_of,
 )
+from lightning_dhellam.checkpoint.finite import Finiteness
 from lightning_dhellam.checkpoint.folder import COMMON, REST, own_name
+from lightning_dhellam.checkpoint.kept import on_host, tensors_in, with_copies
 from lightning_dhellam.checkpoint.shares import Shares
 from lightning_dhellam.checkpoint.staging import Staging
 from lightning_dhellam.checkpoint.storage import Planned
 from lightning_dhellam.files import WriteError, put_in_place, write_atomically
 from lightning_dhellam.leftovers import clear, name_digest
-from lightning_dhellam.parallel.collectives import of_all_ranks, to_first, try_together
+from lightning_dhellam.parallel.collectives import of_all_ranks, to_first, together, try_together
 from lightning_dhellam.parallel.context import ParallelContext
 from lightning_dhellam.remote import Folder, RemotePath
 
@@ -46,24 +49,93 @@ class Prepared:
     Attributes:
         path: of the folder.
         first: whether this is the first rank.
-        plain: by name the content of the files that torch's distributed checkpoint does not write.
+        common: what every rank has alike, as it is in its file.
         tensors: what this rank writes of weights and of the optimizer's state.
+        rest: what else this rank has of both.
+        own_name: the file of what only this rank has.
         description: what the checkpoint says of itself, but for its files.
         aside: where they are written to.
+        finite: which weights are finite: nothing is written unless all are.
     """
 
     path: Folder
     first: bool
-    plain: dict[str, bytes]
+    common: bytes
     tensors: Planned
+    rest: Rest
+    own_name: str
     description: dict[str, Any]
     aside: Folder
+    finite: Finiteness | None = None
 
     def stage(self, staging: Staging) -> None:
-        """Copy what training is about to change."""
-        pieces = self.tensors.pieces
-        late = {name for name in pieces if name.startswith(stepped.PREFIX)}
-        self.tensors.pieces = staging.copy(pieces, late)
+        """Copy what training is about to change. The host does not wait for the device."""
+        pieces, rest = self.tensors.pieces, self.rest
+        flags = [] if self.finite is None else [self.finite.flags]
+        besides = dict(enumerate([*tensors_in(rest.of_module), *flags]))
+        late = dict(enumerate(tensors_in(rest.of_optimizer)))
+        every = {
+            **pieces,
+            **{f"{number}": tensor for number, tensor in besides.items()},
+            **{f"{stepped.PREFIX}{number}": tensor for number, tensor in late.items()},
+        }
+        copies = staging.copy(every, {name for name in every if name.startswith(stepped.PREFIX)})
+        self.tensors.pieces = {name: copies[name] for name in pieces}
+        copied = {id(tensor): copies[name] for name, tensor in every.items() if name not in pieces}
+        self.rest = with_copies(rest, copied)
+        if self.finite is not None:
+            self.finite.flags = copied[id(self.finite.flags)]
+
+
+class Rest(NamedTuple):
+    """What a rank has that is no part of a tensor which ranks share.
+
+    Attributes:
+        of_module: `rest`, what is no tensor, and `own`, what no other rank has, of its state.
+        of_optimizer: the same of that of the optimizer.
+        lying: how parameters lie.
+        with_state: whether there is an optimizer's.
+    """
+
+    of_module: Mapping[str, Mapping[str, Any]]
+    of_optimizer: Mapping[str, Mapping[str, Any]]
+    lying: Mapping[str, Any]
+    with_state: bool
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What no other rank has; nothing if that is nothing."""
+        own = {"state_dict": self.of_module["own"], "optimizer": self.of_optimizer["own"]}
+        return own if any(own.values()) else {}
+
+    def check(self, own_name: str) -> None:
+        """Refuse what could not be read again, before there is anything to lose.
+
+        Raises:
+            ValueError: there is such a thing.
+        """
+        found = {"state_dict": self.of_module["rest"], "optimizer": self.of_optimizer["rest"]}
+        for name, value in ((REST, found), (own_name, self.own)):
+            content.check_readable(value, file=name)
+
+    @property
+    def told(self) -> Rest:
+        """What the first rank hears: of what no other rank has the names."""
+        return self._replace(
+            of_module={**self.of_module, "own": dict.fromkeys(self.of_module["own"])},
+            of_optimizer={**self.of_optimizer, "own": {}},
+        )
+
+    @classmethod
+    def merged(cls, rests: Sequence[Rest]) -> dict[str, Any]:
+        """What all ranks have together of what is no tensor."""
+        of_optimizers = [rest.of_optimizer["rest"] for rest in rests]
+        return {
+            "state_dict": _union(rest.of_module["rest"] for rest in rests),
+            "shares": _union(rest.lying for rest in rests),
+            "alone": [name for rest in rests for name in rest.of_module["own"]],
+            "optimizer": stepped.merged(of_optimizers) if rests[0].with_state else None,
+        }
 
 
 def save(
@@ -75,12 +147,13 @@ def save(
     state: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
+    finite: Finiteness | None = None,
 ) -> None:
     """Write a checkpoint. Every rank must call this, with the same path on a shared file system.
 
     Args and errors are those of `prepare` and `write`.
     """
-    prepared = prepare(path, context, common, module_state, shares, state, settings, model)
+    prepared = prepare(path, context, common, module_state, shares, state, settings, model, finite)
     write(prepared, host_group(context))
 
 
@@ -93,8 +166,12 @@ def prepare(
     state: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
+    finite: Finiteness | None = None,
 ) -> Prepared:
     """What this rank is to write of a checkpoint. Every rank must call this.
+
+    The host waits for no device, unless there are tensors of one among `common`, or some that ranks
+    of tensor parallelism compare: the next step can be asked for while it is still busy with this.
 
     Args:
         path: of the folder.
@@ -105,6 +182,7 @@ def prepare(
         state: this rank's, of the optimizer.
         settings: what the state was made with, by the names that the user knows.
         model: what the weights are of.
+        finite: which weights are finite, if that matters.
 
     Raises:
         ValueError: on every rank: something cannot be saved so that it could be read again.
@@ -112,37 +190,50 @@ def prepare(
     group, first = host_group(context), context.topology.rank == 0
     of_module = weights.to_save(module_state, shares, context.topology, group)
     of_optimizer = stepped.Saved() if state is None else stepped.to_save(state, shares)
-    rests = of_all_ranks(
-        (of_module.rest, weights.described(shares), [*of_module.own], of_optimizer.rest), group
+    rest = Rest(
+        {"rest": of_module.rest, "own": of_module.own},
+        {"rest": of_optimizer.rest, "own": of_optimizer.own},
+        weights.described(shares),
+        state is not None,
     )
     aside = aside_of(path, of_all_ranks(uuid.uuid4().hex, group)[0])
-    plain: dict[str, bytes] = {}
+    encoded: list[bytes] = []
 
     def encode() -> None:
-        own = {"state_dict": of_module.own, "optimizer": of_optimizer.own}
-        found: dict[str, Mapping[str, Any]] = {own_name(context): own} if any(own.values()) else {}
-        if first:
-            found[COMMON] = common
-            found[REST] = _merged(rests, with_state=state is not None)
-        plain.update({name: content.encoded(name, value) for name, value in found.items()})
+        rest.check(own_name(context))
+        encoded.append(content.encoded(COMMON, common) if first else b"")
 
     _, failures = try_together(encode, group)
     if failures:
         raise _not_written(path, failures)
     tensors = {**of_module.tensors, **of_optimizer.tensors}
-    description = {**sizes_of(context), **(settings or {}), MODEL: model}
-    return Prepared(path, first, plain, Planned(aside, tensors, group), description, aside)
+    return Prepared(
+        path,
+        first,
+        encoded[0],
+        Planned(aside, tensors, group),
+        rest,
+        own_name(context),
+        {**sizes_of(context), **(settings or {}), MODEL: model},
+        aside,
+        finite,
+    )
 
 
 def write(prepared: Prepared, group: ProcessGroup | None) -> None:
     """Write what was prepared. Every rank of `group` must call this, in whatever thread.
 
     Raises:
+        ValueError: a weight is not finite; on every rank, and nothing was written.
         WriteError: a rank could not write; on every rank, and the path is as it was before.
     """
     path, first, aside = prepared.path, prepared.first, prepared.aside
     checksums: Checksums = {}
     written: list[Any] = []
+    if prepared.finite is not None:
+        together(partial(prepared.finite.check, path), group)
+    rest = on_host(prepared.rest)
+    rests = to_first(rest.told, group)
 
     def make_room() -> None:
         if first and isinstance(path, Path) and isinstance(aside, Path):
@@ -151,7 +242,13 @@ def write(prepared: Prepared, group: ProcessGroup | None) -> None:
             aside.mkdir(parents=True)
 
     def write_own() -> None:
-        for name, data in prepared.plain.items():
+        plain = (
+            {prepared.own_name: content.encoded(prepared.own_name, rest.own)} if rest.own else {}
+        )
+        if rests is not None:
+            plain[COMMON] = prepared.common
+            plain[REST] = content.encoded(REST, Rest.merged(rests))
+        for name, data in plain.items():
             _put(aside / name, data)
             checksums[name] = len(data), f"{crc32(data, 0):08x}"
         written.append(prepared.tensors.write())
@@ -213,17 +310,6 @@ def host_group(context: ParallelContext) -> ProcessGroup | None:
     if context.topology.world_size == 1:
         return None
     return context.host_group or context.world_group
-
-
-def _merged(rests: list[Any], *, with_state: bool) -> dict[str, Any]:
-    """What all ranks have together of what is no tensor."""
-    of_modules, lying, alone, of_optimizers = zip(*rests, strict=True)
-    return {
-        "state_dict": _union(of_modules),
-        "shares": _union(lying),
-        "alone": [name for names in alone for name in names],
-        "optimizer": stepped.merged(of_optimizers) if with_state else None,
-    }
 
 
 def _union(mappings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

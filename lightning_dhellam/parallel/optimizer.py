@@ -303,9 +303,15 @@ class ModelParallelOptimizer:
             "distributed_optimizer": self._held.sharded,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's state, by the names of parameters; see `optimizer_state`."""
-        self.settle()
+    def state_dict(self, *, waits: bool = True) -> dict[str, Any]:
+        """This rank's state, by the names of parameters; see `optimizer_state`.
+
+        Args:
+            waits: whether the host may wait to hear whether the last step was left out. Otherwise
+                it does only if the state depends on that.
+        """
+        if waits or self.loss_scale is not None or self._held.skipping.has_counted:
+            self.settle()
         with torch.no_grad():
             self._held.weights.take_changes()
         masters = [p.detach() for p in self.parameters] if self._held.has_masters else []

@@ -101,6 +101,14 @@ class SkippingOptimizer:
                     self._step_or_not(part, self.finite)
         self._begun.update(map(id, stepped))
 
+    @property
+    def has_counted(self) -> bool:
+        """Whether the last step has changed something on the host, which `was_skipped` puts back.
+
+        Torch's fused optimizers count on the device.
+        """
+        return bool(self._undo)
+
     def was_skipped(self) -> None:
         """Put back what the last step has changed on the host: it was left out on the device."""
         for undo in reversed(self._undo):

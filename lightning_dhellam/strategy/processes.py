@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
+_SAVED = "Trainer.save_checkpoint"
+"""The barrier behind a save, in which all ranks have met: NCCL's would wait for the device."""
+
+
 class JobStrategy(ParallelStrategy):
     """A strategy of one process per device, in groups of every kind of parallelism.
 
@@ -327,7 +331,7 @@ class JobStrategy(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if not _distributed_is_initialized() or self.alone:
+        if not _distributed_is_initialized() or self.alone or name == _SAVED:
             return
         if self.root_device.type == "cuda":
             dist.barrier(device_ids=[self.root_device.index])
@@ -339,7 +343,10 @@ class JobStrategy(ParallelStrategy):
         if not _distributed_is_initialized() or self.cluster is not None or self.alone:
             return obj
         objects = [obj]
-        dist.broadcast_object_list(objects, src)
+        # In host memory, where there is such a group: callbacks that save ask in each step, and
+        # NCCL would wait for the device.
+        group = self._context.host_group if self._context is not None else None
+        dist.broadcast_object_list(objects, src, group=group)
         return objects[0]
 
     @override

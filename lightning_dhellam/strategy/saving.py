@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from lightning_dhellam import checkpoint as checkpoint_files
 from lightning_dhellam.checkpoint.background import Background, group_beside
-from lightning_dhellam.checkpoint.finite import check_finite
+from lightning_dhellam.checkpoint.finite import Finiteness
 from lightning_dhellam.checkpoint.shares import Shares
 from lightning_dhellam.files import WriteError
 from lightning_dhellam.leftovers import clear, remove
 from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.module import DualStrandMixin
-from lightning_dhellam.parallel.collectives import together
+from lightning_dhellam.parallel.collectives import of_all_ranks, together
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.remote import Folder, RemotePath, place_of
@@ -112,27 +112,35 @@ class SavingStrategy(JobStrategy):
                 stacklevel=2,
             )
             return
-        path = self._place(self.broadcast(str(filepath)))
+        group = checkpoint_files.host_group(self.context)
+        path = self._place(of_all_ranks(str(filepath), group)[0])
         self._wait_before(path)
+        beside = self._background if self._trains else None
         common = dict(checkpoint)
         weights = self._expert_names.all_of(common.pop("state_dict"))
         with_state = common.pop("optimizer_states", None) is not None
         state = settings = None
         if with_state and self._optimizer is not None:
-            state, settings = self._optimizer.state_dict(), self._settings
+            state, settings = self._optimizer.state_dict(waits=beside is None), self._settings
         assert isinstance(self.lightning_module, DualStrandMixin)
         common |= checkpoint_files.origin_of(self.lightning_module.model)
         if self._note is not None and isinstance(path, Path):
             self._note.add(path.parent)
-        check_finite(path, self.lightning_module, self.context)
-        model = checkpoint_files.described(self._model_config)
         prepared = checkpoint_files.prepare(
-            path, self.context, common, weights, self._shares, state, settings, model
+            path,
+            self.context,
+            common,
+            weights,
+            self._shares,
+            state,
+            settings,
+            checkpoint_files.described(self._model_config),
+            Finiteness(self.lightning_module),
         )
-        if self._background is not None and self._trains:
-            self._background.start(prepared)
+        if beside is not None:
+            beside.start(prepared)
         else:
-            checkpoint_files.write(prepared, checkpoint_files.host_group(self.context))
+            checkpoint_files.write(prepared, group)
 
     def _place(self, spelt: str) -> Folder:
         return place_of(spelt, processes=self.context.processes)

@@ -117,9 +117,9 @@ class DHellamStrategy(SettingUpStrategy):
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
             depends on it.
-        async_checkpoint: write checkpoints while training goes on: a step waits only until what is
-            saved is copied to host memory, and one is written at a time. One that cannot be written
-            ends the run. Whatever ends a run waits until it is written.
+        async_checkpoint: write checkpoints while training goes on: what is saved is copied to host
+            memory, on CUDA beside the next step, and one is written at a time. One that cannot be
+            written ends the run. Whatever ends a run waits until it is written.
         fp8: compute the linear layers of dense transformer layers in 8 bits: `current`, with one
             scale for each tensor as it is (E4M3, gradients E5M2), or `blockwise`, with one for each
             1 x 128 of activations and gradients and 128 x 128 of weights (E4M3). Embedding, output

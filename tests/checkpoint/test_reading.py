@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
 from lightning_dhellam.checkpoint import reading
-from lightning_dhellam.checkpoint.finite import check_finite
+from lightning_dhellam.checkpoint.finite import Finiteness
 from lightning_dhellam.checkpoint.pieces import Pieces, empty_place
 from lightning_dhellam.checkpoint.reading import load_pieces, read_metadata
-from lightning_dhellam.parallel import ParallelContext
 
 KINDS = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
 TENSORS = {
@@ -85,9 +84,8 @@ def test_a_file_that_ends_early_is_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_weight_that_is_not_finite_is_found(value: float, dtype: torch.dtype) -> None:
     model = nn.ModuleDict({"a": nn.Linear(9, 7, dtype=dtype), "b": nn.Linear(0, 3, dtype=dtype)})
-    context = ParallelContext.single(torch.device("cpu"))
-    check_finite(Path("x.ckpt"), model, context)
+    Finiteness(model).check(Path("x.ckpt"))
     with torch.no_grad():
         model["a"].weight[3, 4] = value
     with pytest.raises(ValueError, match=r"x.ckpt is not written: 'a.weight' is not finite"):
-        check_finite(Path("x.ckpt"), model, context)
+        Finiteness(model).check(Path("x.ckpt"))

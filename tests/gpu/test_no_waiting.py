@@ -42,6 +42,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     },
     2: {
         "dp2": {},
+        "dp2-beside": {"async_checkpoint": True},
         "tp2": {"tensor_parallel_size": 2},
         "pp2": {"pipeline_parallel_size": 2},
         "pp2-zb-v": {"pipeline_parallel_size": 2, "schedule": "zb-v"},
@@ -93,7 +94,9 @@ class Asleep(Callback):
 
 
 class Beside(Callback):
-    """Saves after a step, and lets the write end after a later one.
+    """Saves after a step, while the device sleeps, and lets the write end after a later one.
+
+    The step before saves as well: the first save takes the host memory.
 
     Attributes:
         in_flight: at the end of each step between them, whether the checkpoint is.
@@ -107,7 +110,10 @@ class Beside(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, DHellamStrategy)
-        if trainer.global_step == self.first:
+        if trainer.global_step == self.first - 1:
+            trainer.save_checkpoint(self.path)
+            strategy.wait_for_checkpoint()
+        elif trainer.global_step == self.first:
             self._gate.__enter__()
             trainer.save_checkpoint(self.path)
         elif trainer.global_step > self.first:
@@ -120,7 +126,8 @@ def _asleep(
     folder: str, sizes: dict[str, Any], devices: int, data: type[Sequences] = Sequences
 ) -> list[bool]:
     watch = Asleep()
-    beside = Beside(Path(folder) / "beside.ckpt", STEADY, STEPS)
+    # The watch begins when the first of these two steps has ended.
+    beside = Beside(Path(folder) / "beside.ckpt", STEADY + 1, STEPS)
     saves = [beside] if sizes.get("async_checkpoint") else []
     trainer = make_trainer(
         {"micro_batch_size": 3, **sizes},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,9 +39,31 @@ def copies_of(device: str, size: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def test_copies_are_what_was_there_when_they_were_asked_for(device: torch.device) -> None:
-    for found, wanted in copies_of("cuda", 4096):
-        assert torch.equal(found, wanted)
+@pytest.mark.parametrize("free", [None, 0])
+def test_copies_are_what_was_there_when_they_were_asked_for(
+    device: torch.device, free: int | None
+) -> None:
+    """Whether or not the device has room for copies of its own."""
+    known = torch.cuda.mem_get_info if free is None else lambda *_: (free, free)
+    with mock.patch.object(torch.cuda, "mem_get_info", known):
+        for found, wanted in copies_of("cuda", 4096):
+            assert torch.equal(found, wanted)
+
+
+def test_nothing_waits_for_copies_where_the_device_has_room(device: torch.device) -> None:
+    """The stream that computes goes on before what may change at once has reached the host."""
+    staging, weight = Staging(device), torch.ones(2**28, device=device)
+    staging.copy({"weight": weight}, set())  # which takes the host memory
+    staging.wait()
+    (copy,) = staging.copy({"weight": weight}, set()).values()
+    weight.zero_()
+    zeroed = torch.cuda.Event()
+    zeroed.record()
+    zeroed.synchronize()
+    assert staging._copied is not None and not staging._copied.query()
+    staging.wait()
+    assert bool((copy == 1).all())
+    staging.close()
 
 
 def test_host_memory_is_pinned_and_not_rounded_up(device: torch.device) -> None:

@@ -163,6 +163,43 @@ def test_last_and_best_name_what_is_whole_while_the_next_is_written(tmp_path: Pa
     assert os.readlink(tmp_path / "last.ckpt") == "step=3.ckpt"
 
 
+def test_what_is_written_late_is_what_was_there_when_it_was_saved(tmp_path: Path) -> None:
+    """The steps that an optimizer counts and its settings as well, which change meanwhile."""
+
+    def look(trainer: Trainer) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(tmp_path / "beside")
+            trainer.optimizers[0].param_groups[0]["betas"] = (0.5, 0.6)
+        elif trainer.global_step == 4:
+            gate.open.set()
+
+    def save(trainer: Trainer) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(tmp_path / "at once")
+
+    _fit({}, Do(save))
+    with Gate() as gate:
+        _fit(ASYNC, Do(look))
+    assert _whole(tmp_path) == ["at once", "beside"]
+    assert _same(tmp_path / "at once", tmp_path / "beside")
+    (alike,) = writing.content.read(tmp_path / "beside" / "rest.pt")["optimizer"]["alike"]
+    assert float(alike["values"]["step"]) == 2
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_are_written(tmp_path: Path) -> None:
+    """Nobody has waited for the device to tell when they were saved; the one before stays."""
+    keep = _keep(tmp_path)
+
+    def spoil(trainer: Trainer) -> None:
+        if trainer.global_step == 2:
+            trainer.strategy.wait_for_checkpoint()
+            trainer.lightning_module.model.final_norm.weight.data[0] = torch.inf
+
+    with pytest.raises(ValueError, match=r"3.ckpt is not written: 'model.final_norm.weight' is"):
+        _fit({**ASYNC, "max_skipped_steps": 9}, keep, Do(spoil))
+    assert _whole(tmp_path) == ["step=2.ckpt"]
+
+
 def test_training_goes_on_from_the_last_in_the_same_process(tmp_path: Path) -> None:
     straight, losses = Losses(), Losses()
     _fit({}, straight)
