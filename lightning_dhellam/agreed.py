@@ -14,15 +14,15 @@ from lightning_dhellam.engine.structure import Structure
 from lightning_dhellam.layers import Loss, Lowered, check_exchange, exchanges, lower
 from lightning_dhellam.layers.narrower import narrower
 from lightning_dhellam.models import CausalLM, ModelConfig
-from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel import ParallelContext, Topology
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks, same_on_all_ranks
 from lightning_dhellam.parallel.device import device_name
 from lightning_dhellam.parallel.experts import ExpertNames
 from lightning_dhellam.parallel.replicas import start_alike
 from lightning_dhellam.pipeline.schedules import AUTO as ANY
 from lightning_dhellam.pipeline.schedules import (
-    FIRST,
     Scheme,
+    begun,
     check_placed,
     content,
     restored,
@@ -52,8 +52,8 @@ class AgreedEngine:
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
         context_fp8_keys: whether keys and values travel in 8 bits.
-        schedule: order of the pipeline's works: a name, or the path of a file. With `auto` it is
-            what the plan file was searched with.
+        schedule: order of the pipeline's works: a name, the path of a file, or None for the usual
+            one. With `auto` it is what the plan file was searched with.
         fp8: how linear layers compute in 8 bits, or None.
         fp8_all_gather: whether what they gather travels in 8 bits.
         module: what holds the model and the loss; its buffers are as before after a profile.
@@ -89,7 +89,7 @@ class AgreedEngine:
         context_exchange: str,
         context_fp32_gradients: bool,
         context_fp8_keys: bool,
-        schedule: str,
+        schedule: str | None,
         fp8: str | None,
         fp8_all_gather: bool,
         module: torch.nn.Module,
@@ -111,7 +111,7 @@ class AgreedEngine:
         self._check_alike("offload", offload)
         check_choice(offload, recompute)
         self._check_alike("schedule", schedule)
-        schedule, scheme = _scheme(schedule, plan, self._context.topology.pp_size)
+        schedule, scheme = _scheme(schedule, plan, self._context.topology, recompute, offload)
         self._check_works(schedule, scheme)
         self._check_alike("fp8", fp8)
         self._check_alike("fp8_all_gather", fp8_all_gather)
@@ -375,12 +375,18 @@ class AgreedEngine:
             )
 
 
-def _scheme(schedule: str, plan: str, stages: int) -> tuple[str, Scheme]:
+def _scheme(
+    schedule: str | None,
+    plan: str,
+    topology: Topology,
+    recompute: Recompute | ByLayer = USUAL,
+    offload: Offload = None,
+) -> tuple[str, Scheme]:
     """The name of a schedule, and what makes it; `auto` is what a plan file was searched with."""
-    if schedule != ANY:
-        return schedule, scheme_of(schedule, stages)
-    if stages == 1:
-        return FIRST, scheme_of(FIRST, stages)
+    stages = topology.pp_size
+    if schedule != ANY or stages == 1:
+        name = begun(schedule, stages, topology.shared, recompute, offload)
+        return name, scheme_of(name, stages)
     known = PlanFile.load(plan).schedule if plan.endswith(".json") else {}
     if not known:
         raise ValueError(

@@ -248,8 +248,7 @@ def _plan(trainer: pl.Trainer) -> str:
     pipeline = ""
     if topology.pp_size > 1:
         schedule = strategy.runner.agreed.schedule
-        by = f" by {schedule}" if schedule != "fold" else ""
-        pipeline = f" pipeline parallel {topology.pp_size}{by},"
+        pipeline = f" pipeline parallel {topology.pp_size} by {schedule},"
     pipeline += f" context parallel {topology.cp_size}," if topology.cp_size > 1 else ""
     pipeline += f" expert parallel {topology.ep_size}," if topology.ep_size > 1 else ""
     return (

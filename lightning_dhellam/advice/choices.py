@@ -14,7 +14,6 @@ from lightning_dhellam.models import ModelConfig
 from lightning_dhellam.parallel import Topology
 from lightning_dhellam.pipeline.schedules import (
     AUTO,
-    FIRST,
     SCHEDULES,
     ScheduleError,
     placement_of,
@@ -27,6 +26,9 @@ _LARGEST = 8
 """Samples of a micro-batch, at most: larger ones compute no faster."""
 _SHORTEST = 1024
 """Tokens of a sequence on each rank that shares it, at least: fewer would only wait."""
+
+_STANDS_IN = "fold"
+"""Is played in place of a schedule that is searched, which is searched for the best only."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _schedules(
         yield "fold"
         return
     wanted = question.schedules or SCHEDULES
-    for name in dict.fromkeys(FIRST if name == AUTO else name for name in wanted):
+    for name in dict.fromkeys(_STANDS_IN if name == AUTO else name for name in wanted):
         try:
             scheme_of(name, stages)(stages, micro_batches)
         except ScheduleError:

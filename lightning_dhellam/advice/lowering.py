@@ -18,7 +18,6 @@ from lightning_dhellam.memory.activations import without_memory
 from lightning_dhellam.models import CausalLM, ModelConfig
 from lightning_dhellam.parallel.experts import is_expert
 from lightning_dhellam.parallel.planned import planned_context
-from lightning_dhellam.pipeline.schedules import scheme_of
 from lightning_dhellam.pipeline.split import chunks
 from lightning_dhellam.plan import GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, HEAD, ByLayer, check_choices, choices_of
@@ -127,7 +126,7 @@ def work_of(run: Run, lowering: Lowering | None = None) -> Work:
         and replicas > 1,
         bucket=float(run.bucket_size or max(least, each * topology.replicas)),
         gradient_bytes=4.0 if numbers.fp32_gradients else float(numbers.dtype.itemsize),
-        scheme=scheme_of(run.schedule, topology.pp_size),
+        scheme=run.scheme,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from lightning_dhellam.advice.priceable import Conditions, Priceable
 from lightning_dhellam.layers.narrower import NARROWER, narrower
 from lightning_dhellam.memory import Run
-from lightning_dhellam.pipeline.schedules import AUTO, FIRST
 from lightning_dhellam.plan import BUILDERS
 from lightning_dhellam.plan.file import named_plan
 from lightning_dhellam.search.cluster import Prediction
@@ -31,8 +30,7 @@ def offers(run: Run, conditions: Conditions, found: Prediction) -> Iterator[Offe
         ValueError: as for a prediction.
     """
     topology = run.topology
-    schedule = FIRST if run.schedule == AUTO else run.schedule
-    run = replace(run, schedule=schedule)
+    run = replace(run, schedule=run.begun)
     builders = BUILDERS if run.plan == "auto" else {run.plan: named_plan(run.plan)}
 
     def seconds(one: Run) -> float:

@@ -138,7 +138,7 @@ def choice_of(run: Run) -> Choice:
         t.dp_size,
         run.micro_batch_size,
         run.samples // run.micro_batch_size,
-        run.schedule,
+        run.schedule or run.begun,
         recompute,
         run.plan,
         run.fp8 or "",

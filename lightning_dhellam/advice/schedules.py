@@ -9,7 +9,7 @@ from lightning_dhellam.advice.priceable import Priceable
 from lightning_dhellam.memory import RankMemory
 from lightning_dhellam.memory.fitting import KNOWN_SHARE
 from lightning_dhellam.memory.prediction import FRAGMENTS
-from lightning_dhellam.pipeline.schedules import FIRST, Found, ScheduleError, Scheme, playable
+from lightning_dhellam.pipeline.schedules import Found, ScheduleError, Scheme, playable
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.search.cluster.deep import costs_of, remembered
 from lightning_dhellam.search.pipeline import SEARCHED, Effort, VisitTable, play, ranked, searched
@@ -44,7 +44,7 @@ def settled(
             continue
         schemes[name] = scheme
     runs = {name: play(make(work.stages, count), costs, one.link) for name, make in schemes.items()}
-    usual = runs[FIRST]
+    usual = runs[one.run.begun]
     room = KNOWN_SHARE * (one.run.memory_limit or one.conditions.device.memory)
     # With activations the slack grows that is assumed beside them.
     limits = [

@@ -11,7 +11,6 @@ from lightning_dhellam.memory.fitting import KNOWN_SHARE
 from lightning_dhellam.memory.limit import limit_of
 from lightning_dhellam.parallel.collectives import largest, of_all_ranks
 from lightning_dhellam.pipeline.schedules import (
-    FIRST,
     Found,
     ScheduleError,
     Scheme,
@@ -168,6 +167,7 @@ class ScheduleSearch:
         self._forecast: Forecast | None = None
         self._trials: Trials | None = None
         self._others: Mapping[str, str] = {}
+        self._first = runner.agreed.schedule
         self.chosen: Walked | None = None
 
     @property
@@ -202,7 +202,7 @@ class ScheduleSearch:
             room=self._room,
             effort=Effort(),
         )
-        first = runner.agreed.schedule
+        first = self._first = runner.agreed.schedule
         tried = dict.fromkeys((*self._forecast.fitting[:TRIED], first))
         self._trials = Trials(tuple(tried), self._rounds)
         if len(tried) == 1:  # nothing else keeps the limits
@@ -233,13 +233,13 @@ class ScheduleSearch:
         names = self._trials.candidates
         seconds = {name: self._forecast.ranking[name].run.seconds for name in names}
         outcomes = measured([Outcome(name, seconds[name], {}) for name in names], table.tolist())
-        winner, _ = choose(outcomes, FIRST)
+        winner, _ = choose(outcomes, self._first)
         self._install(outcomes, winner.name)
 
     def leave(self) -> None:
-        """Let the run go on by the usual schedule, whichever was on trial."""
+        """Let the run go on by the schedule that it began with, whichever was on trial."""
         if self._forecast is not None:
-            self._use(FIRST)
+            self._use(self._first)
 
     def _install(self, outcomes: Sequence[Outcome], name: str) -> None:
         assert self._forecast is not None

@@ -46,7 +46,7 @@ from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.parallel.topology import Topology
 from lightning_dhellam.parallel.wrapping import holders, shards
-from lightning_dhellam.pipeline.schedules import Placement, placement_of, scheme_of
+from lightning_dhellam.pipeline.schedules import Placement, Scheme, begun, placement_of, scheme_of
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer
 from lightning_dhellam.plan.file import PlanFile, named_plan
@@ -88,7 +88,8 @@ class Run:
         context_exchange: how keys come to the ranks that share sequences.
         context_fp32_gradients: whether gradients by them travel in fp32.
         context_fp8_keys: whether keys and values travel in 8 bits.
-        schedule: order of the pipeline's works: a name, or the path of a file.
+        schedule: order of the pipeline's works: a name, or the path of a file; None for the usual
+            one.
         offload: what of that which is saved waits for backward in host memory.
         fp8: how linear layers compute in 8 bits, or None.
         fp8_all_gather: whether what they gather travels in 8 bits.
@@ -112,7 +113,7 @@ class Run:
     context_exchange: str = "ring"
     context_fp32_gradients: bool = True
     context_fp8_keys: bool = False
-    schedule: str = "fold"
+    schedule: str | None = None
     offload: Offload = None
     fp8: str | None = None
     fp8_all_gather: bool = False
@@ -142,6 +143,17 @@ class Run:
     def placement(self) -> Placement:
         """Which stage holds which chunk of the layers."""
         return placement_of(self.schedule, self.topology.pp_size)
+
+    @property
+    def begun(self) -> str:
+        """The schedule that it begins with."""
+        sizes = self.topology.pp_size, self.topology.shared
+        return begun(self.schedule, *sizes, self.recompute, self.offload)
+
+    @property
+    def scheme(self) -> Scheme:
+        """What makes the schedules that it begins with."""
+        return scheme_of(self.begun, self.topology.pp_size)
 
 
 @dataclass(frozen=True)
@@ -292,7 +304,7 @@ def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[P
         context_exchange="ring" if run.context_exchange == "auto" else run.context_exchange,
         context_fp32_gradients=run.context_fp32_gradients,
         context_fp8_keys=run.context_fp8_keys,
-        scheme=scheme_of(run.schedule, topology.pp_size),
+        scheme=run.scheme,
         offload=run.offload,
         fp8=run.fp8,
         fp8_all_gather=run.fp8_all_gather,

@@ -101,6 +101,14 @@ class Topology:
         )
 
     @property
+    def shared(self) -> tuple[int, int, int]:
+        """How many ranks share a layer, a sequence, and the experts of a layer.
+
+        Where all are 1, layers do not communicate.
+        """
+        return self.tp_size, self.cp_size, self.ep_size
+
+    @property
     def dp_size(self) -> int:
         """Ranks that hold the same weights and train on other samples (data parallelism)."""
         return self.world_size // (self.tp_size * self.cp_size * self.pp_size)

@@ -75,6 +75,13 @@ def check_choices(what: Recompute | ByLayer, slots: Collection[str]) -> None:
         check_recompute(one, slots)
 
 
+def keeps_most(what: Recompute | ByLayer) -> bool:
+    """Return whether backward makes nothing again, in any layer, but what ranks gather."""
+    every = what.values() if isinstance(what, Mapping) else (what,)
+    names = (one for each in every for one in ((each,) if isinstance(each, str) else each))
+    return all(name in ("none", USUAL) for name in names)
+
+
 def remade(pair: GraphPair, what: Recompute) -> GraphPair:
     """The same layer with what a choice makes again.
 

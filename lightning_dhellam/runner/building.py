@@ -39,7 +39,7 @@ def build_model(
     context_transport: str,
     pipeline_transport: str,
     pipeline_split: list[int] | None,
-    schedule: str,
+    schedule: str | None,
     micro_batch_size: int,
     precision: str,
     seed: int,

@@ -45,7 +45,7 @@ class ForwardRunner:
         context_exchange: str = "ring",
         context_fp32_gradients: bool = True,
         context_fp8_keys: bool = False,
-        schedule: str = "fold",
+        schedule: str | None = None,
         fp8: str | None = None,
         fp8_all_gather: bool = False,
         bucket_size: int | None = None,

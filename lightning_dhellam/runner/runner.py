@@ -78,7 +78,9 @@ class Runner(ForwardRunner):
             number. Attention computes as ever.
         schedule: order of the pipeline's works on each stage: `fold`, `zb-v`, `dualpipe-v`, `1f1b`,
             `interleaved-1f1b`, or the path of a file that holds one, in the form in which schedules
-            print. The model's layers must lie where it has them. Changes no bit.
+            print. The model's layers must lie where it has them. None for the usual one:
+            `dualpipe-v` where ranks share layers, sequences or experts, and else `zb-v`. Changes no
+            bit.
         fp8: compute the linear layers of dense transformer layers in 8 bits: `current`, with one
             scale for each tensor as it is (E4M3, gradients E5M2), or `blockwise`, with one for each
             1 x 128 of activations and gradients and 128 x 128 of weights (E4M3). Embedding, output
@@ -164,7 +166,7 @@ class Runner(ForwardRunner):
                 context_transport=context_transport,
                 pipeline_transport=pipeline_transport,
                 pipeline_split=pipeline_split,
-                schedule=options.get("schedule", "fold"),
+                schedule=options.get("schedule"),
                 micro_batch_size=options.get("micro_batch_size", 1),
                 precision=precision,
                 seed=seed,

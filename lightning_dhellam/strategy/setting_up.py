@@ -18,7 +18,7 @@ from lightning_dhellam.models import crossing_bytes, pipeline_split
 from lightning_dhellam.module import seed_of_run
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.pipeline.schedules import AUTO as ANY
-from lightning_dhellam.pipeline.schedules import FIRST, Placement, placement_of
+from lightning_dhellam.pipeline.schedules import Placement, begun, placement_of
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.file import PlanFile
 from lightning_dhellam.runner import Runner
@@ -43,7 +43,7 @@ class SettingUpStrategy(SteppingStrategy):
     context_fp8_keys: bool
     micro_batch_size: int
     plan: str
-    schedule: str
+    schedule: str | None
     distributed_optimizer: bool | None
     kernels: dict[str, str] | None
     recompute: str | list[str] | dict[str | int, str | list[str]]
@@ -138,7 +138,7 @@ class SettingUpStrategy(SteppingStrategy):
             context_exchange=self.context_exchange,
             context_fp32_gradients=self.context_fp32_gradients,
             context_fp8_keys=self.context_fp8_keys,
-            schedule=FIRST if self._searches_schedules else self.schedule,
+            schedule=self._begun if self._searches_schedules else self.schedule,
             fp8=self.fp8,
             fp8_all_gather=self.fp8_all_gather,
             bucket_size=self.bucket_size,
@@ -171,6 +171,12 @@ class SettingUpStrategy(SteppingStrategy):
         if isinstance(samples, int) and isinstance(length, int):
             watch.begin(self.runner, self._module, samples, length)  # which refuses what cannot fit
             self.runner.rehearse(samples, length)
+
+    @property
+    def _begun(self) -> str:
+        """The schedule of the first step."""
+        topology = self.context.topology
+        return begun(self.schedule, topology.pp_size, topology.shared, self.recompute, self.offload)
 
     @property
     def _searches_schedules(self) -> bool:

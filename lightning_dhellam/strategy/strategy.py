@@ -18,7 +18,7 @@ from lightning_dhellam.anomalies import check_anomalies
 from lightning_dhellam.layers import fp8_formats
 from lightning_dhellam.parallel import Cluster
 from lightning_dhellam.parallel.choice import check_transport
-from lightning_dhellam.pipeline.schedules import scheme_of
+from lightning_dhellam.pipeline.schedules import placement_of
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.by_layer import USUAL, check_keys
 from lightning_dhellam.plan.file import conditions
@@ -109,10 +109,11 @@ class DHellamStrategy(SettingUpStrategy):
         schedule: order of the works of a pipeline on each stage, and where its chunks lie: `fold`,
             `zb-v`, `dualpipe-v`, `1f1b`, `interleaved-1f1b` or, with N chunks a stage,
             `interleaved-1f1b-N` (see `dhellam plan schedule`); or the path of a file that holds one
-            in the form in which schedules print. With `auto` those whose chunks lie as those of
-            `fold`, and one that is searched for this run, are predicted, transfers and memory
-            included, and the best are tried in the first steps (see `callbacks.AutoSearch`); a plan
-            file keeps what was chosen. Changes neither loss nor gradients.
+            in the form in which schedules print. None for the usual one: `dualpipe-v` where ranks
+            share layers, sequences or experts, and else `zb-v`. With `auto` those whose chunks lie
+            as those of `fold`, and one that is searched for this run, are predicted, transfers and
+            memory included, and the best are tried in the first steps (see `callbacks.AutoSearch`);
+            a plan file keeps what was chosen. Changes neither loss nor gradients.
         resume_settings: whose settings win where `ckpt_path` has other ones than this run: those of
             the `checkpoint`, or the `arguments` that this run was given. What differs is said
             either way. A model that differs is refused, unless the `arguments` win and no shape
@@ -159,7 +160,7 @@ class DHellamStrategy(SettingUpStrategy):
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
         memory_limit: float | str | None = None,
-        schedule: str = "fold",
+        schedule: str | None = None,
         async_checkpoint: bool = False,
         fp8: str | None = None,
         fp8_all_gather: bool = False,
@@ -196,7 +197,7 @@ class DHellamStrategy(SettingUpStrategy):
         check_kinds(DHellamStrategy.__init__, locals())
         fp8_formats.check_name(fp8)
         check_anomalies(detect_anomaly)
-        scheme_of(schedule, pipeline_parallel_size)
+        placement_of(schedule, pipeline_parallel_size)
         check_keys(recompute)
         check_choice(offload, recompute)
         self.tensor_parallel_size = tensor_parallel_size

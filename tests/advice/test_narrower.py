@@ -49,12 +49,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_prediction_offers_what_another_one_keeps(case: str) -> None:
     name, run, changes = CASES[case]
-    found = predict(replace(run, schedule="fold"), CONDITIONS)
+    found = predict(replace(run, schedule=run.begun), CONDITIONS)
     (offer,) = offers(run, CONDITIONS, found)
     assert offer.option == f"{name}=True" and str(offer).endswith(changes)
     assert 0.01 < offer.gain < found.lanes["cp" if case == "keys" else "tp"].busy / found.seconds
     assert found.notes[-1] == str(offer)
-    other = predict(replace(run, schedule="fold", **{name: True}), CONDITIONS)  # type: ignore[arg-type]
+    other = predict(replace(run, schedule=run.begun, **{name: True}), CONDITIONS)  # type: ignore[arg-type]
     assert other.seconds / found.seconds == pytest.approx(1 - offer.gain, abs=0.02)
     assert not any("=True a step" in note for note in other.notes), "it has it"
 

@@ -573,7 +573,7 @@ def test_the_command_prints_and_writes_a_prediction(
     words += ["--report", str(page), "--trace", str(trace)]
     assert main(["predict", *words, "--slower", "pp=2"]) == 0
     out = capsys.readouterr().out
-    assert "llama-tiny on h100-64: 2 × NVIDIA H100 80GB HBM3, pp 2, 8 × 1, fold" in out
+    assert "llama-tiny on h100-64: 2 × NVIDIA H100 80GB HBM3, pp 2, 8 × 1, zb-v" in out
     assert "the network of lane pp is 2 times slower" in out and "fits" in out
     found = json.loads(file.read_text())
     assert found["choice"]["pp"] == 2

@@ -64,7 +64,8 @@ def test_halves_of_backward_hand_on_once() -> None:
 
 
 def test_auto_is_predicted_between_none_and_full() -> None:
-    run = Run(CONFIG, Topology(world_size=2, pp_size=2), 6, 64, precision="32-true")
+    sizes = Topology(world_size=2, pp_size=2)
+    run = Run(CONFIG, sizes, 6, 64, precision="32-true", schedule="fold")
     peaks = {
         one: [rank.activations for rank in predict(replace(run, recompute=one))]
         for one in ("none", "full", AUTO)

@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 CONFIG = replace(SMALL, num_layers=6, hidden_dropout=0.1)
 SIZES: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
-    "fold": {"pipeline_parallel_size": 2},
+    "fold": {"pipeline_parallel_size": 2, "schedule": "fold"},
     "zb-v": {"pipeline_parallel_size": 2, "schedule": "zb-v"},
 }
 

@@ -124,7 +124,7 @@ def test_all_stages_use_what_was_chosen_and_a_run_that_goes_on_too(tmp_path: Pat
     plain, losses, of_plan = one["losses"]
     assert losses == plain and of_plan == plain[:3]
     used, again, of_file, over = one["used"]
-    assert {"fold", "searched"} < set(used) and used[0] == "fold"
+    assert {"zb-v", "searched"} < set(used) and used[0] == "zb-v"
     name = used[-1]
     assert f"schedule '{name}' is used" in said
     # Where layers lie is decided at the start: what another placement would bring is said.
@@ -132,14 +132,14 @@ def test_all_stages_use_what_was_chosen_and_a_run_that_goes_on_too(tmp_path: Pat
         assert f"'{other}' was not tried: its chunks lie on other stages; it is predicted" in said
     outcomes = json.loads((tmp_path / "search" / "outcomes.json").read_text())["schedule"]
     assert outcomes["name"] == name and all(row["measured"] > 0 for row in outcomes["outcomes"])
-    assert {row["name"] for row in outcomes["outcomes"]} >= {"fold", "searched"}
+    assert {row["name"] for row in outcomes["outcomes"]} >= {"zb-v", "searched"}
     profile = Profile.load(tmp_path / "search" / "profile.json")
     assert {(row.source, row.target) for row in profile.transfers} == {(0, 1)}
     # Kept in the checkpoint and in the plan file, by name or as a table.
     assert PlanFile.load(tmp_path / "search" / "plan.json").schedule["name"] == name
     assert again == [name] * 2 and of_file == [name] * 3
     # Nothing fits: it stays with what it has begun with.
-    assert set(over) == {"fold"}
+    assert set(over) == {"zb-v"}
     assert "the only one that keeps the memory" in one["why"]
     assert "has no room for what it would save" in one["why"]
 
@@ -154,7 +154,7 @@ def _on_four_stages(rank: int, folder: Path) -> list[str]:
 def test_four_stages_choose_together(tmp_path: Path) -> None:
     first, *others = run_ranks(4, _on_four_stages, tmp_path)
     assert others == [first] * 3
-    assert {"fold", "searched"} < set(first)
+    assert {"zb-v", "searched"} < set(first)
 
 
 def test_of_one_stage_there_is_nothing_to_choose() -> None:

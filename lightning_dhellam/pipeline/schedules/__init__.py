@@ -3,10 +3,10 @@
 from lightning_dhellam.pipeline.schedules.folded import dual_pipe_v, fold, zero_bubble_v
 from lightning_dhellam.pipeline.schedules.named import (
     AUTO,
-    FIRST,
     SCHEDULES,
     Found,
     Scheme,
+    begun,
     check_placed,
     content,
     counts_of,
@@ -38,7 +38,6 @@ from lightning_dhellam.plan.placement import Edge, Placement
 
 __all__ = [
     "AUTO",
-    "FIRST",
     "LIVE",
     "SCHEDULES",
     "Edge",
@@ -51,6 +50,7 @@ __all__ = [
     "Visit",
     "Walk",
     "Work",
+    "begun",
     "check_placed",
     "content",
     "counts_of",
