@@ -117,6 +117,7 @@ class AgreedEngine:
         self._check_alike("fp8_all_gather", fp8_all_gather)
         check_placed(schedule, scheme, self._context.placement)
         start_alike(model, self._context)
+        self._agree_on_tied()
         check_exchange(context_exchange)
         self.exchanges = exchanges(context_exchange, self._context.topology.cp_size)
         if len(self.exchanges) > 1 and plan.endswith(".json"):
@@ -293,15 +294,55 @@ class AgreedEngine:
     def follow_frozen(self, stage_group: dist.ProcessGroup | None) -> None:
         """Train what requires a gradient by now, before anything was made to train it with.
 
-        Every rank of the stage, `stage_group`, must call this.
+        Every rank must call this; `stage_group` are those of its stage.
 
         Raises:
             ValueError: on all ranks, when some have frozen other parameters than each other.
         """
         self.structure.check()
         self.check_frozen(stage_group)
-        if any(of_all_ranks(bool(self.structure.changed), stage_group)):
+        changed = self._agree_on_tied()
+        if any(of_all_ranks(changed or bool(self.structure.changed), stage_group)):
             self.freeze_others(stage_group)
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the two layers that have one weight are on different stages."""
+        return self._model.config.tie_embeddings and bool(self._context.placement.loop)
+
+    @property
+    def lacks_tied(self) -> bool:
+        """Whether this rank has a copy of a tied weight that is frozen on another stage.
+
+        It hears of it from there when that changes.
+        """
+        return self._model.tied_copy is not None and not self._model.trains_tied
+
+    @property
+    def wants_tied(self) -> bool:
+        """Whether this rank is to train a weight that another stage has a copy of."""
+        return self._is_apart and self._model.wants_tied
+
+    def train_tied(self, trained: bool, stage_group: dist.ProcessGroup | None) -> None:
+        """Let the gradient of a weight that stages share be exchanged from the next step on, or no
+        more. The ranks of both stages must call this, by the same step.
+        """
+        has_it = self._model.embedding is not None or self._model.tied_copy is not None
+        if self._is_apart and has_it and self._model.trains_tied is not trained:
+            self._model.train_tied(trained)
+            self._make_anew()
+            self._agree(stage_group)
+
+    def _agree_on_tied(self) -> bool:
+        """Exchange the gradient of a tied weight if it is trained. Returns whether that changes.
+
+        Every rank must call this. Where one stage has both layers, it sees for itself.
+        """
+        if not self._is_apart:
+            return False
+        before = self._model.trains_tied
+        self._model.train_tied(any(of_all_ranks(self._model.wants_tied, self._world)))
+        return self._model.trains_tied is not before
 
     def put_off(self) -> None:
         """Freeze again what was frozen at the last step, and nothing else, until it is refused."""

@@ -129,6 +129,7 @@ class Training:
         self.check_followed()
         if self._stage_has_changed:
             self._follow()
+        self._agreed.train_tied(self._is_tied_trained, self._stage_group)
 
     def begin(self) -> None:
         """The same at the beginning of a step, where no rank waits unless it has changed something.
@@ -137,16 +138,26 @@ class Training:
         all ranks know, and refuse it together: the others would wait for it in this one. An expert
         is changed by the ranks that hold it: where ranks share experts, hosts wait for each other
         here, as they do in every exchange of rows.
+
+        Where stages share a weight, that of the output layer hears one step later that it was
+        frozen, and until then both exchange a gradient that nobody adds. While it is frozen this
+        stage's hosts wait here for the others', since its gradient is needed in the very step by
+        which it is unfrozen.
         """
         self.check_followed()
+        if self._asked is not None and not self._is_tied_trained:
+            self._agreed.train_tied(False, self._stage_group)
         self._ask()
-        if not (self._has_changed or self._spread):
+        if not (self._has_changed or self._spread or self._agreed.lacks_tied):
             return
         if not self._are_shared(self._changes()):
             if self._has_changed:
                 self._agreed.put_off()
-        elif self._stage_has_changed:
+            return
+        if self._stage_has_changed:
             self._follow()
+        if self._is_tied_trained:
+            self._agreed.train_tied(True, self._stage_group)
 
     def check_followed(self) -> None:
         """Refuse what some ranks of a stage have changed alone by the last step or `follow_model`.
@@ -169,15 +180,20 @@ class Training:
         changes = [[0.0] * (1 + topology.ep_size) for _ in range(topology.pp_size)]
         changes[topology.pp_rank][0] = float(others)
         changes[topology.pp_rank][1 + topology.ep_rank] = float(True in of_experts)
-        self._asked = Question(
-            [*chain.from_iterable(changes)], self._context.host_group, ReduceOp.SUM
-        )
+        numbers = [*chain.from_iterable(changes), float(self._agreed.wants_tied)]
+        self._asked = Question(numbers, self._context.host_group, ReduceOp.SUM)
 
     def _changes(self) -> list[Sequence[float]]:
         """How many ranks of each stage have changed something: experts apart, by who holds them."""
         assert self._asked is not None
-        answer, each = self._asked.answer(), 1 + self._context.topology.ep_size
+        answer, each = self._asked.answer()[:-1], 1 + self._context.topology.ep_size
         return [answer[start : start + each] for start in range(0, len(answer), each)]
+
+    @property
+    def _is_tied_trained(self) -> bool:
+        """Whether a weight that stages share was to be trained when ranks were asked last."""
+        assert self._asked is not None
+        return self._asked.answer()[-1] > 0
 
     @property
     def _stage_has_changed(self) -> bool:

@@ -1,7 +1,8 @@
 """An embedding and an output layer with one weight, on different stages of a pipeline.
 
 The stage of the embedding has the parameter, which is stepped and saved as any other. That of the
-output layer has a copy of it, which comes before each step, and gives its gradient back behind:
+output layer has a copy of it, which comes before each step, and gives its gradient back behind,
+unless the weight is frozen:
 
     first stage   weight.send |  ...            | d_weight.receive  d_weight.add
     last stage                | weight.receive  | ...  d_weight.send
@@ -36,8 +37,12 @@ def lower_tied(model: Any) -> Ends:
             " tie_embeddings=False: say so in the configuration that the module is given"
         )
     if model.embedding is not None:
-        return _of_first(model.embedding.word_embeddings.weight, context)
-    return _of_last(model.tied_copy, context) if model.tied_copy is not None else Ends()
+        ends = _of_first(model.embedding.word_embeddings.weight, context)
+    elif model.tied_copy is not None:
+        ends = _of_last(model.tied_copy, context)
+    else:
+        return Ends()
+    return ends if model.trains_tied else Ends(ends.prologue)
 
 
 def _of_first(weight: torch.nn.Parameter, context: Any) -> Ends:
@@ -73,7 +78,8 @@ def _of_last(copy: Any, context: Any) -> Ends:
         return collectives.receive(copy.detach(), ahead.source, context.edges[ahead])
 
     def begin(_: Tensor) -> None:
-        start_over(copy)
+        if copy.requires_grad:
+            start_over(copy)
 
     def end() -> Tensor:
         grad: Tensor = copy.main_grad

@@ -63,7 +63,7 @@ def model_states(
     weights = bytes_of([*model.parameters(), *model.buffers(), *copies], counted)
     every = (*buffers.ddp.buffers, *buffers.ddp.expert_parallel_buffers)
     weights += bytes_of([b.param_data for b in every if b.param_data is not None], counted)
-    of_copies = [copy.main_grad for copy in copies]
+    of_copies = [copy.main_grad for copy in copies if copy.requires_grad]
     gradients = bytes_of([*(b.grad_data for b in every), *of_copies], counted)
     stepped = optimizer.parameters
     masters = bytes_of(stepped, counted)

@@ -231,6 +231,11 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
         context = planned_context(topology, torch.device("cpu"), split, run.placement)
         build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
         model = build(context, numbers.dtype)
+        if model.tied_copy is not None:
+            # Whether it is trained is known where the embedding is.
+            first = replace(topology, rank=run.placement.first * topology.stage_size)
+            there = planned_context(first, context.device, split, run.placement)
+            model.train_tied(build(there, numbers.dtype).wants_tied)
         found = _model_states(run, model, context)
         peak, batch = _step(run, model, topology, found.total)
     return RankMemory(
@@ -246,7 +251,9 @@ def predict_rank(run: Run, rank: int) -> RankMemory:
     )
 
 
-def step_bytes(run: Run, rank: int, trained: Mapping[str, bool], states: int) -> tuple[Peak, int]:
+def step_bytes(
+    run: Run, rank: int, trained: Mapping[str, bool], states: int, *, tied: bool = True
+) -> tuple[Peak, int]:
     """Predict the most bytes of slots in a step of one rank, and those of its batch.
 
     Args:
@@ -254,6 +261,7 @@ def step_bytes(run: Run, rank: int, trained: Mapping[str, bool], states: int) ->
         rank: which.
         trained: which of its parameters require a gradient, by name.
         states: bytes of its weights, gradients and optimizer.
+        tied: whether a weight is trained that stages share.
     """
     topology = replace(run.topology, rank=rank)
     split = run.layers_of_chunks() if topology.pp_size > 1 else ()
@@ -261,6 +269,7 @@ def step_bytes(run: Run, rank: int, trained: Mapping[str, bool], states: int) ->
         context = planned_context(topology, torch.device("cpu"), split, run.placement)
         build = run.build or (lambda context, dtype: CausalLM(run.config, context, dtype))
         model = build(context, PRECISIONS[run.precision].dtype)
+        model.train_tied(tied)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained.get(name, parameter.requires_grad))
             if parameter.requires_grad:

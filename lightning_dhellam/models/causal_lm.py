@@ -61,6 +61,8 @@ class CausalLM(nn.Module):
 
     Attributes:
         origin: the folder of Hugging Face whose weights it was given last, if any.
+        trains_tied: whether stages exchange the gradient of a weight that they share, as both of
+            them must know; see `train_tied`.
         lora: what adapters its linear layers have been given, or None.
     """
 
@@ -79,6 +81,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.context = context
         self.origin: Path | None = None
+        self.trains_tied = True
         self.transformer_config = config.transformer_config(context, dtype)
         self.transformer_config.perform_initialization = drawn
         self.padded_vocab_size = config.padded_vocab_size(context.topology.tp_size)
@@ -181,13 +184,36 @@ class CausalLM(nn.Module):
         dtype, device = self.transformer_config.params_dtype, self.context.device
         copy = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
         set_tensor_model_parallel_attributes(copy, is_parallel=True, dim=0, stride=1)
-        copy.main_grad = torch.zeros(shape, device=device)  # type: ignore[attr-defined]
+        copy.main_grad = _empty_gradient(copy)  # type: ignore[attr-defined]
         return copy
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
         """A copy of the embedding's weight, where an output layer that is tied to it has none."""
         return self._tied_copy[0]
+
+    @property
+    def wants_tied(self) -> bool:
+        """Whether this rank has an embedding with a tied weight, and is to train it."""
+        if not self.config.tie_embeddings or self.embedding is None:
+            return False
+        trained: bool = self.embedding.word_embeddings.weight.requires_grad
+        return trained
+
+    def train_tied(self, trained: bool) -> None:
+        """Let stages that share a weight exchange its gradient, or neither compute nor keep one.
+
+        The operators must be made anew on both, by the same step.
+        """
+        self.trains_tied = trained
+        copy = self.tied_copy
+        if copy is None or copy.requires_grad is trained:
+            return
+        copy.requires_grad_(trained)
+        if trained:
+            copy.main_grad = _empty_gradient(copy)  # type: ignore[attr-defined]
+        else:
+            del copy.__dict__["main_grad"]
 
     def settle(self) -> None:
         """Take the layers as they are now, after a user has put modules of their own there.
@@ -374,3 +400,7 @@ class CausalLM(nn.Module):
 def _placed(layer: nn.Module, chunk: int) -> nn.Module:
     layer.pipeline_chunk = chunk  # type: ignore[assignment]
     return layer
+
+
+def _empty_gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros(parameter.shape, device=parameter.device)

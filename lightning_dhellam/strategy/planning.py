@@ -168,7 +168,8 @@ class MemoryWatch:
         trained = {n: p.requires_grad for n, p in runner.model.named_parameters()}
         try:
             states = runner.model_states.total
-            slots, self._batch = step_bytes(run, run.topology.rank, trained, states)
+            tied = runner.model.trains_tied
+            slots, self._batch = step_bytes(run, run.topology.rank, trained, states, tied=tied)
             on_cuda = runner.device.type == "cuda"
             return states + (slots.allocated if on_cuda else slots.slots) + self._batch
         except Exception as error:  # a user's block, which cannot do without values, say

@@ -148,6 +148,48 @@ def test_freezing_is_followed_from_the_next_step_on(world: int, plain: list[Foun
                         torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4)
 
 
+class Tied(Gradual):
+    """Freezes a weight that two stages share, trains it, and freezes it again."""
+
+    def __init__(self) -> None:
+        super().__init__(tie_embeddings=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.trainer.global_step in (4, 5):
+            set_trained(self.model, ("embedding",), self.trainer.global_step == 5)
+
+
+def _tied(rank: int, world: int, strategies: list[Any]) -> list[tuple[Found, bool | None]]:
+    join(rank, world)
+    found = []
+    for strategy in strategies:
+        module, watch = Tied(), Watch()
+        trainer = make_trainer(strategy, [watch], max_steps=7, max_epochs=-1)
+        trainer.fit(module, loader(strategy))
+        copy = module.model.tied_copy
+        trained = None if copy is None else copy.requires_grad
+        found.append(((watch.changed, watch.weights), trained))
+    return found
+
+
+def test_a_weight_that_stages_share_is_followed_by_both() -> None:
+    ((plain, _),) = run_ranks(1, _tied, 1, ["auto"])[0]
+    sizes = {"pipeline_parallel_size": 2}
+    strategies = [{**sizes, "schedule": name} for name in ("1f1b", "zb-v")]
+    expected, whole = plain
+    assert ["embedding.word_embeddings.weight" in names for names in expected] == [
+        False, False, True, True, False, True, True
+    ]  # fmt: skip
+    ranks = run_ranks(2, _tied, 2, strategies, timeout=300)
+    assert [trained for _, trained in ranks[1]] == [True, None]
+    for rank in ranks:
+        for (changed, weights), _ in rank:
+            assert changed == [names & weights.keys() for names in expected]
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4)
+
+
 class Resumed(Gradual):
     """Goes on from step 4."""
 
