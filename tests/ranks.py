@@ -72,14 +72,18 @@ def run_ranks(
 
 
 def run_until_ended(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 600,
+    backend: str = "gloo",
 ) -> list[int]:
     """Run ``function(rank, *args)`` where ranks may be killed: how the process of each has ended.
 
     Raises:
         TimeoutError: of those that are left none ends within ``timeout`` seconds.
     """
-    with _started(world_size, function, args, timeout, "gloo") as (processes, _):
+    with _started(world_size, function, args, timeout, backend) as (processes, _):
         left = {process.sentinel: rank for rank, process in enumerate(processes)}
         while left:
             ended = wait(list(left), timeout=timeout)

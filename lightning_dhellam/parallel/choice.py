@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from platform import node
 from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_dhellam.parallel.collectives import exchange, largest, of_all_ranks
 from lightning_dhellam.parallel.communicator import Communicator
@@ -30,6 +33,7 @@ from lightning_dhellam.parallel.copy_engine import (
     own_memory,
     piece_of,
 )
+from lightning_dhellam.parallel.overdue import Overdue
 from lightning_dhellam.parallel.stand_in import is_emulated
 from lightning_dhellam.plan import Lane
 
@@ -96,6 +100,7 @@ def choose_transport(
     world: ProcessGroup | None,
     crossing: int = CROSSING,
     parts: int = 1,
+    timeout: timedelta = default_pg_timeout,
 ) -> tuple[Communicator, str]:
     """What carries the exchanges of a lane, the same on all ranks, and why.
 
@@ -108,6 +113,7 @@ def choose_transport(
         world: all ranks.
         crossing: bytes that a rank hands on at a time, which `auto` measures.
         parts: of the memory by which copy engines do it.
+        timeout: after which this process ends if its device waits for another rank's.
 
     Raises:
         ValueError: copy engines were asked for and cannot be had, on every rank.
@@ -116,7 +122,7 @@ def choose_transport(
         return on, ""
     if name == NCCL:
         return on, NCCL
-    opened, obstacle = _open(on, device, world, piece_of(crossing), parts)
+    opened, obstacle = _open(on, device, world, piece_of(crossing), parts, timeout)
     if opened is None:
         if name == AUTO:
             return on, f"{NCCL}, since {obstacle}"
@@ -149,7 +155,12 @@ def fastest(
 
 
 def _open(
-    on: Communicator, device: torch.device, world: ProcessGroup | None, piece: int, parts: int
+    on: Communicator,
+    device: torch.device,
+    world: ProcessGroup | None,
+    piece: int,
+    parts: int,
+    timeout: timedelta,
 ) -> tuple[Communicator | None, str]:
     """The lane by copy engine, or why no rank has it. Every rank of `world` must call this."""
     own: Tensor | None = None
@@ -174,9 +185,22 @@ def _open(
     obstacle = _of_any(obstacle, world)
     if obstacle or memory is None:
         return None, obstacle
-    opened = replace(on, transport=SharedMemoryTransport(memory, on.rank, on.transport, piece))
+    transport = SharedMemoryTransport(
+        memory,
+        on.rank,
+        on.transport,
+        piece,
+        overdue=Overdue(timeout, f"rank {dist.get_rank()}", _remedy(on.lane)),
+        way=f"the {on.lane} lane",
+        ranks=dist.get_process_group_ranks(on.group),
+    )
+    opened = replace(on, transport=transport)
     obstacle = _of_any(_wrong(opened, device), world)
     return (None, obstacle) if obstacle else (opened, "")
+
+
+def _remedy(lane: Lane) -> str:
+    return f", or {_LANES[lane].argument}='{NCCL}', which waits in other ways"
 
 
 def _not_shared(error: Exception) -> str:

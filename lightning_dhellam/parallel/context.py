@@ -183,6 +183,7 @@ class ParallelContext:
                 asked.world,
                 CROSSING if whole is None else whole // (topology.tp_size * topology.cp_size),
                 parts_of(asked.placement, tied=asked.tied) if lane is Lane.PP else 1,
+                timeout,
             )
         between = communicators[Lane.PP].transport
         return cls(

@@ -8,7 +8,8 @@ one may be pulled while the next is laid out:
     sender     lay out 0  ready | lay out 1  ready |  taken? lay out 0 ...
     receiver           ready? pull 0  taken | ready? pull 1  taken ...
 
-Signals are awaited on the device, by the stream that is current. Between two H200 with NVLink
+Signals are awaited on the device, by the stream that is current, and for no longer than groups
+wait (`overdue.py`). Between two H200 with NVLink
 (2026-11-29) such a pull of 64 MiB moved 363 GB/s each way, also beside GEMMs, which lost 1 to 2%;
 NCCL's send and receive 244. `choice.py` says where it is used.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Protocol
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_dhellam.parallel.overdue import Overdue
 from lightning_dhellam.parallel.transport import Transport, as_bytes
 from lightning_dhellam.parallel.work import Work
 from lightning_dhellam.plan import Collective
@@ -82,6 +85,9 @@ class SharedMemoryTransport:
         others: what carries the collectives that are no exchanges.
         piece: bytes of a place.
         number: of the part of the memory that it has for itself.
+        overdue: ends the process where a signal does not come; None to wait for ever.
+        way: what it is called there.
+        ranks: who sees the memory, by their numbers among all ranks; as in it if not given.
     """
 
     def __init__(
@@ -91,32 +97,48 @@ class SharedMemoryTransport:
         others: Transport,
         piece: int = PIECE,
         number: int = 0,
+        overdue: Overdue | None = None,
+        way: str = "",
+        ranks: Sequence[int] = (),
     ) -> None:
         self._memory = memory
         self._rank = rank
         self._others = others
         self._piece = piece
         self._first = number * _PLACES
+        self._overdue = overdue
+        self._way = way
+        self._ranks = ranks
         # Who has still to say that what lies in a place was taken.
         self._readers: list[int | None] = [None] * _PLACES
         # Pieces by rank, which both ends count alike.
         self._sent: Counter[int] = Counter()
         self._pulled: Counter[int] = Counter()
 
-    def part(self, number: int) -> SharedMemoryTransport:
+    def part(self, number: int, way: str) -> SharedMemoryTransport:
         """The same by another part of the memory, so that neither waits for the other."""
-        return SharedMemoryTransport(self._memory, self._rank, self._others, self._piece, number)
+        return SharedMemoryTransport(
+            self._memory,
+            self._rank,
+            self._others,
+            self._piece,
+            number,
+            self._overdue,
+            way,
+            self._ranks,
+        )
 
     def exchange(
         self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
     ) -> None:
         """See `Transport`."""
         pairs = zip_longest(self._pieces(sent), self._pieces(received))
-        for leaving, arriving in pairs:
-            if leaving is not None:
-                self._lay_out(leaving, target)
-            if arriving is not None:
-                self._pull(arriving, source)
+        with self._watching(sent, received, target, source):
+            for leaving, arriving in pairs:
+                if leaving is not None:
+                    self._lay_out(leaving, target)
+                if arriving is not None:
+                    self._pull(arriving, source)
 
     def all_gather(self, x: Tensor, out: Tensor) -> Work | None:
         """See `Transport`."""
@@ -140,6 +162,16 @@ class SharedMemoryTransport:
         """See `Transport`."""
         # Who waits for a signal is one thread.
         return 1 if collective is Collective.EXCHANGE else self._others.processors(collective)
+
+    def _watching(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], target: int, source: int
+    ) -> AbstractContextManager[None]:
+        """Looks after what the device then waits for."""
+        if self._overdue is None or not (sent or received):
+            return nullcontext()
+        other = source if received else target
+        whom = f"rank {self._ranks[other] if self._ranks else other}"
+        return self._overdue.watching(self._way, whom, (*sent, *received)[0].device)
 
     def _pieces(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         """The bytes of the tensors, as much at a time as a place holds."""

@@ -51,7 +51,7 @@ def open_edges(
     if topology.pp_size == 1:
         return {}
     if isinstance(between, SharedMemoryTransport):
-        return {edge: between.part(part) for edge, part in _parts(edges).items()}
+        return {edge: between.part(part, f"edge {edge}") for edge, part in _parts(edges).items()}
     mine: dict[Edge, ProcessGroup] = {}
     for ranks in topology.groups(Lane.PP):
         opened = _open(ranks, edges, timeout)
