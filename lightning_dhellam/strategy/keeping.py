@@ -55,7 +55,8 @@ class Keeping:
     def _link(self, trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
             self._then(lambda: link(Path(filepath), Path(linkpath)))
-        trainer.strategy.barrier()
+        if self._in_flight() is None:  # otherwise it is there later, and nobody waits for that
+            trainer.strategy.barrier()
 
     def _look_with(self, keep: ModelCheckpoint) -> Callable[[Any, pl.Trainer], bool]:
         def exists(path: Any, trainer: pl.Trainer) -> bool:
