@@ -2,7 +2,8 @@
 
 Pairs of stages take turns, 0 and 1 beside 2 and 3 and so on, then 1 and 2 beside 3 and 4, so that a
 stage sends one message at a time and receives one. Each pair exchanges messages while nothing
-computes, and then while both compute as hard as they can.
+computes, and then while both compute as hard as they can. Where receives are kernels that spin,
+they also compute beside a receive whose message comes later.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from lightning_dhellam.engine import Engine
 from lightning_dhellam.engine.lanes import CYCLES
 from lightning_dhellam.parallel import ParallelContext
-from lightning_dhellam.parallel.collectives import largest, receive, send
+from lightning_dhellam.parallel.collectives import Pending, largest, receive, send
 from lightning_dhellam.parallel.work import Work
 from lightning_dhellam.plan import Collective
 from lightning_dhellam.plan.placement import Edge
@@ -55,25 +57,24 @@ def take_transfers(engine: Engine, context: ParallelContext, tokens: int) -> tup
     own = torch.tensor([_message(engine) * tokens], dtype=torch.float64)
     size = float(largest(own, context.world_group))
     stage = context.topology.pp_rank
-    timer = _Timer(context)
+    timer, spins = _Timer(context), _spins(context)
     found = []
     for pairs in _turns(context.edges):
         other = next((sum(pair) - stage for pair in pairs if stage in pair), None)
         for share in _SHARES:
             count = max(4, int(size * share))
             # Who has no neighbour in this turn goes along: ranks of a stage compare their times.
-            times = torch.tensor(timer.exchanged(other, count), dtype=torch.float64)
-            seconds, beside, takes = largest(times, context.stage_group).tolist()
+            times = torch.tensor(timer.exchanged(other, count, spins), dtype=torch.float64)
+            seconds, beside, takes, waits = largest(times, context.stage_group).tolist()
             if other is not None:
-                spins = _spins(context, stage, other)
-                found.append(Transfer(stage, other, float(count), seconds, beside, takes, spins))
+                row = Transfer(stage, other, float(count), seconds, beside, takes, spins)
+                found.append(replace(row, waits=waits if spins else None))
     return tuple(found)
 
 
-def _spins(context: ParallelContext, stage: int, other: int) -> bool:
-    """Whether a receive from another stage keeps more than a thread of a device that waits."""
-    edge = next(context.edges[edge] for edge in context.edges if edge[:2] == (other, stage))
-    return edge.processors(Collective.EXCHANGE) > 1
+def _spins(context: ParallelContext) -> bool:
+    """Whether a receive keeps more than a thread of a device that waits: all edges are alike."""
+    return any(one.processors(Collective.EXCHANGE) > 1 for one in context.edges.values())
 
 
 def _turns(edges: Iterable[Edge]) -> list[list[tuple[int, int]]]:
@@ -98,6 +99,9 @@ def _message(engine: Engine) -> float:
     return max(sizes)
 
 
+_Way = Callable[[], Pending]
+
+
 class _Timer:
     """Times exchanges of this rank."""
 
@@ -112,17 +116,21 @@ class _Timer:
         # What is sent waits for nothing that is received, as in a step: a stream for each.
         self._streams = [torch.cuda.Stream(self._device) for _ in range(2)] if self._cuda else []
 
-    def exchanged(self, other: int | None, size: int) -> tuple[float, float, float]:
+    def exchanged(
+        self, other: int | None, size: int, spins: bool
+    ) -> tuple[float, float, float, float]:
         """Exchange messages of `size` bytes with a stage, if there is one.
 
-        Returns seconds of a message alone, and beside compute, and the share of that which it took.
+        Returns seconds of a message alone, and beside compute, the share of that which it took, and
+        the share which a receive that waits took, if it `spins`.
         """
         if other is None:
-            for _ in range(1 + 2 * _ROUNDS):
+            for _ in range(1 + (2 + spins) * _ROUNDS):
                 self._meet()
-            return 0.0, 0.0, 0.0
+            return 0.0, 0.0, 0.0, 0.0
         out, into = (torch.zeros(size, dtype=torch.uint8, device=self._device) for _ in range(2))
-        messages = partial(self._messages, other, out, into)
+        ways = self._ways(other, out, into)
+        messages = partial(self._messages, ways)
         self._meet()
         self._timed(messages, 1)  # the first ones may connect, and load kernels
         alone, beside, taken = list[float](), list[float](), list[float]()
@@ -139,7 +147,36 @@ class _Timer:
                 sent = min(computed, _EACH * median(alone))  # nobody has seen when it was over
             beside.append(sent / _EACH)
             taken.append((computed - still) / max(min(sent, computed), 1e-9))
-        return median(alone), median(beside), min(max(0.0, median(taken)), _MOST)
+        waiting = [self._waited(*ways, products) for _ in range(_ROUNDS * spins)]
+        waits = 1 - still / median(waiting) if waiting else 0.0
+        taking, waiting_takes = (min(max(0.0, one), _MOST) for one in (median(taken), waits))
+        return median(alone), median(beside), taking, waiting_takes
+
+    def _waited(self, send_on: _Way, receive_on: _Way, products: int) -> float:
+        """Seconds of so many products beside a receive whose message is sent behind them."""
+        self._meet()
+        if not self._cuda:
+            received, begin = receive_on().work, time.perf_counter()
+            self._compute(products)
+            computed = time.perf_counter() - begin
+            for work in (send_on().work, received):
+                if work is not None:
+                    work.wait()
+            return computed
+        start, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(round(_LEAD * CYCLES))
+        start.record()
+        sending, receiving = self._streams
+        receiving.wait_event(start)
+        with torch.cuda.stream(receiving):
+            receive_on()
+        self._compute(products)
+        done.record()
+        sending.wait_event(done)
+        with torch.cuda.stream(sending):
+            send_on()
+        torch.cuda.synchronize(self._device)
+        return float(start.elapsed_time(done)) / 1000
 
     def _meet(self) -> None:
         """Begin together, all stages."""
@@ -147,12 +184,15 @@ class _Timer:
             torch.cuda.synchronize(self._device)
         dist.barrier(self._context.host_group)
 
-    def _messages(self, other: int, out: Tensor, into: Tensor) -> list[Work]:
-        """Send and receive some in a row. Returns what is to be waited for on a host."""
+    def _ways(self, other: int, out: Tensor, into: Tensor) -> tuple[_Way, _Way]:
+        """What sends a message to a stage, and what receives one."""
         here, edges = self._context.topology.pp_rank, self._context.edges
         away = next(edges[edge] for edge in edges if edge[:2] == (here, other))
         back = next(edges[edge] for edge in edges if edge[:2] == (other, here))
-        ways = (partial(send, out, other, away), partial(receive, into, other, back))
+        return partial(send, out, other, away), partial(receive, into, other, back)
+
+    def _messages(self, ways: tuple[_Way, _Way]) -> list[Work]:
+        """Send and receive some in a row. Returns what is to be waited for on a host."""
         works = []
         for _ in range(_EACH):
             for number, way in enumerate(ways):

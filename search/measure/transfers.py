@@ -16,8 +16,9 @@ class Transfer:
         seconds: seconds from its start until it is there, while neither stage computes.
         beside: seconds of the same while both compute.
         takes: share of compute that it takes meanwhile.
-        spins: whether a receive takes that share from its posting on, as kernels of NCCL do, and
+        spins: whether a receive takes some of it from its posting on, as kernels of NCCL do, and
             not only while bytes come.
+        waits: share of compute that such a receive takes while none come; None if not measured.
     """
 
     source: int
@@ -27,3 +28,4 @@ class Transfer:
     beside: float
     takes: float = 0.0
     spins: bool = True
+    waits: float | None = None

@@ -16,17 +16,26 @@ class Link:
     Attributes:
         bandwidth: bytes per second that a stage can send, and as many that it can receive.
         latency: seconds until the first byte arrives.
-        takes: share of a stage's compute that a transfer takes, from 0 up to less than 1: of NCCL's
-            kernels their share of the device's multiprocessors, of a copy engine 0 or little.
-        spins: whether a receive takes that share while it waits, too, as NCCL's kernels do.
+        takes: share of a stage's compute that a transfer takes while bytes come, from 0 up to less
+            than 1: of NCCL's kernels their share of the device's multiprocessors, and of its memory
+            and power; of a copy engine 0 or little.
+        waits: share that a receive takes from its posting on while none come: of NCCL's kernels,
+            which spin, that of the multiprocessors; None if that is not known.
     """
 
     bandwidth: float = inf
     latency: float = 0.0
     takes: float = 0.0
-    spins: bool = True
+    waits: float | None = None
+
+    @property
+    def waiting(self) -> float:
+        """What a receive is taken to take while it waits: no more than while bytes come."""
+        return min(self.takes, _SPINNING if self.waits is None else self.waits)
 
 
+_SPINNING = 16 / 132
+"""Multiprocessors of an H200 on which NCCL's kernels wait, where a profile does not say it."""
 Links = Mapping[tuple[int, int], Link]
 """The link from each stage to each neighbour."""
 _MOST = 0.9
@@ -47,12 +56,12 @@ def links_of(transfers: Iterable[Transfer]) -> Links:
 
 def _link(rows: list[Transfer]) -> Link:
     least, most = rows[0], rows[-1]
-    takes, spins = min(most.takes, _MOST), most.spins
+    takes, waits = min(most.takes, _MOST), most.waits if most.spins else 0.0
     longer = most.beside - least.beside
     if longer <= 0.0:
-        return Link(most.bytes / most.beside, 0.0, takes, spins)
+        return Link(most.bytes / most.beside, 0.0, takes, waits)
     bandwidth = (most.bytes - least.bytes) / longer
     latency = most.beside - most.bytes / bandwidth
     if latency < 0.0:
-        return Link(most.bytes / most.beside, 0.0, takes, spins)
-    return Link(bandwidth, latency, takes, spins)
+        return Link(most.bytes / most.beside, 0.0, takes, waits)
+    return Link(bandwidth, latency, takes, waits)

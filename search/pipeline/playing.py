@@ -11,9 +11,9 @@ many `sends_ahead` of a schedule says, so that it is hardly ever held up:
     pp             |--0F3--> |--3B0->
     stage 1                  |===== 1F3+2B1 =====
 
-Where transfers are kernels, they take processors from the compute of both stages while they go, and
-a receive does from when it is posted, as it spins until the message is there. Copy engines take
-none.
+Where transfers are kernels, they take a share of the compute of both stages while they go, and a
+receive takes a smaller one from when it is posted, as it spins on its processors until bytes come.
+Copy engines take none.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def play(
     wires = wires_of(schedule.placement, costs, link, lead)
     if unhindered:
         wires = wires._replace(
-            carry=np.zeros_like(wires.carry), late=wires.late + wires.carry, takes=0.0
+            carry=np.zeros_like(wires.carry), late=wires.late + wires.carry, takes=0.0, waits=0.0
         )
     starts, ends, waited = rule.run(visits, wires, schedule.micro_batches)
     assert np.isfinite(ends).all(), f"{schedule.name} deadlocks"
@@ -167,8 +167,8 @@ def wires_of(
             carry[chunk, column] = costs.bytes_sent(work) / carries.bandwidth
             late[chunk, column] = carries.latency
     takes = max(one.takes for one in used)
-    spins = any(one.spins for one in used if one.takes)
-    return rule.Wires(np.array(place), carry, late, takes, spins, POSTED_AHEAD, lead)
+    waits = max(one.waiting for one in used)
+    return rule.Wires(np.array(place), carry, late, takes, waits, POSTED_AHEAD, lead)
 
 
 def _visits(schedule: Schedule, known: Sequence[VisitCost]) -> rule.Visits:

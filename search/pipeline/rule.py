@@ -43,8 +43,8 @@ class Wires(NamedTuple):
         place: stage of each chunk.
         carry: seconds for which the result of each chunk, forward and backward, is on a link.
         late: seconds more until it is there.
-        takes: share of compute that a transfer takes from both of its stages.
-        spins: whether a receive takes it from its posting on.
+        takes: share of compute that a transfer takes from both of its stages while bytes come.
+        waits: share that a receive takes from its posting on, while none come.
         posted: walks between the posting of a receive and the walk that needs it.
         lead: walks after which a stage waits for the end of what it has sent; 0 if it never does.
     """
@@ -53,20 +53,21 @@ class Wires(NamedTuple):
     carry: Array
     late: Array
     takes: float
-    spins: bool
+    waits: float
     posted: int
     lead: int
 
 
 @compiled
-def stretched(moment, start, end, takes):  # type: ignore[no-untyped-def]
-    """Return when that ends which was to end at `moment`, if compute is slow from start to end."""
-    work = moment - start
-    if work <= 0.0 or end <= start or takes == 0.0:
+def slowed(moment, start, end, before, during):  # type: ignore[no-untyped-def]
+    """Return when that ends which was to end at `moment`, with a share `before` of compute taken
+    from start on, if from start to end it is `during`."""
+    if moment <= start or end <= start or before == during:
         return moment
-    if work <= (end - start) * (1.0 - takes):
-        return start + work / (1.0 - takes)
-    return moment + (end - start) * takes
+    work, done = (moment - start) * (1.0 - before), (end - start) * (1.0 - during)
+    if work <= done:
+        return start + work / (1.0 - during)
+    return end + (work - done) / (1.0 - before)
 
 
 @compiled
@@ -145,7 +146,8 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
     what it needs; the start of a visit, or of a transfer.
     """
     offsets, place, takes = visits.offsets, wires.place, wires.takes
-    spins = takes > 0.0 and wires.spins
+    waits = wires.waits
+    spins = waits > 0.0
     seconds, ready = visits.seconds, visits.ready
     stages, count = len(offsets) - 1, len(seconds)
     needs, makes, sent = results(visits, wires, micro_batches)
@@ -236,15 +238,16 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
             changed[chosen] = changed[target] = True
             if takes:
                 for stage in (chosen, target):
-                    if not spinning[stage]:
-                        begins = max(best, slow[stage])
-                        _slow(stage, begins, end, takes, at, offsets, makes, made, free)
-                slow[chosen] = max(slow[chosen], end)
-                slow[target] = max(slow[target], here[result] if spins else end)
+                    over = here[result] if spins and stage == target else end
+                    begins = max(best, slow[stage])
+                    usual = waits if spinning[stage] else 0.0
+                    _slow(stage, begins, over, usual, takes, at, offsets, makes, made, free)
+                    slow[stage] = max(slow[stage], over)
             if spins:
                 spinning[target] -= 1
                 if not spinning[target]:
-                    _slow(target, slow[target], np.inf, -takes, at, offsets, makes, made, free)
+                    begins = slow[target]
+                    _slow(target, begins, np.inf, waits, 0.0, at, offsets, makes, made, free)
             continue
         visit = at[chosen]
         if begun[visit] == np.inf:
@@ -259,7 +262,7 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
                 if spins:
                     if not spinning[chosen]:
                         begins = max(best, slow[chosen])
-                        _slow(chosen, begins, np.inf, takes, at, offsets, makes, made, free)
+                        _slow(chosen, begins, np.inf, 0.0, waits, at, offsets, makes, made, free)
                     spinning[chosen] += 1
             continue
         if visit > offsets[chosen]:
@@ -268,13 +271,15 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
         waited[visit] = _waited(free[chosen], held[chosen], needs[visit], sent, here, made)
         at[chosen] = visit + 1
         changed[chosen] = True
-        end = np.inf if spinning[chosen] else slow[chosen]
-        free[chosen] = stretched(best + seconds[visit], best, end, takes)
+        usual = waits if spinning[chosen] else 0.0
+        end = slowed(best + seconds[visit], best, np.inf, 0.0, usual)
+        free[chosen] = slowed(end, best, slow[chosen], usual, takes)
         for strand in range(2):
             result = makes[visit, strand]
             if result < 0:
                 continue
-            made[result] = stretched(best + ready[visit, strand], best, end, takes)
+            end = slowed(best + ready[visit, strand], best, np.inf, 0.0, usual)
+            made[result] = slowed(end, best, slow[chosen], usual, takes)
             if sent[result]:
                 unsent[visit] += 1
                 if post[result] < 0 or begun[post[result]] < np.inf:
@@ -287,25 +292,15 @@ def run(visits, wires, micro_batches):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _slow(stage, start, end, takes, at, offsets, makes, made, free):  # type: ignore[no-untyped-def]
-    """Let transfers take their share, from start to end, of what a stage still does of its visit.
-
-    A negative share gives back what they were thought to take.
-    """
+def _slow(stage, start, end, before, during, at, offsets, makes, made, free):  # type: ignore[no-untyped-def]
+    """Let a share of what a stage still does of its visit be taken, from start to end."""
     visit = at[stage] - 1
     if visit < offsets[stage]:
         return
     for result in makes[visit]:
-        if result >= 0 and made[result] > start:
-            if takes > 0.0:
-                made[result] = stretched(made[result], start, end, takes)
-            else:
-                made[result] = start + (made[result] - start) * (1.0 + takes)
-    if free[stage] > start:
-        if takes > 0.0:
-            free[stage] = stretched(free[stage], start, end, takes)
-        else:
-            free[stage] = start + (free[stage] - start) * (1.0 + takes)
+        if result >= 0:
+            made[result] = slowed(made[result], start, end, before, during)
+    free[stage] = slowed(free[stage], start, end, before, during)
 
 
 @compiled

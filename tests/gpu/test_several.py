@@ -324,6 +324,7 @@ def test_transfers_between_two_gpus_are_timed_beside_compute() -> None:
         assert {(row.source, row.target) for row in rows} == {(stage, 1 - stage)}
         for row in rows:
             assert 0 < row.seconds < 1 and 0 < row.beside < 1 and 0 <= row.takes < 1, row
+            assert 0 <= row.waits < 1 if row.spins else row.waits is None, row
 
 
 def _used_again(rank: int, sizes: dict[str, int]) -> None:

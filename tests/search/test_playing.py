@@ -196,7 +196,9 @@ def test_a_link_follows_from_two_sizes_and_none_from_nothing() -> None:
     of_large = links_of([row(100.0, 2.0, 0.1), row(20.0, 1.2, 0.8)])[0, 1]
     assert of_large.takes == 0.1, "what a short one takes is small beside what a host disturbs"
     by_engine = [replace(row(100.0, 2.0, 0.3), spins=False), row(20.0, 1.2)]
-    assert links_of(by_engine) == {(0, 1): Link(100.0, 1.0, 0.3, spins=False)}
+    assert links_of(by_engine) == {(0, 1): Link(100.0, 1.0, 0.3, waits=0.0)}
+    spinning = [replace(row(100.0, 2.0, 0.3), waits=0.1), row(20.0, 1.2)]
+    assert links_of(spinning) == {(0, 1): Link(100.0, 1.0, 0.3, waits=0.1)}
     assert links_of([row(100.0, 2.0)]) == {(0, 1): Link(50.0)}
     assert links_of([row(100.0, 2.0), row(20.0, 3.0)]) == {(0, 1): Link(50.0)}, "noise"
     assert links_of([row(100.0, 2.0), row(50.0, 0.5)]) == {(0, 1): Link(50.0)}, (
@@ -251,7 +253,7 @@ def test_a_transfer_begins_when_its_receive_is_posted_a_walk_ahead() -> None:
 def test_a_receive_that_spins_takes_compute_from_when_it_is_posted() -> None:
     """Half of it. Stage 0 posts the backward with its only forward, which so takes 2 s: sent from 2
     to 4 and there at 4.5, forward to 5.5, backward to 7.5, there at 10, backward to 12."""
-    link = Link(bandwidth=2.0, latency=0.5, takes=0.5)
+    link = Link(bandwidth=2.0, latency=0.5, takes=0.5, waits=0.5)
     played = play(one_f_one_b(2, 1), UniformCosts(message=4.0), link)
     assert played.seconds == pytest.approx(12.0)
     assert starts(played) == [pytest.approx([0, 10]), pytest.approx([4.5, 5.5])]
@@ -268,7 +270,7 @@ def test_transfers_slow_what_runs_beside_them_and_no_more() -> None:
        to 6.5; 1B1 7-9.
     """
     costs = UniformCosts(message=1.0)
-    played = play(one_f_one_b(2, 2), costs, Link(bandwidth=1.0, takes=0.5))
+    played = play(one_f_one_b(2, 2), costs, Link(bandwidth=1.0, takes=0.5, waits=0.5))
     assert starts(played) == [pytest.approx([0, 1, 6.5, 10.25]), pytest.approx([2, 3, 5.5, 7])]
     assert played.seconds == pytest.approx(12.25)
     beside = play(one_f_one_b(2, 2), costs, Link(bandwidth=1.0))
@@ -281,19 +283,49 @@ def test_a_receive_that_does_not_spin_takes_compute_while_bytes_come() -> None:
     3-5.5, beside the receive of 0F1 from 2.5 to 3.5; 1F1 5.5-7, beside the sending of 1B0 to 6.5;
     1B1 7-9. Stage 0 again: 0B0 6.5-8.5, 0B1 10-12."""
     costs = UniformCosts(message=1.0)
-    played = play(one_f_one_b(2, 2), costs, Link(1.0, takes=0.5, spins=False))
+    played = play(one_f_one_b(2, 2), costs, Link(1.0, takes=0.5, waits=0.0))
     assert starts(played) == [pytest.approx([0, 1, 6.5, 10]), pytest.approx([2, 3, 5.5, 7])]
     assert played.seconds == pytest.approx(12.0)
 
 
-@pytest.mark.parametrize("spins", [True, False])
-@pytest.mark.parametrize("make", EVERY)
-def test_what_transfers_take_of_compute_never_helps(make: Make, spins: bool) -> None:
+def test_a_receive_that_waits_takes_less_than_one_that_comes() -> None:
+    """A quarter of compute, against half. A message takes 1 s, and half a second of latency.
+
+    0: 0F0 0-1; 0F1 from 1 on beside the sending of 0F0, until 2, and then beside the receive of 1B0
+       that waits, to 2.667; 0B0 from 7.75 on beside that of 1B1, which waits until 9.75, to 10.75;
+       0B1 11.25-13.25.
+    1: 1F0 2.5-3.5; 1B0 from 3.5 on beside the receive of 0F1, which comes until 5, to 6.25; 1F1
+       beside the sending of 1B0, to 7.75; 1B1 to 9.75.
+    """
+    link = Link(1.0, 0.5, takes=0.5, waits=0.25)
+    played = play(one_f_one_b(2, 2), UniformCosts(message=1.0), link)
+    assert starts(played) == [
+        pytest.approx([0, 1, 7.75, 11.25]),
+        pytest.approx([2.5, 3.5, 6.25, 7.75]),
+    ]
+    assert played.stages[0].intervals[1].end == pytest.approx(2 + 0.5 / 0.75)
+    assert played.stages[0].intervals[2].end == pytest.approx(10.75)
+    assert played.seconds == pytest.approx(13.25)
+
+
+def test_what_a_waiting_receive_takes_is_no_more_than_a_coming_one() -> None:
+    assert Link(takes=0.33).waiting == pytest.approx(16 / 132)
+    assert Link(takes=0.05).waiting == 0.05 and Link(waits=0.3).waiting == 0.0
+    assert Link(takes=0.3, waits=0.1).waiting == 0.1 and Link(takes=0.3, waits=0.0).waiting == 0.0
     costs = UniformCosts(1.0, 1.1, 0.7, both=2.5, message=0.3)
-    steps = [play(make(3, 9), costs, Link(2.0, 0.1, takes, spins)) for takes in (0.0, 0.1, 0.3)]
-    if not spins:
-        spinning = play(make(3, 9), costs, Link(2.0, 0.1, 0.3))
-        assert steps[-1].seconds <= spinning.seconds + 1e-9
+    for make in EVERY:
+        steps = [
+            play(make(3, 9), costs, Link(2.0, 0.1, 0.3, waits)).seconds
+            for waits in (0.0, 0.1, 0.2, 0.3, 0.9)
+        ]
+        assert steps == sorted(steps) and steps[-2] == steps[-1]
+
+
+@pytest.mark.parametrize("waits", [None, 0.9, 0.05, 0.0])
+@pytest.mark.parametrize("make", EVERY)
+def test_what_transfers_take_of_compute_never_helps(make: Make, waits: float | None) -> None:
+    costs = UniformCosts(1.0, 1.1, 0.7, both=2.5, message=0.3)
+    steps = [play(make(3, 9), costs, Link(2.0, 0.1, takes, waits)) for takes in (0.0, 0.1, 0.3)]
     assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
     assert [sum(step.share("transfer")) for step in steps] == sorted(
         sum(step.share("transfer")) for step in steps
