@@ -1,4 +1,4 @@
-"""Two GPUs: one whose neighbour does not send, or was killed, does not wait for ever."""
+"""A GPU whose neighbour does not send, or was killed, does not wait for ever."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from lightning_dhellam.parallel import ParallelContext, presence
 from lightning_dhellam.parallel.collectives import receive, send
+from lightning_dhellam.parallel.overdue import Overdue
 from lightning_dhellam.parallel.presence import presence_of_world
 from lightning_dhellam.plan import Lane
 from lightning_dhellam.plan.operator import Strand
@@ -60,6 +61,16 @@ def _on_stage(rank: int, folder: Path, timeout: timedelta, killed: bool) -> None
     (folder / "received").touch()
     receive(got, 0, context.edges[EDGE])
     torch.cuda.synchronize()  # inside of which the host waits, and its threads go on
+
+
+def test_what_a_device_has_not_done_is_waited_for_until_it_has() -> None:
+    needs(1)
+    overdue = Overdue(timedelta(hours=1), "rank 0", end=lambda text: None)
+    with overdue.watching("an edge", "rank 1", torch.device("cuda")):
+        torch.cuda._sleep(int(2e9))
+    assert "s for rank 1 on an edge, longer" in str(overdue.said(time.monotonic() + 3601))
+    torch.cuda.synchronize()
+    assert overdue.said(time.monotonic() + 9999) is None
 
 
 def test_one_that_does_not_send(tmp_path: Path) -> None:
