@@ -1,4 +1,4 @@
-"""A script that torchrun starts again: once a rank kills itself."""
+"""A script that torchrun starts again: once a rank kills itself, alone or with all of its node."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ STEPS, DEATH, EVERY = 6, 3, 2
 
 
 class Death(Callback):
-    """Ends one rank at the end of a step, once and without a word."""
+    """Ends one rank at the end of a step, once and without a word, or the torchrun of its node."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, mark: Path, *, of_node: bool) -> None:
+        self.mark, self.of_node = mark, of_node
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         is_due = trainer.global_rank == 1 and trainer.global_step == DEATH
         if is_due and not self.mark.exists():
             self.mark.touch()
+            if self.of_node:
+                os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -45,13 +47,19 @@ class Diary(Losses):
             self.file.write_text(json.dumps([first, self.values]))
 
 
-def main(folder: Path) -> None:
-    """Train without an interruption, and then with one."""
+def main(folder: Path, dies: str = "rank") -> None:
+    """Train without an interruption, and then with one: a `rank` or a `node` dies."""
     torch.set_num_threads(1)
     life = os.environ["TORCHELASTIC_RESTART_COUNT"]
     for name, callbacks in (
         ("straight", []),
-        ("killed", [Death(folder / "died"), ModelCheckpoint(every_n_train_steps=EVERY)]),
+        (
+            "killed",
+            [
+                Death(folder / "died", of_node=dies == "node"),
+                ModelCheckpoint(every_n_train_steps=EVERY),
+            ],
+        ),
     ):
         trainer = make_trainer(
             {"micro_batch_size": 2},
@@ -64,4 +72,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
