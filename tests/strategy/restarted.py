@@ -1,4 +1,4 @@
-"""A script that torchrun starts again: once a rank kills itself, alone or with all of its node."""
+"""A script that torchrun starts again: once a rank, its node or its pod is ended."""
 
 from __future__ import annotations
 
@@ -19,16 +19,24 @@ STEPS, DEATH, EVERY = 6, 3, 2
 
 
 class Death(Callback):
-    """Ends one rank at the end of a step, once and without a word, or the torchrun of its node."""
+    """Ends one at the end of a step, and once.
 
-    def __init__(self, mark: Path, *, of_node: bool) -> None:
-        self.mark, self.of_node = mark, of_node
+    Args:
+        mark: a file that is there afterwards.
+        what: a `rank`, without a word; a `node`, its torchrun included; or a `pod`, which is told.
+    """
+
+    def __init__(self, mark: Path, what: str) -> None:
+        self.mark, self.what = mark, what
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         is_due = trainer.global_rank == 1 and trainer.global_step == DEATH
         if is_due and not self.mark.exists():
             self.mark.touch()
-            if self.of_node:
+            if self.what == "pod":
+                os.kill(os.getppid(), signal.SIGTERM)
+                return
+            if self.what == "node":
                 os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,19 +56,11 @@ class Diary(Losses):
 
 
 def main(folder: Path, dies: str = "rank") -> None:
-    """Train without an interruption, and then with one: a `rank` or a `node` dies."""
+    """Train without an interruption, and then with the `Death` of what `dies`."""
     torch.set_num_threads(1)
     life = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    for name, callbacks in (
-        ("straight", []),
-        (
-            "killed",
-            [
-                Death(folder / "died", of_node=dies == "node"),
-                ModelCheckpoint(every_n_train_steps=EVERY),
-            ],
-        ),
-    ):
+    keep = ModelCheckpoint(every_n_train_steps=EVERY, save_on_exception=dies == "pod")
+    for name, callbacks in (("straight", []), ("killed", [Death(folder / "died", dies), keep])):
         trainer = make_trainer(
             {"micro_batch_size": 2},
             [Diary(folder / f"{name}-{life}"), *callbacks],

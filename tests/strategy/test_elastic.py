@@ -1,4 +1,4 @@
-"""The job of the guide to Kubernetes, its pods on one machine: one is lost, and it goes on."""
+"""The job of the guide to Kubernetes on one machine: a pod is lost or ended, and it goes on."""
 
 from __future__ import annotations
 
@@ -30,38 +30,66 @@ def _of_pods() -> list[str]:
     return words[: words.index("-m")]
 
 
-def test_a_job_that_loses_a_node_goes_on_with_those_that_are_left(tmp_path: Path) -> None:
+def _words(processes: int) -> list[str]:
+    """The same for pods that are processes of this machine."""
     here = {
-        "--nproc-per-node": "1",
+        "--nproc-per-node": f"{processes}",
         "--rdzv-endpoint": f"127.0.0.1:{find_free_network_port()}",
     }
-    words = [w for w in _of_pods() if w.partition("=")[0] not in here]
-    words += [f"{name}={value}" for name, value in here.items()]
+    words = [word for word in _of_pods() if word.partition("=")[0] not in here]
     assert "--nnodes=1:2" in words and "--max-restarts=10" in words
-    script = ["-m", "tests.strategy.restarted", str(tmp_path), "node"]
-    pods = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *words, f"{conf},{SOON}", *script],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        # The first is where they meet, as pod 0 is, and has rank 0: the other dies.
-        for conf in ("--rdzv-conf=is_host=true", "--rdzv-conf=is_host=false")
-    ]
+    return [*words, *(f"{name}={value}" for name, value in here.items())]
+
+
+def _pod(words: list[str], conf: str, *script: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *(*words, f"--rdzv-conf={conf},{SOON}", "-m", "tests.strategy.restarted", *script),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _written(folder: Path, name: str) -> tuple[int, list[float]]:
+    """Of the last life: which step was the first, and the losses from it on."""
+    first, losses = json.loads(sorted(folder.glob(f"{name}-*"))[-1].read_text())
+    return first, losses
+
+
+def test_a_job_that_loses_a_node_goes_on_with_those_that_are_left(tmp_path: Path) -> None:
+    words = _words(1)
+    # The first is where they meet, as pod 0 is, and has rank 0: the other dies.
+    pods = [_pod(words, f"is_host={host}", str(tmp_path), "node") for host in ("true", "false")]
     try:
         said = [pod.communicate(timeout=500)[0] for pod in pods]
     finally:
         for pod in pods:
             pod.kill()
-    ends = sorted(pod.returncode for pod in pods)
-    assert ends == [-9, 0], said[0][-3000:]
+    assert [pod.returncode for pod in pods] == [0, -9], said[0][-3000:]
     assert (tmp_path / "died").exists()
-    lives = [sorted(tmp_path.glob(f"{name}-*")) for name in ("straight", "killed")]
-    straight, killed = (json.loads(of_name[-1].read_text()) for of_name in lives)
-    first, losses = killed
+    (_, straight), (first, losses) = (_written(tmp_path, name) for name in ("straight", "killed"))
     assert first == DEATH // EVERY * EVERY and len(losses) == STEPS - first
     # Two ranks have made the first steps, one those that follow.
-    assert losses == pytest.approx(straight[1][first:], rel=1e-4)
-    assert "of the job: going on from" in "".join(said)
+    assert losses == pytest.approx(straight[first:], rel=1e-4)
+    assert "of the job: going on from" in said[0]
+
+
+def test_a_pod_that_is_told_to_end_saves_and_goes_on_when_it_is_started_again(
+    tmp_path: Path,
+) -> None:
+    """With the exit code after which `OnFailure` starts it."""
+    for code in (1, 0):
+        pod = _pod(_words(2), "is_host=true", str(tmp_path), "pod")
+        try:
+            said = pod.communicate(timeout=500)[0]
+        finally:
+            pod.kill()
+        assert pod.returncode == code, said[-3000:]
+    (_, straight), (first, losses) = (_written(tmp_path, name) for name in ("straight", "killed"))
+    # All ranks have ended at the end of the next step, and saved there.
+    assert first > DEATH // EVERY * EVERY and len(losses) == STEPS - first
+    assert losses == straight[first:]
