@@ -31,7 +31,7 @@ def test_the_readme_is_a_first_page() -> None:
 
 def test_every_row_of_numbers_says_what_it_rests_on() -> None:
     numbers = rows(README, "| | against |")
-    assert len(numbers) == 7
+    assert len(numbers) == 8
     for what, against, speed, same in numbers:
         assert "GPU" in what and re.search(r"20\d\d-\d\d-\d\d", what), what
         assert re.search("Attention: (flash-attn 4|cuDNN)", what), what
