@@ -27,7 +27,8 @@ FOLDER = ROOT / "benchmarks/multi_gpu"
 CALLS = [
     "four.sh",
     "eight.sh",
-    *(f"two.sh {part}" for part in ("tests", "rows", "alone", "predictions")),
+    *(f"one.sh {part}" for part in ("steps", "memory", "links")),
+    *(f"two.sh {part}" for part in ("tests", "rows", "predictions")),
 ]
 
 
@@ -64,7 +65,7 @@ def test_every_command_can_be_read(
     call: str, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = parts(call, DEVICE=device)
-    assert len(found) >= 3
+    assert len(found) >= 2
     time = 560 * (1 if device == "cuda" else 8)
     for begin, limit, command in found.values():
         # Ten seconds are left for what is no part.
@@ -153,7 +154,7 @@ def test_more_than_twelve_runs_are_predicted() -> None:
     assert runs > 12 and f"compare{compared}" in found
 
 
-@pytest.mark.parametrize("call", ["four.sh", "two.sh alone"])
+@pytest.mark.parametrize("call", ["four.sh", "one.sh memory"])
 def test_when_time_is_short_benchmarks_end_before_they_are_ended(call: str) -> None:
     """So that their tables are printed, with the rows that are not measured."""
     budgets = [
@@ -270,4 +271,4 @@ def test_the_cheapest_part_runs(tmp_path: Path) -> None:
 
 def test_a_call_that_is_none_is_refused() -> None:
     found = run("two.sh everything")
-    assert found.returncode == 2 and "tests|rows|alone|predictions" in found.stderr
+    assert found.returncode == 2 and "tests|rows|predictions" in found.stderr
