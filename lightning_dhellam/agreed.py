@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -31,7 +32,7 @@ from lightning_dhellam.pipeline.schedules import (
 from lightning_dhellam.plan import Builder, GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer, check_choices
 from lightning_dhellam.plan.file import PlanFile, conditions, named_plan
-from lightning_dhellam.plan.offloading import Offload, check_choice, check_offload
+from lightning_dhellam.plan.offloading import ALL, Offload, Slots, check_choice, check_offload
 from lightning_dhellam.plan.passes import Recompute
 
 
@@ -47,7 +48,8 @@ class AgreedEngine:
         recompute: what backward makes again, in place of keeping it: a choice of `plan.passes`, a
             list of choices and slots, or either by layer. With `auto` it is all that can be, until
             `use_recompute` is called; or what a plan file was searched with.
-        offload: what of that which is saved waits for backward in host memory.
+        offload: what of that which is saved waits for backward in host memory; with `auto` it is
+            chosen as what is made again is, and until then it is all.
         context_exchange: how keys and values come to the ranks that share sequences; with `auto` a
             search may choose.
         context_fp32_gradients: whether gradients by them travel in fp32.
@@ -67,6 +69,8 @@ class AgreedEngine:
         recompute: what backward makes again.
         undecided: whether that is to be decided yet.
         chosen: what `use_recompute` was given; None before.
+        offload: what of that which is saved waits on the host.
+        offloads: whether that is chosen as well.
         schedule: name of the order in which stages work, or the path of its file.
         fp8: how linear layers compute in 8 bits, or None.
         narrower: options by which more could travel in 8 bits than the run was asked for.
@@ -131,7 +135,6 @@ class AgreedEngine:
             model,
             loss=loss,
             kernels=kernels,
-            offload=offload,
             context_fp32_gradients=context_fp32_gradients,
             context_fp8_keys=context_fp8_keys,
             scheme=scheme,
@@ -148,17 +151,28 @@ class AgreedEngine:
         )
         self._exchange = self.exchanges[0]
         self.undecided = recompute == AUTO and not plan.endswith(".json")
+        self.offloads = offload == AUTO
         if recompute == AUTO:
-            recompute = "full" if self.undecided else PlanFile.load(plan).recompute or USUAL
+            file = None if self.undecided else PlanFile.load(plan)
+            recompute = "full" if file is None else file.recompute or USUAL
+            if self.offloads:
+                offload = ALL if file is None else file.offload
+            elif file is not None and file.offload:
+                raise ValueError(
+                    f"plan={plan} was searched with slots on the host, for memory that would not do"
+                    f" otherwise: say offload='{AUTO}' beside recompute='{AUTO}', or search again"
+                )
         self.recompute: Recompute | ByLayer = recompute
+        self.offload: Offload = offload
         self.chosen: ByLayer | None = None
         self.schedule = schedule
-        lowered = self.lowered(recompute)
+        lowered = self.lowered(recompute, offload)
         # A slot may be of another stage's layers alone.
-        every = of_all_ranks((lowered.slots, lowered.inputs), self._world)
-        slots, inputs = (frozenset().union(*sets) for sets in zip(*every, strict=True))
+        every = of_all_ranks((lowered.slots, lowered.inputs, lowered.keys), self._world)
+        *known, keys = zip(*every, strict=True)
+        slots, inputs = (frozenset().union(*sets) for sets in known)
         check_choices(recompute, slots)
-        check_offload(offload, slots | inputs)
+        check_offload(offload, slots | inputs, sorted({*chain(*keys)}))
         self.structure = Structure(model)
         self._wanted: dict[str, bool] | None = None
         self.kernels = lowered.kernels
@@ -189,9 +203,9 @@ class AgreedEngine:
         self._make_anew()
         self._agree(self._world)
 
-    def lowered(self, recompute: Recompute | ByLayer) -> Lowered:
-        """The operators of this rank, whose backward makes so much again: to look at."""
-        return self._lower(recompute=recompute, context_exchange=self._exchange)
+    def lowered(self, recompute: Recompute | ByLayer, offload: Offload) -> Lowered:
+        """The operators of this rank with so much made again, and on the host: to look at."""
+        return self._lower(recompute=recompute, offload=offload, context_exchange=self._exchange)
 
     def suited(self, layers: Sequence[GraphPair]) -> list[GraphPair]:
         """Such layers with the nominal costs of the sequences that plans are made for."""
@@ -202,19 +216,27 @@ class AgreedEngine:
         """This rank's place among all."""
         return self._context
 
-    def use_recompute(self, recompute: ByLayer) -> None:
+    def use_recompute(self, recompute: ByLayer, offload: Mapping[str, Slots] | None = None) -> None:
         """Let backward make other slots again from the next step on. Every rank must call this.
 
         The plans are those of the same builder.
+
+        Args:
+            recompute: what it makes again.
+            offload: what waits on the host, by layer, where that is chosen as well; None to leave
+                it.
         """
         self._check_alike("recompute", recompute)
         self.recompute, self.undecided, self.chosen = recompute, False, recompute
+        if self.offloads and offload is not None:
+            self._check_alike("offload", offload)
+            self.offload = offload
         self._make_anew()
         self._agree(self._world)
 
     def _make_anew(self) -> None:
         """Make the operators anew, and the engine, with the builder of before."""
-        lowered, before = self.lowered(self.recompute), self.engine
+        lowered, before = self.lowered(self.recompute, self.offload), self.engine
         self.places = [_place(key) for key in lowered.keys]
         before.lanes.processors = self._context.processors(lowered.layers)
         self.engine = Engine(

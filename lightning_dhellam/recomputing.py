@@ -1,5 +1,7 @@
 """`recompute='auto'`: backward makes again what the memory of the device asks for, at least time.
 
+With `offload='auto'` slots wait on the host instead where that takes less.
+
 A search chooses by measured times. Without one it is chosen before the first step, by FLOPs and
 bytes of the operators, for a share of the memory: what weights, gradients and the optimizer hold is
 then counted, as `memory.model_states` does.
@@ -113,8 +115,8 @@ def tokens_of(agreed: AgreedEngine, pieces: Sequence[MicroBatch]) -> int:
 
 
 def _kept(agreed: AgreedEngine) -> Lowered:
-    """The layers as if they made nothing again."""
-    kept = agreed.lowered("none")
+    """The layers as if they made nothing again, and had all on the device."""
+    kept = agreed.lowered("none", None)
     return replace(kept, layers=tuple(agreed.suited(kept.layers)))
 
 
@@ -131,13 +133,15 @@ def _take(agreed: AgreedEngine, choose: Callable[[], Fitted]) -> None:
     world = agreed.context.world_group
     known: list[Fitted] = of_all_ranks(together(choose, world), world)
     every = {key: value for other in known for key, value in other.choices.items()}
-    agreed.use_recompute(dict(sorted(every.items())))
+    away = {key: value for other in known for key, value in other.offloads.items()}
+    agreed.use_recompute(dict(sorted(every.items())), dict(sorted(away.items())))
     tightest = min(known, key=lambda one: one.room - one.chosen.kept_bytes)
     found = tightest.chosen
     count = sum(value != "none" for value in every.values())
+    copied = f", and {len(away)} have some on the host" if agreed.offloads else ""
     rank_zero_info(
         f"recompute: activations need {_size(found.kept_bytes)} and may take"
-        f" {_size(tightest.room)}, so {count} of {len(every)} layers make some again:"
+        f" {_size(tightest.room)}, so {count} of {len(every)} layers make some again{copied}:"
         f" {_size(found.peak_bytes)}, and {found.seconds / found.kept - 1:.1%} more time"
     )
 

@@ -55,12 +55,21 @@ def shortened(config: ModelConfig, layers: int) -> ModelConfig:
     return replace(config, num_layers=layers, **cut)
 
 
+def on_device(run: Run) -> Run:
+    """The same run with all on the device where it chooses what waits on the host.
+
+    What it will choose nobody knows before it has measured.
+    """
+    return replace(run, offload=None) if run.offload == AUTO else run
+
+
 def lowering_of(run: Run) -> Lowering:
     """Lower a rank's share of each layer.
 
     Raises:
         ValueError: the model cannot be cut like this, or a layer not be lowered.
     """
+    run = on_device(run)
     run.check()
     config, count = run.config, run.config.num_layers
     few = run.build is None and are_alike(config) and not isinstance(run.recompute, Mapping)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from lightning_dhellam.advice.lowering import are_alike, shortened
+from lightning_dhellam.advice.lowering import are_alike, on_device, shortened
 from lightning_dhellam.memory import RankMemory, Run, predict
 from lightning_dhellam.search.cluster import THIN
 
@@ -22,6 +22,7 @@ def memory_of(run: Run) -> tuple[RankMemory, ...]:
     Raises:
         ValueError: a value that no run can have.
     """
+    run = on_device(run)
     run.check()
     staged = run.topology.pp_size > 1
     split = run.layers_of_chunks() if staged else (run.config.num_layers,)

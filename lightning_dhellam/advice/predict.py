@@ -267,6 +267,8 @@ def _notes(priceable: Priceable, step: Played, builders: Mapping[str, Builder]) 
         )
     if priceable.run.recompute == AUTO:
         notes.append("recompute='auto' is taken to make all of a layer again; it may make less")
+    if priceable.run.offload == AUTO:
+        notes.append("offload='auto' is taken to leave all on the device; it may copy some")
     if priceable.schedule:
         notes.append(
             "schedule: the fastest of those with a name and a searched one, which is"

@@ -196,7 +196,8 @@ class AutoSearch(Callback):
                 restored(walked, runner.context.topology.pp_size)
             build, layers = found.builder(), runner.engine.layers
             if runner.agreed.undecided and found.recompute:
-                layers = runner.agreed.lowered(found.recompute).layers
+                away = found.offload if runner.agreed.offloads else runner.agreed.offload
+                layers = runner.agreed.lowered(found.recompute, away).layers
             for pair in layers:  # refuses what has changed
                 build(pair.forward, pair.backward)
             return found
@@ -207,7 +208,7 @@ class AutoSearch(Callback):
             trainer.print(f"search: {error}")
             return False
         if runner.agreed.undecided and found.recompute:
-            runner.agreed.use_recompute(found.recompute)
+            runner.agreed.use_recompute(found.recompute, found.offload)
         runner.use_plan(loaded["name"], found.builder())
         by = ""
         if walked:

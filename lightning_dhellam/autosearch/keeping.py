@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_dhellam.autosearch.candidates import Candidates
@@ -10,8 +10,14 @@ from lightning_dhellam.autosearch.profiling import versions
 from lightning_dhellam.parallel.collectives import of_all_ranks
 from lightning_dhellam.plan import Graph, Kind
 from lightning_dhellam.plan.file import PlanFile
+from lightning_dhellam.plan.offloading import Offload, Slots
 from lightning_dhellam.runner import Runner
 from lightning_dhellam.search.report import Outcome, Walked
+
+
+def _by_layer(what: Offload) -> Mapping[str, Slots]:
+    """What was chosen by layer; nothing where it was given for all."""
+    return what if isinstance(what, Mapping) else {}
 
 
 def plan_file(
@@ -62,5 +68,6 @@ def plan_file(
         plans=plans,
         graphs=names,
         recompute=chosen or {},
+        offload=_by_layer(runner.agreed.offload) if chosen else {},
         schedule=walked.kept if walked is not None else {},
     )

@@ -15,10 +15,6 @@ from lightning_dhellam.parallel.collectives import Pending
 from lightning_dhellam.plan import Lane, Operator, Track
 
 COMPUTE = Track(Lane.COMPUTE)
-_UNDER_WAY = 4
-"""Copies each way, to and from the host, that compute may be ahead of. It waits for older ones, and
-they for what it had to do then: or else what copies to the host have read would be held until
-backward, and what others have brought until the next forward, since nothing else waits for them."""
 
 
 class Lanes(ABC):
@@ -138,7 +134,8 @@ class TrackLanes(Lanes):
         self._seen: dict[Track, dict[Track, int]] = {}
         self._waiting: dict[Track, list[Slot]] = {}
         self._begun: deque[dict[Track, Mark]] = deque()
-        self._under_way: dict[Lane, deque[tuple[Mark, Mark]]] = defaultdict(deque)
+        self._under_way: dict[Lane, deque[tuple[int, Mark, Mark]]] = defaultdict(deque)
+        self._computed = 0
         self._open(COMPUTE)
 
     @abstractmethod
@@ -177,6 +174,8 @@ class TrackLanes(Lanes):
             # Asked here as well: most slots were made on this track, or before what it waited for.
             if mark.track != track and seen.get(mark.track, -1) < mark.number:
                 self._wait(track, mark)
+        if track == COMPUTE:
+            self._keep_up()
         result = self._run(operator, [slot.value for slot in inputs], first)
         number = self._numbers[track] = self._numbers[track] + 1
         for slot in inputs:
@@ -186,13 +185,18 @@ class TrackLanes(Lanes):
         copies = track.lane.copies
         mark = self._mark(track) if crosses or copies else Mark(track, number, None, None)
         if copies:
-            under_way = self._under_way[track.lane]
-            under_way.append((mark, self._mark(COMPUTE)))
-            if len(under_way) > _UNDER_WAY:
-                copied, computed = under_way.popleft()
-                self._wait(COMPUTE, copied)
-                self._wait(track, computed)
+            due = self._computed + operator.ahead
+            self._under_way[track.lane].append((due, mark, self._mark(COMPUTE)))
         return (result.value if isinstance(result, Pending) else result), mark
+
+    def _keep_up(self) -> None:
+        """Let compute, before its next operator, and copies wait for each other that are due."""
+        for copies in self._under_way.values():
+            while copies and copies[0][0] <= self._computed:
+                _, copied, computed = copies.popleft()
+                self._wait(COMPUTE, copied)
+                self._wait(copied.track, computed)
+        self._computed += 1
 
     def barrier(self) -> None:
         self._join([track for track in self._numbers if track.lane is not Lane.PP])

@@ -34,7 +34,7 @@ from lightning_dhellam.pipeline.stage import Stage
 from lightning_dhellam.plan import Ends, Graph, GraphPair, check_chain
 from lightning_dhellam.plan.by_layer import HEAD, USUAL, ByLayer, choices_of, remade
 from lightning_dhellam.plan.layout import Held
-from lightning_dhellam.plan.offloading import Offload
+from lightning_dhellam.plan.offloading import Offload, of_layer
 from lightning_dhellam.plan.offloading import offload as offloaded
 from lightning_dhellam.plan.passes import Recompute
 
@@ -134,18 +134,21 @@ def lower(
         way = WAYS[context_exchange](topology.cp_rank, ranks, gradients, travelling)
     wanted = choices_of(recompute, model.chunks, model.chunk_count)
     slots: set[str] = set()
-    host = None if offload is None else HostMemory(sizes.context.device)
+    host = HostMemory(sizes.context.device) if offload else None
 
-    def recomputed(pair: GraphPair, what: Recompute) -> GraphPair:
+    def recomputed(pair: GraphPair, what: Recompute, key: str) -> GraphPair:
         slots.update(pair.forward.written)
         made = remade(pair, what)
-        return made if host is None else offloaded(made, offload, host.away, host.back)
+        if host is None:
+            return made
+        return offloaded(made, of_layer(offload, key), host.away, host.back)
 
     def lowered(chunk: int) -> list[GraphPair]:
         return [
             recomputed(
                 _lower_layer(layer, Setting(sizes, chosen, rotary, index, way, eight)),
                 wanted[index],
+                str(index),
             )
             for index, layer in model.own_layers(chunk)
         ]
@@ -160,7 +163,7 @@ def lower(
         chunks[0].insert(0, lower_embedding(model.embedding, sizes, chosen))
     if number == placement.last:
         head = _head(model, sizes, chosen, loss)
-        chunks[-1].append(recomputed(head.lower(), wanted[-1]))
+        chunks[-1].append(recomputed(head.lower(), wanted[-1], HEAD))
         logits = head.lower_logits()
     if topology.pp_size > 1:
         chunks = [connect(layers, one, sizes) for layers, one in zip(chunks, held, strict=True)]

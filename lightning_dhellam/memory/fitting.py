@@ -1,6 +1,7 @@
-"""What backward makes again so that a stage fits into its memory: `recompute="auto"`.
+"""What layers make again or have on the host so that a stage fits into its memory.
 
-A search, or nominal costs without one, choose among slots that are saved. What a stage receives
+With `recompute="auto"` a search, or nominal costs without one, choose among slots that are saved,
+and with `offload="auto"` those that wait on the host as well. What a stage receives
 from others and sends to them is there besides, whatever is chosen, and so are slots of the step.
 """
 
@@ -14,6 +15,7 @@ from lightning_dhellam.layers import Lowered
 from lightning_dhellam.pipeline.schedules import Part
 from lightning_dhellam.pipeline.stage import Leg, Step
 from lightning_dhellam.plan import Builder, Graph, GraphPair, Strand
+from lightning_dhellam.plan.offloading import Slots
 from lightning_dhellam.plan.passes import Recompute
 
 if TYPE_CHECKING:
@@ -32,11 +34,13 @@ class Fitted:
 
     Attributes:
         choices: by the keys of layers that may make something again.
+        offloads: what of these layers waits on the host, by the same keys.
         chosen: slots of each layer, and what they take.
         room: bytes that there were for slots, without those of transfers and of the step.
     """
 
     choices: dict[str | int, Recompute]
+    offloads: dict[str, Slots]
     chosen: Chosen
     room: float
 
@@ -55,7 +59,8 @@ def fit(
     """Choose for `room` bytes, at the least time.
 
     Args:
-        whole: the layers of which the costs are.
+        whole: the layers of which the costs are; if some of their slots wait on the host, that is
+            chosen as well.
         kept: the same ones, which make nothing again.
         costs: of the operators of `whole`.
         micro_batches: of a step.
@@ -68,14 +73,14 @@ def fit(
         ValueError: nothing fits.
     """
     # Its compiled parts take seconds to load, which few runs need.
-    from lightning_dhellam.search.recompute import choose, moments
+    from lightning_dhellam.search.recompute import choose
 
     step = kept.stage.step(micro_batches)
     room -= tokens * transfer_bytes(kept.layers, step) + step_bytes(kept.layers)
     found = choose(
         whole,
         kept.layers,
-        moments(step.legs, len(kept.layers)),
+        step.legs,
         costs,
         limit=room,
         tokens=tokens,
@@ -88,7 +93,10 @@ def fit(
         for key, slots in zip(kept.keys, found.slots, strict=True)
         if key
     }
-    return Fitted(choices, found, room)
+    offloads: dict[str, Slots] = {
+        key: sorted(slots) for key, slots in zip(kept.keys, found.away, strict=True) if slots
+    }
+    return Fitted(choices, offloads, found, room)
 
 
 def fit_by_rule(

@@ -50,7 +50,7 @@ from lightning_dhellam.pipeline.schedules import Placement, Scheme, begun, place
 from lightning_dhellam.plan import Builder
 from lightning_dhellam.plan.by_layer import AUTO, USUAL, ByLayer
 from lightning_dhellam.plan.file import PlanFile, named_plan
-from lightning_dhellam.plan.offloading import Offload
+from lightning_dhellam.plan.offloading import ALL, Offload
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.precision import PRECISIONS
 
@@ -90,7 +90,8 @@ class Run:
         context_fp8_keys: whether keys and values travel in 8 bits.
         schedule: order of the pipeline's works: a name, or the path of a file; None for the usual
             one.
-        offload: what of that which is saved waits for backward in host memory.
+        offload: what of that which is saved waits for backward in host memory; `auto` is chosen
+            with what is made again.
         fp8: how linear layers compute in 8 bits, or None.
         fp8_all_gather: whether what they gather travels in 8 bits.
         loss: of the user's own, or None.
@@ -314,7 +315,6 @@ def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[P
         context_fp32_gradients=run.context_fp32_gradients,
         context_fp8_keys=run.context_fp8_keys,
         scheme=run.scheme,
-        offload=run.offload,
         fp8=run.fp8,
         fp8_all_gather=run.fp8_all_gather,
         # Nothing computes here: what is asked for is how large it is.
@@ -324,8 +324,9 @@ def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[P
     pieces = micro_batches(topology, run.samples, run.micro_batch_size, run.length)
     # More change nothing: by then as many are held as ever will be.
     most = (2 * topology.pp_size + 2) * run.micro_batch_size
+    again, away = _chosen(run, lowering, builder, pieces, states)
     peak = activation_peak(
-        lowering(recompute=_recompute(run, lowering, builder, pieces, states)),
+        lowering(recompute=again, offload=away),
         builder,
         topology,
         samples=min(run.samples, most),
@@ -335,32 +336,38 @@ def _step(run: Run, model: CausalLM, topology: Topology, states: int) -> tuple[P
     return peak, bytes_of(tensors_in(piece.slots for piece in pieces))
 
 
-def _recompute(
+def _chosen(
     run: Run,
     lowering: Callable[..., Lowered],
     builder: Builder,
     pieces: Sequence[MicroBatch],
     states: int,
-) -> Recompute | ByLayer:
-    """What backward makes again: what was given, or what a run with `auto` chooses."""
+) -> tuple[Recompute | ByLayer, Offload]:
+    """What is made again and what waits on the host: what was given, or what `auto` chooses."""
     if run.recompute != AUTO:
-        return run.recompute
+        return run.recompute, run.offload
     if run.plan.endswith(".json"):
-        return PlanFile.load(run.plan).recompute or USUAL
+        file = PlanFile.load(run.plan)
+        return file.recompute or USUAL, file.offload if run.offload == AUTO else run.offload
+    least = "full", ALL if run.offload == AUTO else run.offload
     if run.memory_limit is None:
-        return "full"
-    whole, kept = (_suited(lowering(recompute=one), run.length) for one in ("full", "none"))
+        return least
+    whole, kept = (
+        _suited(lowering(recompute=again, offload=away), run.length)
+        for again, away in (least, ("none", None))
+    )
     try:
-        return fit_by_rule(
+        found = fit_by_rule(
             whole.layers,
             kept,
             builder,
             micro_batches=len(pieces),
             tokens=max(piece.tokens for piece in pieces),
             room=run.memory_limit * SHARE - states,
-        ).choices
+        )
     except ValueError:  # nothing fits: the least is what can be said
-        return "full"
+        return least
+    return found.choices, found.offloads if run.offload == AUTO else run.offload
 
 
 def _suited(lowered: Lowered, length: int) -> Lowered:

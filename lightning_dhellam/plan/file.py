@@ -27,6 +27,7 @@ from lightning_dhellam.plan import (
 )
 from lightning_dhellam.plan.by_layer import ByLayer
 from lightning_dhellam.plan.graph import kind_in
+from lightning_dhellam.plan.offloading import Slots
 
 FORMAT = 1
 _SHAPES = (
@@ -76,6 +77,8 @@ class PlanFile:
         notes: predicted and measured times and the like, for the reader only.
         recompute: what backward makes again, where that was chosen for these plans; see
             `plan.by_layer`.
+        offload: what waits on the host by then, where that was chosen as well; see
+            `plan.offloading`.
         schedule: order of the pipeline's works, where that was chosen with these plans; see
             `pipeline.schedules.kept`.
     """
@@ -86,6 +89,7 @@ class PlanFile:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     recompute: ByLayer = field(default_factory=dict)
+    offload: Mapping[str, Slots] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -113,6 +117,7 @@ class PlanFile:
             "versions": self.versions,
             "notes": self.notes,
             "recompute": self.recompute,
+            "offload": self.offload,
             "schedule": self.schedule,
             "graphs": self.graphs,
             "plans": [
@@ -154,7 +159,9 @@ class PlanFile:
             }
             names = ("graphs", "conditions", "versions", "notes")
             parts = {name: fields[name] for name in names}
-            later = {name: fields.get(name, {}) for name in ("recompute", "schedule")}
+            later = {name: fields.get(name, {}) for name in ("recompute", "offload", "schedule")}
+            if not isinstance(later["offload"], Mapping):
+                raise TypeError("'offload' must have slots by layer")
             return cls(plans, **parts, **later)
         except PlanError as error:
             raise FileError(f"{path} holds a plan that cannot be read: {error}") from error
@@ -217,8 +224,8 @@ def _stale(graph: Graph, made_for: Mapping[str, str]) -> str:
     if not same:
         return (
             f"the plan file is for {' and '.join(sorted({*made_for.values()}))}, and the model has"
-            f" '{graph}', which makes other slots again: use the same recompute, search again, or"
-            " use a built-in plan"
+            f" '{graph}', which makes other slots again or has others on the host: use the same"
+            " recompute and offload, search again, or use a built-in plan"
         )
     return (
         f"the plan file is stale: its '{graph}' has fingerprint {' or '.join(same)}, the model's"

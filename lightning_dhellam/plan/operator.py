@@ -112,6 +112,10 @@ class Operator:
         fp8: the format of 8 bits that it multiplies in or casts to; empty for none.
         records: of what it writes, the slots that hold a graph of autograd, and with it memory of
             what it reads and writes besides: as long as one is saved, none of them can be moved.
+        ahead: of a copy to or from the host, operators that compute may be given after it before
+            it waits for it, and the copy's lane for compute. Or else what copies to the host have
+            read would be held until backward, and what others have brought until the next
+            forward, since nothing else waits for them.
         track: where it is issued.
     """
 
@@ -135,6 +139,7 @@ class Operator:
     takes: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     records: tuple[str, ...] = field(default=(), compare=False)
     fp8: str = field(default="", compare=False)
+    ahead: int = field(default=0, compare=False)
     track: Track = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -67,7 +67,8 @@ class Runner(ForwardRunner):
             `{"0-3": "full", "4-": "selective"}`. With `auto` what fits into memory at the least
             time is chosen, layer by layer. Changes no bit.
         offload: what of that which is kept for backward waits in pinned host memory: `all`, or
-            names of slots. None for nothing. Changes no bit.
+            names of slots. None for nothing. With `auto` it is chosen together with what is made
+            again by `recompute="auto"`. Changes no bit.
         context_exchange: how keys and values come to the ranks that share sequences: from rank to
             rank (`ring`), or all at once (`all_gather`). With `auto` a search may choose; without
             one it is `ring`. Changes loss and gradients by rounding.

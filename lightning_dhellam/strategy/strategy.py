@@ -90,8 +90,8 @@ class DHellamStrategy(SettingUpStrategy):
             keys. With `auto` what fits into memory at the least time is chosen, layer by layer: by
             measured times where plans are searched, else by FLOPs and bytes. Changes no bit.
         offload: what of that which is kept for backward waits in pinned host memory: `all`, or a
-            list of slots, such as `[x]` beside `recompute="full"`. None for nothing. Changes no
-            bit.
+            list of slots, such as `[x]` beside `recompute="full"`. None for nothing. With `auto` it
+            is chosen together with what is made again by `recompute="auto"`. Changes no bit.
         bucket_size: parameters per bucket of the data-parallel reduction.
         max_skipped_steps: steps whose loss or gradient is not finite are left out on all ranks;
             after so many in a row the run ends with a FloatingPointError.

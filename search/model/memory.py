@@ -5,6 +5,9 @@ other lane that read it (`engine.lanes`). Until then it is of no use to anyone, 
 
     compute   GEMM reads x                       GEMM writes y
     tp        gather writes x     . . held . . . . . . . . .    scatter waits for y: x is free
+
+Compute waits for copies to and from the host when it has been given as many operators since as they
+say (`Operator.ahead`), and their lanes for what it had been given when they were issued.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ class Slots(NamedTuple):
         kept: for each slot, whether it stays when it has been read.
         lanes: how many lanes there are.
         waits: whether memory goes back only when its lane has waited for its readers.
+        copies: for each lane, whether it carries copies to or from the host.
+        ahead: of copies, operators that compute may be given before it waits for them.
     """
 
     lane: Array
@@ -52,6 +57,8 @@ class Slots(NamedTuple):
     kept: Array
     lanes: int
     waits: bool
+    copies: Array
+    ahead: Array
 
 
 def taking(takes: Sequence[int], owner: Sequence[int]) -> tuple[Array, Array, Array]:
@@ -74,6 +81,10 @@ class _Books(NamedTuple):
         seen: last operator of each other lane that a lane has waited for, by lane.
         issued: how many operators were issued, by lane.
         waiting: round and slot of what is to be given back.
+        computed: how many operators compute had been given by each copy, by lane and copy.
+        due: how many it has been given when they wait for each other.
+        known: what compute had seen of each lane by then, and what the copy's lane had.
+        kept_up: copies that compute has waited for, by lane.
     """
 
     left: Array
@@ -83,6 +94,10 @@ class _Books(NamedTuple):
     seen: Array
     issued: Array
     waiting: Array
+    computed: Array
+    due: Array
+    known: Array
+    kept_up: Array
 
 
 @compiled
@@ -106,6 +121,12 @@ def most(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
             else:
                 when -= lagging[x]
                 waited = _wait(slots, books, x, when)
+                if slots.copies[slots.lane[x]]:
+                    _note_copy(books, slots.lane[x], slots.ahead[x])
+                elif slots.lane[x] == 0:
+                    for lane in range(slots.lanes):
+                        if slots.copies[lane]:
+                            waited = _keep_up(books, lane) or waited
             if waited:
                 freed, length = _collected(slots, books, length)
                 held -= freed
@@ -139,6 +160,10 @@ def _opened(slots, order, lagging, rounds):  # type: ignore[no-untyped-def]
         np.full((lanes, lanes), -1),
         np.zeros(lanes, np.int64),
         np.zeros(((rounds + 1) * count, 2), np.int64),
+        np.zeros((lanes, rounds * len(order) + 1), np.int64),
+        np.zeros((lanes, rounds * len(order) + 1), np.int64),
+        np.zeros((2, lanes, rounds * len(order) + 1, lanes), np.int64),
+        np.zeros(lanes, np.int64),
     )
 
 
@@ -255,6 +280,41 @@ def _read(slots, books, x, when, length):  # type: ignore[no-untyped-def]
         if not books.left[when, slot] and not slots.kept[slot]:
             gone += slots.bytes[slot]
     return gone, late, length
+
+
+@inlined
+def _note_copy(books, lane, ahead):  # type: ignore[no-untyped-def]
+    """Note what compute and the lane of a copy have seen by the time that it is issued."""
+    copy = books.issued[lane] + 1
+    books.computed[lane, copy] = books.issued[0]
+    books.due[lane, copy] = books.issued[0] + ahead
+    for other in range(len(books.issued)):
+        books.known[0, lane, copy, other] = books.seen[0, other]
+        books.known[1, lane, copy, other] = books.seen[lane, other]
+
+
+@inlined
+def _keep_up(books, lane):  # type: ignore[no-untyped-def]
+    """Let compute, before its next operator, wait for a lane's copies that are due, and that lane
+    for it, and tell whether they had to."""
+    waited = False
+    while (
+        books.kept_up[lane] < books.issued[lane]
+        and books.due[lane, books.kept_up[lane] + 1] <= books.issued[0]
+    ):
+        books.kept_up[lane] += 1
+        old = books.kept_up[lane]
+        for side in range(2):
+            own, other = (lane, 0) if side == 0 else (0, lane)
+            number = books.computed[lane, old] if side == 0 else old
+            if books.seen[own, other] < number:
+                for third in range(len(books.issued)):
+                    if third != own:
+                        knew = books.known[side, lane, old, third]
+                        books.seen[own, third] = max(books.seen[own, third], knew)
+                books.seen[own, other] = number
+                waited = True
+    return waited
 
 
 @inlined

@@ -36,13 +36,13 @@ class PairMemory:
         leaves: Collection[str] = (),
     ) -> None:
         self._tokens = tokens
-        self._rounds = 2 if waits else 1
         collector = _Collector(lanes)
         if ahead is not None:
             collector.add(ahead, ahead.forward, {*ahead.saved, *ahead.forward.outputs})
         if behind is not None:
             collector.add(behind, behind.backward, {*behind.backward.outputs, *leaves})
         self._slots = collector.slots(waits)
+        self._rounds = 2 + collector.rounds_ahead() if waits else 1
 
     def peak(self, issued: Array, lagging: Array) -> float:
         """Return the most bytes at once.
@@ -60,6 +60,7 @@ class _Collector:
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = {lane: number for number, lane in enumerate(lanes)}
         self._lane: list[int] = []
+        self._ahead: list[int] = []
         self._reads: list[list[int]] = []
         self._writes: list[list[int]] = []
         self._bytes: list[float] = []
@@ -95,6 +96,7 @@ class _Collector:
             for slot in operator.writes:
                 self._writer[numbers[slot]] = len(self._lane)
             self._lane.append(self._lanes[operator.lane])
+            self._ahead.append(operator.ahead)
             self._writes.append([numbers[slot] for slot in operator.writes])
             reads = dict.fromkeys(slot for slot in operator.reads if slot in numbers)
             self._reads.append([numbers[slot] for slot in reads])
@@ -114,7 +116,13 @@ class _Collector:
             np.array(self._kept, np.bool_),
             len(self._lanes),
             waits,
+            np.array([lane.copies for lane in self._lanes], np.bool_),
+            np.array(self._ahead, np.int64),
         )
+
+    def rounds_ahead(self) -> int:
+        """Return over how many rounds copies to or from the host may be under way."""
+        return -(-max(self._ahead, default=0) // max(self._lane.count(0), 1))
 
 
 def _makers(graph: Graph) -> dict[str, Lane]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_dhellam.plan import Graph, Issue, Operator, Plan, Strand
+from lightning_dhellam.plan import Graph, Issue, Lane, Operator, Plan, Strand
 from lightning_dhellam.search.model.arrays import Array, Rows
 from lightning_dhellam.search.model.cost import Costs, lanes_of
 from lightning_dhellam.search.model.machine import Machine, perform
@@ -185,7 +185,8 @@ class Walk:
 
     def peak_bytes(self, order: Sequence[int | None], tokens: int) -> float:
         """Return the most bytes of slots at once, by issue order, with `tokens` per micro-batch."""
-        slots = self._slots.of(self.lane, len(self.lanes), waits=not self._costs.inline)
+        ahead = [launch.operator.ahead for launch in self.launches]
+        slots = self._slots.of(self.lane, self.lanes, ahead, waits=not self._costs.inline)
         issued = np.array([BARRIER if x is None else x for x in order], np.int64)
         return float(most(slots, issued, np.zeros(len(self.lane), np.bool_), 1)) * tokens
 
@@ -203,9 +204,12 @@ class _Slots:
 
     def hand_in(self, strand: Strand, place: Place, graph: Graph) -> None:
         handed = self._handed.get((strand, place.micro_batch), [])
-        if handed and graph.inputs:
+        at = place.micro_batch, place.layer
+        # What the first half of a backward has left for the second comes from no neighbour.
+        left = all((*at, name) in self._number for name in graph.inputs)
+        if handed and not left:
             for name, number in zip(graph.inputs, handed, strict=True):
-                self._number[place.micro_batch, place.layer, name] = number
+                self._number[*at, name] = number
 
     def hand_out(self, strand: Strand, place: Place, graph: Graph) -> None:
         at = place.micro_batch, place.layer
@@ -225,7 +229,9 @@ class _Slots:
             self._bytes.append(graph.bytes_per_token.get(slot, 0.0))
         return tuple(dict.fromkeys(self._writer[number] for number in read))
 
-    def of(self, lane: Sequence[int], lanes: int, *, waits: bool) -> Slots:
+    def of(
+        self, lane: Sequence[int], lanes: Sequence[Lane], ahead: Sequence[int], *, waits: bool
+    ) -> Slots:
         """Return all slots. None comes from outside the walk, and none stays."""
         count = len(self._writer)
         written: list[list[int]] = [[] for _ in lane]
@@ -242,8 +248,10 @@ class _Slots:
             np.full(count, -1),
             *taking(self._takes, owner),
             np.zeros(count, np.bool_),
-            lanes,
+            len(lanes),
             waits,
+            np.array([one.copies for one in lanes], np.bool_),
+            np.array(ahead, np.int64),
         )
 
 

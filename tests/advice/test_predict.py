@@ -479,6 +479,16 @@ def test_saved_slots_are_copied_over_the_link_to_the_host(known: Conditions) -> 
         predict(replace(run, offload=["z"]), known)
 
 
+def test_what_a_run_will_choose_to_copy_is_not_known_before(known: Conditions) -> None:
+    run = wide(offload="auto", recompute="auto")
+    bare_run = replace(run, offload=None)
+    bare, found = (predict(one, known, sketch=True) for one in (bare_run, run))
+    assert found.seconds == bare.seconds and memory_of(run) == memory_of(bare_run)
+    said = "offload='auto' is taken to leave all on the device; it may copy some"
+    assert said in found.notes and said not in bare.notes
+    assert "offload auto" in str(found.choice)
+
+
 def _copied(known: Conditions, run: Run) -> Conditions:
     """The same with a profile in which copies of a run have been measured: a quarter of a
     second each."""

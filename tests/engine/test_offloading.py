@@ -222,10 +222,22 @@ def test_what_cannot_be_offloaded_is_refused() -> None:
     check_offload(ALL, known)
     with pytest.raises(ValueError, match=r"offload names 'gateup', which no layer.*'gate_up'\?"):
         check_offload(["gateup"], known)
-    with pytest.raises(ValueError, match="offload='gate_up' must be 'all' or a list of slots"):
+    with pytest.raises(
+        ValueError, match="offload='gate_up' must be 'all', 'auto' or a list of slots"
+    ):
         check_choice("gate_up", "none")
     with pytest.raises(ValueError, match="recompute='auto' chooses among what stays"):
         check_choice(ALL, "auto")
+    with pytest.raises(ValueError, match="offload='auto' is chosen together with what is made ag"):
+        check_choice("auto", "full")
+    check_choice("auto", "auto")
+    with pytest.raises(ValueError, match="is by layer, which only 'auto' chooses: use 'all'"):
+        check_choice({"0": ["x"]}, "full")
+    check_offload({"0": ["x"], "head": ALL}, known, ["", "0", "head"])
+    with pytest.raises(ValueError, match=r"layer 'haed', which .*its layers are 0, head.*'head'\?"):
+        check_offload({"haed": ["x"]}, known, ["", "0", "head"])
+    with pytest.raises(ValueError, match="offload names 'gateup', which no layer"):
+        check_offload({"0": ["gateup"]}, known, ["0"])
 
 
 def test_memory_is_held_for_a_few_copies_only() -> None:

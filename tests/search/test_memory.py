@@ -17,6 +17,7 @@ from lightning_dhellam.engine import Engine, MicroBatch
 from lightning_dhellam.engine.lanes import CudaLanes
 from lightning_dhellam.engine.tracks import Lanes
 from lightning_dhellam.plan import BUILDERS, Barrier, Builder, Graph, GraphPair, Operator, Plan
+from lightning_dhellam.plan.offloading import ALL, Slots, offload
 from lightning_dhellam.search.model import Walk, step_stops
 from lightning_dhellam.search.model.memory import most
 from lightning_dhellam.search.solve import Problem
@@ -85,8 +86,12 @@ def _in_place(graph: Graph) -> Graph:
     return replace(graph, operators=tuple(operators))
 
 
-def _layers(meter: Meter, *, in_place: bool = False) -> list[GraphPair]:
-    pairs = [(_sized(pair.forward), _sized(pair.backward)) for pair in model(2)]
+def _layers(
+    meter: Meter, *, in_place: bool = False, away: Slots = None, count: int = 2
+) -> list[GraphPair]:
+    pairs = [(_sized(pair.forward), _sized(pair.backward)) for pair in model(count)]
+    moved = [offload(GraphPair(*pair), away, print, print) for pair in pairs]
+    pairs = [(pair.forward, pair.backward) for pair in moved]
     if in_place:
         pairs = [(_in_place(ahead), _in_place(behind)) for ahead, behind in pairs]
     return [GraphPair(_running(ahead, meter), _running(behind, meter)) for ahead, behind in pairs]
@@ -108,9 +113,11 @@ def _measured(builder: Builder, lanes: Lanes, meter: Meter, layers: list[GraphPa
     return meter.peak
 
 
-def _predicted(builder: Builder, layers: list[GraphPair], inline: bool) -> float:
+def _predicted(
+    builder: Builder, layers: list[GraphPair], inline: bool, micro_batches: int = MICRO_BATCHES
+) -> float:
     given = replace(costs(graphs_of(layers), 110e9), inline=inline)
-    stops = step_stops(layers, MICRO_BATCHES)
+    stops = step_stops(layers, micro_batches)
     walk = Walk(stops, given)
     return walk.peak_bytes(walk.order([builder(*stop.graphs) for stop in stops]), TOKENS)
 
@@ -125,6 +132,48 @@ def test_memory_that_waits_for_its_lane_is_counted(
     measured = _measured(PLANS[plan], CudaLanes(torch.device("cuda")), meter, layers)
     assert _predicted(PLANS[plan], layers, inline=False) == pytest.approx(measured, rel=1e-6)
     assert _predicted(PLANS[plan], layers, inline=True) <= measured
+
+
+@pytest.mark.parametrize("away", [ALL, ("x", "gate_up"), ("gate_up",)], ids=["all", "two", "one"])
+@pytest.mark.parametrize("plan", [*BUILDERS, "random-3", "random-7"])
+def test_memory_that_waits_for_copies_is_counted(
+    plan: str, away: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Streams().install(monkeypatch)
+    meter = Meter()
+    layers = _layers(meter, away=away, count=4)
+    measured = _measured(PLANS[plan], CudaLanes(torch.device("cuda")), meter, layers)
+    assert _predicted(PLANS[plan], layers, inline=False) == pytest.approx(measured, rel=1e-6)
+    kept = _predicted(PLANS[plan], _layers(Meter(), count=4), inline=False)
+    assert measured < kept, "what waits on the host is not on the device"
+
+
+def test_copies_are_waited_for_a_layer_later() -> None:
+    """However many operators that has: or else all that has left would be held.
+
+    In the first micro-batch, beside which nothing goes backward that would wait for copies.
+    """
+    held, build = [], BUILDERS["interleaved"]  # without barriers
+    for count in (4, 8):
+        layers = _layers(Meter(), away=ALL, count=count)[1:-1]  # the head would need more
+        pair = layers[0]
+        computes = [o for o in (*pair.forward.operators, *pair.backward.operators) if o.computes]
+        copies = [o for o in pair.forward.operators if o.lane.copies]
+        assert {copy.ahead for copy in copies} == {len(computes)}
+        held.append(_predicted(build, layers, inline=False, micro_batches=1))
+        never = [_waiting(pair, 10**6) for pair in layers]
+        assert held[-1] < _predicted(build, never, inline=False, micro_batches=1)
+    assert held[0] == pytest.approx(held[1], rel=0.01), "it grows with the layers"
+
+
+def _waiting(pair: GraphPair, ahead: int) -> GraphPair:
+    """The layer whose copies compute may be so far ahead of."""
+
+    def changed(graph: Graph) -> Graph:
+        operators = (replace(o, ahead=ahead) if o.lane.copies else o for o in graph.operators)
+        return replace(graph, operators=tuple(operators))
+
+    return GraphPair(changed(pair.forward), changed(pair.backward))
 
 
 @pytest.mark.parametrize("plan", [*BUILDERS, "random-3", "random-7"])
@@ -173,6 +222,15 @@ def test_the_peak_of_a_pair_is_that_of_a_long_walk(name: str) -> None:
     plan = BUILDERS[name](layer.forward, layer.backward)
     pair, walk = _pair_and_repeated(plan, layer, 5)
     assert pair == pytest.approx(walk)
+
+
+@pytest.mark.parametrize("name", ["sequential", "megatron", "dhellam", "interleaved"])
+def test_the_peak_of_a_pair_with_copies_is_at_least_that_of_a_long_walk(name: str) -> None:
+    """Where the walk is of one layer, what it fetches tells compute of copies just before."""
+    layer = offload(closed(transformer()), ALL, print, print)
+    pair, walk = _pair_and_repeated(BUILDERS[name](layer.forward, layer.backward), layer, 6)
+    sizes = layer.forward.bytes_per_token
+    assert walk <= pair <= walk + 2 * sizes["gate_up"]
 
 
 def test_memory_goes_back_at_a_barrier() -> None:

@@ -9,21 +9,33 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from lightning_dhellam.layers import Lowered
+from lightning_dhellam.layers import Lowered, lower
+from lightning_dhellam.memory.activations import without_memory
+from lightning_dhellam.models import CausalLM
+from lightning_dhellam.parallel import Topology
+from lightning_dhellam.parallel.planned import planned_context
 from lightning_dhellam.pipeline.schedules import Placement
-from lightning_dhellam.pipeline.stage import Leg, Stage
-from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
+from lightning_dhellam.pipeline.stage import Stage
+from lightning_dhellam.plan import BUILDERS, GraphPair
+from lightning_dhellam.plan.offloading import ALL, Offload, movable, offload
 from lightning_dhellam.plan.passes import CHOICES, recompute
 from lightning_dhellam.search.model import Costs, simulate
-from lightning_dhellam.search.model.stops import Place, Stop
-from lightning_dhellam.search.model.walk import Walk, as_planned
 from lightning_dhellam.search.recompute import Chosen, candidates, choose, moments
 from lightning_dhellam.search.recompute.covering import covering
+from lightning_dhellam.search.recompute.playing import played
 from lightning_dhellam.search.solve import solve
 from tests.models.llama import SMALL
 from tests.plan.real_graphs import lowered
 
 WIDE = replace(SMALL, num_layers=4, hidden_size=512, ffn_hidden_size=1408, max_sequence_length=512)
+REAL = replace(
+    WIDE,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    max_sequence_length=2048,
+)
 TOKENS, MICRO_BATCHES = 2048, 3
 PLAN = BUILDERS["dhellam"]
 
@@ -37,30 +49,68 @@ class Stand:
         self.kept: Lowered = lowered(2, WIDE, torch.bfloat16, "none")
         graphs = [g for pair in self.measured for g in (pair.forward, pair.backward)]
         self.costs = Costs.nominal(graphs, TOKENS)
+        self.plan, self.micro_batches = PLAN, MICRO_BATCHES
         self.peak = self.played(self.kept.layers)[1]
 
     def played(self, layers: Sequence[GraphPair]) -> tuple[float, float]:
         """Seconds and bytes of a step of these layers."""
         costs = covering(self.costs, zip(self.measured, layers, strict=True))
-        step = simulate(layers, PLAN, costs, micro_batches=MICRO_BATCHES, tokens=TOKENS)
+        step = simulate(layers, self.plan, costs, micro_batches=self.micro_batches, tokens=TOKENS)
         return step.seconds, step.peak_bytes
 
-    def with_slots(self, slots: Sequence[frozenset[str]]) -> list[GraphPair]:
-        return [recompute(pair, own) for pair, own in zip(self.kept.layers, slots, strict=True)]
+    def with_slots(
+        self, slots: Sequence[frozenset[str]], away: Sequence[frozenset[str]] | None = None
+    ) -> list[GraphPair]:
+        made = [recompute(pair, own) for pair, own in zip(self.kept.layers, slots, strict=True)]
+        away = away or [frozenset()] * len(made)
+        return [offload(pair, own, same, same) for pair, own in zip(made, away, strict=True)]
 
-    def choose(self, limit: float, builder: Builder | None = PLAN, slack: float = 0.0) -> Chosen:
-        legs = self.kept.stage.step(MICRO_BATCHES).legs
+    def choose(self, limit: float, *, searched: bool = False, slack: float = 0.0) -> Chosen:
+        legs = self.kept.stage.step(self.micro_batches).legs
         return choose(
             self.measured,
             self.kept.layers,
-            moments(legs, len(self.kept.layers)),
+            legs,
             self.costs,
             limit=limit,
             tokens=TOKENS,
             free=[bool(key) for key in self.kept.keys],
-            builder=builder,
+            builder=None if searched else self.plan,
             slack=slack,
         )
+
+
+class HostStand(Stand):
+    """The same of layers as wide as real ones, whose slots may wait on the host."""
+
+    def __init__(
+        self, offload: Offload, slower: float = 1.0, micro_batches: int = MICRO_BATCHES
+    ) -> None:
+        def low(what: str, away: Offload) -> Lowered:
+            topology = Topology(world_size=2, tp_size=2)
+            model = CausalLM(REAL, planned_context(topology, torch.device("cpu")), torch.bfloat16)
+            found = lower(model, recompute=what, offload=away)
+            return replace(found, layers=tuple(pair.at(TOKENS) for pair in found.layers))
+
+        with without_memory():
+            self.measured = low("full", offload).layers
+            self.kept = low("none", None)
+        graphs = [g for pair in self.measured for g in (pair.forward, pair.backward)]
+        costs = Costs.nominal(graphs, TOKENS)
+        copies = {
+            costs.keys[graph.fingerprint][operator.name]
+            for graph in graphs
+            for operator in graph.operators
+            if operator.lane.copies
+        }
+        times = {key: own * (slower if key in copies else 1) for key, own in costs.seconds.items()}
+        self.costs = replace(costs, seconds=times)
+        self.plan, self.micro_batches = BUILDERS["interleaved"], micro_batches
+        self.peak = self.played(self.kept.layers)[1]
+
+
+def same(value: object) -> object:
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -101,53 +151,32 @@ def test_a_first_stage_is_as_fast_as_the_best_of_all_at_half_and_at_a_quarter(
     layers, measured = stand.kept.layers[1:5], stand.measured[1:5]
     legs = Stage(0, Placement.folded(4), (2, 2)).step(8).legs
 
-    def played(slots: Sequence[frozenset[str]]) -> tuple[float, float]:
+    def tried_once(slots: Sequence[frozenset[str]]) -> tuple[float, float]:
         made = [recompute(pair, own) for pair, own in zip(layers, slots, strict=True)]
-        return played_stage(made, legs, covering(stand.costs, zip(measured, made, strict=True)))
+        costs = covering(stand.costs, zip(measured, made, strict=True))
+        return played(made, legs, costs, tokens=TOKENS, builder=PLAN)
 
-    needed = played([frozenset()] * 4)[1]
+    needed = tried_once([frozenset()] * 4)[1]
     named = [CHOICES[name](layers[0]) for name in ("none", "selective", "full")]
     between = [one.slots for one in candidates(layers[0], lambda operator: operator.cost, 5)]
     choices = dict.fromkeys((*named, *between[1:-1:2]))
     assert len(choices) == 5
-    tried = [played(slots) for slots in product(choices, repeat=4)]
+    tried = [tried_once(slots) for slots in product(choices, repeat=4)]
     for share in (0.5, 0.25):
         limit = share * needed
         best = min(seconds for seconds, peak in tried if peak <= limit)
         chosen = choose(
             measured,
             layers,
-            moments(legs, 4),
+            legs,
             stand.costs,
             limit=limit,
             tokens=TOKENS,
             builder=PLAN,
         )
-        seconds, peak = played(chosen.slots)
+        seconds, peak = tried_once(chosen.slots)
         assert seconds <= best * 1.03
         assert peak <= limit
-
-
-def played_stage(
-    layers: Sequence[GraphPair], legs: Sequence[Leg], costs: Costs
-) -> tuple[float, float]:
-    """Seconds and bytes of what a stage does in a step, one walk after the other."""
-
-    def place(micro_batch: int | None, layer: int | None) -> Place | None:
-        if layer is None or micro_batch is None:
-            return None
-        return Place(micro_batch, layer, layers[layer])
-
-    stops = [
-        Stop(place(leg.forward, ahead), place(leg.backward, behind))
-        for leg in legs
-        for ahead, behind in leg.pairs
-    ]
-    plans = [PLAN(*stop.graphs) for stop in stops]
-    walk = Walk(stops, as_planned(costs, stops, plans))
-    order = walk.order(plans)
-    _, ends = walk.play(order, walk.first_of(plans))
-    return max(ends), walk.peak_bytes(order, TOKENS)
 
 
 @pytest.mark.parametrize("share", [0.6, 0.5])
@@ -156,7 +185,7 @@ def test_searched_plans_and_the_sequential_one_fit_what_was_chosen_for_them(
 ) -> None:
     limit = share * stand.peak
     slack = 0.025 * limit
-    chosen = stand.choose(limit, builder=None, slack=slack)
+    chosen = stand.choose(limit, searched=True, slack=slack)
     layers = stand.with_slots(chosen.slots)
     costs = covering(stand.costs, zip(stand.measured, layers, strict=True))
     solution = solve(layers, costs, tokens=TOKENS, memory_slack=slack)
@@ -174,7 +203,7 @@ def test_a_search_finds_room_where_the_sequential_plan_has_it(stand: Stand) -> N
     least = simulate(
         layers, sequential, costs, micro_batches=MICRO_BATCHES, tokens=TOKENS
     ).peak_bytes
-    assert stand.choose(least * 1.02, builder=None).peak_bytes <= least * 1.02
+    assert stand.choose(least * 1.02, searched=True).peak_bytes <= least * 1.02
 
 
 def test_what_fits_into_nothing_is_refused_with_the_least(stand: Stand) -> None:
@@ -201,6 +230,61 @@ def test_candidates_save_less_the_longer_they_take(ranks: int) -> None:
         assert one.seconds == pytest.approx(sum(again))
     assert recompute(layer, found[-1].slots).saved == ("x",)
     assert [c.slots for c in candidates(layer, lambda operator: operator.cost, 0)] == [frozenset()]
+
+
+def test_the_host_is_used_where_its_link_hides() -> None:
+    """Layers that compute for longer than half of what they save takes to the host and back."""
+    alone, hosted = (HostStand(what, micro_batches=12) for what in (None, ALL))
+    kept = alone.played(alone.kept.layers)[0]
+    limit = 0.5 * alone.peak
+    computing, chosen = alone.choose(limit), hosted.choose(limit)
+    assert not any(computing.away) and any(chosen.away[1:-1])
+    seconds, peak = hosted.played(hosted.with_slots(chosen.slots, chosen.away))
+    slower, _ = alone.played(alone.with_slots(computing.slots))
+    assert peak <= limit and peak == pytest.approx(chosen.peak_bytes, rel=0.01)
+    assert seconds - kept < 0.6 * (slower - kept)
+    for pair, away in zip(hosted.with_slots(chosen.slots), chosen.away, strict=True):
+        assert away <= {*movable(pair, ALL)}, "what is made again is not copied"
+
+
+def test_a_slow_link_to_the_host_is_left_alone() -> None:
+    alone, hosted = HostStand(None), HostStand(ALL, slower=100.0)
+    limit = 0.6 * alone.peak
+    chosen = hosted.choose(limit)
+    assert not any(chosen.away) and chosen.slots == alone.choose(limit).slots
+
+
+@pytest.mark.parametrize("slower", [0.3, 2.0, 10.0])
+def test_with_the_host_it_fits_and_is_never_slower_than_without(slower: float) -> None:
+    alone, hosted = (HostStand(what, slower, micro_batches=6) for what in (None, ALL))
+    some = 0
+    for share in (0.8, 0.6, 0.5, 0.4):
+        limit = share * alone.peak
+        without, chosen = alone.choose(limit), hosted.choose(limit)
+        seconds, peak = hosted.played(hosted.with_slots(chosen.slots, chosen.away))
+        assert peak <= limit
+        assert seconds <= alone.played(alone.with_slots(without.slots))[0]
+        if not any(chosen.away):
+            assert chosen.slots == without.slots
+        some += any(chosen.away)
+    assert slower > 2 or some
+
+
+def test_with_the_host_it_is_as_fast_as_the_best_of_all_choices_that_fit() -> None:
+    """Tried one by one by the simulator, over layers, of named choices and copies."""
+    hosted = HostStand(ALL)
+    layer, first, last = (hosted.kept.layers[at] for at in (1, 0, -1))
+    full = recompute(layer, CHOICES["full"](layer))
+    made = [layer, recompute(layer, CHOICES["selective"](layer)), full]
+    made += [offload(layer, ["gate_up"], same, same), offload(full, ["x"], same, same)]
+    tried = [hosted.played((first, *layers, last)) for layers in product(made, repeat=4)]
+    for share in (0.7, 0.4):
+        limit = share * hosted.peak
+        best = min(seconds for seconds, peak in tried if peak <= limit)
+        chosen = hosted.choose(limit)
+        seconds, peak = hosted.played(hosted.with_slots(chosen.slots, chosen.away))
+        assert peak <= limit
+        assert seconds <= best * 1.03
 
 
 def test_early_stages_hold_more_micro_batches() -> None:

@@ -383,12 +383,13 @@ class Remade(Callback):
     """
 
     what: Any = None
+    away: Any = None
     peak = held = 0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         assert isinstance(trainer.strategy, DHellamStrategy)
         runner = trainer.strategy.runner
-        self.what = runner.agreed.recompute
+        self.what, self.away = runner.agreed.recompute, runner.agreed.offload
         self.peak = runner.engine.lanes.ledger.peak_bytes
         self.held = runner.model_states.total
         runner.engine.lanes.ledger.peak_bytes = 0
@@ -429,6 +430,51 @@ def test_what_is_made_again_is_chosen_by_measured_times_and_kept_in_the_plan_fil
     assert end.what == chosen
     with pytest.raises(ValueError, match="no smaller micro-batch, recomputation or parallel size"):
         trained(plan="auto", recompute="auto", memory_limit=f"{held / 2**20:.6f}MiB")
+
+
+def test_what_waits_on_the_host_is_chosen_by_measured_times_and_kept_in_the_plan_file(
+    tmp_path: Path,
+) -> None:
+    end, both = Remade(), {"recompute": "auto", "offload": "auto"}
+
+    def trained(state: Any = None, **strategy: Any) -> list[float]:
+        callbacks: list[Callback] = [end]
+        if strategy.get("plan") == "auto":
+            search = AutoSearch(rounds=1, replay=state is None, folder=str(tmp_path))
+            if state is not None:
+                search.load_state_dict(state)
+            callbacks = [search, *callbacks]
+        model = Model(num_layers=4, hidden_dropout=0.1)
+        return train({"micro_batch_size": 2, **strategy}, model, callbacks=callbacks)
+
+    kept = trained(recompute="none", plan="sequential")
+    limit = f"{(end.held + end.peak * 0.4) / 0.97 / 2**20:.6f}MiB"
+    most = end.peak
+    assert trained(plan="auto", memory_limit=limit, **both) == kept
+    assert end.peak <= 0.6 * most, "whatever plan was the fastest of those tried"
+    chosen = end.what, end.away
+    assert end.away and set(end.away) <= {"0", "1", "2", "3", "head"}
+    file = tmp_path / "plan.json"
+    found = PlanFile.load(file)
+    assert (found.recompute, found.offload) == chosen
+    assert trained(plan=str(file), **both) == kept
+    assert (end.what, end.away) == chosen
+    with pytest.raises(
+        ValueError, match=r"was searched with slots on the host.*say offload='auto'"
+    ):
+        trained(plan=str(file), recompute="auto")
+    # A checkpoint has the plans as well.
+    state = {"name": "auto", "plans": found.fields}
+    assert trained(state, plan="auto", **both) == kept
+    assert (end.what, end.away) == chosen
+    for wrong, said in (
+        ({"7": ["x"]}, "offload has slots of layer '7', which the model has not: its layers are 0"),
+        ({"1": ["gateup"]}, "offload names 'gateup', which no layer has"),
+        (["x"], "plan.json is not a whole plan file .'offload' must have slots by layer"),
+    ):
+        file.write_text(json.dumps({**found.fields, "offload": wrong}))
+        with pytest.raises(ValueError, match=said):
+            trained(plan=str(file), **both)
 
 
 def test_batches_of_another_size_are_not_measured(tmp_path: Path) -> None:

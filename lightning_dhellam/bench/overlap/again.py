@@ -17,7 +17,7 @@ from lightning_dhellam.plan import BUILDERS, Builder, GraphPair
 from lightning_dhellam.plan.by_layer import AUTO, ByLayer
 from lightning_dhellam.plan.passes import Recompute
 from lightning_dhellam.search.model import Costs
-from lightning_dhellam.search.recompute import choose, moments
+from lightning_dhellam.search.recompute import choose
 from lightning_dhellam.search.recompute.covering import covering
 
 Making = Callable[[Recompute | ByLayer], Workload]
@@ -77,7 +77,7 @@ def fitted(make: Making, share: float, repeats: int, slack: float) -> Again:
     found = choose(
         whole.layers,
         kept.layers,
-        moments(legs, count),
+        legs,
         costs,
         limit=limit,
         tokens=kept.tokens,
