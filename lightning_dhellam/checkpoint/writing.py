@@ -72,8 +72,10 @@ class Prepared:
         """Copy what training is about to change. The host does not wait for the device."""
         pieces, rest = self.tensors.pieces, self.rest
         flags = [] if self.finite is None else [self.finite.flags]
-        besides = dict(enumerate([*tensors_in(rest.of_module), *flags]))
-        late = dict(enumerate(tensors_in(rest.of_optimizer)))
+        late = dict(enumerate(tensors_in(rest.stepped)))
+        stepped_only = {id(tensor) for tensor in late.values()}
+        others = tensors_in([rest.of_module, rest.of_optimizer, flags])
+        besides = dict(enumerate(one for one in others if id(one) not in stepped_only))
         every = {
             **pieces,
             **{f"{number}": tensor for number, tensor in besides.items()},
@@ -101,6 +103,14 @@ class Rest(NamedTuple):
     of_optimizer: Mapping[str, Mapping[str, Any]]
     lying: Mapping[str, Any]
     with_state: bool
+
+    @property
+    def stepped(self) -> list[Any]:
+        """What only a step of the optimizer changes: what it keeps of parameters.
+
+        Its groups may change before, as by a schedule of a learning rate that is a tensor.
+        """
+        return [self.of_optimizer["rest"].get("values", {}), self.of_optimizer["own"]]
 
     @property
     def own(self) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class Overdue:
                 text = self.said(time.monotonic())
             except RuntimeError:  # of the device, which others will say
                 text = None
-                self._ways.clear()
+                with self._lock:
+                    self._ways.clear()
             if text is not None:
                 self._end(text)
                 return

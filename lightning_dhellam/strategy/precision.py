@@ -87,6 +87,8 @@ class DHellamPrecision(Precision):
         result = closure()
         if result is None:  # training_step returned None, to skip this batch
             return None
+        # Hooks may change what the update changes, which is in the groups by now, and may save it.
+        self.before_update()
         self.optimizer.prepare()
         self._after_closure(model, optimizer)
         self.before_update()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from lightning_dhellam.checkpoint.folder import check_whole
 from lightning_dhellam.data.loader import ResumableDataLoader, SampleOrder
 from lightning_dhellam.files import WriteError
 from lightning_dhellam.parallel import ParallelContext
+from lightning_dhellam.parallel.optimizer import ModelParallelOptimizer
 from lightning_dhellam.strategy import termination
 from tests.gpu.test_staging import copies_of
 from tests.ranks import run_ranks
@@ -184,6 +186,57 @@ def test_what_is_written_late_is_what_was_there_when_it_was_saved(tmp_path: Path
     assert _same(tmp_path / "at once", tmp_path / "beside")
     (alike,) = writing.content.read(tmp_path / "beside" / "rest.pt")["optimizer"]["alike"]
     assert float(alike["values"]["step"]) == 2
+
+
+def test_hooks_that_may_change_or_save_what_is_stepped_are_held_on_both_sides(
+    tmp_path: Path,
+) -> None:
+    """They see masters in the optimizer's groups, which may still be copied."""
+    order: list[str] = []
+
+    class Hook(Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            order.append("hook")
+
+    step = ModelParallelOptimizer.step
+    with (
+        mock.patch.object(background.Background, "hold", lambda _: order.append("hold")),
+        mock.patch.object(
+            ModelParallelOptimizer, "step", lambda one: (order.append("step"), step(one))
+        ),
+    ):
+        _fit(ASYNC, _keep(tmp_path), Hook(), steps=2)
+    assert order == ["hold", "hook", "hold", "step"] * 2
+
+
+def test_only_what_a_step_changes_is_copied_late(tmp_path: Path) -> None:
+    """A schedule may change a learning rate that is a tensor before."""
+    rate, count, moment, buffer, whole = (torch.full((2,), float(n)) for n in range(5))
+    rest = writing.Rest(
+        {"rest": {"extra": buffer}, "own": {}},
+        {
+            "rest": {"groups": [{"lr": rate}], "values": {"weight": {"step": count}}, "other": {}},
+            "own": {"weight": {"moment": moment}},
+        },
+        {},
+        True,
+    )
+    pieces = {"model/weight at 0": whole, "optimizer/exp_avg/weight at 0": whole + 1}
+    planned: Any = SimpleNamespace(pieces=pieces)
+    prepared = writing.Prepared(tmp_path, True, b"", planned, rest, "own.pt", {}, tmp_path)
+    staging = mock.Mock()
+    staging.copy.side_effect = lambda tensors, late: {n: t.clone() for n, t in tensors.items()}
+    prepared.stage(staging)
+    tensors, late = staging.copy.call_args.args
+    assert {float(tensors[name][0]) for name in late} == {1.0, 2.0, 5.0}
+    assert sorted(float(tensor[0]) for tensor in tensors.values()) == [0, 1, 2, 3, 4, 5]
+    for changed in (rate, count, moment, buffer):
+        changed.fill_(9)
+    of_module, of_optimizer = prepared.rest.of_module, prepared.rest.of_optimizer
+    assert float(of_optimizer["rest"]["groups"][0]["lr"][0]) == 0
+    assert float(of_optimizer["rest"]["values"]["weight"]["step"][0]) == 1
+    assert float(of_optimizer["own"]["weight"]["moment"][0]) == 2
+    assert float(of_module["rest"]["extra"][0]) == 3
 
 
 def test_weights_that_are_not_finite_end_the_run_before_they_are_written(tmp_path: Path) -> None:
