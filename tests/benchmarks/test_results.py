@@ -22,7 +22,8 @@ def test_pictures_are_small() -> None:
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
 def test_a_report_says_where_it_comes_from_and_can_be_read(report: Path) -> None:
     found = json.loads(report.read_text())
-    assert found["device"] and found["versions"]["torch"] and found["rows"]
+    assert found["device"] and found["versions"]["torch"]
+    assert found["rows"] or found["steps"]  # of trainings that save
     assert report.stem.endswith(found["date"][:10])
     text = report.with_suffix(".txt").read_text()
     assert f"{found['benchmark']} on {found['device']}" in text
