@@ -6,8 +6,11 @@ to 14% of the time of a weight gradient of an 8B model. Casts and all other prod
 
 from __future__ import annotations
 
+import ctypes
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ _WORKSPACE = 32 << 20
 
 _ALIGNMENT = 256
 """Bytes of it that cuBLAS makes use of at most."""
+
+_LIBRARY = re.compile(r"/\S*/libcublasLt\.so[.\d]*")
 
 _ONE, _ZERO = (np.array([number], dtype=np.float32) for number in (1.0, 0.0))
 
@@ -125,12 +130,9 @@ def _product(
     """What is asked once for operands of some sizes: descriptions are kept for good."""
     (height, width, depth), (of_a, of_b) = sizes, dtypes
     attributes, preferences = lt.MatmulDescAttribute, lt.MatmulPreferenceAttribute
+    if not _is_torchs():
+        return None
     description = lt.matmul_desc_create(ComputeType.COMPUTE_32F, _TYPES[torch.float32])
-    _put(description, attributes.TRANSA, 1)
-    _put(description, attributes.FAST_ACCUM, 0)
-    if by_rows:
-        for mode in (attributes.A_SCALE_MODE, attributes.B_SCALE_MODE):
-            _put(description, mode, lt.MatmulMatrixScale.VEC128_32F)
     layouts = (
         lt.matrix_layout_create(_TYPES[of_b], depth, width, depth),
         lt.matrix_layout_create(_TYPES[of_a], depth, height, depth),
@@ -151,14 +153,27 @@ def _product(
     count = np.zeros(1, dtype=np.int32)
     handle, one = torch.cuda.current_blas_handle(), layouts[2]
     try:
+        _put(description, attributes.TRANSA, 1)
+        _put(description, attributes.FAST_ACCUM, 0)
+        for mode in (attributes.A_SCALE_MODE, attributes.B_SCALE_MODE) if by_rows else ():
+            _put(description, mode, lt.MatmulMatrixScale.VEC128_32F)
         lt.matmul_algo_get_heuristic(
             handle, description, *layouts, one, preference, 1, found.ctypes.data, count.ctypes.data
         )
-    except lt.cuBLASLtError:  # which it raises where nothing computes it
+    except lt.cuBLASLtError:  # an older one knows no such scales
         return None
     finally:
         lt.matmul_preference_destroy(preference)
     return _Product(description, layouts, found) if count[0] else None
+
+
+@cache
+def _is_torchs() -> bool:
+    """Whether a handle of torch's means the same to the library that nvmath-python has loaded."""
+    torch.cuda.current_blas_handle()
+    lt.get_version()
+    found = set(_LIBRARY.findall(Path("/proc/self/maps").read_text()))
+    return len({ctypes.CDLL(path).cublasLtGetVersion() for path in found}) == 1
 
 
 def _put(description: int, attribute: Any, number: int) -> None:
