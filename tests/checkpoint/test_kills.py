@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -37,11 +38,15 @@ def _killed(folder: Path, part: Callable[[], None], event: int) -> bool:
     """Do `part` in a process that is killed at an event; whether there was such an event."""
     process = os.fork()
     if not process:
+        code = 1
         try:
             Events(folder, event)
             part()
+            code = 0
+        except BaseException:  # which would look like the end of all events
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            os._exit(code)
     _, status = os.waitpid(process, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
