@@ -1,9 +1,10 @@
-"""Which optional packages are there."""
+"""Which optional packages are there, and which libraries this process has loaded."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def whole(distribution: str) -> bool:
     rows = csv.reader((found.read_text("RECORD") or "").splitlines())
     sizes = {name: int(size) for name, _, size in rows if name.endswith(".py") and size}
     return all(_size(Path(str(found.locate_file(name)))) == size for name, size in sizes.items())
+
+
+def loaded(library: str) -> list[str]:
+    """Where the shared libraries of a name lie that this process has loaded, of any version."""
+    named = re.compile(rf"/\S*/lib{library}\.so[.\d]*")
+    return sorted({*named.findall(Path("/proc/self/maps").read_text())})
 
 
 def _size(path: Path) -> int | None:

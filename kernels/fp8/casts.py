@@ -20,10 +20,20 @@ from lightning_dhellam.kernels.fp8.reference import FORWARD, LARGEST, SIDE, SMAL
 from lightning_dhellam.kernels.launch import PARTS, blocks, interpreted, part_programs
 
 _BLOCK = 8192
-_PARTS = PARTS
 
 _SIDE = tl.constexpr(SIDE)
 _SMALLEST = tl.constexpr(SMALLEST)
+
+_PACKS = """
+    {
+    .reg .b16 %low, %high;
+    cvt.rn.satfinite.KINDx2.f32 %low, $2, $1;
+    cvt.rn.satfinite.KINDx2.f32 %high, $4, $3;
+    mov.b32 $0, {%low, %high};
+    }
+"""
+_PACKS_E4M3 = tl.constexpr(_PACKS.replace("KIND", "e4m3"))
+_PACKS_E5M2 = tl.constexpr(_PACKS.replace("KIND", "e5m2"))
 
 
 def largest(x: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ def _launch(
         scale_turned = scale
         found = largest_of_parts(rows) if most is None else most
         parts = len(found)
-        assert parts <= _PARTS, f"{parts} parts have a largest number, which is more than {_PARTS}"
+        assert parts <= PARTS, f"{parts} parts have a largest number, which is more than {PARTS}"
     elif block[0] == 1:
         scale = numbers(across, height).t()
         scale_turned = numbers(down, width).t() if turns else scale
@@ -114,7 +124,7 @@ def _launch(
         _cast[(max(1, down * across),)](
             rows, found, values, turned, scale, scale_turned, height, width, pitch, down, across,
             _fours(down), _fours(across), parts, LARGEST[dtype],
-            PER=0 if block is None else 1 if block[0] == 1 else 2, PARTS=_PARTS,
+            PER=0 if block is None else 1 if block[0] == 1 else 2, PARTS=PARTS,
             MANTISSA=_mantissa(dtype), INTERPRETED=interpreted(), TURNS=turns,
             # Each thread divides by the scales of its columns, so few of them share a square.
             num_warps=4,
@@ -174,10 +184,7 @@ def _cast(
     words = turned.to(tl.pointer_type(tl.int32)) + there
     if PER == 1:
         if TURNS:
-            size = tl.maximum(
-                tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3))
-            )
-            factor, inverse = _scales(tl.max(size, axis=0), most)
+            factor, inverse = _scales(tl.max(_size(x0, x1, x2, x3), axis=0), most)
             tl.store(scale_turned + high * width + column, factor, mask=wide)
             above = inverse[None, :]
             word = _word(
@@ -197,10 +204,7 @@ def _cast(
             if program == 0:
                 tl.store(scale, factor)
         else:
-            size = tl.maximum(
-                tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3))
-            )
-            factor, inverse = _scales(tl.max(size), most)
+            factor, inverse = _scales(tl.max(_size(x0, x1, x2, x3)), most)
             tl.store(scale + high * pitch_scale + far, factor)
             if TURNS:
                 tl.store(scale_turned + far * pitch_turned + high, factor)
@@ -223,6 +227,12 @@ def _cast(
 def _read(x: tl.tensor, here: tl.tensor, row: tl.tensor, height: int, wide: tl.tensor) -> tl.tensor:
     inside = (row < height)[:, None] & wide[None, :]
     return tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _size(x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
+    """The largest absolute value of each four."""
+    return tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
 
 
 @triton.jit
@@ -262,30 +272,11 @@ def _word(
         word |= _byte(x1, dtype, MANTISSA) << 8
         word |= _byte(x2, dtype, MANTISSA) << 16
         word |= _byte(x3, dtype, MANTISSA) << 24
-    elif MANTISSA == 3:
-        word = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 %low, %high;
-            cvt.rn.satfinite.e4m3x2.f32 %low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 %high, $4, $3;
-            mov.b32 $0, {%low, %high};
-            }
-            """,
-            "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
     else:
+        packs: tl.constexpr = _PACKS_E4M3 if MANTISSA == 3 else _PACKS_E5M2
         word = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 %low, %high;
-            cvt.rn.satfinite.e5m2x2.f32 %low, $2, $1;
-            cvt.rn.satfinite.e5m2x2.f32 %high, $4, $3;
-            mov.b32 $0, {%low, %high};
-            }
-            """,
-            "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            packs, "=r,f,f,f,f", [x0, x1, x2, x3], dtype=tl.int32, is_pure=True, pack=1
+        )
     return word
 
 

@@ -7,10 +7,8 @@ to 14% of the time of a weight gradient of an 8B model. Casts and all other prod
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from lightning_dhellam.kernels.fp8 import cublas
 from lightning_dhellam.kernels.fp8.casts import cast, cast_rows, largest, turn
 from lightning_dhellam.kernels.fp8.cublas import multiply
 from lightning_dhellam.kernels.fp8.reference import FORWARD, GRADIENT, SHRINKS, Cast
+from lightning_dhellam.kernels.packages import loaded
 
 __all__ = ["SHRINKS", "accumulate", "cast", "cast_rows", "largest", "multiply", "turn"]
 
@@ -41,8 +40,6 @@ _WORKSPACE = 32 << 20
 
 _ALIGNMENT = 256
 """Bytes of it that cuBLAS makes use of at most."""
-
-_LIBRARY = re.compile(r"/\S*/libcublasLt\.so[.\d]*")
 
 _ONE, _ZERO = (np.array([number], dtype=np.float32) for number in (1.0, 0.0))
 
@@ -172,8 +169,7 @@ def _is_torchs() -> bool:
     """Whether a handle of torch's means the same to the library that nvmath-python has loaded."""
     torch.cuda.current_blas_handle()
     lt.get_version()
-    found = set(_LIBRARY.findall(Path("/proc/self/maps").read_text()))
-    return len({ctypes.CDLL(path).cublasLtGetVersion() for path in found}) == 1
+    return len({ctypes.CDLL(path).cublasLtGetVersion() for path in loaded("cublasLt")}) == 1
 
 
 def _put(description: int, attribute: Any, number: int) -> None:

@@ -8,17 +8,15 @@ collective takes, that begins at once, and the results are the same bits.
 from __future__ import annotations
 
 import ctypes
-import re
 import threading
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from lightning_dhellam.kernels.packages import loaded
+
 _asked = threading.local()
 """How many processors this thread's GEMMs leave free."""
-
-_LIBRARY = re.compile(r"/\S*/libcublas\.so[.\d]*")
 
 
 def leave(count: int, device: torch.device) -> None:
@@ -50,6 +48,6 @@ def processors(device: torch.device) -> int:
 def _cublas() -> ctypes.CDLL:
     """The library that torch has loaded, whatever its version."""
     torch.cuda.current_blas_handle()
-    found = _LIBRARY.search(Path("/proc/self/maps").read_text())
+    found = loaded("cublas")
     assert found, "torch has loaded no cuBLAS"
     return ctypes.CDLL(found[0])

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from lightning_dhellam.kernels.fp8 import FORWARD, Cast
 from lightning_dhellam.layers.fp8_formats import Fp8, check_width
-from lightning_dhellam.layers.gathered_bits import GatheredBits
+from lightning_dhellam.layers.gathered_bits import GatheredBits, largest_of
 from lightning_dhellam.layers.rules import on_tp, products
 from lightning_dhellam.layers.writer import GraphWriter, main_grad
 from lightning_dhellam.parallel.gradients import taken_first
@@ -200,11 +200,6 @@ class EightBits:
     @property
     def _trained(self) -> bool:
         return self.weight.requires_grad
-
-
-def largest_of(slot: str) -> str:
-    """Where what made a slot leaves the largest numbers of its parts, if casts ask for them."""
-    return f"{slot}_largest"
 
 
 def _as_it_is(slot: str) -> str:

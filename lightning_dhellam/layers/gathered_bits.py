@@ -95,7 +95,7 @@ class GatheredBits:
 
     def _agree(self, w: GraphWriter, read: str, own: float) -> str:
         """Add the largest numbers of all ranks. Returns their slot."""
-        slot = f"{read}_largest"
+        slot = largest_of(read)
         w.compute(
             f"{self.name}.largest",
             (read,),
@@ -125,6 +125,11 @@ class GatheredBits:
     def _size(self) -> float:
         """Bytes of a token."""
         return self.channels * (1 + (0 if self.block is None else _FP32 / self.block[1]))
+
+
+def largest_of(slot: str) -> str:
+    """Where what made a slot leaves the largest numbers of its parts, if casts ask for them."""
+    return f"{slot}_largest"
 
 
 _CASTS = on_tp(Held.SEQUENCE, Held.SEQUENCE)

@@ -17,7 +17,7 @@ from torch.nn.functional import gelu, silu
 from lightning_dhellam.kernels.choose import Kernels
 from lightning_dhellam.kernels.protocols import ActivationKernel
 from lightning_dhellam.layers.block import Setting, Supported, check_config
-from lightning_dhellam.layers.eight_bits import largest_of
+from lightning_dhellam.layers.gathered_bits import largest_of
 from lightning_dhellam.layers.linear import ColumnLinear, RowLinear
 from lightning_dhellam.layers.writer import GraphWriter
 from lightning_dhellam.plan.layout import Held

@@ -8,10 +8,10 @@ one may be pulled while the next is laid out:
     sender     lay out 0  ready | lay out 1  ready |  taken? lay out 0 ...
     receiver           ready? pull 0  taken | ready? pull 1  taken ...
 
-Signals are awaited on the device, by the stream that is current, and for no longer than groups
-wait (`overdue.py`). Between two H200 with NVLink
-(2026-11-29) such a pull of 64 MiB moved 363 GB/s each way, also beside GEMMs, which lost 1 to 2%;
-NCCL's send and receive 244. `choice.py` says where it is used.
+Signals are awaited on the device, by the stream that is current, and for no longer than groups wait
+(`overdue.py`). Between two H200 with NVLink (2026-11-29) such a pull of 64 MiB moved 363 GB/s each
+way, also beside GEMMs, which lost 1 to 2%; NCCL's send and receive 244. `choice.py` says where it
+is used.
 """
 
 from __future__ import annotations

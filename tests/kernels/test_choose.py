@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dhellam.kernels import choose, protocols
+from lightning_dhellam.kernels import choose, packages, protocols
 from lightning_dhellam.kernels.attention import Backend
 from lightning_dhellam.kernels.candidate import Candidate
 from lightning_dhellam.kernels.candidates import CANDIDATES
@@ -284,3 +284,9 @@ def test_libraries_that_cannot_drop_by_counters_say_so(name: str) -> None:
 
 def test_every_backend_of_attention_says_whether_it_drops_by_counters() -> None:
     assert {*CANDIDATES["attention"]} < {*CANDIDATES["dropped_attention"]}
+
+
+def test_loaded_libraries_are_found_by_their_whole_names() -> None:
+    found = packages.loaded("torch_cpu")
+    assert [Path(path).name for path in found] == ["libtorch_cpu.so"]
+    assert not packages.loaded("torch_c")
