@@ -7,14 +7,7 @@
 # transformer-engine's; memory is what recomputation costs and saves; links are emulated ones of
 # experts, of sequences and in 8 bits. CUDA_VISIBLE_DEVICES says which GPU where there are several.
 # See parts.sh for what else it reads from the environment.
-case ${1:-} in
-steps | memory | links) ;;
-*)
-  echo "usage: FOLDER=results $0 steps|memory|links" >&2
-  exit 2
-  ;;
-esac
-gpus=1
+gpus=1 calls='steps memory links'
 source "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
 case=llama-3-8b:8:32000:8192:4 long=llama-3-8b:8:32000:32768:2:auto
 saved=llama-3.2-3b:16:128256:4096:16

@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: the parts of a run, each with a limit of its own.
 #
-# They set `gpus`, as many as must be visible. What they read from the environment:
+# They set `gpus`, as many as must be visible, and `calls`, the words of which their first argument
+# must be one, if they take any. What they read from the environment:
 #
 #     FOLDER   gets a log for each part, `parts.txt` with code and seconds of each, and a folder of
 #              results for each benchmark, which writes there row by row
@@ -13,6 +14,10 @@
 #     DRY      if it is set, parts are printed and not run: name, the second at which it begins if
 #              all before it take their whole limits, its limit, and its command
 set -uo pipefail
+if [ -n "${calls:-}" ] && [[ ! ${1:-} =~ ^(${calls// /|})$ ]]; then
+  echo "usage: FOLDER=results $0 ${calls// /|}" >&2
+  exit 2
+fi
 script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 FOLDER=${FOLDER:-runs/multi_gpu} LIMIT=${LIMIT:-560} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}

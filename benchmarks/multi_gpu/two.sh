@@ -6,14 +6,7 @@
 # tests are those that need GPUs; rows are of pipelines, shared sequences and experts, against
 # Megatron-core's own steps; predictions are those of more than twelve runs, from profiles that were
 # taken before them. See parts.sh for what else it reads from the environment.
-case ${1:-} in
-tests | rows | predictions) ;;
-*)
-  echo "usage: FOLDER=results $0 tests|rows|predictions" >&2
-  exit 2
-  ;;
-esac
-gpus=2
+gpus=2 calls='tests rows predictions'
 source "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
 plans='["sequential","megatron","auto"]' both='["megatron-core","ours"]'
 
